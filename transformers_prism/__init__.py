@@ -1,0 +1,15 @@
+"""PRISM drafts for lossless speculative decoding in transformers: `target.generate(**inputs, assistant_model=draft)`."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_prism import PrismConfig
+from .generation import install, uninstall
+from .modeling_prism import PrismDraftModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register("prism", PrismConfig, exist_ok=True)
+AutoModel.register(PrismConfig, PrismDraftModel, exist_ok=True)
+AutoModelForCausalLM.register(PrismConfig, PrismDraftModel, exist_ok=True)
+
+__all__ = ["PrismConfig", "PrismDraftModel", "install", "uninstall"]

@@ -1,0 +1,323 @@
+"""Architecture of a PRISM draft: every number that its weights depend on, checked when it is set."""
+
+import hashlib
+import json
+from dataclasses import field
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# The parts of a target that a draft can be checked against; a part that is None is unknown and is not compared.
+FINGERPRINT_PARTS = ("name", "revision", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
+
+
+def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
+    """Low, middle and high indices into `hidden_states` of a target with `num_hidden_layers` layers (index 0 is the
+    embedding, `num_hidden_layers` the last state after the final norm).
+
+    Source: PRISM artifact (3, 17 and 30 of 32), made relative to depth.
+    """
+    n = num_hidden_layers
+    if n >= 8:
+        return [3, n // 2 + 1, n - 2]
+    return sorted({max(1, n // 4), n // 2, n - 1} - {0}) or [1]
+
+
+def target_numerics(target_config) -> dict:
+    """The scalar operations that a target applies around its embedding and its vocabulary head.
+
+    Args:
+        target_config (`PreTrainedConfig`): text configuration of the target.
+    Returns:
+        `dict` with `embedding_scale` (applied outside the embedding module), `logit_scale` and `logit_softcap`.
+    Source: transformers' modeling files of granite (`embedding_multiplier`, `logits_scaling`), cohere (`logit_scale`)
+    and gemma (`final_logit_softcapping`; gemma scales inside its embedding module).
+    """
+    logit_scale = getattr(target_config, "logit_scale", None)
+    divisor = getattr(target_config, "logits_scaling", None)
+    if divisor:
+        logit_scale = 1.0 / divisor
+    embedding_scale = getattr(target_config, "embedding_multiplier", None)
+    softcap = getattr(target_config, "final_logit_softcapping", None)
+    return {
+        "embedding_scale": float(embedding_scale) if embedding_scale else 1.0,
+        "logit_scale": float(logit_scale) if isinstance(logit_scale, (int, float)) else 1.0,
+        "logit_softcap": float(softcap) if softcap else None,
+    }
+
+
+def _plain_rope(target_config) -> dict:
+    """Rotary parameters of the target in the flat form that a Llama layer takes; forms it cannot take keep the base."""
+    rope = getattr(target_config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    if nested:
+        rope = rope.get("full_attention") or nested[0]
+    if rope.get("rope_type") in ("llama3", "linear", "dynamic", "yarn"):
+        return {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
+    return {"rope_type": "default", "rope_theta": float(rope.get("rope_theta", 10000.0))}
+
+
+def _attention_heads(target_config) -> dict:
+    """Head counts and head dimension for a draft layer as wide as the target's."""
+    width = target_config.hidden_size
+    heads = getattr(target_config, "num_attention_heads", None) or max(1, width // 64)
+    head_dim = getattr(target_config, "head_dim", None)
+    if not isinstance(head_dim, int):
+        heads = heads if width % heads == 0 else 1
+        head_dim = width // heads
+    groups = getattr(target_config, "num_key_value_heads", None)
+    groups = groups if isinstance(groups, int) and heads % groups == 0 else heads
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim + head_dim % 2,  # rotary embedding turns pairs
+    }
+
+
+@strict
+class PrismConfig(PreTrainedConfig):
+    """Configuration of a [`PrismDraftModel`].
+
+    Args:
+        vocab_size (`int`): tokens of the target's vocabulary, V.
+        hidden_size (`int`): width of the draft, D.
+        intermediate_size (`int`): width of the SwiGLU MLP.
+        num_attention_heads, num_key_value_heads, head_dim (`int`): H, G and E; H is a multiple of G.
+        hidden_act, rms_norm_eps, rope_parameters, max_position_embeddings, attention_bias, mlp_bias,
+            initializer_range: as in `LlamaConfig`.
+        num_processing_modules (`int`): parameter sets, M.
+        draft_step_to_module (`list[int]` of length S): module that serves each draft step, a surjection onto
+            range(M); later steps use the last entry.
+        num_layers_per_module (`int`): decoder layers in a module.
+        target_hidden_size (`int`): width of the target's hidden states.
+        target_layer_ids (`list[int]` of length L): indices into the target's `hidden_states` (0 is the embedding, the
+            number of layers is the last state after the final norm). L > 1 brings a fusion layer.
+        projection_bias (`bool`): bias of the fusion layer and of each input projection.
+        draft_vocab_size (`int`, *optional*): tokens that the draft can propose; None means all V.
+        share_target_embedding, share_target_head (`bool`): borrow the target's matrices instead of owning them.
+        embedding_scale, logit_scale (`float`), logit_softcap (`float`, *optional*): what the target multiplies its
+            embeddings and logits by, and the soft-cap of its logits.
+        context_kv (`str`): "prefill_module": committed positions carry the keys and values of step 0's module;
+            "own_module": every step sees earlier positions through its own module.
+        normalize_target_hidden (`bool`): divide each fused target state by its own root mean square.
+        module_form (`str`): layout of a processing module; "prism".
+        target_fingerprint (`dict`, *optional*): `name`, `revision`, `vocab_size`, `hidden_size`,
+            `num_hidden_layers` and `tokenizer_hash` of the target that the draft was trained for; None is unknown.
+    Raises:
+        StrictDataclassClassValidationError: if fields contradict each other, saying what was expected and found.
+    Source: PRISM (arXiv:2602.01762) and its artifact.
+    """
+
+    model_type = "prism"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+
+    num_processing_modules: int = 1
+    draft_step_to_module: list[int] = field(default_factory=list)
+    num_layers_per_module: int = 1
+    target_hidden_size: int | None = None
+    target_layer_ids: list[int] = field(default_factory=lambda: [1])
+    projection_bias: bool = True
+    draft_vocab_size: int | None = None
+    share_target_embedding: bool = True
+    share_target_head: bool = True
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    context_kv: Literal["prefill_module", "own_module"] = "prefill_module"
+    normalize_target_hidden: bool = False
+    module_form: Literal["prism"] = "prism"
+
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    target_fingerprint: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if not self.draft_step_to_module:
+            self.draft_step_to_module = list(range(self.num_processing_modules))
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check the rules that join several fields; called by `@strict`.
+
+        Raises:
+            ValueError: naming the field, what was expected and what was found.
+        """
+        for name in (
+            "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
+            "max_position_embeddings num_processing_modules num_layers_per_module target_hidden_size"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads: expected a multiple of num_key_value_heads={self.num_key_value_heads}, "
+                f"got {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number (rotary embedding turns pairs), got {self.head_dim}")
+        if set(self.draft_step_to_module) != set(range(self.num_processing_modules)):
+            raise ValueError(
+                f"draft_step_to_module: expected each of 0..{self.num_processing_modules - 1} "
+                f"(num_processing_modules={self.num_processing_modules}), got {self.draft_step_to_module}"
+            )
+        if not self.target_layer_ids or self.target_layer_ids != sorted(set(self.target_layer_ids)):
+            raise ValueError(
+                f"target_layer_ids: expected one or more increasing indices, got {self.target_layer_ids}"
+            )
+        if self.target_layer_ids[0] < 0:
+            raise ValueError(f"target_layer_ids: expected indices of at least 0, got {self.target_layer_ids}")
+        self._validate_sizes_shared_with_target()
+        self._validate_token_ids()
+
+    def _validate_sizes_shared_with_target(self):
+        shares = self.share_target_embedding or self.share_target_head
+        if (shares or not self.has_fusion_layer) and self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                "hidden_size: expected target_hidden_size when embedding or head are the target's or when there is no "
+                f"fusion layer ({self.target_hidden_size}), got {self.hidden_size}"
+            )
+        if self.has_fusion_layer and self.hidden_size == self.fused_hidden_size:
+            raise ValueError(
+                "hidden_size: expected another number than len(target_layer_ids) * target_hidden_size, so that fused and "
+                f"unfused states can be told apart, got {self.hidden_size}"
+            )
+        if self.normalize_target_hidden and not self.has_fusion_layer:
+            raise ValueError(
+                "normalize_target_hidden: expected False with a single target layer (there is no fusion layer to "
+                "normalise for), got True"
+            )
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size: expected None or 1..{self.vocab_size} (vocab_size), got {self.draft_vocab_size}"
+            )
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap: expected None or a positive number, got {self.logit_softcap}")
+
+    def _validate_token_ids(self):
+        """Leave the ids to the target: some publish ids outside the vocabulary; only the fingerprint's form is ours."""
+        if self.target_fingerprint is not None:
+            unknown = set(self.target_fingerprint) - set(FINGERPRINT_PARTS)
+            if unknown:
+                raise ValueError(f"target_fingerprint: expected the parts {FINGERPRINT_PARTS}, got {sorted(unknown)}")
+
+    @property
+    def has_fusion_layer(self) -> bool:
+        """Whether several target states are joined into one draft input."""
+        return len(self.target_layer_ids) > 1
+
+    @property
+    def fused_hidden_size(self) -> int:
+        """Width of the concatenated target states, L * target_hidden_size."""
+        return len(self.target_layer_ids) * self.target_hidden_size
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Number of distinct tokens that the draft can propose."""
+        return self.draft_vocab_size or self.vocab_size
+
+    def module_of_step(self, draft_step: int) -> int:
+        """Index of the processing module that serves `draft_step` (0-based; steps beyond the list use its end)."""
+        return self.draft_step_to_module[min(draft_step, len(self.draft_step_to_module) - 1)]
+
+    @classmethod
+    def from_target(cls, target, **overrides) -> "PrismConfig":
+        """A sensible draft configuration for any decoder-only target.
+
+        Args:
+            target (`PreTrainedModel` or `PreTrainedConfig`): the target, or its configuration.
+            overrides: fields of [`PrismConfig`] that replace the derived ones.
+        Returns:
+            `PrismConfig`: as wide as the target, two processing modules, low, middle and high target layers.
+        Raises:
+            ValueError: if the target is an encoder-decoder model or has no vocabulary.
+        """
+        config = target if isinstance(target, PreTrainedConfig) else target.config
+        if config.is_encoder_decoder:
+            raise ValueError(f"expected a decoder-only target, got the encoder-decoder model type {config.model_type!r}")
+        config = config.get_text_config()
+        hidden_size = config.hidden_size
+        intermediate_size = getattr(config, "intermediate_size", None)
+        derived = {
+            "vocab_size": config.vocab_size,
+            "hidden_size": hidden_size,
+            "target_hidden_size": hidden_size,
+            "intermediate_size": intermediate_size if isinstance(intermediate_size, int) else 4 * hidden_size,
+            "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
+            "rope_parameters": _plain_rope(config),
+            "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 2048,
+            "num_processing_modules": 2,
+            "target_layer_ids": default_target_layer_ids(config.num_hidden_layers),
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+            "target_fingerprint": target_fingerprint(config),
+            **_attention_heads(config),
+            **target_numerics(config),
+        }
+        derived.update(overrides)
+        derived.setdefault("normalize_target_hidden", len(derived["target_layer_ids"]) > 1)
+        return cls(**derived)
+
+
+def target_fingerprint(target_config, tokenizer=None) -> dict:
+    """What identifies a target, part by part; parts that cannot be known here are None.
+
+    Args:
+        target_config (`PreTrainedConfig`): the target's configuration.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, whose vocabulary is hashed.
+    Returns:
+        `dict` with the keys `FINGERPRINT_PARTS`. `name` is a Hub id or None: a folder's path says nothing elsewhere.
+    """
+    text = target_config.get_text_config()
+    name = getattr(target_config, "_name_or_path", None) or None
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
+        name = None
+    return {
+        "name": name,
+        "revision": getattr(target_config, "_commit_hash", None),
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
+    }
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """sha256 of a tokenizer's vocabulary, tokens and ids, in the order of ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): any tokenizer with `get_vocab`.
+    Returns:
+        `str`: 64 hexadecimal digits.
+    """
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+__all__ = ["PrismConfig"]

@@ -1,0 +1,363 @@
+"""The PRISM draft: a fusion layer, one processing module per group of draft steps, and the target's own head.
+
+Shape letters: B batch, T positions, D draft hidden size, L fused target layers, V vocabulary, M processing modules.
+Source: PRISM (arXiv:2602.01762) and its artifact; EAGLE (arXiv:2401.15077) for the form of the decoder layer.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerprint
+from .drafting import Drafter
+from .generation import install, speculative_generate
+from .tree_policy import default_tree_settings
+
+
+class PrismDecoderLayer(nn.Module):
+    """A Llama decoder layer; the first one of a module has no norm before its attention.
+
+    The input projection feeds the first layer directly, so a norm there would only undo its scale.
+    """
+
+    def __init__(self, config: PrismConfig, layer: int, cache_layer: int):
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) if layer > 0 else None
+        self.self_attn = LlamaAttention(config, layer_idx=cache_layer)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def attention_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the attention of this layer reads: `hidden_states`, normed in every layer but the first."""
+        return hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
+
+    def after_attention(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """Residual and MLP, all of shape `(B, T, D)`."""
+        hidden_states = residual + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None) -> torch.Tensor:
+        """One layer over `(B, T, D)`; writes T keys and values to `past_key_values`."""
+        attention_output, _ = self.self_attn(
+            self.attention_input(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        return self.after_attention(hidden_states, attention_output)
+
+
+class PrismProcessingModule(nn.Module):
+    """The parameters of one group of draft steps: an input projection and its decoder layers. No final norm: its
+    output is trained to live where the target's last, normed hidden state lives, so the head reads it as it is."""
+
+    def __init__(self, config: PrismConfig, module: int):
+        super().__init__()
+        self.input_projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.projection_bias)
+        # Modules share one cache unless each keeps its own view of the committed positions.
+        first = module * config.num_layers_per_module if config.context_kv == "own_module" else 0
+        self.layers = nn.ModuleList(
+            PrismDecoderLayer(config, layer, first + layer) for layer in range(config.num_layers_per_module)
+        )
+
+    def project(self, embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Join token embeddings and hidden states, in this order, into the layers' input of shape `(B, T, D)`."""
+        return self.input_projection(torch.cat((embeddings, hidden_states), dim=-1))
+
+    def forward(self, embeddings, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):
+        """The module over T positions; returns the predicted hidden states of shape `(B, T, D)`."""
+        hidden_states = self.project(embeddings, hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_embeddings, attention_mask, past_key_values)
+        return hidden_states
+
+
+@dataclass
+class BorrowedLayers:
+    """What a draft reads of its target. A plain object, so that nothing in it is registered, moved or saved."""
+
+    target: PreTrainedModel
+    embedding: nn.Module
+    head: nn.Module
+    head_weight: torch.Tensor | None = None  # rows of the head for the draft vocabulary
+    head_bias: torch.Tensor | None = None
+    head_version: tuple = ()
+
+
+class PrismPreTrainedModel(PreTrainedModel):
+    """Loading, saving and weight initialisation."""
+
+    config: PrismConfig
+    config_class = PrismConfig
+    base_model_prefix = ""
+    _no_split_modules = ["PrismProcessingModule"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PrismDraftModel) and module.draft_to_target is not None:
+            init.copy_(module.draft_to_target, torch.arange(module.draft_to_target.shape[0]))
+
+
+class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
+    """A draft for one target: `target.generate(**inputs, assistant_model=draft)` gives the same output, faster.
+
+    Args:
+        config ([`PrismConfig`]): the architecture.
+    """
+
+    def __init__(self, config: PrismConfig):
+        super().__init__(config)
+        self.fusion_layer = None
+        if config.has_fusion_layer:
+            self.fusion_layer = nn.Linear(config.fused_hidden_size, config.hidden_size, bias=config.projection_bias)
+        self.processing_modules = nn.ModuleList(
+            PrismProcessingModule(config, module) for module in range(config.num_processing_modules)
+        )
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.embed_tokens = None
+        if not config.share_target_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lm_head = None
+        if not config.share_target_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.num_draft_tokens, bias=False)
+        draft_to_target = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_to_target", draft_to_target)
+        self.generation_config = self._default_generation_config()
+        self.last_speculation = None
+        self._borrowed: BorrowedLayers | None = None
+        self.post_init()
+        install()
+
+    def _default_generation_config(self) -> GenerationConfig:
+        # Built afresh: a configuration that transformers derives from the model's loses its tree settings on reload.
+        ids = {name: getattr(self.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation_config = GenerationConfig(**ids, **default_tree_settings())
+        generation_config._from_model_config = False
+        return generation_config
+
+    # --- the target's part ---------------------------------------------------------------------------------------
+
+    def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":
+        """Borrow the target's embedding and vocabulary head: nothing is registered, copied, moved or saved, but for
+        the rows of the head that a draft vocabulary names, which are gathered once.
+
+        Args:
+            target (`PreTrainedModel`): the model that this draft speeds up.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): the target's; compared with the fingerprint.
+        Returns:
+            `PrismDraftModel`: itself.
+        Raises:
+            ValueError: if the two cannot work together, naming both sides.
+        """
+        if self._borrowed is None or self._borrowed.target is not target:
+            self._check_target(target, tokenizer)
+            head = target.get_output_embeddings()
+            if head is None:
+                raise ValueError(f"expected a target with a vocabulary head, got {type(target).__name__} without one")
+            self._borrowed = BorrowedLayers(target, target.get_input_embeddings(), head)
+        self._gather_head_rows()
+        return self
+
+    def _gather_head_rows(self):
+        """Keep the head's rows of the draft vocabulary; gathered again if the head was moved, cast or written to."""
+        borrowed = self._borrowed
+        if self.draft_to_target is None or not self.config.share_target_head:
+            return
+        weight = getattr(borrowed.head, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(
+                "draft_vocab_size: expected a target whose vocabulary head has floating point weights to take rows "
+                f"from, got {type(borrowed.head).__name__}; use a draft with its own head or all of the vocabulary"
+            )
+        version = (weight.data_ptr(), weight.device, weight.dtype, weight._version, self.draft_to_target._version)
+        if borrowed.head_version != version:
+            rows = self.draft_to_target.to(weight.device)
+            bias = getattr(borrowed.head, "bias", None)
+            borrowed.head_weight = weight.detach()[rows]
+            borrowed.head_bias = None if bias is None else bias.detach()[rows]
+            borrowed.head_version = version
+
+    def _check_target(self, target, tokenizer):
+        """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
+        config = self.config
+        found = target_fingerprint(target.config, tokenizer)
+        expected = {name: (config.target_fingerprint or {}).get(name) for name in FINGERPRINT_PARTS}
+        expected.update(vocab_size=config.vocab_size, hidden_size=config.target_hidden_size)
+        fatal, mild = [], []
+        for name in FINGERPRINT_PARTS:
+            if expected[name] is None or found[name] is None or expected[name] == found[name]:
+                continue
+            line = f"{name}: expected {expected[name]!r} (draft), got {found[name]!r} (target)"
+            (mild if name in ("name", "revision") else fatal).append(line)
+        if config.target_layer_ids[-1] > found["num_hidden_layers"]:
+            fatal.append(
+                f"target_layer_ids: expected indices up to {found['num_hidden_layers']} (target), "
+                f"got {config.target_layer_ids} (draft)"
+            )
+        if fatal:
+            raise ValueError("this draft was made for another target. " + "; ".join(fatal))
+        if mild:
+            warnings.warn(
+                "this draft was trained for other weights; the output stays that of the target, but fewer tokens may "
+                "be accepted. " + "; ".join(mild),
+                stacklevel=4,
+            )
+
+    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Token embeddings `(B, T, D)` in the draft's dtype and on its device, the target's unless it owns some."""
+        if self.embed_tokens is not None:
+            return self.embed_tokens(input_ids) * self.config.embedding_scale
+        embedding = self._require_target().embedding
+        embeddings = embedding(input_ids.to(embedding.weight.device)) * self.config.embedding_scale
+        return embeddings.to(device=self.device, dtype=self.dtype)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits over the draft vocabulary, scaled and capped as the target's own.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., D)`): outputs of [`~PrismDraftModel.forward`].
+        Returns:
+            `torch.Tensor` of shape `(..., draft_vocab_size or V)` in the head's dtype; a draft token's id in the
+            target's vocabulary is `draft_to_target[token]`.
+        """
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden_states)
+        else:
+            borrowed = self._require_target()
+            if borrowed.head_weight is not None:
+                weight = borrowed.head_weight
+                logits = F.linear(hidden_states.to(weight.device, weight.dtype), weight, borrowed.head_bias)
+            else:
+                weight = borrowed.head.weight
+                dtype = weight.dtype if weight.is_floating_point() else hidden_states.dtype
+                logits = borrowed.head(hidden_states.to(weight.device, dtype))
+        logits = logits.to(self.device) * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+        return logits
+
+    def _require_target(self) -> BorrowedLayers:
+        if self._borrowed is None:
+            raise ValueError(
+                "expected a draft that is bound to its target, got an unbound one; pass it to generate() as "
+                "assistant_model, or call draft.bind(target) first"
+            )
+        return self._borrowed
+
+    # --- the draft's own part ------------------------------------------------------------------------------------
+
+    def fuse(self, target_hidden: torch.Tensor) -> torch.Tensor:
+        """Join the target's L hidden states into one draft input.
+
+        Args:
+            target_hidden (`torch.Tensor` of shape `(B, T, L * target_hidden_size)`): states in the order of
+                `target_layer_ids`.
+        Returns:
+            `torch.Tensor` of shape `(B, T, D)`.
+        """
+        if self.fusion_layer is None:
+            return target_hidden.to(self.device, self.dtype)
+        if self.config.normalize_target_hidden:
+            states = target_hidden.unflatten(-1, (-1, self.config.target_hidden_size)).float()  # [B, T, L, Dt]
+            mean_square = states.pow(2).mean(-1, keepdim=True)
+            target_hidden = (states * torch.rsqrt(mean_square + self.config.rms_norm_eps)).flatten(-2)
+        return self.fusion_layer(target_hidden.to(self.device, self.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        hidden_states: torch.Tensor,
+        draft_step: int = 0,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the processing module of one draft step.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): at index t the token **after** the one whose hidden
+                state is `hidden_states[:, t]`.
+            hidden_states (`torch.Tensor` of shape `(B, T, D)` or `(B, T, L * target_hidden_size)`): outputs of the
+                previous draft step, or the target's states, which go through the fusion layer first.
+            draft_step (`int`): 0 for committed positions, k >= 1 for tree nodes at depth k.
+            attention_mask (`torch.Tensor`, *optional*): `(B, past + T)` with 0 at padding, or ready for the attention
+                implementation with shape `(B, 1, T, past + T)`. Causal if absent.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): positions of the hidden states' tokens.
+            past_key_values (`Cache`, *optional*): keys and values of earlier positions; T more are written to it.
+            use_cache (`bool`, *optional*): make a cache where none is given.
+        Returns:
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D)`, the predicted hidden states of the
+            tokens in `input_ids`; [`~PrismDraftModel.compute_logits`] of them predicts the tokens that follow.
+        Raises:
+            ValueError: if shapes disagree, saying what was expected.
+        """
+        hidden_states = self._as_draft_hidden(input_ids, hidden_states, draft_step)
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        embeddings = self.embed(input_ids)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]
+        if attention_mask is None or attention_mask.dim() == 2:
+            attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
+        module = self.processing_modules[self.config.module_of_step(draft_step)]
+        output = module(
+            embeddings,
+            hidden_states,
+            self.rotary_emb(hidden_states, position_ids),
+            attention_mask,
+            past_key_values,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=past_key_values)
+
+    def _as_draft_hidden(self, input_ids, hidden_states, draft_step) -> torch.Tensor:
+        config = self.config
+        widths = (config.hidden_size, config.fused_hidden_size)
+        if hidden_states.dim() != 3 or hidden_states.shape[:2] != input_ids.shape or hidden_states.shape[2] not in widths:
+            raise ValueError(
+                f"hidden_states: expected shape {(*input_ids.shape, widths[0])} or {(*input_ids.shape, widths[1])}, "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        if draft_step < 0:
+            raise ValueError(f"draft_step: expected at least 0, got {draft_step}")
+        if config.has_fusion_layer and hidden_states.shape[2] == config.fused_hidden_size:
+            return self.fuse(hidden_states)
+        return hidden_states.to(self.device, self.dtype)
+
+    # --- decoding ------------------------------------------------------------------------------------------------
+
+    def make_drafter(self, *args, **kwargs) -> Drafter:
+        """The object that drafts trees for one generate() call; see [`Drafter`]."""
+        return Drafter(self, *args, **kwargs)
+
+    def assist(self, target: PreTrainedModel, *args, **kwargs):
+        """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""
+        return speculative_generate(target, self, *args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """A draft does not generate by itself.
+
+        Raises:
+            TypeError: always, saying how a draft is used.
+        """
+        raise TypeError(
+            "expected a draft to be passed to its target, target.generate(**inputs, assistant_model=draft), "
+            "got a call of draft.generate()"
+        )
+
+
+__all__ = ["PrismDraftModel", "PrismPreTrainedModel"]
