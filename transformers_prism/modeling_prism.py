@@ -308,15 +308,17 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         hidden_states = self._as_draft_hidden(input_ids, hidden_states, draft_step)
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        embeddings = self.embed(input_ids)
+        module = self.processing_modules[self.config.module_of_step(draft_step)]
+        cache_layer = module.layers[0].self_attn.layer_idx
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = past_key_values.get_seq_length(cache_layer) if past_key_values is not None else 0
             position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]
         if attention_mask is None or attention_mask.dim() == 2:
-            attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
-        module = self.processing_modules[self.config.module_of_step(draft_step)]
+            attention_mask = create_causal_mask(
+                self.config, hidden_states, attention_mask, past_key_values, layer_idx=cache_layer
+            )
         output = module(
-            embeddings,
+            self.embed(input_ids),
             hidden_states,
             self.rotary_emb(hidden_states, position_ids),
             attention_mask,

@@ -1,6 +1,70 @@
 """Which tree to draft: reading, checking and defaulting the `tree*` settings of a generation configuration."""
 
+from dataclasses import dataclass
+
 
 def default_tree_settings() -> dict:
     """Settings of a draft that says nothing else: the tree of the PRISM evaluation (60 nodes with the root)."""
     return {"tree": "static", "tree_top_k": 10, "tree_depth": 6, "tree_num_nodes": 59}
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """The tree that a round drafts.
+
+    Args:
+        tree (`str`): "static": the same size every round; "chain": one candidate per draft step.
+        top_k (`int`): children drawn per node and nodes kept on the frontier.
+        depth (`int`): draft steps, step 0 included, so the longest path in drafted tokens.
+        num_nodes (`int`): drafted nodes that the target verifies, the root not counted.
+    """
+
+    tree: str
+    top_k: int
+    depth: int
+    num_nodes: int
+
+    @classmethod
+    def resolve(cls, *generation_configs, num_draft_tokens: int) -> "TreeSettings":
+        """Settings from generation configurations, the first that names a setting wins.
+
+        Args:
+            generation_configs (`GenerationConfig`): in order of precedence: the call's, then the draft's.
+            num_draft_tokens (`int`): tokens that the draft can propose; no node can have more children.
+        Raises:
+            ValueError: if a setting cannot work, saying what was expected and found.
+        """
+        values = {}
+        for name, default in default_tree_settings().items():
+            found = (getattr(generation_config, name, None) for generation_config in generation_configs)
+            values[name] = next((value for value in found if value is not None), default)
+        if values["tree"] not in ("static", "chain"):
+            later = ', which is not available yet: set tree="static" or tree="chain"' * (values["tree"] == "auto")
+            raise ValueError(f'tree: expected "static" or "chain", got {values["tree"]!r}{later}')
+        for name in ("tree_top_k", "tree_depth", "tree_num_nodes"):
+            if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {values[name]!r}")
+        if values["tree"] == "chain":
+            return cls("chain", 1, values["tree_depth"], values["tree_num_nodes"]).as_chain()
+        top_k = min(values["tree_top_k"], num_draft_tokens)
+        settings = cls("static", top_k, values["tree_depth"], values["tree_num_nodes"])
+        if settings.num_nodes > settings.pool_size(settings.depth):
+            raise ValueError(
+                f"tree_num_nodes: expected at most {settings.pool_size(settings.depth)}, the nodes that a tree with "
+                f"tree_top_k={top_k} and tree_depth={settings.depth} draws, got {settings.num_nodes}"
+            )
+        return settings
+
+    def pool_size(self, depth: int) -> int:
+        """Nodes drawn by `depth` draft steps: the children of the root, then top_k children of top_k nodes a step."""
+        return self.top_k + (depth - 1) * self.top_k**2 if depth > 0 else 0
+
+    def clipped(self, max_depth: int) -> "TreeSettings":
+        """The same settings for a tree of at most `max_depth` steps, 0 or more."""
+        depth = min(self.depth, max_depth)
+        return TreeSettings(self.tree, self.top_k, depth, min(self.num_nodes, self.pool_size(depth)))
+
+    def as_chain(self) -> "TreeSettings":
+        """The chain that fits into this tree: as long as its depth and its number of nodes allow."""
+        length = min(self.depth, self.num_nodes)
+        return TreeSettings("chain", top_k=1, depth=length, num_nodes=length)

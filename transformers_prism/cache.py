@@ -1,0 +1,254 @@
+"""Key and value caches that can be committed to a path: append N rows, keep some of them, per row of the batch.
+
+Layout: in every row of the batch committed keys are dense from the left, behind that row's left padding. New keys are
+appended behind the longest row. Committing moves each row's accepted keys to that row's own end and forgets the rest;
+what lies between a shorter row's end and the longest row's is a hole, which the masks leave out.
+"""
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+_ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+class TreeLayer(DynamicLayer):
+    """A cache layer that writes in place into a buffer which grows by half, and whose rows can be moved.
+
+    It keeps every position: a sliding window is a matter of the mask, since rows that lag behind in a batch still
+    need keys that the window of the longest row has left.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.length = 0
+        self.key_buffer: torch.Tensor | None = None
+        self.value_buffer: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """Take dtype and device from the first keys and values."""
+        super().lazy_initialization(key_states, value_states)
+        self.length = 0
+        self.key_buffer = self.value_buffer = None
+
+    def reserve(self, key_states, value_states, length: int) -> None:
+        """Make room for `length` positions; what is stored is copied only when the buffer grows."""
+        capacity = 0 if self.key_buffer is None else self.key_buffer.shape[2]
+        if length <= capacity:
+            return
+        capacity = max(length + 64, capacity + capacity // 2)
+        for name, states in (("key_buffer", key_states), ("value_buffer", value_states)):
+            buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
+            if self.length:
+                buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
+            setattr(self, name, buffer)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append keys and values of shape `(B, G, N, E)`; returns views of all that is stored."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self.reserve(key_states, value_states, end)
+        self.key_buffer[:, :, self.length : end] = key_states
+        self.value_buffer[:, :, self.length : end] = value_states
+        self.set_length(end)
+        return self.keys, self.values
+
+    def set_length(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.length = length
+        if self.key_buffer is not None:
+            self.keys = self.key_buffer[:, :, :length]
+            self.values = self.value_buffer[:, :, :length]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` positions."""
+        if self.is_initialized:
+            self.set_length(self.length - abs(tokens_to_remove))
+
+    def get_seq_length(self) -> int:
+        """Positions stored, holes included."""
+        return self.length
+
+    def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy positions within each row; `source` and `destination` of shape `(B, A)` may overlap."""
+        for buffer in (self.key_buffer, self.value_buffer):
+            shape = (buffer.shape[0], buffer.shape[1], source.shape[1], buffer.shape[3])
+            rows = buffer.gather(2, source[:, None, :, None].expand(shape))  # [B, G, A, E]
+            buffer.scatter_(2, destination[:, None, :, None].expand(shape), rows)
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch."""
+        if self.key_buffer is not None:
+            self.key_buffer = self.key_buffer[rows]
+            self.value_buffer = self.value_buffer[rows]
+            self.set_length(self.length)
+
+
+class CommittedCache:
+    """A cache of `TreeLayer`s with what is committed in each row.
+
+    Args:
+        cache (`Cache`): holds `TreeLayer`s.
+        committed (`torch.BoolTensor` of shape `(B, P)`): True where a key takes part in attention.
+    """
+
+    def __init__(self, cache: Cache, committed: torch.Tensor):
+        self.cache = cache
+        self.committed = committed
+        self.lengths = [committed.shape[1]] * committed.shape[0]  # of each row, left padding included
+
+    @property
+    def width(self) -> int:
+        """P, the length of the longest row."""
+        return self.committed.shape[1]
+
+    def commit(self, accepted: list[list[int]]) -> None:
+        """Keep some of the keys appended since the last commit and forget the others.
+
+        Args:
+            accepted: for each row the offsets, rising, among the appended keys.
+        """
+        width = self.width
+        new_lengths = [length + len(offsets) for length, offsets in zip(self.lengths, accepted, strict=True)]
+        moves = [
+            [(width + offset, length + i) for i, offset in enumerate(offsets) if width + offset != length + i]
+            for length, offsets in zip(self.lengths, accepted, strict=True)
+        ]
+        num_moves = max(len(row) for row in moves)
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        if num_moves and layers:
+            # A row with fewer moves writes its last appended key onto itself: in that row it is a hole either way.
+            idle = (layers[0].length - 1,) * 2
+            table = torch.tensor([row + [idle] * (num_moves - len(row)) for row in moves])  # [B, A, 2]
+            table = table.to(self.committed.device)
+            for layer in layers:
+                device = layer.key_buffer.device
+                layer.move(table[..., 0].to(device), table[..., 1].to(device))
+        for layer in layers:
+            layer.set_length(max(new_lengths))
+        self._grow_mask(new_lengths)
+
+    def _grow_mask(self, new_lengths: list[int]) -> None:
+        num_new = max(new_lengths) - self.width
+        if len(set(self.lengths)) == len(set(new_lengths)) == 1:
+            ones = self.committed.new_ones((len(new_lengths), num_new))
+            self.committed = torch.cat((self.committed, ones), dim=1)
+        else:
+            index = torch.arange(max(new_lengths), device=self.committed.device)
+            ends = torch.tensor([self.lengths, new_lengths], device=self.committed.device)[..., None]  # [2, B, 1]
+            is_new = (index >= ends[0]) & (index < ends[1])
+            padding = self.committed.new_zeros((len(new_lengths), max(num_new, 0)))
+            self.committed = torch.cat((self.committed, padding), dim=1) | is_new
+        self.lengths = new_lengths
+
+    def forget_appended(self) -> None:
+        """Drop all keys appended since the last commit."""
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.set_length(self.width)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep these rows of the batch."""
+        index = torch.tensor(rows, device=self.committed.device)
+        self.lengths = [self.lengths[row] for row in rows]
+        width = max(self.lengths)
+        self.committed = self.committed[index, :width]
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.set_length(width)
+                layer.keep_rows(index.to(layer.key_buffer.device))
+
+
+def new_tree_cache() -> DynamicCache:
+    """An empty cache whose layers are `TreeLayer`s, made as they are needed."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = TreeLayer
+    return cache
+
+
+def is_adoptable(cache) -> bool:
+    """Whether [`AdoptedLayers`] can serve this cache: full and sliding attention, dynamic or static, not offloaded."""
+    return (
+        type(cache) in (DynamicCache, StaticCache)
+        and not cache.offloading
+        and all(type(layer) in _ADOPTABLE_LAYERS for layer in cache.layers)
+    )
+
+
+class AdoptedLayers:
+    """Lends a cache `TreeLayer`s while a loop runs, and puts its own layers back afterwards.
+
+    Args:
+        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed.
+    """
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        self.originals = list(cache.layers)
+        self.layer_class = cache.layer_class_to_replicate
+        cache.layers = [_as_tree_layer(layer) for layer in self.originals]
+        if self.layer_class is not None:
+            cache.layer_class_to_replicate = TreeLayer
+
+    def put_back(self) -> None:
+        """Restore the layers as they were before, for a loop that failed."""
+        self.cache.layers = self.originals
+        self.cache.layer_class_to_replicate = self.layer_class
+
+    def put_back_with_new_states(self) -> None:
+        """Restore the layers and give them what the loop has committed; all rows must have one length."""
+        lent = self.cache.layers
+        self.put_back()
+        while len(self.cache.layers) < len(lent):
+            self.cache.layers.append(self.layer_class())
+        for original, layer in zip(self.cache.layers, lent, strict=True):
+            if layer.is_initialized:
+                _write_states(original, layer.keys, layer.values)
+
+
+def _as_tree_layer(layer) -> TreeLayer:
+    """A `TreeLayer` with the same stored positions; those that a window has dropped are zeros, which masks leave out."""
+    lent = TreeLayer()
+    length = int(layer.get_seq_length())
+    if not layer.is_initialized or length == 0:
+        return lent
+    kept = min(length, layer.keys.shape[2])
+    lent.update(_as_full_length(layer.keys, length, kept), _as_full_length(layer.values, length, kept))
+    return lent
+
+
+def _as_full_length(states: torch.Tensor, length: int, kept: int) -> torch.Tensor:
+    """The first `kept` positions of `(B, G, _, E)` states at the end of `length` positions."""
+    full = states.new_zeros((states.shape[0], states.shape[1], length, states.shape[3]))
+    full[:, :, length - kept :] = states[:, :, :kept]
+    return full
+
+
+def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Store `(B, G, T, E)` keys and values in a stock layer the way that layer would have stored them."""
+    length = keys.shape[2]
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    if isinstance(layer, StaticLayer):
+        kept = min(length, layer.max_cache_len)
+        layer.keys.zero_()
+        layer.values.zero_()
+        layer.keys[:, :, :kept] = keys[:, :, length - kept :]
+        layer.values[:, :, :kept] = values[:, :, length - kept :]
+        layer.cumulative_length.fill_(length if type(layer) is StaticLayer else kept)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int = length
+        return
+    start = 0
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        start = max(0, length - layer.sliding_window + 1)
+        layer.cumulative_length = length
+        layer.record_past = False
+    layer.keys = keys[:, :, start:].clone()
+    layer.values = values[:, :, start:].clone()

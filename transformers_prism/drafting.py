@@ -1,0 +1,174 @@
+"""The draft's half of a round: read what was committed (step 0), then grow a tree (steps 1 and later).
+
+Step 0 runs its module over every newly committed position with the target's true hidden states. Step k >= 1 runs its
+module over the frontier: the token embedding of each node and, as hidden state, the output of the node's parent; it
+attends to the committed positions and to the node's own ancestors. With `context_kv="own_module"` a module first
+catches up on the nodes that other modules processed, so that it sees all of them through its own keys and values.
+Shape letters: B batch, D draft hidden size, K frontier nodes, R tree nodes processed so far.
+"""
+
+import torch
+
+from .cache import CommittedCache, new_tree_cache
+from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, stable_top_k, visible_keys
+
+
+class Drafter:
+    """Drafts trees for the rows of one generate() call.
+
+    Args:
+        draft (`PrismDraftModel`): bound to its target.
+    """
+
+    def __init__(self, draft):
+        self.draft = draft
+        config = draft.config
+        # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
+        self.prefill_steps = [0]
+        if config.context_kv == "own_module":
+            steps = (config.draft_step_to_module.index(module) for module in range(config.num_processing_modules))
+            self.prefill_steps = sorted(steps, reverse=True)
+        self.cache: CommittedCache | None = None
+        self.last_hidden: torch.Tensor | None = None  # [B, D], step 0's output at the last committed position
+        self.last_position: torch.Tensor | None = None  # [B]
+        self.root_ids: torch.Tensor | None = None  # [B]
+
+    def prefill(self, token_ids, target_hidden, position_ids, num_new: list[int], padding_mask=None) -> None:
+        """Step 0: read newly committed positions and keep their keys and values.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position.
+            target_hidden (`torch.Tensor` of shape `(B, A, L * target_hidden_size)`): the target's states there.
+            position_ids (`torch.LongTensor` of shape `(B, A)`): positions of those states.
+            num_new: how many of the A positions of each row are real; the rest, at the end, are ignored.
+            padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
+        """
+        draft = self.draft
+        token_ids, position_ids = token_ids.to(draft.device), position_ids.to(draft.device)
+        hidden = draft.fuse(target_hidden)
+        if self.cache is None:
+            cache, mask = new_tree_cache(), None
+            if padding_mask is not None and not bool(padding_mask.all()):
+                mask = padding_mask.to(draft.device)
+        else:
+            cache = self.cache.cache
+            causal = torch.ones(token_ids.shape[1], token_ids.shape[1], dtype=torch.bool, device=draft.device).tril()
+            mask = self._mask(causal.expand(token_ids.shape[0], -1, -1), hidden.dtype)
+        for step in self.prefill_steps:
+            output = draft(token_ids, hidden, step, mask, position_ids, cache).last_hidden_state
+        if self.cache is None:
+            committed = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
+            self.cache = CommittedCache(cache, committed)
+        else:
+            self.cache.commit([list(range(count)) for count in num_new])
+        self._remember_last(token_ids, output, position_ids, num_new)
+
+    def _remember_last(self, token_ids, output, position_ids, num_new) -> None:
+        rows = torch.arange(len(num_new), device=output.device)
+        last = torch.tensor(num_new, device=output.device) - 1
+        self.last_hidden = output[rows, last]
+        self.last_position = position_ids[rows, last]
+        self.root_ids = token_ids[rows, last]
+
+    def grow(self, settings) -> Tree:
+        """Steps 0 to `settings.depth - 1`: draw a tree below each row's last committed token.
+
+        Args:
+            settings (`TreeSettings`): `depth` 0 gives the root alone.
+        Returns:
+            `Tree` with `settings.num_nodes` drafted nodes in every row.
+        """
+        if settings.depth == 0:
+            return root_tree(self.root_ids)
+        num_rows, device = self.root_ids.shape[0], self.root_ids.device
+        pool = CandidatePool.empty(num_rows, device)
+        frontier = _Frontier(self)
+        token_ids, log_probs = self._propose(self.last_hidden[:, None], settings.top_k)  # [B, 1, K]
+        token_ids, log_probs = token_ids[:, 0], log_probs[:, 0]
+        pool.extend(token_ids, torch.full_like(token_ids, -1), 1, log_probs)
+        hidden = self.last_hidden[:, None].expand(-1, settings.top_k, -1)
+        candidates = torch.arange(settings.top_k, device=device).expand(num_rows, -1)  # pool index of each node
+        parents = None
+        for step in range(1, settings.depth):
+            output = frontier.step(step, token_ids, hidden, parents)  # [B, K, D]
+            child_ids, child_log_probs = self._propose(output, settings.top_k)  # [B, K, K]
+            child_log_probs = (log_probs[..., None] + child_log_probs).flatten(1)  # [B, K * K]
+            first_child = pool.token_ids.shape[1]
+            pool.extend(
+                child_ids.flatten(1),
+                candidates.repeat_interleave(settings.top_k, dim=1),
+                step + 1,
+                child_log_probs,
+            )
+            chosen = stable_top_k(child_log_probs, settings.top_k)  # [B, K]
+            parents = chosen // settings.top_k
+            token_ids = child_ids.flatten(1).gather(1, chosen)
+            log_probs = child_log_probs.gather(1, chosen)
+            hidden = output.gather(1, parents[..., None].expand(-1, -1, output.shape[-1]))
+            candidates = first_child + chosen
+        self.cache.forget_appended()
+        return select_nodes(self.root_ids, pool, settings.num_nodes)
+
+    def _propose(self, hidden: torch.Tensor, top_k: int):
+        """The top_k next tokens after each of `(B, n, D)` outputs: target ids and log-probabilities `(B, n, K)`."""
+        log_probs = torch.log_softmax(self.draft.compute_logits(hidden).float(), dim=-1)
+        values, token_ids = torch.nan_to_num(log_probs, nan=-torch.inf).topk(top_k, dim=-1)
+        if self.draft.draft_to_target is not None:
+            token_ids = self.draft.draft_to_target[token_ids]
+        return token_ids, values
+
+    def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        visible = visible_keys(self.cache.committed, ancestors)
+        return attention_mask(visible, self.draft.config._attn_implementation, dtype)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch only."""
+        if self.cache is None:
+            return
+        self.cache.keep_rows(rows)
+        index = torch.tensor(rows, device=self.root_ids.device)
+        self.last_hidden = self.last_hidden[index]
+        self.last_position = self.last_position[index]
+        self.root_ids = self.root_ids[index]
+
+
+class _Frontier:
+    """Runs the modules over a growing tree, each over the nodes that its cache does not hold yet."""
+
+    def __init__(self, drafter: Drafter):
+        self.drafter = drafter
+        # In each cache: one shared by all modules, or one for each.
+        self.num_written = [0] * len(drafter.prefill_steps)
+        self.token_ids = self.hidden = self.position_ids = self.ancestors = None
+
+    def step(self, step: int, token_ids, hidden, parents) -> torch.Tensor:
+        """Outputs `(B, K, D)` of a draft step over the frontier; `parents` `(B, K)` index the previous frontier."""
+        drafter, num_nodes = self.drafter, token_ids.shape[1]
+        self._append(step, token_ids, hidden, parents)
+        cache_index = drafter.draft.config.module_of_step(step) if len(self.num_written) > 1 else 0
+        start = self.num_written[cache_index]
+        output = drafter.draft(
+            self.token_ids[:, start:],
+            self.hidden[:, start:],
+            step,
+            drafter._mask(self.ancestors[:, start:], hidden.dtype),
+            self.position_ids[:, start:],
+            drafter.cache.cache,
+        ).last_hidden_state
+        self.num_written[cache_index] = self.token_ids.shape[1]
+        return output[:, -num_nodes:]
+
+    def _append(self, step, token_ids, hidden, parents) -> None:
+        num_rows, num_nodes = token_ids.shape
+        position_ids = (self.drafter.last_position[:, None] + step).expand(-1, num_nodes)
+        own = torch.eye(num_nodes, dtype=torch.bool, device=token_ids.device).expand(num_rows, -1, -1)
+        if self.token_ids is None:
+            self.token_ids, self.hidden, self.position_ids, self.ancestors = token_ids, hidden, position_ids, own
+            return
+        num_before = self.token_ids.shape[1]
+        inherited = self.ancestors[:, -num_nodes:].gather(1, parents[..., None].expand(-1, -1, num_before))
+        above = torch.cat((self.ancestors, own.new_zeros((num_rows, num_before, num_nodes))), dim=2)
+        self.ancestors = torch.cat((above, torch.cat((inherited, own), dim=2)), dim=1)  # [B, R, R]
+        self.token_ids = torch.cat((self.token_ids, token_ids), dim=1)
+        self.hidden = torch.cat((self.hidden, hidden), dim=1)
+        self.position_ids = torch.cat((self.position_ids, position_ids), dim=1)

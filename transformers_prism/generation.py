@@ -1,0 +1,249 @@
+"""`target.generate(**inputs, assistant_model=draft)`: the hook into transformers and the round loop.
+
+A round drafts a tree, verifies it in one forward of the target, and commits the path that plain decoding would have
+taken:
+
+    draft   the drafter reads what the last round committed (step 0) and grows a tree (steps 1 and later)
+    verify  one target forward over the tree under its ancestor mask
+    commit  walk the tree with the target's processed logits, emit, compact the caches to the path
+"""
+
+import functools
+import warnings
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .speculation import Speculation
+from .target_rounds import ChainTarget, make_target
+from .tree_policy import TreeSettings
+from .verification import OutputRows, argmax_choices, walk
+
+# Processors that keep one state for a whole batch, so that rows cannot run ahead of each other.
+_WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+
+
+def install() -> None:
+    """Let `generate(assistant_model=...)` reach drafts of model type "prism". Doing it twice changes nothing."""
+    original = GenerationMixin._assisted_decoding
+    if getattr(original, "_prism_original", None) is not None:
+        return
+
+    # The signature stays the original's: generate() passes some arguments only to methods that name them.
+    @functools.wraps(original)
+    def _assisted_decoding(self, *args, **kwargs):
+        draft = kwargs.get("assistant_model")
+        if draft is not None and draft.config.model_type == "prism":
+            return draft.assist(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    _assisted_decoding._prism_original = original
+    GenerationMixin._assisted_decoding = _assisted_decoding
+
+
+def uninstall() -> None:
+    """Undo [`install`]; making or loading a draft installs the hook again."""
+    original = getattr(GenerationMixin._assisted_decoding, "_prism_original", None)
+    if original is not None:
+        GenerationMixin._assisted_decoding = original
+
+
+def speculative_generate(
+    target,
+    draft,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    synced_gpus=False,
+    streamer=None,
+    inputs_tensor=None,
+    assistant_model=None,
+    assistant_tokenizer=None,
+    tokenizer=None,
+    **model_kwargs,
+):
+    """Decode `target` with `draft`; the arguments are those that generate() prepares for its decoding methods.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, T)`, or `GenerateDecoderOnlyOutput` with the attribute `speculation`.
+    Raises:
+        ValueError: before any token, if settings or models cannot work together.
+    """
+    settings = TreeSettings.resolve(
+        generation_config, draft.generation_config, num_draft_tokens=draft.config.num_draft_tokens
+    )
+    draft.bind(target, tokenizer)
+    plain_arguments = {
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+        "generation_config": generation_config,
+        "synced_gpus": synced_gpus,
+        "streamer": streamer,
+    }
+    reason = _reason_to_decline(target, input_ids, plain_arguments, model_kwargs)
+    if assistant_tokenizer is not None:
+        reason = "an assistant tokenizer was given, but a draft shares its target's"
+    target_side = None
+    if reason is None:
+        target_side = make_target(
+            target, draft.config.target_layer_ids, generation_config, model_kwargs, input_ids.shape[0]
+        )
+        reason = "this cache can be served neither by a tree nor by a chain" if target_side is None else None
+    if reason is not None:
+        return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
+
+    rows = OutputRows(input_ids, logits_processor, stopping_criteria, generation_config)
+    if isinstance(target_side, ChainTarget):
+        settings = settings.as_chain()
+    was_training = draft.training
+    try:
+        draft.eval()
+        with target._optimize_model_for_decode():
+            speculation = _decode(draft, target_side, rows, settings, streamer, input_ids)
+            sequences = rows.finish()
+            target_side.finish(sequences)
+    except BaseException:
+        target_side.abandon()
+        raise
+    finally:
+        draft.train(was_training)
+    draft.last_speculation = speculation
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    num_steps = sequences.shape[1] - rows.prompt_length
+    output = GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=rows.stacked(rows.scores, num_steps),
+        logits=rows.stacked(rows.logits, num_steps),
+        past_key_values=model_kwargs["past_key_values"],
+    )
+    output.speculation = speculation
+    return output
+
+
+def _decode(draft, target_side, rows: OutputRows, settings: TreeSettings, streamer, input_ids) -> Speculation:
+    """The prefill, then rounds until every row is done."""
+    speculation = Speculation.empty(rows.num_rows)
+    first_logits = target_side.prefill(input_ids)
+    for row in range(rows.num_rows):
+        rows.append(row, rows.choose(row, first_logits[row]))
+    _stream(streamer, rows, num_new=1)
+    drafter = draft.make_drafter()
+    active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
+    new = target_side.prompt_for_draft(rows)
+    while True:
+        with speculation.timed("other"):
+            active, new = _drop_finished(rows, active, new, target_side, drafter)
+        if all(rows.is_done(row) for row in active):
+            return speculation
+        with speculation.timed("draft"):
+            drafter.prefill(*new)
+            # A node can only be emitted if there is room for the token behind it.
+            tree = drafter.grow(settings.clipped(max(rows.remaining(row) for row in active) - 1))
+        with speculation.timed("verify"):
+            logits, hidden = target_side.verify(tree)
+        with speculation.timed("commit"):
+            kept = _walk_rows(rows, active, tree, logits, speculation)
+            target_side.commit(kept)
+            new = target_side.committed_for_draft(rows, active, kept, hidden)
+        _stream(streamer, rows, num_new=len(kept[0]), is_round=True)
+
+
+def _walk_rows(rows: OutputRows, active: list[int], tree, logits, speculation) -> list[list[int]]:
+    """Emit this round's tokens; returns for each row the nodes whose keys and values stay."""
+    choices = argmax_choices(rows, logits)
+    kept: list[list[int]] = []
+    for i, row in enumerate(active):
+        if rows.is_done(row):
+            kept.append([])
+            continue
+        kept.append(walk(rows, row, tree, i, logits[i], choices and choices[i]))
+        speculation.add_round(row, num_emitted=len(kept[-1]))
+    rows.forget_passed_noise(active)
+    return kept
+
+
+def _drop_finished(rows: OutputRows, active: list[int], new, target_side, drafter):
+    """Leave finished rows out of the caches, unless the whole cache is to be returned."""
+    going = [i for i, row in enumerate(active) if not rows.is_done(row)]
+    if len(going) == len(active) or not going or target_side.returns_cache:
+        return active, new
+    target_side.keep_rows(going)
+    drafter.keep_rows(going)
+    return [active[i] for i in going], new.select(going)
+
+
+def _stream(streamer, rows: OutputRows, num_new: int, is_round: bool = False) -> None:
+    """Hand the newest tokens to a streamer one by one, as plain decoding does.
+
+    A streamer with a method `put_round` is told before each round how many of its tokens were drafted.
+    """
+    if streamer is None:
+        return
+    if is_round and hasattr(streamer, "put_round"):
+        streamer.put_round(num_new - 1)
+    for index in range(rows.lengths[0] - num_new, rows.lengths[0]):
+        streamer.put(rows.ids[:, index].cpu())
+
+
+def _reason_to_decline(target, input_ids, plain_arguments: dict, model_kwargs: dict) -> str | None:
+    """Why the loop cannot serve this call and plain decoding has to; None if it can.
+
+    Raises:
+        ValueError: for what plain decoding would not do either.
+    """
+    generation_config = plain_arguments["generation_config"]
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"expected a decoder-only target, got {type(target).__name__}")
+    if generation_config.dola_layers is not None:
+        raise ValueError(f"dola_layers: expected None beside a draft, got {generation_config.dola_layers!r}")
+    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+        return "use_cache=False leaves nothing to verify a draft against"
+    if plain_arguments["synced_gpus"]:
+        return "synced_gpus asks for the same forwards on every process"
+    if model_kwargs.get("inputs_embeds") is not None:
+        return "inputs_embeds has no token ids for the draft to read"
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_attentions or generation_config.output_hidden_states
+    ):
+        return "attentions and hidden states of every step were asked for"
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is not None and position_ids.dim() != 2:
+        return f"position_ids has {position_ids.dim()} dimensions instead of 2"
+    known = ("attention_mask", "position_ids", "cache_position")
+    extra = [key for key, value in model_kwargs.items() if isinstance(value, torch.Tensor) and key not in known]
+    if extra:
+        return f"the model input {extra[0]} cannot be carried along a tree"
+    return _reason_to_decline_batch(plain_arguments) if input_ids.shape[0] > 1 else None
+
+
+def _reason_to_decline_batch(plain_arguments: dict) -> str | None:
+    """Rows of a batch run ahead of each other, which a processor or criterion with a state of its own cannot follow."""
+    for kind in ("logits_processor", "stopping_criteria"):
+        for function in plain_arguments[kind]:
+            name, module = type(function).__name__, type(function).__module__
+            if name in _WHOLE_BATCH_PROCESSORS or not module.startswith("transformers."):
+                return f"{name} may keep a state for the whole batch"
+    return None
+
+
+def _decode_plainly(reason: str, target, draft, input_ids, plain_arguments: dict, model_kwargs: dict):
+    """Plain decoding from inside the hook, with a warning; the result is the same as without a draft."""
+    warnings.warn(f"decoding without the draft: {reason}", stacklevel=5)
+    output = type(target)._sample(target, input_ids, **plain_arguments, **model_kwargs)
+    returns_dict = plain_arguments["generation_config"].return_dict_in_generate
+    sequences = output.sequences if returns_dict else output
+    num_rounds = max(sequences.shape[1] - input_ids.shape[1] - 1, 0)
+    speculation = Speculation.empty(input_ids.shape[0])
+    speculation.declined = reason
+    for row in range(input_ids.shape[0]):
+        for _ in range(num_rounds):
+            speculation.add_round(row, num_emitted=1)
+    draft.last_speculation = speculation
+    if returns_dict:
+        output.speculation = speculation
+    return output

@@ -1,0 +1,66 @@
+"""What a generate() call with a draft did: rounds, accepted tokens, time."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Speculation:
+    """Statistics of one generate() call; lists have one entry per row of the batch.
+
+    Args:
+        num_rounds: rounds (target forwards) that the row took part in; the prefill is not counted.
+        num_committed: tokens emitted by those rounds, after cutting at the end; the prefill's token is not counted.
+        accepted_per_round: accepted draft tokens of each round, the bonus token not counted. A token at which the
+            row ended counts as the bonus.
+        seconds: wall-clock seconds on the host, split into "draft", "verify", "commit" and "other". On an accelerator
+            a phase is charged for work that an earlier one queued.
+        declined: why the draft was not used and plain decoding ran instead; None if it was used.
+    """
+
+    num_rounds: list[int]
+    num_committed: list[int]
+    accepted_per_round: list[list[int]]
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"draft": 0.0, "verify": 0.0, "commit": 0.0, "other": 0.0}
+    )
+    declined: str | None = None
+
+    @classmethod
+    def empty(cls, num_rows: int) -> "Speculation":
+        """Nothing done yet for `num_rows` rows."""
+        return cls([0] * num_rows, [0] * num_rows, [[] for _ in range(num_rows)])
+
+    @property
+    def acceptance_length(self) -> float:
+        """tau, pooled: committed tokens per round over all rows, the bonus included; NaN without a round."""
+        rounds = sum(self.num_rounds)
+        return sum(self.num_committed) / rounds if rounds else float("nan")
+
+    @property
+    def conditional_acceptance(self) -> list[float]:
+        """For draft step i = 0, 1, ...: share of rounds that accepted more than i tokens among those that accepted i.
+
+        Source: PRISM artifact, `draw_pos_6.py`.
+        """
+        accepted = [count for row in self.accepted_per_round for count in row]
+        deepest = max(accepted, default=0)
+        reached = [sum(count >= step for count in accepted) for step in range(deepest + 2)]
+        return [reached[step + 1] / reached[step] for step in range(deepest + 1)] if accepted else []
+
+    def add_round(self, row: int, num_emitted: int) -> None:
+        """Count a round in which `row` emitted `num_emitted` tokens, at least 1."""
+        self.num_rounds[row] += 1
+        self.num_committed[row] += num_emitted
+        self.accepted_per_round[row].append(num_emitted - 1)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
