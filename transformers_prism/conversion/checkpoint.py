@@ -78,7 +78,7 @@ def read_weight_ending_with(target: str, ending: str) -> torch.Tensor | None:
             shards = {weight: shard for weight, shard in shards_of(path).items() if weight.endswith(ending)}
             if len(shards) != 1:
                 return None
-            path = Path(cached_file(target, next(iter(shards.values()))))
+            path = Path(str(cached_file(target, next(iter(shards.values())))))
         matching = _read_tensors(path, ending)
         return next(iter(matching.values())) if len(matching) == 1 else None
     return None

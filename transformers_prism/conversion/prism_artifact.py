@@ -176,8 +176,8 @@ def _make_config(
     theirs, weights, target, target_config, context_kv, num_target_layers
 ) -> tuple[PrismConfig, list[str]]:
     """The draft's configuration, and what was assumed about the target."""
-    notes = []
-    fingerprint = dict.fromkeys(("name", "revision", "tokenizer_hash"))
+    notes: list[str] = []
+    fingerprint: dict = dict.fromkeys(("name", "revision", "tokenizer_hash"))
     fingerprint.update(vocab_size=theirs["vocab_size"], hidden_size=theirs["hidden_size"])
     ids = {name: theirs.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if target_config is not None:
