@@ -1,0 +1,191 @@
+"""Tiny random targets of many architectures, and a draft that is scripted to be right and wrong at random places."""
+
+import random
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism.tree import Tree
+
+VOCAB_SIZE = 97
+PAD_ID = 0
+EOS_ID = 1
+
+_SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD_ID,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,  # tied, a random model mostly repeats its input
+    "initializer_range": 0.3,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MIXED_LAYERS = ["sliding_attention", "full_attention"] * 2
+
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2_mixed_windows": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 6, "layer_types": _MIXED_LAYERS},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
+    "phi3": ("Phi3Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "mixtral": ("MixtralConfig", _EXPERTS),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "head_dim": 16}),
+}
+
+
+def tiny_target(architecture: str = "llama", seed: int = 0, attn_implementation: str | None = None, **overrides):
+    """A random target in float32; `seed` draws its weights without touching the global generator."""
+    name, settings = ARCHITECTURES[architecture]
+    arguments = {**_SMALL, **settings, **overrides}
+    if architecture == "gpt2":
+        shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "tie_word_embeddings")
+        arguments = {**{key: _SMALL[key] for key in shared}, **settings, **overrides}
+    config = getattr(transformers, name)(**arguments)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    return model.float().eval()
+
+
+def varied_target(architecture: str, input_ids, attention_mask=None, num_distinct: int = 12, **generate_kwargs):
+    """A tiny target whose plain output on these prompts has many distinct tokens in every row."""
+    for seed in range(200):
+        target = tiny_target(architecture, seed)
+        plain = target.generate(input_ids, attention_mask=attention_mask, do_sample=False, **generate_kwargs)
+        new = plain[:, input_ids.shape[1] :]
+        if min(len(set(row.tolist())) for row in new) >= num_distinct:
+            return target
+    raise AssertionError(f"no {architecture} with {num_distinct} distinct tokens in 200 draws")
+
+
+def prompts(num_rows: int, length: int = 9, seed: int = 0):
+    """Random prompts, `(input_ids, attention_mask)`; later rows have more left padding."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCAB_SIZE, (num_rows, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row in range(num_rows):
+        attention_mask[row, : 2 * row] = 0
+        input_ids[row, : 2 * row] = PAD_ID
+    return input_ids, attention_mask
+
+
+def tiny_draft(target, seed: int = 0, **overrides) -> PrismDraftModel:
+    """A random draft for a target."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        draft = PrismDraftModel(PrismConfig.from_target(target, initializer_range=0.3, **overrides))
+    draft.generation_config.update(tree_top_k=3, tree_depth=4, tree_num_nodes=15)
+    return draft.float().eval()
+
+
+class ScriptedDraft(PrismDraftModel):
+    """A draft that knows what the target will say and proposes it with errors at random places.
+
+    `script` holds, per row, the tokens that plain decoding emits. In each round the tree holds a random number of
+    true tokens, 0 to its depth, in a row, between random other nodes.
+    """
+
+    script: list[list[int]]
+    seed: int = 0
+
+    def make_drafter(self):
+        """A drafter that reads the script."""
+        return ScriptedDrafter(self)
+
+
+class ScriptedDrafter:
+    """Stands in for `Drafter`: counts what was committed, and builds trees around the script."""
+
+    def __init__(self, draft: ScriptedDraft):
+        self.scripts = list(draft.script)
+        self.num_emitted = [0] * len(self.scripts)
+        self.root_ids = None
+        self.random = random.Random(draft.seed)
+
+    def prefill(self, token_ids, target_hidden, position_ids, num_new, padding_mask=None):
+        """Check what the loop hands over, and count it; the prompt brings one emitted token."""
+        assert token_ids.shape == target_hidden.shape[:2] == position_ids.shape
+        is_prompt = self.root_ids is None
+        for row, count in enumerate(num_new):
+            assert (position_ids[row, :count].diff() >= 0).all()
+            emitted = 1 if is_prompt else count
+            told = token_ids[row, count - emitted : count].tolist()
+            start = self.num_emitted[row]
+            assert told == self.scripts[row][start : start + emitted]
+            self.num_emitted[row] += emitted
+        self.root_ids = token_ids[torch.arange(len(num_new)), torch.tensor(num_new) - 1]
+
+    def keep_rows(self, rows):
+        """Go on with these rows."""
+        self.scripts = [self.scripts[row] for row in rows]
+        self.num_emitted = [self.num_emitted[row] for row in rows]
+        if self.root_ids is not None:
+            self.root_ids = self.root_ids[rows]
+
+    def grow(self, settings) -> Tree:
+        """A tree of exactly `settings.num_nodes` nodes, at most `settings.depth` deep."""
+        rows = [self._grow_row(row, settings) for row in range(len(self.scripts))]
+        token_ids, parents, depths = (torch.tensor(part) for part in zip(*rows, strict=True))
+        return Tree(token_ids, parents, depths, -depths.float())
+
+    def _grow_row(self, row: int, settings):
+        following = self.scripts[row][self.num_emitted[row] :]
+        num_true = self.random.randint(0, min(settings.depth, settings.num_nodes, len(following)))
+        is_true = [True] * num_true + [False] * (settings.num_nodes - num_true)
+        if settings.tree != "chain":
+            self.random.shuffle(is_true)
+        token_ids, parents, depths = [int(self.root_ids[row])], [0], [0]
+        end_of_true = 0
+        for true in is_true:
+            if true:
+                parent, token = end_of_true, following[depths[end_of_true]]
+                end_of_true = len(token_ids)
+            elif settings.tree == "chain":
+                parent, token = len(token_ids) - 1, self.random.randrange(VOCAB_SIZE)
+            else:
+                shallow = [node for node, depth in enumerate(depths) if depth < settings.depth]
+                parent, token = self.random.choice(shallow), self.random.randrange(VOCAB_SIZE)
+            token_ids.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+        return token_ids, parents, depths
+
+
+def scripted_draft(target, plain_sequences, prompt_length: int, seed: int = 0, **settings) -> ScriptedDraft:
+    """A scripted draft for the output of plain decoding, `(B, T)` with the prompts."""
+    with torch.random.fork_rng():
+        draft = ScriptedDraft(PrismConfig.from_target(target)).eval()
+    draft.script = [row[prompt_length:].tolist() for row in plain_sequences]
+    draft.seed = seed
+    draft.generation_config.update(**{"tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 12, **settings})
+    return draft
+
+
+def generate_twice(target, draft, input_ids, attention_mask=None, seed: int = 5, **kwargs):
+    """Plain output, output with the draft, and whether both left the global generator in the same state."""
+    states = []
+    outputs = []
+    for assistant in ({}, {"assistant_model": draft}):
+        torch.manual_seed(seed)
+        outputs.append(target.generate(input_ids, attention_mask=attention_mask, **assistant, **kwargs))
+        states.append(torch.get_rng_state())
+    return outputs[0], outputs[1], torch.equal(*states)
