@@ -268,7 +268,16 @@ class ChainTarget(_Target):
         self.length_before = int(self.cache.get_seq_length())
 
     def after_prefill(self) -> None:
-        """Let layers that forget keep enough to be rolled back."""
+        """Let layers that forget keep enough to be rolled back.
+
+        Raises:
+            ValueError: before any token, if a layer cannot be rolled back at all.
+        """
+        if not self.cache.is_croppable:
+            raise ValueError(
+                f"expected a target whose cache can be rolled back, got {type(self.target).__name__} with recurrent "
+                "states; decode it without a draft"
+            )
         self.cache.activate_past_recording()
 
     def verify(self, tree: Tree):
@@ -297,14 +306,16 @@ class ChainTarget(_Target):
     def abandon(self) -> None:
         """Roll the cache back to what it held before the call."""
         num_new = int(self.cache.get_seq_length()) - self.length_before
-        if num_new > 0:
+        if num_new > 0 and self.cache.is_croppable:
             self.cache.activate_past_recording()
             self.cache.crop(-num_new)
 
 
 def chain_cache_is_served(cache, num_rows: int) -> bool:
-    """Whether [`ChainTarget`] can serve this cache: one row, kept in memory, and every layer can be rolled back."""
-    return num_rows == 1 and type(cache) is DynamicCache and not cache.offloading and cache.is_croppable
+    """Whether [`ChainTarget`] can serve this cache: one row, kept in memory, and every layer can be rolled back, which
+    some layers only tell once they hold something."""
+    is_plain = num_rows == 1 and type(cache) is DynamicCache and not cache.offloading
+    return is_plain and (cache.is_croppable or cache.get_seq_length() == 0)
 
 
 def make_target(target, layer_ids, generation_config, model_kwargs, num_rows: int):

@@ -1,0 +1,726 @@
+"""The hook, and everything that generate() lets a user ask for, with a draft as without."""
+
+import warnings
+
+import pytest
+import torch
+from tiny_models import (
+    EOS_ID,
+    PAD_ID,
+    VOCAB_SIZE,
+    generate_twice,
+    prompts,
+    scripted_draft,
+    tiny_draft,
+    tiny_target,
+    varied_target,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_prism import install, uninstall
+
+pytestmark = pytest.mark.quick
+LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
+
+
+def scripted(num_rows=1, architecture="llama", **kwargs):
+    """Target, scripted draft and prompts for greedy output of 30 tokens."""
+    input_ids, mask = prompts(num_rows)
+    target = varied_target(architecture, input_ids, mask, **LENGTH)
+    plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH)
+    return target, scripted_draft(target, plain, input_ids.shape[1], **kwargs), input_ids, mask
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is the word "w{i}"."""
+    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE - 1)}
+    vocabulary["abcdef"] = VOCAB_SIZE - 1  # transformers' stop strings tokenize this word to learn about prefixes
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", bos_token="w2")
+
+
+class RecordingStreamer(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        """Keep a call."""
+        self.calls.append(value.tolist())
+
+    def end(self):
+        """Keep the end."""
+        self.calls.append("end")
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_eos_inside_a_block_ends_each_row_where_plain_ends(num_rows, as_list):
+    """Every token of the plain output serves as EOS once, so that rows end at every place of a block."""
+    target, draft, input_ids, mask = scripted(num_rows)
+    for token in set(draft.script[0][:12]):
+        eos = [token, draft.script[-1][15]] if as_list else token
+        plain, speculative, _ = generate_twice(
+            target, draft, input_ids, mask, do_sample=False, eos_token_id=eos, **LENGTH
+        )
+        assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize("num_new_tokens", [1, 2, 3, 5, 17])
+def test_length_limits(num_new_tokens):
+    """max_new_tokens, max_length and min_new_tokens cut as plain decoding does."""
+    # min_new_tokens changes the text, so the script need not fit: a draft that is wrong is still lossless.
+    target, draft, input_ids, mask = scripted(3, is_strict=False)
+    for limits in (
+        {"max_new_tokens": num_new_tokens},
+        {"max_length": input_ids.shape[1] + num_new_tokens},
+        {"max_new_tokens": 20, "min_new_tokens": num_new_tokens, "eos_token_id": draft.script[0][2]},
+    ):
+        plain, speculative, _ = generate_twice(
+            target, draft, input_ids, mask, do_sample=False, pad_token_id=PAD_ID, **limits
+        )
+        assert torch.equal(plain, speculative)
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("with_eos", [False, True])
+def test_stop_strings(num_rows, with_eos):
+    """Without an EOS, plain decoding goes on writing in stopped rows until all are stopped; so do we."""
+    target, draft, input_ids, mask = scripted(num_rows)
+    tokenizer = word_tokenizer()
+    stop_strings = [f"w{row[5 + 4 * index]}" for index, row in enumerate(draft.script)]
+    eos = {"eos_token_id": EOS_ID} if with_eos else {}
+    plain, speculative, _ = generate_twice(
+        target, draft, input_ids, mask, do_sample=False, stop_strings=stop_strings, tokenizer=tokenizer, **eos, **LENGTH
+    )
+    assert torch.equal(plain, speculative)
+    assert plain.shape[1] < input_ids.shape[1] + 30
+    assert draft.last_speculation.declined is None
+
+
+def test_rows_that_run_ahead_leave_the_generator_in_plains_state():
+    """Sampling without an EOS: rows are cut back to the step at which the last one stopped."""
+    input_ids, mask = prompts(3)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    tokenizer = word_tokenizer()
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, attention_mask=mask, do_sample=True, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    stop_strings = [f"w{row[8]}" for row in draft.script]
+    plain, speculative, same_state = generate_twice(
+        target, draft, input_ids, mask, do_sample=True, stop_strings=stop_strings, tokenizer=tokenizer, **LENGTH
+    )
+    assert torch.equal(plain, speculative)
+    assert same_state
+
+
+def test_a_custom_criterion_sees_every_token_in_order():
+    """At batch 1 any criterion is served, called once per emitted token with the ids so far."""
+    target, draft, input_ids, mask = scripted()
+
+    class EverySeventh(StoppingCriteria):
+        seen: list = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.seen.append(input_ids.tolist())
+            return torch.full((input_ids.shape[0],), len(self.seen) % 7 == 0)
+
+    seen = []
+    for assistant in ({}, {"assistant_model": draft}):
+        criterion = EverySeventh()
+        criterion.seen = []
+        target.generate(
+            input_ids, do_sample=False, stopping_criteria=StoppingCriteriaList([criterion]), **assistant, **LENGTH
+        )
+        seen.append(criterion.seen)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 7
+
+
+# --- processors ------------------------------------------------------------------------------------------------------
+
+
+class ForbidTwoBefore(LogitsProcessor):
+    """Keeps a state: forbids the argmax of two calls ago."""
+
+    def __init__(self):
+        self.past = []
+
+    def __call__(self, input_ids, scores):
+        self.past.append(scores.argmax(-1))
+        if len(self.past) > 2:
+            scores = scores.scatter(1, self.past[-3][:, None], -torch.inf)
+        return scores
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_processor_with_a_state_of_its_own(num_rows):
+    """Served at batch 1; a batch is decoded plainly, with a warning, since its rows run ahead of each other."""
+    input_ids, mask = prompts(num_rows)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    outputs = []
+    for assistant in ({}, {"assistant_model": draft}):
+        processors = LogitsProcessorList([ForbidTwoBefore()])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs.append(
+                target.generate(
+                    input_ids, attention_mask=mask, do_sample=False, logits_processor=processors, **assistant, **LENGTH
+                )
+            )
+    assert torch.equal(*outputs)
+    assert (draft.last_speculation.declined is None) == (num_rows == 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.3, "encoder_no_repeat_ngram_size": 2},
+        {"exponential_decay_length_penalty": (3, 1.4), "eos_token_id": EOS_ID},
+        {"bad_words_ids": [[5], [7, 8]], "suppress_tokens": [9], "begin_suppress_tokens": [11]},
+        {"sequence_bias": {(6,): 5.0}, "forced_eos_token_id": EOS_ID},
+        {"guidance_scale": 1.5},
+        {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.001, "eta_cutoff": 0.001},
+        {"do_sample": True, "renormalize_logits": True, "min_p": 0.05},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: [token for token in range(3, 97) if (token + batch) % 3]},
+    ],
+)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_processors_of_transformers(settings, num_rows):
+    """Each gives plain's tokens, with a draft that is mostly wrong about them."""
+    input_ids, mask = prompts(num_rows)
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target)
+    arguments = {"do_sample": False, **LENGTH, **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **arguments)
+    assert torch.equal(plain, speculative)
+    assert same_state
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_scores_and_logits(num_rows):
+    """One entry per emitted token, within float noise of plain's; rows that ended earlier hold zeros."""
+    target, draft, input_ids, mask = scripted(num_rows)
+    eos = draft.script[0][7]
+    plain, speculative, _ = generate_twice(
+        target,
+        draft,
+        input_ids,
+        mask,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        repetition_penalty=1.0001,
+        eos_token_id=eos,
+        **LENGTH,
+    )
+    assert torch.equal(plain.sequences, speculative.sequences)
+    for name in ("scores", "logits"):
+        assert len(plain[name]) == len(speculative[name]) == plain.sequences.shape[1] - input_ids.shape[1]
+        for step, (a, b) in enumerate(zip(plain[name], speculative[name], strict=True)):
+            for row in range(num_rows):
+                ended = eos in plain.sequences[row, input_ids.shape[1] :][:step].tolist()
+                torch.testing.assert_close(b[row], torch.zeros_like(b[row]) if ended else a[row], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_the_returned_cache_is_the_one_plain_returns(architecture, num_rows):
+    """Same classes, lengths, keys and values, also behind rows that ended earlier; plain decoding continues on it."""
+    target, draft, input_ids, mask = scripted(num_rows, architecture)
+    plain, speculative, _ = generate_twice(
+        target,
+        draft,
+        input_ids,
+        mask,
+        do_sample=False,
+        return_dict_in_generate=True,
+        eos_token_id=draft.script[0][9],
+        **LENGTH,
+    )
+    assert torch.equal(plain.sequences, speculative.sequences)
+    real = torch.cat((mask, torch.ones_like(plain.sequences[:, mask.shape[1] : -1])), dim=1).bool()
+    assert plain.past_key_values.get_seq_length() == speculative.past_key_values.get_seq_length() == real.shape[1]
+    for a, b in zip(plain.past_key_values.layers, speculative.past_key_values.layers, strict=True):
+        assert type(a) is type(b)
+        assert a.keys.shape == b.keys.shape
+        seen = real[:, -a.keys.shape[2] :]
+        for name in ("keys", "values"):
+            left, right = getattr(a, name).transpose(1, 2)[seen], getattr(b, name).transpose(1, 2)[seen]
+            torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2_mixed_windows"])
+@pytest.mark.parametrize("only_new_ids", [False, True])
+def test_a_chat_continues_on_a_given_cache(architecture, only_new_ids):
+    """Three turns, each with a draft, on one cache; all ids given again or only the new ones with a full mask."""
+    input_ids, _ = prompts(1)
+    target = varied_target(architecture, input_ids, None, **LENGTH)
+    draft = tiny_draft(target)
+    histories = []
+    for assistant in ({}, {"assistant_model": draft}):
+        cache = DynamicCache(config=target.config)
+        history = input_ids
+        for turn in range(3):
+            given = history
+            if only_new_ids and turn:
+                given = history[:, cache.get_seq_length() :]
+            length = given.shape[1] + 11
+            output = target.generate(
+                given,
+                attention_mask=torch.ones_like(history),
+                past_key_values=cache,
+                do_sample=False,
+                max_length=length,
+                pad_token_id=PAD_ID,
+                **assistant,
+            )
+            assert cache.get_seq_length() == history.shape[1] + 11 - 1
+            history = torch.cat((history, output[:, given.shape[1] :], torch.tensor([[20 + turn, 30, 40]])), dim=1)
+        histories.append(history)
+    assert torch.equal(*histories)
+    assert type(cache.layers[0]) is type(DynamicCache(config=target.config).layers[0])
+
+
+def test_streamer_gets_what_plain_gives_it():
+    """The prompt, then one tensor of one token at a time, then the end."""
+    target, draft, input_ids, _ = scripted()
+    calls = []
+    for assistant in ({}, {"assistant_model": draft}):
+        streamer = RecordingStreamer()
+        target.generate(input_ids, do_sample=False, streamer=streamer, **assistant, **LENGTH)
+        calls.append(streamer.calls)
+    assert calls[0] == calls[1]
+
+
+def test_streamer_can_tell_accepted_tokens_from_bonus_tokens():
+    """`put_round` comes before each round's tokens and says how many of them were drafted."""
+    target, draft, input_ids, _ = scripted()
+    streamer = RecordingStreamer()
+    streamer.put_round = lambda num_accepted: streamer.calls.append(num_accepted)
+    target.generate(input_ids, do_sample=False, streamer=streamer, assistant_model=draft, **LENGTH)
+    rounds = [call for call in streamer.calls if isinstance(call, int)]
+    assert rounds == draft.last_speculation.accepted_per_round[0]
+    assert sum(rounds) + len(rounds) == 29
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_statistics(num_rows):
+    """Committed tokens and rounds agree with the output; the pooled acceptance length is their ratio."""
+    target, draft, input_ids, mask = scripted(num_rows)
+    output = target.generate(
+        input_ids,
+        attention_mask=mask,
+        do_sample=False,
+        assistant_model=draft,
+        return_dict_in_generate=True,
+        **LENGTH,
+    )
+    speculation = output.speculation
+    assert speculation is draft.last_speculation
+    assert speculation.num_committed == [29] * num_rows
+    assert speculation.num_rounds == [len(row) for row in speculation.accepted_per_round]
+    assert [sum(row) + len(row) for row in speculation.accepted_per_round] == [29] * num_rows
+    assert speculation.acceptance_length == 29 * num_rows / sum(speculation.num_rounds)
+    accepted = [count for row in speculation.accepted_per_round for count in row]
+    assert speculation.conditional_acceptance[0] == sum(count > 0 for count in accepted) / len(accepted)
+    assert set(speculation.seconds) == {"draft", "verify", "commit", "other"}
+    assert all(seconds > 0 for seconds in speculation.seconds.values())
+
+
+# --- caches and inputs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_static_caches(architecture, num_rows):
+    """A static cache that generate() makes, and one of the user's, which then holds what plain would have left."""
+    target, draft, input_ids, mask = scripted(num_rows, architecture)
+    plain, speculative, _ = generate_twice(
+        target, draft, input_ids, mask, do_sample=False, cache_implementation="static", **LENGTH
+    )
+    assert torch.equal(plain, speculative)
+    caches = []
+    for assistant in ({}, {"assistant_model": draft}):
+        cache = StaticCache(config=target.config, max_cache_len=48)
+        output = target.generate(
+            input_ids, attention_mask=mask, do_sample=False, past_key_values=cache, **assistant, **LENGTH
+        )
+        assert torch.equal(output, plain)
+        caches.append(cache)
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert int(a.get_seq_length()) == int(b.get_seq_length())
+        seen = min(int(a.get_seq_length()), a.keys.shape[2])
+        left, right = a.keys[:, :, 6:seen], b.keys[:, :, 6:seen]  # behind the longest left padding
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_chunked_prefill(num_rows):
+    """The draft reads the last chunk only; the output does not change."""
+    target, draft, input_ids, mask = scripted(num_rows)
+    plain, speculative, _ = generate_twice(
+        target, draft, input_ids, mask, do_sample=False, prefill_chunk_size=4, **LENGTH
+    )
+    assert torch.equal(plain, speculative)
+    assert draft.last_speculation.declined is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        {"return_dict_in_generate": True, "output_attentions": True},
+    ],
+)
+def test_what_the_loop_cannot_serve_is_decoded_plainly(settings):
+    """With one warning, the same output, and the reason in the statistics."""
+    target, draft, input_ids, mask = scripted(2)
+    target.set_attn_implementation("eager")
+    plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **settings, **LENGTH)
+    with pytest.warns(UserWarning, match="decoding without the draft"):
+        speculative = target.generate(
+            input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **settings, **LENGTH
+        )
+    if settings.get("return_dict_in_generate"):
+        assert speculative.speculation.declined is not None
+        assert len(plain) == len(speculative)
+        plain, speculative = plain.sequences, speculative.sequences
+    assert torch.equal(plain, speculative)
+    assert draft.last_speculation.acceptance_length == 1
+
+
+def test_inputs_embeds_are_decoded_plainly():
+    """There are no token ids for the draft to read."""
+    target, draft, input_ids, _ = scripted()
+    embeds = target.get_input_embeddings()(input_ids)
+    plain = target.generate(inputs_embeds=embeds, do_sample=False, **LENGTH)
+    with pytest.warns(UserWarning, match="inputs_embeds"):
+        assert torch.equal(
+            plain, target.generate(inputs_embeds=embeds, do_sample=False, assistant_model=draft, **LENGTH)
+        )
+
+
+def test_prompt_lookup_beside_a_draft_changes_nothing():
+    """The draft is used; the text is plain's."""
+    target, draft, input_ids, mask = scripted()
+    plain = target.generate(input_ids, do_sample=False, **LENGTH)
+    speculative = target.generate(
+        input_ids, do_sample=False, assistant_model=draft, prompt_lookup_num_tokens=3, **LENGTH
+    )
+    assert torch.equal(plain, speculative)
+
+
+def test_an_empty_prompt_starts_from_bos():
+    """generate() makes it one token long."""
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target)
+    assert torch.equal(
+        target.generate(do_sample=False, **LENGTH), target.generate(do_sample=False, assistant_model=draft, **LENGTH)
+    )
+
+
+def test_learned_positions_are_never_exceeded():
+    """GPT-2 has no position beyond its context: the deepest nodes of the last rounds are left out."""
+    input_ids, mask = prompts(2)
+    target = tiny_target("gpt2", 0, n_positions=24)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree_depth=8, tree_num_nodes=30)
+    plain, speculative, _ = generate_twice(
+        target, draft, input_ids, mask, do_sample=False, max_length=24, pad_token_id=PAD_ID
+    )
+    assert torch.equal(plain, speculative)
+
+
+def test_a_draft_in_train_mode_draws_nothing():
+    """Dropout would disturb the generator; the draft is put back into train mode."""
+    target, _, input_ids, mask = scripted()
+    draft = tiny_draft(target, attention_dropout=0.5).train()
+    plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, do_sample=True, **LENGTH)
+    assert torch.equal(plain, speculative)
+    assert same_state
+    assert draft.training
+
+
+@pytest.mark.parametrize("draft_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16])
+def test_draft_and_target_may_differ_in_dtype(draft_dtype, target_dtype):
+    """States are cast to the draft's dtype, its outputs to the head's."""
+    target, _, input_ids, mask = scripted(2)
+    target = target.to(target_dtype)
+    draft = tiny_draft(target).to(draft_dtype)
+    output = target.generate(input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **LENGTH)
+    assert output.shape == (2, input_ids.shape[1] + 30)
+    if target_dtype == torch.float32:
+        assert torch.equal(output, target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH))
+
+
+def test_half_precision_differs_from_plain_only_at_near_ties():
+    """In bf16 a tree's rows round differently than single rows: where the texts part, the two best logits are as
+    close as that rounding, and both runs continue losslessly from there."""
+    num_parted = 0
+    for seed in range(12):
+        input_ids, _ = prompts(1, seed=seed)
+        target = tiny_target("llama", seed).to(torch.bfloat16)
+        script = target.generate(input_ids, do_sample=False, **LENGTH)
+        draft = scripted_draft(target, script, input_ids.shape[1], is_strict=False)
+        plain, speculative, _ = generate_twice(
+            target, draft, input_ids, do_sample=False, return_dict_in_generate=True, output_logits=True, **LENGTH
+        )
+        same = plain.sequences == speculative.sequences
+        if same.all():
+            continue
+        num_parted += 1
+        step = int((~same[0]).nonzero()[0]) - input_ids.shape[1]
+        best = plain.logits[step][0].topk(2).values
+        assert best[0] - best[1] <= 0.04 * best[0].abs()
+    assert num_parted <= 6
+
+
+# --- roads without a tree --------------------------------------------------------------------------------------------
+
+
+def test_convolution_layers_are_served_by_a_chain():
+    """Their states roll back along a chain, not across a tree."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        initializer_range=0.3,
+        pad_token_id=PAD_ID,
+        eos_token_id=None,
+    )
+    input_ids, _ = prompts(1)
+    torch.manual_seed(4)
+    target = Lfm2ForCausalLM(config).eval()
+    plain = target.generate(input_ids, do_sample=False, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(plain, target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH))
+    assert draft.last_speculation.declined is None
+    assert draft.last_speculation.acceptance_length > 2
+
+
+def test_a_target_without_position_ids_is_served_by_a_chain():
+    """BLOOM derives its positions from the mask."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(4)
+    config = BloomConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=4, n_head=4, pad_token_id=PAD_ID, eos_token_id=None
+    )
+    target = BloomForCausalLM(config).eval()
+    for parameter in target.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    input_ids, mask = prompts(2)
+    plain = target.generate(input_ids[:1], do_sample=False, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(plain, target.generate(input_ids[:1], do_sample=False, assistant_model=draft, **LENGTH))
+    assert draft.last_speculation.acceptance_length > 2
+    with pytest.warns(UserWarning, match="neither by a tree nor by a chain"):
+        batch = target.generate(input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **LENGTH)
+    assert torch.equal(batch, target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_chain_setting(num_rows):
+    """`tree="chain"` with one candidate per step."""
+    target, draft, input_ids, mask = scripted(num_rows, tree="chain", tree_depth=5, tree_num_nodes=20)
+    plain, speculative, _ = generate_twice(target, draft, input_ids, mask, do_sample=False, **LENGTH)
+    assert torch.equal(plain, speculative)
+    assert max(count for row in draft.last_speculation.accepted_per_round for count in row) <= 5
+
+
+# --- settings and the hook -------------------------------------------------------------------------------------------
+
+
+def test_a_generation_config_of_the_call_wins_over_the_drafts():
+    """tree_depth=1 allows one accepted token per round."""
+    target, draft, input_ids, _ = scripted()
+    config = GenerationConfig(do_sample=False, tree_depth=1, tree_num_nodes=1, **LENGTH)
+    output = target.generate(input_ids, generation_config=config, assistant_model=draft)
+    assert torch.equal(output, target.generate(input_ids, do_sample=False, **LENGTH))
+    assert max(draft.last_speculation.accepted_per_round[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tree": "auto"}, "not available yet"),
+        ({"tree": "bush"}, 'tree: expected "static" or "chain", got \'bush\''),
+        ({"tree_top_k": 0}, "tree_top_k: expected an integer of at least 1, got 0"),
+        ({"tree_depth": 2.5}, "tree_depth: expected an integer of at least 1, got 2.5"),
+        ({"tree_top_k": 2, "tree_depth": 2, "tree_num_nodes": 7}, "expected at most 6, .* got 7"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_token(settings, message):
+    """And nothing was changed."""
+    target, draft, input_ids, _ = scripted()
+    draft.generation_config.update(**settings)
+    streamer = RecordingStreamer()
+    with pytest.raises(ValueError, match=message):
+        target.generate(input_ids, do_sample=False, assistant_model=draft, streamer=streamer, **LENGTH)
+    assert streamer.calls == [input_ids.tolist()]
+
+
+def test_settings_survive_saving(tmp_path):
+    """They are generation settings, so they are kept in generation_config.json."""
+    target = tiny_target()
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="chain", tree_depth=3)
+    draft.save_pretrained(tmp_path)
+    again = type(draft).from_pretrained(tmp_path)
+    assert (again.generation_config.tree, again.generation_config.tree_depth) == ("chain", 3)
+    again.save_pretrained(tmp_path / "twice")
+    assert type(draft).from_pretrained(tmp_path / "twice").generation_config.tree == "chain"
+
+
+def test_the_hook_can_be_undone_and_leaves_other_assistants_alone():
+    """Installing twice wraps once; another model as assistant takes transformers' own road."""
+    wrapped = GenerationMixin._assisted_decoding
+    install()
+    assert GenerationMixin._assisted_decoding is wrapped
+    uninstall()
+    try:
+        assert GenerationMixin._assisted_decoding is wrapped._prism_original
+    finally:
+        tiny_draft(tiny_target())  # making a draft installs the hook again
+    assert GenerationMixin._assisted_decoding._prism_original is wrapped._prism_original
+    target, assistant, input_ids = tiny_target("llama", 3), tiny_target("llama", 4), prompts(1)[0]
+    plain = target.generate(input_ids, do_sample=False, **LENGTH)
+    assert torch.equal(plain, target.generate(input_ids, do_sample=False, assistant_model=assistant, **LENGTH))
+
+
+def test_beams_and_return_sequences_stay_as_they_are():
+    """generate() takes beams elsewhere, and refuses several sequences before our loop."""
+    target, draft, input_ids, _ = scripted()
+    plain = target.generate(input_ids, num_beams=2, do_sample=False, **LENGTH)
+    assert torch.equal(plain, target.generate(input_ids, num_beams=2, do_sample=False, assistant_model=draft, **LENGTH))
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        target.generate(input_ids, do_sample=True, num_return_sequences=2, assistant_model=draft, **LENGTH)
+
+
+def test_pipeline_takes_a_draft():
+    """The ids of special tokens equal the target's, which the pipeline asks for."""
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target)
+    arguments = {"model": target, "tokenizer": word_tokenizer()}
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = pipeline("text-generation", **arguments)("w5 w6 w7", **settings)
+    assert pipeline("text-generation", assistant_model=draft, **arguments)("w5 w6 w7", **settings) == plain
+    assert draft.last_speculation is not None
+
+
+def test_a_draft_does_not_generate_alone():
+    """It says how it is used."""
+    with pytest.raises(TypeError, match="assistant_model=draft"):
+        tiny_draft(tiny_target()).generate(torch.tensor([[1, 2]]))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class Poisoned(torch.nn.Module):
+    """A head that writes NaN from its n-th call on."""
+
+    def __init__(self, head, num_good_calls):
+        super().__init__()
+        self.head, self.left = head, num_good_calls
+        self.weight = head.weight
+
+    def forward(self, hidden_states):
+        """Logits, or NaN."""
+        self.left -= 1
+        logits = self.head(hidden_states)
+        return logits if self.left >= 0 else torch.full_like(logits, torch.nan)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_nan_logits_of_the_target_stop_with_an_error(do_sample, num_rows):
+    """And the user's cache, the draft and the hook are as they were."""
+    target, draft, input_ids, mask = scripted(num_rows, is_strict=False)
+    draft.train()
+    cache = DynamicCache(config=target.config)
+    layers = list(cache.layers)
+    head = target.lm_head
+    target.lm_head = Poisoned(head, num_good_calls=3)
+    with pytest.raises(ValueError, match="expected finite logits from the target, got NaN"):
+        target.generate(
+            input_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            do_sample=do_sample,
+            assistant_model=draft,
+            repetition_penalty=1.1 if do_sample else 1.0,
+            **LENGTH,
+        )
+    assert cache.layers == layers
+    assert cache.get_seq_length() == 0
+    assert draft.training
+    target.lm_head = head
+    plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH)
+    assert torch.equal(
+        plain,
+        target.generate(
+            input_ids, attention_mask=mask, past_key_values=cache, do_sample=False, assistant_model=draft, **LENGTH
+        ),
+    )
+
+
+def test_a_draft_with_broken_weights_costs_speed_only():
+    """NaN in the draft makes poor trees, not wrong text."""
+    target, _, input_ids, mask = scripted(2)
+    draft = tiny_draft(target)
+    draft.processing_modules[1].input_projection.weight.data.fill_(torch.nan)
+    plain, speculative, _ = generate_twice(target, draft, input_ids, mask, do_sample=False, **LENGTH)
+    assert torch.equal(plain, speculative)
+
+
+def test_a_draft_for_another_target_is_refused_with_both_names():
+    """Sizes, layers and vocabulary."""
+    target = tiny_target("llama", 0)
+    input_ids, _ = prompts(1)
+    wide = tiny_target("llama", 0, hidden_size=64)
+    with pytest.raises(ValueError, match=r"hidden_size: expected 64 \(draft\), got 32 \(target\)"):
+        target.generate(input_ids, assistant_model=tiny_draft(wide), **LENGTH)
+    deep = tiny_target("llama", 0, num_hidden_layers=8)
+    with pytest.raises(ValueError, match=r"num_hidden_layers: expected 8 \(draft\), got 4 \(target\)"):
+        target.generate(input_ids, assistant_model=tiny_draft(deep), **LENGTH)
+    more_words = tiny_draft(tiny_target("llama", 0, vocab_size=98))
+    with pytest.raises(ValueError, match=r"vocab_size: expected 98 \(draft\), got 97 \(target\)"):
+        more_words.bind(target)
+    with pytest.raises(ValueError, match="different tokenizers"):  # generate() itself comes first
+        target.generate(input_ids, assistant_model=more_words, **LENGTH)
