@@ -1,0 +1,214 @@
+"""Training computes what decoding computes: aligned forwards against the decode path, and the authors' vectors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism.training.alignment import aligned_forward, history_mask
+from transformers_prism.training.losses import aligned_loss
+
+pytestmark = pytest.mark.quick
+
+DATA = Path(__file__).parent / "data" / "reference"
+NUM_TOKENS, WIDTH, VOCABULARY = 9, 32, 97
+
+
+def make_pair(dtype=torch.float32, **overrides):
+    """A tiny random target and a draft bound to it, with weights large enough for attention to matter."""
+    torch.manual_seed(1)
+    target = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).to(dtype)
+    draft = PrismDraftModel(PrismConfig.from_target(target, **overrides)).to(dtype)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return target.eval(), draft.eval().bind(target)
+
+
+def decode_step(draft, module_step, token_ids, hidden, cache, num_before, is_path):
+    """`draft.forward` over rows that follow `num_before` cached ones, with an explicit causal mask."""
+    num_new = token_ids.shape[1]
+    mask = torch.full((num_new, num_before + num_new), -torch.inf, dtype=hidden.dtype).triu(num_before + 1)
+    position_ids = torch.arange(num_before, num_before + num_new)[None]
+    return draft(token_ids, hidden, module_step, mask[None, None], position_ids, cache).last_hidden_state
+
+
+def decode_chain(draft, input_ids, target_hidden, num_committed, num_steps):
+    """Predictions of a chain below the last of `num_committed` rows, the way decoding makes them, one by one."""
+    config = draft.config
+    first_steps = [0]
+    if config.context_kv == "own_module":
+        first_steps = [config.draft_step_to_module.index(m) for m in range(config.num_processing_modules)]
+    cache = DynamicCache()
+    committed = input_ids[:, :num_committed]
+    fused = draft.fuse(target_hidden[:, :num_committed])
+    for step in reversed(first_steps):
+        output = decode_step(draft, step, committed, fused, cache, 0, False)
+    outputs = [output[:, -1:]]
+    inputs = []
+    num_written = dict.fromkeys(first_steps, num_committed)
+    for step in range(1, num_steps):
+        inputs.append(outputs[-1])
+        view = 0
+        if config.context_kv == "own_module":
+            view = config.draft_step_to_module.index(config.module_of_step(step))
+        start = num_written[view]
+        rows = slice(start, num_committed + step)
+        hidden = torch.cat(inputs, dim=1)[:, start - num_committed :]
+        output = decode_step(draft, step, input_ids[:, rows], hidden, cache, start, True)
+        num_written[view] = num_committed + step
+        outputs.append(output[:, -1:])
+    return outputs
+
+
+@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(
+    ("num_modules", "step_to_module"), [(1, [0]), (2, [0, 1]), (2, [0, 1, 0, 1]), (3, [0, 1, 2]), (3, [0, 2, 1])]
+)
+def test_aligned_forwards_equal_decoding(context_kv, num_layers, num_modules, step_to_module):
+    """Every step k from every committed length: 1e-5 in float32, 1e-11 in float64."""
+    num_steps = 5
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        _, draft = make_pair(
+            dtype,
+            context_kv=context_kv,
+            num_layers_per_module=num_layers,
+            num_processing_modules=num_modules,
+            draft_step_to_module=step_to_module,
+        )
+        input_ids = torch.randint(0, VOCABULARY, (2, NUM_TOKENS))
+        target_hidden = torch.randn(2, NUM_TOKENS, draft.config.fused_hidden_size, dtype=dtype)
+        with torch.no_grad():
+            trained = aligned_forward(draft, input_ids, target_hidden, num_steps)
+            scale = max(float(prediction.abs().max()) for prediction in trained)
+            for num_committed in range(1, NUM_TOKENS - num_steps + 2):
+                decoded = decode_chain(draft, input_ids, target_hidden, num_committed, num_steps)
+                for step, output in enumerate(decoded):
+                    difference = trained[step][:, num_committed - 1 + step] - output[:, 0]
+                    assert float(difference.abs().max()) <= tolerance * max(1.0, scale)
+
+
+def test_padding_on_the_right_changes_nothing():
+    _, draft = make_pair()
+    input_ids = torch.randint(0, VOCABULARY, (1, NUM_TOKENS))
+    target_hidden = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size)
+    with torch.no_grad():
+        whole = aligned_forward(draft, input_ids, target_hidden, 3)
+        cut = aligned_forward(draft, input_ids[:, :6], target_hidden[:, :6], 3)
+    for long, short in zip(whole, cut, strict=True):
+        torch.testing.assert_close(long[:, :6], short, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_history_are_masked():
+    assert history_mask(4, 3).tolist() == [[True] * 4, [False, True, True, True], [False, False, True, True]]
+
+
+def test_is_detached_cuts_gradients_between_steps():
+    _, draft = make_pair(num_processing_modules=2, normalize_target_hidden=False)
+    input_ids = torch.randint(0, VOCABULARY, (1, NUM_TOKENS))
+    target_hidden = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size)
+    for is_detached in (True, False):
+        draft.zero_grad(set_to_none=True)
+        aligned_forward(draft, input_ids, target_hidden, 2, is_detached)[1].sum().backward()
+        # Module 0's MLP reaches step 1 through its prediction alone; its keys and values do in either case.
+        assert (draft.processing_modules[0].layers[0].mlp.up_proj.weight.grad is None) is is_detached
+
+
+def test_forwards_say_what_they_expect():
+    _, draft = make_pair()
+    input_ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"num_steps: expected at least 1, got 0"):
+        aligned_forward(draft, input_ids, torch.zeros(1, 4, draft.config.fused_hidden_size), 0)
+    with pytest.raises(ValueError, match=r"target_hidden: expected shape \(1, 4, 96\), got \(1, 4, 32\)"):
+        aligned_forward(draft, input_ids, torch.zeros(1, 4, WIDTH), 1)
+
+
+def test_token_loss_in_chunks_equals_the_plain_loss(monkeypatch):
+    """Chunks, a draft vocabulary and a head of the draft's own: value and every gradient."""
+    monkeypatch.setattr("transformers_prism.training.losses.ROWS_PER_CHUNK", 3)
+    for overrides in ({"draft_vocab_size": 20}, {"share_target_head": False}, {"logit_softcap": 5.0}):
+        _, draft = make_pair(torch.float64, **overrides)
+        predictions = [torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        label = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+        mask = torch.rand(2, 2, 5) < 0.7
+        parameters = [*predictions, *([] if draft.lm_head is None else [draft.lm_head.weight])]
+        found = aligned_loss(draft, predictions, label, mask, 0.5, 2.0).total
+        found_gradients = torch.autograd.grad(found, parameters)
+        expected = 0.0
+        target = torch.softmax(draft.compute_logits(label), dim=-1).detach()
+        for prediction, rows in zip(predictions, mask, strict=True):
+            token = -(target * torch.log_softmax(draft.compute_logits(prediction), dim=-1)).sum(-1)
+            hidden = torch.nn.functional.smooth_l1_loss(prediction, label, reduction="none").mean(-1)
+            expected = expected + ((0.5 * token + 2.0 * hidden) * rows).sum() / (rows.sum() + 1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+        for left, right in zip(found_gradients, torch.autograd.grad(expected, parameters), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+# --- the authors' training code with its mask applied -------------------------------------------------------------
+
+REFERENCES = ["c1_v2_prism2", "c2_v2_prism3", "c3_legacy_001", "c4_legacy_hass1"]
+
+
+def reference_draft(arrays, settings):
+    """A draft with the recorded weights, bound to a stand-in for the target."""
+    embedding = torch.tensor(arrays["w.embed_tokens.weight"])
+    vocab_size, width = embedding.shape
+    target = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            tie_word_embeddings=False,
+        )
+    )
+    with torch.no_grad():
+        target.get_input_embeddings().weight.copy_(embedding)
+        target.get_output_embeddings().weight.copy_(torch.tensor(arrays["w.lm_head.weight"]))
+    num_layers = arrays["train.batch.hidden_states"].shape[-1] // width
+    draft = PrismDraftModel(
+        PrismConfig(
+            **settings,
+            vocab_size=vocab_size,
+            hidden_size=width,
+            context_kv="own_module",
+            target_layer_ids=[1] if num_layers == 1 else [0, 1, 2][:num_layers],
+        )
+    )
+    # The stand-in has fewer layers than the states that were recorded, which only names the states.
+    draft.config.target_layer_ids = draft.config.target_layer_ids[:num_layers]
+    weights = {
+        our_name(name.removeprefix("w.")): torch.tensor(value) for name, value in arrays.items() if "w." in name[:2]
+    }
+    draft.load_state_dict({name: value for name, value in weights.items() if name is not None})
+    return draft, target
+
+
+def our_name(name: str) -> str | None:
+    """The name here of one of the authors' weights; None for the target's own."""
+    if name in ("embed_tokens.weight", "lm_head.weight"):
+        return None
+    if name.startswith("stepFCs."):
+        _, module, rest = name.split(".", 2)
+        return f"processing_modules.{module}.input_projection.{rest}"
+    if name.startswith("stepModels."):
+        _, module, layer, rest = name.split(".", 3)
+        return f"processing_modules.{module}.layers.{layer}.{rest}"
+    return name

@@ -1,0 +1,260 @@
+"""The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad inputs are named."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from tiny_models import tiny_target
+from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
+from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations
+from transformers_prism.training.train import (
+    AlignedTrainer,
+    TrainConfig,
+    expand_modules,
+    frequent_tokens,
+    last_whole_checkpoint,
+    train,
+)
+
+pytestmark = pytest.mark.quick
+
+VOCAB_SIZE = 97
+
+
+@pytest.fixture
+def target():
+    return tiny_target("llama", seed=3).eval()
+
+
+@pytest.fixture
+def load_tiny(monkeypatch, target):
+    """Let the command find the tiny target under any name."""
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target.to(dtype), None))
+
+
+def write_data(path, num_conversations=24, seed=0):
+    """Conversations that count upwards from a random token, which a draft can learn."""
+    rng = random.Random(seed)
+    with open(path, "w") as file:
+        for _ in range(num_conversations):
+            length, first = rng.randint(8, 16), rng.randrange(VOCAB_SIZE)
+            input_ids = [(first + position) % VOCAB_SIZE for position in range(length)]
+            file.write(json.dumps({"input_ids": input_ids, "prompt_length": rng.randint(1, 4)}) + "\n")
+    return path
+
+
+def settings(tmp_path, name="run", **overrides):
+    data = tmp_path / "data.jsonl"
+    if not data.exists():
+        write_data(data)
+    defaults = {
+        "data": str(data),
+        "output": str(tmp_path / name),
+        "draft_vocab_size": 40,
+        "batch_size": 4,
+        "single_step_epochs": 2.0,
+        "warm_up_epochs": 2.0,
+        "split_epochs": 2.0,
+        "warm_up_steps": 2,
+        "split_steps": 3,
+        "learning_rate": 5e-3,
+        "logging_updates": 1,
+        "save_updates": 2,
+        "use_cpu": True,
+    }
+    return TrainConfig(**{**defaults, **overrides})
+
+
+def test_train_makes_a_draft_that_reloads(tmp_path, load_tiny, target):
+    """All three stages: the loss falls in each of the first two, modules differ, a record of the run is beside it."""
+    draft = train(
+        settings(tmp_path, single_step_epochs=6.0), ["transformers-prism", "train", "--data", "/some/where/data.jsonl"]
+    )
+    record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
+    for stage in record["stages"][:2]:
+        assert sum(stage["loss"][-3:]) < sum(stage["loss"][:3])
+    assert [stage["stage"]["name"] for stage in record["stages"]] == ["single_step", "warm_up", "split"]
+    assert set(record["stages"][2]["validation"]) >= {f"eval_agreement_{step}" for step in range(4)}
+    assert record["command"] == "transformers-prism train --data data.jsonl"
+    assert str(tmp_path) not in json.dumps(record)
+    first, second = draft.processing_modules
+    assert not torch.equal(first.input_projection.weight, second.input_projection.weight)
+    loaded = PrismDraftModel.from_pretrained(tmp_path / "run" / "draft")
+    assert loaded.config.draft_vocab_size == 40
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert "lm_head.weight" not in loaded.state_dict()
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=loaded), plain)
+
+
+@pytest.mark.parametrize("stage", ["warm_up", "split"])
+def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage):
+    """Stopped in the middle of an epoch of any stage, a resumed run ends with the same bits."""
+    whole = train(settings(tmp_path, "whole"))
+    compute_loss = AlignedTrainer.compute_loss
+
+    def stop_at_third_update(self, model, inputs, **kwargs):
+        if self.state.global_step == 7 and self.model.stage.name == stage:
+            raise KeyboardInterrupt
+        return compute_loss(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(AlignedTrainer, "compute_loss", stop_at_third_update)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tmp_path, "cut"))
+    monkeypatch.setattr(AlignedTrainer, "compute_loss", compute_loss)
+    # A checkpoint without the Trainer's state was cut off while it was written.
+    shutil.copytree(tmp_path / "cut" / stage / "checkpoint-6", tmp_path / "cut" / stage / "checkpoint-7")
+    (tmp_path / "cut" / stage / "checkpoint-7" / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path / "cut" / stage).endswith("checkpoint-6")
+    resumed = train(settings(tmp_path, "cut", resume=True))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_resume_refuses_other_settings(tmp_path, load_tiny):
+    train(settings(tmp_path))
+    with pytest.raises(ValueError, match=r"learning_rate=0.005 as the run began, got 0.1"):
+        train(settings(tmp_path, resume=True, learning_rate=0.1))
+    with pytest.raises(ValueError, match=r"output: expected a new or empty folder, got 'run' with a run"):
+        train(settings(tmp_path))
+
+
+def test_own_module_context_trains(tmp_path, load_tiny):
+    draft = train(settings(tmp_path, context_kv="own_module", num_modules=3, single_step_epochs=0.0))
+    assert draft.config.context_kv == "own_module"
+    assert draft.config.draft_step_to_module == [0, 1, 2]
+
+
+def test_expand_modules_copies_module_0(target):
+    one = PrismDraftModel(PrismConfig.from_target(target, num_processing_modules=1))
+    three = expand_modules(one, PrismConfig.from_target(target, num_processing_modules=3))
+    for module in three.processing_modules:
+        for name, tensor in one.processing_modules[0].state_dict().items():
+            assert torch.equal(module.state_dict()[name], tensor)
+    assert torch.equal(three.fusion_layer.weight, one.fusion_layer.weight)
+
+
+def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
+    states = FeatureStore.states
+    monkeypatch.setattr(FeatureStore, "states", lambda self, index: states(self, index) * float("nan"))
+    with pytest.raises(ValueError, match=r"loss: expected a finite number, got nan at update 0"):
+        train(settings(tmp_path))
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected at least one conversation with an answer in data.jsonl, got none"),
+        ("not json\n", "data.jsonl, line 1: expected a JSON object with input_ids and prompt_length, got 'not json'"),
+        ('{"input_ids": [1, 2, 3]}\n', "line 1: expected a JSON object with input_ids and prompt_length"),
+        ('{"input_ids": [1, 2, 97], "prompt_length": 1}\n', "expected token ids in 0..96 .*got 97"),
+        ('{"input_ids": [1, 2, "x"], "prompt_length": 1}\n', "expected integers"),
+        ('{"input_ids": [1, 2, 3], "prompt_length": 4}\n', "expected prompt_length in 1..3"),
+        ('{"input_ids": [1, 2, 3], "prompt_length": 3}\n', "expected at least one conversation with an answer"),
+        ('{"input_ids": [1, 2, 3], "prompt_length": 1}\n', "expected at least 2 conversations"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, load_tiny, text, message):
+    (tmp_path / "data.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(settings(tmp_path))
+
+
+def test_missing_data_is_named(tmp_path, load_tiny):
+    with pytest.raises(FileNotFoundError, match=r"expected a file of conversations, got 'no.jsonl'"):
+        train(settings(tmp_path, data=str(tmp_path / "no.jsonl")))
+
+
+def test_data_that_is_not_gzip_is_named(tmp_path):
+    path = write_data(tmp_path / "data.jsonl.gz")
+    with pytest.raises(ValueError, match=r"expected JSON lines \(gzipped if named .gz\) in data.jsonl.gz"):
+        read_conversations(path, VOCAB_SIZE)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"compute_dtype: expected float32 or bfloat16, got 'int8'"):
+        TrainConfig(compute_dtype="int8")
+    with pytest.raises(ValueError, match=r"batch_size: expected at least 1, got 0"):
+        TrainConfig(batch_size=0)
+
+
+def test_frequent_tokens_cover_answers():
+    conversations = [Conversation((9, 9, 9, 5, 5, 7), 3), Conversation((9, 5, 8), 1)]
+    tokens, coverage = frequent_tokens(conversations, 2)
+    assert tokens.tolist() == [5, 7]
+    assert coverage == pytest.approx(0.8)
+    assert frequent_tokens(conversations, 6)[0].tolist() == [0, 1, 5, 7, 8, 9]
+
+
+def test_collate_marks_rows_that_predict_the_answer():
+    """The first drafted token of an answer at token P comes from row P - 1."""
+    items = [
+        {
+            "input_ids": torch.arange(10, 10 + length),
+            "features": torch.arange(length)[:, None].to(torch.bfloat16),
+            "prompt_length": prompt,
+        }
+        for length, prompt in ((5, 3), (4, 1))
+    ]
+    batch = collate(items)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14], [11, 12, 13, 0]]
+    assert batch["features"][0, :, 0].tolist() == [0, 1, 2, 3]
+    assert batch["label_features"][0, :, 0].tolist() == [1, 2, 3, 4]
+    assert batch["mask"].tolist() == [[False, False, True, True], [True, True, True, False]]
+
+
+def test_length_sampler_visits_all_once_in_an_order_of_its_own_per_epoch():
+    lengths = [random.Random(0).randint(1, 50) for _ in range(103)]
+    sampler = LengthSampler(lengths, 4, seed=1)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    assert first == again != list(sampler)
+    assert sorted(first) == sorted(sampler) == list(range(103))
+
+
+# --- features ----------------------------------------------------------------------------------------------------
+
+
+def test_features_are_the_targets_states(tmp_path, target, monkeypatch):
+    """Padding, shards and a restart change nothing; processes can share the shards."""
+    monkeypatch.setattr("transformers_prism.training.features.CONVERSATIONS_PER_SHARD", 3)
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 7), VOCAB_SIZE)
+    for part in ((0, 2), (1, 2)):
+        store = compute_features(target, conversations, [1, 2, 4], tmp_path / "features", batch_size=2, part=part)
+    assert store.missing_shards() == []
+    assert sum(path.stat().st_size for path in (tmp_path / "features").glob("*.bf16")) == store.num_bytes
+    for index, conversation in enumerate(conversations):
+        with torch.no_grad():
+            states = target(torch.tensor([conversation.input_ids]), output_hidden_states=True).hidden_states
+        expected = torch.cat([states[layer][0] for layer in (1, 2, 4)], dim=-1)
+        torch.testing.assert_close(store.states(index).float(), expected, rtol=1e-2, atol=1e-3)
+    item = ConversationDataset(conversations, store, [2])[0]
+    assert torch.equal(item["features"], store.states(2))
+
+
+def test_features_of_something_else_are_refused(tmp_path, target):
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 3), VOCAB_SIZE)
+    compute_features(target, conversations, [1, 4], tmp_path / "features")
+    with pytest.raises(ValueError, match=r"features: expected features with layer_ids=\[2, 4\], got \[1, 4\]"):
+        compute_features(target, conversations, [2, 4], tmp_path / "features")
+    store = FeatureStore(tmp_path / "features", conversations, [1, 4], 32)
+    with open(store.shard_path(0), "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"shard-00000.bf16: expected \d+ bytes, got \d+"):
+        store.states(0)
+
+
+def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 3), VOCAB_SIZE)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    with pytest.raises(OSError, match=r"features: expected \d+ bytes of free disk, got 5"):
+        compute_features(target, conversations, [1, 4], tmp_path / "features")

@@ -1,0 +1,100 @@
+"""From conversations and their features to batches of the aligned forwards."""
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from transformers_prism.training.features import Conversation, FeatureStore
+
+# Sorting by length within a few batches wastes little on padding and keeps batches different from epoch to epoch.
+BATCHES_PER_POOL = 25
+
+
+class ConversationDataset(Dataset):
+    """Conversations with their features, by index.
+
+    Args:
+        conversations (`list[Conversation]`): all of them, as the store knows them.
+        store (`FeatureStore`): their features.
+        indices (`list[int]`): the conversations that belong to this set.
+    """
+
+    def __init__(self, conversations: list[Conversation], store: FeatureStore, indices: list[int]):
+        self.conversations, self.store, self.indices = conversations, store, list(indices)
+        self.lengths = [store.lengths[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> dict:
+        index = self.indices[item]
+        conversation = self.conversations[index]
+        return {
+            "input_ids": torch.tensor(conversation.input_ids),
+            "features": self.store.states(index),
+            "prompt_length": conversation.prompt_length,
+        }
+
+
+def collate(items: list[dict]) -> dict:
+    """Join conversations of T + 1 tokens into rows of T: a row reads a token's state and the token after it.
+
+    Args:
+        items (`list[dict]`): of a [`ConversationDataset`].
+    Returns:
+        `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states
+        that are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
+        predicted state belongs to the answer or comes right before it.
+    """
+    num_rows = max(len(item["input_ids"]) for item in items) - 1
+    width = items[0]["features"].shape[-1]
+    input_ids = torch.zeros(len(items), num_rows, dtype=torch.long)
+    features = torch.zeros(len(items), num_rows + 1, width, dtype=items[0]["features"].dtype)
+    mask = torch.zeros(len(items), num_rows, dtype=torch.bool)
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        input_ids[row, : length - 1] = item["input_ids"][1:]
+        features[row, :length] = item["features"]
+        # Row t predicts the state of token t + 1, which tells token t + 2: the first that a round drafts in an
+        # answer starting at token P follows row P - 1.
+        mask[row, item["prompt_length"] - 1 : length - 1] = True
+    return {
+        "input_ids": input_ids,
+        "features": features[:, :-1],
+        "label_features": features[:, 1:],
+        "mask": mask,
+    }
+
+
+class LengthSampler(Sampler):
+    """Indices in an order in which neighbours are of like length, drawn afresh from (seed, epoch).
+
+    The order depends on nothing else, so that a resumed run sees the batches that it would have seen.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int):
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch_size * BATCHES_PER_POOL
+        batches = []
+        for start in range(0, len(order), pool):
+            by_length = sorted(order[start : start + pool], key=lambda item: self.lengths[item], reverse=True)
+            batches += [
+                by_length[first : first + self.batch_size] for first in range(0, len(by_length), self.batch_size)
+            ]
+        # A short last batch stays last, since batches are cut from the order by counting.
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        for batch in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[batch]
+        for batch in batches:
+            if len(batch) < self.batch_size:
+                yield from batch

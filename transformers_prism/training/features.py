@@ -1,0 +1,286 @@
+"""What a draft learns from: conversations as token ids, and the target's hidden states over them, cached on disk.
+
+A folder of features holds `features.json` and one file a shard: bfloat16 rows, one a token, in the order of the
+conversations; a row is the target's states at `layer_ids` side by side. A shard is renamed into place when it is
+whole, so that an interrupted run goes on where it stopped and several processes may share one folder.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from transformers_prism.configuration_prism import target_fingerprint
+
+logger = logging.getLogger(__name__)
+
+CONVERSATIONS_PER_SHARD = 64
+BYTES_PER_VALUE = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids of a conversation; the tokens from `prompt_length` on are the target's answer."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+
+
+def read_conversations(path, vocab_size: int, max_length: int | None = None) -> list[Conversation]:
+    """Read conversations from a file with one JSON object a line: `input_ids` and `prompt_length`.
+
+    Args:
+        path (`str` or path): JSON lines, gzipped if the name ends in `.gz`.
+        vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
+        max_length (`int`, *optional*): tokens that are kept of each conversation.
+    Returns:
+        `list[Conversation]`: those with at least one answer token after the cut, in the file's order.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is not such an object, or if nothing is left, saying which line, expected and got.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: expected a file of conversations, got {path.name!r}, which is not there")
+    open_file = gzip.open if path.suffix == ".gz" else open
+    conversations = []
+    with open_file(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    conversations.append(_parse(line, f"{path.name}, line {number}", vocab_size, max_length))
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"data: expected JSON lines (gzipped if named .gz) in {path.name}, got: {error}"
+            ) from None
+    kept = [conversation for conversation in conversations if conversation is not None]
+    if not kept:
+        raise ValueError(f"data: expected at least one conversation with an answer in {path.name}, got none")
+    if len(kept) < len(conversations):
+        logger.warning(
+            "%d of %d conversations have no answer and are left out.",
+            len(conversations) - len(kept),
+            len(conversations),
+        )
+    return kept
+
+
+def _parse(line: str, where: str, vocab_size: int, max_length: int | None) -> Conversation | None:
+    try:
+        row = json.loads(line)
+        input_ids, prompt_length = tuple(row["input_ids"]), row["prompt_length"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{where}: expected a JSON object with input_ids and prompt_length, got {line.strip()[:60]!r}"
+        ) from None
+    if not all(type(token) is int for token in (*input_ids, prompt_length)):
+        raise ValueError(f"{where}: expected integers in input_ids and prompt_length, got something else")
+    outside = [token for token in input_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"{where}: expected token ids in 0..{vocab_size - 1} (the target's vocabulary), got {outside[0]}; "
+            "was the data made with another tokenizer?"
+        )
+    if not 1 <= prompt_length <= len(input_ids):
+        raise ValueError(f"{where}: expected prompt_length in 1..{len(input_ids)} (tokens), got {prompt_length}")
+    input_ids = input_ids[:max_length]
+    # A row of the draft joins three tokens: one whose state it reads, the next, and the one that it predicts.
+    if len(input_ids) < 3 or prompt_length >= len(input_ids):
+        return None
+    return Conversation(input_ids, prompt_length)
+
+
+class FeatureStore:
+    """The target's hidden states over a list of conversations, memory-mapped from a folder of shards.
+
+    Args:
+        folder (`str` or path): where the shards are, or will be.
+        conversations (`list[Conversation]`): what they are states of.
+        layer_ids (`list[int]`): indices into the target's `hidden_states`, C of them.
+        hidden_size (`int`): the target's width.
+    """
+
+    def __init__(self, folder, conversations: list[Conversation], layer_ids: list[int], hidden_size: int):
+        self.folder = Path(folder)
+        self.layer_ids = list(layer_ids)
+        self.width = len(layer_ids) * hidden_size
+        self.lengths = [len(conversation.input_ids) for conversation in conversations]
+        self._mapped: dict[int, torch.Tensor] = {}
+
+    @property
+    def num_shards(self) -> int:
+        """Files that the conversations are spread over."""
+        return -(-len(self.lengths) // CONVERSATIONS_PER_SHARD)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(self.lengths) * self.width * BYTES_PER_VALUE
+
+    def shard_path(self, shard: int) -> Path:
+        """File of a shard, there once the shard is whole."""
+        return self.folder / f"shard-{shard:05d}.bf16"
+
+    def members(self, shard: int) -> range:
+        """Indices of the conversations in a shard."""
+        first = shard * CONVERSATIONS_PER_SHARD
+        return range(first, min(first + CONVERSATIONS_PER_SHARD, len(self.lengths)))
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [shard for shard in range(self.num_shards) if not self.shard_path(shard).is_file()]
+
+    def states(self, index: int) -> torch.Tensor:
+        """States over conversation `index`: bfloat16 of shape `(T, C * hidden_size)`, a view of the mapped file."""
+        shard = index // CONVERSATIONS_PER_SHARD
+        if shard not in self._mapped:
+            self._mapped[shard] = self._map(shard)
+        start = sum(self.lengths[self.members(shard)[0] : index])
+        return self._mapped[shard][start : start + self.lengths[index]]
+
+    def _map(self, shard: int) -> torch.Tensor:
+        path = self.shard_path(shard)
+        num_values = sum(self.lengths[index] for index in self.members(shard)) * self.width
+        found = path.stat().st_size
+        if found != num_values * BYTES_PER_VALUE:
+            raise ValueError(f"{path.name}: expected {num_values * BYTES_PER_VALUE} bytes, got {found}")
+        values = torch.from_file(str(path), shared=False, size=num_values, dtype=torch.bfloat16)
+        return values.view(-1, self.width)  # [tokens of the shard, C * hidden_size]
+
+
+def compute_features(
+    target,
+    conversations: list[Conversation],
+    layer_ids: list[int],
+    folder,
+    batch_size: int = 8,
+    needed: list[int] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> FeatureStore:
+    """Run the target over conversations once and keep its hidden states; shards that are there are not redone.
+
+    Args:
+        target (`PreTrainedModel`): in the dtype to compute in; states are kept in bfloat16 in any case.
+        conversations (`list[Conversation]`): the data.
+        layer_ids (`list[int]`): indices into the target's `hidden_states`.
+        folder (`str` or path): made if it is not there; must belong to the same target, data and layers if it is.
+        batch_size (`int`): conversations in one forward.
+        needed (`list[int]`, *optional*): indices of the conversations that are needed; their shards are computed.
+        part (`tuple[int, int]`): of `(index, count)`, do only the shards whose number is `index` modulo `count`.
+    Returns:
+        `FeatureStore`: over `folder`.
+    Raises:
+        ValueError: if the folder holds features of something else.
+        OSError: if the disk has no room for them, with both sizes in bytes.
+    """
+    hidden_size = target.config.get_text_config().hidden_size
+    store = FeatureStore(folder, conversations, layer_ids, hidden_size)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    _claim_folder(store, _description(target, conversations, layer_ids))
+    wanted = {index // CONVERSATIONS_PER_SHARD for index in (range(len(conversations)) if needed is None else needed)}
+    missing = [shard for shard in store.missing_shards() if shard in wanted]
+    _check_disk(store, missing)
+    shards = [shard for shard in missing if shard % part[1] == part[0]]
+    total = sum(store.lengths[index] for shard in shards for index in store.members(shard))
+    started, done = time.monotonic(), 0
+    for number, shard in enumerate(shards, start=1):
+        _write_shard(target, store, shard, conversations, batch_size)
+        done += sum(store.lengths[index] for index in store.members(shard))
+        speed = done / (time.monotonic() - started)
+        logger.info(
+            "Features: shard %d of %d, %d of %d tokens, %.0f tokens/s, %.0f s left",
+            number,
+            len(shards),
+            done,
+            total,
+            speed,
+            (total - done) / speed,
+        )
+    return store
+
+
+def _description(target, conversations: list[Conversation], layer_ids: list[int]) -> dict:
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(json.dumps(conversation.input_ids).encode())
+    return {
+        "target": target_fingerprint(target.config),
+        "compute_dtype": str(target.dtype).removeprefix("torch."),
+        "layer_ids": list(layer_ids),
+        "num_conversations": len(conversations),
+        "num_tokens": sum(len(conversation.input_ids) for conversation in conversations),
+        "conversations_sha256": digest.hexdigest(),
+        "conversations_per_shard": CONVERSATIONS_PER_SHARD,
+    }
+
+
+def _claim_folder(store: FeatureStore, description: dict):
+    """Write what the folder holds, or compare with what it says it holds."""
+    path = store.folder / "features.json"
+    if not path.is_file():
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(description, indent=2) + "\n")
+        unfinished.rename(path)
+        return
+    found = json.loads(path.read_text())
+    for name, expected in description.items():
+        if found.get(name) != expected:
+            raise ValueError(
+                f"{store.folder.name}: expected features with {name}={expected!r}, got {found.get(name)!r}; "
+                "use another folder or remove this one"
+            )
+
+
+def _check_disk(store: FeatureStore, missing: list[int]):
+    needed = sum(sum(store.lengths[index] for index in store.members(shard)) for shard in missing)
+    needed *= store.width * BYTES_PER_VALUE
+    free = shutil.disk_usage(store.folder).free
+    logger.info(
+        "Features: %d bytes in all, %d still to write, %d bytes free on the disk.", store.num_bytes, needed, free
+    )
+    if needed > free:
+        raise OSError(f"features: expected {needed} bytes of free disk, got {free}")
+
+
+@torch.no_grad()
+def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation], batch_size: int):
+    members = list(store.members(shard))
+    rows = {}
+    # Batches of equal length waste nothing on padding; the file keeps the order of the conversations.
+    by_length = sorted(members, key=lambda index: store.lengths[index])
+    for first in range(0, len(by_length), batch_size):
+        batch = by_length[first : first + batch_size]
+        states = _batch_states(target, [conversations[index].input_ids for index in batch], store.layer_ids)
+        rows.update((index, states[row, : store.lengths[index]]) for row, index in enumerate(batch))
+    path = store.shard_path(shard)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    values = torch.cat([rows[index] for index in members]).contiguous()  # [tokens of the shard, C * hidden_size]
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"features: expected finite hidden states, got NaN or infinity in shard {shard}")
+    values.view(torch.int16).numpy().tofile(unfinished)
+    unfinished.rename(path)
+
+
+def _batch_states(target, sequences: list[tuple[int, ...]], layer_ids: list[int]) -> torch.Tensor:
+    """Hidden states at `layer_ids` side by side, bfloat16 of shape `(B, T, C * hidden_size)`, padded on the right."""
+    longest = max(len(sequence) for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    output = target.base_model(
+        input_ids=input_ids.to(target.device),
+        attention_mask=mask.to(target.device),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    states = [output.hidden_states[layer] for layer in layer_ids]
+    return torch.cat(states, dim=-1).to("cpu", torch.bfloat16)
