@@ -1,15 +1,211 @@
 """The `transformers-prism` command. Each command imports what it needs when it runs, so that `--help` is quick."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
+app.add_typer(bench_app, name="bench")
+
+TargetOption = Annotated[
+    str | None,
+    typer.Option(help="Hub id, folder or .gguf file; SmolLM2-135M-Instruct if absent.", show_default=False),
+]
+DraftOption = Annotated[
+    str | None, typer.Option(help="Folder or Hub id; the draft that the repository ships if absent.", show_default=False)
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="File to write settings and figures to.")]
+TopKOption = Annotated[int | None, typer.Option(help="Nodes kept per depth, and children per node.")]
+DepthOption = Annotated[int | None, typer.Option(help="Draft steps per round.")]
+NumNodesOption = Annotated[int | None, typer.Option(help="Drafted nodes that the target verifies per round.")]
 
 
 @app.callback()
 def main():
     """Lossless speculative decoding for transformers with PRISM drafts."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print what a user can put right as one line, and end with status 1."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def sampling_settings(
+    max_new_tokens: int, temperature: float, top_p: float | None, repetition_penalty: float | None
+) -> dict:
+    """Arguments of generate(): greedy at temperature 0, else sampling."""
+    settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings["temperature"] = temperature
+        if top_p is not None:
+            settings["top_p"] = top_p
+    if repetition_penalty is not None:
+        settings["repetition_penalty"] = repetition_penalty
+    return settings
+
+
+@app.command()
+def demo(
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 96,
+):
+    """Answer three prompts with and without a draft, and compare."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.demo import run_demo
+
+    logging.disable_progress_bar()
+    with user_errors():
+        run_demo(target, draft, max_new_tokens, Console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The user's turn.")],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    seed: Annotated[int, typer.Option(help="Of torch's generator.")] = 0,
+):
+    """Answer one prompt with a draft."""
+    import torch
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.demo import run_generate
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    with user_errors():
+        run_generate(target, draft, prompt, settings, Console())
+
+
+@bench_app.command("generate")
+def bench_generate_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way per prompt; medians count.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
+    tree_top_k: TopKOption = None,
+    tree_depth: DepthOption = None,
+    tree_num_nodes: NumNodesOption = None,
+    json_file: JsonOption = None,
+):
+    """Decode prompts with and without a draft, in turn: identity, acceptance length, milliseconds of a round, rates."""
+    from rich.console import Console
+
+    from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
+    from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
+    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
+    from transformers_prism.target import load_target
+
+    console = Console()
+    settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
+    tree = {name: value for name, value in tree.items() if value is not None}
+    with user_errors():
+        records = choose_prompts(read_prompts(prompts), num_prompts)
+        target_model, tokenizer = load_target(target)
+        draft_model = load_draft(draft or SHIPPED_DRAFT, target_model)
+        draft_model.generation_config.update(**tree)
+        results = bench_generate(
+            target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
+        )
+    summary = summarize(results)
+    console.print(result_table(results, f"median of {repeat}, {settings}"))
+    round_ms = ", ".join(f"{phase} {ms:.1f}" for phase, ms in summary["round_ms"].items())
+    console.print(
+        f"identical: {summary['num_identical']} of {summary['num_prompts']}; acceptance length "
+        f"{summary['acceptance_length_pooled']:.3f} pooled, {summary['acceptance_length_per_prompt_mean']:.3f} "
+        f"per-prompt mean; ms of a round: {round_ms}; ratio of tokens/s: {summary['ratio']:.3f}",
+        soft_wrap=True,
+    )
+    run = {"generate": settings, "repeat": repeat, "seed": seed, "draft": draft or SHIPPED_DRAFT.name}
+    tree_used = {name: getattr(draft_model.generation_config, name, None) for name in ("tree", *_TREE_NAMES)}
+    write_json(json_file, target_model, {**run, **tree_used}, as_json(results))
+
+
+@bench_app.command("modules")
+def bench_modules_command(
+    target: TargetOption = None,
+    num_rounds: Annotated[int, typer.Option(min=2, help="Rounds of each draft.")] = 200,
+    context_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
+    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps; 8 use all modules of the larger draft.")] = 8,
+    tree_num_nodes: Annotated[int, typer.Option(min=1, help="Drafted nodes that the target verifies.")] = 59,
+    json_file: JsonOption = None,
+):
+    """Latency of a round with 8 processing modules over that with 1, on the target's sizes, with random drafts."""
+    from transformers_prism.benchmark.modules import MAX_RATIO, bench_modules
+    from transformers_prism.target import load_target
+
+    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
+    with user_errors():
+        target_model, _ = load_target(target)
+        result = bench_modules(target_model, tree, num_rounds=num_rounds, context_length=context_length)
+    figures = result.as_json()
+    for count, median in zip(result.num_modules, figures["median_ms"], strict=True):
+        typer.echo(f"M = {count}: median of {num_rounds} rounds {median:.2f} ms")
+    low, high = result.interval
+    typer.echo(
+        f"ratio of medians {result.ratio_of_medians:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
+        + ("met" if result.is_within_bar else "not met")
+    )
+    write_json(json_file, target_model, {"num_rounds": num_rounds, **tree}, figures)
+
+
+_TREE_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
+
+
+def write_json(path: Path | None, target, settings: dict, figures: dict) -> None:
+    """Write figures with what they were measured on and with; nothing without a path."""
+    if path is None:
+        return
+    import torch
+    import transformers
+
+    from transformers_prism import __version__
+
+    measured_on = {
+        "target": target.config._name_or_path,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": target.device.type,
+        "num_threads": torch.get_num_threads(),
+        "versions": {"transformers_prism": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    path.write_text(json.dumps({**measured_on, "settings": settings, **figures}, indent=2) + "\n")
+    typer.echo(f"wrote {path}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context):
+    """Train a draft on conversations of a target; `train --help` lists every setting with its unit."""
+    from transformers_prism.training.train import main as train_main
+
+    with user_errors():
+        train_main(context.args)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Measurements: decoding with and without a draft, and the cost of a round."""
