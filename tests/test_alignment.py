@@ -163,48 +163,51 @@ def test_token_loss_in_chunks_equals_the_plain_loss(monkeypatch):
 # --- the authors' training code with its mask applied -------------------------------------------------------------
 
 REFERENCES = ["c1_v2_prism2", "c2_v2_prism3", "c3_legacy_001", "c4_legacy_hass1"]
+GRADIENT_STRIDE = 11  # every 11th value of each gradient is kept
 
 
-def reference_draft(arrays, settings):
-    """A draft with the recorded weights, bound to a stand-in for the target."""
-    embedding = torch.tensor(arrays["w.embed_tokens.weight"])
-    vocab_size, width = embedding.shape
+def reference_draft(name: str):
+    """A draft with the recorded weights that sees each step through that step's module, bound to a stand-in."""
+    arrays = np.load(DATA / f"{name}.npz")
+    recorded = json.loads((DATA / "configs.json").read_text())[name]["drafter_config"]
+    layer = recorded["eagle_config"]
+    vocab_size, width = layer["vocab_size"], layer["hidden_size"]
+    num_fused = arrays["w.fusion_layer.weight"].shape[1] // width if "w.fusion_layer.weight" in arrays else 1
     target = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=8,
-            num_hidden_layers=1,
+            num_hidden_layers=4,
             num_attention_heads=1,
             tie_word_embeddings=False,
         )
     )
-    with torch.no_grad():
-        target.get_input_embeddings().weight.copy_(embedding)
-        target.get_output_embeddings().weight.copy_(torch.tensor(arrays["w.lm_head.weight"]))
-    num_layers = arrays["train.batch.hidden_states"].shape[-1] // width
-    draft = PrismDraftModel(
-        PrismConfig(
-            **settings,
-            vocab_size=vocab_size,
-            hidden_size=width,
-            context_kv="own_module",
-            target_layer_ids=[1] if num_layers == 1 else [0, 1, 2][:num_layers],
-        )
+    config = PrismConfig.from_target(
+        target,
+        target_layer_ids=[1, 2, 3][:num_fused] if num_fused > 1 else [4],
+        normalize_target_hidden=False,
+        context_kv="own_module",
+        num_processing_modules=recorded["num_step_models"],
+        draft_step_to_module=list(recorded["step_mapping"].values()),
+        rope_parameters={"rope_type": "default", "rope_theta": layer["rope_theta"] if "rope_theta" in layer else 1e4},
+        intermediate_size=layer["intermediate_size"],
+        num_attention_heads=layer["num_attention_heads"],
+        num_key_value_heads=layer["num_key_value_heads"],
+        head_dim=width // layer["num_attention_heads"],
+        rms_norm_eps=layer["rms_norm_eps"],
     )
-    # The stand-in has fewer layers than the states that were recorded, which only names the states.
-    draft.config.target_layer_ids = draft.config.target_layer_ids[:num_layers]
-    weights = {
-        our_name(name.removeprefix("w.")): torch.tensor(value) for name, value in arrays.items() if "w." in name[:2]
-    }
-    draft.load_state_dict({name: value for name, value in weights.items() if name is not None})
-    return draft, target
+    weights = {key.removeprefix("w."): torch.tensor(arrays[key]) for key in arrays.files if key.startswith("w.")}
+    with torch.no_grad():
+        target.get_input_embeddings().weight.copy_(weights.pop("embed_tokens.weight"))
+        target.get_output_embeddings().weight.copy_(weights.pop("lm_head.weight"))
+    draft = PrismDraftModel(config)
+    draft.load_state_dict({our_name(key): value for key, value in weights.items()})
+    return draft.bind(target)
 
 
-def our_name(name: str) -> str | None:
-    """The name here of one of the authors' weights; None for the target's own."""
-    if name in ("embed_tokens.weight", "lm_head.weight"):
-        return None
+def our_name(name: str) -> str:
+    """The name here of one of the authors' weights."""
     if name.startswith("stepFCs."):
         _, module, rest = name.split(".", 2)
         return f"processing_modules.{module}.input_projection.{rest}"
@@ -212,3 +215,36 @@ def our_name(name: str) -> str | None:
         _, module, layer, rest = name.split(".", 3)
         return f"processing_modules.{module}.layers.{layer}.{rest}"
     return name
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_own_module_training_equals_the_authors_with_their_mask_applied(name):
+    """Predictions, losses and gradients of both their phases, 1e-4.
+
+    They count every row with a loss mask, the first ones of later forwards included, so the mask here does too.
+    """
+    recorded = {key: torch.tensor(value) for key, value in np.load(DATA / f"train_{name}.npz").items()}
+    batch = {key.removeprefix("train.batch."): value for key, value in recorded.items() if ".batch." in key}
+    draft = reference_draft(name)
+    mask = batch["loss_mask"].bool().expand(3, -1, -1)
+    for phase, is_detached, token_weight, hidden_weight in (("hass", True, 0.1, 1.0), ("prism", False, 0.1, 0.0)):
+        draft.zero_grad()
+        predictions = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, is_detached)
+        loss = aligned_loss(draft, predictions, batch["target"], mask, token_weight, hidden_weight)
+        for step, prediction in enumerate(predictions):
+            rows = batch["attention_mask"].bool()
+            close(prediction[rows], recorded[f"train.predict_f{step}"][rows])
+            close(loss.token[step], recorded[f"train.ploss_f{step}"])
+            if hidden_weight:
+                close(loss.hidden[step], recorded[f"train.vloss_f{step}"])
+        close(loss.total, recorded[f"train.{phase}.loss_sum"])
+        loss.total.backward()
+        prefix = f"train.{phase}.grad."
+        gradients = {our_name(key.removeprefix(prefix)): value for key, value in recorded.items() if prefix in key}
+        assert set(gradients) == {key for key, _ in draft.named_parameters()}
+        for key, parameter in draft.named_parameters():
+            close(parameter.grad.flatten()[::GRADIENT_STRIDE], gradients[key])
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

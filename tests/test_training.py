@@ -1,4 +1,4 @@
-"""The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad inputs are named."""
+"""The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad input is named."""
 
 import json
 import random
@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-
 from tiny_models import tiny_target
+
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations

@@ -383,15 +383,18 @@ def _check_output(output: Path, config: TrainConfig):
     if not config.output:
         raise ValueError("output: expected a folder, got none")
     record = output / "config.json"
+    is_started = record.is_file()
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-    if config.resume and record.is_file():
+    # Every process has looked before the first one writes.
+    PartialState(cpu=config.use_cpu).wait_for_everyone()
+    if is_started and not config.resume:
+        raise ValueError(f"output: expected a new or empty folder, got {output.name!r} with a run; add --resume")
+    if is_started:
         found = json.loads(record.read_text())
         for name, expected in settings.items():
             if found.get(name) != expected:
                 raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
     elif PartialState().is_main_process:
-        if record.is_file():
-            raise ValueError(f"output: expected a new or empty folder, got {output.name!r} with a run; add --resume")
         output.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(settings, indent=2) + "\n")
     PartialState().wait_for_everyone()
