@@ -1,0 +1,51 @@
+"""Fixtures for all tests: no network, tiny models in folders, and data from outside the repository where there is some."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it; the suite needs no network
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_draft, tiny_target
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Losslessness first, since it is the promise; tests marked gpu only where there is one."""
+    items.sort(key=lambda item: item.path.name != "test_lossless.py")
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def prism_data() -> Path:
+    """Folder with benchmark prompts and reference vectors: `$PRISM_DATA`, or `shared` beside the repository."""
+    folder = Path(os.environ.get("PRISM_DATA") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip("no data outside the repository: set PRISM_DATA to a folder with data/ and reference/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> tuple[str, str]:
+    """Folders of a tiny random target with its tokenizer, and of a random draft for it."""
+    target = tiny_target("llama", seed=3)
+    target_folder, draft_folder = (tmp_path_factory.mktemp(name) for name in ("target", "draft"))
+    target.save_pretrained(target_folder)
+    tiny_tokenizer().save_pretrained(target_folder)
+    tiny_draft(target).save_pretrained(draft_folder)
+    return str(target_folder), str(draft_folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words "w0" to "w96", split at spaces; unknown words are "w3"."""
+    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w3", pad_token="w0", eos_token="w1")
