@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import tiny_target
 
+from tiny_models import tiny_target
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations

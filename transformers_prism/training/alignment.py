@@ -139,8 +139,8 @@ def aligned_attention(queries: torch.Tensor, keys_values) -> torch.Tensor:
     rows = torch.arange(num_rows, device=queries.device)
     scores = scores.masked_fill(rows[None, :] > rows[:, None] - step, -torch.inf)
     path = [_shift_down(keys_values[s], step - s) for s in range(1, step + 1)]
-    path_scores = [(grouped * path_keys[:, :, None]).sum(-1) for path_keys, _ in path]
-    path_scores = torch.stack(path_scores, dim=-1)  # [B, G, R, T, k]
+    path_scores = torch.stack([(grouped * path_keys[:, :, None]).sum(-1) for path_keys, _ in path], dim=-1)
+    # [B, G, R, T, k]
     is_before_start = rows[:, None] - step + torch.arange(1, step + 1, device=queries.device) < 0
     path_scores = path_scores.masked_fill(is_before_start, -torch.inf)
     weights = torch.softmax(torch.cat((scores, path_scores), dim=-1), dim=-1, dtype=_softmax_dtype(scores))

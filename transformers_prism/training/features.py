@@ -252,7 +252,7 @@ def _check_disk(store: FeatureStore, missing: list[int]):
 @torch.no_grad()
 def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation], batch_size: int):
     members = list(store.members(shard))
-    rows = {}
+    rows: dict[int, torch.Tensor] = {}
     # Batches of equal length waste nothing on padding; the file keeps the order of the conversations.
     by_length = sorted(members, key=lambda index: store.lengths[index])
     for first in range(0, len(by_length), batch_size):

@@ -349,17 +349,17 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     train_indices, validation_indices = split_conversations(len(conversations), config)
     draft_config = make_draft_config(config, target, tokenizer)
     store = _features(config, target, conversations, draft_config, [*train_indices, *validation_indices])
-    report = {"data": _describe_data(conversations, train_indices, validation_indices)}
+    report: dict = {"data": _describe_data(conversations, train_indices, validation_indices)}
     draft = _first_draft(config, draft_config, conversations, train_indices, report)
     sets = [ConversationDataset(conversations, store, indices) for indices in (train_indices, validation_indices)]
-    report["stages"] = []
+    results = report["stages"] = []
     for stage in plan_stages(config):
         if stage.num_modules != draft.config.num_processing_modules:
             draft = expand_modules(draft, _with_modules(draft_config, stage.num_modules))
         draft.bind(target, tokenizer)
         draft, result = _run_stage(stage, config, draft, sets)
         draft.bind(target, tokenizer)
-        report["stages"].append(result)
+        results.append(result)
     if PartialState().is_main_process:
         _save_run(draft, config, report, argv)
     return draft.eval()
