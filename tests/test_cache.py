@@ -1,0 +1,137 @@
+"""Caches: rows that move, buffers that grow, layers that are lent and put back."""
+
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from transformers_prism.cache import AdoptedLayers, CommittedCache, TreeLayer, is_adoptable, new_tree_cache
+
+pytestmark = pytest.mark.quick
+
+
+def numbered(num_rows: int, start: int, count: int) -> torch.Tensor:
+    """States `(B, 2, count, 4)` whose value at row r, position t is 100 * r + start + t."""
+    states = 100.0 * torch.arange(num_rows)[:, None] + torch.arange(start, start + count)
+    return states[:, None, :, None].expand(-1, 2, -1, 4).contiguous()
+
+
+def append(cache, num_rows: int, start: int, count: int) -> None:
+    """Append to two layers; values are the negated keys."""
+    for layer in range(2):
+        cache.update(numbered(num_rows, start, count), -numbered(num_rows, start, count), layer)
+
+
+def test_rows_keep_their_own_accepted_keys():
+    """Three rows accept different nodes for many rounds; each is dense, in order, and equal to a list kept by hand."""
+    generator = torch.Generator().manual_seed(0)
+    cache = new_tree_cache()
+    append(cache, 3, 0, 5)
+    committed = CommittedCache(cache, torch.ones(3, 5, dtype=torch.bool))
+    expected = [[100 * row + t for t in range(5)] for row in range(3)]
+    for round_index in range(30):
+        start = 1000 * (round_index + 1)
+        append(cache, 3, start, 7)
+        accepted = []
+        for row in range(3):
+            count = int(torch.randint(0, 8, (), generator=generator))
+            offsets = sorted(torch.randperm(7, generator=generator)[:count].tolist())
+            accepted.append(offsets)
+            expected[row] += [100 * row + start + offset for offset in offsets]
+        committed.commit(accepted)
+        assert committed.lengths == [len(row) for row in expected]
+        assert committed.width == max(committed.lengths) == cache.get_seq_length()
+        for row in range(3):
+            assert committed.committed[row].tolist() == [t < len(expected[row]) for t in range(committed.width)]
+            for layer in cache.layers:
+                assert layer.keys[row, 1, : len(expected[row]), 3].tolist() == expected[row]
+                assert (layer.values == -layer.keys).all()
+
+
+def test_dropping_rows_keeps_the_others():
+    """And the width shrinks to the longest that is left."""
+    cache = new_tree_cache()
+    append(cache, 3, 0, 2)
+    committed = CommittedCache(cache, torch.ones(3, 2, dtype=torch.bool))
+    append(cache, 3, 10, 4)
+    committed.commit([[0, 1, 2, 3], [1], [0, 3]])
+    committed.keep_rows([1, 2])
+    assert committed.width == cache.get_seq_length() == 4
+    assert cache.layers[0].keys[:, 0, :, 0].tolist()[1] == [200, 201, 210, 213]
+    assert cache.layers[0].keys[0, 0, :3, 0].tolist() == [100, 101, 111]
+    assert committed.committed.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_buffers_grow_by_half_and_not_every_round():
+    """200 rounds of up to four tokens allocate a handful of times."""
+    layer = TreeLayer()
+    pointers = set()
+    for step in range(200):
+        layer.update(numbered(1, step, 4), numbered(1, step, 4))
+        layer.set_length(layer.length - 2)
+        pointers.add(layer.key_buffer.shape[2])
+    assert len(pointers) <= 6
+
+
+def mistral_config():
+    """Two layers with a window of 4."""
+    return MistralConfig(
+        hidden_size=8, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2, sliding_window=4
+    )
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_sliding", "lazy", "static", "static_sliding"])
+@pytest.mark.parametrize("length_before", [0, 3, 9])
+def test_lent_layers_leave_what_the_stock_layers_would_hold(kind, length_before):
+    """Keys that a window has dropped are gone, lengths are right, and the cache works on."""
+    config = mistral_config()
+    full = MistralConfig(**{**config.to_dict(), "sliding_window": None})
+
+    def fresh():
+        if kind == "lazy":
+            return DynamicCache()
+        if kind.startswith("dynamic"):
+            return DynamicCache(config=config if "sliding" in kind else full)
+        return StaticCache(config=config if "sliding" in kind else full, max_cache_len=32)
+
+    stock, ours = fresh(), fresh()
+    for cache in (stock, ours):
+        if length_before:
+            append(cache, 2, 0, length_before)
+    adopted = AdoptedLayers(ours)
+    for start in range(length_before, length_before + 6):
+        append(stock, 2, start, 1)
+    append(ours, 2, length_before, 6)
+    adopted.put_back_with_new_states()
+    for cache in (stock, ours):
+        append(cache, 2, length_before + 6, 1)
+    for a, b in zip(stock.layers, ours.layers, strict=True):
+        assert type(a) is type(b)
+        assert int(a.get_seq_length()) == int(b.get_seq_length()) == length_before + 7
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+
+
+def test_a_failed_loop_leaves_the_cache_untouched():
+    """The stored tensors are copied when they are lent, never written to."""
+    cache = DynamicCache(config=mistral_config())
+    append(cache, 2, 0, 6)
+    layers, keys = list(cache.layers), cache.layers[0].keys.clone()
+    adopted = AdoptedLayers(cache)
+    append(cache, 2, 50, 3)
+    adopted.put_back()
+    assert cache.layers == layers
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert cache.get_seq_length() == 6
+
+
+def test_only_known_layers_are_lent():
+    """A layer class that is not known might keep more than keys and values."""
+
+    class Strange(DynamicLayer):
+        pass
+
+    cache = DynamicCache()
+    assert is_adoptable(cache)
+    cache.layers.append(Strange())
+    assert not is_adoptable(cache)
