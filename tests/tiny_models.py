@@ -92,7 +92,7 @@ def tiny_draft(target, seed: int = 0, **overrides) -> PrismDraftModel:
     """A random draft for a target."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        draft = PrismDraftModel(PrismConfig.from_target(target, initializer_range=0.3, **overrides))
+        draft = PrismDraftModel(PrismConfig.from_target(target, **{"initializer_range": 0.3, **overrides}))
     draft.generation_config.update(tree_top_k=3, tree_depth=4, tree_num_nodes=15)
     return draft.float().eval()
 

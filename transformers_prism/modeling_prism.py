@@ -147,6 +147,28 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         generation_config._from_model_config = False
         return generation_config
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load a draft; as `PreTrainedModel.from_pretrained`, but every weight must be there and known.
+
+        Raises:
+            ValueError: listing the weights that are missing, unknown or of another shape: a module left random would
+                show only as poor acceptance.
+        """
+        # Sizes are compared here, so that the error itself names them.
+        ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        draft, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        wrong += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
+        if not ignores_sizes:
+            wrong += [
+                f"{name} has shape {tuple(found)} instead of {tuple(expected)}"
+                for name, found, expected in sorted(info["mismatched_keys"])
+            ]
+        if wrong:
+            raise ValueError(f"expected exactly the weights that the configuration describes, got: {'; '.join(wrong)}")
+        return (draft, info) if output_loading_info else draft
+
     # --- the target's part ---------------------------------------------------------------------------------------
 
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":

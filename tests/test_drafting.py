@@ -1,0 +1,147 @@
+"""The drafter against a slow twin that keeps no cache: every node's path is drafted again from the beginning."""
+
+import pytest
+import torch
+from tiny_models import prompts, tiny_draft, tiny_target
+
+from transformers_prism.tree_policy import TreeSettings
+
+pytestmark = pytest.mark.quick
+
+
+def path_hidden(draft, token_ids, states, path):
+    """Output after a path of tokens below committed positions, by masks alone, without any cache.
+
+    Row i of the input is a committed position, or a node of the path; with "prefill_module" its keys and values come
+    from the module that made it, with "own_module" all come from the module of the step at hand.
+    """
+    committed = draft.fuse(states)
+    num_committed = committed.shape[1]
+    rows = torch.cat((committed, committed.new_zeros((1, len(path), committed.shape[2]))), dim=1)
+    tokens = torch.cat((token_ids, torch.tensor([path], dtype=torch.long)), dim=1)
+    makers = [0] * num_committed
+    for step in range(len(path) + 1):
+        length = num_committed + step
+        if step:
+            makers.append(step)
+            rows[:, length - 1] = output[:, -1]
+        if draft.config.context_kv == "own_module":
+            output = draft(tokens[:, :length], rows[:, :length], step).last_hidden_state
+            continue
+        # One row after the other, each through the module of its own step, over all keys and values so far.
+        cache = None
+        for start in range(length):
+            result = draft(
+                tokens[:, start : start + 1], rows[:, start : start + 1], makers[start], past_key_values=cache, use_cache=True
+            )
+            cache, output = result.past_key_values, result.last_hidden_state
+    return output[:, -1]
+
+
+def check_tree(draft, tree, row, token_ids, states):
+    """Every node's log-probability equals the slow twin's along its path."""
+    for node in range(1, tree.num_nodes):
+        path, at = [], node
+        while at:
+            path.insert(0, at)
+            at = int(tree.parents[row, at])
+        expected = 0.0
+        for depth, step_node in enumerate(path):
+            above = [int(tree.token_ids[row, n]) for n in path[:depth]]
+            logits = draft.compute_logits(path_hidden(draft, token_ids, states, above)).float()
+            log_probs = torch.log_softmax(logits, dim=-1)[0]
+            token = int(tree.token_ids[row, step_node])
+            if draft.draft_to_target is not None:
+                token = int((draft.draft_to_target == token).nonzero()[0])
+            expected += float(log_probs[token])
+        assert float(tree.log_probs[row, node]) == pytest.approx(expected, abs=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
+@pytest.mark.parametrize(
+    ("num_modules", "step_map", "num_layers"), [(1, [0], 1), (2, [0, 1, 1], 1), (3, [0, 1, 2], 2), (2, [1, 0, 1], 1)]
+)
+def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, step_map, num_layers):
+    """Two rows that commit different numbers of tokens, three rounds on one cache, with a draft vocabulary."""
+    target = tiny_target()
+    draft = tiny_draft(
+        target,
+        num_processing_modules=num_modules,
+        draft_step_to_module=step_map,
+        num_layers_per_module=num_layers,
+        context_kv=context_kv,
+        draft_vocab_size=30,
+        initializer_range=0.1,
+    ).bind(target)
+    draft.draft_to_target.copy_(torch.arange(30) * 3)
+    draft.bind(target)
+    if context_kv == "prefill_module" and draft.config.module_of_step(0) != 0:
+        pytest.skip("the slow twin names modules by step, and step 0's module is its first")
+    drafter = draft.make_drafter()
+    token_ids, _ = prompts(2, length=20)
+    token_ids[token_ids == 0] = 5
+    states = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(1))
+    ends = [4, 4]
+    drafter.prefill(token_ids[:, :4], states[:, :4], torch.arange(4).expand(2, -1), ends)
+    for committed in ([2, 4], [1, 3], None):
+        tree = drafter.grow(TreeSettings("static", top_k=2, depth=4, num_nodes=6))
+        for row in range(2):
+            check_tree(draft, tree, row, token_ids[row : row + 1, : ends[row]], states[row : row + 1, : ends[row]])
+        if committed is None:
+            break
+        longest = max(committed)
+        index = torch.tensor(ends)[:, None] + torch.arange(longest)
+        rows = torch.arange(2)[:, None]
+        drafter.prefill(token_ids[rows, index], states[rows, index], index, committed)
+        ends = [end + count for end, count in zip(ends, committed, strict=True)]
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing():
+    """A padded row drafts the tree of the row alone."""
+    target = tiny_target()
+    draft = tiny_draft(target).bind(target)
+    token_ids, mask = prompts(2, length=8)
+    states = torch.randn(2, 8, 96, generator=torch.Generator().manual_seed(1))
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    settings = TreeSettings("static", 3, 4, 12)
+    batch = draft.make_drafter()
+    batch.prefill(token_ids, states, position_ids, [8, 8], mask.bool())
+    padded = batch.grow(settings)
+    for row in range(2):
+        alone = draft.make_drafter()
+        start = 2 * row
+        alone.prefill(
+            token_ids[row : row + 1, start:], states[row : row + 1, start:], torch.arange(8 - start)[None], [8 - start]
+        )
+        tree = alone.grow(settings)
+        assert torch.equal(tree.token_ids[0], padded.token_ids[row])
+        assert torch.equal(tree.parents[0], padded.parents[row])
+
+
+@torch.no_grad()
+def test_the_cost_of_a_step_does_not_depend_on_the_number_of_modules():
+    """The same operations run for M = 1 and M = 8, whatever module serves a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.operations = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations.append((str(function), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+            return function(*args, **(kwargs or {}))
+
+    target = tiny_target()
+    recorded = []
+    for num_modules in (1, 8):
+        draft = tiny_draft(target, num_processing_modules=num_modules).bind(target)
+        drafter = draft.make_drafter()
+        drafter.prefill(prompts(1)[0], torch.ones(1, 9, 96), torch.arange(9)[None], [9])
+        with Recorder() as recorder:
+            drafter.prefill(prompts(1, length=3)[0], torch.ones(1, 3, 96), torch.arange(9, 12)[None], [3])
+            drafter.grow(TreeSettings("static", 4, 6, 20))
+        recorded.append(recorder.operations)
+    assert recorded[0] == recorded[1]

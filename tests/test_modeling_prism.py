@@ -1,0 +1,245 @@
+"""The draft model: shapes, borrowing from the target, saving and loading."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, prompts, tiny_draft, tiny_target
+from transformers import AutoModel, AutoModelForCausalLM
+
+from transformers_prism import PrismConfig, PrismDraftModel
+
+pytestmark = pytest.mark.quick
+
+
+def hidden(draft, num_rows, length, fused=True, seed=0):
+    """Random states for a draft."""
+    width = draft.config.fused_hidden_size if fused else draft.config.hidden_size
+    return torch.randn(num_rows, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("draft_step", [0, 1, 2, 5])
+@pytest.mark.parametrize("num_layers_per_module", [1, 2])
+def test_forward_with_a_cache_equals_forward_without(draft_step, num_layers_per_module):
+    """In pieces of any size, with left padding or without."""
+    target = tiny_target()
+    draft = tiny_draft(target, num_layers_per_module=num_layers_per_module, initializer_range=0.1).bind(target)
+    input_ids, mask = prompts(2, length=10)
+    states = hidden(draft, 2, 10)
+    for attention_mask in (None, mask):
+        whole = draft(input_ids, states, draft_step, attention_mask=attention_mask)
+        assert whole.last_hidden_state.shape == (2, 10, 32)
+        assert whole.past_key_values is None
+        cache, start = None, 0
+        for end in (4, 5, 10):
+            piece = draft(
+                input_ids[:, start:end],
+                states[:, start:end],
+                draft_step,
+                attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = piece.past_key_values
+            real = mask[:, start:end].bool()
+            torch.testing.assert_close(
+                piece.last_hidden_state[real], whole.last_hidden_state[:, start:end][real], atol=1e-4, rtol=1e-4
+            )
+            start = end
+
+
+def test_each_step_uses_its_module():
+    """Steps beyond the map use the last."""
+    target = tiny_target()
+    draft = tiny_draft(target, num_processing_modules=2, draft_step_to_module=[0, 1, 1]).bind(target)
+    input_ids, states = prompts(1)[0], hidden(tiny_draft(target), 1, 9)
+    outputs = [draft(input_ids, states, step).last_hidden_state for step in range(5)]
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert all(torch.equal(outputs[1], output) for output in outputs[2:])
+
+
+def test_attention_sees_no_later_position():
+    """The first layer has no norm before attention and is causal all the same."""
+    target = tiny_target()
+    draft = tiny_draft(target).bind(target)
+    input_ids, states = prompts(1)[0], hidden(tiny_draft(target), 1, 9)
+    before = draft(input_ids, states).last_hidden_state
+    states[:, 6:] += 1
+    after = draft(input_ids, states).last_hidden_state
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.allclose(before[:, 6], after[:, 6])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 8, 96), "expected shape"), ((1, 9, 33), r"or \(1, 9, 96\), got \(1, 9, 33\)"), ((9, 96), "got")],
+)
+def test_wrong_shapes_are_refused(shape, message):
+    """Saying what was expected and found."""
+    target = tiny_target()
+    with pytest.raises(ValueError, match=message):
+        tiny_draft(target).bind(target)(prompts(1)[0], torch.zeros(shape))
+
+
+def test_an_unbound_draft_says_what_to_do():
+    """It needs its target's embedding and head."""
+    draft = tiny_draft(tiny_target())
+    with pytest.raises(ValueError, match=r"call draft.bind\(target\) first"):
+        draft(prompts(1)[0], hidden(draft, 1, 9))
+    with pytest.raises(ValueError, match="assistant_model"):
+        draft.compute_logits(torch.zeros(1, 1, 32))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_the_targets_own_of_the_same_state(architecture):
+    """Embedding scale, logit scale and soft-cap included; a draft vocabulary takes rows of it."""
+    target = tiny_target(architecture)
+    draft = tiny_draft(target).bind(target)
+    few = tiny_draft(target, draft_vocab_size=20)
+    few.draft_to_target.copy_(torch.arange(20) * 4 + 3)
+    few.bind(target)
+    input_ids, _ = prompts(1)
+    with torch.no_grad():
+        outputs = target(input_ids, output_hidden_states=True)
+        last = outputs.hidden_states[-1]
+        torch.testing.assert_close(draft.compute_logits(last), outputs.logits, atol=1e-5, rtol=1e-5)
+        rows = outputs.logits[..., few.draft_to_target]
+        torch.testing.assert_close(few.compute_logits(last), rows, atol=1e-5, rtol=1e-5)
+        if architecture != "gpt2":  # adds positions to its embeddings
+            expected = outputs.hidden_states[0]
+            torch.testing.assert_close(draft.embed(input_ids), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_binding_registers_copies_and_moves_nothing():
+    """The draft's parameters, its state and the target's modules stay as they are."""
+    target = tiny_target()
+    draft = tiny_draft(target)
+    names, storage = list(draft.state_dict()), target.lm_head.weight.data_ptr()
+    draft.bind(target)
+    assert list(draft.state_dict()) == names
+    assert draft._borrowed.head is target.lm_head
+    assert target.lm_head.weight.data_ptr() == storage
+    assert sum(parameter.numel() for parameter in draft.parameters()) < 60_000
+    draft.to(torch.float64)
+    assert target.dtype == torch.float32
+
+
+def test_rows_of_a_draft_vocabulary_follow_the_head():
+    """Weights written after binding are seen at the next binding."""
+    target = tiny_target()
+    draft = tiny_draft(target, draft_vocab_size=20).bind(target)
+    before = draft.compute_logits(torch.ones(1, 1, 32))
+    with torch.no_grad():
+        target.lm_head.weight.mul_(2)
+    after = draft.bind(target).compute_logits(torch.ones(1, 1, 32))
+    torch.testing.assert_close(after, 2 * before)
+
+
+def test_a_mild_mismatch_is_a_warning():
+    """Other weights of the same shape: fewer tokens accepted, nothing else."""
+    target = tiny_target()
+    target.config._name_or_path = "org/model"
+    draft = tiny_draft(target)
+    other = tiny_target(seed=1)
+    other.config._name_or_path = "org/finetuned"
+    with pytest.warns(UserWarning, match=r"name: expected 'org/model' \(draft\), got 'org/finetuned' \(target\)"):
+        draft.bind(other)
+    other.config._name_or_path = "/some/folder"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_draft(target).bind(other)  # an unknown part is not compared
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"draft_vocab_size": 20}, {"share_target_embedding": False, "share_target_head": False}, {"target_layer_ids": [4]}],
+)
+def test_saving_and_loading_keeps_every_bit(tmp_path, dtype, settings):
+    """Weights, the draft vocabulary, the rotary tables that are not saved; by both auto classes, in one shard or many."""
+    target = tiny_target()
+    if settings.get("target_layer_ids"):
+        settings = {**settings, "normalize_target_hidden": False}
+    draft = tiny_draft(target, **settings).to(dtype)
+    if draft.draft_to_target is not None:
+        draft.draft_to_target.copy_(torch.randperm(VOCAB_SIZE)[:20])
+    draft.save_pretrained(tmp_path / "one")
+    draft.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert (tmp_path / "many" / "model.safetensors.index.json").exists()
+    input_ids, states = prompts(1)[0], hidden(draft, 1, 9).to(dtype)
+    # Rotary tables are made anew in float32 at loading, which `to(dtype)` rounded here.
+    rebuilt = PrismDraftModel.from_pretrained(tmp_path / "one", dtype=dtype).eval()
+    expected = rebuilt.bind(target)(input_ids, states, 1).last_hidden_state
+    for folder in ("one", "many"):
+        for auto_class, arguments in (
+            (AutoModel, {"dtype": dtype}),
+            (AutoModelForCausalLM, {}),
+            (AutoModel, {"device_map": "cpu"}),
+        ):
+            again = auto_class.from_pretrained(tmp_path / folder, **arguments)
+            assert type(again) is PrismDraftModel
+            assert again.dtype == dtype
+            for name, value in draft.state_dict().items():
+                assert torch.equal(value, again.state_dict()[name])
+            assert torch.equal(again.eval().bind(target)(input_ids, states, 1).last_hidden_state, expected)
+
+
+def test_loading_casts_on_request(tmp_path):
+    """`dtype` wins over the saved one; the draft vocabulary stays integer."""
+    draft = tiny_draft(tiny_target(), draft_vocab_size=20)
+    draft.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
+    assert again.draft_to_target.dtype == torch.long
+
+
+def test_the_other_context_kv_can_be_chosen_at_loading(tmp_path):
+    """The weights are the same; only where modules write their keys and values differs."""
+    tiny_draft(tiny_target(), num_processing_modules=2).save_pretrained(tmp_path)
+    draft = AutoModel.from_pretrained(tmp_path, context_kv="own_module")
+    assert [module.layers[0].self_attn.layer_idx for module in draft.processing_modules] == [0, 1]
+
+
+def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
+    """A module that stayed random would only show as poor acceptance."""
+    draft = tiny_draft(tiny_target())
+    draft.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["extra"] = weights.pop("processing_modules.1.input_projection.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1.input_projection.weight is missing; extra is unknown"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    """Saying which weight, and both shapes."""
+    tiny_draft(tiny_target()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["intermediate_size"] = 48
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"mlp.gate_proj.weight has shape \(64, 32\) instead of \(48, 32\)"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    """Never a half-loaded draft."""
+    tiny_draft(tiny_target()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|deserializ|invalid"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_fusion_divides_each_state_by_its_own_size():
+    """One huge state does not drown the others."""
+    target = tiny_target()
+    draft = tiny_draft(target)
+    states = hidden(draft, 1, 3)
+    scaled = states.clone()
+    scaled[..., 32:64] *= 25_000
+    torch.testing.assert_close(draft.fuse(states), draft.fuse(scaled), atol=1e-4, rtol=1e-4)
+    raw = PrismDraftModel(PrismConfig.from_target(target, normalize_target_hidden=False))
+    raw.load_state_dict(draft.state_dict())
+    assert not torch.allclose(raw.fuse(states), raw.fuse(scaled))
