@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -93,17 +94,19 @@ def chat_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, device="cpu") -
 
 
 def load_draft(folder: str | Path, target: PreTrainedModel) -> PrismDraftModel:
-    """A draft from a folder or the Hub, in the target's dtype and on its device.
+    """A draft from a folder or the Hub, in the target's dtype and on its device, and bound to it.
 
     Raises:
         FileNotFoundError: if the draft that this repository ships is asked for and is not there.
+        ValueError: if it was made for another target.
     """
     if folder == SHIPPED_DRAFT and not (SHIPPED_DRAFT / "config.json").is_file():
         raise FileNotFoundError(
             f"expected the trained draft in {SHIPPED_DRAFT}, got no config.json there; run this from a clone of the "
             "repository, or name a draft with --draft"
         )
-    return PrismDraftModel.from_pretrained(str(folder), dtype=target.dtype).to(target.device).eval()
+    draft = PrismDraftModel.from_pretrained(str(folder), dtype=target.dtype).to(target.device)
+    return draft.eval().bind(target)
 
 
 def run_demo(target_name: str | None, draft_folder: str | None, max_new_tokens: int, console: Console) -> None:
@@ -183,8 +186,8 @@ def _timed(target, inputs, settings):
 
 def comparison_table(comparisons: list[Comparison]) -> Table:
     """A row per prompt and one for all of them, whose rates are total tokens over total seconds."""
-    table = Table(caption="greedy decoding, one run each, whole generate() calls")
-    table.add_column("prompt", max_width=36, no_wrap=True)
+    table = Table(caption="greedy decoding, one run each, whole generate() calls", box=box.SIMPLE, pad_edge=False)
+    table.add_column("prompt", max_width=30, no_wrap=True)
     for name in ("same output", "tokens", "rounds", "acceptance\nlength", "tokens/s\nplain", "tokens/s\ndraft", "ratio"):
         table.add_column(name, justify="right")
     for comparison in comparisons:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
+from rich import box
 from rich.table import Table
 
 from transformers_prism.benchmark.prompts import task_of
@@ -176,8 +177,8 @@ def as_json(results: list[PromptResult]) -> dict:
 
 def result_table(results: list[PromptResult], caption: str) -> Table:
     """A row per prompt, and one for all."""
-    table = Table(caption=caption)
-    table.add_column("prompt")
+    table = Table(caption=caption, box=box.SIMPLE, pad_edge=False)
+    table.add_column("prompt", no_wrap=True)
     for name in ("identical", "tokens", "rounds", "tau", "tokens/s\nplain", "tokens/s\ndraft", "ratio"):
         table.add_column(name, justify="right")
     for result in results:

@@ -1,0 +1,229 @@
+"""The commands demo, generate and bench on tiny models; errors of users are one line and a status."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import scripted_draft, tiny_target
+from typer.testing import CliRunner
+
+from transformers_prism import demo
+from transformers_prism.benchmark.generate import bench_generate, summarize
+from transformers_prism.benchmark.modules import bench_modules, bootstrap_ratio_of_medians
+from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
+from transformers_prism.cli import app
+
+pytestmark = pytest.mark.quick
+
+
+def run(*arguments) -> str:
+    """Output of a command that must succeed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output + result.stderr + repr(result.exception)
+    return result.output
+
+
+def fails(*arguments) -> str:
+    """What a command that must fail with status 1 says."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, repr(result.exception)
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """Records of three tasks, two of them categories of MT-bench."""
+    categories = ["writing", "coding", "translation", "translation", "qa", "qa"]
+    records = [
+        {"question_id": number, "category": category, "turns": [f"w{number + 5} w9 w11", "w4"]}
+        for number, category in enumerate(categories)
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def test_cli_help_lists_the_commands():
+    """--help names each command."""
+    output = run("--help")
+    for name in ("demo", "generate", "bench", "train", "convert"):
+        assert name in output
+
+
+def test_cli_demo_compares_both_ways(tiny_folders):
+    """Three answers and a table, identical throughout."""
+    target, draft = tiny_folders
+    output = run("demo", "--target", target, "--draft", draft, "--max-new-tokens", 8)
+    assert output.count("\n> ") == 3
+    assert output.count("yes") == 4
+    assert "NO" not in output
+    for column in ("same output", "acceptance", "tokens/s", "ratio", "all (pooled)"):
+        assert column in output
+
+
+def test_cli_demo_without_the_shipped_draft_says_so(tiny_folders, monkeypatch, tmp_path):
+    """Where the repository's draft is absent, the message says where it was expected and what to do."""
+    monkeypatch.setattr(demo, "SHIPPED_DRAFT", tmp_path / "absent")
+    message = fails("demo", "--target", tiny_folders[0])
+    assert "absent" in message
+    assert "--draft" in message
+
+
+def test_cli_generate_streams_the_text_of_plain_decoding(tiny_folders):
+    """The text that streams is the text of plain generate; statistics follow."""
+    from transformers_prism.target import load_target
+
+    target_folder, draft_folder = tiny_folders
+    target, tokenizer = load_target(target_folder)
+    inputs = tokenizer("w5 w6 w7", return_tensors="pt")
+    plain = target.generate(**inputs, max_new_tokens=10, do_sample=False)[0, 3:]
+    arguments = ("--target", target_folder, "--draft", draft_folder, "--prompt", "w5 w6 w7", "--max-new-tokens", 10)
+    output = run("generate", *arguments)
+    assert tokenizer.decode(plain, skip_special_tokens=True) in output
+    assert "10 tokens in" in output
+    assert run("generate", *arguments, "--temperature", 0.8, "--top-p", 0.9)
+
+
+def test_cli_streamer_tells_accepted_from_bonus(tiny_folders):
+    """Per round as many tokens in the colour of accepted ones as the statistics count, then one bonus token."""
+    from rich.console import Console
+
+    from transformers_prism.target import load_target
+
+    tokenizer = load_target(tiny_folders[0])[1]
+    target = tiny_target("llama", seed=3)
+    input_ids = torch.tensor([[5, 6, 7]])
+    plain = target.generate(input_ids, max_new_tokens=24, do_sample=False)
+    draft = scripted_draft(target, plain, prompt_length=3)
+    printed = []
+    streamer = demo.RoundStreamer(Console(), tokenizer)
+    streamer._print = lambda text, kind: printed.append((text, kind))
+    target.generate(input_ids, max_new_tokens=24, do_sample=False, assistant_model=draft, streamer=streamer)
+    accepted = draft.last_speculation.accepted_per_round[0]
+    assert sum(accepted) > 0
+    expected = ["plain"]
+    for count in accepted:
+        expected += ["accepted"] * count + ["bonus"]
+    assert [kind for _, kind in printed] == expected
+    assert "".join(text for text, _ in printed) == tokenizer.decode(plain[0, 3:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8, "--top-p", 0.95, "--repetition-penalty", 1.1)])
+def test_cli_bench_generate_writes_figures(tiny_folders, prompt_file, tmp_path, sampling):
+    """All outputs identical, greedy and sampled; the file holds settings, summary and prompts."""
+    target, draft = tiny_folders
+    result_file = tmp_path / "result.json"
+    sizes = ("--num-prompts", 3, "--max-new-tokens", 8, "--repeat", 2, "--tree-num-nodes", 7)
+    where = ("--target", target, "--draft", draft, "--prompts", prompt_file, "--json", result_file)
+    output = run("bench", "generate", *where, *sizes, *sampling)
+    assert "identical: 3 of 3" in output
+    result = json.loads(result_file.read_text())
+    assert [prompt["task"] for prompt in result["prompts"]] == ["mt_bench", "translation", "qa"]
+    assert result["settings"]["tree_num_nodes"] == 7
+    assert set(result["summary"]["round_ms"]) == {"draft", "verify", "rest"}
+    assert result["summary"]["acceptance_length_pooled"] >= 1
+    assert all(len(prompt["plain_seconds"]) == len(prompt["draft_seconds"]) == 2 for prompt in result["prompts"])
+
+
+def test_cli_bench_generate_reports_a_difference(tiny_folders):
+    """A draft run that differs is counted, with the first differing token and the logit gap there."""
+    from transformers_prism.target import load_target
+
+    target, tokenizer = load_target(tiny_folders[0])
+    draft = demo.load_draft(tiny_folders[1], target)
+    original = target.generate
+
+    def generate_wrongly(*args, **kwargs):
+        output = original(*args, **kwargs)
+        if "assistant_model" in kwargs:
+            output[0, -2] += 1
+        return output
+
+    target.generate = generate_wrongly
+    record = {"question_id": 1, "category": "qa", "turns": ["w5 w6 w7"]}
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    (result,) = bench_generate(target, tokenizer, draft, [record], demo.chat_inputs, settings, repeat=1)
+    assert not result.is_identical
+    assert result.first_difference == 6
+    assert result.logit_gap > 0
+    assert summarize([result])["num_identical"] == 0
+
+
+def test_cli_bench_modules_measures_rounds(tiny_folders, tmp_path):
+    """Both drafts, as many rounds as asked for, and an interval around the ratio."""
+    result_file = tmp_path / "result.json"
+    arguments = ("--target", tiny_folders[0], "--num-rounds", 5, "--context-length", 9, "--json", result_file)
+    output = run("bench", "modules", *arguments, "--tree-top-k", 2, "--tree-depth", 8, "--tree-num-nodes", 9)
+    assert "M = 1" in output
+    assert "M = 8" in output
+    result = json.loads(result_file.read_text())
+    assert [len(rounds) for rounds in result["round_ms"]] == [5, 5]
+    low, high = result["interval"]
+    assert low <= result["ratio_of_medians"] <= high
+
+
+def test_cli_bench_modules_uses_every_module_of_a_deep_tree():
+    """With eight draft steps a round runs all eight modules of the larger draft, and drafts full trees."""
+    target = tiny_target("llama", seed=3)
+    used = set()
+
+    def note(module, args, output):
+        used.add(module)
+
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: note(module, args, output) if type(module).__name__ == "PrismProcessingModule" else None
+    ):
+        bench_modules(target, {"tree_top_k": 2, "tree_depth": 8, "tree_num_nodes": 9}, num_rounds=2, context_length=5)
+    assert len(used) == 1 + 8
+
+
+def test_cli_bootstrap_interval_covers_the_ratio():
+    """Equal samples give the ratio 1, doubled ones 2; noise widens the interval around it."""
+    ones = [1.0 + 0.01 * (index % 7) for index in range(70)]
+    assert bootstrap_ratio_of_medians(ones, ones) == (1.0, 1.0)
+    low, high = bootstrap_ratio_of_medians([2 * value for value in ones], ones)
+    assert low == pytest.approx(2.0)
+    assert high == pytest.approx(2.0)
+    low, high = bootstrap_ratio_of_medians(ones[::-1], ones)
+    assert low < 1.0 < high
+
+
+def test_cli_bench_prompts_are_spread_over_tasks(prompt_file):
+    """The categories of MT-bench count as one task; further prompts go round the tasks again."""
+    records = read_prompts(prompt_file)
+    chosen = choose_prompts(records, 4)
+    assert [record["question_id"] for record in chosen] == [0, 1, 2, 4]
+    with pytest.raises(ValueError, match="expected 1 to 6, got 7"):
+        choose_prompts(records, 7)
+
+
+def test_cli_bench_prompts_of_spec_bench_cover_six_tasks(prism_data):
+    """Eight prompts of the real file: two of the first two tasks and one of each other."""
+    path = prism_data / "data" / "spec_bench.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} among the data outside the repository")
+    records = choose_prompts(read_prompts(path), 8)
+    tasks = ["mt_bench" if record["question_id"] <= 160 else record["category"] for record in records]
+    assert {task: tasks.count(task) for task in tasks} == {
+        **{"mt_bench": 2, "translation": 2},
+        **dict.fromkeys(("summarization", "qa", "math_reasoning", "rag"), 1),
+    }
+
+
+def test_cli_bad_prompt_file_is_named(tiny_folders, tmp_path):
+    """A line that is no record, and a file that is not there, are named before any model is loaded."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question_id": 1}\n')
+    assert "line 1: expected question_id, category and turns" in fails("bench", "generate", "--prompts", path)
+    assert "absent.jsonl" in fails("bench", "generate", "--prompts", tmp_path / "absent.jsonl")
+
+
+def test_cli_draft_for_another_target_is_one_line(tiny_folders, tmp_path):
+    """A draft of another vocabulary ends in a message that says expected and got."""
+    from tiny_models import tiny_draft
+
+    tiny_draft(tiny_target("llama", vocab_size=96)).save_pretrained(tmp_path)
+    message = fails("generate", "--target", tiny_folders[0], "--draft", tmp_path, "--prompt", "w5")
+    assert "96" in message
+    assert "97" in message
