@@ -76,7 +76,16 @@ def test_steps_beyond_the_map_use_its_last_module():
 
 @pytest.mark.parametrize(
     ("num_layers", "expected"),
-    [(1, [1]), (2, [1]), (3, [1, 2]), (4, [1, 2, 3]), (6, [1, 3, 5]), (8, [3, 5, 6]), (30, [3, 16, 28]), (32, [3, 17, 30])],
+    [
+        (1, [1]),
+        (2, [1]),
+        (3, [1, 2]),
+        (4, [1, 2, 3]),
+        (6, [1, 3, 5]),
+        (8, [3, 5, 6]),
+        (30, [3, 16, 28]),
+        (32, [3, 17, 30]),
+    ],
 )
 def test_default_target_layers(num_layers, expected):
     """Low, middle, high; 32 layers give those of the paper's artifact."""

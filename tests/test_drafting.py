@@ -20,6 +20,7 @@ def path_hidden(draft, token_ids, states, path):
     rows = torch.cat((committed, committed.new_zeros((1, len(path), committed.shape[2]))), dim=1)
     tokens = torch.cat((token_ids, torch.tensor([path], dtype=torch.long)), dim=1)
     makers = [0] * num_committed
+    output = committed
     for step in range(len(path) + 1):
         length = num_committed + step
         if step:
@@ -32,7 +33,11 @@ def path_hidden(draft, token_ids, states, path):
         cache = None
         for start in range(length):
             result = draft(
-                tokens[:, start : start + 1], rows[:, start : start + 1], makers[start], past_key_values=cache, use_cache=True
+                tokens[:, start : start + 1],
+                rows[:, start : start + 1],
+                makers[start],
+                past_key_values=cache,
+                use_cache=True,
             )
             cache, output = result.past_key_values, result.last_hidden_state
     return output[:, -1]

@@ -99,6 +99,7 @@ def test_length_limits(num_new_tokens):
         )
         assert torch.equal(plain, speculative)
 
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("with_eos", [False, True])
 def test_stop_strings(num_rows, with_eos):
@@ -108,7 +109,15 @@ def test_stop_strings(num_rows, with_eos):
     stop_strings = [f"w{row[5 + 4 * index]}" for index, row in enumerate(draft.script)]
     eos = {"eos_token_id": EOS_ID} if with_eos else {}
     plain, speculative, _ = generate_twice(
-        target, draft, input_ids, mask, do_sample=False, stop_strings=stop_strings, tokenizer=tokenizer, **eos, **LENGTH
+        target,
+        draft,
+        input_ids,
+        mask,
+        do_sample=False,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        **eos,
+        **LENGTH,
     )
     assert torch.equal(plain, speculative)
     assert plain.shape[1] < input_ids.shape[1] + 30
@@ -627,7 +636,9 @@ def test_beams_and_return_sequences_stay_as_they_are():
     """generate() takes beams elsewhere, and refuses several sequences before our loop."""
     target, draft, input_ids, _ = scripted()
     plain = target.generate(input_ids, num_beams=2, do_sample=False, **LENGTH)
-    assert torch.equal(plain, target.generate(input_ids, num_beams=2, do_sample=False, assistant_model=draft, **LENGTH))
+    assert torch.equal(
+        plain, target.generate(input_ids, num_beams=2, do_sample=False, assistant_model=draft, **LENGTH)
+    )
     with pytest.raises(ValueError, match="num_return_sequences"):
         target.generate(input_ids, do_sample=True, num_return_sequences=2, assistant_model=draft, **LENGTH)
 

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, scripted_draft, tiny_draft, tiny_target, varied_target
+from tiny_models import (
+    ARCHITECTURES,
+    PAD_ID,
+    generate_twice,
+    prompts,
+    scripted_draft,
+    tiny_draft,
+    tiny_target,
+    varied_target,
+)
 
 NUM_NEW_TOKENS = 40
 SAMPLING = {

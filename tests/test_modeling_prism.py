@@ -155,7 +155,12 @@ def test_a_mild_mismatch_is_a_warning():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"draft_vocab_size": 20}, {"share_target_embedding": False, "share_target_head": False}, {"target_layer_ids": [4]}],
+    [
+        {},
+        {"draft_vocab_size": 20},
+        {"share_target_embedding": False, "share_target_head": False},
+        {"target_layer_ids": [4]},
+    ],
 )
 def test_saving_and_loading_keeps_every_bit(tmp_path, dtype, settings):
     """Weights, the draft vocabulary, the rotary tables that are not saved; by both auto classes, in one shard or many."""

@@ -62,7 +62,9 @@ def test_nan_candidates_come_last():
 
 def test_ancestors_of_the_drawn_tree():
     """The drawing at the top of tree.py."""
-    tree = Tree(*(torch.tensor([row]) for row in ([1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0.0] * 6)))
+    tree = Tree(
+        *(torch.tensor([row]) for row in ([1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0.0] * 6))
+    )
     expected = [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 1, 4}, {0, 1, 3, 5}]
     assert [set(row.nonzero()[:, 0].tolist()) for row in tree.ancestors()[0]] == expected
     assert torch.equal(ancestor_mask(tree.parents, 3), tree.ancestors())

@@ -22,7 +22,9 @@ def test_the_first_configuration_that_names_a_setting_wins():
 def test_a_chain_is_as_long_as_depth_and_nodes_allow():
     """tree_top_k does not matter."""
     assert resolve({"tree": "chain", "tree_depth": 7, "tree_num_nodes": 5}) == TreeSettings("chain", 1, 5, 5)
-    assert resolve({"tree_top_k": 2, "tree_depth": 3, "tree_num_nodes": 9}).as_chain() == TreeSettings("chain", 1, 3, 3)
+    assert resolve({"tree_top_k": 2, "tree_depth": 3, "tree_num_nodes": 9}).as_chain() == TreeSettings(
+        "chain", 1, 3, 3
+    )
 
 
 def test_a_node_has_no_more_children_than_there_are_draft_tokens():

@@ -57,7 +57,14 @@ def tiny_target(architecture: str = "llama", seed: int = 0, attn_implementation:
     name, settings = ARCHITECTURES[architecture]
     arguments = {**_SMALL, **settings, **overrides}
     if architecture == "gpt2":
-        shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "tie_word_embeddings")
+        shared = (
+            "vocab_size",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "initializer_range",
+            "tie_word_embeddings",
+        )
         arguments = {**{key: _SMALL[key] for key in shared}, **settings, **overrides}
     config = getattr(transformers, name)(**arguments)
     with torch.random.fork_rng():

@@ -187,9 +187,7 @@ class PrismConfig(PreTrainedConfig):
                 f"(num_processing_modules={self.num_processing_modules}), got {self.draft_step_to_module}"
             )
         if not self.target_layer_ids or self.target_layer_ids != sorted(set(self.target_layer_ids)):
-            raise ValueError(
-                f"target_layer_ids: expected one or more increasing indices, got {self.target_layer_ids}"
-            )
+            raise ValueError(f"target_layer_ids: expected one or more increasing indices, got {self.target_layer_ids}")
         if self.target_layer_ids[0] < 0:
             raise ValueError(f"target_layer_ids: expected indices of at least 0, got {self.target_layer_ids}")
         self._validate_sizes_shared_with_target()
@@ -259,7 +257,9 @@ class PrismConfig(PreTrainedConfig):
         """
         config = target if isinstance(target, PreTrainedConfig) else target.config
         if config.is_encoder_decoder:
-            raise ValueError(f"expected a decoder-only target, got the encoder-decoder model type {config.model_type!r}")
+            raise ValueError(
+                f"expected a decoder-only target, got the encoder-decoder model type {config.model_type!r}"
+            )
         config = config.get_text_config()
         hidden_size = config.hidden_size
         intermediate_size = getattr(config, "intermediate_size", None)

@@ -139,7 +139,10 @@ class _Frontier:
         self.drafter = drafter
         # In each cache: one shared by all modules, or one for each.
         self.num_written = [0] * len(drafter.prefill_steps)
-        self.token_ids = self.hidden = self.position_ids = self.ancestors = None
+        self.token_ids: torch.Tensor | None = None  # [B, R]
+        self.hidden: torch.Tensor | None = None  # [B, R, D]
+        self.position_ids: torch.Tensor | None = None  # [B, R]
+        self.ancestors: torch.Tensor | None = None  # [B, R, R]
 
     def step(self, step: int, token_ids, hidden, parents) -> torch.Tensor:
         """Outputs `(B, K, D)` of a draft step over the frontier; `parents` `(B, K)` index the previous frontier."""

@@ -38,7 +38,7 @@ def install() -> None:
             return draft.assist(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
-    _assisted_decoding._prism_original = original
+    _assisted_decoding._prism_original = original  # type: ignore[attr-defined]
     GenerationMixin._assisted_decoding = _assisted_decoding
 
 

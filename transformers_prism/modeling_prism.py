@@ -85,8 +85,8 @@ class BorrowedLayers:
     """What a draft reads of its target. A plain object, so that nothing in it is registered, moved or saved."""
 
     target: PreTrainedModel
-    embedding: nn.Module
-    head: nn.Module
+    embedding: nn.Embedding
+    head: nn.Linear
     head_weight: torch.Tensor | None = None  # rows of the head for the draft vocabulary
     head_bias: torch.Tensor | None = None
     head_version: tuple = ()
@@ -351,7 +351,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def _as_draft_hidden(self, input_ids, hidden_states, draft_step) -> torch.Tensor:
         config = self.config
         widths = (config.hidden_size, config.fused_hidden_size)
-        if hidden_states.dim() != 3 or hidden_states.shape[:2] != input_ids.shape or hidden_states.shape[2] not in widths:
+        if (
+            hidden_states.dim() != 3
+            or hidden_states.shape[:2] != input_ids.shape
+            or hidden_states.shape[2] not in widths
+        ):
             raise ValueError(
                 f"hidden_states: expected shape {(*input_ids.shape, widths[0])} or {(*input_ids.shape, widths[1])}, "
                 f"got {tuple(hidden_states.shape)}"

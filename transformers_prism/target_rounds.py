@@ -36,7 +36,9 @@ class NewPositions(NamedTuple):
         """These rows of the batch."""
         padding_mask = None if self.padding_mask is None else self.padding_mask[rows]
         num_new = [self.num_new[row] for row in rows]
-        return NewPositions(self.token_ids[rows], self.target_hidden[rows], self.position_ids[rows], num_new, padding_mask)
+        return NewPositions(
+            self.token_ids[rows], self.target_hidden[rows], self.position_ids[rows], num_new, padding_mask
+        )
 
 
 def layer_windows(text_config) -> dict[str | None, int | None] | None:
@@ -174,9 +176,7 @@ class _Target:
         return outputs.logits, self._fused_states(outputs)
 
     def _advance(self, kept: list[list[int]]) -> None:
-        self.next_position = [
-            position + len(nodes) for position, nodes in zip(self.next_position, kept, strict=True)
-        ]
+        self.next_position = [position + len(nodes) for position, nodes in zip(self.next_position, kept, strict=True)]
 
 
 class TreeTarget(_Target):

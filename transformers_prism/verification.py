@@ -43,9 +43,13 @@ class OutputRows:
         self.lengths = [self.prompt_length] * self.num_rows
         self.end_lengths: list[int | None] = [None] * self.num_rows  # where the criteria stopped each row
         returns = generation_config.return_dict_in_generate
-        self.scores = [[] for _ in range(self.num_rows)] if returns and generation_config.output_scores else None
-        self.logits = [[] for _ in range(self.num_rows)] if returns and generation_config.output_logits else None
+        # For each row what every emitted token was chosen from, where that was asked for.
+        self.scores = self._kept_rows() if returns and generation_config.output_scores else None
+        self.logits = self._kept_rows() if returns and generation_config.output_logits else None
         self.noise = _StepNoise(input_ids.device) if self.num_rows > 1 and self.do_sample else None
+
+    def _kept_rows(self) -> list[list[torch.Tensor]]:
+        return [[] for _ in range(self.num_rows)]
 
     @property
     def chooses_by_argmax(self) -> bool:
@@ -138,9 +142,7 @@ class OutputRows:
         if kept is None:
             return None
         zeros = torch.zeros_like(kept[0][0])
-        return tuple(
-            torch.cat([row[step] if step < len(row) else zeros for row in kept]) for step in range(num_steps)
-        )
+        return tuple(torch.cat([row[step] if step < len(row) else zeros for row in kept]) for step in range(num_steps))
 
 
 class _StepNoise:
