@@ -31,6 +31,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
+from transformers_prism.drafting import Drafter
 
 pytestmark = pytest.mark.quick
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
@@ -285,6 +286,30 @@ def test_the_returned_cache_is_the_one_plain_returns(architecture, num_rows):
             torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
 
 
+def test_a_draft_remembers_the_chat_that_a_cache_holds(monkeypatch):
+    """The second turn drafts from all positions, as if the whole chat had been read at once, and so accepts as much."""
+    input_ids, _ = prompts(1)
+    target = varied_target("llama", input_ids, None, **LENGTH)
+    draft = tiny_draft(target, initializer_range=0.1)
+    cache = DynamicCache(config=target.config)
+    first = target.generate(input_ids, past_key_values=cache, do_sample=False, assistant_model=draft, **LENGTH)
+    chat = torch.cat((first, torch.tensor([[20, 30, 40]])), dim=1)
+    read = []
+    original = Drafter.grow
+    monkeypatch.setattr(Drafter, "grow", lambda self, s: read.append(self.cache.width) or original(self, s))
+    trees = []
+    for past in (cache, DynamicCache(config=target.config)):
+        read.clear()
+        output = target.generate(chat, past_key_values=past, do_sample=False, assistant_model=draft, **LENGTH)
+        assert read[0] == chat.shape[1]
+        trees.append((output.tolist(), draft.last_speculation.accepted_per_round))
+    assert trees[0] == trees[1]
+    cache.crop(-5)
+    read.clear()
+    target.generate(chat, past_key_values=cache, do_sample=False, assistant_model=draft, **LENGTH)
+    assert read[0] < chat.shape[1]  # a cache that was changed since is not trusted
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2_mixed_windows"])
 @pytest.mark.parametrize("only_new_ids", [False, True])
 def test_a_chat_continues_on_a_given_cache(architecture, only_new_ids):
@@ -388,6 +413,19 @@ def test_static_caches(architecture, num_rows):
         seen = min(int(a.get_seq_length()), a.keys.shape[2])
         left, right = a.keys[:, :, 6:seen], b.keys[:, :, 6:seen]  # behind the longest left padding
         torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+def test_the_end_of_learned_positions_is_not_drafted_past():
+    """An EOS may end the text before the context does, whatever max_length says; a longer prompt is refused."""
+    input_ids, _ = prompts(1)
+    target = tiny_target("gpt2", 0, n_positions=24)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree_depth=8, tree_num_nodes=30)
+    plain = target.generate(input_ids, do_sample=False, max_length=24, pad_token_id=PAD_ID)
+    eos = {"eos_token_id": int(plain[0, 22]), "max_length": 60, "pad_token_id": PAD_ID, "do_sample": False}
+    assert torch.equal(target.generate(input_ids, **eos), target.generate(input_ids, assistant_model=draft, **eos))
+    with pytest.raises(ValueError, match="input_ids: expected at most 24 tokens .* got 27"):
+        target.generate(input_ids.repeat(1, 3), do_sample=False, assistant_model=draft, **LENGTH)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

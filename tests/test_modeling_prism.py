@@ -1,6 +1,8 @@
 """The draft model: shapes, borrowing from the target, saving and loading."""
 
+import copy
 import json
+import pickle
 import warnings
 
 import pytest
@@ -124,6 +126,20 @@ def test_binding_registers_copies_and_moves_nothing():
     assert sum(parameter.numel() for parameter in draft.parameters()) < 60_000
     draft.to(torch.float64)
     assert target.dtype == torch.float32
+
+
+def test_a_copy_borrows_the_same_layers_and_a_pickle_none():
+    """Neither carries the target along."""
+    target = tiny_target()
+    draft = tiny_draft(target).bind(target)
+    assert copy.deepcopy(draft)._borrowed.head is target.lm_head
+    assert pickle.loads(pickle.dumps(draft))._borrowed is None
+
+
+def test_a_draft_without_weights_is_refused():
+    """Before anything is computed with it."""
+    with pytest.raises(ValueError, match="meta device"):
+        tiny_draft(tiny_target()).to("meta").bind(tiny_target())
 
 
 def test_rows_of_a_draft_vocabulary_follow_the_head():

@@ -10,18 +10,31 @@ taken:
 
 import functools
 import warnings
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .speculation import Speculation
-from .target_rounds import ChainTarget, make_target
+from .target_rounds import ChainTarget, NewPositions, make_target
 from .tree_policy import TreeSettings
 from .verification import OutputRows, argmax_choices, walk
 
 # Processors that keep one state for a whole batch, so that rows cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+
+
+class _ChatContext(NamedTuple):
+    """What a draft has read of a conversation, kept for as long as the cache that a user continues it with."""
+
+    drafter: object
+    new: NewPositions  # committed by the last round and not yet read
+    length: int  # of the cache
+
+
+_chat_contexts: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def install() -> None:
@@ -101,9 +114,13 @@ def speculative_generate(
     try:
         draft.eval()
         with target._optimize_model_for_decode():
-            speculation = _decode(draft, target_side, rows, settings, streamer, input_ids)
+            drafter = _drafter_for(draft, target_side.cache, rows.num_rows)
+            speculation, new = _decode(drafter, target_side, rows, settings, streamer, input_ids)
             sequences = rows.finish()
             target_side.finish(sequences)
+            if target_side.returns_cache and rows.num_rows == 1:
+                length = int(target_side.cache.get_seq_length())
+                _chat_contexts[target_side.cache] = _ChatContext(drafter, new, length)
     except BaseException:
         target_side.abandon()
         raise
@@ -125,21 +142,35 @@ def speculative_generate(
     return output
 
 
-def _decode(draft, target_side, rows: OutputRows, settings: TreeSettings, streamer, input_ids) -> Speculation:
-    """The prefill, then rounds until every row is done."""
+def _drafter_for(draft, cache, num_rows: int):
+    """A new drafter, or the one that has read what the given cache holds."""
+    context = _chat_contexts.pop(cache, None)
+    if context is None or num_rows > 1 or context.drafter.draft is not draft:
+        return draft.make_drafter()
+    if context.length != int(cache.get_seq_length()):
+        return draft.make_drafter()
+    context.drafter.prefill(*context.new)
+    return context.drafter
+
+
+def _decode(drafter, target_side, rows: OutputRows, settings: TreeSettings, streamer, input_ids):
+    """The prefill, then rounds until every row is done.
+
+    Returns:
+        `tuple`: the statistics, and the `NewPositions` that the drafter has not read yet.
+    """
     speculation = Speculation.empty(rows.num_rows)
     first_logits = target_side.prefill(input_ids)
     for row in range(rows.num_rows):
         rows.append(row, rows.choose(row, first_logits[row]))
     _stream(streamer, rows, num_new=1)
-    drafter = draft.make_drafter()
     active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
     new = target_side.prompt_for_draft(rows)
     while True:
         with speculation.timed("other"):
             active, new = _drop_finished(rows, active, new, target_side, drafter)
         if all(rows.is_done(row) for row in active):
-            return speculation
+            return speculation, new
         with speculation.timed("draft"):
             drafter.prefill(*new)
             # A node can only be emitted if there is room for the token behind it.

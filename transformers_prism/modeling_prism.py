@@ -91,6 +91,14 @@ class BorrowedLayers:
     head_bias: torch.Tensor | None = None
     head_version: tuple = ()
 
+    def __deepcopy__(self, memo):
+        """A copied draft borrows the same layers."""
+        return self
+
+    def __reduce__(self):
+        """A pickled draft borrows none."""
+        return type(None), ()
+
 
 class PrismPreTrainedModel(PreTrainedModel):
     """Loading, saving and weight initialisation."""
@@ -183,6 +191,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the two cannot work together, naming both sides.
         """
+        if self.device.type == "meta":
+            raise ValueError("expected a draft with weights, got one on the meta device; load it with from_pretrained")
         if self._borrowed is None or self._borrowed.target is not target:
             self._check_target(target, tokenizer)
             head = target.get_output_embeddings()

@@ -68,6 +68,12 @@ def takes_tree_mask(target) -> bool:
     )
 
 
+def _num_learned_positions(text_config) -> int | None:
+    """How many positions a target without rotary embedding has; None where any position can be computed."""
+    is_rotary = getattr(text_config, "rope_parameters", None) is not None
+    return None if is_rotary else getattr(text_config, "max_position_embeddings", None)
+
+
 class _Target:
     """What both roads share: the prefill, positions, and the states that the draft reads.
 
@@ -92,7 +98,17 @@ class _Target:
             self.forward_kwargs["logits_to_keep"] = 0
 
     def prefill(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Run the prompt; returns the logits `(B, V)` of its last position."""
+        """Run the prompt; returns the logits `(B, V)` of its last position.
+
+        Raises:
+            ValueError: if the prompt has more tokens than the target has learned positions.
+        """
+        num_positions = _num_learned_positions(self.target.config.get_text_config())
+        if num_positions is not None and input_ids.shape[1] > num_positions:
+            raise ValueError(
+                f"input_ids: expected at most {num_positions} tokens (the target's max_position_embeddings), "
+                f"got {input_ids.shape[1]}"
+            )
         self.before_prefill()
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
@@ -111,6 +127,8 @@ class _Target:
         self.next_position = [position + 1 for position in self.prompt_positions[:, -1].tolist()]
         num_new_tokens = self.generation_config.max_length - input_ids.shape[1]
         self.position_limit = [position + max(num_new_tokens - 2, 0) for position in self.next_position]
+        if num_positions is not None:
+            self.position_limit = [min(limit, num_positions - 1) for limit in self.position_limit]
         self.after_prefill()
         return outputs.logits[:, -1]
 
