@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
-
 from tiny_models import tiny_target
+from typer.testing import CliRunner
+
 from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism.cli import app
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations
 from transformers_prism.training.train import (
@@ -121,7 +123,7 @@ def test_resume_refuses_other_settings(tmp_path, load_tiny):
     train(settings(tmp_path))
     with pytest.raises(ValueError, match=r"learning_rate=0.005 as the run began, got 0.1"):
         train(settings(tmp_path, resume=True, learning_rate=0.1))
-    with pytest.raises(ValueError, match=r"output: expected a new or empty folder, got 'run' with a run"):
+    with pytest.raises(ValueError, match=r"output: expected a new folder, got 'run' with a run in it"):
         train(settings(tmp_path))
 
 
@@ -170,8 +172,30 @@ def test_bad_data_is_named(tmp_path, load_tiny, text, message):
 
 
 def test_missing_data_is_named(tmp_path, load_tiny):
-    with pytest.raises(FileNotFoundError, match=r"expected a file of conversations, got 'no.jsonl'"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file of conversations, got '.*no.jsonl'"):
         train(settings(tmp_path, data=str(tmp_path / "no.jsonl")))
+
+
+def test_command_trains_and_names_errors(tmp_path, load_tiny):
+    """The command line: one option a field, a wrong one is one line and status 1, nothing is left behind."""
+    options = [
+        "train",
+        "--output",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "--draft-vocab-size",
+        "40",
+        "--batch_size",
+        "4",
+    ]
+    result = CliRunner().invoke(app, [*options, "--data", str(tmp_path / "no.jsonl")])
+    assert result.exit_code == 1
+    assert "error: data: expected a file of conversations" in result.stderr
+    assert not (tmp_path / "run").exists()
+    data = str(write_data(tmp_path / "data.jsonl", 12))
+    result = CliRunner().invoke(app, [*options, "--data", data, "--warm_up_epochs", "0", "--split_epochs", "0"])
+    assert result.exit_code == 0, result.stderr
+    assert PrismDraftModel.from_pretrained(tmp_path / "run" / "draft").config.num_processing_modules == 1
 
 
 def test_data_that_is_not_gzip_is_named(tmp_path):

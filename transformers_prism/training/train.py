@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
+import transformers_prism
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
@@ -215,13 +216,16 @@ class AlignedTraining(nn.Module):
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
+        target (`PreTrainedModel`): gives the vocabulary head for evaluation; not registered.
         stage (`Stage`): number of forwards and loss.
         token_weight (`float`): of the soft cross-entropy.
     """
 
-    def __init__(self, draft: PrismDraftModel, stage: Stage, token_weight: float):
+    def __init__(self, draft: PrismDraftModel, target, stage: Stage, token_weight: float):
         super().__init__()
         self.draft, self.stage, self.token_weight = draft, stage, token_weight
+        # Behind a function, the head is neither trained nor saved with the draft.
+        self.target_head = lambda: target.get_output_embeddings()
 
     def forward(self, input_ids, features, label_features, mask):
         """Loss of a batch of [`collate`].
@@ -265,7 +269,7 @@ class AlignedTraining(nn.Module):
 
     def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
         # Scaling and capping logits as the target does keeps their order.
-        head = self.draft._require_target().target.get_output_embeddings()
+        head = self.target_head()
         return head(label.to(head.weight.device, head.weight.dtype)).argmax(dim=-1).to(self.draft.device)
 
 
@@ -342,12 +346,14 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     Raises:
         FileNotFoundError, ValueError: for data, settings or features that cannot be used, saying expected and got.
     """
-    output = Path(config.output)
-    _check_output(output, config)
+    _check_paths(config)
+    # Every process has looked before the first one writes.
+    PartialState(cpu=config.use_cpu).wait_for_everyone()
     target, tokenizer = load_target(config.target, config.dtype)
     conversations = read_conversations(config.data, target.config.get_text_config().vocab_size, config.max_length)
     train_indices, validation_indices = split_conversations(len(conversations), config)
     draft_config = make_draft_config(config, target, tokenizer)
+    _claim_output(config)
     store = _features(config, target, conversations, draft_config, [*train_indices, *validation_indices])
     report: dict = {"data": _describe_data(conversations, train_indices, validation_indices)}
     draft = _first_draft(config, draft_config, conversations, train_indices, report)
@@ -357,7 +363,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         if stage.num_modules != draft.config.num_processing_modules:
             draft = expand_modules(draft, _with_modules(draft_config, stage.num_modules))
         draft.bind(target, tokenizer)
-        draft, result = _run_stage(stage, config, draft, sets)
+        draft, result = _run_stage(stage, config, draft, target, sets)
         draft.bind(target, tokenizer)
         results.append(result)
     if PartialState().is_main_process:
@@ -379,25 +385,33 @@ def split_conversations(num_conversations: int, config: TrainConfig) -> tuple[li
     return list(range(num_training))[: config.num_conversations or None], validation
 
 
-def _check_output(output: Path, config: TrainConfig):
+def _check_paths(config: TrainConfig):
+    """What can be said before anything is loaded."""
     if not config.output:
         raise ValueError("output: expected a folder, got none")
-    record = output / "config.json"
-    is_started = record.is_file()
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-    # Every process has looked before the first one writes.
-    PartialState(cpu=config.use_cpu).wait_for_everyone()
-    if is_started and not config.resume:
-        raise ValueError(f"output: expected a new or empty folder, got {output.name!r} with a run; add --resume")
-    if is_started:
-        found = json.loads(record.read_text())
-        for name, expected in settings.items():
-            if found.get(name) != expected:
-                raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
-    elif PartialState().is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(settings, indent=2) + "\n")
+    if not Path(config.data).is_file():
+        raise FileNotFoundError(f"data: expected a file of conversations, got {config.data!r}, which is not there")
+    record = Path(config.output) / "config.json"
+    if not record.is_file():
+        return
+    if not config.resume:
+        raise ValueError(f"output: expected a new folder, got {record.parent.name!r} with a run in it; add --resume")
+    found = json.loads(record.read_text())
+    for name, expected in _settings(config).items():
+        if found.get(name) != expected:
+            raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
+
+
+def _claim_output(config: TrainConfig):
+    """Record the settings that a resumed run must repeat, once data and target have been found to be usable."""
+    if PartialState().is_main_process:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        (Path(config.output) / "config.json").write_text(json.dumps(_settings(config), indent=2) + "\n")
     PartialState().wait_for_everyone()
+
+
+def _settings(config: TrainConfig) -> dict:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
 
 
 def _features(config, target, conversations, draft_config, needed: list[int]) -> FeatureStore:
@@ -449,11 +463,15 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         report_to="none",
         disable_tqdm=True,
         seed=config.seed,
+        # With more modules than forwards, the last ones are not reached.
+        ddp_find_unused_parameters=stage.num_modules > stage.num_steps,
         ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
     )
 
 
-def _run_stage(stage: Stage, config: TrainConfig, draft: PrismDraftModel, sets) -> tuple[PrismDraftModel, dict]:
+def _run_stage(
+    stage: Stage, config: TrainConfig, draft: PrismDraftModel, target, sets
+) -> tuple[PrismDraftModel, dict]:
     """Train one stage, or load what it made if an earlier run finished it."""
     folder = Path(config.output) / stage.name
     finished = folder / "draft"
@@ -463,7 +481,7 @@ def _run_stage(stage: Stage, config: TrainConfig, draft: PrismDraftModel, sets) 
     per_update = config.batch_size * config.accumulation * PartialState().num_processes
     num_updates = max(1, math.ceil(stage.num_epochs * len(train_set) / per_update))
     trainer = AlignedTrainer(
-        model=AlignedTraining(draft.train(), stage, config.token_weight),
+        model=AlignedTraining(draft.train(), target, stage, config.token_weight),
         args=_training_arguments(stage, config, folder, num_updates),
         train_dataset=train_set,
         eval_dataset=validation_set,
@@ -519,6 +537,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "transformers_prism": transformers_prism.__version__,
         },
         **report,
     }
