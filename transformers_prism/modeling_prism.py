@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerprint
 from .drafting import Drafter
 from .generation import install, speculative_generate
+from .publishing import AUTO_MAP, write_published_files
 from .tree_policy import default_tree_settings
 
 
@@ -177,11 +178,24 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             raise ValueError(f"expected exactly the weights that the configuration describes, got: {'; '.join(wrong)}")
         return (draft, info) if output_loading_info else draft
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """Save weights, configurations and the code that runs them; as `PreTrainedModel.save_pretrained`.
+
+        `push_to_hub` uploads what this writes, so that
+        `AutoModel.from_pretrained(repository, trust_remote_code=True)` works without this package.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        # Loading may leave weights in another order; sorted, they fall into the same shards again.
+        kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_published_files(save_directory, self.config._name_or_path, getattr(self.config, "_commit_hash", None))
+
     # --- the target's part ---------------------------------------------------------------------------------------
 
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":
         """Borrow the target's embedding and vocabulary head: nothing is registered, copied, moved or saved, but for
-        the rows of the head that a draft vocabulary names, which are gathered once.
+        the rows of the head that a draft vocabulary names, which are gathered once. The hook is installed if it is not.
 
         Args:
             target (`PreTrainedModel`): the model that this draft speeds up.
@@ -191,6 +205,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the two cannot work together, naming both sides.
         """
+        install()
         if self.device.type == "meta":
             raise ValueError("expected a draft with weights, got one on the meta device; load it with from_pretrained")
         if self._borrowed is None or self._borrowed.target is not target:

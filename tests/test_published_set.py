@@ -1,0 +1,184 @@
+"""A saved draft loads where this package is not installed, and decodes as it does with the package."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
+from transformers import AutoModel
+
+import transformers_prism
+from transformers_prism.publishing import published_files
+
+pytestmark = pytest.mark.quick
+PACKAGE = Path(transformers_prism.__file__).parent
+LENGTH = {"max_new_tokens": 20, "pad_token_id": PAD_ID, "do_sample": False}
+
+# Runs without the package and, as users may be, without triton.
+PREAMBLE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers_prism", "triton"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+target = AutoModelForCausalLM.from_pretrained(TARGET)
+inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}
+"""
+
+
+def run_without_package(folder: Path, target_folder: Path, code: str, **environment) -> str:
+    """Run code in a fresh process; returns what it printed."""
+    input_ids, mask = prompts(2)
+    values = {"DRAFT": str(folder), "TARGET": str(target_folder), "IDS": input_ids.tolist(), "MASK": mask.tolist()}
+    assignments = "\n".join(f"{name} = {value!r}" for name, value in {**values, "LENGTH": LENGTH}.items())
+    script = f"{assignments}\n{PREAMBLE}\n{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A target and a draft on disk, and the tokens that the package gives."""
+    root = tmp_path_factory.mktemp("saved")
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target, draft_vocab_size=40)
+    draft.draft_to_target.copy_(torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(0))[:40])
+    target.save_pretrained(root / "target")
+    draft.save_pretrained(root / "draft", max_shard_size="30KB")
+    input_ids, mask = prompts(2)
+    tokens = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+    return root / "draft", root / "target", tokens.tolist(), draft.last_speculation.accepted_per_round
+
+
+def test_published_code_is_the_packages_code(saved):
+    """Byte for byte, and nothing is missing or left over."""
+    folder = saved[0]
+    published = {path.name for path in published_files()}
+    assert {path.name for path in folder.glob("*.py")} == published
+    for name in (*published, "custom_generate/generate.py"):
+        assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes()
+
+
+def test_published_code_imports_only_torch_and_transformers():
+    """By the forms that the loader follows; from the standard library whatever it likes."""
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    files = published_files()
+    names = {path.stem for path in files}
+    for path in [*files, PACKAGE / "custom_generate" / "generate.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in allowed
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1
+                assert node.module in names
+
+
+def test_config_points_at_the_code(saved):
+    """Without a repository's name in it, wherever the draft came from."""
+    auto_map = json.loads((saved[0] / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoConfig"] == "configuration_prism.PrismConfig"
+    assert auto_map["AutoModel"] == auto_map["AutoModelForCausalLM"] == "modeling_prism.PrismDraftModel"
+
+
+LOAD_AND_DECODE = """
+draft = AutoModel.from_pretrained(DRAFT, trust_remote_code=True)
+assert "transformers_modules" in type(draft).__module__
+assert type(AutoModelForCausalLM.from_pretrained(DRAFT, trust_remote_code=True)).__name__ == "PrismDraftModel"
+tokens = target.generate(**inputs, assistant_model=draft, **LENGTH)
+print([tokens.tolist(), draft.last_speculation.accepted_per_round])
+"""
+
+
+def test_a_folder_loads_without_the_package(saved, tmp_path):
+    """In a fresh process, from shards, with package and triton blocked: the same tokens, round for round."""
+    folder, target, *expected = saved
+    printed = run_without_package(folder, target, LOAD_AND_DECODE, HF_MODULES_CACHE=str(tmp_path))
+    assert ast.literal_eval(printed.splitlines()[-1]) == expected
+
+
+def offline_hub(folder: Path, home: Path, commit: str = "a" * 40) -> None:
+    """Lay a draft's folder out as the Hub's cache keeps `someone/draft`."""
+    repository = home / "models--someone--draft"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
+def test_an_offline_hub_cache_loads_without_the_package(saved, tmp_path):
+    """By repository id."""
+    folder, target, *expected = saved
+    offline_hub(folder, tmp_path / "hub")
+    printed = run_without_package(
+        "someone/draft",
+        target,
+        LOAD_AND_DECODE,
+        HF_HUB_CACHE=str(tmp_path / "hub"),
+        HF_MODULES_CACHE=str(tmp_path / "modules"),
+    )
+    assert ast.literal_eval(printed.splitlines()[-1]) == expected
+
+
+CUSTOM_GENERATE = """
+import transformers
+loads = []
+original = AutoModel.from_pretrained.__func__
+AutoModel.from_pretrained = classmethod(lambda cls, *a, **k: loads.append(a) or original(cls, *a, **k))
+for _ in range(2):
+    tokens = target.generate(**inputs, custom_generate=DRAFT, trust_remote_code=True, **LENGTH)
+assert len(loads) == 1, loads
+print(tokens.tolist())
+"""
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_custom_generate_needs_no_draft_object(saved, tmp_path, from_hub):
+    """The repository's name is enough; the draft is loaded once."""
+    folder, target, tokens, _ = saved
+    offline_hub(folder, tmp_path / "hub")
+    printed = run_without_package(
+        "someone/draft" if from_hub else folder,
+        target,
+        CUSTOM_GENERATE,
+        HF_HUB_CACHE=str(tmp_path / "hub"),
+        HF_MODULES_CACHE=str(tmp_path / "modules"),
+    )
+    assert ast.literal_eval(printed.splitlines()[-1]) == tokens
+
+
+def test_a_draft_loaded_as_remote_code_saves_the_same_bytes(saved, tmp_path):
+    """Weights, configurations and code, `custom_generate` included."""
+    folder, target, *_ = saved
+    code = f"""
+draft = AutoModel.from_pretrained(DRAFT, trust_remote_code=True)
+draft.save_pretrained({str(tmp_path / "again")!r}, max_shard_size="30KB")
+"""
+    run_without_package(folder, target, code, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file()}
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_with_the_package_its_own_classes_win(saved):
+    """Whatever trust_remote_code says."""
+    for trust in (None, False, True):
+        draft = AutoModel.from_pretrained(saved[0], trust_remote_code=trust)
+        assert type(draft) is transformers_prism.PrismDraftModel

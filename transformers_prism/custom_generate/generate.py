@@ -1,0 +1,56 @@
+"""Decode with the draft of this repository and nothing else to load:
+
+    model.generate(**inputs, custom_generate="user/draft", trust_remote_code=True)
+
+transformers copies this file alone, so it imports nothing of its repository and loads the draft as any user would.
+"""
+
+import sys
+
+from transformers import AutoModel
+
+_HUB_ARGUMENTS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token")
+_drafts: dict = {}
+
+
+def generate(model, assistant_model=None, **kwargs):
+    """`model.generate` with a draft.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        assistant_model (`PreTrainedModel`, *optional*): the draft; loaded from this repository if absent, once for
+            each target.
+        kwargs: the other arguments of generate(), and those that choose a revision on the Hub.
+    Returns:
+        What `model.generate` returns.
+    Raises:
+        ValueError: if no draft is given and this repository cannot be told.
+    """
+    hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    draft = assistant_model if assistant_model is not None else _own_draft(model, hub_arguments)
+    draft.bind(model)
+    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    return type(model).generate(model, assistant_model=draft, **arguments)
+
+
+def _own_draft(model, hub_arguments: dict):
+    repository = _calling_repository()
+    key = (repository, str(hub_arguments), str(model.dtype), str(model.device))
+    if key not in _drafts:
+        loaded = AutoModel.from_pretrained(repository, trust_remote_code=True, dtype=model.dtype, **hub_arguments)
+        _drafts[key] = loaded.to(model.device).eval()
+    return _drafts[key]
+
+
+def _calling_repository() -> str:
+    """The string that the calling generate() was given; transformers does not hand it over."""
+    frame = sys._getframe()
+    while frame is not None:
+        repository = frame.f_locals.get("custom_generate")
+        if frame.f_code.co_name == "generate" and isinstance(repository, str):
+            return repository
+        frame = frame.f_back
+    raise ValueError(
+        "expected to be called by model.generate(custom_generate=...), got another caller; pass the draft as "
+        "assistant_model"
+    )
