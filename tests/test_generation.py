@@ -69,9 +69,6 @@ class RecordingStreamer(BaseStreamer):
         self.calls.append("end")
 
 
-# --- ends ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("as_list", [False, True])
 def test_eos_inside_a_block_ends_each_row_where_plain_ends(num_rows, as_list):
@@ -164,9 +161,6 @@ def test_a_custom_criterion_sees_every_token_in_order():
     assert len(seen[0]) == 7
 
 
-# --- processors ------------------------------------------------------------------------------------------------------
-
-
 class ForbidTwoBefore(LogitsProcessor):
     """Keeps a state: forbids the argmax of two calls ago."""
 
@@ -227,9 +221,6 @@ def test_processors_of_transformers(settings, num_rows):
         plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **arguments)
     assert torch.equal(plain, speculative)
     assert same_state
-
-
-# --- outputs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -386,9 +377,6 @@ def test_statistics(num_rows):
     assert speculation.conditional_acceptance[0] == sum(count > 0 for count in accepted) / len(accepted)
     assert set(speculation.seconds) == {"draft", "verify", "commit", "other"}
     assert all(seconds > 0 for seconds in speculation.seconds.values())
-
-
-# --- caches and inputs -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2"])
@@ -551,9 +539,6 @@ def test_half_precision_differs_from_plain_only_at_near_ties():
     assert num_parted <= 6
 
 
-# --- roads without a tree --------------------------------------------------------------------------------------------
-
-
 def test_convolution_layers_are_served_by_a_chain():
     """Their states roll back along a chain, not across a tree."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
@@ -608,9 +593,6 @@ def test_chain_setting(num_rows):
     plain, speculative, _ = generate_twice(target, draft, input_ids, mask, do_sample=False, **LENGTH)
     assert torch.equal(plain, speculative)
     assert max(count for row in draft.last_speculation.accepted_per_round for count in row) <= 5
-
-
-# --- settings and the hook -------------------------------------------------------------------------------------------
 
 
 def test_a_generation_config_of_the_call_wins_over_the_drafts():
@@ -696,9 +678,6 @@ def test_a_draft_does_not_generate_alone():
     """It says how it is used."""
     with pytest.raises(TypeError, match="assistant_model=draft"):
         tiny_draft(tiny_target()).generate(torch.tensor([[1, 2]]))
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 class Poisoned(torch.nn.Module):

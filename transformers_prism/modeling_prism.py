@@ -189,9 +189,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            write_published_files(save_directory, self.config._name_or_path, getattr(self.config, "_commit_hash", None))
-
-    # --- the target's part ---------------------------------------------------------------------------------------
+            write_published_files(
+                save_directory, self.config._name_or_path, getattr(self.config, "_commit_hash", None)
+            )
 
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":
         """Borrow the target's embedding and vocabulary head: nothing is registered, copied, moved or saved, but for
@@ -303,8 +303,6 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             )
         return self._borrowed
 
-    # --- the draft's own part ------------------------------------------------------------------------------------
-
     def fuse(self, target_hidden: torch.Tensor) -> torch.Tensor:
         """Join the target's L hidden states into one draft input.
 
@@ -391,11 +389,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             return self.fuse(hidden_states)
         return hidden_states.to(self.device, self.dtype)
 
-    # --- decoding ------------------------------------------------------------------------------------------------
-
-    def make_drafter(self, *args, **kwargs) -> Drafter:
+    def make_drafter(self) -> Drafter:
         """The object that drafts trees for one generate() call; see [`Drafter`]."""
-        return Drafter(self, *args, **kwargs)
+        return Drafter(self)
 
     def assist(self, target: PreTrainedModel, *args, **kwargs):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""

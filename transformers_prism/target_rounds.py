@@ -92,6 +92,7 @@ class _Target:
         self.returns_cache = generation_config.return_dict_in_generate or getattr(
             self.cache, "_is_user_defined", False
         )
+        self.adopted: AdoptedLayers | None = None
         self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters
         self.forward_kwargs = {key: value for key, value in model_kwargs.items() if key not in _REPLACED_INPUTS}
         if target._supports_logits_to_keep():
@@ -274,7 +275,7 @@ class TreeTarget(_Target):
 
     def abandon(self) -> None:
         """Leave the cache as it was before the call."""
-        if hasattr(self, "adopted"):
+        if self.adopted is not None:
             self.adopted.put_back()
 
 
