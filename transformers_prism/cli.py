@@ -115,12 +115,14 @@ def bench_generate_command(
 ):
     """Decode prompts with and without a draft, in turn: identity, acceptance length, milliseconds of a round, rates."""
     from rich.console import Console
+    from transformers.utils import logging
 
     from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
     from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
     from transformers_prism.target import load_target
 
+    logging.disable_progress_bar()
     console = Console()
     settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
     tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
@@ -158,9 +160,12 @@ def bench_modules_command(
     json_file: JsonOption = None,
 ):
     """Latency of a round with 8 processing modules over that with 1, on the target's sizes, with random drafts."""
+    from transformers.utils import logging
+
     from transformers_prism.benchmark.modules import MAX_RATIO, bench_modules
     from transformers_prism.target import load_target
 
+    logging.disable_progress_bar()
     tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
     with user_errors():
         target_model, _ = load_target(target)

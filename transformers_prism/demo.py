@@ -186,10 +186,12 @@ def _timed(target, inputs, settings):
 
 def comparison_table(comparisons: list[Comparison]) -> Table:
     """A row per prompt and one for all of them, whose rates are total tokens over total seconds."""
-    table = Table(caption="greedy decoding, one run each, whole generate() calls", box=box.SIMPLE, pad_edge=False)
-    table.add_column("prompt", max_width=30, no_wrap=True)
-    for name in ("same output", "tokens", "rounds", "acceptance\nlength", "tokens/s\nplain", "tokens/s\ndraft", "ratio"):
-        table.add_column(name, justify="right")
+    caption = "greedy decoding; tok/s: tokens per second of one whole generate() call"
+    table = Table(caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("prompt", max_width=24, no_wrap=True)
+    names = ("same\noutput", "\ntokens", "\nrounds", "accept.\nlength", "plain\ntok/s", "draft\ntok/s", "\nratio")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(line) for line in name.splitlines()))
     for comparison in comparisons:
         table.add_row(*_cells(comparison))
     num_rounds = sum(comparison.num_rounds for comparison in comparisons)

@@ -176,18 +176,19 @@ def as_json(results: list[PromptResult]) -> dict:
 
 
 def result_table(results: list[PromptResult], caption: str) -> Table:
-    """A row per prompt, and one for all."""
-    table = Table(caption=caption, box=box.SIMPLE, pad_edge=False)
-    table.add_column("prompt", no_wrap=True)
-    for name in ("identical", "tokens", "rounds", "tau", "tokens/s\nplain", "tokens/s\ndraft", "ratio"):
-        table.add_column(name, justify="right")
+    """A row per prompt, and one for all; "no: 33, 1e-06" is the first differing token and the target's logit gap there."""
+    table = Table(caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("\nprompt", no_wrap=True)
+    names = ("\nidentical", "\ntokens", "\nrounds", "\ntau", "plain\ntok/s", "draft\ntok/s", "\nratio")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(4, *map(len, name.splitlines())))
     for result in results:
         plain, draft = (
             result.num_new_tokens / statistics.median(seconds) for seconds in (result.plain_seconds, result.draft_seconds)
         )
         table.add_row(
             f"{result.task} {result.question_id}",
-            "yes" if result.is_identical else f"no: {result.first_difference}, gap {result.logit_gap:.1e}",
+            "yes" if result.is_identical else f"no: {result.first_difference}, {result.logit_gap:.0e}",
             *(str(number) for number in (result.num_new_tokens, result.num_rounds)),
             *(f"{number:.2f}" for number in (result.acceptance_length, plain, draft, result.ratio)),
         )
