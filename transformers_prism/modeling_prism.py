@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerprint
+from .cpu import PackedLinear, prepare_for_cpu
 from .drafting import Drafter
 from .generation import install, speculative_generate
 from .publishing import AUTO_MAP, write_published_files
@@ -88,9 +88,8 @@ class BorrowedLayers:
     target: PreTrainedModel
     embedding: nn.Embedding
     head: nn.Linear
-    head_weight: torch.Tensor | None = None  # rows of the head for the draft vocabulary
-    head_bias: torch.Tensor | None = None
-    head_version: tuple = ()
+    head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
+    rows_version: tuple = ()
 
     def __deepcopy__(self, memo):
         """A copied draft borrows the same layers."""
@@ -228,13 +227,19 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 "draft_vocab_size: expected a target whose vocabulary head has floating point weights to take rows "
                 f"from, got {type(borrowed.head).__name__}; use a draft with its own head or all of the vocabulary"
             )
+        # By name: the target may have been prepared by another copy of this code.
+        is_packed = type(borrowed.head).__name__ == PackedLinear.__name__
         version = (weight.data_ptr(), weight.device, weight.dtype, weight._version, self.draft_to_target._version)
-        if borrowed.head_version != version:
+        if borrowed.rows_version != (*version, is_packed):
             rows = self.draft_to_target.to(weight.device)
             bias = getattr(borrowed.head, "bias", None)
-            borrowed.head_weight = weight.detach()[rows]
-            borrowed.head_bias = None if bias is None else bias.detach()[rows]
-            borrowed.head_version = version
+            head_rows = nn.Linear(weight.shape[1], len(rows), bias=bias is not None, device="meta")
+            head_rows.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
+            if bias is not None:
+                head_rows.bias = nn.Parameter(bias.detach()[rows], requires_grad=False)
+            if is_packed:
+                prepare_for_cpu(head_rows)
+            borrowed.head_rows, borrowed.rows_version = head_rows, (*version, is_packed)
 
     def _check_target(self, target, tokenizer):
         """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
@@ -283,13 +288,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states)
         else:
             borrowed = self._require_target()
-            if borrowed.head_weight is not None:
-                weight = borrowed.head_weight
-                logits = F.linear(hidden_states.to(weight.device, weight.dtype), weight, borrowed.head_bias)
-            else:
-                weight = borrowed.head.weight
-                dtype = weight.dtype if weight.is_floating_point() else hidden_states.dtype
-                logits = borrowed.head(hidden_states.to(weight.device, dtype))
+            head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+            # A quantized head takes the draft's own dtype.
+            dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_states.dtype
+            logits = head(hidden_states.to(head.weight.device, dtype))
         logits = logits.to(self.device) * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap

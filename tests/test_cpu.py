@@ -1,0 +1,118 @@
+"""Weights packed once for the CPU: same results within rounding, and everything can be undone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, tiny_draft, tiny_target, varied_target
+from torch import nn
+
+from transformers_prism import prepare_for_cpu
+from transformers_prism.cpu import PackedLinear
+
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 31, 32, 200])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_equal_the_default_within_rounding(num_rows, has_bias):
+    """For every number of rows that a round can have, and for a prompt."""
+    linear = nn.Linear(48, 97, bias=has_bias)
+    inputs = torch.randn(2, num_rows, 48)
+    expected = linear(inputs)
+    with prepare_for_cpu(linear) as prepared:
+        assert type(linear) is PackedLinear
+        assert prepared.num_bytes == 48 * 97 * 4
+        torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+    assert type(linear) is nn.Linear
+    assert torch.equal(linear(inputs), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox", "mixtral"])
+def test_logits_of_a_prepared_target(architecture):
+    """Within 1e-4 of the untouched one's; parameters and their names stay the same."""
+    target = tiny_target(architecture)
+    input_ids, mask = prompts(2)
+    expected, names = target(input_ids, attention_mask=mask).logits, list(target.state_dict())
+    prepared = prepare_for_cpu(target)
+    real = mask.bool()
+    torch.testing.assert_close(
+        target(input_ids, attention_mask=mask).logits[real], expected[real], atol=1e-4, rtol=1e-4
+    )
+    assert list(target.state_dict()) == names
+    prepared.undo()
+    prepared.undo()
+    assert torch.equal(target(input_ids, attention_mask=mask).logits, expected)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_a_prepared_pair_is_lossless(draft_vocab_size):
+    """Against plain decoding of the prepared target; the draft's borrowed rows are packed too."""
+    input_ids, mask = prompts(2)
+    arguments = {"max_new_tokens": 30, "pad_token_id": PAD_ID, "do_sample": False}
+    target = varied_target("llama", input_ids, mask, **{k: v for k, v in arguments.items() if k != "do_sample"})
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
+    with prepare_for_cpu(target, draft):
+        plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **arguments)
+        assert torch.equal(plain, speculative)
+        if draft_vocab_size:
+            assert type(draft._borrowed.head_rows) is PackedLinear
+    draft.bind(target)
+    if draft_vocab_size:
+        assert type(draft._borrowed.head_rows) is nn.Linear
+
+
+@torch.no_grad()
+def test_a_weight_written_to_is_packed_again():
+    """Never a stale product."""
+    linear = nn.Linear(8, 8)
+    prepare_for_cpu(linear)
+    linear.weight.mul_(2)
+    inputs = torch.randn(3, 8)
+    torch.testing.assert_close(linear(inputs), nn.functional.linear(inputs, linear.weight, linear.bias))
+    linear.weight = nn.Parameter(torch.randn(8, 8))
+    torch.testing.assert_close(linear(inputs), nn.functional.linear(inputs, linear.weight, linear.bias))
+
+
+def test_gradients_take_the_default_product():
+    """A prepared model can still be trained."""
+    linear = nn.Linear(8, 8)
+    prepare_for_cpu(linear)
+    linear(torch.randn(3, 8)).sum().backward()
+    assert linear.weight.grad is not None
+
+
+@torch.no_grad()
+def test_copies_pickles_and_casts_of_a_prepared_layer():
+    """They pack for themselves, or not at all."""
+    linear = nn.Linear(8, 8)
+    prepare_for_cpu(linear)
+    inputs = torch.randn(3, 8)
+    expected = linear(inputs)
+    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert "_packed" not in twin.__dict__
+        assert torch.equal(twin(inputs), expected)
+    assert linear.to(torch.float64)(inputs.double()).dtype == torch.float64
+
+
+def test_only_plain_float32_layers_are_packed():
+    """Subclasses and other dtypes are left alone; preparing twice packs once."""
+
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 4))
+    assert len(prepare_for_cpu(model).linears) == 1
+    assert len(prepare_for_cpu(model).linears) == 0
+
+
+def test_every_architecture_can_be_prepared():
+    """gpt2 alone has no nn.Linear but its head."""
+    for architecture in ARCHITECTURES:
+        assert prepare_for_cpu(tiny_target(architecture)).linears
