@@ -96,6 +96,44 @@ def generate(
         run_generate(target, draft, prompt, settings, Console())
 
 
+@app.command()
+def verify(
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines in Spec-Bench's form; three questions if absent.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
+    json_file: JsonOption = None,
+):
+    """Check that a draft is lossless here: greedy, sampled, batched, and a broken verifier that must be caught.
+
+    Exits with 0 only if all of it holds.
+    """
+    from rich.console import Console
+
+    from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
+    from transformers_prism.benchmark.verify import as_json, check_table
+    from transformers_prism.benchmark.verify import verify as verify_draft
+    from transformers_prism.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, load_draft
+    from transformers_prism.target import load_target
+
+    with user_errors():
+        questions = list(PROMPTS)
+        if prompts is not None:
+            questions = [record["turns"][0] for record in choose_prompts(read_prompts(prompts), num_prompts)]
+        target_model, tokenizer = load_target(target)
+        draft_model = load_draft(draft or SHIPPED_DRAFT, target_model)
+        inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]
+        checks = verify_draft(target_model, draft_model, inputs, max_new_tokens, seed)
+    Console().print(check_table(checks))
+    figures = as_json(checks)
+    settings = {"draft": draft or SHIPPED_DRAFT.name, "max_new_tokens": max_new_tokens, "seed": seed}
+    write_json(json_file, target_model, settings, figures)
+    typer.echo("lossless: all of it holds" if figures["holds"] else "NOT lossless, or the control was not caught")
+    raise typer.Exit(0 if figures["holds"] else 1)
+
+
 @bench_app.command("generate")
 def bench_generate_command(
     prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
