@@ -26,7 +26,7 @@ ALLOWED = {
     "drafting": {"tree", "cache", "kernels."},
     "verification": {"tree", "kernels."},
     "cache": {"kernels."},
-    "demo": {"configuration_prism", "modeling_prism", "speculation", "target"},
+    "demo": {"configuration_prism", "cpu", "modeling_prism", "speculation", "target"},
 }
 # Folders that may import the root freely, but neither each other nor what only a terminal needs.
 FOLDERS = ("training", "hub", "conversion", "benchmark")

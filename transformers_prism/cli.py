@@ -19,6 +19,9 @@ TargetOption = Annotated[
 DraftOption = Annotated[
     str | None, typer.Option(help="Folder or Hub id; the draft that the repository ships if absent.", show_default=False)
 ]
+PackedOption = Annotated[
+    bool, typer.Option("--packed/--no-packed", help="Pack weights for the CPU first (prepare_for_cpu), for both ways.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="File to write settings and figures to.")]
 TopKOption = Annotated[int | None, typer.Option(help="Nodes kept per depth, and children per node.")]
 DepthOption = Annotated[int | None, typer.Option(help="Draft steps per round.")]
@@ -59,6 +62,7 @@ def demo(
     target: TargetOption = None,
     draft: DraftOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 96,
+    packed: PackedOption = True,
 ):
     """Answer three prompts with and without a draft, and compare."""
     from rich.console import Console
@@ -68,7 +72,7 @@ def demo(
 
     logging.disable_progress_bar()
     with user_errors():
-        run_demo(target, draft, max_new_tokens, Console())
+        run_demo(target, draft, max_new_tokens, packed, Console())
 
 
 @app.command()
@@ -81,6 +85,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     seed: Annotated[int, typer.Option(help="Of torch's generator.")] = 0,
+    packed: PackedOption = True,
 ):
     """Answer one prompt with a draft."""
     import torch
@@ -93,7 +98,7 @@ def generate(
     torch.manual_seed(seed)
     settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
     with user_errors():
-        run_generate(target, draft, prompt, settings, Console())
+        run_generate(target, draft, prompt, settings, packed, Console())
 
 
 @app.command()
@@ -149,6 +154,7 @@ def bench_generate_command(
     tree_top_k: TopKOption = None,
     tree_depth: DepthOption = None,
     tree_num_nodes: NumNodesOption = None,
+    packed: PackedOption = False,
     json_file: JsonOption = None,
 ):
     """Decode prompts with and without a draft, in turn: identity, acceptance length, milliseconds of a round, rates."""
@@ -157,6 +163,7 @@ def bench_generate_command(
 
     from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
+    from transformers_prism.cpu import prepare_for_cpu
     from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
     from transformers_prism.target import load_target
 
@@ -170,6 +177,8 @@ def bench_generate_command(
         target_model, tokenizer = load_target(target)
         draft_model = load_draft(draft or SHIPPED_DRAFT, target_model)
         draft_model.generation_config.update(**tree)
+        if packed:
+            prepare_for_cpu(target_model, draft_model)
         results = bench_generate(
             target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
         )
@@ -182,7 +191,7 @@ def bench_generate_command(
         f"per-prompt mean; ms of a round: {round_ms}; ratio of tokens/s: {summary['ratio']:.3f}",
         soft_wrap=True,
     )
-    run = {"generate": settings, "repeat": repeat, "seed": seed, "draft": draft or SHIPPED_DRAFT.name}
+    run = {"generate": settings, "repeat": repeat, "seed": seed, "packed": packed, "draft": draft or SHIPPED_DRAFT.name}
     tree_used = {name: getattr(draft_model.generation_config, name, None) for name in ("tree", *_TREE_NAMES)}
     write_json(json_file, target_model, {**run, **tree_used}, as_json(results))
 
@@ -195,6 +204,7 @@ def bench_modules_command(
     tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
     tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps; 8 use all modules of the larger draft.")] = 8,
     tree_num_nodes: Annotated[int, typer.Option(min=1, help="Drafted nodes that the target verifies.")] = 59,
+    packed: PackedOption = False,
     json_file: JsonOption = None,
 ):
     """Latency of a round with 8 processing modules over that with 1, on the target's sizes, with random drafts."""
@@ -207,7 +217,9 @@ def bench_modules_command(
     tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
     with user_errors():
         target_model, _ = load_target(target)
-        result = bench_modules(target_model, tree, num_rounds=num_rounds, context_length=context_length)
+        result = bench_modules(
+            target_model, tree, num_rounds=num_rounds, context_length=context_length, use_packed_weights=packed
+        )
     figures = result.as_json()
     for count, median in zip(result.num_modules, figures["median_ms"], strict=True):
         typer.echo(f"M = {count}: median of {num_rounds} rounds {median:.2f} ms")
@@ -216,7 +228,7 @@ def bench_modules_command(
         f"ratio of medians {result.ratio_of_medians:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
         + ("met" if result.is_within_bar else "not met")
     )
-    write_json(json_file, target_model, {"num_rounds": num_rounds, **tree}, figures)
+    write_json(json_file, target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
 
 
 _TREE_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")

@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.speculation import Speculation
 from transformers_prism.target import load_target
@@ -109,18 +110,23 @@ def load_draft(folder: str | Path, target: PreTrainedModel) -> PrismDraftModel:
     return draft.eval().bind(target)
 
 
-def run_demo(target_name: str | None, draft_folder: str | None, max_new_tokens: int, console: Console) -> None:
+def run_demo(
+    target_name: str | None, draft_folder: str | None, max_new_tokens: int, use_packed_weights: bool, console: Console
+) -> None:
     """Answer three prompts with and without the draft: text that streams, then a table.
 
     Args:
         target_name (`str`, *optional*): as for [`load_target`]; None is the demo target.
         draft_folder (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
         max_new_tokens (`int`): tokens per answer.
+        use_packed_weights (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
         console (`rich.console.Console`): where to print.
     """
     _log_to(console)
     target, tokenizer = load_target(target_name)
     draft = load_draft(draft_folder or SHIPPED_DRAFT, target)
+    if use_packed_weights:
+        prepare_for_cpu(target, draft)
     console.print(f"Target: {target.config._name_or_path}. Draft: {draft_folder or SHIPPED_DRAFT.name}.", soft_wrap=True)
     console.print(_legend())
     target.generate(**chat_inputs(tokenizer, "Hello!", target.device), max_new_tokens=8, do_sample=False)
@@ -132,21 +138,27 @@ def run_demo(target_name: str | None, draft_folder: str | None, max_new_tokens: 
         target.generate(**inputs, **settings, assistant_model=draft, streamer=RoundStreamer(console, tokenizer))
         comparisons.append(compare(target, draft, inputs, settings, prompt))
     console.print()
-    console.print(comparison_table(comparisons))
+    weights = "weights packed for the CPU, for both ways" if use_packed_weights else "weights as loaded"
+    console.print(comparison_table(comparisons, f"greedy decoding, {weights};"))
 
 
-def run_generate(target_name, draft_folder, prompt: str, settings: dict, console: Console) -> None:
+def run_generate(
+    target_name, draft_folder, prompt: str, settings: dict, use_packed_weights: bool, console: Console
+) -> None:
     """Answer one prompt with a draft and say how it went.
 
     Args:
         target_name (`str`, *optional*), draft_folder (`str`, *optional*): as for [`run_demo`].
         prompt (`str`): the user's turn.
         settings (`dict`): further arguments of generate().
+        use_packed_weights (`bool`): as for [`run_demo`].
         console (`rich.console.Console`): where to print.
     """
     _log_to(console)
     target, tokenizer = load_target(target_name)
     draft = load_draft(draft_folder or SHIPPED_DRAFT, target)
+    if use_packed_weights:
+        prepare_for_cpu(target, draft)
     console.print(_legend())
     inputs = chat_inputs(tokenizer, prompt, target.device)
     start = time.perf_counter()
@@ -184,9 +196,9 @@ def _timed(target, inputs, settings):
     return output, time.perf_counter() - start
 
 
-def comparison_table(comparisons: list[Comparison]) -> Table:
-    """A row per prompt and one for all of them, whose rates are total tokens over total seconds."""
-    caption = "greedy decoding; tok/s: tokens per second of one whole generate() call"
+def comparison_table(comparisons: list[Comparison], how: str = "") -> Table:
+    """A row per prompt and one for all of them, whose rates are total tokens over total seconds; `how` is a caption."""
+    caption = f"{how}\ntok/s: tokens per second of one whole generate() call".strip()
     table = Table(caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("prompt", max_width=24, no_wrap=True)
     names = ("same\noutput", "\ntokens", "\nrounds", "accept.\nlength", "plain\ntok/s", "draft\ntok/s", "\nratio")

@@ -16,6 +16,7 @@ from transformers import StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from transformers_prism.configuration_prism import PrismConfig
+from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
 
 # A difference of more than 3 % would be a cost that the method says it does not have.
@@ -80,7 +81,12 @@ def random_draft(target, num_modules: int, tree_settings: dict, seed: int = 0) -
 
 
 def bench_modules(
-    target, tree_settings: dict, num_modules=(1, 8), num_rounds: int = 200, context_length: int = 64
+    target,
+    tree_settings: dict,
+    num_modules=(1, 8),
+    num_rounds: int = 200,
+    context_length: int = 64,
+    use_packed_weights: bool = False,
 ) -> ModulesResult:
     """Time `num_rounds` rounds of each of two drafts, in turn.
 
@@ -90,8 +96,11 @@ def bench_modules(
         num_modules: M of the two drafts; the ratio is that of the second over the first.
         num_rounds: rounds of each draft.
         context_length: tokens of the prompt.
+        use_packed_weights: prepare the models with [`prepare_for_cpu`].
     """
     drafts = [random_draft(target, count, tree_settings) for count in num_modules]
+    if use_packed_weights:
+        prepare_for_cpu(target, *drafts)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, target.config.get_text_config().vocab_size, (1, context_length), generator=generator)
     prompt = prompt.to(target.device)
