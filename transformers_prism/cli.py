@@ -38,7 +38,7 @@ def user_errors() -> Iterator[None]:
     """Print what a user can put right as one line, and end with status 1."""
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

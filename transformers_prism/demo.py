@@ -139,7 +139,7 @@ def run_demo(
         comparisons.append(compare(target, draft, inputs, settings, prompt))
     console.print()
     weights = "weights packed for the CPU, for both ways" if use_packed_weights else "weights as loaded"
-    console.print(comparison_table(comparisons, f"greedy decoding, {weights};"))
+    console.print(comparison_table(comparisons, f"greedy decoding, {weights}"))
 
 
 def run_generate(

