@@ -116,3 +116,13 @@ def test_docs_example_gives_the_same_text_twice(tiny_folders, capsys):
     plain, speculated, statistics = capsys.readouterr().out.splitlines()
     assert plain.removeprefix("plain:") == speculated.removeprefix("with the draft:")
     assert re.fullmatch(r"\d+ rounds, acceptance length \(tau\) \d\.\d\d", statistics)
+
+
+@pytest.mark.slow
+def test_docs_example_trains_a_draft_that_accepts_more():
+    """examples/train_tiny_cpu.py: what it trains is accepted clearly more often than an untrained draft."""
+    spec = importlib.util.spec_from_file_location("example_train", ROOT / "examples" / "train_tiny_cpu.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    untrained, trained = example.main(["--num-conversations", "240"])
+    assert trained > untrained + 0.1
