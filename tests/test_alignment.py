@@ -19,7 +19,7 @@ NUM_TOKENS, WIDTH, VOCABULARY = 9, 32, 97
 
 
 def make_pair(dtype=torch.float32, **overrides):
-    """A tiny random target and a draft bound to it, with weights large enough for attention to matter."""
+    """A tiny random target and a draft bound to it; its weights let attention matter and keep outputs near 1."""
     torch.manual_seed(1)
     target = LlamaForCausalLM(
         LlamaConfig(
@@ -35,7 +35,7 @@ def make_pair(dtype=torch.float32, **overrides):
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.1)
     return target.eval(), draft.eval().bind(target)
 
 
@@ -95,23 +95,22 @@ def test_aligned_forwards_equal_decoding(context_kv, num_layers, num_modules, st
         target_hidden = torch.randn(2, NUM_TOKENS, draft.config.fused_hidden_size, dtype=dtype)
         with torch.no_grad():
             trained = aligned_forward(draft, input_ids, target_hidden, num_steps)
-            scale = max(float(prediction.abs().max()) for prediction in trained)
             for num_committed in range(1, NUM_TOKENS - num_steps + 2):
                 decoded = decode_chain(draft, input_ids, target_hidden, num_committed, num_steps)
                 for step, output in enumerate(decoded):
                     difference = trained[step][:, num_committed - 1 + step] - output[:, 0]
-                    assert float(difference.abs().max()) <= tolerance * max(1.0, scale)
+                    assert float(difference.abs().max()) <= tolerance
 
 
 def test_padding_on_the_right_changes_nothing():
-    _, draft = make_pair()
+    _, draft = make_pair(torch.float64)
     input_ids = torch.randint(0, VOCABULARY, (1, NUM_TOKENS))
-    target_hidden = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size)
+    target_hidden = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size, dtype=torch.float64)
     with torch.no_grad():
         whole = aligned_forward(draft, input_ids, target_hidden, 3)
         cut = aligned_forward(draft, input_ids[:, :6], target_hidden[:, :6], 3)
     for long, short in zip(whole, cut, strict=True):
-        torch.testing.assert_close(long[:, :6], short, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(long[:, :6], short, rtol=0, atol=1e-11)
 
 
 def test_rows_without_history_are_masked():
