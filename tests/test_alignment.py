@@ -12,10 +12,19 @@ from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.losses import aligned_loss
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 DATA = Path(__file__).parent / "data" / "reference"
 NUM_TOKENS, WIDTH, VOCABULARY = 9, 32, 97
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny products gain nothing from threads, and on busy cores threads wait for each other far longer than they work."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def make_pair(dtype=torch.float32, **overrides):
