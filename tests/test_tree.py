@@ -67,7 +67,23 @@ def test_ancestors_of_the_drawn_tree():
     )
     expected = [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 1, 4}, {0, 1, 3, 5}]
     assert [set(row.nonzero()[:, 0].tolist()) for row in tree.ancestors()[0]] == expected
-    assert torch.equal(ancestor_mask(tree.parents, 3), tree.ancestors())
+    assert torch.equal(ancestor_mask(tree.parents), tree.ancestors())
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 8, 9, 33])
+def test_ancestors_of_chains_and_random_trees(num_nodes):
+    """Of any depth up to the longest, against following the parents one by one."""
+    generator = torch.Generator().manual_seed(num_nodes)
+    chain = [max(node - 1, 0) for node in range(num_nodes)]
+    drawn = [int(torch.randint(0, max(node, 1), (), generator=generator)) for node in range(num_nodes)]
+    mask = ancestor_mask(torch.tensor([chain, drawn]))
+    for row, parents in enumerate((chain, drawn)):
+        for node in range(num_nodes):
+            expected, at = {node, 0}, node
+            while at:
+                at = parents[at]
+                expected.add(at)
+            assert set(mask[row, node].nonzero()[:, 0].tolist()) == expected
 
 
 def test_a_root_alone_is_a_plain_step():
@@ -80,7 +96,7 @@ def test_a_root_alone_is_a_plain_step():
 def test_masks_in_both_forms():
     """Booleans for SDPA, finite additive numbers for eager attention; holes and strangers stay hidden."""
     committed = torch.tensor([[False, True, True]])
-    visible = visible_keys(committed, ancestor_mask(torch.tensor([[0, 0, 0]]), 2))
+    visible = visible_keys(committed, ancestor_mask(torch.tensor([[0, 0, 0]])))
     assert visible[0].int().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1]]
     assert torch.equal(attention_mask(visible, "sdpa", torch.float32), visible[:, None])
     additive = attention_mask(visible, "eager", torch.bfloat16)

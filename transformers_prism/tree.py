@@ -42,7 +42,7 @@ class Tree:
 
     def ancestors(self) -> torch.Tensor:
         """`(B, N, N)` bool: True where the column is the row's node or one of its ancestors."""
-        return ancestor_mask(self.parents, num_levels=self.num_nodes - 1)
+        return ancestor_mask(self.parents)
 
 
 @dataclass
@@ -78,21 +78,21 @@ def root_tree(token_ids: torch.Tensor) -> Tree:
     return Tree(token_ids[:, None], zeros, zeros, torch.zeros(zeros.shape, dtype=torch.float32, device=zeros.device))
 
 
-def ancestor_mask(parents: torch.Tensor, num_levels: int) -> torch.Tensor:
+def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
     """Ancestors of each node, itself included.
 
     Args:
         parents (`torch.LongTensor` of shape `(B, N)`): 0 for the root.
-        num_levels (`int`): at least the largest depth; more costs time and changes nothing.
     Returns:
         `torch.BoolTensor` of shape `(B, N, N)`.
     """
     num_nodes = parents.shape[1]
     mask = torch.eye(num_nodes, dtype=torch.bool, device=parents.device).repeat(parents.shape[0], 1, 1)
     ancestor = parents
-    for _ in range(num_levels):
-        mask.scatter_(2, ancestor[..., None], True)
-        ancestor = parents.gather(1, ancestor)
+    # A node knows twice as many levels after each turn: its own, and those that its farthest known ancestor knows.
+    for _ in range((num_nodes - 1).bit_length()):
+        mask = mask | mask.gather(1, ancestor[..., None].expand_as(mask))
+        ancestor = ancestor.gather(1, ancestor)
     return mask
 
 
