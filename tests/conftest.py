@@ -7,9 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it; the suite ne
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_draft, tiny_target
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import tiny_draft, tiny_target, word_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,20 +30,21 @@ def prism_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny products gain nothing from threads, and on busy cores threads wait for each other far longer than they work."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory) -> tuple[str, str]:
     """Folders of a tiny random target with its tokenizer, and of a random draft for it."""
     target = tiny_target("llama", seed=3)
     target_folder, draft_folder = (tmp_path_factory.mktemp(name) for name in ("target", "draft"))
     target.save_pretrained(target_folder)
-    tiny_tokenizer().save_pretrained(target_folder)
+    word_tokenizer().save_pretrained(target_folder)
     tiny_draft(target).save_pretrained(draft_folder)
     return str(target_folder), str(draft_folder)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words "w0" to "w96", split at spaces; unknown words are "w3"."""
-    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w3", pad_token="w0", eos_token="w1")

@@ -18,15 +18,6 @@ DATA = Path(__file__).parent / "data" / "reference"
 NUM_TOKENS, WIDTH, VOCABULARY = 9, 32, 97
 
 
-@pytest.fixture
-def one_thread():
-    """Tiny products gain nothing from threads, and on busy cores threads wait for each other far longer than they work."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def make_pair(dtype=torch.float32, **overrides):
     """A tiny random target and a draft bound to it; its weights let attention matter and keep outputs near 1."""
     torch.manual_seed(1)

@@ -14,15 +14,14 @@ from tiny_models import (
     tiny_draft,
     tiny_target,
     varied_target,
+    word_tokenizer,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -43,15 +42,6 @@ def scripted(num_rows=1, architecture="llama", **kwargs):
     target = varied_target(architecture, input_ids, mask, **LENGTH)
     plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH)
     return target, scripted_draft(target, plain, input_ids.shape[1], **kwargs), input_ids, mask
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is the word "w{i}"."""
-    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE - 1)}
-    vocabulary["abcdef"] = VOCAB_SIZE - 1  # transformers' stop strings tokenize this word to learn about prefixes
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", bos_token="w2")
 
 
 class RecordingStreamer(BaseStreamer):

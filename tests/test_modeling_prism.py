@@ -162,6 +162,7 @@ def test_a_mild_mismatch_is_a_warning():
     other.config._name_or_path = "org/finetuned"
     with pytest.warns(UserWarning, match=r"name: expected 'org/model' \(draft\), got 'org/finetuned' \(target\)"):
         draft.bind(other)
+    assert draft._borrowed.target is other
     other.config._name_or_path = "/some/folder"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from transformers_prism.publishing import published_files
+
 PACKAGE = Path(__file__).resolve().parent.parent / "transformers_prism"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -59,16 +61,6 @@ def own_imports(path: Path) -> set[str]:
             names = (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE.name)
             found.update(name.removeprefix(PACKAGE.name).removeprefix(".") for name in names)
     return found
-
-
-def published_files() -> list[Path]:
-    """Files that the Hub would get: those reachable from modeling_prism by relative imports."""
-    found, waiting = set(), {"modeling_prism"}
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= own_imports(PACKAGE / (name.replace(".", "/") + ".py")) - found
-    return [PACKAGE / (name.replace(".", "/") + ".py") for name in sorted(found)]
 
 
 @pytest.mark.quick

@@ -29,15 +29,6 @@ VOCAB_SIZE = 97
 
 
 @pytest.fixture
-def one_thread():
-    """Tiny products gain nothing from threads, and on busy cores threads wait for each other far longer than they work."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
 def target():
     return tiny_target("llama", seed=3).eval()
 

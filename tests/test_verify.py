@@ -82,8 +82,7 @@ def test_rounding_excuses_only_a_gap_that_small():
 def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):
     """0 and a report, or 1."""
     target, draft, inputs = pair
-    monkeypatch.setattr("transformers_prism.target.load_target", lambda name: (target, None))
-    monkeypatch.setattr("transformers_prism.demo.load_draft", lambda folder, target: draft)
+    monkeypatch.setattr("transformers_prism.demo.load_pair", lambda *names: (target, None, draft))
     monkeypatch.setattr("transformers_prism.demo.chat_inputs", lambda tokenizer, question, device: inputs[0])
     arguments = ["verify", "--max-new-tokens", "12", "--json", str(tmp_path / "report.json")]
     result = CliRunner().invoke(app, arguments)

@@ -4,7 +4,8 @@ import random
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.tree import Tree
@@ -199,3 +200,14 @@ def generate_twice(target, draft, input_ids, attention_mask=None, seed: int = 5,
         outputs.append(target.generate(input_ids, attention_mask=attention_mask, **assistant, **kwargs))
         states.append(torch.get_rng_state())
     return outputs[0], outputs[1], torch.equal(*states)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is the word "w{i}", split at spaces; unknown words are "w3"."""
+    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE - 1)}
+    vocabulary["abcdef"] = VOCAB_SIZE - 1  # transformers' stop strings tokenize this word to learn about prefixes
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w3", pad_token="w0", eos_token="w1", bos_token="w2"
+    )

@@ -120,15 +120,13 @@ def verify(
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
     from transformers_prism.benchmark.verify import as_json, check_table
     from transformers_prism.benchmark.verify import verify as verify_draft
-    from transformers_prism.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.target import load_target
+    from transformers_prism.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, load_pair
 
     with user_errors():
         questions = list(PROMPTS)
         if prompts is not None:
             questions = [record["turns"][0] for record in choose_prompts(read_prompts(prompts), num_prompts)]
-        target_model, tokenizer = load_target(target)
-        draft_model = load_draft(draft or SHIPPED_DRAFT, target_model)
+        target_model, tokenizer, draft_model = load_pair(target, draft)
         inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]
         checks = verify_draft(target_model, draft_model, inputs, max_new_tokens, seed)
     Console().print(check_table(checks))
@@ -163,9 +161,7 @@ def bench_generate_command(
 
     from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
-    from transformers_prism.cpu import prepare_for_cpu
-    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.target import load_target
+    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_pair
 
     logging.disable_progress_bar()
     console = Console()
@@ -174,11 +170,8 @@ def bench_generate_command(
     tree = {name: value for name, value in tree.items() if value is not None}
     with user_errors():
         records = choose_prompts(read_prompts(prompts), num_prompts)
-        target_model, tokenizer = load_target(target)
-        draft_model = load_draft(draft or SHIPPED_DRAFT, target_model)
+        target_model, tokenizer, draft_model = load_pair(target, draft, packed)
         draft_model.generation_config.update(**tree)
-        if packed:
-            prepare_for_cpu(target_model, draft_model)
         results = bench_generate(
             target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
         )

@@ -110,23 +110,35 @@ def load_draft(folder: str | Path, target: PreTrainedModel) -> PrismDraftModel:
     return draft.eval().bind(target)
 
 
+def load_pair(
+    target_name: str | None, draft_folder: str | None, use_packed_weights: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrismDraftModel]:
+    """A target with its tokenizer, and a draft bound to it.
+
+    Args:
+        target_name (`str`, *optional*): as for [`load_target`]; None is the demo target.
+        draft_folder (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
+        use_packed_weights (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
+    """
+    target, tokenizer = load_target(target_name)
+    draft = load_draft(draft_folder or SHIPPED_DRAFT, target)
+    if use_packed_weights:
+        prepare_for_cpu(target, draft)
+    return target, tokenizer, draft
+
+
 def run_demo(
     target_name: str | None, draft_folder: str | None, max_new_tokens: int, use_packed_weights: bool, console: Console
 ) -> None:
     """Answer three prompts with and without the draft: text that streams, then a table.
 
     Args:
-        target_name (`str`, *optional*): as for [`load_target`]; None is the demo target.
-        draft_folder (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
+        target_name, draft_folder, use_packed_weights: as for [`load_pair`].
         max_new_tokens (`int`): tokens per answer.
-        use_packed_weights (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
         console (`rich.console.Console`): where to print.
     """
     _log_to(console)
-    target, tokenizer = load_target(target_name)
-    draft = load_draft(draft_folder or SHIPPED_DRAFT, target)
-    if use_packed_weights:
-        prepare_for_cpu(target, draft)
+    target, tokenizer, draft = load_pair(target_name, draft_folder, use_packed_weights)
     console.print(f"Target: {target.config._name_or_path}. Draft: {draft_folder or SHIPPED_DRAFT.name}.", soft_wrap=True)
     console.print(_legend())
     target.generate(**chat_inputs(tokenizer, "Hello!", target.device), max_new_tokens=8, do_sample=False)
@@ -148,17 +160,13 @@ def run_generate(
     """Answer one prompt with a draft and say how it went.
 
     Args:
-        target_name (`str`, *optional*), draft_folder (`str`, *optional*): as for [`run_demo`].
+        target_name, draft_folder, use_packed_weights: as for [`load_pair`].
         prompt (`str`): the user's turn.
         settings (`dict`): further arguments of generate().
-        use_packed_weights (`bool`): as for [`run_demo`].
         console (`rich.console.Console`): where to print.
     """
     _log_to(console)
-    target, tokenizer = load_target(target_name)
-    draft = load_draft(draft_folder or SHIPPED_DRAFT, target)
-    if use_packed_weights:
-        prepare_for_cpu(target, draft)
+    target, tokenizer, draft = load_pair(target_name, draft_folder, use_packed_weights)
     console.print(_legend())
     inputs = chat_inputs(tokenizer, prompt, target.device)
     start = time.perf_counter()

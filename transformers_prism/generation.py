@@ -145,9 +145,8 @@ def speculative_generate(
 def _drafter_for(draft, cache, num_rows: int):
     """A new drafter, or the one that has read what the given cache holds."""
     context = _chat_contexts.pop(cache, None)
-    if context is None or num_rows > 1 or context.drafter.draft is not draft:
-        return draft.make_drafter()
-    if context.length != int(cache.get_seq_length()):
+    is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
+    if not is_known or context.length != int(cache.get_seq_length()):
         return draft.make_drafter()
     context.drafter.prefill(*context.new)
     return context.drafter

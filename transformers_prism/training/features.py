@@ -279,7 +279,7 @@ def _batch_states(target, sequences: list[tuple[int, ...]], layer_ids: list[int]
     output = target.base_model(
         input_ids=input_ids.to(target.device),
         attention_mask=mask.to(target.device),
-        output_hidden_states=True,
+        output_hidden_states=layer_ids,
         use_cache=False,
     )
     states = [output.hidden_states[layer] for layer in layer_ids]
