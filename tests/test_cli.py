@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from transformers_prism import demo
 from transformers_prism.benchmark.generate import bench_generate, summarize
-from transformers_prism.benchmark.modules import bench_modules, bootstrap_ratio_of_medians
+from transformers_prism.benchmark.modules import bench_modules, bootstrap_median
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
 from transformers_prism.cli import app
 
@@ -161,7 +161,7 @@ def test_cli_bench_modules_measures_rounds(tiny_folders, tmp_path):
     result = json.loads(result_file.read_text())
     assert [len(rounds) for rounds in result["round_ms"]] == [5, 5]
     low, high = result["interval"]
-    assert low <= result["ratio_of_medians"] <= high
+    assert low <= result["median_ratio"] <= high
 
 
 def test_cli_bench_modules_uses_every_module_of_a_deep_tree():
@@ -179,15 +179,14 @@ def test_cli_bench_modules_uses_every_module_of_a_deep_tree():
     assert len(used) == 1 + 8
 
 
-def test_cli_bootstrap_interval_covers_the_ratio():
-    """Equal samples give the ratio 1, doubled ones 2; noise widens the interval around it."""
-    ones = [1.0 + 0.01 * (index % 7) for index in range(70)]
-    assert bootstrap_ratio_of_medians(ones, ones) == (1.0, 1.0)
-    low, high = bootstrap_ratio_of_medians([2 * value for value in ones], ones)
-    assert low == pytest.approx(2.0)
-    assert high == pytest.approx(2.0)
-    low, high = bootstrap_ratio_of_medians(ones[::-1], ones)
+def test_cli_bootstrap_interval_covers_the_median():
+    """Equal values leave no interval; noise opens one around the median, narrower with more values."""
+    assert bootstrap_median([2.0] * 70) == (2.0, 2.0)
+    noise = [1.0 + 0.01 * (index % 7 - 3) for index in range(70)]
+    low, high = bootstrap_median(noise)
     assert low < 1.0 < high
+    narrow = bootstrap_median(noise * 10)
+    assert narrow[1] - narrow[0] < high - low
 
 
 def test_cli_bench_prompts_are_spread_over_tasks(prompt_file):

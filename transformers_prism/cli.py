@@ -218,7 +218,7 @@ def bench_modules_command(
         typer.echo(f"M = {count}: median of {num_rounds} rounds {median:.2f} ms")
     low, high = result.interval
     typer.echo(
-        f"ratio of medians {result.ratio_of_medians:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
+        f"median ratio of pairs {result.median_ratio:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
         + ("met" if result.is_within_bar else "not met")
     )
     write_json(json_file, target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)

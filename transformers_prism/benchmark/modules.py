@@ -46,13 +46,18 @@ class RoundClock(BaseStreamer, StoppingCriteria):
 
 @dataclass
 class ModulesResult:
-    """Round latencies in milliseconds, index by index measured one right after the other."""
+    """Round latencies in milliseconds, index by index measured one right after the other.
+
+    `median_ratio` is the median over these pairs of the second draft's time over the first's, and `interval` its 95 %
+    bootstrap interval.
+    """
 
     num_modules: tuple[int, int]
     context_length: int
     round_ms: tuple[list[float], list[float]]
-    ratio_of_medians: float
+    median_ratio: float
     interval: tuple[float, float]
+    ratio_of_medians: float
 
     @property
     def is_within_bar(self) -> bool:
@@ -111,9 +116,16 @@ def bench_modules(
         # Whoever comes second finds warmer caches, so that they change places.
         for which in (0, 1) if index % 2 == 0 else (1, 0):
             round_ms[which].append(_time_round(target, drafts[which], prompt, tree_settings["tree_depth"]))
-    interval = bootstrap_ratio_of_medians(round_ms[1], round_ms[0])
-    ratio = statistics.median(round_ms[1]) / statistics.median(round_ms[0])
-    return ModulesResult(tuple(num_modules), context_length, round_ms, ratio, interval)
+    ratios = [second / first for first, second in zip(*round_ms, strict=True)]
+    ratio_of_medians = statistics.median(round_ms[1]) / statistics.median(round_ms[0])
+    return ModulesResult(
+        tuple(num_modules),
+        context_length,
+        round_ms,
+        statistics.median(ratios),
+        bootstrap_median(ratios),
+        ratio_of_medians,
+    )
 
 
 def _time_round(target, draft, prompt, tree_depth: int) -> float:
@@ -134,17 +146,18 @@ def _time_round(target, draft, prompt, tree_depth: int) -> float:
     return 1000.0 * (clock.ends[1] - clock.ends[0])
 
 
-def bootstrap_ratio_of_medians(
-    numerator: list[float], denominator: list[float], num_resamples: int = 5000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the ratio of two medians; pairs measured together are drawn together.
+def bootstrap_median(values: list[float], num_resamples: int = 5000, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of a median.
+
+    Here of the ratios within pairs of rounds, which were timed one right after the other: a machine that slows down
+    for a second slows both, so that the ratio keeps less of its noise than either time does.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    pairs = torch.tensor([numerator, denominator], dtype=torch.float64)  # [2, n]
+    sample = torch.tensor(values, dtype=torch.float64)  # [n]
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, pairs.shape[1], (num_resamples, pairs.shape[1]), generator=generator)
-    medians = pairs[:, drawn].quantile(0.5, dim=-1)  # [2, num_resamples]
+    drawn = torch.randint(0, len(values), (num_resamples, len(values)), generator=generator)
+    medians = sample[drawn].quantile(0.5, dim=-1)  # [num_resamples]
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = (medians[0] / medians[1]).quantile(tails).tolist()
+    low, high = medians.quantile(tails).tolist()
     return low, high
