@@ -77,16 +77,18 @@ def decode_chain(draft, input_ids, target_hidden, num_committed, num_steps):
 
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("module_form", ["prism", "eagle3"])
 @pytest.mark.parametrize(
     ("num_modules", "step_to_module"), [(1, [0]), (2, [0, 1]), (2, [0, 1, 0, 1]), (3, [0, 1, 2]), (3, [0, 2, 1])]
 )
-def test_aligned_forwards_equal_decoding(context_kv, num_layers, num_modules, step_to_module):
+def test_aligned_forwards_equal_decoding(context_kv, num_layers, module_form, num_modules, step_to_module):
     """Every step k from every committed length: 1e-5 in float32, 1e-11 in float64."""
     num_steps = 5
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
         _, draft = make_pair(
             dtype,
             context_kv=context_kv,
+            module_form=module_form,
             num_layers_per_module=num_layers,
             num_processing_modules=num_modules,
             draft_step_to_module=step_to_module,
@@ -138,18 +140,25 @@ def test_forwards_say_what_they_expect():
 
 
 def test_token_loss_in_chunks_equals_the_plain_loss(monkeypatch):
-    """Chunks, a draft vocabulary and a head of the draft's own: value and every gradient."""
+    """Chunks, a draft vocabulary, a head and norm of the draft's own: value and every gradient.
+
+    The target's distribution is that of its own head, whatever the draft's is.
+    """
     monkeypatch.setattr("transformers_prism.training.losses.ROWS_PER_CHUNK", 3)
-    for overrides in ({"draft_vocab_size": 20}, {"share_target_head": False}, {"logit_softcap": 5.0}):
-        _, draft = make_pair(torch.float64, **overrides)
+    eagle3 = {"module_form": "eagle3", "share_target_head": False, "draft_vocab_size": 20}
+    for overrides in ({"draft_vocab_size": 20}, {"share_target_head": False}, {"logit_softcap": 5.0}, eagle3):
+        the_target, draft = make_pair(torch.float64, **overrides)
         predictions = [torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         label = torch.randn(2, 5, WIDTH, dtype=torch.float64)
         mask = torch.rand(2, 2, 5) < 0.7
-        parameters = [*predictions, *([] if draft.lm_head is None else [draft.lm_head.weight])]
+        parameters = [*predictions, *draft.head_parameters()]
         found = aligned_loss(draft, predictions, label, mask, 0.5, 2.0).total
         found_gradients = torch.autograd.grad(found, parameters)
         expected = 0.0
-        target = torch.softmax(draft.compute_logits(label), dim=-1).detach()
+        logits = the_target.get_output_embeddings()(label)
+        if draft.draft_to_target is not None:
+            logits = logits[..., draft.draft_to_target]
+        target = torch.softmax(logits, dim=-1).detach()
         for prediction, rows in zip(predictions, mask, strict=True):
             token = -(target * torch.log_softmax(draft.compute_logits(prediction), dim=-1)).sum(-1)
             hidden = torch.nn.functional.smooth_l1_loss(prediction, label, reduction="none").mean(-1)

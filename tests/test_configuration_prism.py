@@ -60,7 +60,7 @@ def test_contradictions_say_what_was_expected_and_found(settings, message):
         PrismConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"vocab_size": "many"}, {"context_kv": "both"}, {"module_form": "eagle3"}])
+@pytest.mark.parametrize("settings", [{"vocab_size": "many"}, {"context_kv": "both"}, {"module_form": "eagle4"}])
 def test_fields_have_types(settings):
     """And a closed set of words where there is one."""
     with pytest.raises(StrictDataclassFieldValidationError, match="expected"):

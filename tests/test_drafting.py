@@ -65,9 +65,17 @@ def check_tree(draft, tree, row, token_ids, states):
 @torch.no_grad()
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize(
-    ("num_modules", "step_map", "num_layers"), [(1, [0], 1), (2, [0, 1, 1], 1), (3, [0, 1, 2], 2), (2, [1, 0, 1], 1)]
+    ("num_modules", "step_map", "num_layers", "module_form"),
+    [
+        (1, [0], 1, "prism"),
+        (2, [0, 1, 1], 1, "prism"),
+        (3, [0, 1, 2], 2, "prism"),
+        (2, [1, 0, 1], 1, "prism"),
+        (1, [0], 1, "eagle3"),
+        (2, [0, 1, 1], 2, "eagle3"),
+    ],
 )
-def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, step_map, num_layers):
+def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, step_map, num_layers, module_form):
     """Two rows that commit different numbers of tokens, three rounds on one cache, with a draft vocabulary."""
     target = tiny_target()
     draft = tiny_draft(
@@ -75,6 +83,8 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
         num_processing_modules=num_modules,
         draft_step_to_module=step_map,
         num_layers_per_module=num_layers,
+        module_form=module_form,
+        share_target_head=module_form == "prism",
         context_kv=context_kv,
         draft_vocab_size=30,
         initializer_range=0.1,

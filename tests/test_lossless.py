@@ -89,6 +89,28 @@ def test_a_real_draft_changes_nothing(context_kv, draft_vocab_size):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
+@pytest.mark.parametrize(("module_form", "num_layers_per_module"), [("eagle3", 1), ("eagle3", 2), ("prism", 2)])
+def test_every_form_of_module_changes_nothing(context_kv, module_form, num_layers_per_module):
+    """EAGLE-3's form with its own head over a draft vocabulary, and stacked layers: greedy and sampled, batched."""
+    input_ids, mask = prompts(3)
+    arguments = {"max_new_tokens": NUM_NEW_TOKENS, "pad_token_id": PAD_ID}
+    target = varied_target("llama", input_ids, mask, **arguments)
+    own_head = {"share_target_head": False, "draft_vocab_size": 40} if module_form == "eagle3" else {}
+    draft = tiny_draft(
+        target,
+        context_kv=context_kv,
+        module_form=module_form,
+        num_layers_per_module=num_layers_per_module,
+        **own_head,
+    )
+    for settings in ({"do_sample": False}, {"do_sample": True, "temperature": 0.9}):
+        plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **settings, **arguments)
+        assert torch.equal(plain, speculative)
+        assert same_state
+
+
+@pytest.mark.quick
 def test_each_row_of_a_greedy_batch_equals_the_row_alone():
     """Without processors that read padding, a row does not notice its neighbours."""
     input_ids, mask = prompts(3)

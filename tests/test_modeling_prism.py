@@ -15,6 +15,15 @@ from transformers_prism import PrismConfig, PrismDraftModel
 
 pytestmark = pytest.mark.quick
 
+# As EAGLE-3 has it.
+EAGLE3 = {
+    "module_form": "eagle3",
+    "num_processing_modules": 1,
+    "projection_bias": False,
+    "share_target_head": False,
+    "draft_vocab_size": 20,
+}
+
 
 def hidden(draft, num_rows, length, fused=True, seed=0):
     """Random states for a draft."""
@@ -24,10 +33,12 @@ def hidden(draft, num_rows, length, fused=True, seed=0):
 
 @pytest.mark.parametrize("draft_step", [0, 1, 2, 5])
 @pytest.mark.parametrize("num_layers_per_module", [1, 2])
-def test_forward_with_a_cache_equals_forward_without(draft_step, num_layers_per_module):
+@pytest.mark.parametrize("module_form", ["prism", "eagle3"])
+def test_forward_with_a_cache_equals_forward_without(draft_step, num_layers_per_module, module_form):
     """In pieces of any size, with left padding or without."""
     target = tiny_target()
-    draft = tiny_draft(target, num_layers_per_module=num_layers_per_module, initializer_range=0.1).bind(target)
+    settings = {"num_layers_per_module": num_layers_per_module, "module_form": module_form, "initializer_range": 0.1}
+    draft = tiny_draft(target, **settings).bind(target)
     input_ids, mask = prompts(2, length=10)
     states = hidden(draft, 2, 10)
     for attention_mask in (None, mask):
@@ -114,6 +125,75 @@ def test_logits_are_the_targets_own_of_the_same_state(architecture):
             torch.testing.assert_close(draft.embed(input_ids), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_the_form_eagle3_equals_its_definition(num_layers):
+    """EAGLE-3's layer written out by weight names; the state of the next step comes before the final norm."""
+    target = tiny_target()
+    draft = tiny_draft(target, **EAGLE3, num_layers_per_module=num_layers, normalize_target_hidden=False).bind(target)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    weights = draft.state_dict()
+    heads, groups, width = draft.config.num_attention_heads, draft.config.num_key_value_heads, draft.config.head_dim
+
+    def norm(states, name):
+        scale = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + draft.config.rms_norm_eps)
+        return states * scale * weights[f"{name}.weight"]
+
+    def attend(states, prefix):
+        def project(name, count):
+            return (states @ weights[f"{prefix}.{name}_proj.weight"].T).view(1, -1, count, width).transpose(1, 2)
+
+        angles = torch.arange(states.shape[1])[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+        cos, sin = (torch.cat((part, part), dim=-1) for part in (angles.cos(), angles.sin()))
+
+        def rotate(part):
+            first, second = part.chunk(2, dim=-1)
+            return part * cos + torch.cat((-second, first), dim=-1) * sin
+
+        query, key, value = rotate(project("q", heads)), rotate(project("k", groups)), project("v", groups)
+        key, value = (part.repeat_interleave(heads // groups, dim=1) for part in (key, value))
+        scores = query @ key.transpose(2, 3) / width**0.5
+        later = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool).triu(1)
+        mixed = torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1) @ value
+        return mixed.transpose(1, 2).flatten(2) @ weights[f"{prefix}.o_proj.weight"].T
+
+    input_ids, states = prompts(1)[0], hidden(draft, 1, 9)
+    stream = states @ weights["fusion_layer.weight"].T
+    embeddings = target.get_input_embeddings()(input_ids)
+    for layer in range(num_layers):
+        prefix = f"processing_modules.0.layers.{layer}"
+        read = norm(stream, f"{prefix}.hidden_norm" if layer == 0 else f"{prefix}.input_layernorm")
+        if layer == 0:
+            read = torch.cat((norm(embeddings, f"{prefix}.input_layernorm"), read), dim=-1)
+        stream = stream + attend(read, f"{prefix}.self_attn")
+        read = norm(stream, f"{prefix}.post_attention_layernorm")
+        gate, up, down = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        stream = stream + (torch.nn.functional.silu(read @ gate.T) * (read @ up.T)) @ down.T
+    with torch.no_grad():
+        output = draft(input_ids, states).last_hidden_state
+        torch.testing.assert_close(output, stream, atol=1e-4, rtol=1e-4)
+        logits = norm(stream, "norm") @ weights["lm_head.weight"].T
+        torch.testing.assert_close(draft.compute_logits(output), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere"])
+def test_target_logits_are_the_targets_whatever_head_the_draft_has(architecture):
+    """A draft with its own head and norm still aims at the target's distribution, over its own vocabulary."""
+    target = tiny_target(architecture)
+    draft = tiny_draft(target, **EAGLE3, logit_scale=1.0, logit_softcap=None)
+    draft.draft_to_target.copy_(torch.arange(20) * 4 + 3)
+    draft.bind(target)
+    input_ids, _ = prompts(1)
+    with torch.no_grad():
+        outputs = target(input_ids, output_hidden_states=True)
+        expected = outputs.logits[..., draft.draft_to_target]
+        found = draft.compute_target_logits(outputs.hidden_states[-1])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(draft.compute_logits(outputs.hidden_states[-1]), expected)
+
+
 def test_binding_registers_copies_and_moves_nothing():
     """The draft's parameters, its state and the target's modules stay as they are."""
     target = tiny_target()
@@ -177,6 +257,8 @@ def test_a_mild_mismatch_is_a_warning():
         {"draft_vocab_size": 20},
         {"share_target_embedding": False, "share_target_head": False},
         {"target_layer_ids": [4]},
+        EAGLE3,
+        {**EAGLE3, "num_layers_per_module": 2, "hidden_size": 24, "head_dim": 8, "share_target_embedding": False},
     ],
 )
 def test_saving_and_loading_keeps_every_bit(tmp_path, dtype, settings):

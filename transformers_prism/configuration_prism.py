@@ -101,12 +101,14 @@ class PrismConfig(PreTrainedConfig):
         context_kv (`str`): "prefill_module": committed positions carry the keys and values of step 0's module;
             "own_module": every step sees earlier positions through its own module.
         normalize_target_hidden (`bool`): divide each fused target state by its own root mean square.
-        module_form (`str`): layout of a processing module; "prism".
+        module_form (`str`): "prism": an input projection joins token embedding and hidden state for the first layer;
+            "eagle3": its attention reads both, each normed, and a norm comes before the head. EAGLE-3 itself has one
+            module, three target layers, no `projection_bias` and its own head (`share_target_head=False`).
         target_fingerprint (`dict`, *optional*): `name`, `revision`, `vocab_size`, `hidden_size`,
             `num_hidden_layers` and `tokenizer_hash` of the target that the draft was trained for; None is unknown.
     Raises:
         StrictDataclassClassValidationError: if fields contradict each other, saying what was expected and found.
-    Source: PRISM (arXiv:2602.01762) and its artifact.
+    Source: PRISM (arXiv:2602.01762) and its artifact; EAGLE-3 (arXiv:2503.01840).
     """
 
     model_type = "prism"
@@ -141,7 +143,7 @@ class PrismConfig(PreTrainedConfig):
     logit_softcap: float | None = None
     context_kv: Literal["prefill_module", "own_module"] = "prefill_module"
     normalize_target_hidden: bool = False
-    module_form: Literal["prism"] = "prism"
+    module_form: Literal["prism", "eagle3"] = "prism"
 
     pad_token_id: int | None = None
     bos_token_id: int | None = None

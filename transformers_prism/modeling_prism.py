@@ -1,7 +1,8 @@
 """The PRISM draft: a fusion layer, one processing module per group of draft steps, and the target's own head.
 
 Shape letters: B batch, T positions, D draft hidden size, L fused target layers, V vocabulary, M processing modules.
-Source: PRISM (arXiv:2602.01762) and its artifact; EAGLE (arXiv:2401.15077) for the form of the decoder layer.
+Source: PRISM (arXiv:2602.01762) and its artifact; EAGLE (arXiv:2401.15077) for the form of the decoder layer, EAGLE-3
+(arXiv:2503.01840) for the form "eagle3".
 """
 
 import warnings
@@ -15,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerprint
+from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerprint, target_numerics
 from .cpu import PackedLinear, prepare_for_cpu
 from .drafting import Drafter
 from .generation import install, speculative_generate
@@ -24,20 +25,33 @@ from .tree_policy import default_tree_settings
 
 
 class PrismDecoderLayer(nn.Module):
-    """A Llama decoder layer; the first one of a module has no norm before its attention.
+    """A Llama decoder layer, but for what the attention of a module's first layer reads.
 
-    The input projection feeds the first layer directly, so a norm there would only undo its scale.
+    In the form "prism" that is the module's input projection, without a norm, which would only undo its scale. In the
+    form "eagle3" it is [normed token embedding ; normed hidden state], twice as wide, beside the hidden state as
+    residual; no input projection is needed then.
     """
 
     def __init__(self, config: PrismConfig, layer: int, cache_layer: int):
         super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) if layer > 0 else None
+        reads_embeddings = layer == 0 and config.module_form == "eagle3"
+        self.input_layernorm = self.hidden_norm = None
+        if layer > 0 or reads_embeddings:
+            self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LlamaAttention(config, layer_idx=cache_layer)
+        if reads_embeddings:
+            self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                narrow = getattr(self.self_attn, name)
+                wide = nn.Linear(2 * config.hidden_size, narrow.out_features, bias=config.attention_bias)
+                setattr(self.self_attn, name, wide)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def attention_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the attention of this layer reads: `hidden_states`, normed in every layer but the first."""
+    def attention_input(self, hidden_states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """What the attention of this layer reads, of shape `(B, T, D)` or, with the embeddings, `(B, T, 2 * D)`."""
+        if self.hidden_norm is not None:
+            return torch.cat((self.input_layernorm(embeddings), self.hidden_norm(hidden_states)), dim=-1)
         return hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
 
     def after_attention(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
@@ -45,10 +59,12 @@ class PrismDecoderLayer(nn.Module):
         hidden_states = residual + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None) -> torch.Tensor:
+    def forward(
+        self, hidden_states, embeddings, position_embeddings, attention_mask=None, past_key_values=None
+    ) -> torch.Tensor:
         """One layer over `(B, T, D)`; writes T keys and values to `past_key_values`."""
         attention_output, _ = self.self_attn(
-            self.attention_input(hidden_states),
+            self.attention_input(hidden_states, embeddings),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -58,11 +74,15 @@ class PrismDecoderLayer(nn.Module):
 
 class PrismProcessingModule(nn.Module):
     """The parameters of one group of draft steps: an input projection and its decoder layers. No final norm: its
-    output is trained to live where the target's last, normed hidden state lives, so the head reads it as it is."""
+    output is trained to live where the target's last, normed hidden state lives, so the head reads it as it is. In the
+    form "eagle3" there is no input projection, and the draft norms the output before the head, not before the next
+    step."""
 
     def __init__(self, config: PrismConfig, module: int):
         super().__init__()
-        self.input_projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.projection_bias)
+        self.input_projection = None
+        if config.module_form == "prism":
+            self.input_projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.projection_bias)
         # Modules share one cache unless each keeps its own view of the committed positions.
         first = module * config.num_layers_per_module if config.context_kv == "own_module" else 0
         self.layers = nn.ModuleList(
@@ -70,14 +90,17 @@ class PrismProcessingModule(nn.Module):
         )
 
     def project(self, embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Join token embeddings and hidden states, in this order, into the layers' input of shape `(B, T, D)`."""
+        """The residual stream that enters the layers, of shape `(B, T, D)`: token embeddings and hidden states joined
+        in this order, or the hidden states alone where the first layer reads the embeddings itself."""
+        if self.input_projection is None:
+            return hidden_states
         return self.input_projection(torch.cat((embeddings, hidden_states), dim=-1))
 
     def forward(self, embeddings, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):
         """The module over T positions; returns the predicted hidden states of shape `(B, T, D)`."""
         hidden_states = self.project(embeddings, hidden_states)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings, attention_mask, past_key_values)
+            hidden_states = layer(hidden_states, embeddings, position_embeddings, attention_mask, past_key_values)
         return hidden_states
 
 
@@ -137,6 +160,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         self.embed_tokens = None
         if not config.share_target_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = None
+        if config.module_form == "eagle3":
+            self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if not config.share_target_head:
             self.lm_head = nn.Linear(config.hidden_size, config.num_draft_tokens, bias=False)
@@ -213,13 +239,14 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             if head is None:
                 raise ValueError(f"expected a target with a vocabulary head, got {type(target).__name__} without one")
             self._borrowed = BorrowedLayers(target, target.get_input_embeddings(), head)
-        self._gather_head_rows()
+        if self.config.share_target_head:
+            self._gather_head_rows()
         return self
 
     def _gather_head_rows(self):
         """Keep the head's rows of the draft vocabulary; gathered again if the head was moved, cast or written to."""
         borrowed = self._borrowed
-        if self.draft_to_target is None or not self.config.share_target_head:
+        if self.draft_to_target is None:
             return
         weight = getattr(borrowed.head, "weight", None)
         if weight is None or not weight.is_floating_point():
@@ -284,18 +311,37 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(..., draft_vocab_size or V)` in the head's dtype; a draft token's id in the
             target's vocabulary is `draft_to_target[token]`.
         """
-        if self.lm_head is not None:
-            logits = self.lm_head(hidden_states)
-        else:
-            borrowed = self._require_target()
-            head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
-            # A quantized head takes the draft's own dtype.
-            dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_states.dtype
-            logits = head(hidden_states.to(head.weight.device, dtype))
-        logits = logits.to(self.device) * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
-        return logits
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        logits = self._borrowed_logits(hidden_states) if self.lm_head is None else self.lm_head(hidden_states)
+        return _scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
+
+    def compute_target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The target's own logits over the draft vocabulary, which training aims at.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., target_hidden_size)`): the target's last, normed states.
+        Returns:
+            `torch.Tensor` of shape `(..., draft_vocab_size or V)`, whether or not the draft has a head of its own.
+        """
+        self._require_target()
+        self._gather_head_rows()
+        numerics = target_numerics(self._borrowed.target.config.get_text_config())
+        logits = self._borrowed_logits(hidden_states)
+        return _scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The draft's own parameters between its output and its logits; none where the head is the target's."""
+        own = (module for module in (self.norm, self.lm_head) if module is not None)
+        return [parameter for module in own for parameter in module.parameters()]
+
+    def _borrowed_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The target's head, or its rows of the draft vocabulary, over `(..., D)`, on the draft's device."""
+        borrowed = self._require_target()
+        head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+        # A quantized head takes the draft's own dtype.
+        dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_states.dtype
+        return head(hidden_states.to(head.weight.device, dtype)).to(self.device)
 
     def _require_target(self) -> BorrowedLayers:
         if self._borrowed is None:
@@ -409,6 +455,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             "expected a draft to be passed to its target, target.generate(**inputs, assistant_model=draft), "
             "got a call of draft.generate()"
         )
+
+
+def _scale_and_cap(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 __all__ = ["PrismDraftModel", "PrismPreTrainedModel"]

@@ -87,7 +87,7 @@ class AlignedPasses:
         view.append([])
         for index, layer in enumerate(module.layers):
             is_last = index == len(module.layers) - 1
-            attention_input = layer.attention_input(hidden_states)
+            attention_input = layer.attention_input(hidden_states, self.embeddings)
             view[step].append(self._keys_values(layer.self_attn, attention_input))
             if is_last and not needs_output:
                 return None

@@ -72,8 +72,7 @@ def token_loss(draft, predictions: torch.Tensor, label_hidden: torch.Tensor, wei
     Returns:
         `torch.Tensor` of shape `(S,)` in nats.
     """
-    head = [] if draft.lm_head is None else list(draft.lm_head.parameters())
-    return _ChunkedTokenLoss.apply(draft, label_hidden, weights, predictions, *head)
+    return _ChunkedTokenLoss.apply(draft, label_hidden, weights, predictions, *draft.head_parameters())
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -87,7 +86,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         head_gradient = [torch.zeros(num_steps, *parameter.shape).to(parameter) for parameter in head]
         for start in range(0, num_rows, ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
-            target = torch.softmax(draft.compute_logits(label_hidden[chunk]).float(), dim=-1)
+            target = torch.softmax(draft.compute_target_logits(label_hidden[chunk]).float(), dim=-1)
             for step in range(num_steps):
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
