@@ -14,7 +14,7 @@ from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel
 
 import transformers_prism
-from transformers_prism.publishing import published_files
+from transformers_prism.publishing import published_code, published_files, published_name
 
 pytestmark = pytest.mark.quick
 PACKAGE = Path(transformers_prism.__file__).parent
@@ -67,23 +67,49 @@ def saved(tmp_path_factory):
 
 
 def test_published_code_is_the_packages_code(saved):
-    """Byte for byte, and nothing is missing or left over."""
+    """Line for line but for imports of files that lie in a folder here, and nothing is missing or left over."""
     folder = saved[0]
-    published = {path.name for path in published_files()}
-    assert {path.name for path in folder.glob("*.py")} == published
-    for name in (*published, "custom_generate/generate.py"):
-        assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes()
+    names = {path: "_".join(path.relative_to(PACKAGE).parts) for path in published_files()}
+    assert {path.name for path in folder.glob("*.py")} == set(names.values())
+    num_rewritten = 0
+    for path, name in names.items():
+        lines = zip(path.read_bytes().splitlines(True), (folder / name).read_bytes().splitlines(True), strict=True)
+        for ours, published in lines:
+            if ours == published:
+                continue
+            num_rewritten += 1
+            assert path.parent != PACKAGE or b"from .kernels." in ours
+            assert published in (
+                ours.replace(b"from .kernels.", b"from .kernels_"),
+                ours.replace(b"from .", b"from .kernels_"),
+            )
+    assert num_rewritten > 0
+    name = "custom_generate/generate.py"
+    assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes()
+
+
+def test_published_imports_of_a_folder_are_flattened():
+    """In a file beside the folder, in one inside it, and nowhere but in import lines."""
+    cache, kernel = PACKAGE / "cache.py", PACKAGE / "kernels" / "compact_cache.py"
+    assert "\nfrom .kernels_compact_cache import compact_cache\n" in published_code(cache)
+    assert "\nfrom .kernels_dispatch import " in published_code(kernel)
+    assert published_name(kernel) == "kernels_compact_cache.py"
+    assert published_name(cache) == "cache.py"
 
 
 def test_published_code_imports_only_torch_and_transformers():
     """By the forms that the loader follows; from the standard library whatever it likes."""
     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     files = published_files()
-    names = {path.stem for path in files}
-    for path in [*files, PACKAGE / "custom_generate" / "generate.py"]:
-        for node in ast.walk(ast.parse(path.read_text())):
+    names = {published_name(path).removesuffix(".py") for path in files}
+    codes = [*map(published_code, files), (PACKAGE / "custom_generate" / "generate.py").read_text()]
+    for tree in map(ast.parse, codes):
+        # Kernels do without triton where it is absent.
+        guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+                roots = {alias.name.split(".")[0] for alias in node.names}
+                assert roots <= allowed or (roots == {"triton"} and id(node) in guarded)
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert node.module.split(".")[0] in allowed
             elif isinstance(node, ast.ImportFrom):

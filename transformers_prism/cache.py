@@ -14,6 +14,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from .kernels.compact_cache import compact_cache
+
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
@@ -75,13 +77,6 @@ class TreeLayer(DynamicLayer):
         """Positions stored, holes included."""
         return self.length
 
-    def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy positions within each row; `source` and `destination` of shape `(B, A)` may overlap."""
-        for buffer in (self.key_buffer, self.value_buffer):
-            shape = (buffer.shape[0], buffer.shape[1], source.shape[1], buffer.shape[3])
-            rows = buffer.gather(2, source[:, None, :, None].expand(shape))  # [B, G, A, E]
-            buffer.scatter_(2, destination[:, None, :, None].expand(shape), rows)
-
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch."""
         if self.key_buffer is not None:
@@ -123,13 +118,14 @@ class CommittedCache:
         num_moves = max(len(row) for row in moves)
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         if num_moves and layers:
-            # A row with fewer moves writes its last appended key onto itself: in that row it is a hole either way.
-            idle = (layers[0].length - 1,) * 2
-            table = torch.tensor([row + [idle] * (num_moves - len(row)) for row in moves])  # [B, A, 2]
-            table = table.to(self.committed.device)
+            # -1 moves nothing.
+            table = torch.tensor([row + [(-1, -1)] * (num_moves - len(row)) for row in moves])  # [B, A, 2]
+            buffers: dict = {}
             for layer in layers:
-                device = layer.key_buffer.device
-                layer.move(table[..., 0].to(device), table[..., 1].to(device))
+                buffers.setdefault(layer.key_buffer.device, []).extend((layer.key_buffer, layer.value_buffer))
+            for device, on_device in buffers.items():
+                source, destination = table.to(device).unbind(-1)  # [B, A] each
+                compact_cache(on_device, source, destination)
         for layer in layers:
             layer.set_length(max(new_lengths))
         self._grow_mask(new_lengths)

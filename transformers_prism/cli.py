@@ -224,6 +224,47 @@ def bench_modules_command(
     write_json(json_file, target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
 
 
+@bench_app.command("kernels")
+def bench_kernels_command(
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile for GPUs that need not be here, and count traffic.")
+    ] = False,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Only this kernel; may be repeated.", show_default=False)
+    ] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file whose tables are replaced.")] = None,
+    json_file: JsonOption = None,
+):
+    """Triton kernels: registers, spills and shared memory; on a GPU checked against PyTorch and timed.
+
+    Not yet run on a GPU. Exits with 1 if a kernel's check fails; such a kernel is not timed.
+    """
+    import torch
+
+    from transformers_prism.benchmark import kernels as bench
+
+    with user_errors():
+        bench.check_choice(kernel, arch)
+        if compile_only:
+            rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
+            traffic = bench.traffic_rows(kernel)
+            typer.echo(bench.compiled_table(rows) + "\n\n" + bench.traffic_table(traffic))
+            if readme is not None:
+                bench.write_tables(readme, rows, traffic)
+            figures: dict = {"rows": rows, "traffic": traffic}
+        else:
+            accelerator = torch.accelerator.current_accelerator()
+            timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
+            typer.echo(bench.timing_table(timings))
+            figures = bench.timings_as_json(timings, accelerator)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        typer.echo(f"wrote {json_file}")
+    if not compile_only and not all(timing.is_right for timing in timings):
+        raise typer.Exit(1)
+
+
 _TREE_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
 
 

@@ -1,14 +1,16 @@
 """What a saved draft needs besides weights and configuration, so that it loads where this package is not installed.
 
 A draft's folder holds the code itself: every file of this package that `modeling_prism.py` reaches by relative imports,
-byte for byte, and `custom_generate/generate.py`. transformers runs them with `trust_remote_code=True`.
+and `custom_generate/generate.py`. transformers runs them with `trust_remote_code=True`. It follows relative imports
+within one folder only, so that `kernels/x.py` is published as `kernels_x.py`; the import lines that name it change with
+it, and nothing else does.
 """
 
+import re
 import shutil
 import warnings
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import cached_file
 
 AUTO_MAP = {
@@ -18,12 +20,34 @@ AUTO_MAP = {
 }
 # Not reached by imports: they travel from the package, or from where a draft was loaded.
 _OTHER_FILES = ("custom_generate/generate.py",)
+_RELATIVE_IMPORT = re.compile(r"^([ \t]*from \.)([\w.]+)( import )", flags=re.MULTILINE)
 
 
 def published_files() -> list[Path]:
     """The code files of a draft, in the folder that this copy of the code lives in."""
-    modeling = Path(__file__).with_name("modeling_prism.py")
-    return sorted({modeling, *map(Path, get_relative_import_files(modeling))})
+    found, waiting = set(), [Path(__file__).with_name("modeling_prism.py")]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            modules = _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8"))
+            waiting += [path.parent / f"{module.replace('.', '/')}.py" for _, module, _ in modules]
+    return sorted(found)
+
+
+def published_name(path: Path) -> str:
+    """What a code file is called in a draft's folder, where there are no subfolders: `kernels_x.py` for `kernels/x.py`."""
+    return "_".join(path.relative_to(Path(__file__).parent).parts)
+
+
+def published_code(path: Path) -> str:
+    """A code file as it is published: its own text, with the names of flattened files in its import lines."""
+    folders = "".join(f"{part}_" for part in path.relative_to(Path(__file__).parent).parts[:-1])
+
+    def flattened(line: re.Match) -> str:
+        return f"{line[1]}{folders}{line[2].replace('.', '_')}{line[3]}"
+
+    return _RELATIVE_IMPORT.sub(flattened, path.read_text(encoding="utf-8"))
 
 
 def write_published_files(folder: str | Path, loaded_from: str, revision: str | None) -> None:
@@ -36,7 +60,9 @@ def write_published_files(folder: str | Path, loaded_from: str, revision: str | 
         revision (`str`, *optional*): of that repository.
     """
     for path in published_files():
-        _copy(path, Path(folder) / path.name)
+        destination = Path(folder) / published_name(path)
+        if path.resolve() != destination.resolve():
+            destination.write_text(published_code(path), encoding="utf-8", newline="\n")
     for name in _OTHER_FILES:
         source = Path(__file__).parent / name
         if not source.is_file() and loaded_from:

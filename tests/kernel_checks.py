@@ -1,0 +1,94 @@
+"""What tests of Triton kernels share: the interpreter's process, guard regions around buffers, poisoned outputs.
+
+Tests marked `kernel` run Triton code on `DEVICE`. Without a GPU they run under Triton's interpreter, which is chosen
+when a kernel is defined and therefore needs a process of its own: one test of each file starts it for all of them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_GUARD = 512  # elements before and behind a buffer
+
+
+def run_interpreted(test_file: str) -> None:
+    """Run the tests marked `kernel` of a file under Triton's interpreter; skipped where a GPU runs them compiled."""
+    if DEVICE.type == "cuda":
+        pytest.skip("the tests of this file ran on the GPU")
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist", test_file],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 0
+
+
+def _poison(dtype: torch.dtype):
+    """A value that no right result is made of: NaN, or an index far outside of everything."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max // 3
+
+
+class Guards:
+    """Tensors that lie between guard regions: what is read there spoils a result, what is written there is seen."""
+
+    def __init__(self):
+        self.regions: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def empty(self, shape, dtype, device=DEVICE) -> torch.Tensor:
+        """A tensor full of poison."""
+        numel = torch.Size(shape).numel()
+        flat = torch.full((numel + 2 * _GUARD,), _poison(dtype), dtype=dtype, device=device)
+        self.regions += [(part, part.clone()) for part in (flat[:_GUARD], flat[_GUARD + numel :])]
+        return flat[_GUARD : _GUARD + numel].view(shape)
+
+    def around(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of a tensor."""
+        return self.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+    def check(self) -> None:
+        """Assert that no guard region was written to."""
+        for region, before in self.regions:
+            assert torch.equal(region.view(torch.uint8), before.view(torch.uint8)), "written outside of a tensor"
+
+
+@contextmanager
+def guarded_allocations():
+    """Let `torch.empty` and its relatives return poisoned tensors between guard regions, checked at the end.
+
+    Launchers allocate in no other way, so that an output which a kernel does not write stays poison.
+    """
+    guards = Guards()
+    originals = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+    def empty(*shape, dtype=torch.float32, device=None, **kwargs):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return guards.empty(shape, dtype, device or "cpu")
+
+    def empty_like(tensor, dtype=None, **kwargs):
+        return guards.empty(tensor.shape, dtype or tensor.dtype, tensor.device)
+
+    def new_empty(self, *shape, dtype=None, device=None):
+        return empty(*shape, dtype=dtype or self.dtype, device=device or self.device)
+
+    torch.empty, torch.empty_like, torch.Tensor.new_empty = empty, empty_like, new_empty
+    try:
+        yield guards
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty = originals
+    guards.check()
+
+
+def check_operator(operator, arguments: tuple) -> None:
+    """`torch.library.opcheck`: schema, fake implementation, autograd registration, tracing."""
+    torch.library.opcheck(operator, arguments)

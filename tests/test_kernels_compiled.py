@@ -1,0 +1,107 @@
+"""Every kernel compiled for GPUs that are not here: no spills, shared memory that fits, traffic that was promised."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("triton")
+
+from transformers_prism.benchmark import kernels as bench
+from transformers_prism.cli import app
+
+KERNELS = sorted(bench.kernel_modules())
+
+
+def check_rows(rows):
+    """No spills on sm_90, and shared memory within what a program may have."""
+    assert rows
+    for row in rows:
+        assert row["shared_bytes"] <= bench.MAX_SHARED_BYTES[row["arch"]], row
+        assert row["arch"] != "sm_90" or row["spill_bytes"] == 0, row
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_compiles_without_spills(kernel):
+    """For sm_90 and, where shared memory is tighter, sm_80."""
+    check_rows(bench.compile_all([kernel], ["sm_80", "sm_90"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
+def test_all_kernels_compile_for(arch):
+    """The other two architectures."""
+    check_rows(bench.compile_all(None, [arch]))
+
+
+@pytest.mark.quick
+def test_spills_are_seen():
+    """The figures are real: a kernel that is denied registers is caught."""
+    launch = bench.launches_of(bench.kernel_modules()["compact_cache"].cases()[3])[0]
+    launch.kwargs["maxnreg"] = 24
+    figures = bench.compile_launch(launch, "sm_90")
+    assert figures["spill_bytes"] > 0
+    with pytest.raises(AssertionError):
+        check_rows([{"arch": "sm_90", **figures}])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("num_nodes", [16, 64])
+def test_kernel_moves_no_more_than_it_should(kernel, num_nodes):
+    """Streams are loaded once for every 128 rows, a split's partial results are no larger than what it splits, and
+    there is a program for every multiprocessor."""
+    module = bench.kernel_modules()[kernel]
+    if not hasattr(module, "traffic"):
+        pytest.skip(f"{kernel} has no traffic model: it moves no large tensor")
+    traffic = module.traffic(num_nodes)
+    for name, (loaded, own) in traffic.streams.items():
+        assert loaded <= own * -(-traffic.num_rows // 128), name
+        assert loaded >= own, name
+    assert traffic.partials <= sum(own for _, own in traffic.streams.values())
+    assert traffic.num_programs >= max(processors for _, processors in bench.GPUS.values())
+
+
+@pytest.mark.quick
+def test_bench_kernels_writes_rows(tmp_path):
+    """The command prints the table and writes rows with the six keys."""
+    file = tmp_path / "compiled.json"
+    arguments = ["bench", "kernels", "--compile-only", "--kernel", "compact_cache", "--arch", "sm_90"]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(file)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert rows
+    for row in rows:
+        assert set(row) == {"kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes"}
+        assert row["kernel"] in result.output
+        assert row["registers"] > 0
+
+
+@pytest.mark.quick
+def test_bench_kernels_needs_a_gpu_to_measure():
+    """Without one it says what it expected."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = CliRunner().invoke(app, ["bench", "kernels"])
+    assert result.exit_code == 1
+    assert "expected a device of ('cuda', 'xpu'), got cpu; --compile-only needs none" in result.output
+
+
+@pytest.mark.quick
+def test_readme_holds_every_compiled_kernel():
+    """The table in kernels/README.md was written by the command for the kernels that exist."""
+    text = (bench.Path(bench.__file__).parent.parent / "kernels" / "README.md").read_text(encoding="utf-8")
+    for module in bench.kernel_modules().values():
+        for case in module.cases():
+            for launch in bench.launches_of(case):
+                assert f"`{launch.function.__name__.strip('_')}`" in text
+                assert launch.constants in text, "run: transformers-prism bench kernels --compile-only --readme"
+
+
+@pytest.mark.gpu
+def test_kernels_equal_pytorch_on_the_gpu():
+    """Every case of every kernel, as the bench checks it."""
+    for name, module in bench.kernel_modules().items():
+        for case in module.cases():
+            assert bench.relative_error(case, "cuda") <= case.tolerance, (name, case.config)

@@ -1,0 +1,154 @@
+"""Move the accepted positions of a key/value cache to where they belong, in place, for all layers at once.
+
+    buffer[b, :, destination[b, a]] = buffer[b, :, source[b, a]]      for every a at the same time
+
+of buffers `(B, G, C, E)`: B rows of the batch, G key/value heads, C positions, E head dimension. `source` and
+`destination` `(B, A)` hold positions; source and destination positions of a row may overlap. A pair with a position
+outside [0, C) moves nothing. Destinations of a row must differ, unless their sources are the same.
+
+One launch serves all buffers of one dtype and layout, however many layers they come from. It loads and stores
+A * G * E elements per row and buffer, nothing else of the cache.
+Source: ours.
+"""
+
+import torch
+
+from .dispatch import expect, operator_namespace, use_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_NAMESPACE = operator_namespace(__name__, __file__)
+# Of one row, for the kernel: it holds all of them at once.
+MAX_MOVES = 1024
+_TILE_ELEMENTS = 2048
+
+
+def compact_cache_reference(
+    buffers: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    """The definition; see [`compact_cache`]."""
+    length = buffers[0].shape[2]
+    is_move = (source >= 0) & (source < length) & (destination >= 0) & (destination < length)
+    # Another pair says the same once more in place of one that moves nothing; position 0 onto itself where none moves.
+    first = is_move.int().argmax(dim=1, keepdim=True)
+    moves_any = is_move.any(dim=1, keepdim=True)
+    source = torch.where(is_move, source, source.gather(1, first) * moves_any)
+    destination = torch.where(is_move, destination, destination.gather(1, first) * moves_any)
+    for buffer in buffers:
+        shape = (buffer.shape[0], buffer.shape[1], source.shape[1], buffer.shape[3])
+        moved = buffer.gather(2, source[:, None, :, None].expand(shape))  # [B, G, A, E]
+        buffer.scatter_(2, destination[:, None, :, None].expand(shape), moved)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _compact_cache_fwd_kernel(
+        pointers,
+        first_buffer,
+        source,
+        destination,
+        stride_b,
+        stride_g,
+        stride_c,
+        num_heads,
+        length,
+        num_moves,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_A: tl.constexpr,
+        BLOCK_E: tl.constexpr,
+    ):
+        # One program: all moves of one head of one row in one buffer, a part of the head dimension at a time.
+        row = tl.program_id(0).to(tl.int64) // num_heads
+        head = tl.program_id(0).to(tl.int64) % num_heads
+        address = tl.load(pointers + tl.program_id(1))
+        # The type of `first_buffer` is that of all of them.
+        buffer = address.to(first_buffer.dtype) + row * stride_b + head * stride_g
+        move = tl.arange(0, BLOCK_A)
+        start = tl.load(source + row * num_moves + move, mask=move < num_moves, other=-1)  # [A]
+        end = tl.load(destination + row * num_moves + move, mask=move < num_moves, other=-1)
+        is_move = (start >= 0) & (start < length) & (end >= 0) & (end < length)
+        column = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+        mask = is_move[:, None] & (column < HEAD_DIM)[None, :]
+        moved = tl.load(buffer + start[:, None] * stride_c + column[None, :], mask=mask, other=0.0)  # [A, BLOCK_E]
+        # What another warp is about to overwrite has to be read first.
+        tl.debug_barrier()
+        tl.store(buffer + end[:, None] * stride_c + column[None, :], moved, mask=mask)
+
+    def _compact_cache_fwd(buffers: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor) -> None:
+        first = buffers[0]
+        num_rows, num_heads, length, head_dim = first.shape
+        pointers = torch.tensor([buffer.data_ptr() for buffer in buffers], dtype=torch.int64)
+        pointers = pointers.to(first.device, non_blocking=True)
+        block_a = max(triton.next_power_of_2(source.shape[1]), 2)
+        block_e = min(triton.next_power_of_2(head_dim), _TILE_ELEMENTS // block_a)
+        grid = (num_rows * num_heads, len(buffers), triton.cdiv(head_dim, block_e))
+        _compact_cache_fwd_kernel[grid](
+            pointers,
+            first,
+            source,
+            destination,
+            *first.stride()[:3],
+            num_heads,
+            length,
+            source.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_A=block_a,
+            BLOCK_E=block_e,
+            num_warps=4,
+        )
+
+    _compact_cache = torch.library.custom_op(
+        f"{_NAMESPACE}::compact_cache", _compact_cache_fwd, mutates_args=("buffers",)
+    )
+
+    @_compact_cache.register_fake
+    def _(buffers, source, destination):
+        return None
+
+
+def compact_cache(
+    buffers: list[torch.Tensor],
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    implementation: str = "auto",
+) -> None:
+    """Move positions within each row of key and value buffers, in place; all moves happen at the same time.
+
+    Args:
+        buffers (`list` of `torch.Tensor` of shape `(B, G, C, E)`): keys and values of any number of layers on one
+            device; G, C, E, dtype and strides may differ from layer to layer, which costs a launch for each kind.
+        source (`torch.LongTensor` of shape `(B, A)`): positions to copy from.
+        destination (`torch.LongTensor` of shape `(B, A)`): positions to copy to. A pair with a position outside
+            [0, C) moves nothing.
+        implementation (`str`): "auto", "triton" (A at most 1024) or "torch".
+    Raises:
+        ValueError: if shapes, strides, dtypes or devices do not fit, before anything is moved.
+    """
+    expect(len(buffers) > 0, "buffers", "at least one", 0)
+    first = buffers[0]
+    expect(first.dim() == 4 and first.numel() > 0, "buffers", "4 dimensions, none empty", tuple(first.shape))
+    pairs = (first.shape[0], source.shape[-1])
+    for name, positions in (("source", source), ("destination", destination)):
+        expect(tuple(positions.shape) == pairs, name, f"shape {pairs}", tuple(positions.shape))
+        expect(positions.dtype == torch.int64, name, "dtype torch.int64", positions.dtype)
+        expect(positions.device == first.device, name, f"device {first.device}", positions.device)
+    limit = MAX_MOVES if implementation == "triton" else pairs[1]
+    expect(0 < pairs[1] <= limit, "source", f"1 to {MAX_MOVES} positions per row", pairs[1])
+    for buffer in buffers:
+        shape = (first.shape[0], "G", "C", "E")
+        fits = buffer.dim() == 4 and buffer.shape[0] == first.shape[0] and buffer.numel() > 0
+        expect(fits, "buffers", f"shape {shape}", tuple(buffer.shape))
+        expect(buffer.device == first.device, "buffers", f"device {first.device}", buffer.device)
+        expect(buffer.stride(3) == 1, "buffers", "the last dimension contiguous", f"strides {buffer.stride()}")
+    kinds: dict = {}
+    for buffer in buffers:
+        kinds.setdefault((buffer.dtype, buffer.shape, buffer.stride()), []).append(buffer)
+    has_kernel = use_triton(implementation, first.device) and pairs[1] <= MAX_MOVES
+    run = _compact_cache if has_kernel else compact_cache_reference
+    for kind in kinds.values():
+        run(kind, source.contiguous(), destination.contiguous())
