@@ -462,7 +462,7 @@ def test_convert_leaves_nothing_when_saving_fails(tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("transformers_prism.conversion.prism_artifact.PrismDraftModel.save_pretrained", save_half)
+    monkeypatch.setattr("transformers_prism.conversion.importing.PrismDraftModel.save_pretrained", save_half)
     with pytest.raises(OSError, match="no space left"):
         convert(source, tmp_path / "draft")
     assert sorted(tmp_path.iterdir()) == [source]

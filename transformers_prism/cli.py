@@ -299,26 +299,35 @@ def train(context: typer.Context):
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder with config.json and the weights.")],
+    source: Annotated[str, typer.Argument(help="Folder with config.json and the weights; with --to, any draft of ours.")],
     destination: Annotated[str, typer.Argument(help="Folder to write; must be empty or not there.")],
-    form: Annotated[Literal["prism-artifact"], typer.Option("--from", help="Form of the source.")],
+    from_form: Annotated[
+        Literal["prism-artifact", "sglang", "eagle", "eagle3"] | None,
+        typer.Option("--from", help="Form of the source: the PRISM authors' PyTorch or SGLang code, EAGLE-1/2 or HASS, EAGLE-3."),
+    ] = None,
+    to_form: Annotated[
+        Literal["sglang", "eagle", "eagle3"] | None, typer.Option("--to", help="Form to write a draft of ours in.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="The target: folder or name on the Hub.")] = None,
     context_kv: Annotated[
         Literal["prefill_module", "own_module"],
-        typer.Option(help="Whose keys and values later steps see: as the authors decode, or as they train."),
+        typer.Option(help="With --from: whose keys and values later steps see, as the authors decode, or as they train."),
     ] = "prefill_module",
     num_target_layers: Annotated[
-        int | None, typer.Option(help="Decoder layers of the target, where --target is not given.")
+        int | None, typer.Option(help="With --from: decoder layers of the target, where --target is not given.")
     ] = None,
 ):
-    """Convert a draft that others trained."""
-    from transformers_prism.conversion.prism_artifact import convert as convert_prism_artifact
+    """Convert a draft that others trained, or one of ours for others; all but prism-artifact is experimental."""
+    from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang
 
-    try:
-        report = convert_prism_artifact(source, destination, target, context_kv, num_target_layers)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    forms = {"prism-artifact": prism_artifact, "sglang": sglang, "eagle": eagle, "eagle3": eagle3}
+    with user_errors():
+        if (from_form is None) == (to_form is None):
+            raise ValueError(f"expected either --from or --to, got {'none' if from_form is None else 'both'}")
+        if from_form is not None:
+            report = forms[from_form].convert(source, destination, target, context_kv, num_target_layers)
+        else:
+            report = forms[to_form].export(source, destination, target)
     typer.echo(str(report))
 
 

@@ -1,0 +1,89 @@
+"""Drafts of EAGLE-1, EAGLE-2 and HASS, which are one processing module, in and out.
+
+`config.json` holds the numbers of a Llama layer. Names:
+
+    fc.weight, .bias         Linear(2D -> D) over [embedding ; hidden]; some checkpoints have no bias
+    layers.{layer}.*         decoder layers, the first without a norm before its attention
+    embed_tokens.weight      a copy of the target's embedding, if at all
+
+The draft reads the target's last state, after the final norm. SGLang and vLLM read this layout. Experimental.
+Source: SafeAILab/EAGLE, `eagle/model/cnets1.py`; SGLang, `python/sglang/srt/models/llama_eagle.py`; vLLM,
+`vllm/model_executor/models/llama_eagle.py`.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from transformers_prism.conversion.exporting import Expectations, export_draft
+from transformers_prism.conversion.importing import (
+    EXPERIMENTAL,
+    ConversionReport,
+    SourceDraft,
+    import_draft,
+    last_state,
+)
+from transformers_prism.conversion.llama_config import read_llama_config, write_llama_config
+from transformers_prism.modeling_prism import PrismDraftModel
+
+_ROTARY = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# SGLang's name of its class, then vLLM's; each takes the one that it knows.
+ARCHITECTURES = ["LlamaForCausalLMEagle", "EagleLlamaForCausalLM"]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    target: str | Path | None = None,
+    context_kv: str = "prefill_module",
+    num_target_layers: int | None = None,
+) -> ConversionReport:
+    """Convert a draft of EAGLE-1, EAGLE-2 or HASS; arguments and errors as [`import_draft`].
+
+    With one module `context_kv` makes no difference.
+    """
+    return import_draft(_read, source, destination, target, context_kv, num_target_layers)
+
+
+def export(source: str | Path, destination: str | Path, target: str | Path | None = None) -> ConversionReport:
+    """Write a draft of ours in the EAGLE layout; arguments and errors as [`export_draft`]."""
+    return export_draft(_write, source, destination, target)
+
+
+def _read(config: dict, weights: dict) -> SourceDraft:
+    fields = read_llama_config(config)
+    fields["projection_bias"] = "fc.bias" in weights
+    ignored = {name: "derived from config.json" for name in weights if _ROTARY.fullmatch(name)}
+    ignored.update(dict.fromkeys({"lm_head.weight"} & set(weights), "the target's"))
+    return SourceDraft(fields, weights, _their_name, last_state, ignored=ignored, notes=[EXPERIMENTAL])
+
+
+def _their_name(name: str) -> str:
+    """Their name of one of our weights."""
+    return name.removeprefix("processing_modules.0.").replace("input_projection.", "fc.")
+
+
+def _write(draft: PrismDraftModel, notes: list[str]):
+    config = draft.config
+    expectations = Expectations("eagle", config)
+    expectations.expect("module_form", "prism", "its layers are EAGLE's; EAGLE-3 drafts go to the form eagle3")
+    expectations.expect("num_processing_modules", 1, "it has one set of parameters for all steps")
+    last = (config.target_fingerprint or {}).get("num_hidden_layers") or config.target_layer_ids[-1]
+    expectations.expect(
+        "target_layer_ids", [last], "servers hand over the last state alone, and there is no fusion layer"
+    )
+    expectations.expect("draft_vocab_size", None, "there is no field for it")
+    expectations.expect("share_target_head", True, "the head is the target's")
+    expectations.check()
+    extra = {}
+    if config.projection_bias:
+        notes.append(
+            "fc.bias: vLLM's class has none and leaves it out, so that it may accept fewer tokens than SGLang"
+        )
+    else:
+        # SGLang's class has a bias and would leave it at random.
+        extra["fc.bias"] = torch.zeros(config.hidden_size, dtype=draft.dtype)
+        notes.append("fc.bias is written as zeros, since SGLang's class has one")
+    settings = {"architectures": ARCHITECTURES, **write_llama_config(config)}
+    return settings, {name: _their_name(name) for name in draft.state_dict()}, extra

@@ -1,0 +1,94 @@
+"""The configuration of a Llama layer, as checkpoints of others carry it in `config.json`, read and written."""
+
+from transformers_prism.configuration_prism import PrismConfig
+from transformers_prism.conversion.importing import TOKEN_IDS
+
+# Rotary embeddings that do not change while a text grows; the others' code and ours agree on them.
+_ROPE_TYPES = ("default", "linear", "llama3")
+# Settings that would change what is computed, and that no draft here can follow.
+_ABSENT = (
+    "attention_bias",
+    "mlp_bias",
+    "qkv_bias",
+    "add_para_norm",
+    "norm_before_residual",
+    "moe_config",
+    "use_adapter",
+)
+
+
+def read_llama_config(config: dict) -> dict:
+    """Fields of [`PrismConfig`] from the configuration of a Llama layer.
+
+    Args:
+        config (`dict`): `config.json`, or the part of it that describes the layer; fields that may be absent have the
+            defaults of the EAGLE authors' code.
+    Returns:
+        `dict`: the numbers of the layer, the token ids, and `num_hidden_layers` as `num_layers_per_module`.
+    Raises:
+        ValueError: if fields are missing, or ask for what a draft here cannot compute.
+    """
+    required = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers".split()
+    absent = [name for name in required if config.get(name) is None]
+    if absent:
+        raise ValueError(f"config.json: expected the fields of a Llama layer, got none named {absent}")
+    for name in _ABSENT:
+        if config.get(name):
+            raise ValueError(f"config.json: expected {name} to be absent or false, got {config[name]!r}")
+    fields = {
+        "num_key_value_heads": config["num_attention_heads"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "target_hidden_size": config["hidden_size"],
+    }
+    given = {
+        name: config[name] for name in (*required, *fields, "head_dim", *TOKEN_IDS) if config.get(name) is not None
+    }
+    fields.update(given)
+    fields["num_layers_per_module"] = fields.pop("num_hidden_layers")
+    fields["rope_parameters"] = _read_rope(config)
+    return fields
+
+
+def _read_rope(config: dict) -> dict:
+    """Rotary parameters, from the field that transformers 5 writes or from the two that came before it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: expected rope_scaling to be null or an object, got {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(
+            f"config.json: expected a rotary embedding of type {', '.join(_ROPE_TYPES)}, got {rope_type!r}"
+        )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    theta = 10000.0 if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+        raise ValueError(f"config.json: expected rope_theta to be a number, got {theta!r}")
+    kept = {name: value for name, value in rope.items() if name not in ("type", "rope_type", "rope_theta")}
+    return {**kept, "rope_type": rope_type, "rope_theta": float(theta)}
+
+
+def write_llama_config(config: PrismConfig) -> dict:
+    """What [`read_llama_config`] reads, for the layers of one processing module.
+
+    Args:
+        config (`PrismConfig`): of a draft that passed the checks of the form that is written.
+    Returns:
+        `dict`: fields of `config.json`.
+    """
+    rope = dict(config.rope_parameters)
+    theta = rope.pop("rope_theta", 10000.0)
+    names = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act"
+    fields = {name: getattr(config, name) for name in names.split()}
+    return {
+        "model_type": "llama",
+        **fields,
+        "num_hidden_layers": config.num_layers_per_module,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        **{name: getattr(config, name) for name in TOKEN_IDS},
+    }
