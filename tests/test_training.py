@@ -10,14 +10,13 @@ import torch
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations
 from transformers_prism.training.train import (
     AlignedTrainer,
     TrainConfig,
-    expand_modules,
     frequent_tokens,
     last_whole_checkpoint,
     train,
@@ -132,15 +131,6 @@ def test_own_module_context_trains(tmp_path, load_tiny):
     draft = train(settings(tmp_path, context_kv="own_module", num_modules=3, single_step_epochs=0.0))
     assert draft.config.context_kv == "own_module"
     assert draft.config.draft_step_to_module == [0, 1, 2]
-
-
-def test_expand_modules_copies_module_0(target):
-    one = PrismDraftModel(PrismConfig.from_target(target, num_processing_modules=1))
-    three = expand_modules(one, PrismConfig.from_target(target, num_processing_modules=3))
-    for module in three.processing_modules:
-        for name, tensor in one.processing_modules[0].state_dict().items():
-            assert torch.equal(module.state_dict()[name], tensor)
-    assert torch.equal(three.fusion_layer.weight, one.fusion_layer.weight)
 
 
 def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):

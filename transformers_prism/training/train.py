@@ -33,6 +33,7 @@ from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations
 from transformers_prism.training.losses import aligned_loss
+from transformers_prism.training.warm_start import expand_modules, with_modules
 
 logger = logging.getLogger(__name__)
 
@@ -176,36 +177,6 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     if config.target_layer_ids:
         overrides["target_layer_ids"] = [int(layer) for layer in config.target_layer_ids.split(",")]
     return PrismConfig.from_target(target, **overrides)
-
-
-def expand_modules(draft: PrismDraftModel, config: PrismConfig) -> PrismDraftModel:
-    """A draft of `config` whose every processing module starts as a copy of module 0 of `draft`.
-
-    Args:
-        draft (`PrismDraftModel`): trained, with one module.
-        config (`PrismConfig`): the same architecture with any number of modules.
-    Returns:
-        `PrismDraftModel`: new, in the dtype of `draft`; nothing is shared.
-    """
-    expanded = PrismDraftModel(config).to(draft.dtype)
-    state = {}
-    for name, tensor in draft.state_dict().items():
-        if not name.startswith("processing_modules."):
-            state[name] = tensor
-        elif name.startswith("processing_modules.0."):
-            rest = name.removeprefix("processing_modules.0.")
-            state.update(
-                (f"processing_modules.{module}.{rest}", tensor) for module in range(config.num_processing_modules)
-            )
-    expanded.load_state_dict(state)
-    return expanded
-
-
-def _with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
-    steps = list(range(num_modules))
-    return PrismConfig.from_dict(
-        {**config.to_dict(), "num_processing_modules": num_modules, "draft_step_to_module": steps}
-    )
 
 
 # --- the step ----------------------------------------------------------------------------------------------------
@@ -361,7 +332,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     results = report["stages"] = []
     for stage in plan_stages(config):
         if stage.num_modules != draft.config.num_processing_modules:
-            draft = expand_modules(draft, _with_modules(draft_config, stage.num_modules))
+            draft = expand_modules(draft, with_modules(draft_config, stage.num_modules))
         draft.bind(target, tokenizer)
         draft, result = _run_stage(stage, config, draft, target, sets)
         draft.bind(target, tokenizer)
@@ -427,7 +398,7 @@ def _features(config, target, conversations, draft_config, needed: list[int]) ->
 
 def _first_draft(config, draft_config, conversations, train_indices, report) -> PrismDraftModel:
     torch.manual_seed(config.seed)
-    draft = PrismDraftModel(_with_modules(draft_config, 1))
+    draft = PrismDraftModel(with_modules(draft_config, 1))
     if draft_config.draft_vocab_size is not None:
         tokens, coverage = frequent_tokens([conversations[index] for index in train_indices], config.draft_vocab_size)
         draft.draft_to_target.copy_(tokens)
@@ -561,7 +532,6 @@ __all__ = [
     "AlignedTrainer",
     "AlignedTraining",
     "TrainConfig",
-    "expand_modules",
     "frequent_tokens",
     "main",
     "plan_stages",
