@@ -130,6 +130,21 @@ def test_is_detached_cuts_gradients_between_steps():
         assert (draft.processing_modules[0].layers[0].mlp.up_proj.weight.grad is None) is is_detached
 
 
+@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
+@pytest.mark.parametrize(
+    "form", [{}, {"num_layers_per_module": 2}, {"module_form": "eagle3", "share_target_head": False}]
+)
+def test_every_weight_of_every_form_is_trained(context_kv, form):
+    """Through the token loss alone, norm and head of the draft's own included."""
+    _, draft = make_pair(num_processing_modules=2, context_kv=context_kv, draft_vocab_size=20, **form)
+    input_ids = torch.randint(0, VOCABULARY, (1, NUM_TOKENS))
+    predictions = aligned_forward(draft, input_ids, torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size), 3)
+    mask = torch.ones(3, 1, NUM_TOKENS, dtype=torch.bool)
+    aligned_loss(draft, predictions, torch.randn(1, NUM_TOKENS, WIDTH), mask, 1.0, 0.0).total.backward()
+    without = [name for name, weight in draft.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not without
+
+
 def test_forwards_say_what_they_expect():
     _, draft = make_pair()
     input_ids = torch.zeros(1, 4, dtype=torch.long)

@@ -297,7 +297,7 @@ def test_recorded_drafts_are_the_same_by_either_road(tmp_path, vectors, form, re
         (
             "eagle",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type: expected default, linear or llama3 .*got 'dynamic'",
+            "rope_type: expected default, linear, llama3 .*got 'dynamic'",
         ),
         ("eagle3", {"module_form": "prism"}, "module_form: expected 'eagle3' .*got 'prism'"),
         ("eagle3", {"target_layer_ids": [2, 4]}, r"len\(target_layer_ids\): expected 3 .*got 2"),
@@ -360,7 +360,9 @@ def replace(name, value):
         ("eagle", replace("fc.weight", lambda fc: fc[:, 1:]), r"fc.weight: expected \[32, 64\], got \[32, 63\]"),
         ("eagle", replace("embed_tokens.weight", lambda rows: rows[1:]), r"embed_tokens.weight: expected \[97, 32\]"),
         ("eagle", put(vocab_size=50), "vocab_size: expected the target's, 97 .*got 50"),
-        ("eagle", put(qkv_bias=True), "expected qkv_bias to be absent or false, got True"),
+        ("eagle", put(attention_bias=True), "expected attention_bias to be absent or false, got True"),
+        ("eagle", put(qkv_bias=True), "missing weights: .*layers.0.self_attn.k_proj.bias.*q_proj.bias.*v_proj.bias"),
+        ("eagle3", put(qkv_bias=True), "expected qkv_bias to be absent or false, got True"),
         ("eagle", put(hidden_size=None), r"got none named \['hidden_size'\]"),
         ("eagle", put(rope_scaling={"type": "dynamic", "factor": 2.0}), "type default, linear, llama3, got 'dynamic'"),
         ("eagle", put(rope_scaling="linear"), "rope_scaling to be null or an object, got 'linear'"),
@@ -468,6 +470,39 @@ def test_eagle3_for_a_wider_target(tmp_path, target_folder):
     arguments = {"max_new_tokens": 8, "pad_token_id": PAD_ID, "do_sample": False}
     plain = wide.generate(input_ids, **arguments)
     assert torch.equal(plain, wide.generate(input_ids, assistant_model=back, **arguments))
+
+
+def test_biases_of_queries_keys_and_values_are_read(tmp_path, target, target_folder):
+    """As drafts for Qwen2 have them; the output projection's bias, which they lack, is zero."""
+    sizes = {"q": 32, "k": 16, "v": 16}
+    biases = {f"layers.0.self_attn.{name}_proj.bias": torch.randn(size) for name, size in sizes.items()}
+
+    def change(settings, weights):
+        settings["qkv_bias"] = True
+        weights.update(biases)
+
+    source = broken_source(tmp_path, target, target_folder, "eagle", change)
+    report = eagle.convert(source, tmp_path / "draft", target_folder)
+    weights = AutoModel.from_pretrained(tmp_path / "draft").state_dict()
+    for name, bias in biases.items():
+        assert torch.equal(weights[f"processing_modules.0.{name}"], bias)
+    assert not weights["processing_modules.0.layers.0.self_attn.o_proj.bias"].any()
+    assert any("qkv_bias" in note for note in report.notes)
+
+
+def test_a_source_on_the_hub_is_found_in_its_cache(tmp_path, target, target_folder, monkeypatch):
+    """By its name; a name that is not there is an error that names it."""
+    source = broken_source(tmp_path, target, target_folder, "eagle", lambda settings, weights: None)
+    repository = tmp_path / "hub" / "models--org--eagle-draft"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    source.rename(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert eagle.convert("org/eagle-draft", tmp_path / "draft", target_folder).config.num_processing_modules == 1
+    for name in ("org/nothing", str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match=f"source: expected a folder or a name on the Hub, got {re.escape(name)}"):
+            eagle.convert(name, tmp_path / "other", target_folder)
 
 
 def test_export_leaves_nothing_when_writing_fails(tmp_path, target, monkeypatch):

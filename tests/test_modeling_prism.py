@@ -257,6 +257,7 @@ def test_a_mild_mismatch_is_a_warning():
         {"draft_vocab_size": 20},
         {"share_target_embedding": False, "share_target_head": False},
         {"target_layer_ids": [4]},
+        {"num_layers_per_module": 2},
         EAGLE3,
         {**EAGLE3, "num_layers_per_module": 2, "hidden_size": 24, "head_dim": 8, "share_target_embedding": False},
     ],

@@ -299,7 +299,7 @@ def train(context: typer.Context):
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder with config.json and the weights; with --to, any draft of ours.")],
+    source: Annotated[str, typer.Argument(help="Folder or name on the Hub: a draft of others, or with --to one of ours.")],
     destination: Annotated[str, typer.Argument(help="Folder to write; must be empty or not there.")],
     from_form: Annotated[
         Literal["prism-artifact", "sglang", "eagle", "eagle3"] | None,
@@ -318,8 +318,11 @@ def convert(
     ] = None,
 ):
     """Convert a draft that others trained, or one of ours for others; all but prism-artifact is experimental."""
+    from transformers.utils import logging
+
     from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang
 
+    logging.disable_progress_bar()
     forms = {"prism-artifact": prism_artifact, "sglang": sglang, "eagle": eagle, "eagle3": eagle3}
     with user_errors():
         if (from_form is None) == (to_form is None):

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -15,6 +16,27 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """Where a checkpoint lies on this machine.
+
+    Args:
+        source (`str` or `Path`): a folder, or a name on the Hub, of which the configuration and the weights are
+            downloaded to the Hub's cache.
+    Returns:
+        `Path`: the folder.
+    Raises:
+        ValueError: if it is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"source: expected a folder or a name on the Hub, got {source}: {reason}") from error
 
 
 def read_json(path: Path) -> dict:

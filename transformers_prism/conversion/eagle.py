@@ -3,7 +3,8 @@
 `config.json` holds the numbers of a Llama layer. Names:
 
     fc.weight, .bias         Linear(2D -> D) over [embedding ; hidden]; some checkpoints have no bias
-    layers.{layer}.*         decoder layers, the first without a norm before its attention
+    layers.{layer}.*         decoder layers, the first without a norm before its attention; with `qkv_bias` in
+                             `config.json` (for Qwen2) queries, keys and values have a bias
     embed_tokens.weight      a copy of the target's embedding, if at all
 
 The draft reads the target's last state, after the final norm. SGLang and vLLM read this layout. Experimental.
@@ -52,11 +53,19 @@ def export(source: str | Path, destination: str | Path, target: str | Path | Non
 
 
 def _read(config: dict, weights: dict) -> SourceDraft:
-    fields = read_llama_config(config)
+    fields = read_llama_config({**config, "qkv_bias": None})
     fields["projection_bias"] = "fc.bias" in weights
+    notes = [EXPERIMENTAL]
+    if config.get("qkv_bias"):
+        fields["attention_bias"] = True
+        notes.append("qkv_bias: the output projection, which has no bias there, gets one of zeros")
+        for layer in range(fields["num_layers_per_module"]):
+            query_bias = weights.get(f"layers.{layer}.self_attn.q_proj.bias", torch.empty(0))
+            zeros = torch.zeros(fields["hidden_size"], dtype=query_bias.dtype)
+            weights.setdefault(f"layers.{layer}.self_attn.o_proj.bias", zeros)
     ignored = {name: "derived from config.json" for name in weights if _ROTARY.fullmatch(name)}
     ignored.update(dict.fromkeys({"lm_head.weight"} & set(weights), "the target's"))
-    return SourceDraft(fields, weights, _their_name, last_state, ignored=ignored, notes=[EXPERIMENTAL])
+    return SourceDraft(fields, weights, _their_name, last_state, ignored=ignored, notes=notes)
 
 
 def _their_name(name: str) -> str:

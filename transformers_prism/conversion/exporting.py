@@ -20,6 +20,7 @@ from transformers_prism.conversion.importing import (
     check_destination,
     write_whole,
 )
+from transformers_prism.conversion.llama_config import ROPE_TYPES
 from transformers_prism.modeling_prism import PrismDraftModel
 
 # What none of the servers' forms has a place for: field, value that it must have, why.
@@ -63,8 +64,10 @@ class Expectations:
         for name, expected, why in _EXPECTED_BY_ALL:
             self.expect(name, expected, why)
         rope_type = self.config.rope_parameters.get("rope_type", "default")
-        if rope_type not in ("default", "linear", "llama3"):
-            self.broken.append(f"rope_type: expected default, linear or llama3 (their fields), got {rope_type!r}")
+        if rope_type not in ROPE_TYPES:
+            self.broken.append(
+                f"rope_type: expected {', '.join(ROPE_TYPES)} (what both sides know), got {rope_type!r}"
+            )
         if self.broken:
             raise ValueError(f"the form {self.form} cannot hold this draft: " + "; ".join(self.broken))
 

@@ -14,7 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
-from transformers_prism.conversion.checkpoint import read_json, read_weight_ending_with, read_weights
+from transformers_prism.conversion.checkpoint import (
+    checkpoint_folder,
+    read_json,
+    read_weight_ending_with,
+    read_weights,
+)
 from transformers_prism.modeling_prism import PrismDraftModel
 
 EXPERIMENTAL = (
@@ -111,7 +116,8 @@ def import_draft(
 
     Args:
         read (`Callable`): of the form: from `config.json` and the weights to a [`SourceDraft`].
-        source (`str` or `Path`): folder with `config.json` and weights, read from safetensors or with `weights_only`.
+        source (`str` or `Path`): folder or Hub name, with `config.json` and weights, which are read from safetensors or
+            with `weights_only`.
         destination (`str` or `Path`): folder to write; must be empty or not there. It appears whole or not at all.
         target (`str` or `Path`, *optional*): folder or Hub name of the target, for the fingerprint, the token ids and
             a comparison of the embedding. Where the source's embedding is not the target's, the draft keeps it.
@@ -124,8 +130,9 @@ def import_draft(
         ValueError: if a weight is missing, unknown or of the wrong shape, a file is damaged or holds code, the
             configuration is not of this form, or `destination` holds something. Nothing is written then.
     """
-    source, destination = Path(source), Path(destination)
+    destination = Path(destination)
     check_destination(destination)
+    source = checkpoint_folder(source)
     settings = read_json(source / "config.json")
     weights, files = read_weights(source)
     theirs = read(settings, weights)

@@ -4,7 +4,7 @@ from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.conversion.importing import TOKEN_IDS
 
 # Rotary embeddings that do not change while a text grows; the others' code and ours agree on them.
-_ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3")
 # Settings that would change what is computed, and that no draft here can follow.
 _ABSENT = (
     "attention_bias",
@@ -57,9 +57,9 @@ def _read_rope(config: dict) -> dict:
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: expected rope_scaling to be null or an object, got {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in _ROPE_TYPES:
+    if rope_type not in ROPE_TYPES:
         raise ValueError(
-            f"config.json: expected a rotary embedding of type {', '.join(_ROPE_TYPES)}, got {rope_type!r}"
+            f"config.json: expected a rotary embedding of type {', '.join(ROPE_TYPES)}, got {rope_type!r}"
         )
     theta = rope.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
