@@ -543,3 +543,13 @@ def test_command_goes_both_ways(tmp_path, target, target_folder):
         result = CliRunner().invoke(app, ["convert", *options, *places])
         assert result.exit_code == 1
         assert f"expected either --from or --to, got {found}" in result.output
+
+
+def test_the_page_on_forms_lists_those_that_the_command_takes():
+    """docs/convert.md says of each whether it is read and written."""
+    page = (Path(__file__).parent.parent / "docs" / "convert.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \|.*\| (yes|no) \| (yes|no) \|", page, flags=re.MULTILINE)
+    help_text = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output
+    for option, column in (("--from", 1), ("--to", 2)):
+        choices = re.search(rf"{option} .*<(\S+)>", help_text)[1].split("|")
+        assert [row[0] for row in rows if row[column] == "yes"] == choices
