@@ -1,13 +1,19 @@
 """Fixtures for all tests: no network, tiny models in folders, and data from outside the repository where there is some."""
 
 import os
+import tempfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it; the suite needs no network
+# Before transformers reads them: the suite needs no network, and leaves no costs of tiny models in a user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="prism-tests-")
 
 import pytest
 import torch
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
+
+from transformers_prism import auto_trees
+from transformers_prism.round_costs import RoundCosts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +48,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def cheap_rounds(monkeypatch) -> RoundCosts:
+    """Costs of rounds that do not depend on the machine: verifying 64 tokens costs twice as much as one."""
+    costs = RoundCosts([1, 64], [1.0, 2.0], 0.02)
+    monkeypatch.setattr(auto_trees, "_known_costs", lambda target, draft, num_rows: costs)
+    # What rounds really take does not count.
+    monkeypatch.setattr(RoundCosts, "observe_verify", lambda self, num_tokens, seconds: None)
+    monkeypatch.setattr(RoundCosts, "observe_step", lambda self, seconds: None)
+    return costs
 
 
 @pytest.fixture(scope="session")

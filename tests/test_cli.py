@@ -173,7 +173,9 @@ def test_cli_bench_modules_uses_every_module_of_a_deep_tree():
         used.add(module)
 
     with torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: note(module, args, output) if type(module).__name__ == "PrismProcessingModule" else None
+        lambda module, args, output: (
+            note(module, args, output) if type(module).__name__ == "PrismProcessingModule" else None
+        )
     ):
         bench_modules(target, {"tree_top_k": 2, "tree_depth": 8, "tree_num_nodes": 9}, num_rounds=2, context_length=5)
     assert len(used) == 1 + 8

@@ -72,6 +72,26 @@ def test_sampling_with_equal_seed_equals_plain(architecture, attn_implementation
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_automatic_trees_equal_plain(architecture, num_rows, do_sample, cheap_rounds):
+    """Trees of every size, plain steps in between, and copied continuations, wherever the rule wants them."""
+    input_ids, mask = prompts(num_rows)
+    length = {"max_new_tokens": NUM_NEW_TOKENS, "pad_token_id": PAD_ID}
+    arguments = {**length, "do_sample": do_sample}
+    target = varied_target(architecture, input_ids, mask, **length)
+    torch.manual_seed(5)
+    plain_ids = target.generate(input_ids, attention_mask=mask, **arguments)
+    draft = scripted_draft(target, plain_ids, input_ids.shape[1], tree="auto", tree_depth=5, tree_num_nodes=16)
+    plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, seed=5, **arguments)
+    assert torch.equal(plain, speculative)
+    assert same_state
+    assert draft.last_speculation.acceptance_length >= 1.5
+    assert len({tree.num_nodes for tree in draft.last_speculation.trees}) > 1
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize("draft_vocab_size", [None, 40])
 def test_a_real_draft_changes_nothing(context_kv, draft_vocab_size):

@@ -21,9 +21,11 @@ ALLOWED = {
         "kernels.",
     },
     "generation": {
-        *("tree", "tree_policy", "verification", "cache", "drafting", "target_rounds", "speculation"),
+        *("tree", "tree_policy", "auto_trees", "verification", "cache", "drafting", "target_rounds", "speculation"),
         "kernels.",
     },
+    "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
+    "round_costs": {"drafting"},
     "target_rounds": {"tree", "cache", "kernels."},
     "drafting": {"tree", "cache", "kernels."},
     "verification": {"tree", "kernels."},

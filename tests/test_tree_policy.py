@@ -15,23 +15,25 @@ def resolve(*configs, num_draft_tokens=1000):
 
 def test_the_first_configuration_that_names_a_setting_wins():
     """Then the default."""
-    settings = resolve({"tree_depth": 3}, {"tree_depth": 5, "tree_num_nodes": 20})
+    settings = resolve({"tree_depth": 3}, {"tree": "static", "tree_depth": 5, "tree_num_nodes": 20})
     assert settings == TreeSettings("static", default_tree_settings()["tree_top_k"], 3, 20)
+    assert resolve({}) == TreeSettings("auto", 10, 8, 63, ngrams=True)
+    assert resolve({"tree_ngrams": False}) == TreeSettings("auto", 10, 8, 63)
 
 
 def test_a_chain_is_as_long_as_depth_and_nodes_allow():
     """tree_top_k does not matter."""
     assert resolve({"tree": "chain", "tree_depth": 7, "tree_num_nodes": 5}) == TreeSettings("chain", 1, 5, 5)
-    assert resolve({"tree_top_k": 2, "tree_depth": 3, "tree_num_nodes": 9}).as_chain() == TreeSettings(
-        "chain", 1, 3, 3
-    )
+    assert resolve(
+        {"tree": "static", "tree_top_k": 2, "tree_depth": 3, "tree_num_nodes": 9}
+    ).as_chain() == TreeSettings("chain", 1, 3, 3)
 
 
 def test_a_node_has_no_more_children_than_there_are_draft_tokens():
     """And the tree must still hold its nodes."""
     assert resolve({"tree_num_nodes": 40}, num_draft_tokens=3).top_k == 3
     with pytest.raises(ValueError, match="expected at most 48, .* got 59"):
-        resolve({}, num_draft_tokens=3)
+        resolve({"tree": "static", "tree_depth": 6, "tree_num_nodes": 59}, num_draft_tokens=3)
 
 
 @pytest.mark.parametrize(("max_depth", "expected"), [(0, (0, 0)), (1, (1, 4)), (2, (2, 15)), (9, (4, 15))])

@@ -31,14 +31,14 @@ def test_a_sound_loop_passes_and_its_control_is_caught(pair):
     checks = verify(target, draft, inputs, max_new_tokens=20)
     assert [check.name for check in checks] == [
         *["greedy", "sampled"] * 2,
-        *["batched greedy", "batched sampled", "negative control"],
+        *["batched greedy", "batched sampled", "automatic trees", "automatic trees", "negative control"],
     ]
     assert all(check.is_identical and check.has_same_generator for check in checks[:-1])
     assert not checks[-1].is_identical
     report = json.loads(json.dumps(as_json(checks)))
     assert report["holds"]
     assert report["num_near_ties"] == 0
-    assert check_table(checks).row_count == 7
+    assert check_table(checks).row_count == 9
     assert generation.walk is not careless_walk
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transformers_prism import PrismConfig, PrismDraftModel
-from transformers_prism.tree import Tree
+from transformers_prism.tree import CandidatePool, Tree
 
 VOCAB_SIZE = 97
 PAD_ID = 0
@@ -101,7 +101,7 @@ def tiny_draft(target, seed: int = 0, **overrides) -> PrismDraftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         draft = PrismDraftModel(PrismConfig.from_target(target, **{"initializer_range": 0.3, **overrides}))
-    draft.generation_config.update(tree_top_k=3, tree_depth=4, tree_num_nodes=15)
+    draft.generation_config.update(tree="static", tree_top_k=3, tree_depth=4, tree_num_nodes=15)
     return draft.float().eval()
 
 
@@ -157,6 +157,24 @@ class ScriptedDrafter:
         token_ids, parents, depths = (torch.tensor(part) for part in zip(*rows, strict=True))
         return Tree(token_ids, parents, depths, -depths.float())
 
+    def draw(self, top_k: int, depth: int, choose_width=None) -> CandidatePool:
+        """A chain that is true for a random number of tokens, with a random twin at every node if `top_k` is above 1."""
+        width = min(top_k, 2)
+        token_ids = [self._draw_row(row, depth, width) for row in range(len(self.scripts))]
+        pool = CandidatePool.empty(len(token_ids), torch.device("cpu"))
+        for step, tokens in enumerate(torch.tensor(token_ids).split(width, dim=1)):
+            log_probs = torch.tensor([-0.1, -2.0])[:width].expand_as(tokens) - 0.1 * step
+            pool.extend(tokens, torch.full_like(tokens, width * (step - 1) if step else -1), step + 1, log_probs)
+        return pool
+
+    def _draw_row(self, row: int, depth: int, width: int) -> list[int]:
+        following = self.scripts[row][self.num_emitted[row] :]
+        num_true = self.random.randint(0, min(depth, len(following)))
+        random_tokens = [[self.random.randrange(VOCAB_SIZE) for _ in range(width)] for _ in range(depth)]
+        for step in range(num_true):
+            random_tokens[step][0] = following[step]
+        return [token for tokens in random_tokens for token in tokens]
+
     def _grow_row(self, row: int, settings):
         following = self.scripts[row][self.num_emitted[row] :]
         num_true = self.random.randint(0, min(settings.depth, settings.num_nodes, len(following)))
@@ -187,7 +205,9 @@ def scripted_draft(target, plain_sequences, prompt_length: int, seed=0, is_stric
         draft = ScriptedDraft(PrismConfig.from_target(target)).eval()
     draft.script = [row[prompt_length:].tolist() for row in plain_sequences]
     draft.seed, draft.is_strict = seed, is_strict
-    draft.generation_config.update(**{"tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 12, **settings})
+    draft.generation_config.update(
+        **{"tree": "static", "tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 12, **settings}
+    )
     return draft
 
 

@@ -17,7 +17,8 @@ TargetOption = Annotated[
     typer.Option(help="Hub id, folder or .gguf file; SmolLM2-135M-Instruct if absent.", show_default=False),
 ]
 DraftOption = Annotated[
-    str | None, typer.Option(help="Folder or Hub id; the draft that the repository ships if absent.", show_default=False)
+    str | None,
+    typer.Option(help="Folder or Hub id; the draft that the repository ships if absent.", show_default=False),
 ]
 PackedOption = Annotated[
     bool, typer.Option("--packed/--no-packed", help="Pack weights for the CPU first (prepare_for_cpu), for both ways.")
@@ -105,7 +106,9 @@ def generate(
 def verify(
     target: TargetOption = None,
     draft: DraftOption = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON lines in Spec-Bench's form; three questions if absent.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines in Spec-Bench's form; three questions if absent.")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
     seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
@@ -149,6 +152,10 @@ def bench_generate_command(
     top_p: Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
+    tree: Annotated[
+        Literal["auto", "static", "chain"] | None,
+        typer.Option(help="The draft's setting if absent.", show_default=False),
+    ] = None,
     tree_top_k: TopKOption = None,
     tree_depth: DepthOption = None,
     tree_num_nodes: NumNodesOption = None,
@@ -166,12 +173,17 @@ def bench_generate_command(
     logging.disable_progress_bar()
     console = Console()
     settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
-    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
-    tree = {name: value for name, value in tree.items() if value is not None}
+    tree_settings = {
+        "tree": tree,
+        "tree_top_k": tree_top_k,
+        "tree_depth": tree_depth,
+        "tree_num_nodes": tree_num_nodes,
+    }
+    tree_settings = {name: value for name, value in tree_settings.items() if value is not None}
     with user_errors():
         records = choose_prompts(read_prompts(prompts), num_prompts)
         target_model, tokenizer, draft_model = load_pair(target, draft, packed)
-        draft_model.generation_config.update(**tree)
+        draft_model.generation_config.update(**tree_settings)
         results = bench_generate(
             target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
         )
@@ -184,7 +196,13 @@ def bench_generate_command(
         f"per-prompt mean; ms of a round: {round_ms}; ratio of tokens/s: {summary['ratio']:.3f}",
         soft_wrap=True,
     )
-    run = {"generate": settings, "repeat": repeat, "seed": seed, "packed": packed, "draft": draft or SHIPPED_DRAFT.name}
+    run = {
+        "generate": settings,
+        "repeat": repeat,
+        "seed": seed,
+        "packed": packed,
+        "draft": draft or SHIPPED_DRAFT.name,
+    }
     tree_used = {name: getattr(draft_model.generation_config, name, None) for name in ("tree", *_TREE_NAMES)}
     write_json(json_file, target_model, {**run, **tree_used}, as_json(results))
 
@@ -282,7 +300,11 @@ def write_json(path: Path | None, target, settings: dict, figures: dict) -> None
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
         "num_threads": torch.get_num_threads(),
-        "versions": {"transformers_prism": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "transformers_prism": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     path.write_text(json.dumps({**measured_on, "settings": settings, **figures}, indent=2) + "\n")
     typer.echo(f"wrote {path}")

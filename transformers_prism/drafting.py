@@ -7,6 +7,8 @@ catches up on the nodes that other modules processed, so that it sees all of the
 Shape letters: B batch, D draft hidden size, K frontier nodes, R tree nodes processed so far.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .cache import CommittedCache, new_tree_cache
@@ -80,34 +82,47 @@ class Drafter:
         """
         if settings.depth == 0:
             return root_tree(self.root_ids)
+        return select_nodes(self.root_ids, self.draw(settings.top_k, settings.depth), settings.num_nodes)
+
+    def draw(self, top_k: int, depth: int, choose_width: Callable[[torch.Tensor], int] | None = None) -> CandidatePool:
+        """Run draft steps 0 to `depth - 1` and return everything that they propose.
+
+        Args:
+            top_k (`int`): children of every node, and nodes that a step goes on with at most.
+            depth (`int`): steps at most, 1 or more.
+            choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
+                `(B, K)` of the nodes that it could go on with, best first; returns how many it shall, 0 for no more
+                steps. Without it, all of them.
+        """
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
         pool = CandidatePool.empty(num_rows, device)
         frontier = _Frontier(self)
-        token_ids, log_probs = self._propose(self.last_hidden[:, None], settings.top_k)  # [B, 1, K]
+        token_ids, log_probs = self._propose(self.last_hidden[:, None], top_k)  # [B, 1, K]
         token_ids, log_probs = token_ids[:, 0], log_probs[:, 0]
         pool.extend(token_ids, torch.full_like(token_ids, -1), 1, log_probs)
-        hidden = self.last_hidden[:, None].expand(-1, settings.top_k, -1)
-        candidates = torch.arange(settings.top_k, device=device).expand(num_rows, -1)  # pool index of each node
-        parents = None
-        for step in range(1, settings.depth):
+        hidden = self.last_hidden[:, None].expand(-1, top_k, -1)
+        candidates = torch.arange(top_k, device=device).expand(num_rows, -1)  # pool index of each node
+        parents = candidates  # index of each node's parent in the step before; not looked at by the first step
+        for step in range(1, depth):
+            width = top_k if choose_width is None else choose_width(log_probs)
+            if width == 0:
+                break
+            token_ids, log_probs, hidden, candidates, parents = (
+                states[:, :width] for states in (token_ids, log_probs, hidden, candidates, parents)
+            )
             output = frontier.step(step, token_ids, hidden, parents)  # [B, K, D]
-            child_ids, child_log_probs = self._propose(output, settings.top_k)  # [B, K, K]
+            child_ids, child_log_probs = self._propose(output, top_k)  # [B, K, K]
             child_log_probs = (log_probs[..., None] + child_log_probs).flatten(1)  # [B, K * K]
             first_child = pool.token_ids.shape[1]
-            pool.extend(
-                child_ids.flatten(1),
-                candidates.repeat_interleave(settings.top_k, dim=1),
-                step + 1,
-                child_log_probs,
-            )
-            chosen = stable_top_k(child_log_probs, settings.top_k)  # [B, K]
-            parents = chosen // settings.top_k
+            pool.extend(child_ids.flatten(1), candidates.repeat_interleave(top_k, dim=1), step + 1, child_log_probs)
+            chosen = stable_top_k(child_log_probs, top_k)  # [B, K]
+            parents = chosen // top_k
             token_ids = child_ids.flatten(1).gather(1, chosen)
             log_probs = child_log_probs.gather(1, chosen)
             hidden = output.gather(1, parents[..., None].expand(-1, -1, output.shape[-1]))
             candidates = first_child + chosen
         self.cache.forget_appended()
-        return select_nodes(self.root_ids, pool, settings.num_nodes)
+        return pool
 
     def _propose(self, hidden: torch.Tensor, top_k: int):
         """The top_k next tokens after each of `(B, n, D)` outputs: target ids and log-probabilities `(B, n, K)`."""

@@ -9,6 +9,7 @@ taken:
 """
 
 import functools
+import time
 import warnings
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,8 +18,9 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .speculation import Speculation
-from .target_rounds import ChainTarget, NewPositions, make_target
+from .auto_trees import AutoTrees
+from .speculation import RoundTree, Speculation
+from .target_rounds import ChainTarget, NewPositions, make_target, read_all
 from .tree_policy import TreeSettings
 from .verification import OutputRows, argmax_choices, walk
 
@@ -30,7 +32,7 @@ class _ChatContext(NamedTuple):
     """What a draft has read of a conversation, kept for as long as the cache that a user continues it with."""
 
     drafter: object
-    new: NewPositions  # committed by the last round and not yet read
+    unread: list[NewPositions]  # committed and not yet read
     length: int  # of the cache
 
 
@@ -114,13 +116,14 @@ def speculative_generate(
     try:
         draft.eval()
         with target._optimize_model_for_decode():
-            drafter = _drafter_for(draft, target_side.cache, rows.num_rows)
-            speculation, new = _decode(drafter, target_side, rows, settings, streamer, input_ids)
+            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows)
+            trees = _trees_for(settings, target, draft, rows)
+            speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)
             sequences = rows.finish()
             target_side.finish(sequences)
             if target_side.returns_cache and rows.num_rows == 1:
                 length = int(target_side.cache.get_seq_length())
-                _chat_contexts[target_side.cache] = _ChatContext(drafter, new, length)
+                _chat_contexts[target_side.cache] = _ChatContext(drafter, unread, length)
     except BaseException:
         target_side.abandon()
         raise
@@ -143,20 +146,48 @@ def speculative_generate(
 
 
 def _drafter_for(draft, cache, num_rows: int):
-    """A new drafter, or the one that has read what the given cache holds."""
+    """A new drafter, or the one that has read what the given cache holds, and what it has not read of that."""
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
     if not is_known or context.length != int(cache.get_seq_length()):
-        return draft.make_drafter()
-    context.drafter.prefill(*context.new)
-    return context.drafter
+        return draft.make_drafter(), []
+    return context.drafter, context.unread
 
 
-def _decode(drafter, target_side, rows: OutputRows, settings: TreeSettings, streamer, input_ids):
+class _FixedTrees:
+    """The same settings in every round."""
+
+    def __init__(self, settings: TreeSettings):
+        self.settings = settings
+
+    def propose(self, drafter, unread: list[NewPositions], active: list[int], max_depth: int):
+        """The tree of the next round; the arguments are those of [`AutoTrees.propose`]."""
+        read_all(drafter, unread)
+        self.clipped = self.settings.clipped(max_depth)
+        return drafter.grow(self.clipped)
+
+    def observe(self, tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
+        """What the round was."""
+        return RoundTree(self.clipped.depth, tree.num_nodes - 1)
+
+    def estimates(self) -> None:
+        """None are made."""
+
+
+def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows):
+    return AutoTrees(settings, target, draft, rows) if settings.tree == "auto" else _FixedTrees(settings)
+
+
+def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, trees, streamer, input_ids):
     """The prefill, then rounds until every row is done.
 
+    Args:
+        drafter (`Drafter`), unread (`list[NewPositions]`): the draft's side, and what it has not read.
+        target_side (`TreeTarget` or `ChainTarget`): the target's side.
+        rows (`OutputRows`): the sequences.
+        trees: proposes each round's tree and sees what became of it, as [`AutoTrees`].
     Returns:
-        `tuple`: the statistics, and the `NewPositions` that the drafter has not read yet.
+        `tuple`: the statistics, and what the draft has not read at the end.
     """
     speculation = Speculation.empty(rows.num_rows)
     first_logits = target_side.prefill(input_ids)
@@ -164,22 +195,27 @@ def _decode(drafter, target_side, rows: OutputRows, settings: TreeSettings, stre
         rows.append(row, rows.choose(row, first_logits[row]))
     _stream(streamer, rows, num_new=1)
     active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
-    new = target_side.prompt_for_draft(rows)
+    unread.append(target_side.prompt_for_draft(rows))
     while True:
         with speculation.timed("other"):
-            active, new = _drop_finished(rows, active, new, target_side, drafter)
+            active, unread = _drop_finished(rows, active, unread, target_side, drafter)
         if all(rows.is_done(row) for row in active):
-            return speculation, new
+            speculation.estimates = trees.estimates()
+            return speculation, unread
         with speculation.timed("draft"):
-            drafter.prefill(*new)
             # A node can only be emitted if there is room for the token behind it.
-            tree = drafter.grow(settings.clipped(max(rows.remaining(row) for row in active) - 1))
+            max_depth = max(rows.remaining(row) for row in active) - 1
+            tree = trees.propose(drafter, unread, active, max_depth)
+        start = time.perf_counter()
         with speculation.timed("verify"):
             logits, hidden = target_side.verify(tree)
+        verify_seconds = time.perf_counter() - start
         with speculation.timed("commit"):
             kept = _walk_rows(rows, active, tree, logits, speculation)
             target_side.commit(kept)
-            new = target_side.committed_for_draft(rows, active, kept, hidden)
+            unread.append(target_side.committed_for_draft(rows, active, kept, hidden))
+        with speculation.timed("other"):
+            speculation.trees.append(trees.observe(tree, kept, verify_seconds))
         _stream(streamer, rows, num_new=len(kept[0]), is_round=True)
 
 
@@ -197,14 +233,14 @@ def _walk_rows(rows: OutputRows, active: list[int], tree, logits, speculation) -
     return kept
 
 
-def _drop_finished(rows: OutputRows, active: list[int], new, target_side, drafter):
+def _drop_finished(rows: OutputRows, active: list[int], unread: list[NewPositions], target_side, drafter):
     """Leave finished rows out of the caches, unless the whole cache is to be returned."""
     going = [i for i, row in enumerate(active) if not rows.is_done(row)]
     if len(going) == len(active) or not going or target_side.returns_cache:
-        return active, new
+        return active, unread
     target_side.keep_rows(going)
     drafter.keep_rows(going)
-    return [active[i] for i in going], new.select(going)
+    return [active[i] for i in going], [part.select(going) for part in unread]
 
 
 def _stream(streamer, rows: OutputRows, num_new: int, is_round: bool = False) -> None:

@@ -4,6 +4,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class RoundTree(NamedTuple):
+    """The tree of one round: draft steps run (0: the draft was not used), drafted nodes that each row verified, how
+    many of them were copied from the text, and tokens that the round was expected to commit per row (None: no
+    estimate was made)."""
+
+    num_steps: int
+    num_nodes: int
+    num_copied: int = 0
+    expected_tokens: float | None = None
 
 
 @dataclass
@@ -17,6 +29,9 @@ class Speculation:
             row ended counts as the bonus.
         seconds: wall-clock seconds on the host, split into "draft", "verify", "commit" and "other". On an accelerator
             a phase is charged for work that an earlier one queued.
+        trees: the tree of each round, for the whole batch.
+        estimates: with `tree="auto"`, what its choices rest on at the end: seconds of a round's parts, probability of
+            acceptance by class of draft probability and depth; None otherwise.
         declined: why the draft was not used and plain decoding ran instead; None if it was used.
     """
 
@@ -26,6 +41,8 @@ class Speculation:
     seconds: dict[str, float] = field(
         default_factory=lambda: {"draft": 0.0, "verify": 0.0, "commit": 0.0, "other": 0.0}
     )
+    trees: list[RoundTree] = field(default_factory=list)
+    estimates: dict | None = None
     declined: str | None = None
 
     @classmethod

@@ -41,6 +41,41 @@ class NewPositions(NamedTuple):
         )
 
 
+def read_all(drafter, unread: list[NewPositions]) -> None:
+    """Let the draft read everything that was committed since it read last, and empty the list."""
+    while unread:
+        if unread[0].padding_mask is not None:  # a prompt, which is padded on the left
+            drafter.prefill(*unread.pop(0))
+            continue
+        drafter.prefill(*_joined(unread))
+        unread.clear()
+
+
+def _joined(parts: list[NewPositions]) -> NewPositions:
+    """Positions of several rounds as one, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    token_ids = torch.cat([part.token_ids for part in parts], dim=1)
+    target_hidden = torch.cat([part.target_hidden for part in parts], dim=1)
+    position_ids = torch.cat([part.position_ids for part in parts], dim=1)
+    widths = [part.token_ids.shape[1] for part in parts]
+    starts = [sum(widths[:index]) for index in range(len(widths))]
+    real = [
+        [start + offset for start, part in zip(starts, parts, strict=True) for offset in range(part.num_new[row])]
+        for row in range(token_ids.shape[0])
+    ]
+    num_new = [len(indices) for indices in real]
+    longest = max(num_new)
+    index = torch.tensor([indices + [0] * (longest - len(indices)) for indices in real])  # [B, longest]
+    states = index[..., None].expand(-1, -1, target_hidden.shape[-1]).to(target_hidden.device)
+    return NewPositions(
+        token_ids.gather(1, index.to(token_ids.device)),
+        target_hidden.gather(1, states),
+        position_ids.gather(1, index.to(position_ids.device)),
+        num_new,
+    )
+
+
 def layer_windows(text_config) -> dict[str | None, int | None] | None:
     """The sliding window (None: full attention) of each kind of layer, keyed as the target's forward takes its masks;
     a single key None where it takes one tensor. None if a kind of layer has no tree mask.

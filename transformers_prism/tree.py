@@ -115,7 +115,24 @@ def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) ->
     Returns:
         `Tree` with `num_nodes + 1` nodes, in pool order behind the root.
     """
-    chosen = stable_top_k(pool.log_probs, num_nodes).sort(dim=-1).values  # [B, num_nodes]
+    return tree_of_nodes(root_ids, pool, best_nodes(pool.log_probs, num_nodes))
+
+
+def best_nodes(scores: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """Pool indices `(B, num_nodes)` of the nodes with the highest scores `(B, C)`, in pool order, ties to the smaller."""
+    return stable_top_k(scores, num_nodes).sort(dim=-1).values
+
+
+def tree_of_nodes(root_ids: torch.Tensor, pool: CandidatePool, chosen: torch.Tensor) -> Tree:
+    """The tree of chosen candidates.
+
+    Args:
+        root_ids (`torch.LongTensor` of shape `(B,)`): last committed token of each row.
+        pool (`CandidatePool`): C candidates.
+        chosen (`torch.LongTensor` of shape `(B, n)`): pool indices, increasing, each with its parents.
+    Returns:
+        `Tree` with `n + 1` nodes, in pool order behind the root.
+    """
     node_of_candidate = torch.zeros_like(pool.token_ids)
     order = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
     node_of_candidate.scatter_(1, chosen, order)

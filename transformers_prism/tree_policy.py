@@ -1,11 +1,15 @@
 """Which tree to draft: reading, checking and defaulting the `tree*` settings of a generation configuration."""
 
+import dataclasses
 from dataclasses import dataclass
+
+_TREES = ("auto", "static", "chain")
+_INTEGERS = ("tree_top_k", "tree_depth", "tree_num_nodes")
 
 
 def default_tree_settings() -> dict:
-    """Settings of a draft that says nothing else: the tree of the PRISM evaluation (60 nodes with the root)."""
-    return {"tree": "static", "tree_top_k": 10, "tree_depth": 6, "tree_num_nodes": 59}
+    """Settings of a draft that says nothing else: the best tree of each round, within bounds that seldom bind."""
+    return {"tree": "auto", "tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63, "tree_ngrams": True}
 
 
 @dataclass(frozen=True)
@@ -13,16 +17,19 @@ class TreeSettings:
     """The tree that a round drafts.
 
     Args:
-        tree (`str`): "static": the same size every round; "chain": one candidate per draft step.
+        tree (`str`): "auto": chosen anew every round, at most as large as said here; "static": the same size every
+            round; "chain": one candidate per draft step.
         top_k (`int`): children drawn per node and nodes kept on the frontier.
-        depth (`int`): draft steps, step 0 included, so the longest path in drafted tokens.
+        depth (`int`): draft steps, step 0 included, so the longest drafted path in tokens.
         num_nodes (`int`): drafted nodes that the target verifies, the root not counted.
+        ngrams (`bool`): with "auto", whether continuations copied from the text may join the tree.
     """
 
     tree: str
     top_k: int
     depth: int
     num_nodes: int
+    ngrams: bool = False
 
     @classmethod
     def resolve(cls, *generation_configs, num_draft_tokens: int) -> "TreeSettings":
@@ -38,20 +45,24 @@ class TreeSettings:
         for name, default in default_tree_settings().items():
             found = (getattr(generation_config, name, None) for generation_config in generation_configs)
             values[name] = next((value for value in found if value is not None), default)
-        if values["tree"] not in ("static", "chain"):
-            later = ', which is not available yet: set tree="static" or tree="chain"' * (values["tree"] == "auto")
-            raise ValueError(f'tree: expected "static" or "chain", got {values["tree"]!r}{later}')
-        for name in ("tree_top_k", "tree_depth", "tree_num_nodes"):
+        if values["tree"] not in _TREES:
+            raise ValueError(f"tree: expected one of {', '.join(_TREES)}, got {values['tree']!r}")
+        for name in _INTEGERS:
             if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {values[name]!r}")
+        if not isinstance(values["tree_ngrams"], bool):
+            raise ValueError(f"tree_ngrams: expected True or False, got {values['tree_ngrams']!r}")
+        depth, num_nodes = values["tree_depth"], values["tree_num_nodes"]
         if values["tree"] == "chain":
-            return cls("chain", 1, values["tree_depth"], values["tree_num_nodes"]).as_chain()
+            return cls("chain", 1, depth, num_nodes).as_chain()
         top_k = min(values["tree_top_k"], num_draft_tokens)
-        settings = cls("static", top_k, values["tree_depth"], values["tree_num_nodes"])
-        if settings.num_nodes > settings.pool_size(settings.depth):
+        settings = cls(values["tree"], top_k, depth, num_nodes)
+        if settings.tree == "auto":
+            return dataclasses.replace(settings, ngrams=values["tree_ngrams"])
+        if num_nodes > settings.pool_size(depth):
             raise ValueError(
-                f"tree_num_nodes: expected at most {settings.pool_size(settings.depth)}, the nodes that a tree with "
-                f"tree_top_k={top_k} and tree_depth={settings.depth} draws, got {settings.num_nodes}"
+                f"tree_num_nodes: expected at most {settings.pool_size(depth)}, the nodes that a tree with "
+                f"tree_top_k={top_k} and tree_depth={depth} draws, got {num_nodes}"
             )
         return settings
 
@@ -62,9 +73,10 @@ class TreeSettings:
     def clipped(self, max_depth: int) -> "TreeSettings":
         """The same settings for a tree of at most `max_depth` steps, 0 or more."""
         depth = min(self.depth, max_depth)
-        return TreeSettings(self.tree, self.top_k, depth, min(self.num_nodes, self.pool_size(depth)))
+        return dataclasses.replace(self, depth=depth, num_nodes=min(self.num_nodes, self.pool_size(depth)))
 
     def as_chain(self) -> "TreeSettings":
         """The chain that fits into this tree: as long as its depth and its number of nodes allow."""
         length = min(self.depth, self.num_nodes)
-        return TreeSettings("chain", top_k=1, depth=length, num_nodes=length)
+        tree = "auto" if self.tree == "auto" else "chain"
+        return TreeSettings(tree, top_k=1, depth=length, num_nodes=length)

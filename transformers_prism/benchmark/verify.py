@@ -5,6 +5,7 @@ negative control: a verifier that is broken on purpose must be caught, or the ch
     transformers-prism verify --target some/target --draft some/draft --json report.json
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from unittest import mock
@@ -18,6 +19,7 @@ from transformers_prism.verification import OutputRows
 
 # Two ways of computing the same logits differ by rounding; a gap within ten times that difference is a near-tie.
 TIE_FACTOR = 10.0
+TREE = {"tree": "static", "tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 15}
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
@@ -26,7 +28,7 @@ class Check:
     """One comparison with plain decoding.
 
     Args:
-        name: "greedy", "sampled", "batched greedy", "batched sampled" or "negative control".
+        name: "greedy", "sampled", "batched greedy", "batched sampled", "automatic trees" or "negative control".
         prompt: index of the prompt; None for a batch of all of them.
         num_tokens: tokens compared, all rows together.
         is_identical: whether every token is the same.
@@ -67,8 +69,10 @@ def verify(
 ) -> list[Check]:
     """Compare decoding with and without a draft.
 
+    Trees are of one fixed size, so that every round drafts; prompts are decoded greedily with automatic trees as well.
+
     Args:
-        target, draft: the models; the draft's `generation_config` says which tree.
+        target, draft: the models.
         prompts: inputs of generate(), one row each, without padding.
         max_new_tokens: of every run.
         seed: set before every run.
@@ -84,14 +88,24 @@ def verify(
         report(check)
 
     greedy = {"do_sample": False}
-    for index, inputs in enumerate(prompts):
-        run("greedy", index, inputs, greedy)
-        run("sampled", index, inputs, SAMPLING)
     batch = left_padded(prompts, _pad_token_id(target))
-    run("batched greedy", None, batch, greedy)
-    run("batched sampled", None, batch, SAMPLING)
-    with mock.patch.object(generation, "walk", careless_walk):
-        run("negative control", 0, prompts[0], greedy)
+    configured = draft.generation_config
+    draft.generation_config = copy.deepcopy(configured)
+    draft.generation_config.update(**TREE)
+    try:
+        for index, inputs in enumerate(prompts):
+            run("greedy", index, inputs, greedy)
+            run("sampled", index, inputs, SAMPLING)
+        run("batched greedy", None, batch, greedy)
+        run("batched sampled", None, batch, SAMPLING)
+        draft.generation_config.update(tree="auto")
+        for index, inputs in enumerate(prompts):
+            run("automatic trees", index, inputs, greedy)
+        draft.generation_config.update(**TREE)
+        with mock.patch.object(generation, "walk", careless_walk):
+            run("negative control", 0, prompts[0], greedy)
+    finally:
+        draft.generation_config = configured
     return checks
 
 

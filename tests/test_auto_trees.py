@@ -1,0 +1,149 @@
+"""`tree="auto"`: what it chooses, what it learns, and that it costs little where it cannot help."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
+
+from transformers_prism.auto_trees import AutoTrees, _drafted_cells, _Table
+from transformers_prism.tree import CandidatePool, best_nodes, tree_of_nodes
+from transformers_prism.tree_policy import TreeSettings
+
+pytestmark = pytest.mark.quick
+LENGTH = {"max_new_tokens": 60, "pad_token_id": PAD_ID}
+ARGUMENTS = {**LENGTH, "do_sample": False}
+
+
+class PerfectDraft:
+    """Chances of a scripted draft that is always right."""
+
+    def randint(self, low: int, high: int) -> int:
+        """As many true tokens as there may be."""
+        return high
+
+    def randrange(self, end: int) -> int:
+        """The same wrong token everywhere."""
+        return 0
+
+
+def run(cheap_rounds, monkeypatch=None, num_rows: int = 1, **settings):
+    """Statistics of a call with a scripted draft under fixed costs."""
+    input_ids, mask = prompts(num_rows)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+    draft = scripted_draft(target, plain, input_ids.shape[1], **{"tree": "auto", "tree_ngrams": False, **settings})
+    if monkeypatch is not None:
+        make_drafter = type(draft).make_drafter
+
+        def perfect(self):
+            drafter = make_drafter(self)
+            drafter.random = PerfectDraft()
+            return drafter
+
+        monkeypatch.setattr(type(draft), "make_drafter", perfect)
+    for _ in range(3):
+        assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
+    return draft.last_speculation
+
+
+def test_auto_a_draft_that_is_always_right_gets_deep_trees(cheap_rounds, monkeypatch):
+    """After a few calls rounds commit nearly as many tokens as the largest tree allows."""
+    speculation = run(cheap_rounds, monkeypatch, tree_depth=6)
+    assert speculation.acceptance_length > 5
+    assert speculation.estimates["advantage"] > 2
+
+
+def test_auto_a_useless_draft_is_left_alone(cheap_rounds):
+    """A random draft is tried a few times, ever more seldom, and most rounds are plain steps."""
+    input_ids, mask = prompts(1)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto", tree_ngrams=False)
+    cheap_rounds.step_seconds = 0.2  # at 0.02, the luck of one token in 97 would nearly pay
+    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+    for _ in range(3):
+        assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
+    tried = [index for index, tree in enumerate(draft.last_speculation.trees) if tree.num_steps]
+    assert tried[0] == 0
+    assert 2 <= len(tried) <= 12
+    pauses = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
+    assert pauses[-1] > pauses[0]
+
+
+def test_auto_expensive_verification_leads_to_plain_decoding(cheap_rounds):
+    """If every further token costs a whole plain step, no node can pay unless it is certain."""
+    cheap_rounds.verify_seconds[1] = 64.0
+    speculation = run(cheap_rounds)
+    assert sum(tree.num_nodes for tree in speculation.trees) <= len(speculation.trees) // 4
+
+
+def test_auto_copies_join_where_the_text_repeats(cheap_rounds):
+    """A target that loops is followed by copying alone, even past a draft that knows nothing."""
+    input_ids, mask = prompts(1)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto")
+    input_ids = target.generate(input_ids, attention_mask=mask, **{**ARGUMENTS, "max_new_tokens": 40})
+    text = torch.cat((input_ids, input_ids, input_ids), dim=1)
+    plain = target.generate(text, **ARGUMENTS)
+    assert torch.equal(target.generate(text, assistant_model=draft, **ARGUMENTS), plain)
+    assert any(tree.num_copied for tree in draft.last_speculation.trees)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_auto_chat_goes_on_after_plain_rounds(cheap_rounds, num_rows):
+    """What the draft did not read in one call it reads in the next, on the same cache."""
+    cheap_rounds.verify_seconds[1] = 64.0
+    input_ids, mask = prompts(num_rows)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto")
+    outputs = []
+    for assistant in ({}, {"assistant_model": draft}):
+        first = target.generate(input_ids, attention_mask=mask, return_dict_in_generate=True, **ARGUMENTS, **assistant)
+        longer = torch.cat((first.sequences, first.sequences[:, 3:6]), dim=1)
+        longer_mask = torch.cat((mask, mask.new_ones(num_rows, longer.shape[1] - mask.shape[1])), dim=1)
+        if "assistant_model" in assistant:
+            cheap_rounds.verify_seconds[1] = 1.1
+        outputs.append(
+            target.generate(
+                longer, attention_mask=longer_mask, past_key_values=first.past_key_values, **ARGUMENTS, **assistant
+            )
+        )
+    assert torch.equal(*outputs)
+
+
+def test_auto_tables_start_from_the_prior_and_follow_observations():
+    """Cells that were not seen keep the prior; old observations fade."""
+    table = _Table(torch.tensor([[0.5, 0.25]], dtype=torch.float64))
+    table.observe(torch.tensor([1] * 200 + [-1]), torch.tensor([True] * 200 + [False]))
+    assert table.probabilities()[0, 0] == 0.5
+    assert table.probabilities()[0, 1] > 0.95
+    for _ in range(100):
+        table.observe(torch.tensor([1] * 10), torch.tensor([False] * 10))
+    assert table.probabilities()[0, 1] < 0.2
+
+
+def test_auto_values_never_rise_along_a_path(cheap_rounds):
+    """So that any choice of the best nodes holds their parents, even where the tables say that deeper is better."""
+    input_ids, mask = prompts(1)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    rows = SimpleNamespace(num_rows=2, do_sample=False)
+    trees = AutoTrees(TreeSettings("auto", 4, 5, 20), target, draft, rows)
+    trees.experience.drafted.num_accepted = torch.rand(trees.experience.drafted.num_seen.shape).double() * 8
+    torch.manual_seed(0)
+    pool = CandidatePool.empty(2, torch.device("cpu"))
+    first = width = 0
+    for depth in range(1, 6):
+        count = 4 if depth == 1 else 16
+        parents = torch.full((2, 4), -1) if depth == 1 else torch.randint(first, first + width, (2, count))
+        first, width = pool.token_ids.shape[1], count
+        pool.extend(torch.randint(0, 97, (2, count)), parents, depth, -torch.rand(2, count) * 5)
+    values = trees._values(pool, _drafted_cells(pool))
+    has_parent = pool.parents >= 0
+    of_parents = values.gather(1, pool.parents.clamp(min=0))
+    assert (values <= of_parents)[has_parent].all()
+    tree = tree_of_nodes(torch.zeros(2, dtype=torch.long), pool, best_nodes(values, 20))
+    assert (tree.depths[:, 1:] == tree.depths.gather(1, tree.parents)[:, 1:] + 1).all()

@@ -1,0 +1,46 @@
+"""Continuations copied from the text so far: what followed the last few tokens when they stood there before.
+
+Source: prompt lookup decoding (Saxena 2023), which transformers has as `prompt_lookup_num_tokens`; here the
+continuation joins the draft's tree instead of replacing it.
+"""
+
+# The longest match that is looked for, and the shortest that counts.
+MAX_MATCH = 4
+MIN_MATCH = 2
+
+
+class NgramIndex:
+    """Where each short run of tokens ended last, over one row's growing text.
+
+    Args:
+        token_ids (`list[int]`): the text so far.
+    """
+
+    def __init__(self, token_ids: list[int]):
+        self.token_ids: list[int] = []
+        # By length of the run: its tokens -> index of the token after it.
+        self.following: list[dict[tuple[int, ...], int]] = [{} for _ in range(MAX_MATCH + 1)]
+        self.extend(token_ids)
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Append tokens to the text."""
+        for token in token_ids:
+            # A run is entered when the token after it is known, so that the text's own end never matches itself.
+            end = len(self.token_ids)
+            for length in range(MIN_MATCH, min(MAX_MATCH, end) + 1):
+                self.following[length][tuple(self.token_ids[end - length : end])] = end
+            self.token_ids.append(token)
+
+    def continuation(self, max_tokens: int) -> tuple[int, list[int]]:
+        """What followed the longest run that the text ends in, where it stood last.
+
+        Args:
+            max_tokens (`int`): length of the continuation at most, in tokens.
+        Returns:
+            `tuple`: length of the match in tokens and the continuation; 0 and [] without a match.
+        """
+        for length in range(min(MAX_MATCH, len(self.token_ids)), MIN_MATCH - 1, -1):
+            start = self.following[length].get(tuple(self.token_ids[-length:]))
+            if start is not None:
+                return length, self.token_ids[start : start + max_tokens]
+        return 0, []

@@ -1,0 +1,187 @@
+"""What the parts of a round cost here: a target forward over so many tokens, and a draft step.
+
+Measured once for a target, a draft, a device, a number of threads and a batch size, kept on disk, and corrected by
+every round that runs, since contexts grow and machines slow down.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from .drafting import Drafter
+
+# Tokens of one row in a target forward that are measured; between them costs are interpolated.
+MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# More than this in one forward is not a tree that pays.
+_MAX_TOKENS = 512
+_NUM_REPEATS = 3
+# A round moves the estimate a tenth of the way to what it measured, and its neighbours' a twentieth.
+_RATE = 0.1
+_SPREAD = 0.5
+# One round that was interrupted does not count for more than this.
+_MAX_SURPRISE = 2.0
+_FORMAT = 1
+
+
+@dataclass
+class RoundCosts:
+    """Seconds of the parts of a round for a batch.
+
+    Args:
+        num_tokens: tokens in a target forward, all rows together, increasing.
+        verify_seconds: of a target forward over that many tokens.
+        step_seconds: of one draft step with its proposals and its share of choosing nodes.
+    """
+
+    num_tokens: list[int]
+    verify_seconds: list[float]
+    step_seconds: float
+
+    def verify(self, num_tokens: int) -> float:
+        """Seconds of a target forward over `num_tokens` tokens, all rows together."""
+        left, share = self._between(num_tokens)
+        low, high = self.verify_seconds[left], self.verify_seconds[left + 1]
+        # Beyond the last point the line goes on.
+        return low + share * (high - low)
+
+    def _between(self, num_tokens: int) -> tuple[int, float]:
+        """The measured point to the left, and how far towards the next one this number lies."""
+        points = self.num_tokens
+        left = max(index for index in range(len(points) - 1) if index == 0 or points[index] <= num_tokens)
+        return left, (num_tokens - points[left]) / (points[left + 1] - points[left])
+
+    def observe_verify(self, num_tokens: int, seconds: float) -> None:
+        """Correct the estimates by a forward that took `seconds`: near its number of tokens more than far from it."""
+        surprise = _bounded(seconds / self.verify(num_tokens))
+        left, share = self._between(num_tokens)
+        for index in range(len(self.num_tokens)):
+            nearness = {left: 1 - share, left + 1: share}.get(index, 0.0)
+            weight = _SPREAD + (1 - _SPREAD) * min(max(nearness, 0.0), 1.0)
+            self.verify_seconds[index] *= surprise ** (_RATE * weight)
+        # More tokens never cost less, so that noise does not make a tree look cheaper than plain decoding.
+        for index in range(1, len(self.num_tokens)):
+            self.verify_seconds[index] = max(self.verify_seconds[index], self.verify_seconds[index - 1])
+
+    def observe_step(self, seconds: float) -> None:
+        """Correct the cost of a draft step."""
+        self.step_seconds *= _bounded(seconds / self.step_seconds) ** _RATE
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / _MAX_SURPRISE), _MAX_SURPRISE)
+
+
+def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
+    """The costs of rounds with `num_rows` rows, from the disk or measured, which takes a few dozen target forwards.
+
+    Args:
+        target (`PreTrainedModel`): left as it is; its random generator too.
+        draft (`PrismDraftModel`): bound to it.
+        num_rows (`int`): B.
+    Returns:
+        `RoundCosts`: new, for the caller to correct.
+    """
+    path = _folder() / f"{_key(target, draft, num_rows)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return RoundCosts(**json.loads(path.read_text()))
+    costs = measure(target, draft, num_rows)
+    # A folder that cannot be written to costs a measurement in every process, nothing else.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(vars(costs)) + "\n")
+        unfinished.replace(path)
+    return costs
+
+
+def _folder() -> Path:
+    return Path(constants.HF_HOME) / "prism" / "round_costs"
+
+
+def _key(target, draft, num_rows: int) -> str:
+    """What the costs depend on, as a file name."""
+    layers = Counter(type(module).__name__ for module in target.modules())
+    layers.update(type(module).__name__ for module in draft.modules())
+    device = target.device
+    parts = [
+        _FORMAT,
+        type(target).__name__,
+        sorted(layers.items()),  # packed and quantised layers have classes of their own
+        [list(parameter.shape) for parameter in target.parameters()],
+        [list(parameter.shape) for parameter in draft.parameters()],
+        [str(target.dtype), str(draft.dtype)],
+        device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
+        [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
+        target.config.get_text_config()._attn_implementation,
+        getattr(target, "_compiled_call_impl", None) is not None,
+        num_rows,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@torch.no_grad()
+def measure(target, draft, num_rows: int) -> RoundCosts:
+    """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
+
+    Args:
+        target, draft, num_rows: as for [`load_or_measure`].
+    """
+    per_row = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS] or [1]
+    if len(per_row) == 1:
+        per_row.append(2)
+    verify = {count: float("inf") for count in per_row}
+    step = float("inf")
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for repeat in range(1 + _NUM_REPEATS):
+            for count in per_row:
+                seconds = _time_target(target, draft, num_rows, count)
+                step_seconds = _time_draft(target, draft, num_rows)
+                if repeat > 0:  # the first time pays for what is made once
+                    verify[count], step = min(verify[count], seconds), min(step, step_seconds)
+    measured = list(verify.values())
+    for index in range(1, len(measured)):
+        measured[index] = max(measured[index], measured[index - 1])
+    return RoundCosts([count * num_rows for count in per_row], measured, step)
+
+
+def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
+    input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=target.device)
+    start = _now(target.device)
+    outputs = target(input_ids, use_cache=False, output_hidden_states=draft.config.target_layer_ids)
+    del outputs
+    return _now(target.device) - start
+
+
+def _time_draft(target, draft, num_rows: int) -> float:
+    """Seconds of a draft step over a frontier of four, after step 0 over two new positions."""
+    drafter = Drafter(draft)
+    config = draft.config
+    width = len(config.target_layer_ids) * config.target_hidden_size
+    ids = torch.zeros((num_rows, 2), dtype=torch.long, device=draft.device)
+    hidden = torch.ones((num_rows, 2, width), dtype=target.dtype, device=target.device)
+    positions = torch.arange(2, device=draft.device).expand(num_rows, -1)
+    top_k = min(4, config.num_draft_tokens)
+    times = []
+
+    def note(log_probs) -> int:
+        times.append(_now(draft.device))
+        return top_k
+
+    drafter.prefill(ids, hidden, positions, [2] * num_rows)
+    drafter.draw(top_k, 3, note)
+    return (_now(draft.device) - times[0]) / 2
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()
