@@ -213,7 +213,7 @@ def test_whole_generation(end_to_end, run):
     assert prompt.shape[1] + sum(accepted) + len(accepted) == expected.shape[1]
     settings = settings_of(run)
     draft.generation_config.update(
-        tree_top_k=settings.top_k, tree_depth=settings.depth, tree_num_nodes=settings.num_nodes
+        tree="static", tree_top_k=settings.top_k, tree_depth=settings.depth, tree_num_nodes=settings.num_nodes
     )
     num_new = expected.shape[1] - prompt.shape[1] + 1 + settings.depth
     arguments = {"max_new_tokens": num_new, "do_sample": False, "pad_token_id": 0}
