@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import prompts, tiny_draft, tiny_target
 
+from transformers_prism.tree import select_nodes
 from transformers_prism.tree_policy import TreeSettings
 
 pytestmark = pytest.mark.quick
@@ -110,6 +111,26 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
         rows = torch.arange(2)[:, None]
         drafter.prefill(token_ids[rows, index], states[rows, index], index, committed)
         ends = [end + count for end, count in zip(ends, committed, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
+@pytest.mark.parametrize("widths", [(1, 3, 2, 3), (3, 1, 1, 0), (2, 1, 3, 1)])
+def test_steps_of_changing_width_equal_the_slow_twin(context_kv, widths):
+    """A step that goes on with more or fewer nodes than the one before: every node still sees its own path."""
+    target = tiny_target()
+    draft = tiny_draft(target, num_processing_modules=3, context_kv=context_kv, initializer_range=0.1).bind(target)
+    token_ids, _ = prompts(2, length=5)
+    token_ids[token_ids == 0] = 5
+    states = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1))
+    drafter = draft.make_drafter()
+    drafter.prefill(token_ids, states, torch.arange(5).expand(2, -1), [5, 5])
+    coming = iter(widths)
+    pool = drafter.draw(3, 5, lambda log_probs: next(coming))
+    assert pool.token_ids.shape[1] == 3 + 3 * sum(widths)
+    tree = select_nodes(drafter.root_ids, pool, pool.token_ids.shape[1])
+    for row in range(2):
+        check_tree(draft, tree, row, token_ids[row : row + 1], states[row : row + 1])
 
 
 @torch.no_grad()

@@ -158,6 +158,7 @@ class _Frontier:
         self.hidden: torch.Tensor | None = None  # [B, R, D]
         self.position_ids: torch.Tensor | None = None  # [B, R]
         self.ancestors: torch.Tensor | None = None  # [B, R, R]
+        self.num_last = 0  # nodes of the step before
 
     def step(self, step: int, token_ids, hidden, parents) -> torch.Tensor:
         """Outputs `(B, K, D)` of a draft step over the frontier; `parents` `(B, K)` index the previous frontier."""
@@ -182,11 +183,13 @@ class _Frontier:
         own = torch.eye(num_nodes, dtype=torch.bool, device=token_ids.device).expand(num_rows, -1, -1)
         if self.token_ids is None:
             self.token_ids, self.hidden, self.position_ids, self.ancestors = token_ids, hidden, position_ids, own
+            self.num_last = num_nodes
             return
         num_before = self.token_ids.shape[1]
-        inherited = self.ancestors[:, -num_nodes:].gather(1, parents[..., None].expand(-1, -1, num_before))
+        inherited = self.ancestors[:, -self.num_last :].gather(1, parents[..., None].expand(-1, -1, num_before))
         above = torch.cat((self.ancestors, own.new_zeros((num_rows, num_before, num_nodes))), dim=2)
         self.ancestors = torch.cat((above, torch.cat((inherited, own), dim=2)), dim=1)  # [B, R, R]
         self.token_ids = torch.cat((self.token_ids, token_ids), dim=1)
         self.hidden = torch.cat((self.hidden, hidden), dim=1)
         self.position_ids = torch.cat((self.position_ids, position_ids), dim=1)
+        self.num_last = num_nodes
