@@ -4,6 +4,7 @@ Tests marked `kernel` run Triton code on `DEVICE`. Without a GPU they run under 
 when a kernel is defined and therefore needs a process of its own: one test of each file starts it for all of them.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -15,6 +16,36 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _GUARD = 512  # elements before and behind a buffer
+
+
+def _complete_dot_of_the_interpreter() -> None:
+    """Triton's interpreter keeps bfloat16 as its bits in uint16, and its `dot` multiplies those: hand it the values.
+
+    It also refuses some precisions that GPUs have; its own products are float32's whatever their name.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
+
+    options = interpreter_builder.options
+    precisions = (*options.allowed_dot_input_precisions, "bf16x6")
+    interpreter_builder.options = dataclasses.replace(options, allowed_dot_input_precisions=precisions)
+    original = InterpreterBuilder.create_dot
+
+    def as_float32(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *args):
+        return original(self, as_float32(a), as_float32(b), *args)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
+    import triton.language as tl
+
+    _complete_dot_of_the_interpreter()
 
 
 def run_interpreted(test_file: str) -> None:

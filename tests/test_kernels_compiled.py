@@ -22,6 +22,7 @@ def check_rows(rows):
         assert row["arch"] != "sm_90" or row["spill_bytes"] == 0, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_compiles_without_spills(kernel):
     """For sm_90 and, where shared memory is tighter, sm_80."""
