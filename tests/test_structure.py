@@ -26,9 +26,10 @@ ALLOWED = {
     },
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
     "round_costs": {"drafting"},
-    "target_rounds": {"tree", "cache", "kernels."},
-    "drafting": {"tree", "cache", "kernels."},
+    "target_rounds": {"tree", "attention", "cache", "kernels."},
+    "drafting": {"tree", "attention", "cache", "kernels."},
     "verification": {"tree", "kernels."},
+    "attention": {"kernels."},
     "cache": {"kernels."},
     "demo": {"configuration_prism", "cpu", "modeling_prism", "speculation", "target"},
 }

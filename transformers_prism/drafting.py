@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from .attention import PRISM_TREE, attach_tree
 from .cache import CommittedCache, new_tree_cache
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, stable_top_k, visible_keys
 
@@ -133,8 +134,9 @@ class Drafter:
         return token_ids, values
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        visible = visible_keys(self.cache.committed, ancestors)
-        return attention_mask(visible, self.draft.config._attn_implementation, dtype)
+        implementation = self.draft.config._attn_implementation
+        mask = attention_mask(visible_keys(self.cache.committed, ancestors), implementation, dtype)
+        return attach_tree(mask, ancestors, self.cache.committed) if implementation == PRISM_TREE else mask
 
     def keep_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the batch only."""

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
+from .attention import PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, is_adoptable
 from .tree import Tree, attention_mask, visible_keys, within_window
 
-_TREE_ATTENTION = ("sdpa", "eager")
+_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # What generate() prepares and a verification forward replaces.
 _REPLACED_INPUTS = (
     "attention_mask cache_position logits_to_keep output_attentions output_hidden_states past_key_values position_ids "
@@ -259,16 +260,19 @@ class TreeTarget(_Target):
 
     def _masks(self, tree: Tree, depths: torch.Tensor):
         committed = self.committed.committed
-        visible = visible_keys(committed, tree.ancestors().to(committed.device))  # [B, N, P + N]
+        ancestors = tree.ancestors().to(committed.device)
+        visible = visible_keys(committed, ancestors)  # [B, N, P + N]
         masks = {}
         for kind, window in self.windows.items():
-            seen = visible
+            seen, node_index = visible, None
             if window is not None:
                 lengths = torch.tensor(self.committed.lengths, device=committed.device)[:, None]
                 node_index = lengths + depths
                 key_index = torch.arange(self.committed.width, device=committed.device).expand(len(lengths), -1)
                 seen = visible & within_window(node_index, torch.cat((key_index, node_index), dim=1), window)
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
+            if self.attn_implementation == PRISM_TREE:
+                masks[kind] = attach_tree(masks[kind], ancestors, committed, node_index, window)
         return masks[None] if None in masks else masks
 
     def commit(self, kept: list[list[int]]) -> None:

@@ -277,7 +277,8 @@ if triton is not None:
             shape = (num_splits, num_batch, num_nodes, num_heads, head_dim)
             parts = torch.empty(shape, dtype=torch.float32, device=query.device)
             part_sums = torch.empty(shape[:-1], dtype=torch.float32, device=query.device)
-        _tree_attention_fwd_kernel[(*programs, num_splits)](
+        grid = (*programs, num_splits)
+        _tree_attention_fwd_kernel[grid](
             query,
             key,
             value,

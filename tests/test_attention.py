@@ -1,0 +1,102 @@
+"""prism_tree: the text and the logits of "sdpa" or "eager", with trees on the tree attention's own path."""
+
+import pytest
+import torch
+from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import transformers_prism.attention as attention
+from transformers_prism.attention import TreeMask, attach_tree
+
+pytestmark = pytest.mark.quick
+LENGTH = {"max_new_tokens": 20, "pad_token_id": PAD_ID, "do_sample": False}
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Query lengths of the calls that reach the tree attention."""
+    lengths = []
+    original = TreeMask.attend
+
+    def attend(self, query, *args):
+        lengths.append(query.shape[2])
+        return original(self, query, *args)
+
+    monkeypatch.setattr(TreeMask, "attend", attend)
+    return lengths
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_mixed_windows", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+@torch.no_grad()
+def test_text_is_that_of_plain_decoding(architecture, num_rows, attended):
+    """Left padding, sliding windows, soft-caps; every layer of every verification goes through the tree attention."""
+    input_ids, mask = prompts(num_rows)
+    target = tiny_target(architecture, attn_implementation="eager")
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    target.set_attn_implementation("prism_tree")
+    assert torch.equal(target.generate(input_ids, attention_mask=mask, **LENGTH), plain)
+    assert not attended
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+    assert torch.equal(output, plain)
+    assert max(attended) == 1 + draft.generation_config.tree_num_nodes
+    assert len(attended) == target.config.num_hidden_layers * max(draft.last_speculation.num_rounds)
+
+
+@torch.no_grad()
+def test_a_draft_on_prism_tree_drafts_the_same(attended):
+    """Its own steps run on the tree attention, too; accepted tokens and text stay."""
+    input_ids, mask = prompts(2)
+    target = tiny_target("llama", 3)
+    results = []
+    for implementation in ("sdpa", "prism_tree"):
+        draft = tiny_draft(target)
+        draft.set_attn_implementation(implementation)
+        output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+        results.append((output.tolist(), draft.last_speculation.accepted_per_round))
+        assert bool(attended) == (implementation == "prism_tree")
+    assert results[0] == results[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_prefill_logits_respect_padding(architecture):
+    """The mask function is registered with the implementation: without it padding would be attended to."""
+    input_ids, mask = prompts(3)
+    target = tiny_target(architecture, attn_implementation="eager")
+    expected = target(input_ids, attention_mask=mask).logits
+    target.set_attn_implementation("prism_tree")
+    found = target(input_ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+    unpadded = target(input_ids[:1]).logits
+    torch.testing.assert_close(unpadded, expected[:1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_mask_that_lost_its_tree_gives_the_same():
+    """A model may hand on a slice of the mask; the dense mask then decides."""
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    module = LlamaForCausalLM._from_config(
+        LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 9, "intermediate_size": 8})
+    ).model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 16, generator=generator)
+    key, value = (torch.randn(2, 2, 12, 16, generator=generator) for _ in range(2))
+    committed = torch.rand(2, 7, generator=generator) < 0.7
+    ancestors = torch.rand(2, 5, 5, generator=generator) < 0.5
+    ancestors |= torch.eye(5, dtype=torch.bool)
+    dense = torch.cat((committed[:, None].expand(-1, 5, -1), ancestors), dim=2)[:, None]
+    for softcap in (None, 2.0):
+        lost, _ = attention.prism_tree_attention(module, query, key, value, dense.clone(), 0.3, softcap=softcap)
+        kept, _ = attention.prism_tree_attention(
+            module, query, key, value, attach_tree(dense, ancestors, committed), 0.3, softcap=softcap
+        )
+        torch.testing.assert_close(lost, kept, atol=1e-5, rtol=0)
+
+
+def test_inputs_that_would_be_ignored_are_refused():
+    """Sinks of attention, as some models have them."""
+    states = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(ValueError, match="prism_tree: expected attention without s_aux, got Linear with it"):
+        attention.prism_tree_attention(torch.nn.Linear(1, 1), states, states, states, None, s_aux=torch.zeros(2))

@@ -1,0 +1,102 @@
+"""The attention implementation `prism_tree`: trees go to the tree attention kernel, everything else to SDPA.
+
+`model.set_attn_implementation("prism_tree")` gives a model whose prefill and ordinary calls are those of "sdpa", and
+whose forwards over a tree run on the kernel. The mask of such a forward is the dense one that SDPA would take, with the
+tree's compact form attached to it; a model that hands on something else than this very tensor gets the dense mask's
+result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
+this code was registered last.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .kernels.tree_attention import MAX_HEAD_DIM, pack_ancestors, tree_attention
+
+PRISM_TREE = "prism_tree"
+# Inputs of some models' attention that neither the kernel nor SDPA takes into account.
+_UNKNOWN_INPUTS = ("s_aux", "position_bias")
+
+
+@dataclass
+class TreeMask:
+    """What tree nodes see, in the form that the kernel takes; see [`tree_attention`].
+
+    Args:
+        ancestors (`torch.LongTensor` of shape `(B, N, W)`): bits over the uncommitted keys.
+        committed (`torch.BoolTensor` of shape `(B, P)`).
+        node_index (`torch.LongTensor` of shape `(B, R)`, *optional*), sliding_window (`int`, *optional*): of a window.
+    """
+
+    ancestors: torch.Tensor
+    committed: torch.Tensor
+    node_index: torch.Tensor | None = None
+    sliding_window: int | None = None
+
+    def attend(self, query, key, value, scale: float, softcap: float | None) -> torch.Tensor:
+        """Attention output `(B, N, H, E)`; arguments as an attention implementation of transformers gets them."""
+        return tree_attention(
+            query,
+            key,
+            value,
+            self.ancestors.to(query.device),
+            self.committed.to(query.device),
+            None if self.node_index is None else self.node_index.to(query.device),
+            self.sliding_window,
+            softcap,
+            scale,
+        )
+
+
+def attach_tree(mask: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor, node_index=None, sliding_window=None):
+    """Give a dense mask `(B, 1, N, P + R)` the tree's compact form; returns the same tensor.
+
+    Args:
+        mask (`torch.BoolTensor`): what each node sees.
+        ancestors (`torch.BoolTensor` of shape `(B, N, R)`): over the uncommitted keys.
+        committed, node_index, sliding_window: see [`TreeMask`].
+    """
+    mask.prism_tree = TreeMask(pack_ancestors(ancestors), committed, node_index, sliding_window)  # type: ignore[attr-defined]
+    return mask
+
+
+def prism_tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+    """An attention function of transformers.
+
+    Returns:
+        `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
+    Raises:
+        ValueError: for a model whose attention has inputs that this implementation would have to ignore.
+    """
+    unknown = [name for name in _UNKNOWN_INPUTS if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{PRISM_TREE}: expected attention without {unknown[0]}, got {type(module).__name__} with it")
+    tree = getattr(attention_mask, "prism_tree", None)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if tree is not None and value.shape == key.shape and query.shape[3] <= MAX_HEAD_DIM:
+        return tree.attend(query, key, value, scale, softcap), None
+    if softcap is not None:
+        return _capped_attention(query, key, value, attention_mask, scale, softcap), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> torch.Tensor:
+    """Attention with bounded scores, which SDPA lacks, `(B, N, H, E)`; without a mask it is causal."""
+    num_nodes, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        index = torch.arange(num_keys, device=query.device)
+        mask = index <= index[num_keys - num_nodes :, None]
+    num_repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(num_repeats, dim=1) for states in (key, value))
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap  # [B, H, N, K]
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+# An implementation without a mask function of its name would get no mask, padding included.
+AttentionInterface.register(PRISM_TREE, prism_tree_attention)
+AttentionMaskInterface.register(PRISM_TREE, sdpa_mask)
