@@ -26,7 +26,9 @@ def attended(monkeypatch):
     return lengths
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2_mixed_windows", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2_mixed_windows", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
+)
 @pytest.mark.parametrize("num_rows", [1, 3])
 @torch.no_grad()
 def test_text_is_that_of_plain_decoding(architecture, num_rows, attended):
@@ -77,9 +79,13 @@ def test_prefill_logits_respect_padding(architecture):
 def test_a_mask_that_lost_its_tree_gives_the_same():
     """A model may hand on a slice of the mask; the dense mask then decides."""
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    module = LlamaForCausalLM._from_config(
-        LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 9, "intermediate_size": 8})
-    ).model.layers[0].self_attn
+    module = (
+        LlamaForCausalLM._from_config(
+            LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 9, "intermediate_size": 8})
+        )
+        .model.layers[0]
+        .self_attn
+    )
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, 5, 16, generator=generator)
     key, value = (torch.randn(2, 2, 12, 16, generator=generator) for _ in range(2))

@@ -10,7 +10,9 @@ from transformers_prism.kernels.tree_attention import pack_ancestors, tree_atten
 pytestmark = pytest.mark.quick
 
 
-def make(num_rows=2, num_heads=4, num_groups=2, num_nodes=5, num_keys=None, num_prefix=40, head_dim=32, dtype=torch.float32):
+def make(
+    num_rows=2, num_heads=4, num_groups=2, num_nodes=5, num_keys=None, num_prefix=40, head_dim=32, dtype=torch.float32
+):
     """Random arguments: every row has left padding, holes and a random ancestor mask; NaN where nothing may be seen."""
     generator = torch.Generator().manual_seed(0)
     num_keys = num_keys or num_nodes
@@ -71,7 +73,9 @@ def test_ancestor_bits_hold_the_mask(num_nodes, num_keys):
 
 @pytest.mark.parametrize("sliding_window", [None, 9])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sizes", [{}, {"num_prefix": 0}, {"num_heads": 6, "num_groups": 1, "num_keys": 70, "scale": 0.3}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"num_prefix": 0}, {"num_heads": 6, "num_groups": 1, "num_keys": 70, "scale": 0.3}]
+)
 def test_reference_equals_the_loop(sliding_window, softcap, sizes):
     """Grouped heads, trees whose first nodes are no queries, an empty prefix."""
     scale = sizes.get("scale")
@@ -108,16 +112,34 @@ def test_tree_attention_says_what_is_wrong():
         ((query[0], key, value, ancestors, committed), r"query: expected 4 dimensions.* got \(4, 5, 32\)"),
         ((query[:0], key, value, ancestors, committed), r"query: expected 4 dimensions, none empty"),
         ((query.double(), key, value, ancestors, committed), r"query: expected dtype float32.* got torch.float64"),
-        ((query, key[:1], value, ancestors, committed), r"key: expected shape \(2, 'G', 'P \+ R', 32\), got \(1, 2, 45, 32\)"),
-        ((query, key, value[:, :1], ancestors, committed), r"value: expected shape \(2, 2, 45, 32\), got \(2, 1, 45, 32\)"),
+        (
+            (query, key[:1], value, ancestors, committed),
+            r"key: expected shape \(2, 'G', 'P \+ R', 32\), got \(1, 2, 45, 32\)",
+        ),
+        (
+            (query, key, value[:, :1], ancestors, committed),
+            r"value: expected shape \(2, 2, 45, 32\), got \(2, 1, 45, 32\)",
+        ),
         ((query[:, :3], key, value, ancestors, committed), r"query: expected a multiple of 2 heads, got 3"),
         ((query, key, value, ancestors, committed.int()), r"committed: expected dtype torch.bool, got torch.int32"),
-        ((query, key[:, :, :44], value[:, :, :44], ancestors, committed), r"key: expected 40 \+ 5 positions or more, got 44"),
-        ((query, key, value, ancestors[:, :4], committed), r"ancestors: expected shape \(2, 5, 'W'\), got \(2, 4, 1\)"),
+        (
+            (query, key[:, :, :44], value[:, :, :44], ancestors, committed),
+            r"key: expected 40 \+ 5 positions or more, got 44",
+        ),
+        (
+            (query, key, value, ancestors[:, :4], committed),
+            r"ancestors: expected shape \(2, 5, 'W'\), got \(2, 4, 1\)",
+        ),
         ((query, key, value, ancestors.int(), committed), r"ancestors: expected dtype torch.int64, got torch.int32"),
         ((query, key.half(), value, ancestors, committed), r"key: expected dtype torch.float32, got torch.float16"),
-        ((query, key, value, ancestors, committed, index), r"node_index: expected it with sliding_window and only then"),
-        ((query, key, value, ancestors, committed, index[:1], 4), r"node_index: expected shape \(2, 5\), got \(1, 5\)"),
+        (
+            (query, key, value, ancestors, committed, index),
+            r"node_index: expected it with sliding_window and only then",
+        ),
+        (
+            (query, key, value, ancestors, committed, index[:1], 4),
+            r"node_index: expected shape \(2, 5\), got \(1, 5\)",
+        ),
         ((query, key, value, ancestors, committed, index, 0), r"sliding_window: expected at least 1, got 0"),
         ((query, key, value, ancestors, committed, None, None, 0.0), r"softcap: expected more than 0, got 0.0"),
         ((query, key, value, ancestors, committed.to("meta")), r"committed: expected device cpu, got meta"),
@@ -169,7 +191,9 @@ def test_kernel_equals_the_loop(sizes, dtype):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("sliding_window", "softcap", "scale"), [(20, None, None), (None, 5.0, 0.5), (1, 3.0, None), (300, None, 0.2)])
+@pytest.mark.parametrize(
+    ("sliding_window", "softcap", "scale"), [(20, None, None), (None, 5.0, 0.5), (1, 3.0, None), (300, None, 0.2)]
+)
 @pytest.mark.parametrize("sizes", [SIZES[2], SIZES[5]], ids=str)
 def test_kernel_takes_windows_and_softcaps(sizes, sliding_window, softcap, scale):
     """Windows that leave out whole tiles, or nothing."""

@@ -51,7 +51,9 @@ class TreeMask:
         )
 
 
-def attach_tree(mask: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor, node_index=None, sliding_window=None):
+def attach_tree(
+    mask: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor, node_index=None, sliding_window=None
+):
     """Give a dense mask `(B, 1, N, P + R)` the tree's compact form; returns the same tensor.
 
     Args:

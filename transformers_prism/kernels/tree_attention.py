@@ -77,7 +77,19 @@ def tree_attention_reference(
 if triton is not None:
 
     @triton.jit
-    def _attend(query, keys, values, visible, output, row_max, row_sum, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    def _attend(
+        query,
+        keys,
+        values,
+        visible,
+        output,
+        row_max,
+        row_sum,
+        scale,
+        softcap,
+        HAS_SOFTCAP: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
         # One tile of keys [E, K] and values [K, E] into the running softmax, which is kept in powers of two.
         scores = tl.dot(query, keys, input_precision=PRECISION) * scale  # [M, K]
         if HAS_SOFTCAP:
@@ -179,7 +191,9 @@ if triton is not None:
             tree_key = start + tl.arange(0, BLOCK_K)
             is_key = tree_key < num_tree_keys
             # A tile is as wide as a word or a part of it.
-            word = tl.load(ancestors + (batch * num_nodes + node) * num_words + start // 64, mask=is_row, other=0)  # [M]
+            word = tl.load(
+                ancestors + (batch * num_nodes + node) * num_words + start // 64, mask=is_row, other=0
+            )  # [M]
             visible = ((word[:, None] >> (tree_key % 64).to(tl.int64)[None, :]) & 1) != 0
             visible = visible & is_key[None, :]
             if HAS_WINDOW:
@@ -203,7 +217,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_splits"])
     def _tree_attention_reduce_fwd_kernel(
-        parts, part_sums, output, num_cells, num_splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr
+        parts,
+        part_sums,
+        output,
+        num_cells,
+        num_splits,
+        HEAD_DIM: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        BLOCK_E: tl.constexpr,
     ):
         # One program: the parts of one query of one head.
         cell = tl.program_id(0).to(tl.int64)
@@ -244,7 +265,9 @@ if triton is not None:
         tiles = {"PRECISION": precision, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_E": block_e}
         return {**tiles, "num_warps": num_warps, "num_stages": 2}
 
-    def _num_splits(num_programs: int, num_rows: int, num_prefix: int, head_dim: int, itemsize: int, block_k: int) -> int:
+    def _num_splits(
+        num_programs: int, num_rows: int, num_prefix: int, head_dim: int, itemsize: int, block_k: int
+    ) -> int:
         """Parts of the prefix: enough programs, no part shorter than a tile, no more partial results than prefix."""
         wanted = triton.cdiv(_WANTED_PROGRAMS, num_programs)
         most = 2 * num_prefix * head_dim * itemsize // (4 * num_rows * (head_dim + 1))
@@ -372,7 +395,12 @@ def tree_attention(
     expect(ancestors.dtype == torch.int64, "ancestors", "dtype torch.int64", ancestors.dtype)
     limit = _WORD * ancestors.shape[2]
     expect(num_tree_keys <= limit, "key", f"a tree of at most {limit} nodes, the bits of ancestors", num_tree_keys)
-    expect((node_index is None) == (sliding_window is None), "node_index", "it with sliding_window and only then", node_index)
+    expect(
+        (node_index is None) == (sliding_window is None),
+        "node_index",
+        "it with sliding_window and only then",
+        node_index,
+    )
     if node_index is not None:
         shape = (num_batch, num_tree_keys)
         expect(tuple(node_index.shape) == shape, "node_index", f"shape {shape}", tuple(node_index.shape))

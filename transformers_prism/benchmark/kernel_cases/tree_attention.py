@@ -25,11 +25,23 @@ def _make(
     value = inputs.normal(1, num_groups, num_keys, head_dim, dtype=dtype)
     nodes = torch.arange(num_nodes, device=inputs.device)
     # Node n descends from nodes n // 2, n // 4, ...: as deep and as wide as a drafted tree.
-    ancestors = torch.stack([nodes == nodes[:, None] >> shift for shift in range(7)]).any(0) & (nodes <= nodes[:, None])
+    ancestors = torch.stack([nodes == nodes[:, None] >> shift for shift in range(7)]).any(0) & (
+        nodes <= nodes[:, None]
+    )
     depths = torch.stack([nodes >> shift > 0 for shift in range(7)]).sum(0)
     committed = torch.ones((1, num_prefix), dtype=torch.bool, device=inputs.device)
     node_index = None if sliding_window is None else (num_prefix + depths)[None]
-    return query, key, value, pack_ancestors(ancestors[None]), committed, node_index, sliding_window, softcap, head_dim**-0.5
+    return (
+        query,
+        key,
+        value,
+        pack_ancestors(ancestors[None]),
+        committed,
+        node_index,
+        sliding_window,
+        softcap,
+        head_dim**-0.5,
+    )
 
 
 def cases() -> list[KernelCase]:
