@@ -20,6 +20,8 @@ from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerpr
 from .cpu import PackedLinear, prepare_for_cpu
 from .drafting import Drafter
 from .generation import install, speculative_generate
+from .kernels.dispatch import use_triton
+from .kernels.fused_input_projection import fused_input_projection
 from .publishing import AUTO_MAP, write_published_files
 from .tree_policy import default_tree_settings
 
@@ -97,8 +99,8 @@ class PrismProcessingModule(nn.Module):
         return self.input_projection(torch.cat((embeddings, hidden_states), dim=-1))
 
     def forward(self, embeddings, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):
-        """The module over T positions; returns the predicted hidden states of shape `(B, T, D)`."""
-        hidden_states = self.project(embeddings, hidden_states)
+        """The layers over the residual stream of T positions, as [`~PrismProcessingModule.project`] returns it; returns
+        the predicted hidden states of shape `(B, T, D)`. Only the form "eagle3" needs the embeddings."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, embeddings, position_embeddings, attention_mask, past_key_values)
         return hidden_states
@@ -410,14 +412,29 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             attention_mask = create_causal_mask(
                 self.config, hidden_states, attention_mask, past_key_values, layer_idx=cache_layer
             )
+        embeddings, stream = self._enter(module, input_ids, hidden_states)
         output = module(
-            self.embed(input_ids),
-            hidden_states,
+            embeddings,
+            stream,
             self.rotary_emb(hidden_states, position_ids),
             attention_mask,
             past_key_values,
         )
         return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=past_key_values)
+
+    def _enter(self, module, input_ids, hidden_states):
+        """Token embeddings, or None where nothing behind the projection reads them, and the stream that enters the
+        module's layers."""
+        table = self.embed_tokens if self.embed_tokens is not None else self._require_target().embedding
+        projection = module.input_projection
+        # Subclasses, as of scaled embeddings or adapters, compute something else.
+        is_plain = type(table) is nn.Embedding and type(projection) is nn.Linear
+        if is_plain and use_triton("auto", self.device):
+            if (table.weight.device, table.weight.dtype) == (self.device, self.dtype):
+                parts = (table.weight, projection.weight, projection.bias)
+                return None, fused_input_projection(input_ids, hidden_states, *parts, self.config.embedding_scale)
+        embeddings = self.embed(input_ids)
+        return embeddings, module.project(embeddings, hidden_states)
 
     def _as_draft_hidden(self, input_ids, hidden_states, draft_step) -> torch.Tensor:
         config = self.config
