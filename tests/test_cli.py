@@ -12,6 +12,7 @@ from transformers_prism.benchmark.generate import bench_generate, summarize
 from transformers_prism.benchmark.modules import bench_modules, bootstrap_median
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
 from transformers_prism.cli import app
+from transformers_prism.publishing import weights_sha256
 
 pytestmark = pytest.mark.quick
 
@@ -123,6 +124,12 @@ def test_cli_bench_generate_writes_figures(tiny_folders, prompt_file, tmp_path, 
     assert [prompt["task"] for prompt in result["prompts"]] == ["mt_bench", "translation", "qa"]
     assert result["settings"]["tree_num_nodes"] == 7
     assert set(result["summary"]["round_ms"]) == {"draft", "verify", "rest"}
+    assert result["weights_sha256"] == weights_sha256(draft)
+    assert (result["kind"], result["settings"]["batch_size"]) == ("generate", 1)
+    assert "without a draft" in result["settings"]["baseline"]
+    assert set(result["tasks"]) == {"mt_bench", "translation", "qa"}
+    reached, accepted = result["summary"]["step_counts"][0]
+    assert 0 <= accepted <= reached
     assert result["summary"]["acceptance_length_pooled"] >= 1
     assert all(len(prompt["plain_seconds"]) == len(prompt["draft_seconds"]) == 2 for prompt in result["prompts"])
 

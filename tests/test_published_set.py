@@ -14,7 +14,7 @@ from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel
 
 import transformers_prism
-from transformers_prism.publishing import published_code, published_files, published_name
+from transformers_prism.publishing import published_code, published_files, published_name, weights_sha256
 
 pytestmark = pytest.mark.quick
 PACKAGE = Path(transformers_prism.__file__).parent
@@ -201,6 +201,20 @@ draft.save_pretrained({str(tmp_path / "again")!r}, max_shard_size="30KB")
     assert names == {str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file()}
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_the_weights_hash_knows_bits_and_not_files(saved, tmp_path):
+    """The same in one file or in shards; another for another bit or another dtype."""
+    draft = AutoModel.from_pretrained(saved[0])
+    draft.save_pretrained(tmp_path / "one")
+    assert not list((tmp_path / "one").glob("*.index.json"))
+    assert weights_sha256(tmp_path / "one") == weights_sha256(saved[0])
+    draft.bfloat16().save_pretrained(tmp_path / "narrow")
+    draft.float()
+    draft.fusion_layer.bias.data[0] += 1e-3
+    draft.save_pretrained(tmp_path / "other")
+    hashes = {weights_sha256(folder) for folder in (saved[0], tmp_path / "narrow", tmp_path / "other")}
+    assert len(hashes) == 3
 
 
 def test_with_the_package_its_own_classes_win(saved):

@@ -121,21 +121,25 @@ def verify(
     from rich.console import Console
 
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
-    from transformers_prism.benchmark.verify import as_json, check_table
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.verify import TREE, as_json, check_table
     from transformers_prism.benchmark.verify import verify as verify_draft
     from transformers_prism.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, load_pair
+    from transformers_prism.publishing import weights_sha256
 
     with user_errors():
         questions = list(PROMPTS)
         if prompts is not None:
             questions = [record["turns"][0] for record in choose_prompts(read_prompts(prompts), num_prompts)]
         target_model, tokenizer, draft_model = load_pair(target, draft)
+        weights = weights_sha256(draft or SHIPPED_DRAFT)
         inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]
         checks = verify_draft(target_model, draft_model, inputs, max_new_tokens, seed)
     Console().print(check_table(checks))
     figures = as_json(checks)
-    settings = {"draft": draft or SHIPPED_DRAFT.name, "max_new_tokens": max_new_tokens, "seed": seed}
-    write_json(json_file, target_model, settings, figures)
+    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "num_prompts": len(questions), **TREE}
+    write_record(json_file, "verify", target_model, settings, figures, weights)
+    report_file(json_file)
     typer.echo("lossless: all of it holds" if figures["holds"] else "NOT lossless, or the control was not caught")
     raise typer.Exit(0 if figures["holds"] else 1)
 
@@ -168,7 +172,9 @@ def bench_generate_command(
 
     from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
+    from transformers_prism.benchmark.record import write_record
     from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_pair
+    from transformers_prism.publishing import weights_sha256
 
     logging.disable_progress_bar()
     console = Console()
@@ -183,6 +189,7 @@ def bench_generate_command(
     with user_errors():
         records = choose_prompts(read_prompts(prompts), num_prompts)
         target_model, tokenizer, draft_model = load_pair(target, draft, packed)
+        weights = weights_sha256(draft or SHIPPED_DRAFT)
         draft_model.generation_config.update(**tree_settings)
         results = bench_generate(
             target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
@@ -197,14 +204,17 @@ def bench_generate_command(
         soft_wrap=True,
     )
     run = {
+        "prompts": prompts.name,
+        "batch_size": 1,
+        "baseline": BASELINE,
         "generate": settings,
         "repeat": repeat,
         "seed": seed,
         "packed": packed,
-        "draft": draft or SHIPPED_DRAFT.name,
     }
     tree_used = {name: getattr(draft_model.generation_config, name, None) for name in ("tree", *_TREE_NAMES)}
-    write_json(json_file, target_model, {**run, **tree_used}, as_json(results))
+    write_record(json_file, "generate", target_model, {**run, **tree_used}, as_json(results), weights)
+    report_file(json_file)
 
 
 @bench_app.command("modules")
@@ -222,6 +232,7 @@ def bench_modules_command(
     from transformers.utils import logging
 
     from transformers_prism.benchmark.modules import MAX_RATIO, bench_modules
+    from transformers_prism.benchmark.record import write_record
     from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
@@ -239,7 +250,8 @@ def bench_modules_command(
         f"median ratio of pairs {result.median_ratio:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
         + ("met" if result.is_within_bar else "not met")
     )
-    write_json(json_file, target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
+    write_record(json_file, "modules", target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
+    report_file(json_file)
 
 
 @bench_app.command("kernels")
@@ -284,30 +296,13 @@ def bench_kernels_command(
 
 
 _TREE_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
+BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"
 
 
-def write_json(path: Path | None, target, settings: dict, figures: dict) -> None:
-    """Write figures with what they were measured on and with; nothing without a path."""
-    if path is None:
-        return
-    import torch
-    import transformers
-
-    from transformers_prism import __version__
-
-    measured_on = {
-        "target": target.config._name_or_path,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": target.device.type,
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "transformers_prism": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    path.write_text(json.dumps({**measured_on, "settings": settings, **figures}, indent=2) + "\n")
-    typer.echo(f"wrote {path}")
+def report_file(path: Path | None) -> None:
+    """Say that a file was written, if it was asked for."""
+    if path is not None:
+        typer.echo(f"wrote {path}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -321,11 +316,15 @@ def train(context: typer.Context):
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or name on the Hub: a draft of others, or with --to one of ours.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or name on the Hub: a draft of others, or with --to one of ours.")
+    ],
     destination: Annotated[str, typer.Argument(help="Folder to write; must be empty or not there.")],
     from_form: Annotated[
         Literal["prism-artifact", "sglang", "eagle", "eagle3"] | None,
-        typer.Option("--from", help="Form of the source: the PRISM authors' PyTorch or SGLang code, EAGLE-1/2 or HASS, EAGLE-3."),
+        typer.Option(
+            "--from", help="Form of the source: the PRISM authors' PyTorch or SGLang code, EAGLE-1/2 or HASS, EAGLE-3."
+        ),
     ] = None,
     to_form: Annotated[
         Literal["sglang", "eagle", "eagle3"] | None, typer.Option("--to", help="Form to write a draft of ours in.")
@@ -333,7 +332,9 @@ def convert(
     target: Annotated[str | None, typer.Option(help="The target: folder or name on the Hub.")] = None,
     context_kv: Annotated[
         Literal["prefill_module", "own_module"],
-        typer.Option(help="With --from: whose keys and values later steps see, as the authors decode, or as they train."),
+        typer.Option(
+            help="With --from: whose keys and values later steps see, as the authors decode, or as they train."
+        ),
     ] = "prefill_module",
     num_target_layers: Annotated[
         int | None, typer.Option(help="With --from: decoder layers of the target, where --target is not given.")

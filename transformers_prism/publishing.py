@@ -6,12 +6,16 @@ within one folder only, so that `kernels/x.py` is published as `kernels_x.py`; t
 it, and nothing else does.
 """
 
+import hashlib
+import json
 import re
 import shutil
 import warnings
 from pathlib import Path
 
-from transformers.utils import cached_file
+import torch
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 AUTO_MAP = {
     "AutoConfig": "configuration_prism.PrismConfig",
@@ -72,6 +76,36 @@ def write_published_files(folder: str | Path, loaded_from: str, revision: str | 
             _copy(source, Path(folder) / name)
         else:
             warnings.warn(f"{name} is not where this draft was loaded from; the saved draft lacks it", stacklevel=3)
+
+
+def weights_sha256(source: str | Path, revision: str | None = None) -> str:
+    """What a draft's weights are, bit for bit, in however many files they lie.
+
+    Args:
+        source (`str` or `Path`): the draft's folder or repository.
+        revision (`str`, *optional*): of the repository.
+    Returns:
+        `str`: sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
+    Raises:
+        OSError: if there are no safetensors weights.
+    """
+
+    def find(name: str, is_needed: bool = True) -> str | None:
+        return cached_file(str(source), name, revision=revision, _raise_exceptions_for_missing_entries=is_needed)
+
+    index = find(SAFE_WEIGHTS_INDEX_NAME, is_needed=False)
+    if index is None:
+        files = {"all": SAFE_WEIGHTS_NAME}
+    else:
+        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(set(files.values())):
+        tensors.update(load_state_dict(find(file)))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _copy(source: Path, destination: Path) -> None:

@@ -1,7 +1,7 @@
 """Decoding with and without a draft, on the same prompts, in turn, in one process.
 
-    transformers-prism bench generate --prompts spec_bench.jsonl --num-prompts 8 --json result.json
-    transformers-prism bench generate --prompts spec_bench.jsonl --num-prompts 1 --max-new-tokens 16 --repeat 1
+transformers-prism bench generate --prompts spec_bench.jsonl --num-prompts 8 --json result.json
+transformers-prism bench generate --prompts spec_bench.jsonl --num-prompts 1 --max-new-tokens 16 --repeat 1
 """
 
 import statistics
@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 from transformers_prism.benchmark.prompts import task_of
+from transformers_prism.speculation import Speculation
 
 
 @dataclass
@@ -30,6 +31,8 @@ class PromptResult:
         num_rounds, num_committed: rounds, and tokens that they committed.
         plain_seconds, draft_seconds: whole generate() calls, one per repeat.
         round_seconds: per repeat, the host's seconds in "draft", "verify", "commit" and "other" of all rounds.
+        step_counts: for draft step i, rounds whose tree was drafted deeper than i and that accepted i tokens, and how
+            many of them accepted the next as well.
         declined: why the draft was not used; None if it was.
     """
 
@@ -46,6 +49,7 @@ class PromptResult:
     plain_seconds: list[float] = field(default_factory=list)
     draft_seconds: list[float] = field(default_factory=list)
     round_seconds: list[dict[str, float]] = field(default_factory=list)
+    step_counts: list[list[int]] = field(default_factory=list)
     declined: str | None = None
 
     @property
@@ -105,6 +109,7 @@ def _time_both(target, draft, inputs: dict, settings: dict, seed: int, result: P
     result.num_rounds = sum(speculation.num_rounds)
     result.num_committed = sum(speculation.num_committed)
     result.acceptance_length = speculation.acceptance_length
+    result.step_counts = count_steps(speculation)
     result.declined = speculation.declined
     if not torch.equal(plain, speculated) and result.is_identical:
         result.is_identical = False
@@ -113,6 +118,18 @@ def _time_both(target, draft, inputs: dict, settings: dict, seed: int, result: P
         position = int(differing[0]) if len(differing) else shared
         result.first_difference = position - result.num_prompt_tokens
         result.logit_gap = _logit_gap(target, plain[:, :position])
+
+
+def count_steps(speculation: Speculation) -> list[list[int]]:
+    """How often each draft step was reached and accepted, in the first row, as in [`PromptResult`]."""
+    counts: list[list[int]] = []
+    for num_accepted, tree in zip(speculation.accepted_per_round[0], speculation.trees, strict=True):
+        reached = min(num_accepted + 1, tree.num_steps)
+        counts += [[0, 0] for _ in range(reached - len(counts))]
+        for step in range(reached):
+            counts[step][0] += 1
+            counts[step][1] += num_accepted > step
+    return counts
 
 
 def _run(target, inputs: dict, settings: dict, seed: int):
@@ -133,7 +150,7 @@ def summarize(results: list[PromptResult]) -> dict:
     """Figures over all prompts: tau pooled and as the mean over prompts, ms of a round, tokens/s of both ways.
 
     Tokens per second are all new tokens over the sum of the prompts' median seconds, prefill included. Milliseconds of
-    a round are means over all rounds of all repeats; "rest" is commit and other.
+    a round are means over all rounds of all repeats; "rest" is commit and other. Range of the prompts' ratios beside it.
     """
     repeats = [len(result.plain_seconds) for result in results]
     num_rounds = sum(result.num_rounds * count for result, count in zip(results, repeats, strict=True))
@@ -164,15 +181,28 @@ def summarize(results: list[PromptResult]) -> dict:
             "verify": seconds["verify"] * per_round,
             "rest": (seconds["commit"] + seconds["other"]) * per_round,
         },
+        "step_counts": _sum_counts([result.step_counts for result in results]),
         "plain_tokens_per_second": plain,
         "draft_tokens_per_second": draft,
         "ratio": draft / plain,
+        "lowest_ratio": min(result.ratio for result in results),
+        "highest_ratio": max(result.ratio for result in results),
     }
 
 
+def _sum_counts(parts: list[list[list[int]]]) -> list[list[int]]:
+    deepest = max(map(len, parts), default=0)
+    return [[sum(part[step][i] for part in parts if len(part) > step) for i in (0, 1)] for step in range(deepest)]
+
+
 def as_json(results: list[PromptResult]) -> dict:
-    """What the JSON file holds beside the run's settings."""
-    return {"summary": summarize(results), "prompts": [{**asdict(result), "ratio": result.ratio} for result in results]}
+    """What the JSON file holds beside the run's settings: figures over all prompts, for each task, for each prompt."""
+    tasks = {result.task: [one for one in results if one.task == result.task] for result in results}
+    return {
+        "summary": summarize(results),
+        "tasks": {task: summarize(members) for task, members in tasks.items()},
+        "prompts": [{**asdict(result), "ratio": result.ratio} for result in results],
+    }
 
 
 def result_table(results: list[PromptResult], caption: str) -> Table:
@@ -184,7 +214,8 @@ def result_table(results: list[PromptResult], caption: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True, min_width=max(4, *map(len, name.splitlines())))
     for result in results:
         plain, draft = (
-            result.num_new_tokens / statistics.median(seconds) for seconds in (result.plain_seconds, result.draft_seconds)
+            result.num_new_tokens / statistics.median(seconds)
+            for seconds in (result.plain_seconds, result.draft_seconds)
         )
         table.add_row(
             f"{result.task} {result.question_id}",

@@ -1,0 +1,49 @@
+"""The JSON file of a measurement says what its figures belong to."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_target
+
+from transformers_prism.benchmark.generate import count_steps
+from transformers_prism.benchmark.record import hardware, write_record
+from transformers_prism.speculation import RoundTree, Speculation
+
+pytestmark = pytest.mark.quick
+
+
+def test_a_record_names_machine_weights_and_command(tmp_path, monkeypatch):
+    """Without folders of this machine in the command."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/transformers-prism", "bench", "--prompts", "/home/me/p.jsonl"])
+    path = tmp_path / "record.json"
+    write_record(path, "generate", tiny_target(), {"tree": "auto"}, {"summary": {}}, "00ff")
+    record = json.loads(path.read_text())
+    assert record["command"] == "transformers-prism bench --prompts p.jsonl"
+    assert record["weights_sha256"] == "00ff"
+    assert (record["kind"], record["dtype"], record["device"]) == ("generate", "float32", "cpu")
+    assert record["hardware"] == hardware(torch.device("cpu"))
+    assert record["hardware"].endswith("cores")
+    assert set(record["versions"]) == {"transformers_prism", "torch", "transformers"}
+    assert record["settings"] == {"tree": "auto"}
+
+
+def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+    """As the commands are run without --json."""
+    monkeypatch.chdir(tmp_path)
+    write_record(None, "generate", tiny_target(), {}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_are_counted_where_they_were_drafted():
+    """A round counts for a step only if its tree was drafted that deep and everything before was accepted."""
+    speculation = Speculation.empty(1)
+    for num_emitted, num_steps in ((3, 3), (1, 3), (3, 2), (1, 0)):
+        speculation.add_round(0, num_emitted)
+        speculation.trees.append(RoundTree(num_steps, 5))
+    # Accepted 2 of 3, 0 of 3, 2 of 2 steps; the last round drafted nothing.
+    assert count_steps(speculation) == [[3, 2], [2, 2], [1, 0]]
+    # With trees of one depth, the shares are those of the statistics.
+    del speculation.trees[2:], speculation.accepted_per_round[0][2:]
+    shares = [accepted / reached for reached, accepted in count_steps(speculation)]
+    assert shares == pytest.approx(speculation.conditional_acceptance)
