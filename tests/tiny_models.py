@@ -231,3 +231,28 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="w3", pad_token="w0", eos_token="w1", bos_token="w2"
     )
+
+
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}{{ '<' + turn['role'] + '> ' + turn['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Like `word_tokenizer`, with a chat template: tokens 1, 4, 5 and 6 end a turn and begin one of user, assistant and
+    system."""
+    special = ("<pad>", "<end>", "<begin>", "<unknown>", "<user>", "<assistant>", "<system>")
+    vocabulary = {word: index for index, word in enumerate(special)}
+    vocabulary.update({f"w{index}": index for index in range(len(special), VOCAB_SIZE)})
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unknown>",
+        pad_token="<pad>",
+        eos_token="<end>",
+        bos_token="<begin>",
+        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(special[4:]),
+    )

@@ -1,0 +1,280 @@
+"""Conversations that a target writes itself: its own answers exactly, the same after a stop, shared out, filtered."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
+from typer.testing import CliRunner
+
+from transformers_prism.cli import app
+from transformers_prism.training.conversations import Contamination, read_conversations
+from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer, synthesize
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
+
+USER, ASSISTANT, SYSTEM = 4, 5, 6
+# A random target says anything at any time; it ends a turn once in a dozen tokens.
+SETTINGS = {
+    "batch_size": 4,
+    "temperatures": (0.0, 1.0),
+    "top_k": VOCAB_SIZE,
+    "user_temperature": 2.0,
+    "user_top_k": VOCAB_SIZE,
+    "max_user_tokens": 60,
+    "max_answer_tokens": 24,
+    "max_length": 250,
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    target = tiny_target("llama", seed=1, max_position_embeddings=512, eos_token_id=EOS_ID)
+    with torch.no_grad():
+        target.lm_head.weight[EOS_ID] = target.lm_head.weight.norm(dim=1).max() * torch.nn.functional.normalize(
+            target.lm_head.weight[EOS_ID], dim=0
+        )
+    return target
+
+
+@pytest.fixture
+def brief_target():
+    """Any of a dozen tokens ends its turn, so that greedy answers end early, too."""
+    target = tiny_target("llama", seed=1, max_position_embeddings=512)
+    target.generation_config.eos_token_id = [EOS_ID, *range(60, 72)]
+    return target
+
+
+def chats(num_chats: int, num_turns: int = 1):
+    return [
+        [{"role": "user", "content": f"w{10 + chat} w{11 + chat} w{40 + turn}"} for turn in range(num_turns)]
+        for chat in range(num_chats)
+    ]
+
+
+def run(target, folder, given=None, **overrides):
+    arguments = {name: overrides.pop(name) for name in ("contamination", "part", "report") if name in overrides}
+    config = SynthesisConfig(**{"num_tokens": 1500, **SETTINGS, **overrides})
+    return synthesize(target, chat_tokenizer(), config, folder, given, **arguments)
+
+
+def written(folder):
+    return read_conversations(folder, VOCAB_SIZE)
+
+
+def indices(folder):
+    import pyarrow.parquet
+
+    return [index for path in sorted(folder.glob("*.parquet")) for index in pyarrow.parquet.read_table(path)["index"].to_pylist()]
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_generates(tmp_path, brief_target):
+    """Every row gets the answer that generate() gives to its prompt alone, though rows end and begin beside it."""
+    given, target = chats(11), brief_target
+    run(target, tmp_path, given, num_tokens=10**6, temperatures=(0.0,), max_answer_tokens=20)
+    found = {tuple(one.input_ids[: one.prompt_length]): one for one in written(tmp_path)}
+    assert len({len(one.input_ids) for one in found.values()}) > 2  # they end at different times
+    assert len(found) > 6
+    for chat in given:
+        ids = chat_tokenizer().apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        plain = target.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0].tolist()
+        if len(plain) == len(ids) + 1:
+            assert tuple(ids) not in found  # an answer without words is left out
+            continue
+        assert list(found[tuple(ids)].input_ids) == plain
+        assert found[tuple(ids)].assistant_spans == ((len(ids), len(plain)),)
+
+
+def test_own_user_turns_follow_the_template(tmp_path, target):
+    """User turns and answers stand where the template puts them, and only answers are marked."""
+    summary = run(target, tmp_path, max_turns=3, system_prompts=("w30 w31",), seed=3)
+    found = written(tmp_path)
+    assert summary["num_tokens"] == sum(len(one.input_ids) for one in found) >= 1500
+    assert max(len(one.assistant_spans) for one in found) > 1
+    for one in found:
+        ids = one.input_ids
+        assert ids[:5] == (SYSTEM, 30, 31, EOS_ID, USER)
+        position = 5
+        for start, end in one.assistant_spans:
+            assert ids[start - 2 : start] == (EOS_ID, ASSISTANT)
+            assert start - 2 - position >= 3  # a user turn of some words
+            assert EOS_ID not in ids[position : start - 2]
+            assert EOS_ID not in ids[start : end - 1]
+            if end < len(ids):
+                assert ids[end - 1 : end + 1] == (EOS_ID, USER)
+            position = end + 1
+        assert one.assistant_spans[-1][1] == len(ids)
+        assert ids[-1] == EOS_ID or len(ids) - one.assistant_spans[-1][0] == 24
+
+
+def test_topics_begin_user_turns(tmp_path, target, monkeypatch):
+    from transformers_prism.training import synthesis
+
+    monkeypatch.setitem(synthesis.TOPICS, "code", ("w50 w51",))
+    run(target, tmp_path, topics=("code",), topic_share=0.5)
+    begins = [one.input_ids[1:3] == (50, 51) for one in written(tmp_path)]
+    assert 0.2 < sum(begins) / len(begins) < 0.8
+
+
+def test_later_user_turns_are_taken_as_given(tmp_path, brief_target):
+    run(brief_target, tmp_path, chats(4, num_turns=3), num_tokens=10**6, max_turns=3, temperatures=(1.0,))
+    assert sum(len(one.assistant_spans) for one in written(tmp_path)) > 4
+    for one in written(tmp_path):
+        for turn, (start, _) in enumerate(one.assistant_spans):
+            assert one.input_ids[start - 3] == 40 + turn
+            assert one.input_ids[start - 6] == USER
+
+
+def test_temperatures_are_the_targets_distribution(tmp_path, target):
+    """The first answer tokens of many conversations with one prompt are drawn as softmax says."""
+    ids = chat_tokenizer().apply_chat_template(chats(1)[0], add_generation_prompt=True)["input_ids"]
+    config = SynthesisConfig(num_tokens=1, **{**SETTINGS, "temperatures": (1.5,), "top_k": 4, "max_answer_tokens": 1})
+    synthesizer = Synthesizer(target, chat_tokenizer(), config, chats(1) * 600)
+    counts = torch.zeros(VOCAB_SIZE)
+    for row in synthesizer.run(iter(range(600))):
+        counts[row.tokens[-1]] += 1
+    with torch.no_grad():
+        values, tokens = target(torch.tensor([ids])).logits[0, -1].topk(4)
+    expected = 600 * (values / 1.5).softmax(dim=-1)
+    assert counts.sum() == counts[tokens].sum() == 600
+    chi_square = ((counts[tokens] - expected) ** 2 / expected).sum()
+    assert chi_square < 16.3  # the 99.9th percentile with three degrees of freedom
+
+
+# --- the same run, however it is cut -----------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, target):
+    """Stopped at several places, the shards of the end hold the same tokens as those of one run."""
+    whole = run(target, tmp_path / "whole", num_tokens=6000)
+    expected = written(tmp_path / "whole")
+    assert whole["num_shards"] > 2
+
+    def stop_after(num_reports):
+        def report(progress):
+            nonlocal num_reports
+            num_reports -= 1
+            if num_reports == 0:
+                raise KeyboardInterrupt
+
+        return report
+
+    for num_reports in (3, 70, 90):
+        with pytest.raises(KeyboardInterrupt):
+            run(target, tmp_path / "cut", num_tokens=6000, report=stop_after(num_reports))
+    # What was being written when the process died does not count.
+    (tmp_path / "cut" / "part-000-00001.1234").write_bytes(b"half a shard")
+    assert run(target, tmp_path / "cut", num_tokens=6000) == whole
+    assert written(tmp_path / "cut") == expected
+    # A run that has ended writes nothing more.
+    assert run(target, tmp_path / "cut", num_tokens=6000) == whole
+
+
+def test_conversations_do_not_depend_on_the_batch(tmp_path, target):
+    for batch_size in (2, 7):
+        run(target, tmp_path / str(batch_size), batch_size=batch_size)
+    assert written(tmp_path / "2") == written(tmp_path / "7")
+
+
+def test_processes_share_the_work(tmp_path, target):
+    """Two parts write disjoint numbers into one folder; each number holds what one process would have written."""
+    summaries = [run(target, tmp_path / "two", part=(index, 2)) for index in range(2)]
+    assert min(summary["num_tokens"] for summary in summaries) >= 750
+    shared = dict(zip(indices(tmp_path / "two"), written(tmp_path / "two"), strict=True))
+    assert {index % 2 for index in shared} == {0, 1}
+    run(target, tmp_path / "one", num_tokens=3000)
+    alone = dict(zip(indices(tmp_path / "one"), written(tmp_path / "one"), strict=True))
+    common = shared.keys() & alone.keys()
+    assert len(common) > 10
+    assert all(shared[index] == alone[index] for index in common)
+
+
+def test_another_run_is_not_gone_on_with(tmp_path, target):
+    run(target, tmp_path)
+    with pytest.raises(ValueError, match="expected a run with config=.* use another folder"):
+        run(target, tmp_path, seed=1)
+    with pytest.raises(ValueError, match="expected a run with source=\"the target's own user turns\" as it began, got '2 given"):
+        run(target, tmp_path, chats(2))
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["target"]["vocab_size"] == VOCAB_SIZE
+    assert provenance["config"]["seed"] == 0
+    assert len(provenance["chat_template_sha256"]) == 16
+
+
+# --- what is left out --------------------------------------------------------------------------------------------
+
+
+def test_duplicates_and_benchmark_prompts_are_left_out(tmp_path, target):
+    given = [*chats(4), *chats(2)]
+    contamination = Contamination(chat_tokenizer(), ["w13 w14 w40"])
+    summary = run(target, tmp_path, given, num_tokens=10**6, contamination=contamination)
+    assert summary["left_out"] == {"duplicate": 2, "holds a benchmark's prompt": 1}
+    assert indices(tmp_path) == [0, 1, 2]
+
+
+def test_loops_are_left_out(tmp_path):
+    """A target that says one word for ever teaches a draft nothing."""
+    target = tiny_target("llama", seed=1, eos_token_id=EOS_ID)
+    with torch.no_grad():
+        target.lm_head.weight.zero_()  # the first of equal logits is w0
+    summary = run(target, tmp_path, chats(3), num_tokens=10**6, temperatures=(0.0,))
+    assert summary == {"num_conversations": 0, "num_tokens": 0, "left_out": {"answer ends in a loop": 3}, "num_shards": 1}
+
+
+def test_what_does_not_fit_is_left_out(tmp_path, target):
+    given = [[{"role": "user", "content": "w10 " * 300}], [{"role": "assistant", "content": "w9"}], *chats(1)]
+    summary = run(target, tmp_path, given, num_tokens=10**6)
+    assert summary["left_out"] == {"prompt too long": 1, "no user turn": 1}
+    assert summary["num_conversations"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"topics": ("cooking",)}, "topics: expected some of code, math, writing, translation, got 'cooking'"),
+        ({"temperatures": (-1.0,)}, "temperatures: expected numbers of at least 0"),
+        ({"temperatures": ()}, "temperatures: expected numbers of at least 0"),
+        ({"max_length": 80}, "max_length: expected at least 84, room for a user turn and an answer, got 80"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SynthesisConfig(num_tokens=10, **{**SETTINGS, **settings})
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def test_commands(tmp_path, target, monkeypatch):
+    """synthesize, data preview and train, one after the other."""
+    loaded = lambda *_, **__: (target, chat_tokenizer())  # noqa: E731
+    monkeypatch.setattr("transformers_prism.target.load_target", loaded)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", loaded)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(40)))
+    data = str(tmp_path / "data")
+    options = ["--num-tokens", "400", "--batch-size", "4", "--max-answer-tokens", "12", "--prompts", str(prompts)]
+    result = CliRunner().invoke(app, ["synthesize", "--output", data, *options, "--no-packed"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.output.splitlines()[-1])
+    assert summary["num_tokens"] >= 400
+    result = CliRunner().invoke(app, ["data", "preview", "--data", data, "--count", "2"])
+    assert result.exit_code == 0, result.output
+    assert "w10 w11 w40" in result.output
+    assert json.loads(result.output.splitlines()[-1])["num_conversations"] == summary["num_conversations"]
+    result = CliRunner().invoke(app, ["synthesize", "--output", data, *options, "--seed", "2"])
+    assert result.exit_code == 1
+    assert "error: data: expected a run with config=" in result.output
+
+
+def test_bench_compares_equal_answers(tmp_path, target, monkeypatch):
+    from transformers_prism.benchmark.synthesize import bench_synthesize
+
+    figures = bench_synthesize(target, chat_tokenizer(), chats(6), batch_size=3, max_new_tokens=8, repeat=1)
+    assert figures["num_identical"] == figures["num_prompts"] == 6
+    assert figures["num_tokens"]["generate"] == figures["num_tokens"]["synthesize"] > 6
+    assert figures["ratio"] > 0

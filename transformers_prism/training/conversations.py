@@ -1,0 +1,455 @@
+"""Conversations as token ids: what training learns from, where it comes from, and which tokens are the target's own.
+
+Sources are Parquet shards of `transformers-prism synthesize`, JSON lines of token ids (`input_ids` with
+`assistant_spans` or `prompt_length`), and JSON lines of chats in the usual forms, which are rendered by the target's
+chat template. An assistant span `[start, end)` holds an answer with the token that ends its turn.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# A shared run of so many tokens marks a text as known from a benchmark.
+CONTAMINATION_NGRAM = 13
+# An answer loops if its end is one run of tokens three times over, at least so many tokens in all.
+_LOOP_REPEATS, _LOOP_MIN_TOKENS, _LOOP_MAX_PERIOD = 3, 24, 64
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids of a conversation.
+
+    Args:
+        input_ids: the whole conversation, template included.
+        assistant_spans: `(start, end)` of each answer, rising and apart from each other.
+    """
+
+    input_ids: tuple[int, ...]
+    assistant_spans: tuple[tuple[int, int], ...]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first answer."""
+        return self.assistant_spans[0][0]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(end - start for start, end in self.assistant_spans)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_conversations(
+    paths, vocab_size: int, max_length: int | None = None, tokenizer=None
+) -> list[Conversation]:
+    """Read conversations of token ids, or finished chats.
+
+    Args:
+        paths (`str`, path, or a list of them): JSON lines, gzipped if the name ends in `.gz`, or folders of Parquet
+            shards; several are read one after the other.
+        vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
+        max_length (`int`, *optional*): tokens that are kept of each conversation; cut ones are counted in a warning.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; renders JSON lines of chats ([`read_chats`]).
+    Returns:
+        `list[Conversation]`: those with at least one answer token after the cut, in order.
+    Raises:
+        FileNotFoundError: if a source is not there.
+        ValueError: if a line or shard cannot be read, or if nothing is left, saying where, expected and got.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    kept, num_cut, num_empty = [], 0, 0
+    for path in map(Path, paths):
+        for conversation in _conversations(path, vocab_size, tokenizer):
+            shortened = shorten(conversation, max_length)
+            num_cut += shortened is not None and len(shortened.input_ids) < len(conversation.input_ids)
+            if shortened is None:
+                num_empty += 1
+            else:
+                kept.append(shortened)
+    names = ", ".join(path.name for path in map(Path, paths))
+    if not kept:
+        raise ValueError(f"data: expected at least one conversation with an answer in {names}, got none")
+    if num_empty or num_cut:
+        logger.warning(
+            "%d of %d conversations have no answer and are left out; %d are cut at %s tokens.",
+            num_empty,
+            num_empty + len(kept),
+            num_cut,
+            max_length,
+        )
+    return kept
+
+
+def shorten(conversation: Conversation, max_length: int | None) -> Conversation | None:
+    """The beginning of a conversation, `max_length` tokens at most; None if no answer to learn from is left."""
+    input_ids = conversation.input_ids[:max_length]
+    spans = tuple((start, min(end, len(input_ids))) for start, end in conversation.assistant_spans)
+    spans = tuple((start, end) for start, end in spans if start < end)
+    # A row of the draft joins three tokens: one whose state it reads, the next, and the one that it predicts.
+    if len(input_ids) < 3 or not spans:
+        return None
+    return Conversation(input_ids, spans)
+
+
+def split_conversations(
+    num_conversations: int, validation_share: float, num_training: int = 0, num_validation: int = 0
+) -> tuple[list[int], list[int]]:
+    """Indices for training and for validation, which is the end of the data.
+
+    Args:
+        num_conversations (`int`): of all.
+        validation_share (`float`): held out, above 0 and below 1.
+        num_training, num_validation (`int`): use the first so many of each part; 0 is all.
+    Raises:
+        ValueError: if there are too few conversations for both.
+    """
+    first_held_out = num_conversations - math.ceil(num_conversations * validation_share)
+    if first_held_out < 1:
+        raise ValueError(f"data: expected at least 2 conversations (training and validation), got {num_conversations}")
+    validation = list(range(first_held_out, num_conversations))[: num_validation or None]
+    return list(range(first_held_out))[: num_training or None], validation
+
+
+def _conversations(path: Path, vocab_size: int, tokenizer) -> Iterator[Conversation]:
+    if tokenizer is not None and path.is_file() and path.suffix != ".parquet":
+        _, first = next(_lines(path), ("", "input_ids"))
+        if "input_ids" not in first:
+            for number, chat in enumerate(read_chats(path), start=1):
+                yield masked_conversation(tokenizer, chat, f"{path.name}, chat {number}")
+            return
+    for where, row in _rows(path):
+        yield _checked(row, where, vocab_size)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each row of a source, with where it stands."""
+    if path.is_dir():
+        shards = sorted(path.glob("*.parquet"))
+        if not shards:
+            raise FileNotFoundError(f"data: expected Parquet shards in {path.name!r}, got none")
+        for shard in shards:
+            yield from _parquet_rows(shard)
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"data: expected a file of conversations, got {path.name!r}, which is not there")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    for where, line in _lines(path):
+        try:
+            row = json.loads(line)
+            if "assistant_spans" not in row:
+                row = {**row, "assistant_spans": [[row["prompt_length"], len(row["input_ids"])]]}
+            yield where, {"input_ids": row["input_ids"], "assistant_spans": row["assistant_spans"]}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{where}: expected a JSON object with input_ids and prompt_length or assistant_spans, "
+                f"got {line.strip()[:60]!r}"
+            ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path.name}, line {number}", line
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"data: expected JSON lines (gzipped if named .gz) in {path.name}, got: {error}"
+            ) from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path, columns=["input_ids", "assistant_spans"]).to_pylist()
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors derive from these
+        raise ValueError(f"data: expected a Parquet shard in {path.name}, got: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{path.name}, row {number}", row
+
+
+def _checked(row: dict, where: str, vocab_size: int) -> Conversation:
+    input_ids = row["input_ids"]
+    spans = row["assistant_spans"]
+    if not isinstance(input_ids, list) or not all(type(token) is int for token in input_ids):
+        raise ValueError(f"{where}: expected integers in input_ids, got something else")
+    outside = [token for token in input_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"{where}: expected token ids in 0..{vocab_size - 1} (the target's vocabulary), got {outside[0]}; "
+            "was the data made with another tokenizer?"
+        )
+    if not all(len(span) == 2 and all(type(edge) is int for edge in span) for span in spans):
+        raise ValueError(f"{where}: expected integers in prompt_length or assistant_spans, got {spans!r}")
+    edges = [edge for span in spans for edge in span]
+    if not spans or edges != sorted(edges) or edges[0] < 1 or edges[-1] > len(input_ids):
+        raise ValueError(
+            f"{where}: expected prompt_length or rising assistant_spans in 1..{len(input_ids)} (tokens), got {spans!r}"
+        )
+    return Conversation(tuple(input_ids), tuple((start, end) for start, end in spans))
+
+
+# --- chats -------------------------------------------------------------------------------------------------------
+
+
+def read_chats(path) -> Iterator[list[dict]]:
+    """Chats of a JSON-lines file as lists of `{"role": ..., "content": ...}`.
+
+    Understood, line by line: `messages`; ShareGPT's `conversations` with `from` and `value`; Alpaca's `instruction`
+    with `input` and `output`; `prompt`, `turns` (user turns) or `text` with plain text.
+
+    Args:
+        path (`str` or path): JSON lines, gzipped if named .gz.
+    Raises:
+        ValueError: if a line has none of these forms.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts: expected a JSON-lines file, got {path.name!r}, which is not there")
+    for where, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}") from None
+        yield chat_of(row, where)
+
+
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def chat_of(row: dict, where: str) -> list[dict]:
+    """One row of a data set as messages; see [`read_chats`]."""
+    try:
+        if "messages" in row:
+            return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in row["messages"]]
+        if "conversations" in row:
+            return [
+                {"role": _SHAREGPT_ROLES[turn["from"]], "content": str(turn["value"])} for turn in row["conversations"]
+            ]
+        if "instruction" in row:
+            user = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+            answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") else []
+            return [{"role": "user", "content": user}, *answer]
+        if "turns" in row:
+            return [{"role": "user", "content": str(turn)} for turn in row["turns"]]
+        text = next(row[name] for name in ("prompt", "text") if isinstance(row.get(name), str))
+        return [{"role": "user", "content": text}]
+    except (KeyError, TypeError, StopIteration):
+        raise ValueError(
+            f"{where}: expected messages, conversations, instruction, turns, prompt or text, got {sorted(row)[:8]}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class ChatPieces:
+    """What a chat template writes around the words, as text.
+
+    Args:
+        user_to_assistant: between a user's words and the answer.
+        assistant_to_user: between an answer and the next user's words.
+    """
+
+    user_to_assistant: str
+    assistant_to_user: str
+
+    @classmethod
+    def of(cls, tokenizer) -> "ChatPieces":
+        """Found by rendering a conversation of marks.
+
+        Raises:
+            ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
+        """
+        marks = ["MARKONE", "MARKTWO", "MARKTHREE"]
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        text = render(tokenizer, chat, add_generation_prompt=True)
+        counts = [text.count(mark) for mark in marks]
+        if counts != [1, 1, 1]:
+            raise ValueError(
+                f"chat_template: expected one that writes user and assistant turns once each, got {counts} of them"
+            )
+        _, after_first = text.split(marks[0])
+        to_assistant, after_answer = after_first.split(marks[1])
+        return cls(to_assistant, after_answer.split(marks[2])[0])
+
+
+def render(tokenizer, chat: list[dict], add_generation_prompt: bool = False) -> str:
+    """A chat as the target's template writes it.
+
+    Raises:
+        ValueError: without a chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("tokenizer: expected one with a chat template, got none")
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def opening(tokenizer, system: str | None = None) -> str:
+    """The template's text up to the first user's words."""
+    chat = [{"role": "system", "content": system}] if system else []
+    return render(tokenizer, [*chat, {"role": "user", "content": "MARKONE"}]).split("MARKONE")[0]
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of text that holds its special tokens already."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def masked_conversation(tokenizer, chat: list[dict], where: str = "chat") -> Conversation:
+    """A finished chat as token ids with its answers marked, in two ways that must agree.
+
+    The first way is the template's own `{% generation %}` marks, or, without them, the text between the rendered
+    beginnings of the chat; the second reads the tokens under the mask back and compares them with what was said.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the target, with character offsets (a fast one).
+        chat (`list[dict]`): messages, at least one by the assistant.
+        where (`str`): named in errors.
+    Raises:
+        ValueError: if there is no assistant turn, if the mask is all ones or all zeros, or if the two ways disagree.
+    """
+    answers = [turn["content"] for turn in chat if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError(f"{where}: expected a chat with at least one assistant turn, got {len(chat)} turns without")
+    input_ids, mask = _template_mask(tokenizer, chat) or _rendered_mask(tokenizer, chat, where)
+    if not any(mask) or all(mask):
+        found = "all ones" if all(mask) else "all zeros"
+        raise ValueError(f"{where}: expected a mask with ones at assistant turns and zeros elsewhere, got {found}")
+    spans = _runs(mask)
+    if len(spans) != len(answers):
+        raise ValueError(f"{where}: expected {len(answers)} marked answers, got {len(spans)}")
+    for answer, (start, end) in zip(answers, spans, strict=True):
+        read_back = tokenizer.decode(input_ids[start:end], skip_special_tokens=True).strip()
+        if read_back != answer.strip():
+            raise ValueError(
+                f"{where}: expected the marked tokens to say {answer.strip()[:60]!r}, got {read_back[:60]!r}; "
+                "is this the target's tokenizer and chat template?"
+            )
+    return Conversation(tuple(input_ids), tuple(spans))
+
+
+def _template_mask(tokenizer, chat: list[dict]) -> tuple[list[int], list[int]] | None:
+    if "{% generation" not in (tokenizer.chat_template or "") and "{%- generation" not in (tokenizer.chat_template or ""):
+        return None
+    encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def _rendered_mask(tokenizer, chat: list[dict], where: str) -> tuple[list[int], list[int]]:
+    text = render(tokenizer, chat)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
+    for index, turn in enumerate(chat):
+        if turn["role"] != "assistant":
+            continue
+        before = render(tokenizer, chat[:index], add_generation_prompt=True)
+        through = render(tokenizer, chat[: index + 1])
+        if not text.startswith(before) or not text.startswith(through.rstrip()):
+            raise ValueError(f"{where}: expected a template that writes a chat turn by turn, got one that rewrites it")
+        start = len(before)
+        said = through[start:].rstrip()  # the line break after the end of a turn belongs to the next one
+        for position, (first, last) in enumerate(encoded["offset_mapping"]):
+            if first >= start and last <= start + len(said) and last > first:
+                mask[position] = 1
+    return input_ids, mask
+
+
+def _runs(mask: list[int]) -> list[tuple[int, int]]:
+    """`(start, end)` of each run of ones."""
+    edges = [0, *mask, 0]
+    starts = [i for i in range(len(mask) + 1) if not edges[i] and edges[i + 1]]
+    ends = [i for i in range(len(mask) + 1) if edges[i] and not edges[i + 1]]
+    return list(zip(starts, ends, strict=True))
+
+
+def read_data_set(name: str, split: str = "train") -> Iterator[list[dict]]:
+    """Chats of a data set on the Hub, or of a folder or file that `datasets` reads, row by row as [`read_chats`]."""
+    import datasets
+
+    for number, row in enumerate(datasets.load_dataset(name, split=split, streaming=True), start=1):
+        yield chat_of(row, f"{name}, row {number}")
+
+
+def preview(conversation: Conversation, tokenizer):
+    """The conversation as text, what training learns from in bold green, the rest dimmed, for rich to print."""
+    from rich.text import Text
+
+    text, position = Text(), 0
+    for start, end in conversation.assistant_spans:
+        text.append(tokenizer.decode(conversation.input_ids[position:start]), style="dim")
+        text.append(tokenizer.decode(conversation.input_ids[start:end]), style="bold green")
+        position = end
+    text.append(tokenizer.decode(conversation.input_ids[position:]), style="dim")
+    return text
+
+
+# --- what is left out --------------------------------------------------------------------------------------------
+
+
+def loop_period(token_ids: Iterable[int]) -> int | None:
+    """Length of the run of tokens that an answer ends in three times over; None if it does not end in a loop."""
+    tokens = list(token_ids)
+    for period in range(1, min(_LOOP_MAX_PERIOD, len(tokens) // _LOOP_REPEATS) + 1):
+        length = max(_LOOP_REPEATS * period, _LOOP_MIN_TOKENS)
+        tail = tokens[-length:]
+        if len(tail) == length and tail[period:] == tail[:-period]:
+            return period
+    return None
+
+
+class Contamination:
+    """Runs of tokens that benchmark prompts hold, to keep conversations with any of them out of the data.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the target.
+        texts (`Iterable[str]`): the prompts.
+    """
+
+    def __init__(self, tokenizer, texts: Iterable[str]):
+        self.ngrams: set[tuple[int, ...]] = set()
+        self.short: set[tuple[int, ...]] = set()  # prompts of fewer tokens count as a whole
+        for text in texts:
+            tokens = tokenize(tokenizer, text.strip())
+            self.ngrams.update(_ngrams(tokens))
+            if 0 < len(tokens) < CONTAMINATION_NGRAM:
+                self.short.add(tuple(tokens))
+
+    def holds(self, token_ids: Iterable[int], user_turn: Iterable[int] = ()) -> bool:
+        """Whether a conversation shares a run with the benchmark, or its first user turn is one of its short prompts."""
+        return tuple(user_turn) in self.short or any(ngram in self.ngrams for ngram in _ngrams(list(token_ids)))
+
+
+def _ngrams(tokens: list[int]) -> Iterator[tuple[int, ...]]:
+    for start in range(len(tokens) - CONTAMINATION_NGRAM + 1):
+        yield tuple(tokens[start : start + CONTAMINATION_NGRAM])
+
+
+def describe(conversations: list[Conversation]) -> dict:
+    """Counts of tokens, answers and loops, for provenance and preview."""
+    answers = [one.input_ids[start:end] for one in conversations for start, end in one.assistant_spans]
+    return {
+        "num_conversations": len(conversations),
+        "num_tokens": sum(len(one.input_ids) for one in conversations),
+        "num_answer_tokens": sum(map(len, answers)),
+        "share_of_answers_in_a_loop": sum(loop_period(one) is not None for one in answers) / max(len(answers), 1),
+        "num_turns": dict(sorted(Counter(len(one.assistant_spans) for one in conversations).items())),
+    }
+
+
+def template_hash(tokenizer) -> str:
+    """First 16 digits of the sha256 of the chat template."""
+    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""Decoding many rows at once where a row that ends is replaced at once: a cache of slots that is allocated once.
+
+`generate` decodes a batch until its longest row ends, copies its cache for every token, and repeats the keys of every
+group of heads. Here each slot keeps its own length, keys and values are written in place, the heads of a group read
+their keys together, and only the last position goes through the vocabulary head.
+Shape letters: B slots, W positions in use, H query heads, G key/value heads, R = H / G, E head dim, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from transformers_prism.target_rounds import layer_windows, takes_tree_mask
+from transformers_prism.tree import attention_mask
+
+_ATTENTION = "prism_slots"
+# Prompts of which several conversations begin alike are read once; so many are remembered.
+_MAX_REMEMBERED = 16
+
+
+def slot_attention(module, query, key, value, attention_mask, **kwargs):
+    """Attention of one new token per slot, the heads of a group side by side; anything longer goes to SDPA."""
+    num_groups = key.shape[1]
+    if query.shape[2] != 1 or num_groups == query.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    grouped = query.view(query.shape[0], num_groups, -1, query.shape[3])  # [B, G, R, E]
+    output = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
+    return output.reshape(query.shape[0], 1, query.shape[1], value.shape[3]), None
+
+
+class _SlotLayer(DynamicLayer):
+    """Keys and values of all slots, written at each slot's own length."""
+
+    def __init__(self, slots: "Slots"):
+        super().__init__()
+        self.slots = slots
+
+    def reserve(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Allocate for all slots, given keys and values `(n, G, T, E)` of any."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            # One more than a row can hold: a slot that waits is written to behind its end, where nothing looks.
+            shape = (self.slots.num_slots, keys.shape[1], self.slots.max_length + 1)
+            # Zeros, since what is masked must still be a number.
+            self.keys = keys.new_zeros((*shape, keys.shape[3]))
+            self.values = values.new_zeros((*shape, values.shape[3]))
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write one token per slot `(B, G, 1, E)`; returns all positions in use."""
+        rows = torch.arange(key_states.shape[0], device=key_states.device)
+        self.keys[rows, :, self.slots.positions] = key_states[:, :, 0]
+        self.values[rows, :, self.slots.positions] = value_states[:, :, 0]
+        return self.keys[:, :, : self.slots.width], self.values[:, :, : self.slots.width]
+
+    def get_seq_length(self) -> int:
+        """Positions in use by the longest slot, before the new token."""
+        return self.slots.width - 1
+
+
+class Slots:
+    """A target that decodes up to `num_slots` rows at once.
+
+    Args:
+        target (`PreTrainedModel`): with full or sliding attention layers.
+        num_slots (`int`): B.
+        max_length (`int`): positions of a slot; allocated at once.
+    Raises:
+        ValueError: if the target's forward takes no mask of ours.
+    """
+
+    def __init__(self, target, num_slots: int, max_length: int):
+        if not takes_tree_mask(target):
+            raise ValueError(
+                f"target: expected one with eager or SDPA attention over full or sliding layers, got "
+                f"{type(target).__name__} with {target.config.get_text_config()._attn_implementation}"
+            )
+        self.target, self.num_slots, self.max_length = target, num_slots, max_length
+        self.windows = layer_windows(target.config.get_text_config())
+        self.lengths = [0] * num_slots
+        self.width = 1
+        self.positions = torch.zeros(num_slots, dtype=torch.long, device=target.device)
+        self.cache = Cache(layers=[_SlotLayer(self) for _ in range(target.config.get_text_config().num_hidden_layers)])
+        self._read: dict[tuple[int, ...], tuple] = {}
+
+    @torch.no_grad()
+    def fill(self, slot: int, token_ids: list[int], is_shared: bool = False) -> torch.Tensor:
+        """Put a new row in a slot; returns the logits `(V,)` after its tokens.
+
+        Args:
+            slot (`int`): which; what it held is forgotten.
+            token_ids (`list[int]`): at least one, fewer than `max_length`.
+            is_shared (`bool`): whether other rows will begin with exactly these tokens.
+        """
+        if not 0 < len(token_ids) < self.max_length:
+            raise ValueError(f"token_ids: expected 1 to {self.max_length - 1} tokens, got {len(token_ids)}")
+        read = self._read.get(tuple(token_ids))
+        if read is None:
+            cache = DynamicCache()
+            ids = torch.tensor([token_ids], device=self.target.device)
+            logits = self.target(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            read = logits, [(layer.keys, layer.values) for layer in cache.layers]
+            if is_shared and len(self._read) < _MAX_REMEMBERED:
+                self._read[tuple(token_ids)] = read
+        for layer, (keys, values) in zip(self.cache.layers, read[1], strict=True):
+            layer.reserve(keys, values)
+            # A sliding layer keeps the end of a long prompt only; masks never ask for what it dropped.
+            kept = keys.shape[2]
+            layer.keys[slot, :, len(token_ids) - kept : len(token_ids)] = keys[0]
+            layer.values[slot, :, len(token_ids) - kept : len(token_ids)] = values[0]
+        self.lengths[slot] = len(token_ids)
+        return read[0]
+
+    @torch.no_grad()
+    def step(self, token_ids: dict[int, int]) -> dict[int, torch.Tensor]:
+        """Append a token to some slots; returns the logits `(V,)` after it for each of them."""
+        input_ids = torch.zeros((self.num_slots, 1), dtype=torch.long)
+        for slot, token in token_ids.items():
+            if self.lengths[slot] == self.max_length:
+                raise ValueError(
+                    f"token_ids: expected room for one more token, got a slot with {self.max_length} of {self.max_length}"
+                )
+            input_ids[slot, 0] = token
+        device = self.target.device
+        self.positions = torch.tensor(self.lengths, device=device)
+        self.width = max(self.lengths[slot] for slot in token_ids) + 1
+        with _grouped_attention(self.target):
+            logits = self.target(
+                input_ids.to(device),
+                attention_mask=self._masks(),
+                position_ids=self.positions[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits[:, -1]
+        for slot in token_ids:
+            self.lengths[slot] += 1
+        return {slot: logits[slot] for slot in token_ids}
+
+    def _masks(self):
+        keys = torch.arange(self.width, device=self.positions.device)
+        masks = {}
+        for kind, window in self.windows.items():
+            seen = keys[None] <= self.positions[:, None]  # [B, W]
+            if window is not None:
+                seen &= keys[None] > self.positions[:, None] - window
+            implementation = self.target.config.get_text_config()._attn_implementation
+            masks[kind] = attention_mask(seen[:, None], implementation, self.target.dtype)
+        return masks[None] if None in masks else masks
+
+
+@contextlib.contextmanager
+def _grouped_attention(target) -> Iterator[None]:
+    """Let heads of a group read their keys together, where the target uses SDPA."""
+    config = target.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_ATTENTION, slot_attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
