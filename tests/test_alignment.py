@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward, history_mask
-from transformers_prism.training.losses import aligned_loss
+from transformers_prism.training.losses import LossWeights, aligned_loss
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -140,7 +140,7 @@ def test_every_weight_of_every_form_is_trained(context_kv, form):
     input_ids = torch.randint(0, VOCABULARY, (1, NUM_TOKENS))
     predictions = aligned_forward(draft, input_ids, torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size), 3)
     mask = torch.ones(3, 1, NUM_TOKENS, dtype=torch.bool)
-    aligned_loss(draft, predictions, torch.randn(1, NUM_TOKENS, WIDTH), mask, 1.0, 0.0).total.backward()
+    aligned_loss(draft, predictions, torch.randn(1, NUM_TOKENS, WIDTH), mask, LossWeights(1.0, hidden=0.0)).total.backward()
     without = [name for name, weight in draft.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not without
 
@@ -154,8 +154,8 @@ def test_forwards_say_what_they_expect():
         aligned_forward(draft, input_ids, torch.zeros(1, 4, WIDTH), 1)
 
 
-def test_token_loss_in_chunks_equals_the_plain_loss(monkeypatch):
-    """Chunks, a draft vocabulary, a head and norm of the draft's own: value and every gradient.
+def test_loss_in_chunks_equals_the_plain_loss(monkeypatch):
+    """Chunks, a draft vocabulary, a head and norm of the draft's own, weights of steps: value and every gradient.
 
     The target's distribution is that of its own head, whatever the draft's is.
     """
@@ -167,20 +167,51 @@ def test_token_loss_in_chunks_equals_the_plain_loss(monkeypatch):
         label = torch.randn(2, 5, WIDTH, dtype=torch.float64)
         mask = torch.rand(2, 2, 5) < 0.7
         parameters = [*predictions, *draft.head_parameters()]
-        found = aligned_loss(draft, predictions, label, mask, 0.5, 2.0).total
+        weights = LossWeights(0.5, acceptance=0.7, hidden=2.0, steps=(1.0, 0.3))
+        loss = aligned_loss(draft, predictions, label, mask, weights)
+        found = loss.total
         found_gradients = torch.autograd.grad(found, parameters)
         expected = 0.0
         logits = the_target.get_output_embeddings()(label)
         if draft.draft_to_target is not None:
             logits = logits[..., draft.draft_to_target]
         target = torch.softmax(logits, dim=-1).detach()
-        for prediction, rows in zip(predictions, mask, strict=True):
-            token = -(target * torch.log_softmax(draft.compute_logits(prediction), dim=-1)).sum(-1)
+        for step, (prediction, rows) in enumerate(zip(predictions, mask, strict=True)):
+            log_probs = torch.log_softmax(draft.compute_logits(prediction), dim=-1)
+            token = -(target * log_probs).sum(-1)
+            # The total variation between two distributions is half the distance of their probabilities.
+            acceptance = -torch.log(1 - 0.5 * (target - log_probs.exp()).abs().sum(-1))
             hidden = torch.nn.functional.smooth_l1_loss(prediction, label, reduction="none").mean(-1)
-            expected = expected + ((0.5 * token + 2.0 * hidden) * rows).sum() / (rows.sum() + 1e-5)
+            count = rows.sum() + 1e-5
+            whole = ((0.5 * token + 0.7 * acceptance + 2.0 * hidden) * rows).sum() / count
+            expected = expected + (1.0, 0.3)[step] * whole
+            for part, value in ((loss.token, token), (loss.acceptance, acceptance), (loss.hidden, hidden)):
+                torch.testing.assert_close(part[step], ((value * rows).sum() / count).float(), rtol=1e-4, atol=1e-4, check_dtype=False)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
         for left, right in zip(found_gradients, torch.autograd.grad(expected, parameters), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_step_weights_reach_later_steps():
+    assert LossWeights(steps=(1.0, 0.5)).of_steps(4).tolist() == [1.0, 0.5, 0.5, 0.5]
+    assert LossWeights().of_steps(2).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
+def test_activations_computed_again_change_nothing(context_kv):
+    """Predictions and gradients with and without checkpointing are the same numbers."""
+    _, draft = make_pair(num_processing_modules=2, context_kv=context_kv)
+    input_ids = torch.randint(0, VOCABULARY, (2, NUM_TOKENS))
+    target_hidden = torch.randn(2, NUM_TOKENS, draft.config.fused_hidden_size)
+    gradients = []
+    for checkpoint_activations in (False, True):
+        draft.zero_grad()
+        predictions = aligned_forward(draft, input_ids, target_hidden, 3, False, checkpoint_activations)
+        sum(prediction.square().sum() for prediction in predictions).backward()
+        gradients.append([parameter.grad.clone() for parameter in draft.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 # --- the authors' training code with its mask applied -------------------------------------------------------------
@@ -253,7 +284,7 @@ def test_own_module_training_equals_the_authors_with_their_mask_applied(name):
     for phase, is_detached, token_weight, hidden_weight in (("hass", True, 0.1, 1.0), ("prism", False, 0.1, 0.0)):
         draft.zero_grad()
         predictions = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, is_detached)
-        loss = aligned_loss(draft, predictions, batch["target"], mask, token_weight, hidden_weight)
+        loss = aligned_loss(draft, predictions, batch["target"], mask, LossWeights(token_weight, hidden=hidden_weight))
         for step, prediction in enumerate(predictions):
             rows = batch["attention_mask"].bool()
             close(prediction[rows], recorded[f"train.predict_f{step}"][rows])
@@ -271,3 +302,19 @@ def test_own_module_training_equals_the_authors_with_their_mask_applied(name):
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_unmasked_softmax_repeats_the_authors_training(name, prism_data):
+    """As shipped, their mask is computed and never added: later rows and padding dilute every softmax."""
+    arrays = np.load(prism_data / "reference" / f"{name}.npz")
+    recorded = {key: torch.tensor(arrays[key]) for key in arrays.files if key.startswith("train.")}
+    batch = {key.removeprefix("train.batch."): value for key, value in recorded.items() if ".batch." in key}
+    draft = reference_draft(name)
+    options = {"unmasked_softmax": True}
+    predictions = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, True, **options)
+    rows = batch["attention_mask"].bool()
+    for step, prediction in enumerate(predictions):
+        close(prediction[rows], recorded[f"train.predict_f{step}"][rows])
+    masked = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, True)
+    assert (masked[-1] - predictions[-1])[rows].abs().max() > 0.1

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_target
+from tiny_models import chat_tokenizer, scripted_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
+from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations
-from transformers_prism.training.train import (
-    AlignedTrainer,
-    TrainConfig,
-    frequent_tokens,
-    last_whole_checkpoint,
-    train,
-)
+from transformers_prism.training.conversations import Conversation, read_conversations
+from transformers_prism.training.features import FeatureStore, compute_features
+from transformers_prism.training.first_draft import frequent_tokens
+from transformers_prism.training.progress import LiveView
+from transformers_prism.training.recipes import TrainConfig, plan_stages
+from transformers_prism.training.train import AlignedTrainer, last_whole_checkpoint, train
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -113,6 +112,8 @@ def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage):
     # A checkpoint without the Trainer's state was cut off while it was written.
     shutil.copytree(tmp_path / "cut" / stage / "checkpoint-6", tmp_path / "cut" / stage / "checkpoint-7")
     (tmp_path / "cut" / stage / "checkpoint-7" / "trainer_state.json").unlink()
+    shutil.copytree(tmp_path / "cut" / stage / "checkpoint-6", tmp_path / "cut" / stage / "checkpoint-8")
+    (tmp_path / "cut" / stage / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": 1.')
     assert last_whole_checkpoint(tmp_path / "cut" / stage).endswith("checkpoint-6")
     resumed = train(settings(tmp_path, "cut", resume=True))
     for name, tensor in whole.state_dict().items():
@@ -140,6 +141,134 @@ def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
         train(settings(tmp_path))
 
 
+# --- recipes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("prism", [("single_step", 1, 1, 1.0), ("warm_up", 1, 3, 1.0), ("split", 2, 4, 0.0)]),
+        ("hass", [("single_step", 1, 1, 1.0), ("warm_up", 1, 3, 1.0)]),
+        ("eagle2", [("single_step", 1, 1, 1.0)]),
+        ("eagle3", [("warm_up", 1, 3, 0.0)]),
+        ("stacked", [("single_step", 1, 1, 1.0), ("warm_up", 1, 3, 1.0)]),
+    ],
+)
+def test_recipes_train_their_own_draft(tmp_path, load_tiny, target, recipe, stages):
+    """Stages, modules, steps and the hidden-state loss of each; what comes out decodes losslessly."""
+    planned = plan_stages(TrainConfig(recipe=recipe))
+    assert [(stage.name, stage.num_modules, stage.num_steps, stage.loss.hidden) for stage in planned] == stages
+    assert planned[-1].is_detached is (recipe in ("hass", "stacked"))
+    one_epoch = {f"{stage.name}_epochs": 1.0 for stage in planned}
+    options = dict.fromkeys(("single_step_epochs", "warm_up_epochs", "split_epochs")) | one_epoch
+    draft = train(settings(tmp_path, recipe=recipe, warm_up_steps=3, split_steps=4, **options))
+    assert draft.config.num_layers_per_module == (2 if recipe == "stacked" else 1)
+    assert draft.config.module_form == ("eagle3" if recipe == "eagle3" else "prism")
+    assert draft.config.num_processing_modules == (2 if recipe == "prism" else 1)
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=draft), plain)
+
+
+def test_options_win_over_the_recipe():
+    config = TrainConfig(recipe="hass", warm_up_epochs=7.0, draft_step_to_module="0,0", step_weights="1,0.5")
+    assert (config.warm_up_epochs, config.single_step_epochs, config.num_modules) == (7.0, 1.0, 1)
+    assert config.numbers("draft_step_to_module") == [0, 0]
+    assert plan_stages(config)[0].loss.steps == (1.0, 0.5)
+    with pytest.raises(ValueError, match="recipe: expected one of prism, hass, eagle2, eagle3, stacked, got 'eagle'"):
+        TrainConfig(recipe="eagle")
+    with pytest.raises(ValueError, match="step_weights: expected numbers separated by commas, got '1;2'"):
+        TrainConfig(step_weights="1;2")
+
+
+def test_plan_says_what_a_run_does_and_writes_nothing(tmp_path, monkeypatch):
+    """Updates, tokens and features are what the run then has."""
+    target = tiny_target("llama", seed=3)
+    target.save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    data = write_data(tmp_path / "data.jsonl")
+    options = ["--data", str(data), "--target", str(tmp_path / "target"), "--output", str(tmp_path / "run")]
+    options += ["--draft_vocab_size", "40", "--batch_size", "4", "--split_epochs", "0", "--use_cpu"]
+    result = CliRunner().invoke(app, ["train", *options, "--plan"])
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "run").exists()
+    result_of_run = CliRunner().invoke(app, ["train", *options])
+    assert result_of_run.exit_code == 0, result_of_run.output
+    record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
+    for stage in record["stages"]:
+        assert f"{stage['stage']['name']:<11} M=1" in result.output
+        assert f"{stage['num_updates']} updates, {stage['tokens_seen']} tokens seen" in result.output
+    num_bytes = sum(path.stat().st_size for path in (tmp_path / "run" / "features").glob("*.bf16"))
+    assert f"features    {num_bytes / 2**30:.2f} GiB" in result.output
+    draft = PrismDraftModel.from_pretrained(tmp_path / "run" / "draft")
+    num_parameters = sum(parameter.numel() for parameter in draft.parameters())
+    assert f"{2 * num_parameters / 1e6:.1f} million" in result.output or "0.0 million" in result.output
+
+
+# --- acceptance while training -----------------------------------------------------------------------------------
+
+
+def test_measured_acceptance_is_of_real_rounds(target):
+    """A draft that knows the text has every token of its trees accepted; settings and mode come back."""
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    plain = target.generate(prompt, max_new_tokens=24, do_sample=False)
+    draft = scripted_draft(target, plain, prompt.shape[1]).train()
+    settings_before = draft.generation_config.to_dict()
+    conversation = Conversation((*prompt[0].tolist(), 9, 9), ((4, 6),))
+    counts = measure_acceptance(draft, target, [conversation], num_new_tokens=24)
+    speculation = draft.last_speculation
+    metrics = acceptance_metrics(counts, "eval")
+    assert metrics["eval_tau"] == pytest.approx(speculation.acceptance_length, abs=1e-4)
+    for step, share in enumerate(speculation.conditional_acceptance[:4]):
+        assert metrics[f"eval_conditional_{step}"] == pytest.approx(share, abs=1e-4)
+    assert metrics["eval_speedup_estimate"] > 0
+    assert draft.training
+    assert draft.generation_config.to_dict() == settings_before
+    assert acceptance_metrics(torch.zeros(10), "eval") == {}
+
+
+def test_the_checkpoint_with_the_best_tau_is_kept(tmp_path, load_tiny, monkeypatch):
+    """Not the last one, if an earlier one accepts more; stages stop when patience is over."""
+    taus = iter([1.2, 1.9, 1.1, 1.0, 1.05, 1.3, 1.3])
+    weights = []
+
+    def measured(draft, target, prompts):
+        assert len(prompts) == 2
+        weights.append({name: tensor.clone() for name, tensor in draft.state_dict().items()})
+        tau = next(taus)
+        return torch.tensor([10.0, 10 * tau, 1.0, 1.0, 8.0, 10.0, 5.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+
+    monkeypatch.setattr("transformers_prism.training.train.measure_acceptance", measured)
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 4.0, "num_acceptance_prompts": 2}
+    draft = train(settings(tmp_path, validation_updates=2, save_updates=2, patience=2, **options))
+    result = json.loads((tmp_path / "run" / "single_step" / "result.json").read_text())
+    # The best is the second; two without a better one end the stage, and the kept weights are measured once more.
+    assert [entry["eval_tau"] for entry in result["history"] if "eval_tau" in entry][:4] == [1.2, 1.9, 1.1, 1.0]
+    assert result["num_updates"] == 8
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(tensor, weights[1][name]), name
+    assert (tmp_path / "run" / "draft" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_live_view_shows_the_last_figures():
+    """Per-step figures in one table, with what is left."""
+    import io
+
+    from rich.console import Console
+    from transformers import TrainerState
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    view, state = LiveView("split", console), TrainerState(global_step=0, max_steps=10, is_world_process_zero=True)
+    view.on_train_begin(None, state, None)
+    state.global_step = 4
+    view.on_log(None, state, None, logs={"loss": 1.25, "token_loss_0": 2.5, "token_loss_1": 2.75})
+    view.on_log(None, state, None, logs={"eval_tau": 1.875, "eval_agreement_0": 0.5, "eval_agreement_1": 0.25})
+    view.on_train_end(None, state, None)
+    text = console.file.getvalue()
+    for shown in ("1.875", "2.5000", "2.7500", "0.2500", "4 of 10 updates", "s left"):
+        assert shown in text
+
+
 # --- data --------------------------------------------------------------------------------------------------------
 
 
@@ -147,11 +276,11 @@ def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
     ("text", "message"),
     [
         ("", "expected at least one conversation with an answer in data.jsonl, got none"),
-        ("not json\n", "data.jsonl, line 1: expected a JSON object with input_ids and prompt_length, got 'not json'"),
+        ("not json\n", "data.jsonl, line 1: expected a JSON object with input_ids and prompt_length or assistant_spans, got 'not json'"),
         ('{"input_ids": [1, 2, 3]}\n', "line 1: expected a JSON object with input_ids and prompt_length"),
         ('{"input_ids": [1, 2, 97], "prompt_length": 1}\n', "expected token ids in 0..96 .*got 97"),
         ('{"input_ids": [1, 2, "x"], "prompt_length": 1}\n', "expected integers"),
-        ('{"input_ids": [1, 2, 3], "prompt_length": 4}\n', "expected prompt_length in 1..3"),
+        ('{"input_ids": [1, 2, 3], "prompt_length": 4}\n', r"expected prompt_length or rising assistant_spans in 1\.\.3"),
         ('{"input_ids": [1, 2, 3], "prompt_length": 3}\n', "expected at least one conversation with an answer"),
         ('{"input_ids": [1, 2, 3], "prompt_length": 1}\n', "expected at least 2 conversations"),
     ],
@@ -163,7 +292,7 @@ def test_bad_data_is_named(tmp_path, load_tiny, text, message):
 
 
 def test_missing_data_is_named(tmp_path, load_tiny):
-    with pytest.raises(FileNotFoundError, match=r"expected a file of conversations, got '.*no.jsonl'"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file or folder of conversations, got '.*no.jsonl'"):
         train(settings(tmp_path, data=str(tmp_path / "no.jsonl")))
 
 
@@ -181,7 +310,7 @@ def test_command_trains_and_names_errors(tmp_path, load_tiny):
     ]
     result = CliRunner().invoke(app, [*options, "--data", str(tmp_path / "no.jsonl")])
     assert result.exit_code == 1
-    assert "error: data: expected a file of conversations" in result.stderr
+    assert "error: data: expected a file or folder of conversations" in result.stderr
     assert not (tmp_path / "run").exists()
     data = str(write_data(tmp_path / "data.jsonl", 12))
     result = CliRunner().invoke(app, [*options, "--data", data, "--warm_up_epochs", "0", "--split_epochs", "0"])
@@ -203,7 +332,7 @@ def test_settings_are_checked():
 
 
 def test_frequent_tokens_cover_answers():
-    conversations = [Conversation((9, 9, 9, 5, 5, 7), 3), Conversation((9, 5, 8), 1)]
+    conversations = [Conversation((9, 9, 9, 5, 5, 7), ((3, 6),)), Conversation((9, 5, 8), ((1, 3),))]
     tokens, coverage = frequent_tokens(conversations, 2)
     assert tokens.tolist() == [5, 7]
     assert coverage == pytest.approx(0.8)
@@ -216,9 +345,9 @@ def test_collate_marks_rows_that_predict_the_answer():
         {
             "input_ids": torch.arange(10, 10 + length),
             "features": torch.arange(length)[:, None].to(torch.bfloat16),
-            "prompt_length": prompt,
+            "assistant_spans": spans,
         }
-        for length, prompt in ((5, 3), (4, 1))
+        for length, spans in ((5, [(3, 5)]), (4, [(1, 4)]))
     ]
     batch = collate(items)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14], [11, 12, 13, 0]]

@@ -11,6 +11,8 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
 app.add_typer(bench_app, name="bench")
+data_app = typer.Typer(no_args_is_help=True, help="Look at what training would learn from.")
+app.add_typer(data_app, name="data")
 
 TargetOption = Annotated[
     str | None,
@@ -144,6 +146,136 @@ def verify(
     raise typer.Exit(0 if figures["holds"] else 1)
 
 
+@app.command()
+def synthesize(
+    output: Annotated[Path, typer.Option(help="Folder of Parquet shards; one with a part of them is gone on with.")],
+    num_tokens: Annotated[int, typer.Option(min=1, help="Stop when so many tokens are kept.")] = 1_000_000,
+    target: TargetOption = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="JSON lines of chats, or a data set on the Hub; the target writes user turns if absent."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    exclude: Annotated[
+        Path | None, typer.Option(help="JSON lines of benchmark prompts; what shares 13 tokens in a row is left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 64,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Of answers, 0 is greedy; each conversation draws one of those given.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens that sampling chooses from.")] = 100,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, help="A longer answer is cut there.")] = 300,
+    max_turns: Annotated[int, typer.Option(min=1, help="User turns of a conversation at most.")] = 2,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation at most.")] = 1024,
+    topic: Annotated[
+        list[str] | None, typer.Option(help="code, math, writing, translation: some user turns begin like one.")
+    ] = None,
+    system: Annotated[list[str] | None, typer.Option(help="System prompts; each conversation draws one.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the target.")] = "float32",
+    packed: PackedOption = True,
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+):
+    """Let the target write conversations: training data for its draft. Run under `accelerate launch` to share the work."""
+    import torch
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from transformers_prism.cpu import prepare_for_cpu
+    from transformers_prism.target import load_target
+    from transformers_prism.training.conversations import Contamination, read_chats, read_data_set
+    from transformers_prism.training.synthesis import SynthesisConfig, SynthesisProgress
+    from transformers_prism.training.synthesis import synthesize as run
+
+    logging.disable_progress_bar()
+    options: dict[str, list | None] = {"temperatures": temperature, "topics": topic, "system_prompts": system}
+    chosen: dict = {name: tuple(value) for name, value in options.items() if value}
+    with user_errors():
+        config = SynthesisConfig(
+            num_tokens,
+            batch_size=batch_size,
+            top_k=top_k,
+            max_answer_tokens=max_answer_tokens,
+            max_turns=max_turns,
+            max_length=max_length,
+            seed=seed,
+            **chosen,
+        )
+        chats = None
+        if prompts is not None:
+            chats = list(read_chats(prompts) if Path(prompts).is_file() else read_data_set(prompts, split))
+        state = PartialState()
+        model, tokenizer = load_target(target, getattr(torch, dtype))
+        model.to(state.device)
+        if packed and state.device.type == "cpu" and dtype == "float32":
+            prepare_for_cpu(model)
+        contamination = None
+        if exclude is not None:
+            texts = (turn["content"] for chat in read_chats(exclude) for turn in chat)
+            contamination = Contamination(tokenizer, texts)
+        part = (state.process_index, state.num_processes)
+        with SynthesisProgress() as progress:
+            summary = run(model, tokenizer, config, output, chats, contamination, part, progress)
+    typer.echo(json.dumps(summary))
+
+
+@data_app.command("preview")
+def data_preview(
+    data: Annotated[str, typer.Option(help="Folder of `synthesize`, or JSON lines of token ids or of chats.")],
+    target: TargetOption = None,
+    count: Annotated[int, typer.Option(min=1, help="Conversations shown.")] = 3,
+):
+    """Show conversations with the tokens that training learns from in colour, and how many there are."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.target import load_target
+    from transformers_prism.training.conversations import describe, preview, read_conversations
+
+    logging.disable_progress_bar()
+    with user_errors():
+        model, tokenizer = load_target(target)
+        vocab_size = model.config.get_text_config().vocab_size
+        conversations = read_conversations(data.split(","), vocab_size, tokenizer=tokenizer)
+        console = Console()
+        for conversation in conversations[:count]:
+            console.print(preview(conversation, tokenizer), soft_wrap=True)
+            console.rule()
+        typer.echo(json.dumps(describe(conversations)))
+
+
+@bench_app.command("synthesize")
+def bench_synthesize_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines of chats, or in Spec-Bench's form.")],
+    target: TargetOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once, for both ways.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer at most.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn; medians count.")] = 3,
+    json_file: JsonOption = None,
+):
+    """Tokens per second of `synthesize` over those of generate() in batches, greedy, on the same prompts, in turn."""
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.synthesize import bench_synthesize
+    from transformers_prism.target import load_target
+    from transformers_prism.training.conversations import read_chats
+
+    logging.disable_progress_bar()
+    with user_errors():
+        model, tokenizer = load_target(target)
+        chats = [chat[:1] for chat in read_chats(prompts)][:num_prompts]
+        figures = bench_synthesize(model, tokenizer, chats, batch_size, max_new_tokens, repeat)
+    typer.echo(
+        f"generate {figures['generate_tokens_per_second']:.1f} tokens/s, synthesize "
+        f"{figures['synthesize_tokens_per_second']:.1f} tokens/s, ratio {figures['ratio']:.2f}; "
+        f"identical answers: {figures['num_identical']} of {figures['num_prompts']}"
+    )
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "repeat": repeat}
+    write_record(json_file, "synthesize", model, settings, figures)
+    report_file(json_file)
+
+
 @bench_app.command("generate")
 def bench_generate_command(
     prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
@@ -251,6 +383,48 @@ def bench_modules_command(
         + ("met" if result.is_within_bar else "not met")
     )
     write_record(json_file, "modules", target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
+    report_file(json_file)
+
+
+@bench_app.command("training")
+def bench_training_command(
+    target: TargetOption = None,
+    num_steps: Annotated[int, typer.Option(min=1, help="Aligned forwards S of the comparison.")] = 3,
+    most_steps: Annotated[int, typer.Option(min=2, help="S is timed from 1 to this.")] = 6,
+    repeat: Annotated[int, typer.Option(min=2, help="Steps of each kind; medians count.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in a step.")] = 4,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation.")] = 512,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of a step with 2048 tokens and S = 5.")] = True,
+    json_file: JsonOption = None,
+):
+    """Training steps, ours and with the authors' way of aligning, in turn; how they grow with S; peak memory."""
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.training import bench_training, peak_memory
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    with user_errors():
+        model, _ = load_target(target)
+        figures = bench_training(model, num_steps, most_steps, repeat, batch_size, length)
+    speeds, (low, high) = figures["tokens_per_second"], figures["interval"]
+    typer.echo(
+        f"S = {num_steps}: {speeds['ours']:.0f} tokens/s, the authors' way {speeds['authors']:.0f} tokens/s; median ratio "
+        f"of pairs {figures['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    )
+    seconds = figures["seconds_by_steps"]
+    relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
+    typer.echo(f"seconds for S = 1 to {most_steps}, over those of S = 1: {relative}")
+    if memory:
+        figures["peak_bytes"] = {
+            name: peak_memory(model, checkpoint_activations=name == "checkpointed")
+            for name in ("kept", "checkpointed")
+        }
+        gib = {name: f"{value / 2**30:.2f} GiB" for name, value in figures["peak_bytes"].items()}
+        typer.echo(f"peak memory of a step, 2048 tokens, S = 5: {gib['kept']}; with checkpointing {gib['checkpointed']}")
+    settings = {"num_steps": num_steps, "batch_size": batch_size, "length": length, "repeat": repeat}
+    write_record(json_file, "training", model, settings, figures)
     report_file(json_file)
 
 

@@ -12,11 +12,18 @@ Source: context alignment of HASS (arXiv:2408.15766) and PRISM (arXiv:2602.01762
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 def aligned_forward(
-    draft, input_ids: torch.LongTensor, target_hidden: torch.Tensor, num_steps: int, is_detached: bool = False
+    draft,
+    input_ids: torch.LongTensor,
+    target_hidden: torch.Tensor,
+    num_steps: int,
+    is_detached: bool = False,
+    checkpoint_activations: bool = False,
+    unmasked_softmax: bool = False,
 ) -> list[torch.Tensor]:
     """Run `num_steps` draft steps over all rows at once, each fed the predictions of the one before.
 
@@ -27,6 +34,10 @@ def aligned_forward(
         target_hidden (`torch.Tensor` of shape `(B, T, L * target_hidden_size)`): the target's states.
         num_steps (`int`): forwards S, step 0 included.
         is_detached (`bool`): stop gradients between one step's prediction and the next step's input, as HASS does.
+        checkpoint_activations (`bool`): keep no scores and no MLP activations, and compute them again in the backward
+            pass.
+        unmasked_softmax (`bool`): repeat a mistake of the authors' training code, for comparisons: later rows and
+            padding count in every softmax with a score of 0, though decoding never sees them.
     Returns:
         `list` of S predicted hidden states of shape `(B, T, D)`; rows 0..k-1 of entry k have no valid history.
     Raises:
@@ -39,7 +50,7 @@ def aligned_forward(
         raise ValueError(
             f"target_hidden: expected shape {(*input_ids.shape, width)}, got {tuple(target_hidden.shape)}"
         )
-    passes = AlignedPasses(draft, input_ids)
+    passes = AlignedPasses(draft, input_ids, checkpoint_activations, unmasked_softmax)
     stream = draft.fuse(target_hidden)
     predictions: list[torch.Tensor] = []
     for _ in range(num_steps):
@@ -59,10 +70,18 @@ class AlignedPasses:
     Args:
         draft (`PrismDraftModel`): its weights are used, not its forward.
         input_ids (`torch.LongTensor` of shape `(B, T)`): tokens, the same for every step.
+        checkpoint_activations, unmasked_softmax (`bool`): see [`aligned_forward`].
     """
 
-    def __init__(self, draft, input_ids: torch.LongTensor):
+    def __init__(
+        self,
+        draft,
+        input_ids: torch.LongTensor,
+        checkpoint_activations: bool = False,
+        unmasked_softmax: bool = False,
+    ):
         self.draft = draft
+        self.checkpoint_activations, self.unmasked_softmax = checkpoint_activations, unmasked_softmax
         self.embeddings = draft.embed(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=self.embeddings.device)[None]
         self.position_embeddings = draft.rotary_emb(self.embeddings, position_ids)
@@ -93,7 +112,8 @@ class AlignedPasses:
                 return None
             keys_values = [written[index] for written in view]
             output = self._attend(layer.self_attn, attention_input, keys_values)
-            hidden_states = layer.after_attention(hidden_states, layer.self_attn.o_proj(output))
+            attended = layer.self_attn.o_proj(output)
+            hidden_states = self._maybe_again(layer.after_attention, hidden_states, attended)
         return hidden_states
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -111,22 +131,39 @@ class AlignedPasses:
     def _attend(self, attention, attention_input, keys_values) -> torch.Tensor:
         """Attention of step k = len(keys_values) - 1, of shape `(B, T, H * E)`."""
         queries = self._rotate(self._heads(attention.q_proj(attention_input)))  # [B, H, T, E]
-        if len(keys_values) == 1:
+        if len(keys_values) == 1 and not self.unmasked_softmax:
             keys, values = keys_values[0]
             output = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=attention.scaling, enable_gqa=True
             )
         else:
-            output = aligned_attention(queries * attention.scaling, keys_values)
+            output = self._attend_by_group(queries * attention.scaling, keys_values)
         return output.transpose(1, 2).flatten(2)  # [B, T, H * E]
 
 
-def aligned_attention(queries: torch.Tensor, keys_values) -> torch.Tensor:
+    def _attend_by_group(self, queries: torch.Tensor, keys_values) -> torch.Tensor:
+        """[`aligned_attention`] a head group at a time, so that one group's scores are the most that is in the making."""
+        parts = []
+        num_groups = keys_values[0][0].shape[1]
+        for group, group_queries in enumerate(queries.chunk(num_groups, dim=1)):
+            own = [tuple(states[:, group : group + 1] for states in pair) for pair in keys_values]
+            parts.append(self._maybe_again(aligned_attention, group_queries, own, self.unmasked_softmax))
+        return torch.cat(parts, dim=1)
+
+    def _maybe_again(self, function, *args):
+        """Call a function, and once more in the backward pass if activations are not to be kept."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+
+def aligned_attention(queries: torch.Tensor, keys_values, unmasked_softmax: bool = False) -> torch.Tensor:
     """Attention of draft step k over the committed rows and over its own path.
 
     Args:
         queries (`torch.Tensor` of shape `(B, H, T, E)`): scaled.
         keys_values (`list` of k + 1 pairs of shape `(B, G, T, E)`): of steps 0..k.
+        unmasked_softmax (`bool`): see [`aligned_forward`].
     Returns:
         `torch.Tensor` of shape `(B, H, T, E)`.
     """
@@ -138,13 +175,19 @@ def aligned_attention(queries: torch.Tensor, keys_values) -> torch.Tensor:
     scores = (grouped.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (-1, num_rows))  # [B, G, R, T, T]
     rows = torch.arange(num_rows, device=queries.device)
     scores = scores.masked_fill(rows[None, :] > rows[:, None] - step, -torch.inf)
+    if unmasked_softmax:
+        is_later = rows[None, :] > rows[:, None]
+        scores = scores.masked_fill(is_later, 0.0)
     path = [_shift_down(keys_values[s], step - s) for s in range(1, step + 1)]
-    path_scores = torch.stack([(grouped * path_keys[:, :, None]).sum(-1) for path_keys, _ in path], dim=-1)
-    # [B, G, R, T, k]
+    path_scores = scores.new_empty(*scores.shape[:-1], 0)  # [B, G, R, T, k]
+    if step:
+        path_scores = torch.stack([(grouped * path_keys[:, :, None]).sum(-1) for path_keys, _ in path], dim=-1)
     is_before_start = rows[:, None] - step + torch.arange(1, step + 1, device=queries.device) < 0
     path_scores = path_scores.masked_fill(is_before_start, -torch.inf)
     weights = torch.softmax(torch.cat((scores, path_scores), dim=-1), dim=-1, dtype=_softmax_dtype(scores))
     weights = weights.to(values.dtype)
+    if unmasked_softmax:
+        weights = torch.cat((weights[..., :num_rows].masked_fill(is_later, 0.0), weights[..., num_rows:]), dim=-1)
     output = (weights[..., :num_rows].flatten(2, 3) @ values).unflatten(2, (-1, num_rows))  # [B, G, R, T, E]
     for s, (_, path_values) in enumerate(path):
         output = output + weights[..., num_rows + s, None] * path_values[:, :, None]

@@ -3,7 +3,8 @@
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from transformers_prism.training.features import Conversation, FeatureStore
+from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.features import FeatureStore
 
 # Sorting by length within a few batches wastes little on padding and keeps batches different from epoch to epoch.
 BATCHES_PER_POOL = 25
@@ -25,13 +26,17 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def chosen(self, count: int) -> list[Conversation]:
+        """The first `count` conversations of the set."""
+        return [self.conversations[index] for index in self.indices[:count]]
+
     def __getitem__(self, item: int) -> dict:
         index = self.indices[item]
         conversation = self.conversations[index]
         return {
             "input_ids": torch.tensor(conversation.input_ids),
             "features": self.store.states(index),
-            "prompt_length": conversation.prompt_length,
+            "assistant_spans": conversation.assistant_spans,
         }
 
 
@@ -43,7 +48,7 @@ def collate(items: list[dict]) -> dict:
     Returns:
         `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states
         that are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
-        predicted state belongs to the answer or comes right before it.
+        predicted state belongs to an answer or comes right before one.
     """
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]
@@ -56,7 +61,8 @@ def collate(items: list[dict]) -> dict:
         features[row, :length] = item["features"]
         # Row t predicts the state of token t + 1, which tells token t + 2: the first that a round drafts in an
         # answer starting at token P follows row P - 1.
-        mask[row, item["prompt_length"] - 1 : length - 1] = True
+        for start, end in item["assistant_spans"]:
+            mask[row, start - 1 : end - 1] = True
     return {
         "input_ids": input_ids,
         "features": features[:, :-1],

@@ -1,100 +1,27 @@
-"""What a draft learns from: conversations as token ids, and the target's hidden states over them, cached on disk.
+"""The target's hidden states over conversations, cached on disk.
 
 A folder of features holds `features.json` and one file a shard: bfloat16 rows, one a token, in the order of the
 conversations; a row is the target's states at `layer_ids` side by side. A shard is renamed into place when it is
 whole, so that an interrupted run goes on where it stopped and several processes may share one folder.
 """
 
-import gzip
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from transformers_prism.configuration_prism import target_fingerprint
+from transformers_prism.training.conversations import Conversation
 
 logger = logging.getLogger(__name__)
 
 CONVERSATIONS_PER_SHARD = 64
 BYTES_PER_VALUE = 2  # bfloat16
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Token ids of a conversation; the tokens from `prompt_length` on are the target's answer."""
-
-    input_ids: tuple[int, ...]
-    prompt_length: int
-
-
-def read_conversations(path, vocab_size: int, max_length: int | None = None) -> list[Conversation]:
-    """Read conversations from a file with one JSON object a line: `input_ids` and `prompt_length`.
-
-    Args:
-        path (`str` or path): JSON lines, gzipped if the name ends in `.gz`.
-        vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
-        max_length (`int`, *optional*): tokens that are kept of each conversation.
-    Returns:
-        `list[Conversation]`: those with at least one answer token after the cut, in the file's order.
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line is not such an object, or if nothing is left, saying which line, expected and got.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: expected a file of conversations, got {path.name!r}, which is not there")
-    open_file = gzip.open if path.suffix == ".gz" else open
-    conversations = []
-    with open_file(path, "rt", encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    conversations.append(_parse(line, f"{path.name}, line {number}", vocab_size, max_length))
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"data: expected JSON lines (gzipped if named .gz) in {path.name}, got: {error}"
-            ) from None
-    kept = [conversation for conversation in conversations if conversation is not None]
-    if not kept:
-        raise ValueError(f"data: expected at least one conversation with an answer in {path.name}, got none")
-    if len(kept) < len(conversations):
-        logger.warning(
-            "%d of %d conversations have no answer and are left out.",
-            len(conversations) - len(kept),
-            len(conversations),
-        )
-    return kept
-
-
-def _parse(line: str, where: str, vocab_size: int, max_length: int | None) -> Conversation | None:
-    try:
-        row = json.loads(line)
-        input_ids, prompt_length = tuple(row["input_ids"]), row["prompt_length"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{where}: expected a JSON object with input_ids and prompt_length, got {line.strip()[:60]!r}"
-        ) from None
-    if not all(type(token) is int for token in (*input_ids, prompt_length)):
-        raise ValueError(f"{where}: expected integers in input_ids and prompt_length, got something else")
-    outside = [token for token in input_ids if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(
-            f"{where}: expected token ids in 0..{vocab_size - 1} (the target's vocabulary), got {outside[0]}; "
-            "was the data made with another tokenizer?"
-        )
-    if not 1 <= prompt_length <= len(input_ids):
-        raise ValueError(f"{where}: expected prompt_length in 1..{len(input_ids)} (tokens), got {prompt_length}")
-    input_ids = input_ids[:max_length]
-    # A row of the draft joins three tokens: one whose state it reads, the next, and the one that it predicts.
-    if len(input_ids) < 3 or prompt_length >= len(input_ids):
-        return None
-    return Conversation(input_ids, prompt_length)
 
 
 class FeatureStore:

@@ -12,76 +12,106 @@ from torch.nn import functional as F
 ROWS_PER_CHUNK = 256
 
 
-@dataclass
-class AlignedLoss:
-    """The loss and its parts. `total` carries gradients; the parts are sums over the rows that count.
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each part of the loss counts.
 
     Args:
-        total (`torch.Tensor` of shape `()`): sum over steps of the weighted, normalised parts.
-        token (`torch.Tensor` of shape `(S,)`): soft cross-entropy in nats, mean over rows.
-        hidden (`torch.Tensor` of shape `(S,)`): SmoothL1 distance, mean over rows and features.
+        token: of the soft cross-entropy.
+        acceptance: of the negative log of the probability that a drafted token is accepted.
+        hidden: of the distance between hidden states.
+        steps: of draft steps 0, 1, ...; the last one counts for all later steps.
+    """
+
+    token: float = 0.1
+    acceptance: float = 0.0
+    hidden: float = 1.0
+    steps: tuple[float, ...] = (1.0,)
+
+    def of_steps(self, num_steps: int) -> torch.Tensor:
+        """Weights `(S,)` of the first `num_steps` draft steps."""
+        last = len(self.steps) - 1
+        return torch.tensor([self.steps[min(step, last)] for step in range(num_steps)])
+
+
+@dataclass
+class AlignedLoss:
+    """The loss and its parts. `total` carries gradients; the parts are means over the rows that count.
+
+    Args:
+        total (`torch.Tensor` of shape `()`): sum over steps of the weighted parts.
+        token (`torch.Tensor` of shape `(S,)`): soft cross-entropy in nats.
+        acceptance (`torch.Tensor` of shape `(S,)`): negative log of the acceptance probability, in nats.
+        hidden (`torch.Tensor` of shape `(S,)`): SmoothL1 distance, mean over features, too.
     """
 
     total: torch.Tensor
     token: torch.Tensor
+    acceptance: torch.Tensor
     hidden: torch.Tensor
 
 
 def aligned_loss(
-    draft,
-    predictions: list[torch.Tensor],
-    label_hidden: torch.Tensor,
-    mask: torch.Tensor,
-    token_weight: float = 0.1,
-    hidden_weight: float = 1.0,
+    draft, predictions: list[torch.Tensor], label_hidden: torch.Tensor, mask: torch.Tensor, weights: LossWeights
 ) -> AlignedLoss:
-    """Soft cross-entropy against the target's distribution over the draft vocabulary, and SmoothL1 on hidden states.
+    """Distances from the target's distribution over the draft vocabulary, and from its hidden states.
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
         predictions (`list` of S `torch.Tensor` of shape `(B, T, D)`): outputs of the aligned forwards.
         label_hidden (`torch.Tensor` of shape `(B, T, D)`): the target's last, normed states that they predict.
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
-        token_weight, hidden_weight (`float`): weights of the two parts.
+        weights (`LossWeights`): of the parts and of the steps.
     Returns:
         `AlignedLoss`: summed over steps, each step normalised by the number of its rows.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
     """
     rows = mask.any(dim=0)  # [B, T]
-    weights = mask[:, rows].to(torch.float32)  # [S, R]
-    weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-5)
+    row_weights = mask[:, rows].to(torch.float32)  # [S, R]
+    row_weights = row_weights / (row_weights.sum(dim=1, keepdim=True) + 1e-5)
     stacked = torch.stack([prediction[rows] for prediction in predictions])  # [S, R, D]
     label_hidden = label_hidden[rows].to(stacked.dtype)
-    token = token_loss(draft, stacked, label_hidden, weights)
-    hidden = token.new_zeros(token.shape)
-    if hidden_weight:
+    vocabulary, token, acceptance = vocabulary_loss(draft, stacked, label_hidden, row_weights, weights)
+    hidden = vocabulary.new_zeros(vocabulary.shape)
+    if weights.hidden:
         distance = F.smooth_l1_loss(stacked.float(), label_hidden.float().expand_as(stacked), reduction="none")
-        hidden = (distance.mean(dim=-1) * weights).sum(dim=1)
-    total = (token_weight * token + hidden_weight * hidden).sum()
-    return AlignedLoss(total, token.detach(), hidden.detach())
+        hidden = (distance.mean(dim=-1) * row_weights).sum(dim=1)
+    step_weights = weights.of_steps(len(predictions)).to(vocabulary)
+    total = (step_weights * (vocabulary + weights.hidden * hidden)).sum()
+    return AlignedLoss(total, token, acceptance, hidden.detach())
 
 
-def token_loss(draft, predictions: torch.Tensor, label_hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Soft cross-entropy of every step, in chunks of rows: no tensor of all rows by all tokens is ever made.
+def vocabulary_loss(
+    draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parts of the loss that need logits, in chunks of rows: no tensor of all rows by all tokens is ever made.
+
+    With p the target's and q the draft's distribution over the draft vocabulary, the soft cross-entropy is
+    -sum(p log q), and a token drawn from q is accepted with probability sum(min(p, q)) = 1 - TV(p, q).
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
         predictions (`torch.Tensor` of shape `(S, R, D)`): predicted hidden states.
         label_hidden (`torch.Tensor` of shape `(R, D)`): the target's states.
-        weights (`torch.Tensor` of shape `(S, R)`): of each row in the sum.
+        row_weights (`torch.Tensor` of shape `(S, R)`): of each row in the sums.
+        weights (`LossWeights`): of the two parts.
     Returns:
-        `torch.Tensor` of shape `(S,)` in nats.
+        `tuple` of the weighted sum, the soft cross-entropy and the negative log acceptance, each of shape `(S,)` in
+        nats; only the first carries gradients.
     """
-    return _ChunkedTokenLoss.apply(draft, label_hidden, weights, predictions, *draft.head_parameters())
+    coefficients = weights.token, weights.acceptance
+    return _ChunkedVocabularyLoss.apply(
+        draft, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
+    )
 
 
-class _ChunkedTokenLoss(torch.autograd.Function):
+class _ChunkedVocabularyLoss(torch.autograd.Function):
     """Forward computes the gradients too, chunk by chunk, so that logits are made once and dropped at once."""
 
     @staticmethod
-    def forward(ctx, draft, label_hidden, weights, predictions, *head):
+    def forward(ctx, draft, label_hidden, row_weights, coefficients, predictions, *head):
         num_steps, num_rows = predictions.shape[:2]
-        losses = predictions.new_zeros(num_steps, dtype=torch.float32)
+        sums = predictions.new_zeros(2, num_steps, dtype=torch.float32)
         gradient = torch.empty_like(predictions)
         head_gradient = [torch.zeros(num_steps, *parameter.shape).to(parameter) for parameter in head]
         for start in range(0, num_rows, ROWS_PER_CHUNK):
@@ -91,20 +121,34 @@ class _ChunkedTokenLoss(torch.autograd.Function):
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
                     log_probs = torch.log_softmax(draft.compute_logits(prediction).float(), dim=-1)
-                    loss = -(torch.linalg.vecdot(target, log_probs) * weights[step, chunk]).sum()
+                    parts = _parts(target, log_probs, row_weights[step, chunk], coefficients)
+                    loss = coefficients[0] * parts[0] + coefficients[1] * parts[1]
                 found = torch.autograd.grad(loss, [prediction, *head])
                 gradient[step, chunk] = found[0]
-                losses[step] += loss.detach()
+                sums[:, step] += parts.detach()
                 for total, part in zip(head_gradient, found[1:], strict=True):
                     total[step] += part
         ctx.save_for_backward(gradient, *head_gradient)
-        return losses
+        token, acceptance = sums
+        ctx.mark_non_differentiable(token, acceptance)
+        return coefficients[0] * token + coefficients[1] * acceptance, token, acceptance
 
     @staticmethod
-    def backward(ctx, grad_losses):
+    def backward(ctx, grad_losses, *_):
         gradient, *head_gradient = ctx.saved_tensors
         head = [torch.tensordot(grad_losses.to(part.dtype), part, dims=1) for part in head_gradient]
-        return None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
+        return None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
 
 
-__all__ = ["AlignedLoss", "aligned_loss", "token_loss"]
+def _parts(target: torch.Tensor, log_probs: torch.Tensor, row_weights: torch.Tensor, coefficients) -> torch.Tensor:
+    """Soft cross-entropy and negative log acceptance of some rows, `(2,)`; a part without weight is left at 0."""
+    zero = log_probs.new_zeros(())
+    token = -(torch.linalg.vecdot(target, log_probs) * row_weights).sum() if coefficients[0] else zero
+    acceptance = zero
+    if coefficients[1]:
+        accepted = torch.minimum(target, log_probs.exp()).sum(dim=-1)
+        acceptance = -(accepted.clamp(min=1e-9).log() * row_weights).sum()
+    return torch.stack((token, acceptance))
+
+
+__all__ = ["AlignedLoss", "LossWeights", "aligned_loss", "vocabulary_loss"]

@@ -1,11 +1,7 @@
-"""Train a draft for a target: features, then the stages of the recipe, then a folder that generate() can use.
-
-Stages, each a run of transformers' `Trainer` with a schedule of its own:
-  single_step  one module, step 0 alone: cheap, and most of what a draft knows is learnt here;
-  warm_up      one module, S aligned forwards, hidden-state loss (HASS);
-  split        the module copied into all M, S aligned forwards, token loss alone, gradients through all steps (PRISM).
+"""Train a draft for a target: features, then the stages of a recipe, then a folder that generate() can use.
 
     transformers-prism train --data conversations.jsonl.gz --output draft-run --target some/target
+    transformers-prism train --data conversations.jsonl.gz --output draft-run --recipe hass --plan
 """
 
 import dataclasses
@@ -14,8 +10,7 @@ import logging
 import math
 import platform
 import shutil
-from collections import Counter
-from dataclasses import dataclass, field
+import sys
 from pathlib import Path
 
 import torch
@@ -23,160 +18,25 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 import transformers_prism
-from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
+from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.features import Conversation, FeatureStore, compute_features, read_conversations
+from transformers_prism.training.conversations import Conversation, read_conversations, split_conversations
+from transformers_prism.training.features import FeatureStore, compute_features
+from transformers_prism.training.first_draft import first_draft, make_draft_config
 from transformers_prism.training.losses import aligned_loss
+from transformers_prism.training.plan import describe_plan
+from transformers_prism.training.progress import LiveView, plot_curves
+from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
 
 logger = logging.getLogger(__name__)
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a training run depends on besides the target and the data themselves."""
-
-    data: str = _option("", "JSON lines with input_ids and prompt_length (token ids), gzipped if named .gz.")
-    output: str = _option("", "Folder of the run: checkpoints, the draft in draft/, training.json.")
-    target: str | None = _option(None, "Hub id, folder or .gguf file; the demo target if left out.")
-    features: str | None = _option(None, "Folder for the target's hidden states; <output>/features if left out.")
-    num_conversations: int = _option(0, "Use the first so many conversations of the training part; 0 is all.")
-    max_length: int = _option(2048, "Tokens kept of a conversation.")
-    validation_share: float = _option(0.05, "Share of the lines, at the file's end, that is held out.")
-    num_modules: int = _option(2, "Processing modules M.")
-    target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
-    draft_vocab_size: int = _option(8192, "Tokens the draft can propose; 0 is the whole vocabulary.")
-    context_kv: str = _option("prefill_module", "prefill_module or own_module.")
-    single_step_epochs: float = _option(1.0, "Epochs of stage single_step; 0 leaves it out.")
-    warm_up_epochs: float = _option(2.0, "Epochs of stage warm_up; 0 leaves it out.")
-    split_epochs: float = _option(1.0, "Epochs of stage split; 0 leaves it out.")
-    warm_up_steps: int = _option(3, "Aligned forwards S in stage warm_up.")
-    split_steps: int = _option(4, "Aligned forwards S in stage split.")
-    learning_rate: float = _option(2e-3, "Peak learning rate of stages single_step and warm_up.")
-    split_learning_rate: float = _option(5e-4, "Peak learning rate of stage split.")
-    schedule: str = _option("cosine", "Learning-rate schedule of each stage, by its name in transformers.")
-    warm_up_share: float = _option(0.03, "Share of a stage's updates in which the learning rate rises.")
-    token_weight: float = _option(0.1, "Weight of the soft cross-entropy.")
-    hidden_weight: float = _option(1.0, "Weight of the hidden-state loss in the first two stages.")
-    is_detached: bool = _option(True, "Cut gradients between the forwards of stage warm_up.")
-    batch_size: int = _option(8, "Conversations per process and update.")
-    accumulation: int = _option(1, "Batches per update.")
-    weight_decay: float = _option(0.01, "AdamW's weight decay.")
-    max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
-    compute_dtype: str = _option("float32", "float32 or bfloat16: of the target and, by autocast, of the draft.")
-    use_cpu: bool = _option(False, "Stay on the CPU even if there is an accelerator.")
-    logging_updates: int = _option(10, "Updates between two lines of the log.")
-    save_updates: int = _option(200, "Updates between two checkpoints.")
-    validation_updates: int = _option(0, "Updates between two validations; 0 is at the end of each stage.")
-    num_validation: int = _option(0, "Use the first so many conversations for validation; 0 is all.")
-    seed: int = _option(0, "Of weights and of the order of batches.")
-    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
-
-    def __post_init__(self):
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share: expected a number between 0 and 1, got {self.validation_share}")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"compute_dtype: expected float32 or bfloat16, got {self.compute_dtype!r}")
-        for name in ("batch_size", "accumulation", "num_modules", "warm_up_steps", "split_steps", "save_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.single_step_epochs + self.warm_up_epochs + self.split_epochs > 0:
-            raise ValueError("expected at least one stage with more than 0 epochs, got none")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """`compute_dtype` as torch knows it."""
-        return getattr(torch, self.compute_dtype)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One run of the Trainer: which modules, how many aligned forwards, which loss."""
-
-    name: str
-    num_modules: int
-    num_steps: int
-    num_epochs: float
-    learning_rate: float
-    hidden_weight: float
-    is_detached: bool
-
-
-def plan_stages(config: TrainConfig) -> list[Stage]:
-    """The stages of a recipe in order, those of 0 epochs left out."""
-    rate, hidden = config.learning_rate, config.hidden_weight
-    stages = [
-        Stage("single_step", 1, 1, config.single_step_epochs, rate, hidden, False),
-        Stage("warm_up", 1, config.warm_up_steps, config.warm_up_epochs, rate, hidden, config.is_detached),
-        Stage(
-            "split",
-            config.num_modules,
-            config.split_steps,
-            config.split_epochs,
-            config.split_learning_rate,
-            0.0,
-            False,
-        ),
-    ]
-    return [stage for stage in stages if stage.num_epochs > 0]
-
-
-# --- the draft ---------------------------------------------------------------------------------------------------
-
-
-def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.LongTensor, float]:
-    """The `size` most frequent tokens of the answers and the share of answer tokens that they cover.
-
-    Args:
-        conversations (`list[Conversation]`): the training data.
-        size (`int`): of the draft vocabulary; filled with the smallest unused ids where the data has fewer tokens.
-    Returns:
-        `tuple` of increasing token ids `(size,)` and the coverage in 0..1.
-    """
-    counts: Counter[int] = Counter()
-    for conversation in conversations:
-        counts.update(conversation.input_ids[conversation.prompt_length :])
-    total = counts.total()
-    # Tokens of the prompts come after all answer tokens, and ids that never occur last.
-    for conversation in conversations:
-        counts.update(dict.fromkeys(conversation.input_ids[: conversation.prompt_length], 0))
-    chosen = dict(counts.most_common(size))
-    covered = sum(chosen.values())
-    unused = (token for token in range(size + len(chosen)) if token not in chosen)
-    tokens = sorted([*chosen, *(next(unused) for _ in range(size - len(chosen)))])
-    return torch.tensor(tokens), covered / total
-
-
-def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
-    """The architecture of the finished draft.
-
-    Args:
-        config (`TrainConfig`): of the run.
-        target (`PreTrainedModel`): the model to be sped up.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, for the fingerprint.
-    Returns:
-        `PrismConfig`: with the target's fingerprint.
-    """
-    overrides = {
-        "num_processing_modules": config.num_modules,
-        "context_kv": config.context_kv,
-        "target_fingerprint": target_fingerprint(target.config, tokenizer),
-    }
-    if config.draft_vocab_size:
-        overrides["draft_vocab_size"] = config.draft_vocab_size
-    if config.target_layer_ids:
-        overrides["target_layer_ids"] = [int(layer) for layer in config.target_layer_ids.split(",")]
-    return PrismConfig.from_target(target, **overrides)
 
 
 # --- the step ----------------------------------------------------------------------------------------------------
@@ -187,22 +47,22 @@ class AlignedTraining(nn.Module):
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
-        target (`PreTrainedModel`): gives the vocabulary head for evaluation; not registered.
+        target (`PreTrainedModel`): for evaluation.
         stage (`Stage`): number of forwards and loss.
-        token_weight (`float`): of the soft cross-entropy.
+        options (`dict`): further arguments of [`aligned_forward`].
     """
 
-    def __init__(self, draft: PrismDraftModel, target, stage: Stage, token_weight: float):
+    def __init__(self, draft: PrismDraftModel, target, stage: Stage, **options):
         super().__init__()
-        self.draft, self.stage, self.token_weight = draft, stage, token_weight
-        # Behind a function, the head is neither trained nor saved with the draft.
-        self.target_head = lambda: target.get_output_embeddings()
+        self.draft, self.stage, self.options = draft, stage, options
+        # Behind a function, the target is neither trained nor saved with the draft.
+        self.target = lambda: target
 
     def forward(self, input_ids, features, label_features, mask):
         """Loss of a batch of [`collate`].
 
         Returns:
-            `dict`: `loss`, and without gradients `token_loss` and `hidden_loss`, of shape `(S,)`.
+            `dict`: `loss`, and without gradients its `parts`: `(3, S)`, of token, acceptance and hidden state.
         """
         predictions = self.predict(input_ids, features, self.stage.num_steps, self.stage.is_detached)
         history = history_mask(input_ids.shape[1], self.stage.num_steps, input_ids.device)
@@ -211,15 +71,14 @@ class AlignedTraining(nn.Module):
             predictions,
             label_features[..., -self.draft.config.target_hidden_size :],
             mask[None] & history[:, None],
-            self.token_weight,
-            self.stage.hidden_weight,
+            self.stage.loss,
         )
-        return {"loss": loss.total, "token_loss": loss.token, "hidden_loss": loss.hidden}
+        return {"loss": loss.total, "parts": torch.stack((loss.token, loss.acceptance, loss.hidden))}
 
     def predict(self, input_ids, features, num_steps: int, is_detached: bool = False):
         """The aligned forwards; features hold the fused layers first and the last, normed state last."""
         fused = features[..., : self.draft.config.fused_hidden_size]
-        return aligned_forward(self.draft, input_ids, fused, num_steps, is_detached)
+        return aligned_forward(self.draft, input_ids, fused, num_steps, is_detached, **self.options)
 
     @torch.no_grad()
     def count_agreements(self, input_ids, features, label_features, mask, num_steps: int) -> torch.Tensor:
@@ -240,15 +99,20 @@ class AlignedTraining(nn.Module):
 
     def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
         # Scaling and capping logits as the target does keeps their order.
-        head = self.target_head()
+        head = self.target().get_output_embeddings()
         return head(label.to(head.weight.device, head.weight.dtype)).argmax(dim=-1).to(self.draft.device)
 
 
 class AlignedTrainer(Trainer):
-    """Transformers' Trainer with our order of batches, our loss, and agreement with the target as evaluation."""
+    """Transformers' Trainer with our order of batches, our loss, and our evaluation.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        prompts (`list[Conversation]`): held-out conversations on whose prompts acceptance is measured.
+    """
+
+    def __init__(self, *args, prompts: list[Conversation] = (), **kwargs):
         super().__init__(*args, **kwargs)
+        self.prompts = list(prompts)
         self._parts: list[torch.Tensor] = []
 
     def _get_train_sampler(self, train_dataset=None):
@@ -267,20 +131,22 @@ class AlignedTrainer(Trainer):
                 "the last checkpoint is kept. Lower the learning rate, or check the features"
             )
         if model.training:
-            self._parts.append(torch.stack((outputs["token_loss"], outputs["hidden_loss"])))
+            self._parts.append(outputs["parts"])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs, start_time=None):
         """Add the mean of each step's losses since the last line."""
         if self._parts and "loss" in logs:
-            token, hidden = torch.stack(self._parts).mean(dim=0)
+            means = torch.stack(self._parts).mean(dim=0)
             self._parts.clear()
-            logs.update({f"token_loss_{step}": round(float(value), 4) for step, value in enumerate(token)})
-            logs.update({f"hidden_loss_{step}": round(float(value), 4) for step, value in enumerate(hidden)})
+            weights = self.accelerator.unwrap_model(self.model).stage.loss
+            for name, values in zip(("token", "acceptance", "hidden"), means, strict=True):
+                if getattr(weights, name):
+                    logs.update({f"{name}_loss_{step}": round(float(value), 4) for step, value in enumerate(values)})
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Agreement of each draft step with the target on held-out conversations, teacher-forced."""
+        """Agreement of each draft step with the target on held-out conversations, teacher-forced, and measured rounds."""
         dataset = eval_dataset or self.eval_dataset
         training = self.accelerator.unwrap_model(self.model)
         num_steps = max(4, training.stage.num_steps)
@@ -298,9 +164,26 @@ class AlignedTrainer(Trainer):
             f"{metric_key_prefix}_agreement_{step}": round(float(hits / rows), 4)
             for step, (hits, rows) in enumerate(counts)
         }
+        metrics.update(self._measured_acceptance(training.draft, training.target(), metric_key_prefix))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measured_acceptance(self, draft, target, prefix: str) -> dict[str, float]:
+        if not self.prompts:
+            return {}
+        own = self.prompts[self.args.process_index :: self.args.world_size]
+        counts = measure_acceptance(draft, target, own)
+        return acceptance_metrics(self.accelerator.reduce(counts.to(self.args.device)).cpu(), prefix)
+
+
+class _LastUpdateCounts(TrainerCallback):
+    """With a checkpoint chosen by tau, the last update is a candidate like the others."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Evaluate and save at the end."""
+        if state.global_step == state.max_steps:
+            control.should_evaluate = control.should_save = True
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
@@ -321,17 +204,21 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     # Every process has looked before the first one writes.
     PartialState(cpu=config.use_cpu).wait_for_everyone()
     target, tokenizer = load_target(config.target, config.dtype)
-    conversations = read_conversations(config.data, target.config.get_text_config().vocab_size, config.max_length)
-    train_indices, validation_indices = split_conversations(len(conversations), config)
+    vocab_size = target.config.get_text_config().vocab_size
+    conversations = read_conversations(config.data.split(","), vocab_size, config.max_length, tokenizer)
+    train_indices, validation_indices = split_conversations(
+        len(conversations), config.validation_share, config.num_conversations, config.num_validation
+    )
     draft_config = make_draft_config(config, target, tokenizer)
     _claim_output(config)
     store = _features(config, target, conversations, draft_config, [*train_indices, *validation_indices])
     report: dict = {"data": _describe_data(conversations, train_indices, validation_indices)}
-    draft = _first_draft(config, draft_config, conversations, train_indices, report)
+    draft = first_draft(config, draft_config, [conversations[index] for index in train_indices], report)
     sets = [ConversationDataset(conversations, store, indices) for indices in (train_indices, validation_indices)]
     results = report["stages"] = []
     for stage in plan_stages(config):
-        if stage.num_modules != draft.config.num_processing_modules:
+        stage = dataclasses.replace(stage, num_modules=max(stage.num_modules, draft.config.num_processing_modules))
+        if stage.num_modules > draft.config.num_processing_modules:
             draft = expand_modules(draft, with_modules(draft_config, stage.num_modules))
         draft.bind(target, tokenizer)
         draft, result = _run_stage(stage, config, draft, target, sets)
@@ -342,26 +229,15 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     return draft.eval()
 
 
-def split_conversations(num_conversations: int, config: TrainConfig) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation, which is the end of the file.
-
-    Raises:
-        ValueError: if there are too few conversations for both.
-    """
-    num_validation = math.ceil(num_conversations * config.validation_share)
-    num_training = num_conversations - num_validation
-    if num_training < 1:
-        raise ValueError(f"data: expected at least 2 conversations (training and validation), got {num_conversations}")
-    validation = list(range(num_training, num_conversations))[: config.num_validation or None]
-    return list(range(num_training))[: config.num_conversations or None], validation
-
-
 def _check_paths(config: TrainConfig):
     """What can be said before anything is loaded."""
     if not config.output:
         raise ValueError("output: expected a folder, got none")
-    if not Path(config.data).is_file():
-        raise FileNotFoundError(f"data: expected a file of conversations, got {config.data!r}, which is not there")
+    for source in config.data.split(","):
+        if not Path(source).exists():
+            raise FileNotFoundError(
+                f"data: expected a file or folder of conversations, got {source!r}, which is not there"
+            )
     record = Path(config.output) / "config.json"
     if not record.is_file():
         return
@@ -377,12 +253,12 @@ def _claim_output(config: TrainConfig):
     """Record the settings that a resumed run must repeat, once data and target have been found to be usable."""
     if PartialState().is_main_process:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.json").write_text(json.dumps(_settings(config), indent=2) + "\n")
+        _write_json(Path(config.output) / "config.json", _settings(config))
     PartialState().wait_for_everyone()
 
 
 def _settings(config: TrainConfig) -> dict:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "plan")}
 
 
 def _features(config, target, conversations, draft_config, needed: list[int]) -> FeatureStore:
@@ -394,17 +270,6 @@ def _features(config, target, conversations, draft_config, needed: list[int]) ->
     store = compute_features(target, conversations, layer_ids, folder, needed=needed, part=part)
     state.wait_for_everyone()
     return store
-
-
-def _first_draft(config, draft_config, conversations, train_indices, report) -> PrismDraftModel:
-    torch.manual_seed(config.seed)
-    draft = PrismDraftModel(with_modules(draft_config, 1))
-    if draft_config.draft_vocab_size is not None:
-        tokens, coverage = frequent_tokens([conversations[index] for index in train_indices], config.draft_vocab_size)
-        draft.draft_to_target.copy_(tokens)
-        report["draft_vocab_coverage"] = round(coverage, 5)
-        logger.info("Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens.", len(tokens), 100 * coverage)
-    return draft
 
 
 def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_updates: int) -> TrainingArguments:
@@ -430,8 +295,11 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         save_total_limit=2,
         eval_strategy="steps" if config.validation_updates else "no",
         eval_steps=config.validation_updates or None,
+        load_best_model_at_end=config.chooses_by_tau,
+        metric_for_best_model="tau" if config.chooses_by_tau else None,
+        greater_is_better=True if config.chooses_by_tau else None,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=config.report_to,
         disable_tqdm=True,
         seed=config.seed,
         # With more modules than forwards, the last ones are not reached.
@@ -449,15 +317,30 @@ def _run_stage(
     if (folder / "result.json").is_file():
         return PrismDraftModel.from_pretrained(finished).train(), json.loads((folder / "result.json").read_text())
     train_set, validation_set = sets
-    per_update = config.batch_size * config.accumulation * PartialState().num_processes
-    num_updates = max(1, math.ceil(stage.num_epochs * len(train_set) / per_update))
+    num_updates, _ = count_updates(stage, config, len(train_set), PartialState().num_processes)
+    view = LiveView(f"{stage.name}: M={stage.num_modules}, S={stage.num_steps}")
+    callbacks: list[TrainerCallback] = [view]
+    if config.chooses_by_tau:
+        callbacks.append(_LastUpdateCounts())
+    if config.patience:
+        callbacks.append(EarlyStoppingCallback(config.patience))
     trainer = AlignedTrainer(
-        model=AlignedTraining(draft.train(), target, stage, config.token_weight),
+        model=AlignedTraining(
+            draft.train(),
+            target,
+            stage,
+            checkpoint_activations=config.checkpoint_activations,
+            unmasked_softmax=config.unmasked_softmax,
+        ),
         args=_training_arguments(stage, config, folder, num_updates),
         train_dataset=train_set,
         eval_dataset=validation_set,
         data_collator=collate,
+        callbacks=callbacks,
+        prompts=validation_set.chosen(config.num_acceptance_prompts),
     )
+    if view.console.is_terminal:
+        trainer.remove_callback(PrinterCallback)
     logger.info("Stage %s: M=%d, S=%d, %d updates.", stage.name, stage.num_modules, stage.num_steps, num_updates)
     outcome = trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if config.resume else None)
     result = {
@@ -467,10 +350,11 @@ def _run_stage(
         "seconds": round(outcome.metrics["train_runtime"], 1),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "validation": trainer.evaluate(),
+        "history": trainer.state.log_history,
     }
     if PartialState().is_main_process:
         draft.save_pretrained(finished)
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        _write_json(folder / "result.json", result)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
@@ -479,8 +363,23 @@ def _run_stage(
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint of a stage that was written to its end; the Trainer writes its state last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write a file that is whole or not there."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def _describe_data(conversations, train_indices, validation_indices) -> dict:
@@ -489,7 +388,7 @@ def _describe_data(conversations, train_indices, validation_indices) -> dict:
         return {
             "num_conversations": len(chosen),
             "num_tokens": sum(len(conversation.input_ids) for conversation in chosen),
-            "num_answer_tokens": sum(len(c.input_ids) - c.prompt_length for c in chosen),
+            "num_answer_tokens": sum(conversation.num_answer_tokens for conversation in chosen),
         }
 
     return {"training": describe(train_indices), "validation": describe(validation_indices)}
@@ -499,8 +398,8 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     folder = Path(config.output) / "draft"
     draft.save_pretrained(folder)
     settings = dataclasses.asdict(config)
-    for name in ("data", "output", "features", "target"):
-        settings[name] = settings[name] and Path(settings[name]).name
+    for name in ("data", "output", "features", "target", "init_from"):
+        settings[name] = settings[name] and ",".join(Path(part).name for part in settings[name].split(","))
     record = {
         "command": None if argv is None else " ".join(Path(word).name if "/" in word else word for word in argv),
         "config": settings,
@@ -511,8 +410,10 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
             "transformers_prism": transformers_prism.__version__,
         },
         **report,
+        "stages": [{name: value for name, value in stage.items() if name != "history"} for stage in report["stages"]],
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    plot_curves(report["stages"], folder / "curves.png")
     logger.info("Draft saved in %s.", folder.name)
 
 
@@ -525,15 +426,15 @@ def main(argv: list[str]):
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     parser = HfArgumentParser(TrainConfig, prog="transformers-prism train")
     (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if config.plan:
+        sys.stdout.write(describe_plan(config) + "\n")
+        return
     train(config, ["transformers-prism", "train", *argv])
 
 
 __all__ = [
     "AlignedTrainer",
     "AlignedTraining",
-    "TrainConfig",
-    "frequent_tokens",
     "main",
-    "plan_stages",
     "train",
 ]

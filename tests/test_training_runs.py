@@ -1,0 +1,155 @@
+"""Training in processes of its own: killed at any moment, on two processes, on a disk that fills up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_training import settings, write_data
+from tiny_models import chat_tokenizer, tiny_target
+from transformers import Trainer
+
+from transformers_prism import PrismDraftModel
+from transformers_prism.training.train import AlignedTrainer, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = {
+    "draft_vocab_size": 40,
+    "warm_up_epochs": 2,
+    "single_step_epochs": 2,
+    "split_epochs": 2,
+    "learning_rate": 5e-3,
+    "logging_updates": 1,
+    "save_updates": 1,
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A target in a folder, and data of 24 conversations of which 16 are trained on."""
+    target = tiny_target("llama", seed=3)
+    target.save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    write_data(tmp_path / "data.jsonl", num_conversations=24)
+    return tmp_path
+
+
+def command(folder, name, *more, processes=1, **options):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    options = {
+        **OPTIONS,
+        "data": folder / "data.jsonl",
+        "target": folder / "target",
+        "output": folder / name,
+        "num_conversations": 16,
+        **options,
+    }
+    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+    return [*launcher, "-m", "transformers_prism.cli", "train", "--use_cpu", *words, *more]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(words):
+    result = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def losses(folder):
+    stages = json.loads((folder / "draft" / "training.json").read_text())["stages"]
+    return [loss for stage in stages for loss in stage["loss"]]
+
+
+def assert_same_weights(first, second):
+    states = [PrismDraftModel.from_pretrained(folder / "draft").state_dict() for folder in (first, second)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_a_killed_run_ends_with_the_same_weights(folders):
+    """SIGKILL while a checkpoint is being written, and between stages: the resumed run's draft has the same bits."""
+    run(command(folders, "whole", batch_size=4))
+    for moment in ("single_step/checkpoint-3", "warm_up/checkpoint-6"):
+        more = ["--resume"] if (folders / "cut").exists() else []
+        process = subprocess.Popen(
+            command(folders, "cut", *more, batch_size=4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+        # The folder is there before what belongs into it.
+        deadline = time.monotonic() + 200
+        while not (folders / "cut" / moment).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folders / "cut" / "draft").exists()
+    run(command(folders, "cut", "--resume", batch_size=4))
+    assert_same_weights(folders / "whole", folders / "cut")
+
+
+def test_two_processes_equal_one_with_accumulation(folders):
+    """Two gloo processes with a batch of 2 see what one with two batches of 2 per update sees."""
+    run(command(folders, "one", batch_size=2, accumulation=2))
+    run(command(folders, "two", batch_size=2, processes=2))
+    found, expected = losses(folders / "two"), losses(folders / "one")
+    assert len(found) == len(expected) == 24
+    assert found == pytest.approx(expected, rel=1e-4)
+    states = [PrismDraftModel.from_pretrained(folders / name / "draft").state_dict() for name in ("one", "two")]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """A checkpoint that does not fit ends the run with the system's error; the one before is gone on from."""
+    target = tiny_target("llama", seed=3)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target.to(dtype), None))
+    whole = train(settings(tmp_path, "whole"))
+    save = Trainer._save_optimizer_and_scheduler
+
+    def save_until_full(self, folder):
+        if folder.endswith("checkpoint-6"):
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(AlignedTrainer, "_save_optimizer_and_scheduler", save_until_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(settings(tmp_path, "cut"))
+    monkeypatch.undo()
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target.to(dtype), None))
+    resumed = train(settings(tmp_path, "cut", resume=True))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    """The run stops at that batch, and goes on from before it once the cause is gone."""
+    target = tiny_target("llama", seed=3)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target.to(dtype), None))
+    whole = train(settings(tmp_path, "whole"))
+    compute_loss = AlignedTrainer.compute_loss
+
+    def fail_at_fifth(self, model, inputs, **kwargs):
+        if self.state.global_step == 5:
+            inputs = {**inputs, "features": inputs["features"] * float("nan")}
+        return compute_loss(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(AlignedTrainer, "compute_loss", fail_at_fifth)
+    with pytest.raises(ValueError, match="expected a finite number, got nan at update 5; the last checkpoint is kept"):
+        train(settings(tmp_path, "cut"))
+    monkeypatch.setattr(AlignedTrainer, "compute_loss", compute_loss)
+    resumed = train(settings(tmp_path, "cut", resume=True))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name

@@ -1,0 +1,98 @@
+"""Acceptance measured while a draft trains: real rounds on held-out prompts, beside what teacher forcing says."""
+
+import time
+
+import torch
+
+from transformers_prism.speculation import Speculation
+from transformers_prism.training.conversations import Conversation
+
+# The tree that rounds are measured with: small enough for any machine, deep enough to tell drafts apart.
+DEPTH = 4
+TREE = {"tree": "static", "tree_top_k": 4, "tree_depth": DEPTH, "tree_num_nodes": 15}
+NUM_NEW_TOKENS = 48
+
+
+@torch.no_grad()
+def measure_acceptance(
+    draft, target, conversations: list[Conversation], num_new_tokens: int = NUM_NEW_TOKENS
+) -> torch.Tensor:
+    """Decode the beginnings of conversations greedily with a draft.
+
+    Args:
+        draft (`PrismDraftModel`): bound; its mode and its generation settings are left as they were.
+        target (`PreTrainedModel`): the model to be sped up.
+        conversations (`list[Conversation]`): their tokens before the first answer are the prompts.
+        num_new_tokens (`int`): tokens per prompt at most.
+    Returns:
+        `torch.Tensor` of shape `(6 + depth,)`, float64, to be summed over processes: rounds, committed tokens, seconds
+        of all rounds, seconds of plain steps, their number, then how many rounds accepted at least 0, 1, ... tokens.
+    """
+    was_training = draft.training
+    settings = {name: getattr(draft.generation_config, name, None) for name in TREE}
+    counts = torch.zeros(6 + DEPTH, dtype=torch.float64)
+    draft.eval()
+    draft.generation_config.update(**TREE)
+    try:
+        for conversation in conversations:
+            prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
+            counts += _counts(_decode(target, draft, prompt, num_new_tokens))
+        if conversations:
+            counts[3:5] += torch.tensor(_plain_steps(target, prompt), dtype=torch.float64)
+    finally:
+        draft.generation_config.update(**settings)
+        draft.train(was_training)
+    return counts
+
+
+def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Figures of [`measure_acceptance`]'s counts.
+
+    Returns:
+        `dict`: `tau`, the acceptance length pooled over rounds, the bonus included; `conditional_<i>`, the share of
+        rounds that accepted more than i tokens among those that accepted i; `speedup_estimate`, tau times the seconds
+        of a plain step over those of a round. Without rounds there is none of them.
+    """
+    rounds, committed, round_seconds, plain_seconds, num_plain = counts[:5].tolist()
+    if not rounds:
+        return {}
+    reached = counts[5:].tolist()
+    metrics = {f"{prefix}_tau": round(committed / rounds, 4)}
+    for step, (here, next_one) in enumerate(zip(reached, reached[1:], strict=False)):
+        if here:
+            metrics[f"{prefix}_conditional_{step}"] = round(next_one / here, 4)
+    metrics[f"{prefix}_speedup_estimate"] = round(committed / round_seconds * plain_seconds / num_plain, 3)
+    return metrics
+
+
+def _decode(target, draft, prompt: torch.Tensor, num_new_tokens: int) -> Speculation:
+    target.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        assistant_model=draft,
+        do_sample=False,
+        max_new_tokens=num_new_tokens,
+        pad_token_id=target.generation_config.pad_token_id or 0,
+    )
+    return draft.last_speculation
+
+
+def _counts(speculation: Speculation) -> torch.Tensor:
+    accepted = [count for row in speculation.accepted_per_round for count in row]
+    reached = [sum(count >= step for count in accepted) for step in range(DEPTH + 1)]
+    sums = [sum(speculation.num_rounds), sum(speculation.num_committed), sum(speculation.seconds.values()), 0, 0]
+    return torch.tensor([*sums, *reached], dtype=torch.float64)
+
+
+def _plain_steps(target, prompt: torch.Tensor, count: int = 8) -> tuple[float, int]:
+    """Seconds of some forwards over one token behind a prompt, and how many."""
+    cache = target(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    token = prompt[:, -1:]
+    target(token, past_key_values=cache, use_cache=True)
+    start = time.perf_counter()
+    for _ in range(count):
+        target(token, past_key_values=cache, use_cache=True)
+    return time.perf_counter() - start, count
+
+
+__all__ = ["acceptance_metrics", "measure_acceptance"]

@@ -1,0 +1,114 @@
+"""The draft that training begins with: its architecture, its draft vocabulary, and what it already knows."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
+from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.recipes import TrainConfig
+from transformers_prism.training.warm_start import warm_start, with_modules
+
+logger = logging.getLogger(__name__)
+
+
+def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.LongTensor, float]:
+    """The `size` most frequent tokens of the answers and the share of answer tokens that they cover.
+
+    Args:
+        conversations (`list[Conversation]`): the training data.
+        size (`int`): of the draft vocabulary; filled with the smallest unused ids where the data has fewer tokens.
+    Returns:
+        `tuple` of increasing token ids `(size,)` and the coverage in 0..1.
+    """
+    counts = _answer_tokens(conversations)
+    total = counts.total()
+    # Tokens of the prompts come after all answer tokens, and ids that never occur last.
+    for conversation in conversations:
+        counts.update(dict.fromkeys(conversation.input_ids, 0))
+    chosen = dict(counts.most_common(size))
+    covered = sum(chosen.values())
+    unused = (token for token in range(size + len(chosen)) if token not in chosen)
+    tokens = sorted([*chosen, *(next(unused) for _ in range(size - len(chosen)))])
+    return torch.tensor(tokens), covered / total
+
+
+def token_coverage(conversations: list[Conversation], tokens: torch.Tensor) -> float:
+    """Share of the answers' tokens that are among `tokens` `(n,)`, in 0..1."""
+    counts = _answer_tokens(conversations)
+    return sum(counts[token] for token in tokens.tolist()) / counts.total()
+
+
+def _answer_tokens(conversations: list[Conversation]) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for conversation in conversations:
+        for start, end in conversation.assistant_spans:
+            counts.update(conversation.input_ids[start:end])
+    return counts
+
+
+def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
+    """The architecture of the finished draft.
+
+    Args:
+        config (`TrainConfig`): of the run.
+        target (`PreTrainedModel` or `PreTrainedConfig`): the model to be sped up, or its configuration.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, for the fingerprint.
+    Returns:
+        `PrismConfig`: with the target's fingerprint.
+    """
+    overrides = {
+        "module_form": config.module_form,
+        # EAGLE-3 learns a head of its own.
+        "share_target_head": config.module_form != "eagle3",
+        "num_processing_modules": config.num_modules,
+        "num_layers_per_module": config.num_layers_per_module,
+        "context_kv": config.context_kv,
+        "target_fingerprint": target_fingerprint(getattr(target, "config", target), tokenizer),
+    }
+    if config.draft_vocab_size:
+        overrides["draft_vocab_size"] = config.draft_vocab_size
+    for name in ("target_layer_ids", "draft_step_to_module"):
+        if getattr(config, name):
+            overrides[name] = config.numbers(name)
+    return PrismConfig.from_target(target, **overrides)
+
+
+def first_draft(
+    config: TrainConfig, draft_config: PrismConfig, training: list[Conversation], report: dict
+) -> PrismDraftModel:
+    """A new draft with one module, or what the draft that is started from knows, in as many modules as it has.
+
+    Args:
+        config (`TrainConfig`): of the run; `seed` draws new weights.
+        draft_config (`PrismConfig`): of the finished draft.
+        training (`list[Conversation]`): their answers choose the draft vocabulary.
+        report (`dict`): gets the draft vocabulary's coverage, and what was started from.
+    Raises:
+        ValueError: if the draft to start from has more modules than the finished one, or cannot be started from.
+    """
+    torch.manual_seed(config.seed)
+    source = None
+    if config.init_from:
+        source = PrismDraftModel.from_pretrained(config.init_from, dtype=torch.float32)
+    num_modules = 1 if source is None else source.config.num_processing_modules
+    if num_modules > config.num_modules:
+        raise ValueError(
+            f"num_modules: expected at least the {num_modules} of {Path(config.init_from).name}, got {config.num_modules}"
+        )
+    draft = PrismDraftModel(with_modules(draft_config, num_modules))
+    if draft_config.draft_vocab_size is not None:
+        tokens, coverage = frequent_tokens(training, config.draft_vocab_size)
+        if source is not None and source.config.draft_vocab_size == config.draft_vocab_size:
+            tokens = source.draft_to_target
+            coverage = token_coverage(training, tokens)
+        draft.draft_to_target.copy_(tokens)
+        report["draft_vocab_coverage"] = round(coverage, 5)
+        logger.info("Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens.", len(tokens), 100 * coverage)
+    if source is not None:
+        report["init_from"] = Path(config.init_from).name
+        logger.info("Started from %s: %s", report["init_from"], warm_start(draft, source))
+    return draft

@@ -1,0 +1,142 @@
+"""What a training run will do and take, said before anything runs."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.target import load_target
+from transformers_prism.training.conversations import describe, read_conversations, split_conversations
+from transformers_prism.training.features import BYTES_PER_VALUE
+from transformers_prism.training.first_draft import make_draft_config
+from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
+from transformers_prism.training.warm_start import with_modules
+
+# Float32 weights, their gradients, and AdamW's two moments.
+_BYTES_PER_TRAINED_VALUE = 16
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Estimates for one stage.
+
+    Args:
+        stage: which.
+        num_updates: of the optimizer.
+        num_tokens: seen, epochs counted.
+        petaflops: 1e15 products and sums of the draft, forward and backward.
+        peak_bytes: of draft, gradients, optimizer and activations in one process; the target is not counted.
+    """
+
+    stage: Stage
+    num_updates: int
+    num_tokens: int
+    petaflops: float
+    peak_bytes: int
+
+
+def stage_costs(config: TrainConfig, draft_config, lengths: list[int], num_processes: int = 1) -> list[StageCost]:
+    """Estimate the stages of a run.
+
+    Args:
+        config (`TrainConfig`): of the run.
+        draft_config (`PrismConfig`): of the finished draft.
+        lengths (`list[int]`): tokens of the conversations that are trained on.
+        num_processes (`int`): that share each update.
+    """
+    return [_stage_cost(stage, config, draft_config, lengths, num_processes) for stage in plan_stages(config)]
+
+
+def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[int], num_processes: int) -> StageCost:
+    num_updates, per_epoch = count_updates(stage, config, len(lengths), num_processes)
+    num_tokens = round(sum(lengths) * num_updates / per_epoch)
+    module = _num_parameters(draft_config, 1)
+    vocabulary = (draft_config.draft_vocab_size or draft_config.vocab_size) * draft_config.hidden_size
+    # Every weight takes part in one product and sum per token, and twice as much in the backward pass; the head runs
+    # over the target's state, too. Scores and weighted sums over T rows count by the mean length.
+    mean_length = sum(lengths) / max(len(lengths), 1)
+    attention = 2 * mean_length * draft_config.num_attention_heads * draft_config.head_dim
+    flops = 6 * num_tokens * stage.num_steps * (module + 1.5 * vocabulary + attention)
+    trained = _num_parameters(draft_config, stage.num_modules)
+    peak = _BYTES_PER_TRAINED_VALUE * trained + _activation_bytes(stage, config, draft_config, max(lengths, default=0))
+    return StageCost(stage, num_updates, num_tokens, flops / 1e15, peak)
+
+
+def _num_parameters(draft_config, num_modules: int) -> int:
+    with torch.device("meta"):
+        draft = PrismDraftModel(with_modules(draft_config, num_modules))
+    return sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
+
+
+def _activation_bytes(stage: Stage, config: TrainConfig, draft_config, length: int) -> int:
+    """What the backward pass keeps, for a batch of the longest conversations."""
+    value = 2 if config.compute_dtype == "bfloat16" else 4
+    rows = config.batch_size * length
+    heads, width = draft_config.num_attention_heads, draft_config.hidden_size
+    per_row = 10 * width + 2 * heads * draft_config.head_dim + 4 * draft_config.intermediate_size
+    scores = heads * (length + stage.num_steps) * (value + 4)
+    steps = stage.num_steps * draft_config.num_layers_per_module
+    if config.checkpoint_activations:
+        # One head group's scores are in the making at a time, and nothing of the MLP is kept.
+        per_row = 6 * width + 2 * heads * draft_config.head_dim
+        transient = rows * scores // draft_config.num_key_value_heads * 3
+        return rows * steps * per_row * value + transient
+    # Step 0 runs through fused attention, which keeps no scores.
+    return rows * (steps * per_row * value + (steps - draft_config.num_layers_per_module) * scores * 2)
+
+
+def describe_plan(config: TrainConfig) -> str:
+    """What a run would do: the draft, the data, each stage, memory and disk. Nothing is written, no weight is loaded
+    where the target's configuration can be had without them.
+
+    Raises:
+        FileNotFoundError, ValueError: for data and settings that cannot be used, as the run itself would say.
+    """
+    target_config, tokenizer = _target_config(config.target)
+    text_config = target_config.get_text_config()
+    conversations = read_conversations(config.data.split(","), text_config.vocab_size, config.max_length, tokenizer)
+    training, validation = split_conversations(
+        len(conversations), config.validation_share, config.num_conversations, config.num_validation
+    )
+    draft_config = make_draft_config(config, target_config, tokenizer)
+    used = [conversations[index] for index in training]
+    data = describe(used)
+    layers = sorted({*draft_config.target_layer_ids, text_config.num_hidden_layers})
+    num_tokens = sum(len(conversations[index].input_ids) for index in (*training, *validation))
+    feature_bytes = num_tokens * len(layers) * text_config.hidden_size * BYTES_PER_VALUE
+    folder = Path(config.features or config.output or ".")
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    lines = [
+        f"recipe      {config.recipe}: {_num_parameters(draft_config, draft_config.num_processing_modules) / 1e6:.1f} "
+        f"million parameters in {draft_config.num_processing_modules} modules of {draft_config.num_layers_per_module} "
+        f"layers ({draft_config.module_form}), steps on modules {draft_config.draft_step_to_module}",
+        f"target      {draft_config.target_fingerprint.get('name')}, states {draft_config.target_layer_ids}, "
+        f"draft vocabulary {draft_config.draft_vocab_size or draft_config.vocab_size}",
+        f"data        {data['num_conversations']} conversations, {data['num_tokens']} tokens, "
+        f"{data['num_answer_tokens']} in answers; {len(validation)} conversations held out",
+        f"features    {feature_bytes / _GIB:.2f} GiB of states {layers} in bfloat16; {free / _GIB:.1f} GiB of disk free",
+    ]
+    for cost in stage_costs(config, draft_config, [len(one.input_ids) for one in used]):
+        stage = cost.stage
+        lines.append(
+            f"{stage.name:<11} M={stage.num_modules}, S={stage.num_steps}: {cost.num_updates} updates, {cost.num_tokens} "
+            f"tokens seen, learning rate {stage.learning_rate:g}; about {cost.petaflops:.3g} PFLOP and "
+            f"{cost.peak_bytes / _GIB:.2f} GiB at the peak"
+        )
+    lines.append("Memory and PFLOP are estimates for one process, without the target.")
+    return "\n".join(lines)
+
+
+def _target_config(name: str | None):
+    """The target's configuration and tokenizer, without its weights where that is possible."""
+    if name is None or name.endswith(".gguf"):
+        target, tokenizer = load_target(name)
+        return target.config, tokenizer
+    return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+
+__all__ = ["StageCost", "describe_plan", "stage_costs"]

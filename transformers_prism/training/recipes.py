@@ -1,0 +1,191 @@
+"""Recipes: what is trained, in which stages, with which losses. A recipe sets the options that the user leaves out.
+
+A stage is a run of transformers' `Trainer` with a schedule of its own:
+  single_step  one module, draft step 0 alone: cheap, and most of what a draft knows is learnt here (EAGLE-2);
+  warm_up      one module, S aligned forwards, each fed the predictions of the one before (HASS, EAGLE-3);
+  split        the module copied into all M, S aligned forwards, gradients through all steps (PRISM).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from transformers_prism.training.losses import LossWeights
+
+# Options that differ between recipes, with the values of each.
+RECIPES = MappingProxyType(
+    {
+        # Source: PRISM (arXiv:2602.01762), with a first stretch of one step that is ours.
+        "prism": {"num_modules": 2, "single_step_epochs": 1.0, "warm_up_epochs": 2.0, "split_epochs": 1.0},
+        # Source: HASS (arXiv:2408.15766).
+        "hass": {"single_step_epochs": 1.0, "warm_up_epochs": 3.0},
+        # Source: EAGLE-2 (arXiv:2406.16858), whose module is EAGLE's.
+        "eagle2": {"single_step_epochs": 4.0},
+        # Source: EAGLE-3 (arXiv:2503.01840): no hidden-state loss, gradients through all steps of its training-time test.
+        "eagle3": {"module_form": "eagle3", "warm_up_epochs": 4.0, "is_detached": False, "hidden_weight": 0.0},
+        # The baseline of the PRISM paper: more layers in every step instead of more modules.
+        "stacked": {"num_layers_per_module": 2, "single_step_epochs": 1.0, "warm_up_epochs": 3.0},
+    }
+)
+_PLAIN = MappingProxyType(
+    {
+        "module_form": "prism",
+        "num_modules": 1,
+        "num_layers_per_module": 1,
+        "single_step_epochs": 0.0,
+        "warm_up_epochs": 0.0,
+        "split_epochs": 0.0,
+        "is_detached": True,
+        "hidden_weight": 1.0,
+    }
+)
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+def _by_recipe(text: str):
+    return _option(None, f"{text} The recipe's if left out.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on besides the target and the data themselves."""
+
+    data: str = _option("", "Folder of `synthesize`, JSON lines of token ids or of chats; several, separated by commas.")
+    output: str = _option("", "Folder of the run: checkpoints, the draft in draft/, training.json.")
+    recipe: str = _option("prism", f"One of {', '.join(RECIPES)}: sets what is left out below.")
+    plan: bool = _option(False, "Say what would be trained, with its size and cost, and stop.")
+    target: str | None = _option(None, "Hub id, folder or .gguf file; the demo target if left out.")
+    features: str | None = _option(None, "Folder for the target's hidden states; <output>/features if left out.")
+    init_from: str | None = _option(None, "Folder or Hub id of a draft to start from; its draft vocabulary is kept.")
+    num_conversations: int = _option(0, "Use the first so many conversations of the training part; 0 is all.")
+    max_length: int = _option(2048, "Tokens kept of a conversation.")
+    validation_share: float = _option(0.05, "Share of the lines, at the file's end, that is held out.")
+    module_form: str | None = _by_recipe("prism or eagle3.")
+    num_modules: int | None = _by_recipe("Processing modules M.")
+    num_layers_per_module: int | None = _by_recipe("Decoder layers of a module.")
+    draft_step_to_module: str = _option("", "Module of each draft step, such as 0,1,1; 0,1,...,M-1 if left out.")
+    target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
+    draft_vocab_size: int = _option(8192, "Tokens the draft can propose; 0 is the whole vocabulary.")
+    context_kv: str = _option("prefill_module", "prefill_module or own_module.")
+    single_step_epochs: float | None = _by_recipe("Epochs of stage single_step; 0 leaves it out.")
+    warm_up_epochs: float | None = _by_recipe("Epochs of stage warm_up; 0 leaves it out.")
+    split_epochs: float | None = _by_recipe("Epochs of stage split; 0 leaves it out.")
+    warm_up_steps: int = _option(3, "Aligned forwards S in stage warm_up.")
+    split_steps: int = _option(4, "Aligned forwards S in stage split.")
+    learning_rate: float = _option(2e-3, "Peak learning rate of stages single_step and warm_up.")
+    split_learning_rate: float = _option(5e-4, "Peak learning rate of stage split.")
+    schedule: str = _option("cosine", "Learning-rate schedule of each stage, by its name in transformers.")
+    warm_up_share: float = _option(0.03, "Share of a stage's updates in which the learning rate rises.")
+    token_weight: float = _option(0.1, "Weight of the soft cross-entropy.")
+    acceptance_weight: float = _option(0.0, "Weight of the negative log of the acceptance probability.")
+    hidden_weight: float | None = _by_recipe("Weight of the hidden-state loss before stage split, which has none.")
+    step_weights: str = _option("1", "Weight of each draft step's loss, such as 1,0.8; the last goes for later steps.")
+    is_detached: bool | None = _by_recipe("Cut gradients between the forwards of stage warm_up.")
+    batch_size: int = _option(8, "Conversations per process and update.")
+    accumulation: int = _option(1, "Batches per update.")
+    weight_decay: float = _option(0.01, "AdamW's weight decay.")
+    max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
+    compute_dtype: str = _option("float32", "float32 or bfloat16: of the target and, by autocast, of the draft.")
+    checkpoint_activations: bool = _option(False, "Compute activations again in the backward pass: less memory.")
+    unmasked_softmax: bool = _option(False, "Repeat a mistake of the authors' training code, to compare with it.")
+    use_cpu: bool = _option(False, "Stay on the CPU even if there is an accelerator.")
+    logging_updates: int = _option(10, "Updates between two lines of the log.")
+    report_to: str = _option("none", "Where the Trainer logs to, such as tensorboard or wandb.")
+    save_updates: int = _option(200, "Updates between two checkpoints.")
+    validation_updates: int = _option(0, "Updates between two validations; 0 is at the end of each stage.")
+    num_validation: int = _option(0, "Use the first so many conversations for validation; 0 is all.")
+    num_acceptance_prompts: int = _option(0, "Decode so many held-out prompts at each validation, for a measured tau.")
+    patience: int = _option(0, "Stop a stage after so many validations without a better tau; 0 never does.")
+    seed: int = _option(0, "Of weights and of the order of batches.")
+    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        for name, value in {**_PLAIN, **RECIPES[self.recipe]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share: expected a number between 0 and 1, got {self.validation_share}")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype: expected float32 or bfloat16, got {self.compute_dtype!r}")
+        for name in ("batch_size", "accumulation", "num_modules", "warm_up_steps", "split_steps", "save_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not plan_stages(self):
+            raise ValueError("expected at least one stage with more than 0 epochs, got none")
+        if self.patience and not (self.num_acceptance_prompts and self.validation_updates):
+            raise ValueError("patience: expected num_acceptance_prompts and validation_updates with it, got 0")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`compute_dtype` as torch knows it."""
+        return getattr(torch, self.compute_dtype)
+
+    @property
+    def chooses_by_tau(self) -> bool:
+        """Whether the checkpoint with the best measured tau is what a stage ends with."""
+        return bool(self.num_acceptance_prompts and self.validation_updates)
+
+    def numbers(self, name: str, kind: type = int) -> list:
+        """An option that holds numbers separated by commas.
+
+        Raises:
+            ValueError: if it holds anything else.
+        """
+        value = getattr(self, name)
+        try:
+            return [kind(part) for part in value.split(",")] if value else []
+        except ValueError:
+            raise ValueError(f"{name}: expected numbers separated by commas, got {value!r}") from None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the Trainer: which modules, how many aligned forwards, which loss."""
+
+    name: str
+    num_modules: int
+    num_steps: int
+    num_epochs: float
+    learning_rate: float
+    loss: LossWeights
+    is_detached: bool
+
+
+def plan_stages(config: TrainConfig) -> list[Stage]:
+    """The stages of a recipe in order, those of 0 epochs left out."""
+    rate = config.learning_rate
+    loss = LossWeights(
+        config.token_weight, config.acceptance_weight, config.hidden_weight, tuple(config.numbers("step_weights", float))
+    )
+    stages = [
+        Stage("single_step", 1, 1, config.single_step_epochs, rate, loss, False),
+        Stage("warm_up", 1, config.warm_up_steps, config.warm_up_epochs, rate, loss, config.is_detached),
+        Stage(
+            "split",
+            config.num_modules,
+            config.split_steps,
+            config.split_epochs,
+            config.split_learning_rate,
+            dataclasses.replace(loss, hidden=0.0),
+            False,
+        ),
+    ]
+    return [stage for stage in stages if stage.num_epochs > 0]
+
+
+def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num_processes: int) -> tuple[int, int]:
+    """Updates of a stage, and of one epoch, as the Trainer counts them: a last batch may be smaller."""
+    num_batches = math.ceil(num_conversations / (config.batch_size * num_processes))
+    per_epoch = math.ceil(num_batches / config.accumulation)
+    return max(1, math.ceil(stage.num_epochs * per_epoch)), per_epoch
+
+
+__all__ = ["RECIPES", "Stage", "TrainConfig", "count_updates", "plan_stages"]
