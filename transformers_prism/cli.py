@@ -531,5 +531,48 @@ def convert(
     typer.echo(str(report))
 
 
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="The draft's folder.")],
+    measurements: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files of `bench generate --json` and `verify --json`, in the card's order; they replace those in "
+            "metrics.json, which stays as it is if none is named.",
+            show_default=False,
+        ),
+    ] = None,
+):
+    """Write a draft's card, README.md, from its measurements and training record; figures not in them are refused."""
+    from transformers_prism.hub.card import write_card
+
+    with user_errors():
+        for name in write_card(folder, measurements):
+            typer.echo(f"wrote {folder / name}")
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: for yourself.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there.", show_default=False)] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload draft",
+):
+    """Push a draft to the Hub: weights, code, card, metrics and licence, in one commit.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    from transformers.utils import logging
+
+    from transformers_prism.modeling_prism import PrismDraftModel
+
+    logging.disable_progress_bar()
+    with user_errors():
+        draft = PrismDraftModel.from_pretrained(folder)
+        commit = draft.push_to_hub(repository, private=private, revision=revision, commit_message=message)
+    typer.echo(f"pushed {repository}, revision {commit.oid}")
+
+
 if __name__ == "__main__":
     app()

@@ -5,8 +5,10 @@ Source: PRISM (arXiv:2602.01762) and its artifact; EAGLE (arXiv:2401.15077) for 
 (arXiv:2503.01840) for the form "eagle3".
 """
 
+import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,8 +24,20 @@ from .drafting import Drafter
 from .generation import install, speculative_generate
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
-from .publishing import AUTO_MAP, write_published_files
+from .publishing import AUTO_MAP, upload, write_published_files
 from .tree_policy import default_tree_settings
+
+# What save_pretrained() hands on to push_to_hub().
+_HUB_ARGUMENTS = (
+    "repo_id",
+    "token",
+    "private",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+    "tags",
+)
 
 
 class PrismDecoderLayer(nn.Module):
@@ -206,18 +220,58 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         return (draft, info) if output_loading_info else draft
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """Save weights, configurations and the code that runs them; as `PreTrainedModel.save_pretrained`.
+        """Save the whole repository: weights, configurations, the code that runs them, custom_generate, card, metrics,
+        licence; as `PreTrainedModel.save_pretrained`.
 
-        `push_to_hub` uploads what this writes, so that
-        `AutoModel.from_pretrained(repository, trust_remote_code=True)` works without this package.
+        `AutoModel.from_pretrained(save_directory, trust_remote_code=True)` works without this package.
         """
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         self.config.auto_map = dict(AUTO_MAP)
         # Loading may leave weights in another order; sorted, they fall into the same shards again.
         kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            write_published_files(
-                save_directory, self.config._name_or_path, getattr(self.config, "_commit_hash", None)
+            target_name = (self.config.target_fingerprint or {}).get("name")
+            revision = getattr(self.config, "_commit_hash", None)
+            write_published_files(save_directory, self.config._name_or_path, revision, target_name)
+        if push_to_hub and is_main_process:
+            repo_id = hub_arguments.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repo_id, max_shard_size=kwargs.get("max_shard_size", "50GB"), **hub_arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ):
+        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit; as `PreTrainedModel.push_to_hub`, but
+        the card is the draft's own.
+
+        Returns:
+            `CommitInfo`: of the commit.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            # The card calls the draft by the name of its folder.
+            folder = Path(scratch) / repo_id.split("/")[-1]
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload(
+                folder,
+                repo_id,
+                tags,
+                private,
+                token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload draft",
+                commit_description=commit_description,
             )
 
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":

@@ -4,26 +4,49 @@ A draft's folder holds the code itself: every file of this package that `modelin
 and `custom_generate/generate.py`. transformers runs them with `trust_remote_code=True`. It follows relative imports
 within one folder only, so that `kernels/x.py` is published as `kernels_x.py`; the import lines that name it change with
 it, and nothing else does.
+
+Licence, card, metrics and the target's tokenizer lie beside the code. A draft that was loaded without this package takes
+them along from where it was loaded.
 """
 
 import hashlib
+import importlib
 import json
+import logging
 import re
 import shutil
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, metadata_load
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+logger = logging.getLogger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_prism.PrismConfig",
     "AutoModel": "modeling_prism.PrismDraftModel",
     "AutoModelForCausalLM": "modeling_prism.PrismDraftModel",
 }
+CARD, METRICS, TRAINING, ABOUT = "README.md", "metrics.json", "training.json", "about.json"
+PLOT, CURVES = "conditional_acceptance.png", "curves.png"
 # Not reached by imports: they travel from the package, or from where a draft was loaded.
-_OTHER_FILES = ("custom_generate/generate.py",)
+_PACKAGE_FILES = ("LICENSE", "custom_generate/generate.py", "custom_generate/requirements.txt")
+# They describe certain weights.
+_WEIGHT_FILES = (CARD, METRICS, TRAINING, PLOT, CURVES)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+# Licences under which a target's tokenizer may be given away with a draft.
+OPEN_LICENSES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "unlicense")
+# Stands in a card for whoever pushes the draft.
+PLACEHOLDER_USER = "user"
+# What a repository may hold of an earlier push and a later one may not.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "custom_generate/*"]
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from \.)([\w.]+)( import )", flags=re.MULTILINE)
 
 
@@ -54,28 +77,132 @@ def published_code(path: Path) -> str:
     return _RELATIVE_IMPORT.sub(flattened, path.read_text(encoding="utf-8"))
 
 
-def write_published_files(folder: str | Path, loaded_from: str, revision: str | None) -> None:
-    """Write a draft's code to a folder.
+def write_published_files(folder: str | Path, loaded_from: str, revision: str | None, target_name: str | None) -> None:
+    """Complete a draft's folder, in which weights and configurations lie, to a whole repository.
 
     Args:
         folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
         loaded_from (`str`): folder or repository that the draft was loaded from, for what this copy of the code does
             not have; may be empty.
         revision (`str`, *optional*): of that repository.
+        target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
+            a licence that allows it.
     """
+    folder = Path(folder)
     for path in published_files():
-        destination = Path(folder) / published_name(path)
+        destination = folder / published_name(path)
         if path.resolve() != destination.resolve():
             destination.write_text(published_code(path), encoding="utf-8", newline="\n")
-    for name in _OTHER_FILES:
-        source = Path(__file__).parent / name
-        if not source.is_file() and loaded_from:
-            found = cached_file(loaded_from, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-            source = Path(found) if found else source
-        if source.is_file():
-            _copy(source, Path(folder) / name)
-        else:
-            warnings.warn(f"{name} is not where this draft was loaded from; the saved draft lacks it", stacklevel=3)
+    absent = []
+    for name in _PACKAGE_FILES:
+        if not _copy(_package_file(name) or find_file(loaded_from, name, revision), folder / name):
+            absent.append(name)
+    _copy(find_file(loaded_from, ABOUT, revision), folder / ABOUT)
+    if not _copy_tokenizer(loaded_from, revision, folder) and target_name and _is_free(target_name):
+        _copy_tokenizer(target_name, None, folder)
+    absent += _describe(folder, loaded_from, revision)
+    if absent:
+        warnings.warn(
+            f"the saved draft lacks {', '.join(absent)}: where this draft was loaded from they are absent or describe "
+            "other weights",
+            stacklevel=3,
+        )
+
+
+def _describe(folder: Path, loaded_from: str, revision: str | None) -> list[str]:
+    """Add card and metrics: those of where the draft was loaded if its weights are still the same, else new ones, which
+    only the package can write. Returns the names of those that could not be had."""
+    try:
+        weights = weights_sha256(folder)
+    except OSError:  # saved as a variant, under other names
+        return [CARD, METRICS]
+    found = {name: find_file(loaded_from, name, revision) for name in _WEIGHT_FILES}
+    metrics = json.loads(found[METRICS].read_text(encoding="utf-8")) if found[METRICS] else {}
+    if metrics.get("weights_sha256") == weights:
+        return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
+    # The copy of this code that a draft carries has no such folder.
+    if not (Path(__file__).parent / "hub" / "card.py").is_file():
+        return [CARD, METRICS]
+    try:
+        importlib.import_module(".hub.card", __package__).write_card(folder, [], with_plot=False)
+    except ValueError as error:  # files beside the weights that no card can be made of
+        return [f"{CARD} ({error})", METRICS]
+    return [f"the measurements of {METRICS}"] if metrics.get("generate") or metrics.get("verify") else []
+
+
+def _package_file(name: str) -> Path | None:
+    """A file of the package, whose licence lies one folder up in a clone."""
+    candidates = [Path(__file__).parent / name]
+    if name == "LICENSE" and (Path(__file__).parent / "hub").is_dir():
+        candidates.append(Path(__file__).parents[1] / name)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or repository on this machine, downloaded if need be; None if it is not to be had."""
+    if not str(source):
+        return None
+    try:
+        found = cached_file(
+            str(source),
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError):  # the folder or repository is gone
+        return None
+    return None if found is None else Path(found)
+
+
+def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
+    copied = [_copy(find_file(source, name, revision), folder / name) for name in TOKENIZER_FILES]
+    return any(copied)
+
+
+def _is_free(target_name: str) -> bool:
+    """Whether the target's card names a licence under which its tokenizer may be copied."""
+    card = find_file(target_name, CARD)
+    name = ((metadata_load(card) or {}) if card else {}).get("license")
+    if name not in OPEN_LICENSES:
+        logger.info("Left out the tokenizer of %s: its licence is %s.", target_name, name or "not known")
+    return name in OPEN_LICENSES
+
+
+def upload(
+    folder: str | Path, repo_id: str, tags: list[str] | None, private: bool | None, token, **commit
+) -> CommitInfo:
+    """Upload a draft's folder to the Hub in one commit; the repository is made if it is not there.
+
+    Args:
+        folder (`str` or `Path`): what [`write_published_files`] completed; its card is given the repository's name.
+        repo_id (`str`): "user/name".
+        tags (`list[str]`, *optional*): added to those of the card.
+        private (`bool`, *optional*): of a new repository.
+        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
+        commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
+    Returns:
+        `CommitInfo`: of the commit.
+    Raises:
+        HfHubHTTPError: if the Hub refuses; the repository then holds what it held before.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if commit.get("revision") and not commit["revision"].startswith("refs/pr"):
+        api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
+    path = Path(folder) / CARD
+    if path.is_file():
+        text = re.sub(rf"(?<![\w/]){PLACEHOLDER_USER}/[\w.-]+", repo_id, path.read_text(encoding="utf-8"))
+        card = ModelCard(text)
+        card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *(tags or [])])]
+        path.write_text(str(card) if tags else text, encoding="utf-8", newline="\n")
+    # One commit, whatever the number of files: whoever loads the repository meanwhile gets the old draft or the new one.
+    files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+    there = set() if commit.get("create_pr") else set(api.list_repo_files(repo_id, revision=commit.get("revision")))
+    left_over = [name for name in sorted(there - set(files)) if any(fnmatch(name, one) for one in _REPLACED)]
+    operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    return api.create_commit(repo_id, [*operations, *map(CommitOperationDelete, left_over)], **commit)
 
 
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:
@@ -88,6 +215,7 @@ def weights_sha256(source: str | Path, revision: str | None = None) -> str:
         `str`: sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
     Raises:
         OSError: if there are no safetensors weights.
+        ValueError: if an index names files elsewhere.
     """
 
     def find(name: str, is_needed: bool = True) -> str | None:
@@ -98,6 +226,8 @@ def weights_sha256(source: str | Path, revision: str | None = None) -> str:
         files = {"all": SAFE_WEIGHTS_NAME}
     else:
         files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    if any(Path(name).name != name for name in files.values()):
+        raise ValueError(f"{index}: expected the names of files beside it, got {sorted(set(files.values()))}")
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(set(files.values())):
         tensors.update(load_state_dict(find(file)))
@@ -108,7 +238,11 @@ def weights_sha256(source: str | Path, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _copy(source: Path, destination: Path) -> None:
+def _copy(source: Path | None, destination: Path) -> bool:
+    """Copy a file if there is one; returns whether there was."""
+    if source is None:
+        return False
     destination.parent.mkdir(parents=True, exist_ok=True)
     if source.resolve() != destination.resolve():
         shutil.copyfile(source, destination)
+    return True

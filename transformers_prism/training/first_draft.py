@@ -1,5 +1,6 @@
 """The draft that training begins with: its architecture, its draft vocabulary, and what it already knows."""
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.publishing import TRAINING, find_file
 from transformers_prism.training.conversations import Conversation
 from transformers_prism.training.recipes import TrainConfig
 from transformers_prism.training.warm_start import warm_start, with_modules
@@ -86,7 +88,7 @@ def first_draft(
         config (`TrainConfig`): of the run; `seed` draws new weights.
         draft_config (`PrismConfig`): of the finished draft.
         training (`list[Conversation]`): their answers choose the draft vocabulary.
-        report (`dict`): gets the draft vocabulary's coverage, and what was started from.
+        report (`dict`): gets the draft vocabulary's coverage, and what was started from, with its own training record.
     Raises:
         ValueError: if the draft to start from has more modules than the finished one, or cannot be started from.
     """
@@ -109,6 +111,8 @@ def first_draft(
         report["draft_vocab_coverage"] = round(coverage, 5)
         logger.info("Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens.", len(tokens), 100 * coverage)
     if source is not None:
-        report["init_from"] = Path(config.init_from).name
-        logger.info("Started from %s: %s", report["init_from"], warm_start(draft, source))
+        earlier = find_file(config.init_from, TRAINING)
+        record = json.loads(earlier.read_text(encoding="utf-8")) if earlier else None
+        report["init_from"] = {"name": Path(config.init_from).name, "training": record}
+        logger.info("Started from %s: %s", Path(config.init_from).name, warm_start(draft, source))
     return draft

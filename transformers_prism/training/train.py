@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import transformers_prism
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.publishing import CURVES, TRAINING
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.alignment import aligned_forward, history_mask
@@ -396,7 +397,7 @@ def _describe_data(conversations, train_indices, validation_indices) -> dict:
 
 def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: list[str] | None):
     folder = Path(config.output) / "draft"
-    draft.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
     for name in ("data", "output", "features", "target", "init_from"):
         settings[name] = settings[name] and ",".join(Path(part).name for part in settings[name].split(","))
@@ -412,8 +413,10 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
         **report,
         "stages": [{name: value for name, value in stage.items() if name != "history"} for stage in report["stages"]],
     }
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_curves(report["stages"], folder / "curves.png")
+    # First, since the card that is saved with the draft tells of it.
+    (folder / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+    plot_curves(report["stages"], folder / CURVES)
+    draft.save_pretrained(folder)
     logger.info("Draft saved in %s.", folder.name)
 
 

@@ -1,0 +1,242 @@
+"""Cards: filled in from measurements and training records, and refused where a figure has no source."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny_models import tiny_draft
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from transformers_prism.cli import app
+from transformers_prism.hub.card import render_card, step_shares, training_runs, write_card
+from transformers_prism.hub.metrics import gather, read_metrics
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_folders, tmp_path_factory):
+    """A folder with a tiny draft, and the files of two measurements and a verify report of it."""
+    root = tmp_path_factory.mktemp("measured")
+    target_folder, draft_folder = tiny_folders
+    folder = root / "tiny-PRISM"
+    shutil.copytree(draft_folder, folder)
+    prompts = root / "prompts.jsonl"
+    records = [{"question_id": i, "category": c, "turns": [f"w{i + 5} w9"]} for i, c in enumerate(("qa", "writing"))]
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    models = ("--target", target_folder, "--draft", str(folder))
+    bench = ("bench", "generate", *models, "--prompts", str(prompts), "--num-prompts", "2", "--max-new-tokens", "40")
+    commands = {
+        "greedy": (*bench, "--repeat", "1"),
+        "sampled": (*bench, "--repeat", "2", "--temperature", "0.8", "--top-p", "0.9", "--tree", "chain"),
+        "verify": ("verify", *models, "--max-new-tokens", "12"),
+    }
+    files = []
+    for name, command in commands.items():
+        files.append(root / f"{name}.json")
+        result = CliRunner().invoke(app, [*command, "--json", str(files[-1])])
+        assert result.exit_code == 0, result.output
+    return folder, files
+
+
+@pytest.fixture
+def draft_folder(measured, tmp_path):
+    """A copy of the draft's folder that a test may change."""
+    return Path(shutil.copytree(measured[0], tmp_path / "tiny-PRISM"))
+
+
+def stage(name, agreement, **changes):
+    """A stage of a training record."""
+    settings = {"name": name, "num_modules": 2, "num_steps": 3, "learning_rate": 0.0017, "hidden_weight": 0.25}
+    return {
+        "stage": {**settings, **changes},
+        "num_updates": 4321,
+        "tokens_seen": 987654,
+        "seconds": 123.4,
+        "loss": [1.2345],
+        "validation": {f"eval_agreement_{step}": value for step, value in enumerate(agreement)},
+    }
+
+
+def training_record(*stages, init_from=None):
+    """What the train command writes."""
+    counts = {"num_conversations": 2666, "num_tokens": 772408, "num_answer_tokens": 595670}
+    config = {"token_weight": 0.1, "schedule": "cosine", "weight_decay": 0.01, "max_grad_norm": 1.0, "batch_size": 4}
+    return {
+        "command": "transformers-prism train --seed 5",
+        "config": {**config, "compute_dtype": "bfloat16", "use_cpu": True, "seed": 5},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "data": {"training": counts, "validation": {**counts, "num_conversations": 48}},
+        "draft_vocab_coverage": 0.98466,
+        "stages": list(stages),
+        **({"init_from": init_from} if init_from else {}),
+    }
+
+
+def test_a_card_holds_every_figure_with_its_surroundings(measured, draft_folder):
+    """Per task and for all, with hardware, dtype, tree, batch, baseline and command; the verify report; a plot."""
+    assert write_card(draft_folder, measured[1]) == ["README.md", "conditional_acceptance.png", "metrics.json"]
+    text = (draft_folder / "README.md").read_text()
+    metrics = json.loads((draft_folder / "metrics.json").read_text())
+    assert [len(metrics[kind]) for kind in ("generate", "verify")] == [2, 1]
+    for record in metrics["generate"]:
+        for task, figures in [*record["tasks"].items(), ("**all**", record["summary"])]:
+            digits = 3 if task == "**all**" else 2
+            counts = f"| {task} | {figures['num_prompts']} | {figures['num_identical']} |"
+            tau = f" {figures['acceptance_length_pooled']:.{digits}f} |"
+            ratio = f"| {figures['ratio']:.{digits}f} |"
+            rows = [line for line in text.splitlines() if line.startswith(counts + tau) and line.endswith(ratio)]
+            assert rows, (task, figures)
+        for words in (record["hardware"], record["dtype"], record["settings"]["baseline"], record["command"]):
+            assert words in text
+    assert "batch 1" in text
+    assert "`chain` tree of 15 drafted nodes" in text
+    assert "`static` tree of 15 drafted nodes" in text
+    assert "all of it holds" in text
+    assert re.search(r"broken on purpose: caught at token \d", text)
+    assert (draft_folder / "conditional_acceptance.png").read_bytes().startswith(b"\x89PNG")
+    assert "](conditional_acceptance.png)" in text
+
+
+def test_the_same_figures_give_the_same_files(measured, draft_folder):
+    """The card again from metrics.json alone, and the plot, byte for byte."""
+    written = write_card(draft_folder, measured[1])
+    first = {name: (draft_folder / name).read_bytes() for name in written}
+    assert write_card(draft_folder) == ["README.md", "conditional_acceptance.png"]
+    assert {name: (draft_folder / name).read_bytes() for name in written} == first
+
+
+def test_the_plotted_shares_are_those_that_were_counted(measured):
+    """Steps that too few rounds reached are left out."""
+    metrics = gather(*measured)
+    metrics["generate"][0]["summary"]["step_counts"] = [[100, 75], [75, 30], [19, 19]]
+    (first, *_) = step_shares(metrics)
+    assert first["shares"] == [0.75, 0.4]
+    assert first["rounds"] == [100, 75]
+
+
+def test_the_metadata_is_the_hubs(measured, draft_folder, tmp_path):
+    """Parsed by huggingface_hub: library, task, base model and its relation, tags, licence, results."""
+    (draft_folder / "about.json").write_text(json.dumps({"base_model": "some/target", "language": "en"}))
+    write_card(draft_folder, measured[1])
+    data = ModelCard.load(draft_folder / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
+    assert (data.base_model, data.base_model_relation) == ("some/target", "adapter")
+    assert "speculative-decoding" in data.tags
+    summary = json.loads((draft_folder / "metrics.json").read_text())["generate"][0]["summary"]
+    values = {result.metric_type: result.metric_value for result in data.eval_results[:2]}
+    assert values["acceptance_length"] == pytest.approx(summary["acceptance_length_pooled"], abs=1e-3)
+    assert values["speedup"] == pytest.approx(summary["ratio"], abs=1e-3)
+
+
+def test_a_new_draft_has_a_card_without_figures(tiny_folders):
+    """What save_pretrained writes before anything was measured or trained."""
+    text = (Path(tiny_folders[1]) / "README.md").read_text()
+    assert "Nothing was measured with these weights yet" in text
+    assert "No record of its training" in text
+    assert "No verify report" in text
+    assert read_metrics(tiny_folders[1])["generate"] == []
+
+
+def test_a_chain_of_training_runs_is_told_from_its_beginning(draft_folder):
+    """Each run with its stages and command; agreement of all."""
+    first = training_record(stage("single_step", [0.4397, 0.1061]))
+    record = training_record(stage("split", [0.5832]), init_from={"name": "the first", "training": first})
+    (draft_folder / "training.json").write_text(json.dumps(record))
+    write_card(draft_folder, [])
+    text = (draft_folder / "README.md").read_text()
+    assert text.index("**Run 1**") < text.index("single_step") < text.index("**Run 2**, from the weights of run 1")
+    assert "| run 1, single_step | 0.440 | 0.106 |" in text
+    assert "| run 2, split | 0.583 |  |" in text
+    assert "| split | 2 | 3 | token 0.1, hidden 0.25 | 0.0017 | 4321 | 987654 | 123 |" in text
+    assert text.count("transformers-prism train --seed 5") == 2
+    assert "98.5 %" in text
+    assert [run["init_from"] for run in training_runs(record)] == [None, "the first"]
+
+
+@pytest.mark.parametrize(
+    "sentence", ["It reaches tau 9.87.", "It is 4.56 times as fast.", "Accepts 77.7 % of tokens."]
+)
+def test_a_figure_without_a_source_is_refused(draft_folder, sentence):
+    """In what a person says beside the measurements; nothing is written."""
+    before = (draft_folder / "README.md").read_bytes()
+    (draft_folder / "about.json").write_text(json.dumps({"limits": [sentence]}))
+    with pytest.raises(ValueError, match=re.search(r"\d+\.\d+", sentence).group()):
+        write_card(draft_folder)
+    assert (draft_folder / "README.md").read_bytes() == before
+
+
+def test_a_figure_with_a_source_may_be_repeated(measured, draft_folder):
+    """At the precision in which it is told."""
+    tau = gather(*measured)["generate"][0]["summary"]["acceptance_length_pooled"]
+    (draft_folder / "about.json").write_text(json.dumps({"limits": [f"tau is {tau:.2f} only."]}))
+    write_card(draft_folder, measured[1])
+    assert f"tau is {tau:.2f} only." in (draft_folder / "README.md").read_text()
+
+
+def test_a_missing_figure_is_refused(measured, draft_folder):
+    """A measurement whose summary lost a figure gives no card with a hole in it."""
+    metrics = gather(*measured)
+    del metrics["generate"][0]["summary"]["ratio"]
+    with pytest.raises(ValueError, match="ratio"):
+        render_card(draft_folder, metrics)
+
+
+def test_figures_of_other_weights_are_refused(measured, draft_folder):
+    """Measurements, and a metrics.json that an older draft left."""
+    write_card(draft_folder, measured[1])
+    draft = tiny_draft(AutoModelForCausalLM.from_pretrained(json.loads(measured[1][0].read_text())["target"]), seed=7)
+    # Without the code that would write new metrics.
+    super(type(draft), draft).save_pretrained(draft_folder)
+    with pytest.raises(ValueError, match="expected figures of the weights beside it"):
+        write_card(draft_folder)
+    with pytest.raises(ValueError, match="expected figures of the draft's weights"):
+        write_card(draft_folder, measured[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "modules"}, "got kind 'modules'"),
+        ({"hardware": None}, "hardware"),
+        ({"settings": {"tree": "auto"}}, "settings.baseline"),
+    ],
+)
+def test_files_that_say_too_little_are_refused(measured, tmp_path, change, message):
+    """Other measurements, and those without their surroundings."""
+    record = {**json.loads(measured[1][0].read_text()), **change}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gather(measured[0], [path])
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"kind": NaN}', None])
+def test_files_that_are_no_measurement_are_refused(measured, tmp_path, text):
+    """Damaged, of another form, with figures that are none, or absent."""
+    path = tmp_path / "record.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match="expected a JSON object of a measurement"):
+        gather(measured[0], [path])
+
+
+def test_about_takes_known_keys_only(draft_folder):
+    """A misspelt key would silently be left out of the card."""
+    (draft_folder / "about.json").write_text(json.dumps({"licence": "mit"}))
+    with pytest.raises(ValueError, match="expected only license"):
+        write_card(draft_folder)
+
+
+def test_the_command_writes_the_card(measured, draft_folder):
+    """With measurements; errors are one line and a status."""
+    result = CliRunner().invoke(app, ["card", str(draft_folder), *map(str, measured[1])])
+    assert result.exit_code == 0, result.output
+    assert [Path(line.split()[-1]).name for line in result.output.splitlines()][0] == "README.md"
+    result = CliRunner().invoke(app, ["card", str(draft_folder), str(draft_folder / "config.json")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")

@@ -1,0 +1,1 @@
+"""A draft's repository beside its code: metrics, card, inspection."""

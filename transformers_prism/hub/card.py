@@ -1,0 +1,288 @@
+"""A draft's card: `hub_cards/card.md.jinja` filled in from what lies in the draft's folder, and from nothing else.
+
+Figures come from metrics.json (`metrics.py`), training.json (the record of the training run), the configurations and the
+weights. What a person says beside them stands in about.json; a figure in there that none of those files holds is refused.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from transformers_prism.hub.metrics import gather, read_metrics, write_metrics
+from transformers_prism.publishing import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
+
+# In a clone, and in an installed package.
+TEMPLATES = (Path(__file__).parents[2] / "hub_cards" / "card.md.jinja", Path(__file__).with_name("card.md.jinja"))
+ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
+# A draft step that fewer rounds reached says nothing.
+MIN_ROUNDS = 20
+# Numbers that stand alone: not parts of names, versions or ids.
+_NUMBER = re.compile(r"(?<![\w.,/:-])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/:-]|\.\d)")
+# What holds no figures of ours: code, links, the metadata block.
+_NOT_PROSE = re.compile(r"\A---\n.*?^---$|^```.*?^```$|`[^`\n]*`|\]\([^)]*\)|https?://\S+", re.MULTILINE | re.DOTALL)
+
+
+def write_card(folder: str | Path, measurements: list[Path] | None = None, with_plot: bool = True) -> list[str]:
+    """Write a draft's README.md, and with measurements first metrics.json and the plot.
+
+    Args:
+        folder (`str` or `Path`): the draft's folder.
+        measurements (`list[Path]`, *optional*): see [`gather`]; what metrics.json holds stays as it is if absent.
+        with_plot (`bool`): draw the plot, if anything was measured that it shows; needs matplotlib.
+    Returns:
+        `list[str]`: names of the files that were written.
+    Raises:
+        ImportError: if the plot needs matplotlib and it is missing.
+        ValueError: if a figure is not among those that were measured, or anything else cannot be used. No file is
+            changed then.
+    """
+    folder = Path(folder)
+    metrics = gather(folder, measurements) if measurements is not None else read_metrics(folder)
+    card = render_card(folder, metrics)
+    written = [CARD]
+    if with_plot and step_shares(metrics):
+        plot_step_shares(metrics, folder / PLOT)
+        written.append(PLOT)
+    if measurements is not None:
+        write_metrics(folder, metrics)
+        written.append(METRICS)
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    return written
+
+
+def render_card(folder: str | Path, metrics: dict | None = None) -> str:
+    """The text of a draft's card.
+
+    Args:
+        folder (`str` or `Path`): the draft's folder; its name is the draft's.
+        metrics (`dict`, *optional*): see [`gather`]; metrics.json if absent.
+    """
+    folder = Path(folder).resolve()
+    config = _read_json(folder / "config.json")
+    about = _read_about(folder / ABOUT)
+    metrics = read_metrics(folder) if metrics is None else metrics
+    training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
+    fingerprint = config.get("target_fingerprint") or {}
+    target_id = about["base_model"] or fingerprint.get("name") or "the/target"
+    template_text = next(path for path in TEMPLATES if path.is_file()).read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
+    try:
+        measured = {
+            "config": config,
+            "tree": _read_json(folder / "generation_config.json"),
+            "facts": _facts(folder, config),
+            "generate": metrics["generate"],
+            "verify": [{**record, "rows": verify_rows(record)} for record in metrics["verify"]],
+            "runs": training_runs(training),
+            "shares": step_shares(metrics),
+        }
+        text = environment.from_string(template_text).render(
+            name=folder.name,
+            repo_id=f"{PLACEHOLDER_USER}/{folder.name}",
+            metadata=_metadata(folder.name, about, fingerprint, metrics).to_yaml(),
+            about=about,
+            target_id=target_id,
+            fingerprint=fingerprint,
+            has_tokenizer=(folder / "tokenizer.json").is_file(),
+            plot=PLOT,
+            curves=CURVES if (folder / CURVES).is_file() else None,
+            **measured,
+        )
+    except (KeyError, TypeError, jinja2.UndefinedError) as error:
+        raise ValueError(
+            f"{folder.name}: expected every figure of the card in its files, got none: {error}"
+        ) from error
+    text = text.rstrip() + "\n"
+    _check_figures(text, measured, template_text)
+    # Parses the metadata as the Hub's client does.
+    ModelCard(text)
+    return text
+
+
+def training_runs(training: dict | None) -> list[dict]:
+    """A record of training and those of the drafts that it went on from, the first one first."""
+    runs: list[dict] = []
+    while training is not None:
+        begun_from = training.get("init_from")
+        # The card tells of it as a run of its own.
+        runs.insert(0, {**training, "init_from": begun_from and begun_from["name"]})
+        training = begun_from and begun_from["training"]
+    for run in runs:
+        for stage in run["stages"]:
+            count = sum(name.startswith("eval_agreement_") for name in stage["validation"])
+            weights = stage["stage"].get("loss") or {
+                "token": run["config"]["token_weight"],
+                "hidden": stage["stage"]["hidden_weight"],
+            }
+            stage["weights"] = {name: weight for name, weight in weights.items() if weight}
+            stage["agreement"] = [stage["validation"][f"eval_agreement_{step}"] for step in range(count)]
+    return runs
+
+
+def verify_rows(record: dict) -> list[dict]:
+    """Checks of one name of a verify report, added up."""
+    rows: dict[str, dict] = {}
+    for check in record["checks"]:
+        row = rows.setdefault(
+            check["name"], {"name": check["name"], "runs": 0, "tokens": 0, "identical": 0, "ties": 0}
+        )
+        row["runs"] += 1
+        row["tokens"] += check["num_tokens"]
+        row["identical"] += check["is_identical"]
+        row["ties"] += check["is_near_tie"]
+        row["position"] = check["position"]
+    return list(rows.values())
+
+
+def step_shares(metrics: dict) -> list[dict]:
+    """Per measurement, how often each draft step's token was accepted, given that the step was reached."""
+    measured = []
+    for record in metrics["generate"]:
+        counts = [pair for pair in record["summary"]["step_counts"] if pair[0] >= MIN_ROUNDS]
+        if counts:
+            shares = [accepted / reached for reached, accepted in counts]
+            measured.append({"label": label_of(record), "shares": shares, "rounds": [pair[0] for pair in counts]})
+    return measured
+
+
+def label_of(record: dict) -> str:
+    """A measurement in a few words: how it decoded, and which trees."""
+    settings = record["settings"]
+    decoding = "greedy"
+    if settings["generate"]["do_sample"]:
+        names = [name for name in settings["generate"] if name not in ("max_new_tokens", "do_sample")]
+        decoding = "sampled, " + ", ".join(f"{name} {settings['generate'][name]}" for name in names)
+    tree = "automatic trees" if settings["tree"] == "auto" else f"{settings['tree']} tree"
+    return f"{decoding}, {tree} of at most {settings['tree_num_nodes']} nodes" + ", packed" * settings["packed"]
+
+
+def plot_step_shares(metrics: dict, path: Path) -> None:
+    """Draw [`step_shares`] as a PNG file.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError(
+            "expected matplotlib for the plot, got none; pip install 'transformers-prism[bench]'"
+        ) from error
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for series in step_shares(metrics):
+        axes.plot(range(len(series["shares"])), series["shares"], marker="o", label=series["label"])
+    axes.set(xlabel="draft step", ylabel="accepted, if reached", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="lower left")
+    # Without the library's version, so that the same figures give the same file.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> ModelCardData:
+    base_model = about["base_model"] or fingerprint.get("name")
+    is_hub_id = bool(base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.endswith(".gguf")
+    results = []
+    for record in metrics["generate"]:
+        source: dict[str, Any] = {
+            "task_type": "text-generation",
+            "dataset_type": Path(record["settings"]["prompts"]).stem,
+            "dataset_name": f"{Path(record['settings']['prompts']).stem}: {label_of(record)}, {record['hardware']}",
+        }
+        summary = record["summary"]
+        for metric, title, value in (
+            ("acceptance_length", "acceptance length (tau, pooled)", summary["acceptance_length_pooled"]),
+            ("speedup", "tokens per second over plain decoding", summary["ratio"]),
+        ):
+            results.append(EvalResult(**source, metric_type=metric, metric_name=title, metric_value=round(value, 3)))
+    return ModelCardData(
+        model_name=name if results else None,
+        license=about["license"] or "apache-2.0",
+        language=about["language"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model if is_hub_id else None,
+        # Of the relations that the Hub knows, the one for weights that do nothing without their base model.
+        base_model_relation="adapter" if is_hub_id else None,
+        tags=["speculative-decoding", "prism", "draft-model"],
+        eval_results=results or None,
+    )
+
+
+def _facts(folder: Path, config: dict) -> dict:
+    """What the weights say: parameters, and bytes on disk."""
+    files = sorted(folder.glob("*.safetensors"))
+    num_parameters = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                size = 1
+                for length in file.get_slice(name).get_shape():
+                    size *= length
+                num_parameters += size if name != "draft_to_target" else 0
+    num_bytes = sum(path.stat().st_size for path in files)
+    return {
+        "num_parameters": num_parameters,
+        "million_parameters": num_parameters / 1e6,
+        "megabytes": num_bytes / 1e6,
+        "num_steps": len(config["draft_step_to_module"]),
+    }
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
+
+
+def _read_about(path: Path) -> dict:
+    about = _read_json(path) if path.is_file() else {}
+    unknown = sorted(set(about) - set(ABOUT_KEYS))
+    if unknown:
+        raise ValueError(f"{path}: expected only {', '.join(ABOUT_KEYS)}, got {', '.join(unknown)}")
+    return {**dict.fromkeys(ABOUT_KEYS), **about}
+
+
+def _check_figures(text: str, measured: dict, template_text: str) -> None:
+    """Every number in the card's prose and tables is in the draft's files, at the precision in which it is printed."""
+    known = {number for _, number in _numbers(re.sub(r"\{[{%#].*?[}%#]\}", " ", template_text, flags=re.DOTALL))}
+    known.update(_leaves(measured))
+    unfounded = []
+    for token, number in _numbers(_NOT_PROSE.sub(" ", text)):
+        mantissa = token.split("e")[0]
+        digits = len(mantissa.partition(".")[2])
+        # A share may be printed in per cent.
+        if not any(number in (value, round(value, digits), round(100 * value, digits)) for value in known):
+            unfounded.append(token)
+    if unfounded:
+        raise ValueError(
+            f"expected figures that {METRICS}, {TRAINING}, the configurations or the weights hold, got "
+            f"{', '.join(dict.fromkeys(unfounded))}"
+        )
+
+
+def _numbers(text: str) -> list[tuple[str, float]]:
+    return [(token, float(token.replace(",", ""))) for token in _NUMBER.findall(text)]
+
+
+def _leaves(content) -> set[float]:
+    """All numbers in nested lists and dictionaries, curves of losses left out, and those in strings."""
+    if isinstance(content, dict):
+        return {number for name, value in content.items() if name != "loss" for number in _leaves(value)}
+    if isinstance(content, list):
+        return {number for value in content for number in _leaves(value)}
+    if isinstance(content, str):
+        return {number for _, number in _numbers(content)}
+    return {float(content)} if isinstance(content, (int, float)) and not isinstance(content, bool) else set()
+
+
+__all__ = ["plot_step_shares", "render_card", "training_runs", "verify_rows", "write_card"]

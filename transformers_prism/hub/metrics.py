@@ -1,0 +1,98 @@
+"""A draft's metrics.json: what was measured of it, gathered from files of `bench generate --json` and `verify --json`.
+
+    {"weights_sha256": "...", "generate": [record, ...], "verify": [record, ...]}
+
+Each record is a measurement's file (`benchmark/record.py`) without the figures of single prompts, so that hardware,
+dtype, tree, batch, baseline and command stay with every figure.
+"""
+
+import json
+from pathlib import Path
+
+from transformers_prism.publishing import METRICS, weights_sha256
+
+KINDS = ("generate", "verify")
+_NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
+_NEEDED_BY_KIND = {"generate": ("summary", "tasks"), "verify": ("holds", "checks", "num_near_ties")}
+_NEEDED_SETTINGS = {
+    "generate": ("tree", "tree_top_k", "tree_depth", "tree_num_nodes", "batch_size", "baseline", "generate", "packed"),
+    "verify": ("num_prompts", "max_new_tokens", "seed"),
+}
+
+
+def gather(folder: str | Path, files: list[Path]) -> dict:
+    """The metrics of a draft from the files of its measurements.
+
+    Args:
+        folder (`str` or `Path`): the draft's folder.
+        files (`list[Path]`): what `bench generate --json` and `verify --json` wrote, in the order of the card.
+    Returns:
+        `dict`: what metrics.json holds.
+    Raises:
+        ValueError: if a file is no such measurement, lacks what its figures belong to, or is of other weights.
+    """
+    metrics: dict = {"weights_sha256": weights_sha256(folder), **{kind: [] for kind in KINDS}}
+    for file in files:
+        record = _read(file)
+        _check(record, metrics["weights_sha256"], str(file))
+        metrics[record.pop("kind")].append({name: value for name, value in record.items() if name != "prompts"})
+    return metrics
+
+
+def read_metrics(folder: str | Path) -> dict:
+    """A draft's metrics.json.
+
+    Raises:
+        ValueError: if it is not there or damaged, or its figures are of other weights than those in the folder.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise ValueError(f"expected {METRICS} in {folder}, got none; name the files of its measurements")
+    metrics = _read(path)
+    found = weights_sha256(folder)
+    if metrics.get("weights_sha256") != found:
+        raise ValueError(
+            f"{path}: expected figures of the weights beside it ({found}), got figures of "
+            f"{metrics.get('weights_sha256')}; measure again"
+        )
+    for kind in KINDS:
+        if not isinstance(metrics.get(kind), list):
+            raise ValueError(f"{path}: expected a list {kind!r}, got {metrics.get(kind)!r}")
+        for record in metrics[kind]:
+            _check({**record, "kind": kind}, found, str(path))
+    return metrics
+
+
+def write_metrics(folder: str | Path, metrics: dict) -> None:
+    """Write what [`gather`] returned."""
+    (Path(folder) / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict:
+    def refuse(constant: str):
+        raise ValueError(f"expected finite numbers, got {constant}")
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON object of a measurement, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object of a measurement, got {type(content).__name__}")
+    return content
+
+
+def _check(record: dict, weights: str, where: str) -> None:
+    kind = record.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{where}: expected a file of `bench generate --json` or `verify --json`, got kind {kind!r}")
+    absent = [name for name in (*_NEEDED, *_NEEDED_BY_KIND[kind]) if name not in record]
+    absent += [f"settings.{name}" for name in _NEEDED_SETTINGS[kind] if name not in record.get("settings", {})]
+    if absent:
+        raise ValueError(f"{where}: expected what its figures belong to, got none of {', '.join(absent)}")
+    if record["weights_sha256"] != weights:
+        raise ValueError(
+            f"{where}: expected figures of the draft's weights ({weights}), got figures of {record['weights_sha256']}"
+        )
+
+
+__all__ = ["gather", "read_metrics", "write_metrics"]
