@@ -256,14 +256,15 @@ if triton is not None:
         """
         block_e = max(16, triton.next_power_of_2(head_dim))
         block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
-        block_k, precision = min(64, 8192 // block_e), "ieee"
+        block_k, precision, num_stages = min(64, 8192 // block_e), "ieee", 2
         num_warps = 8 if block_m * block_e > 8192 else 4
         if itemsize == 4:
-            block_k, precision = 16, "bf16x6"
+            # A second stage in flight would not fit into the 64 KiB of an MI300X's processors.
+            block_k, precision, num_stages = 16, "bf16x6", 1
             if block_e > 128:
-                block_m, precision, num_warps = 16, "ieee", 8
+                block_m, precision, num_warps, num_stages = 16, "ieee", 8, 2
         tiles = {"PRECISION": precision, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_E": block_e}
-        return {**tiles, "num_warps": num_warps, "num_stages": 2}
+        return {**tiles, "num_warps": num_warps, "num_stages": num_stages}
 
     def _num_splits(
         num_programs: int, num_rows: int, num_prefix: int, head_dim: int, itemsize: int, block_k: int
