@@ -1,0 +1,251 @@
+"""The commands of `transformers-prism bench`. Each imports what it needs when it runs, so that `--help` is quick."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from transformers_prism.command_options import (
+    DraftOption,
+    JsonOption,
+    PackedOption,
+    TargetOption,
+    report_file,
+    sampling_settings,
+    user_errors,
+)
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
+
+TopKOption = Annotated[int | None, typer.Option(help="Nodes kept per depth, and children per node.")]
+DepthOption = Annotated[int | None, typer.Option(help="Draft steps per round.")]
+NumNodesOption = Annotated[int | None, typer.Option(help="Drafted nodes that the target verifies per round.")]
+_TREE_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
+BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"
+
+
+@bench_app.command("synthesize")
+def bench_synthesize_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines of chats, or in Spec-Bench's form.")],
+    target: TargetOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once, for both ways.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer at most.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn; medians count.")] = 3,
+    json_file: JsonOption = None,
+):
+    """Tokens per second of `synthesize` over those of generate() in batches, greedy, on the same prompts, in turn."""
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.synthesize import bench_synthesize
+    from transformers_prism.target import load_target
+    from transformers_prism.training.conversations import read_chats
+
+    logging.disable_progress_bar()
+    with user_errors():
+        model, tokenizer = load_target(target)
+        chats = [chat[:1] for chat in read_chats(prompts)][:num_prompts]
+        figures = bench_synthesize(model, tokenizer, chats, batch_size, max_new_tokens, repeat)
+    typer.echo(
+        f"generate {figures['generate_tokens_per_second']:.1f} tokens/s, synthesize "
+        f"{figures['synthesize_tokens_per_second']:.1f} tokens/s, ratio {figures['ratio']:.2f}; "
+        f"identical answers: {figures['num_identical']} of {figures['num_prompts']}"
+    )
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "repeat": repeat}
+    write_record(json_file, "synthesize", model, settings, figures)
+    report_file(json_file)
+
+
+@bench_app.command("generate")
+def bench_generate_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way per prompt; medians count.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
+    tree: Annotated[
+        Literal["auto", "static", "chain"] | None,
+        typer.Option(help="The draft's setting if absent.", show_default=False),
+    ] = None,
+    tree_top_k: TopKOption = None,
+    tree_depth: DepthOption = None,
+    tree_num_nodes: NumNodesOption = None,
+    packed: PackedOption = False,
+    json_file: JsonOption = None,
+):
+    """Decode prompts with and without a draft, in turn: identity, acceptance length, milliseconds of a round, rates."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
+    from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_pair
+    from transformers_prism.publishing import weights_sha256
+
+    logging.disable_progress_bar()
+    console = Console()
+    settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    tree_settings = {
+        "tree": tree,
+        "tree_top_k": tree_top_k,
+        "tree_depth": tree_depth,
+        "tree_num_nodes": tree_num_nodes,
+    }
+    tree_settings = {name: value for name, value in tree_settings.items() if value is not None}
+    with user_errors():
+        records = choose_prompts(read_prompts(prompts), num_prompts)
+        target_model, tokenizer, draft_model = load_pair(target, draft, packed)
+        weights = weights_sha256(draft or SHIPPED_DRAFT)
+        draft_model.generation_config.update(**tree_settings)
+        results = bench_generate(
+            target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
+        )
+    summary = summarize(results)
+    console.print(result_table(results, f"median of {repeat}, {settings}"))
+    round_ms = ", ".join(f"{phase} {ms:.1f}" for phase, ms in summary["round_ms"].items())
+    console.print(
+        f"identical: {summary['num_identical']} of {summary['num_prompts']}; acceptance length "
+        f"{summary['acceptance_length_pooled']:.3f} pooled, {summary['acceptance_length_per_prompt_mean']:.3f} "
+        f"per-prompt mean; ms of a round: {round_ms}; ratio of tokens/s: {summary['ratio']:.3f}",
+        soft_wrap=True,
+    )
+    run = {
+        "prompts": prompts.name,
+        "batch_size": 1,
+        "baseline": BASELINE,
+        "generate": settings,
+        "repeat": repeat,
+        "seed": seed,
+        "packed": packed,
+    }
+    tree_used = {name: getattr(draft_model.generation_config, name, None) for name in ("tree", *_TREE_NAMES)}
+    write_record(json_file, "generate", target_model, {**run, **tree_used}, as_json(results), weights)
+    report_file(json_file)
+
+
+@bench_app.command("modules")
+def bench_modules_command(
+    target: TargetOption = None,
+    num_rounds: Annotated[int, typer.Option(min=2, help="Rounds of each draft.")] = 200,
+    context_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
+    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps; 8 use all modules of the larger draft.")] = 8,
+    tree_num_nodes: Annotated[int, typer.Option(min=1, help="Drafted nodes that the target verifies.")] = 59,
+    packed: PackedOption = False,
+    json_file: JsonOption = None,
+):
+    """Latency of a round with 8 processing modules over that with 1, on the target's sizes, with random drafts."""
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.modules import MAX_RATIO, bench_modules
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
+    with user_errors():
+        target_model, _ = load_target(target)
+        result = bench_modules(
+            target_model, tree, num_rounds=num_rounds, context_length=context_length, use_packed_weights=packed
+        )
+    figures = result.as_json()
+    for count, median in zip(result.num_modules, figures["median_ms"], strict=True):
+        typer.echo(f"M = {count}: median of {num_rounds} rounds {median:.2f} ms")
+    low, high = result.interval
+    typer.echo(
+        f"median ratio of pairs {result.median_ratio:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
+        + ("met" if result.is_within_bar else "not met")
+    )
+    write_record(json_file, "modules", target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
+    report_file(json_file)
+
+
+@bench_app.command("training")
+def bench_training_command(
+    target: TargetOption = None,
+    num_steps: Annotated[int, typer.Option(min=1, help="Aligned forwards S of the comparison.")] = 3,
+    most_steps: Annotated[int, typer.Option(min=2, help="S is timed from 1 to this.")] = 6,
+    repeat: Annotated[int, typer.Option(min=2, help="Steps of each kind; medians count.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in a step.")] = 4,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation.")] = 512,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of a step with 2048 tokens and S = 5.")] = True,
+    json_file: JsonOption = None,
+):
+    """Training steps, ours and with the authors' way of aligning, in turn; how they grow with S; peak memory."""
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.training import bench_training, peak_memory
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    with user_errors():
+        model, _ = load_target(target)
+        figures = bench_training(model, num_steps, most_steps, repeat, batch_size, length)
+    speeds, (low, high) = figures["tokens_per_second"], figures["interval"]
+    typer.echo(
+        f"S = {num_steps}: {speeds['ours']:.0f} tokens/s, the authors' way {speeds['authors']:.0f} tokens/s; median ratio "
+        f"of pairs {figures['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    )
+    seconds = figures["seconds_by_steps"]
+    relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
+    typer.echo(f"seconds for S = 1 to {most_steps}, over those of S = 1: {relative}")
+    if memory:
+        figures["peak_bytes"] = {
+            name: peak_memory(model, checkpoint_activations=name == "checkpointed")
+            for name in ("kept", "checkpointed")
+        }
+        gib = {name: f"{value / 2**30:.2f} GiB" for name, value in figures["peak_bytes"].items()}
+        typer.echo(f"peak memory of a step, 2048 tokens, S = 5: {gib['kept']}; with checkpointing {gib['checkpointed']}")
+    settings = {"num_steps": num_steps, "batch_size": batch_size, "length": length, "repeat": repeat}
+    write_record(json_file, "training", model, settings, figures)
+    report_file(json_file)
+
+
+@bench_app.command("kernels")
+def bench_kernels_command(
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile for GPUs that need not be here, and count traffic.")
+    ] = False,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Only this kernel; may be repeated.", show_default=False)
+    ] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file whose tables are replaced.")] = None,
+    json_file: JsonOption = None,
+):
+    """Triton kernels: registers, spills and shared memory; on a GPU checked against PyTorch and timed.
+
+    Not yet run on a GPU. Exits with 1 if a kernel's check fails; such a kernel is not timed.
+    """
+    import torch
+
+    from transformers_prism.benchmark import kernels as bench
+
+    with user_errors():
+        bench.check_choice(kernel, arch)
+        if compile_only:
+            rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
+            traffic = bench.traffic_rows(kernel)
+            typer.echo(bench.compiled_table(rows) + "\n\n" + bench.traffic_table(traffic))
+            if readme is not None:
+                bench.write_tables(readme, rows, traffic)
+            figures: dict = {"rows": rows, "traffic": traffic}
+        else:
+            accelerator = torch.accelerator.current_accelerator()
+            timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
+            typer.echo(bench.timing_table(timings))
+            figures = bench.timings_as_json(timings, accelerator)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        typer.echo(f"wrote {json_file}")
+    if not compile_only and not all(timing.is_right for timing in timings):
+        raise typer.Exit(1)

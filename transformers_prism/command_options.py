@@ -1,0 +1,51 @@
+"""What several commands of the terminal share: options, how errors of users are told, arguments of generate()."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TargetOption = Annotated[
+    str | None,
+    typer.Option(help="Hub id, folder or .gguf file; SmolLM2-135M-Instruct if absent.", show_default=False),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id; the draft that the repository ships if absent.", show_default=False),
+]
+PackedOption = Annotated[
+    bool, typer.Option("--packed/--no-packed", help="Pack weights for the CPU first (prepare_for_cpu), for both ways.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="File to write settings and figures to.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print what a user can put right as one line, and end with status 1."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def sampling_settings(
+    max_new_tokens: int, temperature: float, top_p: float | None, repetition_penalty: float | None
+) -> dict:
+    """Arguments of generate(): greedy at temperature 0, else sampling."""
+    settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings["temperature"] = temperature
+        if top_p is not None:
+            settings["top_p"] = top_p
+    if repetition_penalty is not None:
+        settings["repetition_penalty"] = repetition_penalty
+    return settings
+
+
+def report_file(path: Path | None) -> None:
+    """Say that a file was written, if it was asked for."""
+    if path is not None:
+        typer.echo(f"wrote {path}")
