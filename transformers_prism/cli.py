@@ -220,6 +220,16 @@ def train(context: typer.Context):
         train_main(context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def study(context: typer.Context):
+    """Train recipes on equal terms and measure their drafts; `study --help` lists every setting with its unit."""
+    from transformers_prism.benchmark.study import main as study_main
+    from transformers_prism.demo import chat_inputs
+
+    with user_errors():
+        study_main(context.args, chat_inputs, typer.echo)
+
+
 @app.command()
 def convert(
     source: Annotated[

@@ -9,6 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 # Figures that have one value for each draft step, and how they are called in the view.
 _PER_STEP = {
@@ -86,6 +87,29 @@ class LiveView(TrainerCallback):
         return found
 
 
+class UpdateClock(TrainerCallback, ExportableState):
+    """Seconds spent in updates, over a run and its resumptions; validation and checkpoints are not counted.
+
+    Args:
+        seconds (`float`): spent before.
+    """
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self.started = seconds, 0.0
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """An update begins."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """An update ends."""
+        self.seconds += time.perf_counter() - self.started
+
+
 def plot_curves(results: list[dict], path) -> None:
     """Loss, agreement and, where it was measured, tau over the tokens seen, all stages one after the other.
 
@@ -114,4 +138,4 @@ def plot_curves(results: list[dict], path) -> None:
     figure.savefig(Path(path), dpi=120)
 
 
-__all__ = ["LiveView", "plot_curves"]
+__all__ = ["LiveView", "UpdateClock", "plot_curves"]

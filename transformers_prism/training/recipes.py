@@ -42,6 +42,8 @@ _PLAIN = MappingProxyType(
         "hidden_weight": 1.0,
     }
 )
+# Options that a recipe sets where the user leaves them out.
+BY_RECIPE = tuple(_PLAIN)
 
 
 def _option(default, text: str):
@@ -188,4 +190,4 @@ def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num
     return max(1, math.ceil(stage.num_epochs * per_epoch)), per_epoch
 
 
-__all__ = ["RECIPES", "Stage", "TrainConfig", "count_updates", "plan_stages"]
+__all__ = ["BY_RECIPE", "RECIPES", "Stage", "TrainConfig", "count_updates", "plan_stages"]

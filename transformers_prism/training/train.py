@@ -33,7 +33,7 @@ from transformers_prism.training.features import FeatureStore, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
 from transformers_prism.training.losses import aligned_loss
 from transformers_prism.training.plan import describe_plan
-from transformers_prism.training.progress import LiveView, plot_curves
+from transformers_prism.training.progress import LiveView, UpdateClock, plot_curves
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
 
@@ -254,7 +254,7 @@ def _claim_output(config: TrainConfig):
     """Record the settings that a resumed run must repeat, once data and target have been found to be usable."""
     if PartialState().is_main_process:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        _write_json(Path(config.output) / "config.json", _settings(config))
+        write_json(Path(config.output) / "config.json", _settings(config))
     PartialState().wait_for_everyone()
 
 
@@ -301,6 +301,8 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         greater_is_better=True if config.chooses_by_tau else None,
         remove_unused_columns=False,
         report_to=config.report_to,
+        # Patience and seconds count over a resumed run as over a whole one.
+        restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
         seed=config.seed,
         # With more modules than forwards, the last ones are not reached.
@@ -320,7 +322,7 @@ def _run_stage(
     train_set, validation_set = sets
     num_updates, _ = count_updates(stage, config, len(train_set), PartialState().num_processes)
     view = LiveView(f"{stage.name}: M={stage.num_modules}, S={stage.num_steps}")
-    callbacks: list[TrainerCallback] = [view]
+    callbacks: list[TrainerCallback] = [view, UpdateClock()]
     if config.chooses_by_tau:
         callbacks.append(_LastUpdateCounts())
     if config.patience:
@@ -343,19 +345,19 @@ def _run_stage(
     if view.console.is_terminal:
         trainer.remove_callback(PrinterCallback)
     logger.info("Stage %s: M=%d, S=%d, %d updates.", stage.name, stage.num_modules, stage.num_steps, num_updates)
-    outcome = trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if config.resume else None)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if config.resume else None)
     result = {
         "stage": dataclasses.asdict(stage),
         "num_updates": trainer.state.global_step,
         "tokens_seen": round(sum(train_set.lengths) * trainer.state.epoch),
-        "seconds": round(outcome.metrics["train_runtime"], 1),
+        "seconds": round(next(one.seconds for one in trainer.callback_handler.callbacks if isinstance(one, UpdateClock)), 1),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "validation": trainer.evaluate(),
         "history": trainer.state.log_history,
     }
     if PartialState().is_main_process:
         draft.save_pretrained(finished)
-        _write_json(folder / "result.json", result)
+        write_json(folder / "result.json", result)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
@@ -376,7 +378,7 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Write a file that is whole or not there."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
@@ -440,4 +442,5 @@ __all__ = [
     "AlignedTraining",
     "main",
     "train",
+    "write_json",
 ]

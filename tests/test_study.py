@@ -1,0 +1,175 @@
+"""The study on a tiny target: equal tokens for all recipes, records as asked for, nothing done twice, bad input named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_training import write_data
+from tiny_models import chat_tokenizer, tiny_target
+from typer.testing import CliRunner
+
+from transformers_prism import PrismDraftModel
+from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs, tree_settings
+from transformers_prism.benchmark.study_plots import tau_interval
+from transformers_prism.cli import app
+from transformers_prism.publishing import weights_sha256
+from transformers_prism.training.recipes import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KEYS = {
+    *("recipe", "seed", "tokens_seen", "train_seconds", "tree", "temperature"),
+    *("num_rounds", "num_committed", "tau", "checkpoint_sha256"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A target, conversations and prompts."""
+    tiny_target("llama", seed=3).save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    write_data(tmp_path / "data.jsonl", num_conversations=40)
+    with open(tmp_path / "prompts.jsonl", "w") as file:
+        for number, task in enumerate(("writing", "qa", "rag")):
+            file.write(json.dumps({"question_id": number, "category": task, "turns": [f"w{10 + number} w20"]}) + "\n")
+    return tmp_path
+
+
+def arguments(folder, *more) -> list[str]:
+    return [
+        *("study", "--data", str(folder / "data.jsonl"), "--target", str(folder / "target")),
+        *("--prompts", str(folder / "prompts.jsonl"), "--output", str(folder / "runs")),
+        *("--records", str(folder / "records"), "--draft_vocab_size", "40", "--batch_size", "4", "--use_cpu"),
+        *("--num_prompts", "3", "--max_new_tokens", "8", "--trees", "7/3/3", "--temperatures", "0"),
+        *("--logging_updates", "1", "--save_updates", "2", *more),
+    ]
+
+
+def invoke(folder, *more):
+    result = CliRunner().invoke(app, arguments(folder, *more))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def records_of(folder) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
+
+
+@pytest.mark.slow
+def test_study_trains_and_measures_all_recipes(folder):
+    """Equal tokens within one update a stage; each record's figures agree with each other and with the draft."""
+    output = invoke(folder, "--tokens_seen", "1600", "--trees", "7/3/3", "2/2/1", "--temperatures", "0", "0.8")
+    records = records_of(folder).values()
+    assert len(records) == len(RECIPES) * 4
+    for record in records:
+        assert set(record) >= KEYS
+        assert record["tau"] == pytest.approx(record["num_committed"] / record["num_rounds"], abs=1e-4)
+        assert record["num_committed"] == sum(answer["num_committed"] for answer in record["answers"]) == 3 * 7
+        # A conversation has 16 tokens at most, an update 4 of them, and a recipe 3 stages that are rounded up.
+        assert 1600 <= record["tokens_seen"] + 1
+        assert record["tokens_seen"] <= 1600 + 3 * 64
+        assert record["train_seconds"] > 0
+    assert {record["recipe"] for record in records} == set(RECIPES)
+    by_recipe = {record["recipe"]: record for record in records}
+    folders = {name: next((folder / "runs").glob(f"{name}_*")) / "draft" for name in RECIPES}
+    modules = {name: PrismDraftModel.from_pretrained(path).config for name, path in folders.items()}
+    assert modules["prism-m3"].num_processing_modules == 3
+    assert modules["stacked2"].num_layers_per_module == 2
+    assert modules["eagle3"].module_form == "eagle3"
+    assert modules["prism-m2-compat"].context_kv == "own_module"
+    assert len({record["checkpoint_sha256"] for record in records}) == len(RECIPES)
+    assert by_recipe["hass"]["checkpoint_sha256"] == weights_sha256(folders["hass"])
+    assert (folder / "records" / "tau_by_recipe.png").read_bytes().startswith(b"\x89PNG")
+    assert output.count("tau ") == len(records)
+
+
+def test_study_goes_on_where_it_stopped(folder, monkeypatch):
+    """Neither training nor measuring is done again where a record is there; a lost record costs no training."""
+    options = ("--recipes", "eagle2", "--tokens_seen", "800", "--volumes", "100", "300", "--seeds", "0", "1")
+    invoke(folder, *options)
+    before = records_of(folder)
+    assert len(before) == 4
+    assert (folder / "records" / "tau_over_volume.png").read_bytes().startswith(b"\x89PNG")
+    volumes = sorted({record["num_data_tokens"] for record in before.values()})
+    assert 100 <= volumes[0] < 116 < 300 <= volumes[1] < 316
+    lost = sorted((folder / "records").glob("*.json"))[0]
+    lost.unlink()
+
+    def refuse(config):
+        raise AssertionError("expected no training")
+
+    monkeypatch.setattr("transformers_prism.benchmark.study.train", refuse)
+    output = invoke(folder, *options)
+    assert output.count("tau ") == 1
+    assert records_of(folder) == before
+    result = CliRunner().invoke(app, arguments(folder, *options, "--max_new_tokens", "6"))
+    assert result.exit_code == 1
+    assert "expected a record with max_new_tokens=6, got 8" in result.stderr
+
+
+@pytest.mark.slow
+def test_study_killed_in_training_ends_with_the_same_draft(folder):
+    """SIGKILL behind a checkpoint; what goes on from there has the bits of a study that was never killed."""
+    options = ("--recipes", "eagle2", "--tokens_seen", "4000")
+    command = [sys.executable, "-m", "transformers_prism.cli", *arguments(folder, *options)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list((folder / "runs").glob("eagle2_*/single_step/checkpoint-6")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not records_of(folder)
+    invoke(folder, *options)
+    (cut,) = records_of(folder).values()
+    for record in (folder / "records").glob("*"):
+        record.unlink()
+    invoke(folder, *options, "--output", str(folder / "whole"))
+    (whole,) = records_of(folder).values()
+    assert cut["checkpoint_sha256"] == whole["checkpoint_sha256"]
+    assert cut["num_rounds"] == whole["num_rounds"]
+
+
+@pytest.mark.quick
+def test_study_plan_scales_stages_and_writes_nothing(folder):
+    output = invoke(folder, "--recipes", "prism-m2", "hass", "--epochs", "2", "--plan")
+    assert "epochs: single_step 0.5, warm_up 1, split 0.5" in output
+    assert "epochs: single_step 0.5, warm_up 1.5, split 0" in output
+    assert not (folder / "runs").exists()
+    assert not (folder / "records").exists()
+
+
+@pytest.mark.quick
+def test_study_checks_its_settings():
+    with pytest.raises(ValueError, match="recipes: expected some of eagle2, hass, .*, got 'eagle'"):
+        StudyConfig(recipes=["eagle"])
+    with pytest.raises(ValueError, match=r"trees: expected nodes/depth/top-k such as 59/6/10, got '59/6'"):
+        tree_settings("59/6")
+    with pytest.raises(ValueError, match="volumes: expected 0 to the 30 tokens of the training data, got 31"):
+        plan_runs(StudyConfig(volumes=[31]), TrainConfig(output="runs"), [10, 20])
+    with pytest.raises(ValueError, match="num_modules: expected no value, since the study sets it, got 3"):
+        plan_runs(StudyConfig(), TrainConfig(output="runs", num_modules=3), [10, 20])
+    assert tree_settings("5/5/1")["tree"] == "chain"
+
+
+@pytest.mark.quick
+def test_study_error_bars_hold_tau_and_narrow_with_prompts():
+    def record(num_answers):
+        answers = [{"num_rounds": 10, "num_committed": 10 + 2 * (number % 8)} for number in range(num_answers)]
+        return {"tau": 1.7, "answers": answers}
+
+    (low, high), (narrow_low, narrow_high) = (tau_interval([record(count)]) for count in (8, 128))
+    assert low < 1.7 < high
+    assert narrow_low < 1.7 < narrow_high
+    assert narrow_high - narrow_low < 0.5 * (high - low)
+    assert tau_interval([{"tau": 2.0, "answers": [{"num_rounds": 3, "num_committed": 6}]}]) == (2.0, 2.0)

@@ -1,0 +1,358 @@
+"""Recipes trained on equal terms, then measured: what a draft of each accepts, and how that grows with the data.
+
+    transformers-prism study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run
+    transformers-prism study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run --plan
+
+Every run sees the same number of tokens, with all other settings of `train` alike, on features that are computed once.
+Each of its drafts decodes the same prompts, and each way of decoding leaves one JSON file in the folder of records. What
+lies there is not done again; a run that was cut off goes on from its last checkpoint.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
+from transformers_prism.benchmark.record import hardware
+from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
+from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.publishing import TRAINING, weights_sha256
+from transformers_prism.target import load_target
+from transformers_prism.training.conversations import loop_period, read_conversations, split_conversations
+from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
+from transformers_prism.training.train import train, write_json
+
+# What is compared: settings of `train` beyond those that all share.
+RECIPES: Mapping[str, dict] = MappingProxyType(
+    {
+        "eagle2": {"recipe": "eagle2"},
+        "hass": {"recipe": "hass"},
+        "eagle3": {"recipe": "eagle3"},
+        "stacked2": {"recipe": "stacked", "num_layers_per_module": 2},
+        "prism-m2": {"recipe": "prism", "num_modules": 2},
+        "prism-m3": {"recipe": "prism", "num_modules": 3},
+        # As the authors train: no mask, and every module over keys and values of its own.
+        "prism-m2-compat": {
+            "recipe": "prism",
+            "num_modules": 2,
+            "unmasked_softmax": True,
+            "context_kv": "own_module",
+        },
+    }
+)
+_STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
+# The study sets these for every run, so that nobody else may.
+_OWN = ("recipe", "seed", "num_conversations", "unmasked_softmax", "context_kv", "init_from", *BY_RECIPE)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What is compared and how drafts are measured; everything else is a setting of `train`, the same for all runs."""
+
+    prompts: str = HfArg(default="", help="JSON lines in Spec-Bench's form: question_id, category, turns.")
+    records: str = HfArg(default="docs/study", help="Folder for one JSON file per run, tree and temperature, and plots.")
+    recipes: list[str] = HfArg(default_factory=lambda: list(RECIPES), help=f"Some of {', '.join(RECIPES)}.")
+    seeds: list[int] = HfArg(default_factory=lambda: [0], help="Of weights and order; each recipe is trained with each.")
+    volumes: list[int] = HfArg(
+        default_factory=lambda: [0], help="Tokens of training data, the first of the file; 0 is all of them."
+    )
+    epochs: float = HfArg(default=4.0, help="Over each volume, all stages of a recipe together.")
+    tokens_seen: int = HfArg(default=0, help="Tokens that every run sees, whatever its volume; 0: so many epochs.")
+    num_prompts: int = HfArg(default=48, help="Prompts decoded, spread over the tasks.")
+    max_new_tokens: int = HfArg(default=128, help="Tokens per answer.")
+    trees: list[str] = HfArg(
+        default_factory=lambda: ["59/6/10", "15/4/4", "5/5/1"],
+        help="Nodes/depth/top-k of the trees that drafts are measured with; top-k 1 is a chain.",
+    )
+    temperatures: list[float] = HfArg(default_factory=lambda: [0.0, 0.8], help="Drafts are measured at; 0 is greedy.")
+    sampling_seed: int = HfArg(default=0, help="Set before every answer, so that all drafts speed up the same text.")
+    packed: bool = HfArg(default=True, help="Pack weights for the CPU first (prepare_for_cpu) to measure.")
+
+    def __post_init__(self):
+        for name in self.recipes:
+            if name not in RECIPES:
+                raise ValueError(f"recipes: expected some of {', '.join(RECIPES)}, got {name!r}")
+        for tree in self.trees:
+            tree_settings(tree)
+        if self.epochs <= 0 or self.tokens_seen < 0:
+            raise ValueError(f"epochs: expected more than 0, got {self.epochs} ({self.tokens_seen} tokens seen)")
+        if any(temperature < 0 for temperature in self.temperatures):
+            raise ValueError(f"temperatures: expected 0 or more, got {self.temperatures}")
+
+
+def tree_settings(tree: str) -> dict:
+    """Generation settings of a tree written as nodes/depth/top-k.
+
+    Raises:
+        ValueError: if it is written in another way.
+    """
+    parts = tree.split("/")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"trees: expected nodes/depth/top-k such as 59/6/10, got {tree!r}")
+    num_nodes, depth, top_k = map(int, parts)
+    kind = "chain" if top_k == 1 else "static"
+    return {"tree": kind, "tree_num_nodes": num_nodes, "tree_depth": depth, "tree_top_k": top_k}
+
+
+# --- the runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        recipe (`str`): of [`RECIPES`].
+        seed (`int`): of its weights and order.
+        num_conversations (`int`): of the training data, the first.
+        num_data_tokens (`int`): in them.
+        config (`TrainConfig`): how it is trained.
+    """
+
+    recipe: str
+    seed: int
+    num_conversations: int
+    num_data_tokens: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and what its records' names begin with."""
+        return f"{self.recipe}_{self.num_data_tokens}_seed{self.seed}"
+
+
+def plan_runs(study: StudyConfig, base: TrainConfig, lengths: list[int]) -> list[Run]:
+    """All runs, one seed after the other.
+
+    Args:
+        study (`StudyConfig`): what is compared.
+        base (`TrainConfig`): settings that all runs share.
+        lengths (`list[int]`): tokens of the training conversations, in order.
+    Raises:
+        ValueError: if a volume is larger than the data, or a shared setting is one that recipes differ in.
+    """
+    default = TrainConfig()
+    for name in _OWN:
+        if getattr(base, name) != getattr(default, name):
+            raise ValueError(f"{name}: expected no value, since the study sets it, got {getattr(base, name)!r}")
+    if not base.output:
+        raise ValueError("output: expected a folder, got none")
+    runs = []
+    for seed, volume, recipe in itertools.product(study.seeds, study.volumes, study.recipes):
+        count = _count_conversations(volume, lengths)
+        num_tokens = sum(lengths[:count])
+        epochs = study.tokens_seen / num_tokens if study.tokens_seen else study.epochs
+        run = Run(recipe, seed, count, num_tokens, base)
+        runs.append(dataclasses.replace(run, config=_train_config(run, epochs)))
+    return runs
+
+
+def _count_conversations(volume: int, lengths: list[int]) -> int:
+    sums = list(itertools.accumulate(lengths))
+    if not 0 <= volume <= sums[-1]:
+        raise ValueError(f"volumes: expected 0 to the {sums[-1]} tokens of the training data, got {volume}")
+    return next(count for count, tokens in enumerate(sums, start=1) if tokens >= (volume or sums[-1]))
+
+
+def _train_config(run: Run, epochs: float) -> TrainConfig:
+    """The run's settings, with the epochs of the recipe's stages scaled to `epochs` in all."""
+    settings = {**dataclasses.asdict(run.config), **dict.fromkeys(BY_RECIPE), **RECIPES[run.recipe]}
+    config = TrainConfig(**settings)
+    total = sum(getattr(config, name) for name in _STAGE_EPOCHS)
+    return dataclasses.replace(
+        config,
+        **{name: getattr(config, name) * epochs / total for name in _STAGE_EPOCHS},
+        output=str(Path(config.output) / run.name),
+        features=config.features or str(Path(config.output) / "features"),
+        num_conversations=run.num_conversations,
+        seed=run.seed,
+        resume=True,
+    )
+
+
+def run_study(
+    study: StudyConfig, base: TrainConfig, make_inputs: Callable[..., dict], report: Callable[[str], None]
+) -> list[dict]:
+    """Train and measure whatever has no record yet, and draw the plots.
+
+    Args:
+        study (`StudyConfig`): what is compared.
+        base (`TrainConfig`): settings that all runs share.
+        make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
+        report: called with a line per run and way of decoding.
+    Returns:
+        `list[dict]`: all records.
+    Raises:
+        ValueError: for settings that cannot be used, or a record that was made with others.
+    """
+    prompts = choose_prompts(read_prompts(study.prompts), study.num_prompts)
+    target, tokenizer = load_target(base.target, torch.float32)
+    vocab_size = target.config.get_text_config().vocab_size
+    conversations = read_conversations(base.data.split(","), vocab_size, base.max_length, tokenizer)
+    training, _ = split_conversations(len(conversations), base.validation_share)
+    runs = plan_runs(study, base, [len(conversations[index].input_ids) for index in training])
+    if base.plan:
+        for run in runs:
+            report(_describe(run))
+        return []
+    folder = Path(study.records)
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = [(task_of(one), make_inputs(tokenizer, one["turns"][0], target.device)) for one in prompts]
+    records = []
+    for run in runs:
+        ways = list(itertools.product(study.trees, study.temperatures))
+        records += [_recorded(run, study, *way) for way in ways]
+        missing = [way for way, record in zip(ways, records[-len(ways) :], strict=True) if record is None]
+        records = [record for record in records if record is not None]
+        if not missing:
+            continue
+        report(_describe(run))
+        trained = _trained(run)
+        draft = _draft_to_measure(run, target, tokenizer)
+        with prepare_for_cpu(*(target, draft) if study.packed and target.device.type == "cpu" else ()):
+            for way in missing:
+                answers = measure(target, draft, questions, *way, study.max_new_tokens, study.sampling_seed)
+                record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}
+                write_json(_path(run, study, *way), record)
+                report(f"  tree {way[0]}, temperature {way[1]:g}: tau {record['tau']:.3f} in {record['num_rounds']} rounds")
+                records.append(record)
+    plot_recipes(records, folder / "tau_by_recipe.png")
+    plot_volumes(records, folder / "tau_over_volume.png")
+    return records
+
+
+def _describe(run: Run) -> str:
+    stages = ", ".join(f"{name.removesuffix('_epochs')} {getattr(run.config, name):.3g}" for name in _STAGE_EPOCHS)
+    epochs = sum(getattr(run.config, name) for name in _STAGE_EPOCHS)
+    return (
+        f"{run.name}: {run.num_conversations} conversations, {run.num_data_tokens} tokens, "
+        f"{round(run.num_data_tokens * epochs)} seen; epochs: {stages}"
+    )
+
+
+def _trained(run: Run) -> dict:
+    """Train a run, or go on with it; what its records say of the training."""
+    draft = Path(run.config.output) / "draft"
+    if not (draft / TRAINING).is_file() or not (draft / "config.json").is_file():
+        train(run.config)
+    stages = json.loads((draft / TRAINING).read_text(encoding="utf-8"))["stages"]
+    return {
+        "recipe": run.recipe,
+        "seed": run.seed,
+        "tokens_seen": sum(stage["tokens_seen"] for stage in stages),
+        "train_seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "num_data_tokens": run.num_data_tokens,
+        "checkpoint_sha256": weights_sha256(draft),
+    }
+
+
+def _draft_to_measure(run: Run, target, tokenizer) -> PrismDraftModel:
+    # The authors decode over the keys and values of step 0's module, whatever they trained with.
+    draft = PrismDraftModel.from_pretrained(
+        Path(run.config.output) / "draft", dtype=torch.float32, context_kv="prefill_module"
+    )
+    draft.to(target.device).eval().bind(target, tokenizer)
+    return draft
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(
+    target, draft, questions: list[tuple[str, dict]], tree: str, temperature: float, max_new_tokens: int, seed: int
+) -> list[dict]:
+    """Decode prompts with a draft, one by one.
+
+    Args:
+        target, draft: the models, bound to each other; the draft's tree settings are changed.
+        questions: task and generate()'s inputs of each prompt.
+        tree (`str`): nodes/depth/top-k.
+        temperature (`float`): 0 is greedy.
+        max_new_tokens, seed (`int`): of each answer.
+    Returns:
+        `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, and whether it `ends_in_a_loop`.
+    """
+    draft.generation_config.update(**tree_settings(tree))
+    settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    if temperature > 0:
+        settings["temperature"] = temperature
+    answers = []
+    for task, inputs in questions:
+        torch.manual_seed(seed)
+        output = target.generate(**inputs, **settings, assistant_model=draft)
+        speculation = draft.last_speculation
+        answers.append(
+            {
+                "task": task,
+                "num_rounds": sum(speculation.num_rounds),
+                "num_committed": sum(speculation.num_committed),
+                "ends_in_a_loop": loop_period(output[0, inputs["input_ids"].shape[1] :].tolist()) is not None,
+            }
+        )
+    return answers
+
+
+def _figures(run: Run, study: StudyConfig, tree: str, temperature: float, answers: list[dict]) -> dict:
+    num_rounds, num_committed = (sum(one[name] for one in answers) for name in ("num_rounds", "num_committed"))
+    return {
+        **_measured_with(run, study, tree, temperature),
+        "num_rounds": num_rounds,
+        "num_committed": num_committed,
+        "tau": round(num_committed / num_rounds, 4) if num_rounds else None,
+        "share_of_answers_in_a_loop": round(sum(one["ends_in_a_loop"] for one in answers) / len(answers), 4),
+        "answers": answers,
+    }
+
+
+def _measured_with(run: Run, study: StudyConfig, tree: str, temperature: float) -> dict:
+    """What two records must share to be of the same measurement."""
+    return {
+        "tree": tree,
+        "temperature": temperature,
+        "num_prompts": study.num_prompts,
+        "max_new_tokens": study.max_new_tokens,
+        "sampling_seed": study.sampling_seed,
+        "epochs": round(sum(getattr(run.config, name) for name in _STAGE_EPOCHS), 4),
+    }
+
+
+def _path(run: Run, study: StudyConfig, tree: str, temperature: float) -> Path:
+    return Path(study.records) / f"{run.name}_tree{tree.replace('/', '-')}_t{temperature:g}.json"
+
+
+def _recorded(run: Run, study: StudyConfig, tree: str, temperature: float) -> dict | None:
+    """The record of a run and way of decoding, if it is there."""
+    path = _path(run, study, tree, temperature)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name, expected in _measured_with(run, study, tree, temperature).items():
+        if record.get(name) != expected:
+            raise ValueError(f"{path.name}: expected a record with {name}={expected!r}, got {record.get(name)!r}")
+    return record
+
+
+def main(argv: list[str], make_inputs: Callable[..., dict], report: Callable[[str], None]) -> None:
+    """The `study` command: options of [`StudyConfig`], and those of `train` that all runs share.
+
+    Args:
+        argv (`list[str]`): the command line after the command's name.
+        make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
+        report: called with each line of the output.
+    """
+    parser = HfArgumentParser((StudyConfig, TrainConfig), prog="transformers-prism study")
+    study, base = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    run_study(study, base, make_inputs, report)
+
+
+__all__ = ["RECIPES", "Run", "StudyConfig", "main", "measure", "plan_runs", "run_study", "tree_settings"]
