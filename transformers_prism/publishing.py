@@ -9,6 +9,7 @@ Licence, card, metrics and the target's tokenizer lie beside the code. A draft t
 them along from where it was loaded.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -163,8 +164,10 @@ def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
 
 def _is_free(target_name: str) -> bool:
     """Whether the target's card names a licence under which its tokenizer may be copied."""
-    card = find_file(target_name, CARD)
-    name = ((metadata_load(card) or {}) if card else {}).get("license")
+    card, name = find_file(target_name, CARD), None
+    # A card that cannot be read names no licence; the errors of YAML come from a package that need not be imported here.
+    with contextlib.suppress(Exception):
+        name = metadata_load(card)["license"]
     if name not in OPEN_LICENSES:
         logger.info("Left out the tokenizer of %s: its licence is %s.", target_name, name or "not known")
     return name in OPEN_LICENSES
@@ -186,6 +189,8 @@ def upload(
         `CommitInfo`: of the commit.
     Raises:
         HfHubHTTPError: if the Hub refuses; the repository then holds what it held before.
+        OSError: if the weights cannot be uploaded, with the reason; as above.
+        ValueError: if the Hub does not take the card's metadata.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -194,15 +199,21 @@ def upload(
     path = Path(folder) / CARD
     if path.is_file():
         text = re.sub(rf"(?<![\w/]){PLACEHOLDER_USER}/[\w.-]+", repo_id, path.read_text(encoding="utf-8"))
-        card = ModelCard(text)
-        card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *(tags or [])])]
-        path.write_text(str(card) if tags else text, encoding="utf-8", newline="\n")
+        if tags:
+            card = ModelCard(text)
+            card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *tags])]
+            text = str(card)
+        path.write_text(text, encoding="utf-8", newline="\n")
     # One commit, whatever the number of files: whoever loads the repository meanwhile gets the old draft or the new one.
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
     there = set() if commit.get("create_pr") else set(api.list_repo_files(repo_id, revision=commit.get("revision")))
     left_over = [name for name in sorted(there - set(files)) if any(fnmatch(name, one) for one in _REPLACED)]
     operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-    return api.create_commit(repo_id, [*operations, *map(CommitOperationDelete, left_over)], **commit)
+    try:
+        return api.create_commit(repo_id, [*operations, *map(CommitOperationDelete, left_over)], **commit)
+    except RuntimeError as error:  # of the upload of a large file, whose reason the client puts behind it
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OSError(f"{repo_id} holds what it held before. {error} {reason}") from error
 
 
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:

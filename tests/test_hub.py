@@ -1,0 +1,268 @@
+"""Pushing to a Hub and loading from it, through huggingface_hub's own client; a Hub that fails leaves no half of a draft."""
+
+import ast
+import hashlib
+
+import pytest
+import torch
+from hub_server import TOKEN, Hub
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from test_published_set import LENGTH, run_without_package
+from tiny_models import prompts, tiny_draft, tiny_target, word_tokenizer
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from transformers_prism import PrismDraftModel
+from transformers_prism.cli import app
+from transformers_prism.publishing import published_files, published_name
+
+NAME = "me/tiny-PRISM"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process talks to, with a cache of its own and no waiting between attempts."""
+    with Hub() as hub:
+        settings = {
+            "ENDPOINT": hub.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "DOWNLOAD_CHUNK_SIZE": 1000,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A target and its folder, and a draft for it."""
+    target, folder = tiny_target("llama", 3), tmp_path_factory.mktemp("target")
+    target.save_pretrained(folder)
+    return target, folder, tiny_draft(target)
+
+
+def changed(draft: PrismDraftModel) -> PrismDraftModel:
+    """The same draft with other weights."""
+    other = PrismDraftModel(draft.config).eval()
+    other.load_state_dict({name: value + 0.25 for name, value in draft.state_dict().items()})
+    other.generation_config = draft.generation_config
+    return other
+
+
+def is_same(one: PrismDraftModel, other: PrismDraftModel) -> bool:
+    """Whether two drafts have the same weights, bit for bit."""
+    weights, others = one.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def environment(hub, tmp_path) -> dict:
+    """Of a process that talks to this Hub, as a user sets it."""
+    return {
+        **{"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+        **{"HF_HUB_CACHE": str(tmp_path / "other cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    }
+
+
+def test_push_is_one_commit_of_a_whole_repository(hub, pair):
+    """Code, custom_generate, configurations, card, metrics, licence, and the weights as a large file."""
+    commit = pair[2].push_to_hub(NAME)
+    repository = hub.repositories[NAME]
+    assert repository.branches == {"main": commit.oid}
+    assert len(repository.commits) == 2
+    files = repository.commits[commit.oid]
+    others = {"config.json", "generation_config.json", "model.safetensors", "README.md", "metrics.json", "LICENSE"}
+    code = {published_name(path) for path in published_files()}
+    custom = {"custom_generate/generate.py", "custom_generate/requirements.txt"}
+    assert set(files) == {".gitattributes", *others, *code, *custom}
+    assert hashlib.sha256(hub.objects[files["model.safetensors"]]).hexdigest() == files["model.safetensors"]
+    assert f'"{NAME}"'.encode() in files["README.md"]
+    pair[2].push_to_hub(NAME, tags=["tiny"])
+    assert ModelCard.load(NAME).data.tags[-1] == "tiny"
+
+
+def test_the_command_pushes_a_folder(hub, pair, tmp_path):
+    """To a branch, if asked; the repository on the Hub can be pushed on by its name."""
+    pair[2].save_pretrained(tmp_path / "draft")
+    result = CliRunner().invoke(app, ["push", str(tmp_path / "draft"), NAME, "--revision", "trial"])
+    assert result.exit_code == 0, result.output
+    branches = hub.repositories[NAME].branches
+    assert f"pushed {NAME}, revision {branches['trial']}" in result.output
+    assert set(hub.repositories[NAME].commits[branches["main"]]) == {".gitattributes"}
+    assert HfApi().list_repo_refs(NAME).branches[1].target_commit == branches["trial"]
+
+
+def test_an_update_replaces_what_it_no_longer_needs(hub, pair):
+    """Shards and their index go when one file takes their place; old commits still load."""
+    first = pair[2].push_to_hub(NAME, max_shard_size="20KB")
+    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    other = changed(pair[2])
+    second = other.push_to_hub(NAME, commit_message="Better")
+    names = set(hub.repositories[NAME].commits[second.oid])
+    assert [name for name in names if "safetensors" in name] == ["model.safetensors"]
+    assert is_same(PrismDraftModel.from_pretrained(NAME), other)
+    assert is_same(PrismDraftModel.from_pretrained(NAME, revision=first.oid), pair[2])
+    assert changed(pair[2]).push_to_hub(NAME).oid == second.oid
+
+
+LOAD_REVISIONS = """
+def weight(**arguments):
+    draft = AutoModel.from_pretrained(DRAFT, trust_remote_code=True, **arguments)
+    assert "transformers_modules" in type(draft).__module__
+    return draft, float(draft.fusion_layer.bias[0])
+new, new_weight = weight()
+old, old_weight = weight(revision=FIRST, code_revision=FIRST)
+old_with_new_code, same_weight = weight(revision=FIRST, code_revision=MARKED)
+assert same_weight == old_weight
+assert sys.modules[type(old_with_new_code).__module__].MARK == 7
+assert not hasattr(sys.modules[type(old).__module__], "MARK")
+for arguments in ({"device_map": "cpu"}, {"dtype": torch.bfloat16}, {"device_map": "auto", "dtype": torch.bfloat16}):
+    draft, _ = weight(**arguments)
+    assert draft.dtype == arguments.get("dtype", torch.float32)
+    assert target.to(draft.dtype).generate(**inputs, assistant_model=draft, **LENGTH).shape[1] > 0
+target.float()
+results = [target.generate(**inputs, assistant_model=draft, **LENGTH).tolist() for draft in (new, old)]
+by_name = [
+    target.generate(**inputs, custom_generate=DRAFT, trust_remote_code=True, revision=revision, **LENGTH).tolist()
+    for revision in ("main", FIRST)
+]
+assert by_name == results
+print([new_weight, old_weight, results, [draft.last_speculation.accepted_per_round for draft in (new, old)]])
+"""
+
+
+@pytest.mark.slow
+def test_revisions_load_without_the_package(hub, pair, tmp_path):
+    """New and old weights, code of another revision, devices, dtypes and shards; by object and by name alone."""
+    target, folder, draft = pair
+    first = draft.push_to_hub(NAME, max_shard_size="20KB").oid
+    other = changed(draft)
+    other.push_to_hub(NAME)
+    code = bytes(hub.repositories[NAME].commits[first]["modeling_prism.py"]) + b"\n\nMARK = 7\n"
+    api = HfApi()
+    api.create_branch(NAME, branch="marked")
+    marked = api.upload_file(path_or_fileobj=code, path_in_repo="modeling_prism.py", repo_id=NAME, revision="marked").oid
+    script = f"FIRST, MARKED = {first!r}, {marked!r}\n{LOAD_REVISIONS}"
+    printed = run_without_package(NAME, folder, script, **environment(hub, tmp_path))
+    input_ids, mask = prompts(2)
+    results, accepted = [], []
+    for one in (other, draft):
+        results.append(target.generate(input_ids, attention_mask=mask, assistant_model=one, **LENGTH).tolist())
+        accepted.append(one.last_speculation.accepted_per_round)
+    weights = [float(one.fusion_layer.bias[0]) for one in (other, draft)]
+    assert ast.literal_eval(printed.splitlines()[-1]) == [*weights, results, accepted]
+
+
+def test_the_hub_takes_the_cards_metadata(hub, pair, tmp_path):
+    """huggingface_hub's own validation, which a push does before it uploads anything."""
+    pair[2].save_pretrained(tmp_path / "draft")
+    ModelCard.load(tmp_path / "draft" / "README.md").validate()
+    with pytest.raises(ValueError, match="invalid metadata"):
+        ModelCard("---\nlicense: [\n---\n").validate()
+
+
+def test_a_targets_tokenizer_travels_if_its_licence_lets_it(hub, pair, tmp_path):
+    """By the licence in the target's card, which is read as data."""
+    target, folder, _ = pair
+    word_tokenizer().save_pretrained(folder)
+    api = HfApi()
+    licences = {"free": "apache-2.0", "closed": "llama3", "hostile": "!!python/object/apply:os.mkdir [made]"}
+    for name, licence in licences.items():
+        api.create_repo(f"me/{name}")
+        commit = api.upload_folder(repo_id=f"me/{name}", folder_path=folder)
+        repository = hub.repositories[f"me/{name}"]
+        card = f"---\nlicense: {licence}\n---\n".encode()
+        repository.commit("main", {**repository.commits[commit.oid], "README.md": card})
+    for name in licences:
+        draft = tiny_draft(target)
+        draft.config.target_fingerprint = {**draft.config.target_fingerprint, "name": f"me/{name}"}
+        draft.save_pretrained(tmp_path / name)
+        has_tokenizer = (tmp_path / name / "tokenizer.json").is_file()
+        assert has_tokenizer == (name == "free"), name
+        assert ("The tokenizer files here are the target's" in (tmp_path / name / "README.md").read_text()) == has_tokenizer
+    assert AutoTokenizer.from_pretrained(tmp_path / "free").get_vocab() == word_tokenizer().get_vocab()
+
+
+def push_must_fail(draft, repository, error, match: str) -> None:
+    """A push ends in an error that says why, and the repository is what it was."""
+    before = dict(repository.branches), dict(repository.commits)
+    with pytest.raises(error, match=match):
+        draft.push_to_hub(NAME)
+    assert (repository.branches, repository.commits) == before
+
+
+def test_no_token_is_a_clear_error(hub, pair, monkeypatch):
+    """401 before anything is made; in the command one line and a status."""
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HfHubHTTPError, match="401"):
+        pair[2].push_to_hub(NAME)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "error"),
+    [(401, "/commit/", HfHubHTTPError), (404, "/commit/", RepositoryNotFoundError), (401, "/preupload/", HfHubHTTPError)],
+)
+def test_a_refused_commit_changes_nothing(hub, pair, kind, path, error):
+    """Whichever request is refused; pushing again works."""
+    pair[2].push_to_hub(NAME)
+    hub.fail(kind, "POST", path)
+    push_must_fail(changed(pair[2]), hub.repositories[NAME], error, str(kind))
+    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    changed(pair[2]).push_to_hub(NAME)
+    assert is_same(PrismDraftModel.from_pretrained(NAME, force_download=True), changed(pair[2]))
+
+
+@pytest.mark.parametrize("kind", [429, "cut"])
+def test_an_upload_is_tried_again(hub, pair, kind):
+    """A Hub that is busy, and a connection that is lost in the middle of the weights."""
+    hub.fail(kind, "PUT", "/lfs/", times=2)
+    pair[2].push_to_hub(NAME)
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3
+    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+
+
+@pytest.mark.parametrize("kind", [401, 404, 429, "cut", "size"])
+def test_an_upload_that_fails_for_good_changes_nothing(hub, pair, tmp_path, kind):
+    """The error says so; what was there before still loads, and pushing again works."""
+    pair[2].push_to_hub(NAME)
+    hub.fail(kind, "PUT", "/lfs/", times=20)
+    push_must_fail(changed(pair[2]), hub.repositories[NAME], OSError, "holds what it held before.*model.safetensors")
+    changed(pair[2]).save_pretrained(tmp_path / "draft")
+    result = CliRunner().invoke(app, ["push", str(tmp_path / "draft"), NAME])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {NAME} holds what it held before")
+    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    hub.faults.clear()
+    changed(pair[2]).push_to_hub(NAME)
+    assert is_same(PrismDraftModel.from_pretrained(NAME), changed(pair[2]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(401, "401"), (404, "404|not a valid model"), (429, "429"), ("cut", "Can't load the model"), ("size", "should be of size")],
+)
+def test_a_download_that_fails_gives_no_draft(hub, pair, kind, message):
+    """Of the weights, the last thing that is loaded; afterwards the draft is whole."""
+    pair[2].push_to_hub(NAME)
+    hub.fail(kind, "GET", "model.safetensors", times=20)
+    with pytest.raises(OSError, match=message):
+        PrismDraftModel.from_pretrained(NAME)
+    hub.faults.clear()
+    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+
+
+@pytest.mark.parametrize("kind", [429, "cut"])
+def test_a_download_is_tried_again(hub, pair, kind):
+    """And goes on where it was cut off."""
+    pair[2].push_to_hub(NAME)
+    hub.fail(kind, "GET", "model.safetensors", times=2)
+    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    ranges = [request.split()[2] for request in hub.requests if "model.safetensors bytes=" in request]
+    assert len(ranges) == (2 if kind == "cut" else 0)
