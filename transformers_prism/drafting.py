@@ -98,7 +98,7 @@ class Drafter:
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
         pool = CandidatePool.empty(num_rows, device)
         frontier = _Frontier(self)
-        token_ids, log_probs = self._propose(self.last_hidden[:, None], top_k)  # [B, 1, K]
+        token_ids, log_probs = self.draft.propose(self.last_hidden[:, None], top_k)  # [B, 1, K]
         token_ids, log_probs = token_ids[:, 0], log_probs[:, 0]
         pool.extend(token_ids, torch.full_like(token_ids, -1), 1, log_probs)
         hidden = self.last_hidden[:, None].expand(-1, top_k, -1)
@@ -112,7 +112,7 @@ class Drafter:
                 states[:, :width] for states in (token_ids, log_probs, hidden, candidates, parents)
             )
             output = frontier.step(step, token_ids, hidden, parents)  # [B, K, D]
-            child_ids, child_log_probs = self._propose(output, top_k)  # [B, K, K]
+            child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, K, K]
             child_log_probs = (log_probs[..., None] + child_log_probs).flatten(1)  # [B, K * K]
             first_child = pool.token_ids.shape[1]
             pool.extend(child_ids.flatten(1), candidates.repeat_interleave(top_k, dim=1), step + 1, child_log_probs)
@@ -124,14 +124,6 @@ class Drafter:
             candidates = first_child + chosen
         self.cache.forget_appended()
         return pool
-
-    def _propose(self, hidden: torch.Tensor, top_k: int):
-        """The top_k next tokens after each of `(B, n, D)` outputs: target ids and log-probabilities `(B, n, K)`."""
-        log_probs = torch.log_softmax(self.draft.compute_logits(hidden).float(), dim=-1)
-        values, token_ids = torch.nan_to_num(log_probs, nan=-torch.inf).topk(top_k, dim=-1)
-        if self.draft.draft_to_target is not None:
-            token_ids = self.draft.draft_to_target[token_ids]
-        return token_ids, values
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         implementation = self.draft.config._attn_implementation

@@ -24,6 +24,7 @@ from .drafting import Drafter
 from .generation import install, speculative_generate
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
+from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
 from .publishing import AUTO_MAP, upload, write_published_files
 from .tree_policy import default_tree_settings
 
@@ -371,6 +372,28 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             hidden_states = self.norm(hidden_states)
         logits = self._borrowed_logits(hidden_states) if self.lm_head is None else self.lm_head(hidden_states)
         return _scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
+
+    def propose(self, hidden_states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most probable next tokens after each output, best first.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., D)`): outputs of [`~PrismDraftModel.forward`].
+            top_k (`int`): tokens to propose.
+        Returns:
+            `tuple`: ids in the target's vocabulary, a `torch.LongTensor` of shape `(..., top_k)`, and their
+            log-probabilities in nats, a `torch.FloatTensor` of the same shape; minus infinity in place of NaN.
+        """
+        head = self.lm_head
+        if head is None:
+            borrowed = self._require_target()
+            head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+        # Subclasses, as of quantised layers or adapters, compute something else.
+        if type(head) is nn.Linear and head.weight.device == self.device and use_triton("auto", self.device):
+            states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
+            numerics = (self.config.logit_scale, self.config.logit_softcap)
+            return top_k_log_prob(states, head.weight, top_k, head.bias, self.draft_to_target, *numerics)
+        token_ids, log_probs = top_k_of_logits(self.compute_logits(hidden_states), top_k)
+        return token_ids if self.draft_to_target is None else self.draft_to_target[token_ids], log_probs
 
     def compute_target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's own logits over the draft vocabulary, which training aims at.
