@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import Conversation, read_conversations
+from transformers_prism.training.conversations import Conversation, loop_period, read_conversations
 from transformers_prism.training.features import FeatureStore, compute_features
 from transformers_prism.training.first_draft import frequent_tokens
 from transformers_prism.training.progress import LiveView
@@ -199,10 +200,47 @@ def test_plan_says_what_a_run_does_and_writes_nothing(tmp_path, monkeypatch):
         assert f"{stage['stage']['name']:<11} M=1" in result.output
         assert f"{stage['num_updates']} updates, {stage['tokens_seen']} tokens seen" in result.output
     num_bytes = sum(path.stat().st_size for path in (tmp_path / "run" / "features").glob("*.bf16"))
-    assert f"features    {num_bytes / 2**30:.2f} GiB" in result.output
+    assert re.search(rf"features    states \[[\d, ]+\]: {num_bytes / 2**30:.2f} GiB in bfloat16", result.output)
     draft = PrismDraftModel.from_pretrained(tmp_path / "run" / "draft")
     num_parameters = sum(parameter.numel() for parameter in draft.parameters())
     assert f"{2 * num_parameters / 1e6:.1f} million" in result.output or "0.0 million" in result.output
+
+
+def test_plan_estimates_hours_from_a_speed(tmp_path, monkeypatch):
+    """Ten times the speed, a tenth of the hours; online features need no disk, but the target again in each epoch."""
+    from transformers_prism.training.plan import describe_plan
+
+    target = tiny_target("llama", seed=3)
+    target.save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    options = {"target": str(tmp_path / "target"), "recipe": "hass"}
+    hours = {
+        speed: re.findall(r"([\d.e-]+) hours", describe_plan(settings(tmp_path, teraflops=speed, **options)))
+        for speed in (1e-9, 1e-8)
+    }
+    for slow, fast in zip(hours[1e-9], hours[1e-8], strict=True):
+        assert float(slow) == pytest.approx(10 * float(fast), rel=0.1)
+    assert len(hours[1e-9]) == 4
+    kept, online = (
+        float(re.search(r"features .*about ([\d.e-]+) PFLOP", describe_plan(one)).group(1))
+        for one in (settings(tmp_path, **options), settings(tmp_path, online_features=True, **options))
+    )
+    assert online > 2 * kept
+    assert "none on disk" in describe_plan(settings(tmp_path, online_features=True, **options))
+    assert not re.search(r"\d hours", describe_plan(settings(tmp_path, **options)))
+
+
+def test_finished_draft_is_pushed_with_its_record(tmp_path, load_tiny, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        PrismDraftModel, "push_to_hub", lambda self, name: pushed.append((name, self.config._name_or_path))
+    )
+    train(settings(tmp_path, warm_up_epochs=0.0, split_epochs=0.0, push_to_hub="user/draft"))
+    assert pushed == [("user/draft", str(tmp_path / "run" / "draft"))]
+    record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
+    outside = record["num_answer_tokens_outside_draft_vocab"]
+    assert outside == pytest.approx((1 - record["draft_vocab_coverage"]) * record["data"]["training"]["num_answer_tokens"], abs=0.6)
+    assert record["stages"][0]["validations"][-1]["eval_tokens_seen"] == record["stages"][0]["tokens_seen"]
 
 
 # --- acceptance while training -----------------------------------------------------------------------------------
@@ -222,9 +260,10 @@ def test_measured_acceptance_is_of_real_rounds(target):
     for step, share in enumerate(speculation.conditional_acceptance[:4]):
         assert metrics[f"eval_conditional_{step}"] == pytest.approx(share, abs=1e-4)
     assert metrics["eval_speedup_estimate"] > 0
+    assert metrics["eval_loop_share"] == float(loop_period(plain[0, prompt.shape[1] :].tolist()) is not None)
     assert draft.training
     assert draft.generation_config.to_dict() == settings_before
-    assert acceptance_metrics(torch.zeros(10), "eval") == {}
+    assert acceptance_metrics(torch.zeros(12), "eval") == {}
 
 
 def test_the_checkpoint_with_the_best_tau_is_kept(tmp_path, load_tiny, monkeypatch):
@@ -236,7 +275,7 @@ def test_the_checkpoint_with_the_best_tau_is_kept(tmp_path, load_tiny, monkeypat
         assert len(prompts) == 2
         weights.append({name: tensor.clone() for name, tensor in draft.state_dict().items()})
         tau = next(taus)
-        return torch.tensor([10.0, 10 * tau, 1.0, 1.0, 8.0, 10.0, 5.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+        return torch.tensor([10.0, 10 * tau, 1.0, 1.0, 8.0, 2.0, 1.0, 10.0, 5.0, 2.0, 1.0, 0.0], dtype=torch.float64)
 
     monkeypatch.setattr("transformers_prism.training.train.measure_acceptance", measured)
     options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 4.0, "num_acceptance_prompts": 2}
@@ -373,7 +412,7 @@ def test_features_are_the_targets_states(tmp_path, target, monkeypatch):
     monkeypatch.setattr("transformers_prism.training.features.CONVERSATIONS_PER_SHARD", 3)
     conversations = read_conversations(write_data(tmp_path / "data.jsonl", 7), VOCAB_SIZE)
     for part in ((0, 2), (1, 2)):
-        store = compute_features(target, conversations, [1, 2, 4], tmp_path / "features", batch_size=2, part=part)
+        store = compute_features(target, conversations, [1, 2, 4], tmp_path / "features", part=part)
     assert store.missing_shards() == []
     assert sum(path.stat().st_size for path in (tmp_path / "features").glob("*.bf16")) == store.num_bytes
     for index, conversation in enumerate(conversations):
@@ -383,6 +422,17 @@ def test_features_are_the_targets_states(tmp_path, target, monkeypatch):
         torch.testing.assert_close(store.states(index).float(), expected, rtol=1e-2, atol=1e-3)
     item = ConversationDataset(conversations, store, [2])[0]
     assert torch.equal(item["features"], store.states(2))
+
+
+def test_online_features_train_the_same_draft(tmp_path, load_tiny):
+    """Computed whenever they are needed, bit for bit what the disk keeps, and nothing is kept."""
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0}
+    kept = train(settings(tmp_path, "kept", **options))
+    online = train(settings(tmp_path, "online", online_features=True, **options))
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(tensor, online.state_dict()[name]), name
+    assert (tmp_path / "kept" / "features").is_dir()
+    assert not (tmp_path / "online" / "features").exists()
 
 
 def test_features_of_something_else_are_refused(tmp_path, target):

@@ -5,7 +5,7 @@ import time
 import torch
 
 from transformers_prism.speculation import Speculation
-from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.conversations import Conversation, loop_period
 
 # The tree that rounds are measured with: small enough for any machine, deep enough to tell drafts apart.
 DEPTH = 4
@@ -25,18 +25,21 @@ def measure_acceptance(
         conversations (`list[Conversation]`): their tokens before the first answer are the prompts.
         num_new_tokens (`int`): tokens per prompt at most.
     Returns:
-        `torch.Tensor` of shape `(6 + depth,)`, float64, to be summed over processes: rounds, committed tokens, seconds
-        of all rounds, seconds of plain steps, their number, then how many rounds accepted at least 0, 1, ... tokens.
+        `torch.Tensor` of shape `(8 + depth,)`, float64, to be summed over processes: rounds, committed tokens, seconds
+        of all rounds, seconds of plain steps, their number, answers, answers that end in a loop, then how many rounds
+        accepted at least 0, 1, ... tokens.
     """
     was_training = draft.training
     settings = {name: getattr(draft.generation_config, name, None) for name in TREE}
-    counts = torch.zeros(6 + DEPTH, dtype=torch.float64)
+    counts = torch.zeros(8 + DEPTH, dtype=torch.float64)
     draft.eval()
     draft.generation_config.update(**TREE)
     try:
         for conversation in conversations:
             prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
-            counts += _counts(_decode(target, draft, prompt, num_new_tokens))
+            answer = _decode(target, draft, prompt, num_new_tokens)
+            counts += _counts(draft.last_speculation)
+            counts[5:7] += torch.tensor([1.0, float(loop_period(answer) is not None)])
         if conversations:
             counts[3:5] += torch.tensor(_plain_steps(target, prompt), dtype=torch.float64)
     finally:
@@ -51,22 +54,25 @@ def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
     Returns:
         `dict`: `tau`, the acceptance length pooled over rounds, the bonus included; `conditional_<i>`, the share of
         rounds that accepted more than i tokens among those that accepted i; `speedup_estimate`, tau times the seconds
-        of a plain step over those of a round. Without rounds there is none of them.
+        of a plain step over those of a round; `loop_share`, of answers that end in a loop, which flatters tau. Without
+        rounds there is none of them.
     """
-    rounds, committed, round_seconds, plain_seconds, num_plain = counts[:5].tolist()
+    rounds, committed, round_seconds, plain_seconds, num_plain, num_answers, num_loops = counts[:7].tolist()
     if not rounds:
         return {}
-    reached = counts[5:].tolist()
+    reached = counts[7:].tolist()
     metrics = {f"{prefix}_tau": round(committed / rounds, 4)}
     for step, (here, next_one) in enumerate(zip(reached, reached[1:], strict=False)):
         if here:
             metrics[f"{prefix}_conditional_{step}"] = round(next_one / here, 4)
     metrics[f"{prefix}_speedup_estimate"] = round(committed / round_seconds * plain_seconds / num_plain, 3)
+    metrics[f"{prefix}_loop_share"] = round(num_loops / num_answers, 4)
     return metrics
 
 
-def _decode(target, draft, prompt: torch.Tensor, num_new_tokens: int) -> Speculation:
-    target.generate(
+def _decode(target, draft, prompt: torch.Tensor, num_new_tokens: int) -> list[int]:
+    """The answer's token ids."""
+    output = target.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         assistant_model=draft,
@@ -74,13 +80,13 @@ def _decode(target, draft, prompt: torch.Tensor, num_new_tokens: int) -> Specula
         max_new_tokens=num_new_tokens,
         pad_token_id=target.generation_config.pad_token_id or 0,
     )
-    return draft.last_speculation
+    return output[0, prompt.shape[1] :].tolist()
 
 
 def _counts(speculation: Speculation) -> torch.Tensor:
     accepted = [count for row in speculation.accepted_per_round for count in row]
     reached = [sum(count >= step for count in accepted) for step in range(DEPTH + 1)]
-    sums = [sum(speculation.num_rounds), sum(speculation.num_committed), sum(speculation.seconds.values()), 0, 0]
+    sums = [sum(speculation.num_rounds), sum(speculation.num_committed), sum(speculation.seconds.values()), 0, 0, 0, 0]
     return torch.tensor([*sums, *reached], dtype=torch.float64)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from transformers_prism.training.conversations import Conversation
-from transformers_prism.training.features import FeatureStore
+from transformers_prism.training.features import FeatureStore, OnlineFeatures
 
 # Sorting by length within a few batches wastes little on padding and keeps batches different from epoch to epoch.
 BATCHES_PER_POOL = 25
@@ -15,11 +15,11 @@ class ConversationDataset(Dataset):
 
     Args:
         conversations (`list[Conversation]`): all of them, as the store knows them.
-        store (`FeatureStore`): their features.
+        store (`FeatureStore` or `OnlineFeatures`): their features.
         indices (`list[int]`): the conversations that belong to this set.
     """
 
-    def __init__(self, conversations: list[Conversation], store: FeatureStore, indices: list[int]):
+    def __init__(self, conversations: list[Conversation], store: FeatureStore | OnlineFeatures, indices: list[int]):
         self.conversations, self.store, self.indices = conversations, store, list(indices)
         self.lengths = [store.lengths[index] for index in self.indices]
 
@@ -53,7 +53,7 @@ def collate(items: list[dict]) -> dict:
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]
     input_ids = torch.zeros(len(items), num_rows, dtype=torch.long)
-    features = torch.zeros(len(items), num_rows + 1, width, dtype=items[0]["features"].dtype)
+    features = items[0]["features"].new_zeros(len(items), num_rows + 1, width)
     mask = torch.zeros(len(items), num_rows, dtype=torch.bool)
     for row, item in enumerate(items):
         length = len(item["input_ids"])

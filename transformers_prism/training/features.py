@@ -1,4 +1,4 @@
-"""The target's hidden states over conversations, cached on disk.
+"""The target's hidden states over conversations, cached on disk or computed whenever they are asked for.
 
 A folder of features holds `features.json` and one file a shard: bfloat16 rows, one a token, in the order of the
 conversations; a row is the target's states at `layer_ids` side by side. A shard is renamed into place when it is
@@ -82,12 +82,39 @@ class FeatureStore:
         return values.view(-1, self.width)  # [tokens of the shard, C * hidden_size]
 
 
+class OnlineFeatures:
+    """The target's hidden states over a list of conversations, computed anew each time, with nothing on disk.
+
+    Each conversation runs through the target by itself, here as in [`compute_features`], so that both give the same
+    numbers.
+
+    Args:
+        target (`PreTrainedModel`): in the dtype to compute in.
+        conversations (`list[Conversation]`): the data.
+        layer_ids (`list[int]`): indices into the target's `hidden_states`, C of them.
+    """
+
+    def __init__(self, target, conversations: list[Conversation], layer_ids: list[int]):
+        self.target, self.conversations, self.layer_ids = target, conversations, list(layer_ids)
+        self.lengths = [len(conversation.input_ids) for conversation in conversations]
+
+    def states(self, index: int) -> torch.Tensor:
+        """States over conversation `index`: bfloat16 of shape `(T, C * hidden_size)`, on the target's device.
+
+        Raises:
+            ValueError: if they are not finite.
+        """
+        states = target_states(self.target, self.conversations[index].input_ids, self.layer_ids)
+        if not bool(torch.isfinite(states).all()):
+            raise ValueError(f"features: expected finite hidden states, got NaN or infinity in conversation {index}")
+        return states
+
+
 def compute_features(
     target,
     conversations: list[Conversation],
     layer_ids: list[int],
     folder,
-    batch_size: int = 8,
     needed: list[int] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> FeatureStore:
@@ -98,7 +125,6 @@ def compute_features(
         conversations (`list[Conversation]`): the data.
         layer_ids (`list[int]`): indices into the target's `hidden_states`.
         folder (`str` or path): made if it is not there; must belong to the same target, data and layers if it is.
-        batch_size (`int`): conversations in one forward.
         needed (`list[int]`, *optional*): indices of the conversations that are needed; their shards are computed.
         part (`tuple[int, int]`): of `(index, count)`, do only the shards whose number is `index` modulo `count`.
     Returns:
@@ -118,7 +144,7 @@ def compute_features(
     total = sum(store.lengths[index] for shard in shards for index in store.members(shard))
     started, done = time.monotonic(), 0
     for number, shard in enumerate(shards, start=1):
-        _write_shard(target, store, shard, conversations, batch_size)
+        _write_shard(target, store, shard, conversations)
         done += sum(store.lengths[index] for index in store.members(shard))
         speed = done / (time.monotonic() - started)
         logger.info(
@@ -176,38 +202,19 @@ def _check_disk(store: FeatureStore, missing: list[int]):
         raise OSError(f"features: expected {needed} bytes of free disk, got {free}")
 
 
-@torch.no_grad()
-def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation], batch_size: int):
-    members = list(store.members(shard))
-    rows: dict[int, torch.Tensor] = {}
-    # Batches of equal length waste nothing on padding; the file keeps the order of the conversations.
-    by_length = sorted(members, key=lambda index: store.lengths[index])
-    for first in range(0, len(by_length), batch_size):
-        batch = by_length[first : first + batch_size]
-        states = _batch_states(target, [conversations[index].input_ids for index in batch], store.layer_ids)
-        rows.update((index, states[row, : store.lengths[index]]) for row, index in enumerate(batch))
+def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation]):
+    online = OnlineFeatures(target, conversations, store.layer_ids)
     path = store.shard_path(shard)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    values = torch.cat([rows[index] for index in members]).contiguous()  # [tokens of the shard, C * hidden_size]
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"features: expected finite hidden states, got NaN or infinity in shard {shard}")
+    values = torch.cat([online.states(index).cpu() for index in store.members(shard)])  # [tokens of the shard, C * D]
     values.view(torch.int16).numpy().tofile(unfinished)
     unfinished.rename(path)
 
 
-def _batch_states(target, sequences: list[tuple[int, ...]], layer_ids: list[int]) -> torch.Tensor:
-    """Hidden states at `layer_ids` side by side, bfloat16 of shape `(B, T, C * hidden_size)`, padded on the right."""
-    longest = max(len(sequence) for sequence in sequences)
-    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
+@torch.no_grad()
+def target_states(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> torch.Tensor:
+    """Hidden states of one conversation at `layer_ids` side by side: bfloat16 of shape `(T, C * hidden_size)`."""
     output = target.base_model(
-        input_ids=input_ids.to(target.device),
-        attention_mask=mask.to(target.device),
-        output_hidden_states=layer_ids,
-        use_cache=False,
+        input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False
     )
-    states = [output.hidden_states[layer] for layer in layer_ids]
-    return torch.cat(states, dim=-1).to("cpu", torch.bfloat16)
+    return torch.cat([output.hidden_states[layer][0] for layer in layer_ids], dim=-1).to(torch.bfloat16)

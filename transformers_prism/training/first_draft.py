@@ -108,8 +108,15 @@ def first_draft(
             tokens = source.draft_to_target
             coverage = token_coverage(training, tokens)
         draft.draft_to_target.copy_(tokens)
+        num_answer_tokens = sum(conversation.num_answer_tokens for conversation in training)
         report["draft_vocab_coverage"] = round(coverage, 5)
-        logger.info("Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens.", len(tokens), 100 * coverage)
+        report["num_answer_tokens_outside_draft_vocab"] = round((1 - coverage) * num_answer_tokens)
+        logger.info(
+            "Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens; the draft can never propose the other %d.",
+            len(tokens),
+            100 * coverage,
+            report["num_answer_tokens_outside_draft_vocab"],
+        )
     if source is not None:
         earlier = find_file(config.init_from, TRAINING)
         record = json.loads(earlier.read_text(encoding="utf-8")) if earlier else None

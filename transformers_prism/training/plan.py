@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
@@ -110,25 +110,44 @@ def describe_plan(config: TrainConfig) -> str:
     feature_bytes = num_tokens * len(layers) * text_config.hidden_size * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    target_size = _num_target_parameters(target_config)
+    target_flops = 2e-15 * target_size * num_tokens
+    costs = stage_costs(config, draft_config, [len(one.input_ids) for one in used])
+    if config.online_features:
+        # Every stage asks the target again.
+        target_flops = 2e-15 * target_size * sum(cost.num_tokens for cost in costs)
+        where = "computed whenever they are needed, none on disk"
+    else:
+        where = f"{feature_bytes / _GIB:.2f} GiB in bfloat16; {free / _GIB:.1f} GiB of disk free"
     lines = [
         f"recipe      {config.recipe}: {_num_parameters(draft_config, draft_config.num_processing_modules) / 1e6:.1f} "
         f"million parameters in {draft_config.num_processing_modules} modules of {draft_config.num_layers_per_module} "
         f"layers ({draft_config.module_form}), steps on modules {draft_config.draft_step_to_module}",
-        f"target      {draft_config.target_fingerprint.get('name')}, states {draft_config.target_layer_ids}, "
-        f"draft vocabulary {draft_config.draft_vocab_size or draft_config.vocab_size}",
+        f"target      {draft_config.target_fingerprint.get('name') or config.target}, states {draft_config.target_layer_ids}, "
+        f"draft vocabulary {draft_config.draft_vocab_size or draft_config.vocab_size}; {target_size / 1e6:.0f} million "
+        f"parameters, {target_size * config.dtype.itemsize / _GIB:.2f} GiB in {config.compute_dtype}",
         f"data        {data['num_conversations']} conversations, {data['num_tokens']} tokens, "
         f"{data['num_answer_tokens']} in answers; {len(validation)} conversations held out",
-        f"features    {feature_bytes / _GIB:.2f} GiB of states {layers} in bfloat16; {free / _GIB:.1f} GiB of disk free",
+        f"features    states {layers}: {where}; about {target_flops:.3g} PFLOP" + _hours(target_flops, config),
     ]
-    for cost in stage_costs(config, draft_config, [len(one.input_ids) for one in used]):
+    for cost in costs:
         stage = cost.stage
         lines.append(
             f"{stage.name:<11} M={stage.num_modules}, S={stage.num_steps}: {cost.num_updates} updates, {cost.num_tokens} "
-            f"tokens seen, learning rate {stage.learning_rate:g}; about {cost.petaflops:.3g} PFLOP and "
-            f"{cost.peak_bytes / _GIB:.2f} GiB at the peak"
+            f"tokens seen, learning rate {stage.learning_rate:g}; about {cost.petaflops:.3g} PFLOP"
+            f"{_hours(cost.petaflops, config)} and {cost.peak_bytes / _GIB:.2f} GiB at the peak"
         )
-    lines.append("Memory and PFLOP are estimates for one process, without the target.")
+    lines.append("PFLOP, hours and memory are estimates for one process; the target's memory comes on top.")
     return "\n".join(lines)
+
+
+def _hours(petaflops: float, config: TrainConfig) -> str:
+    return f", {petaflops / config.teraflops / 3.6:.2g} hours" if config.teraflops else ""
+
+
+def _num_target_parameters(target_config) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(target_config).num_parameters()
 
 
 def _target_config(name: str | None):

@@ -19,7 +19,13 @@ _PER_STEP = {
     "eval_agreement": "agreement",
     "eval_conditional": "conditional acceptance",
 }
-_SINGLE = {"loss": "loss", "learning_rate": "learning rate", "eval_tau": "tau", "eval_speedup_estimate": "speed-up"}
+_SINGLE = {
+    "loss": "loss",
+    "learning_rate": "learning rate",
+    "eval_tau": "tau",
+    "eval_speedup_estimate": "speed-up",
+    "eval_loop_share": "share of answers in a loop",
+}
 
 
 class LiveView(TrainerCallback):
@@ -119,7 +125,12 @@ def plot_curves(results: list[dict], path) -> None:
     """
     import matplotlib.figure
 
-    panels = {"loss": "loss", "eval_agreement_0": "agreement of step 0 with the target", "eval_tau": "tau"}
+    panels = {
+        "loss": "loss",
+        "eval_agreement_0": "agreement of step 0 with the target",
+        "eval_tau": "tau",
+        "eval_loop_share": "share of answers in a loop",
+    }
     points: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in panels}
     seen = 0
     for result in results:

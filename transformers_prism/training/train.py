@@ -29,7 +29,7 @@ from transformers_prism.training.acceptance import acceptance_metrics, measure_a
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.conversations import Conversation, read_conversations, split_conversations
-from transformers_prism.training.features import FeatureStore, compute_features
+from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
 from transformers_prism.training.losses import aligned_loss
 from transformers_prism.training.plan import describe_plan
@@ -119,6 +119,11 @@ class AlignedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return LengthSampler(self.train_dataset.lengths, self.args.train_batch_size, self.args.seed)
 
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of this stage so far: epochs times the tokens of the data."""
+        return round(sum(self.train_dataset.lengths) * (self.state.epoch or 0))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch.
 
@@ -166,6 +171,7 @@ class AlignedTrainer(Trainer):
             for step, (hits, rows) in enumerate(counts)
         }
         metrics.update(self._measured_acceptance(training.draft, training.target(), metric_key_prefix))
+        metrics[f"{metric_key_prefix}_tokens_seen"] = self.tokens_seen
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -205,6 +211,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     # Every process has looked before the first one writes.
     PartialState(cpu=config.use_cpu).wait_for_everyone()
     target, tokenizer = load_target(config.target, config.dtype)
+    target.to("cpu" if config.use_cpu else PartialState().device)
     vocab_size = target.config.get_text_config().vocab_size
     conversations = read_conversations(config.data.split(","), vocab_size, config.max_length, tokenizer)
     train_indices, validation_indices = split_conversations(
@@ -259,12 +266,14 @@ def _claim_output(config: TrainConfig):
 
 
 def _settings(config: TrainConfig) -> dict:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "plan")}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "plan", "teraflops", "push_to_hub")}
 
 
-def _features(config, target, conversations, draft_config, needed: list[int]) -> FeatureStore:
+def _features(config, target, conversations, draft_config, needed: list[int]) -> FeatureStore | OnlineFeatures:
     last = target.config.get_text_config().num_hidden_layers
     layer_ids = sorted({*draft_config.target_layer_ids, last})
+    if config.online_features:
+        return OnlineFeatures(target, conversations, layer_ids)
     folder = Path(config.features or Path(config.output) / "features")
     state = PartialState()
     part = (state.process_index, state.num_processes)
@@ -304,6 +313,8 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         # Patience and seconds count over a resumed run as over a whole one.
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
+        # States that were computed online are on the device already.
+        dataloader_pin_memory=not config.online_features,
         seed=config.seed,
         # With more modules than forwards, the last ones are not reached.
         ddp_find_unused_parameters=stage.num_modules > stage.num_steps,
@@ -349,7 +360,7 @@ def _run_stage(
     result = {
         "stage": dataclasses.asdict(stage),
         "num_updates": trainer.state.global_step,
-        "tokens_seen": round(sum(train_set.lengths) * trainer.state.epoch),
+        "tokens_seen": trainer.tokens_seen,
         "seconds": round(next(one.seconds for one in trainer.callback_handler.callbacks if isinstance(one, UpdateClock)), 1),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "validation": trainer.evaluate(),
@@ -397,6 +408,12 @@ def _describe_data(conversations, train_indices, validation_indices) -> dict:
     return {"training": describe(train_indices), "validation": describe(validation_indices)}
 
 
+def _without_history(stage: dict) -> dict:
+    """A stage's result with its validations, each with the tokens seen, in place of every line of the log."""
+    validations = [entry for entry in stage["history"] if "eval_tokens_seen" in entry]
+    return {**{name: value for name, value in stage.items() if name != "history"}, "validations": validations}
+
+
 def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: list[str] | None):
     folder = Path(config.output) / "draft"
     folder.mkdir(parents=True, exist_ok=True)
@@ -413,13 +430,16 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
             "transformers_prism": transformers_prism.__version__,
         },
         **report,
-        "stages": [{name: value for name, value in stage.items() if name != "history"} for stage in report["stages"]],
+        "stages": [_without_history(stage) for stage in report["stages"]],
     }
     # First, since the card that is saved with the draft tells of it.
     (folder / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(report["stages"], folder / CURVES)
     draft.save_pretrained(folder)
     logger.info("Draft saved in %s.", folder.name)
+    if config.push_to_hub:
+        PrismDraftModel.from_pretrained(folder).push_to_hub(config.push_to_hub)
+        logger.info("Draft pushed to %s.", config.push_to_hub)
 
 
 def main(argv: list[str]):
