@@ -10,6 +10,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="prism-tests-")
 
 import pytest
 import torch
+from hub_server import TOKEN, Hub
+from huggingface_hub import constants
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
 
 from transformers_prism import auto_trees
@@ -70,3 +72,23 @@ def tiny_folders(tmp_path_factory) -> tuple[str, str]:
     word_tokenizer().save_pretrained(target_folder)
     tiny_draft(target).save_pretrained(draft_folder)
     return str(target_folder), str(draft_folder)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process talks to, with a cache of its own and no waiting between attempts."""
+    with Hub() as hub:
+        settings = {
+            "ENDPOINT": hub.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "DOWNLOAD_CHUNK_SIZE": 1000,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        yield hub

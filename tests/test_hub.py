@@ -5,8 +5,7 @@ import hashlib
 
 import pytest
 import torch
-from hub_server import TOKEN, Hub
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from test_published_set import LENGTH, run_without_package
 from tiny_models import prompts, tiny_draft, tiny_target, word_tokenizer
@@ -18,26 +17,6 @@ from transformers_prism.cli import app
 from transformers_prism.publishing import published_files, published_name
 
 NAME = "me/tiny-PRISM"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub that this process talks to, with a cache of its own and no waiting between attempts."""
-    with Hub() as hub:
-        settings = {
-            "ENDPOINT": hub.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "DOWNLOAD_CHUNK_SIZE": 1000,
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        yield hub
 
 
 @pytest.fixture(scope="module")

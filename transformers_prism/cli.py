@@ -294,6 +294,32 @@ def card(
 
 
 @app.command()
+def inspect(
+    draft: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub.")],
+    target: Annotated[
+        str | None, typer.Option(help="A target on this machine; the one that the draft names if absent.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the repository on the Hub.", show_default=False)] = None,
+    verify_bytes: Annotated[
+        bool, typer.Option("--verify", help="Check every byte against the repository's hashes and metrics.json.")
+    ] = False,
+):
+    """Say what a draft is: target, modules, sizes, bytes read per draft step, whether the target here matches.
+
+    Exits with 1 if the target here does not match, or with --verify if a byte is another.
+    """
+    from transformers_prism.hub.inspection import inspect_draft, verify_files
+
+    with user_errors():
+        inspection = inspect_draft(draft, target, revision)
+        for name, text in inspection.rows():
+            typer.echo(f"{name + ':':<36}{text}")
+        if verify_bytes:
+            typer.echo(f"{'verified:':<36}{verify_files(draft, revision)}")
+    raise typer.Exit(1 if inspection.fatal else 0)
+
+
+@app.command()
 def push(
     folder: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub.")],
     repository: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],

@@ -245,6 +245,32 @@ class PrismConfig(PreTrainedConfig):
         """Index of the processing module that serves `draft_step` (0-based; steps beyond the list use its end)."""
         return self.draft_step_to_module[min(draft_step, len(self.draft_step_to_module) - 1)]
 
+    def target_differences(self, target_config, tokenizer=None) -> tuple[list[str], list[str]]:
+        """Compare a target with what this draft was made for, part by part of the fingerprint; unknown parts are equal.
+
+        Args:
+            target_config (`PreTrainedConfig`): the target's.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): the target's.
+        Returns:
+            `tuple` of two lists of sentences: why the two cannot work together, and why fewer tokens may be accepted.
+        """
+        found = target_fingerprint(target_config, tokenizer)
+        expected = {name: (self.target_fingerprint or {}).get(name) for name in FINGERPRINT_PARTS}
+        expected.update(vocab_size=self.vocab_size, hidden_size=self.target_hidden_size)
+        fatal: list[str] = []
+        mild: list[str] = []
+        for name in FINGERPRINT_PARTS:
+            if expected[name] is None or found[name] is None or expected[name] == found[name]:
+                continue
+            line = f"{name}: expected {expected[name]!r} (draft), got {found[name]!r} (target)"
+            (mild if name in ("name", "revision") else fatal).append(line)
+        if self.target_layer_ids[-1] > found["num_hidden_layers"]:
+            fatal.append(
+                f"target_layer_ids: expected indices up to {found['num_hidden_layers']} (target), "
+                f"got {self.target_layer_ids} (draft)"
+            )
+        return fatal, mild
+
     @classmethod
     def from_target(cls, target, **overrides) -> "PrismConfig":
         """A sensible draft configuration for any decoder-only target.

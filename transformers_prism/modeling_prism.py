@@ -17,15 +17,16 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .configuration_prism import FINGERPRINT_PARTS, PrismConfig, target_fingerprint, target_numerics
+from .configuration_prism import PrismConfig, target_numerics
 from .cpu import PackedLinear, prepare_for_cpu
 from .drafting import Drafter
 from .generation import install, speculative_generate
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
-from .publishing import AUTO_MAP, upload, write_published_files
+from .publishing import AUTO_MAP, shard_names, upload, write_published_files
 from .tree_policy import default_tree_settings
 
 # What save_pretrained() hands on to push_to_hub().
@@ -204,8 +205,13 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: listing the weights that are missing, unknown or of another shape: a module left random would
-                show only as poor acceptance.
+                show only as poor acceptance. Also if an index of shards names files elsewhere.
         """
+        # transformers would follow an index out of a folder.
+        source = kwargs.get("pretrained_model_name_or_path", args[0] if args else None) or ""
+        index = Path(source, kwargs.get("subfolder", ""), SAFE_WEIGHTS_INDEX_NAME)
+        if index.is_file():
+            shard_names(index)
         # Sizes are compared here, so that the error itself names them.
         ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         draft, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
@@ -327,21 +333,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def _check_target(self, target, tokenizer):
         """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
-        config = self.config
-        found = target_fingerprint(target.config, tokenizer)
-        expected = {name: (config.target_fingerprint or {}).get(name) for name in FINGERPRINT_PARTS}
-        expected.update(vocab_size=config.vocab_size, hidden_size=config.target_hidden_size)
-        fatal, mild = [], []
-        for name in FINGERPRINT_PARTS:
-            if expected[name] is None or found[name] is None or expected[name] == found[name]:
-                continue
-            line = f"{name}: expected {expected[name]!r} (draft), got {found[name]!r} (target)"
-            (mild if name in ("name", "revision") else fatal).append(line)
-        if config.target_layer_ids[-1] > found["num_hidden_layers"]:
-            fatal.append(
-                f"target_layer_ids: expected indices up to {found['num_hidden_layers']} (target), "
-                f"got {config.target_layer_ids} (draft)"
-            )
+        fatal, mild = self.config.target_differences(target.config, tokenizer)
         if fatal:
             raise ValueError("this draft was made for another target. " + "; ".join(fatal))
         if mild:

@@ -33,6 +33,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_prism.PrismDraftModel",
 }
 CARD, METRICS, TRAINING, ABOUT = "README.md", "metrics.json", "training.json", "about.json"
+DRAFT_VOCABULARY = "draft_to_target"  # a draft's list of token ids, the only one of its tensors that is no weight
 PLOT, CURVES = "conditional_acceptance.png", "curves.png"
 # Not reached by imports: they travel from the package, or from where a draft was loaded.
 _PACKAGE_FILES = ("LICENSE", "custom_generate/generate.py", "custom_generate/requirements.txt")
@@ -226,27 +227,42 @@ def weights_sha256(source: str | Path, revision: str | None = None) -> str:
         `str`: sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
     Raises:
         OSError: if there are no safetensors weights.
-        ValueError: if an index names files elsewhere.
+        ValueError: if a file is damaged, or an index names files elsewhere.
     """
 
     def find(name: str, is_needed: bool = True) -> str | None:
         return cached_file(str(source), name, revision=revision, _raise_exceptions_for_missing_entries=is_needed)
 
     index = find(SAFE_WEIGHTS_INDEX_NAME, is_needed=False)
-    if index is None:
-        files = {"all": SAFE_WEIGHTS_NAME}
-    else:
-        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    if any(Path(name).name != name for name in files.values()):
-        raise ValueError(f"{index}: expected the names of files beside it, got {sorted(set(files.values()))}")
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(files.values())):
-        tensors.update(load_state_dict(find(file)))
+    for name in [SAFE_WEIGHTS_NAME] if index is None else shard_names(index):
+        file = find(name)
+        try:
+            tensors.update(load_state_dict(file))
+        # The reader's errors come from a package that need not be imported here.
+        except Exception as error:
+            raise ValueError(f"{file}: expected a whole safetensors file, got {error}") from error
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def shard_names(index: str | Path) -> list[str]:
+    """The files that an index of safetensors shards names, in order.
+
+    Raises:
+        ValueError: if it is no such index, or names anything but safetensors files beside it.
+    """
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        are_safe = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected a weight_map that names files, got {error!r}") from error
+    if not names or not are_safe:
+        raise ValueError(f"{index}: expected the names of safetensors files beside it, got {sorted(names)}")
+    return sorted(names)
 
 
 def _copy(source: Path | None, destination: Path) -> bool:

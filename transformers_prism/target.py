@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,29 @@ def load_target(
         return _load_pretrained(DEMO_HUB_ID, dtype)
     logger.info("The Hub does not answer within %g seconds; using the wheel %s.", HUB_TIMEOUT_SECONDS, WHEEL_REQUIREMENT)
     return _load_demo_wheel(dtype)
+
+
+def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None] | None:
+    """Configuration and tokenizer of a target, without its weights, from this machine alone.
+
+    Args:
+        name (`str` or path): a Hub id, a folder, or the name that the demo target from the wheel has.
+    Returns:
+        `tuple` of both, the tokenizer None if it is not here; None if the configuration is not.
+    Raises:
+        ValueError: if it is no model that transformers knows without code from elsewhere.
+    """
+    where = _demo_wheel_folder() if name == WHEEL_NAME else name
+    try:
+        config = AutoConfig.from_pretrained(where, local_files_only=True)
+    except OSError:
+        return None
+    if name == WHEEL_NAME:
+        _call_by_wheel(config)
+    try:
+        return config, AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError):  # the files of a tokenizer are not here
+        return config, None
 
 
 def cache_folder() -> Path:
@@ -101,13 +131,21 @@ def _load_gguf(path: Path, dtype: torch.dtype):
 
 
 def _load_demo_wheel(dtype: torch.dtype):
-    folder = cache_folder() / f"{Path(WHEEL_MEMBER).stem}-{WHEEL_REVISION}"
+    folder = _demo_wheel_folder()
     if not folder.is_dir():
         _make_demo_folder(folder)
     model, tokenizer = _load_pretrained(str(folder), dtype)
-    model.config._name_or_path = WHEEL_NAME
-    model.config._commit_hash = WHEEL_REVISION
+    _call_by_wheel(model.config)
     return model, tokenizer
+
+
+def _demo_wheel_folder() -> Path:
+    return cache_folder() / f"{Path(WHEEL_MEMBER).stem}-{WHEEL_REVISION}"
+
+
+def _call_by_wheel(config: PreTrainedConfig) -> None:
+    config._name_or_path = WHEEL_NAME
+    config._commit_hash = WHEEL_REVISION
 
 
 def _make_demo_folder(folder: Path):
@@ -157,4 +195,4 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["cache_folder", "load_target"]
+__all__ = ["cache_folder", "load_target", "read_target_config"]

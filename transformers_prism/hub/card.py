@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
 from transformers_prism.hub.metrics import gather, read_metrics, write_metrics
+from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.publishing import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
 
 # In a clone, and in an installed package.
@@ -219,20 +219,11 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
 
 def _facts(folder: Path, config: dict) -> dict:
     """What the weights say: parameters, and bytes on disk."""
-    files = sorted(folder.glob("*.safetensors"))
-    num_parameters = 0
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                size = 1
-                for length in file.get_slice(name).get_shape():
-                    size *= length
-                num_parameters += size if name != "draft_to_target" else 0
-    num_bytes = sum(path.stat().st_size for path in files)
+    headers = read_weight_headers(folder)
     return {
-        "num_parameters": num_parameters,
-        "million_parameters": num_parameters / 1e6,
-        "megabytes": num_bytes / 1e6,
+        "num_parameters": headers.num_parameters(),
+        "million_parameters": headers.num_parameters() / 1e6,
+        "megabytes": headers.num_bytes / 1e6,
         "num_steps": len(config["draft_step_to_module"]),
     }
 
