@@ -165,6 +165,8 @@ def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
 
 def _is_free(target_name: str) -> bool:
     """Whether the target's card names a licence under which its tokenizer may be copied."""
+    if target_name.endswith(".gguf"):  # a file, which has no card
+        return False
     card, name = find_file(target_name, CARD), None
     # A card that cannot be read names no licence; the errors of YAML come from a package that need not be imported here.
     with contextlib.suppress(Exception):

@@ -32,7 +32,8 @@ def write_card(folder: str | Path, measurements: list[Path] | None = None, with_
 
     Args:
         folder (`str` or `Path`): the draft's folder.
-        measurements (`list[Path]`, *optional*): see [`gather`]; what metrics.json holds stays as it is if absent.
+        measurements (`list[Path]`, *optional*): see [`gather`]; what metrics.json holds stays as it is if absent, and
+            if there is none, one without figures is written.
         with_plot (`bool`): draw the plot, if anything was measured that it shows; needs matplotlib.
     Returns:
         `list[str]`: names of the files that were written.
@@ -42,6 +43,8 @@ def write_card(folder: str | Path, measurements: list[Path] | None = None, with_
             changed then.
     """
     folder = Path(folder)
+    if measurements is None and not (folder / METRICS).is_file():
+        measurements = []
     metrics = gather(folder, measurements) if measurements is not None else read_metrics(folder)
     card = render_card(folder, metrics)
     written = [CARD]
