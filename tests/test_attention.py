@@ -1,4 +1,4 @@
-"""prism_tree: the text and the logits of "sdpa" or "eager", with trees on the tree attention's own path."""
+"""prism_tree and prism_grouped: the text and the logits of "sdpa" or "eager", with trees on the tree attention's own path."""
 
 import pytest
 import torch
@@ -106,3 +106,46 @@ def test_inputs_that_would_be_ignored_are_refused():
     states = torch.zeros(1, 2, 3, 16)
     with pytest.raises(ValueError, match="prism_tree: expected attention without s_aux, got Linear with it"):
         attention.prism_tree_attention(torch.nn.Linear(1, 1), states, states, states, None, s_aux=torch.zeros(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shares_heads", [True, False])
+def test_grouped_attention_is_sdpa_without_repeated_keys(shares_heads, monkeypatch):
+    """The same output under a mask, and no larger keys or values than the cache holds."""
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    num_key_heads = 2 if shares_heads else 4
+    module.num_key_value_groups = 4 // num_key_heads
+    query = torch.randn(2, 4, 5, 16, generator=generator)
+    key, value = (torch.randn(2, num_key_heads, 12, 16, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 1, 5, 12, generator=generator) < 0.7
+    mask[..., 0] = True
+    expected, _ = attention.sdpa_attention_forward(module, query, key, value, mask)
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", None if shares_heads else attention.sdpa_attention_forward
+    )
+    found, _ = attention.prism_grouped_attention(module, query, key, value, mask)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_grouped_attention_is_lent_while_the_loop_runs():
+    """To a target and a draft on "sdpa", also if the loop fails; never to what a user has chosen otherwise."""
+    target, eager = tiny_target("llama"), tiny_target("llama", attn_implementation="eager")
+    found = []
+
+    def fail():
+        with attention.grouped_attention(target, eager):
+            found.extend((target.config._attn_implementation, eager.config._attn_implementation))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert found == ["prism_grouped", "eager"]
+    assert target.config._attn_implementation == "sdpa"
+    input_ids, mask = prompts(1)
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    target.set_attn_implementation("prism_grouped")
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids, attention_mask=mask, **LENGTH), plain)
+    assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH), plain)
+    assert target.config._attn_implementation == "prism_grouped"

@@ -21,6 +21,7 @@ ALLOWED = {
         "kernels.",
     },
     "generation": {
+        "attention",
         *("tree", "tree_policy", "auto_trees", "verification", "cache", "drafting", "target_rounds", "speculation"),
         "kernels.",
     },

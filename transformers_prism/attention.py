@@ -1,12 +1,20 @@
-"""The attention implementation `prism_tree`: trees go to the tree attention kernel, everything else to SDPA.
+"""Attention implementations for trees: `prism_tree` on a kernel, `prism_grouped` on SDPA without repeated keys.
+
+`prism_tree`: trees go to the tree attention kernel, everything else to SDPA.
 
 `model.set_attn_implementation("prism_tree")` gives a model whose prefill and ordinary calls are those of "sdpa", and
 whose forwards over a tree run on the kernel. The mask of such a forward is the dense one that SDPA would take, with the
 tree's compact form attached to it; a model that hands on something else than this very tensor gets the dense mask's
 result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
 this code was registered last.
+
+`prism_grouped` is SDPA as transformers calls it, but for one thing: transformers repeats keys and values that several
+query heads share whenever there is a mask, which copies the whole context in every layer. On a CPU that takes longer
+than attending to it. The loop lends this implementation to a target and a draft on "sdpa" while it runs there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from .kernels.tree_attention import MAX_HEAD_DIM, pack_ancestors, tree_attention
 
 PRISM_TREE = "prism_tree"
+PRISM_GROUPED = "prism_grouped"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
 _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 
@@ -85,6 +94,42 @@ def prism_tree_attention(module, query, key, value, attention_mask, scaling=None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
+def prism_grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """An attention function of transformers; returns the output of shape `(B, N, H, E)`, and None for the weights."""
+    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    if attention_mask is None or query.shape[1] == key.shape[1] or not is_plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def grouped_attention(*models) -> Iterator[None]:
+    """Lend `prism_grouped` to models that run "sdpa" on a CPU, where keys and values would be repeated.
+
+    Args:
+        models (`PreTrainedModel`): get back what they had. Those that consist of several models, and those whose
+            attention cannot be chosen, are left alone.
+    """
+    lent = [
+        model
+        for model in models
+        if model.device.type == "cpu"
+        and model._supports_attention_backend
+        and model.config is model.config.get_text_config()
+        and model.config._attn_implementation == "sdpa"
+    ]
+    try:
+        for model in lent:
+            model.set_attn_implementation(PRISM_GROUPED)
+        yield
+    finally:
+        for model in lent:
+            model.set_attn_implementation("sdpa")
+
+
 def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> torch.Tensor:
     """Attention with bounded scores, which SDPA lacks, `(B, N, H, E)`; without a mask it is causal."""
     num_nodes, num_keys = query.shape[2], key.shape[2]
@@ -102,3 +147,5 @@ def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> 
 # An implementation without a mask function of its name would get no mask, padding included.
 AttentionInterface.register(PRISM_TREE, prism_tree_attention)
 AttentionMaskInterface.register(PRISM_TREE, sdpa_mask)
+AttentionInterface.register(PRISM_GROUPED, prism_grouped_attention)
+AttentionMaskInterface.register(PRISM_GROUPED, sdpa_mask)

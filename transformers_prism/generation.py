@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .attention import grouped_attention
 from .auto_trees import AutoTrees
 from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
@@ -115,7 +116,7 @@ def speculative_generate(
     was_training = draft.training
     try:
         draft.eval()
-        with target._optimize_model_for_decode():
+        with target._optimize_model_for_decode(), grouped_attention(target, draft):
             drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows)
             trees = _trees_for(settings, target, draft, rows)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)

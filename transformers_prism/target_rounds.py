@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
-from .attention import PRISM_TREE, attach_tree
+from .attention import PRISM_GROUPED, PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, is_adoptable
 from .tree import Tree, attention_mask, visible_keys, within_window
 
-_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
+_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE, PRISM_GROUPED)
 # What generate() prepares and a verification forward replaces.
 _REPLACED_INPUTS = (
     "attention_mask cache_position logits_to_keep output_attentions output_hidden_states past_key_values position_ids "
