@@ -32,7 +32,7 @@ def measured(tiny_folders, tmp_path_factory):
     bench = ("bench", "generate", *models, "--prompts", str(prompts), "--num-prompts", "2", "--max-new-tokens", "40")
     commands = {
         "greedy": (*bench, "--repeat", "1"),
-        "sampled": (*bench, "--repeat", "2", "--temperature", "0.8", "--top-p", "0.9", "--tree", "chain"),
+        "sampled": (*bench, "--repeat", "2", "--temperature", "0.8", "--top-p", "0.9", "--method", "chain"),
         "verify": ("verify", *models, "--max-new-tokens", "12"),
     }
     files = []

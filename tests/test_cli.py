@@ -8,11 +8,9 @@ from tiny_models import scripted_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import demo
-from transformers_prism.benchmark.generate import bench_generate, summarize
 from transformers_prism.benchmark.modules import bench_modules, bootstrap_median
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
 from transformers_prism.cli import app
-from transformers_prism.publishing import weights_sha256
 
 pytestmark = pytest.mark.quick
 
@@ -109,53 +107,6 @@ def test_cli_streamer_tells_accepted_from_bonus(tiny_folders):
         expected += ["accepted"] * count + ["bonus"]
     assert [kind for _, kind in printed] == expected
     assert "".join(text for text, _ in printed) == tokenizer.decode(plain[0, 3:], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("sampling", [(), ("--temperature", 0.8, "--top-p", 0.95, "--repetition-penalty", 1.1)])
-def test_cli_bench_generate_writes_figures(tiny_folders, prompt_file, tmp_path, sampling):
-    """All outputs identical, greedy and sampled; the file holds settings, summary and prompts."""
-    target, draft = tiny_folders
-    result_file = tmp_path / "result.json"
-    sizes = ("--num-prompts", 3, "--max-new-tokens", 8, "--repeat", 2, "--tree-num-nodes", 7)
-    where = ("--target", target, "--draft", draft, "--prompts", prompt_file, "--json", result_file)
-    output = run("bench", "generate", *where, *sizes, *sampling)
-    assert "identical: 3 of 3" in output
-    result = json.loads(result_file.read_text())
-    assert [prompt["task"] for prompt in result["prompts"]] == ["mt_bench", "translation", "qa"]
-    assert result["settings"]["tree_num_nodes"] == 7
-    assert set(result["summary"]["round_ms"]) == {"draft", "verify", "rest"}
-    assert result["weights_sha256"] == weights_sha256(draft)
-    assert (result["kind"], result["settings"]["batch_size"]) == ("generate", 1)
-    assert "without a draft" in result["settings"]["baseline"]
-    assert set(result["tasks"]) == {"mt_bench", "translation", "qa"}
-    reached, accepted = result["summary"]["step_counts"][0]
-    assert 0 <= accepted <= reached
-    assert result["summary"]["acceptance_length_pooled"] >= 1
-    assert all(len(prompt["plain_seconds"]) == len(prompt["draft_seconds"]) == 2 for prompt in result["prompts"])
-
-
-def test_cli_bench_generate_reports_a_difference(tiny_folders):
-    """A draft run that differs is counted, with the first differing token and the logit gap there."""
-    from transformers_prism.target import load_target
-
-    target, tokenizer = load_target(tiny_folders[0])
-    draft = demo.load_draft(tiny_folders[1], target)
-    original = target.generate
-
-    def generate_wrongly(*args, **kwargs):
-        output = original(*args, **kwargs)
-        if "assistant_model" in kwargs:
-            output[0, -2] += 1
-        return output
-
-    target.generate = generate_wrongly
-    record = {"question_id": 1, "category": "qa", "turns": ["w5 w6 w7"]}
-    settings = {"max_new_tokens": 8, "do_sample": False}
-    (result,) = bench_generate(target, tokenizer, draft, [record], demo.chat_inputs, settings, repeat=1)
-    assert not result.is_identical
-    assert result.first_difference == 6
-    assert result.logit_gap > 0
-    assert summarize([result])["num_identical"] == 0
 
 
 def test_cli_bench_modules_measures_rounds(tiny_folders, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -17,13 +17,6 @@ from transformers_prism.command_options import (
 )
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
-
-TopKOption = Annotated[int | None, typer.Option(help="Nodes kept per depth, and children per node.")]
-DepthOption = Annotated[int | None, typer.Option(help="Draft steps per round.")]
-NumNodesOption = Annotated[int | None, typer.Option(help="Drafted nodes that the target verifies per round.")]
-_TREE_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
-BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"
-
 
 @bench_app.command("synthesize")
 def bench_synthesize_command(
@@ -61,74 +54,95 @@ def bench_synthesize_command(
 @bench_app.command("generate")
 def bench_generate_command(
     prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, prepared, compiled, lookup[:N], assisted, draft, auto, auto-no-ngrams, chain[:DEPTH], "
+            "static[:TOP_K,DEPTH,NODES]; repeat it for several. The plain ones are added; the draft if absent.",
+            show_default=False,
+        ),
+    ] = None,
     target: TargetOption = None,
     draft: DraftOption = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(help="For assisted: Hub id or folder, or 'random' for a tiny one.", show_default=False),
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way per prompt; medians count.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bring prompts to so many tokens, by text of other prompts.", show_default=False),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each method per prompt, in turn; medians count.")] = 3,
+    warm_up: Annotated[int, typer.Option(min=0, help="Short runs of each method beforehand.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
-    tree: Annotated[
-        Literal["auto", "static", "chain"] | None,
-        typer.Option(help="The draft's setting if absent.", show_default=False),
-    ] = None,
-    tree_top_k: TopKOption = None,
-    tree_depth: DepthOption = None,
-    tree_num_nodes: NumNodesOption = None,
-    packed: PackedOption = False,
+    packed: PackedOption = True,
     json_file: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the prompts that the file lacks.")] = False,
+    update_card: Annotated[
+        Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
+    ] = None,
 ):
-    """Decode prompts with and without a draft, in turn: identity, acceptance length, milliseconds of a round, rates."""
+    """Decode prompts in several ways, in turn: identity, acceptance length, milliseconds of a round, rates.
+
+    The file is written after every prompt; an interrupted measurement goes on with --resume.
+    """
     from rich.console import Console
     from transformers.utils import logging
 
-    from transformers_prism.benchmark.generate import as_json, bench_generate, result_table, summarize
+    from transformers_prism.benchmark.figures import result_tables
+    from transformers_prism.benchmark.measurement import GenerateMeasurement
+    from transformers_prism.benchmark.methods import parse_methods
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
-    from transformers_prism.benchmark.record import write_record
-    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_pair
+    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
+    from transformers_prism.hub.card import add_to_card
     from transformers_prism.publishing import weights_sha256
+    from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
     console = Console()
-    settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
-    tree_settings = {
-        "tree": tree,
-        "tree_top_k": tree_top_k,
-        "tree_depth": tree_depth,
-        "tree_num_nodes": tree_num_nodes,
-    }
-    tree_settings = {name: value for name, value in tree_settings.items() if value is not None}
     with user_errors():
-        records = choose_prompts(read_prompts(prompts), num_prompts)
-        target_model, tokenizer, draft_model = load_pair(target, draft, packed)
-        weights = weights_sha256(draft or SHIPPED_DRAFT)
-        draft_model.generation_config.update(**tree_settings)
-        results = bench_generate(
-            target_model, tokenizer, draft_model, records, chat_inputs, settings, repeat, seed, typer.echo
+        if (resume or update_card) and json_file is None:
+            raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+        methods = parse_methods(method or ["draft"], packed, batch_size)
+        records = read_prompts(prompts)
+        chosen = choose_prompts(records, num_prompts)
+        target_model, tokenizer = load_target(target)
+        measurement = GenerateMeasurement(
+            methods=methods,
+            generate=sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty),
+            prompts=prompts.name,
+            batch_size=batch_size,
+            context=context,
+            repeat=repeat,
+            warm_up=warm_up,
+            seed=seed,
+            assistant=assistant,
         )
-    summary = summarize(results)
-    console.print(result_table(results, f"median of {repeat}, {settings}"))
-    round_ms = ", ".join(f"{phase} {ms:.1f}" for phase, ms in summary["round_ms"].items())
-    console.print(
-        f"identical: {summary['num_identical']} of {summary['num_prompts']}; acceptance length "
-        f"{summary['acceptance_length_pooled']:.3f} pooled, {summary['acceptance_length_per_prompt_mean']:.3f} "
-        f"per-prompt mean; ms of a round: {round_ms}; ratio of tokens/s: {summary['ratio']:.3f}",
-        soft_wrap=True,
-    )
-    run = {
-        "prompts": prompts.name,
-        "batch_size": 1,
-        "baseline": BASELINE,
-        "generate": settings,
-        "repeat": repeat,
-        "seed": seed,
-        "packed": packed,
-    }
-    tree_used = {name: getattr(draft_model.generation_config, name, None) for name in ("tree", *_TREE_NAMES)}
-    write_record(json_file, "generate", target_model, {**run, **tree_used}, as_json(results), weights)
+        figures = measurement.run(
+            target_model,
+            tokenizer,
+            load_draft(draft or SHIPPED_DRAFT, target_model),
+            weights_sha256(draft or SHIPPED_DRAFT),
+            chat_inputs,
+            chosen,
+            [record for record in records if record not in chosen],
+            json_file,
+            resume,
+            console,
+        )
+    for table in result_tables(figures["methods"], f"median of {repeat}, batch {batch_size}"):
+        console.print(table)
     report_file(json_file)
+    if update_card is not None:
+        with user_errors():
+            for name in add_to_card(update_card, json_file):
+                typer.echo(f"wrote {update_card / name}")
 
 
 @bench_app.command("modules")

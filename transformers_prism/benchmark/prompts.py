@@ -1,7 +1,10 @@
 """Benchmark prompts in Spec-Bench's form, one JSON object a line: question_id, category, turns."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+from torch.nn.utils.rnn import pad_sequence
 
 # Spec-Bench's first task is MT-bench, whose records carry one of eight categories; the other tasks carry their own name.
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -55,3 +58,74 @@ def choose_prompts(records: list[dict], num_prompts: int) -> list[dict]:
     for task, members in by_task.items():
         chosen += [members[index * len(members) // counts[task]] for index in range(counts[task])]
     return chosen
+
+
+class ContextFiller:
+    """Brings prompts to one length: longer by text of other records put before them, or shorter by their middle.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        records (`list[dict]`): whose text is used; not those that are measured, which would then be copied from.
+        num_tokens (`int`): tokens of each prompt at most, the chat template's included.
+    Raises:
+        ValueError: if the records have less text.
+    """
+
+    def __init__(self, tokenizer, records: list[dict], num_tokens: int):
+        self.tokenizer, self.num_tokens = tokenizer, num_tokens
+        text = "\n\n".join(turn for record in records for turn in record["turns"])
+        self.token_ids = self._encode(text)
+        if len(self.token_ids) < num_tokens:
+            raise ValueError(
+                f"context: expected {num_tokens} tokens of text in the prompts that are not measured, "
+                f"got {len(self.token_ids)}"
+            )
+
+    def fit(self, prompt: str, index: int, make_inputs: Callable[[str], dict]) -> dict:
+        """Inputs of generate() for a prompt, `num_tokens` long or a few tokens less.
+
+        Args:
+            prompt (`str`): the user's turn.
+            index (`int`): of the prompt; each begins at another place of the text.
+            make_inputs (`Callable`): gives the inputs for a turn.
+        Raises:
+            ValueError: if the chat template leaves no room.
+        """
+        inputs = make_inputs(prompt)
+        num_more = self.num_tokens - inputs["input_ids"].shape[1]
+        # Text that is cut at a token may become a few tokens more when it is read again.
+        while inputs["input_ids"].shape[1] != self.num_tokens:
+            inputs = make_inputs(self._changed(prompt, index, num_more))
+            excess = inputs["input_ids"].shape[1] - self.num_tokens
+            if excess <= 0:
+                break
+            num_more -= excess
+        return inputs
+
+    def _changed(self, prompt: str, index: int, num_more: int) -> str:
+        if num_more >= 0:
+            start = index * self.num_tokens % (len(self.token_ids) - num_more + 1)
+            return f"{self.tokenizer.decode(self.token_ids[start : start + num_more])}\n\n{prompt}"
+        token_ids = self._encode(prompt)
+        num_kept = len(token_ids) + num_more
+        if num_kept < 2:
+            raise ValueError(f"context: expected room for a prompt, got {self.num_tokens} tokens")
+        head, tail = token_ids[: num_kept // 2], token_ids[len(token_ids) - (num_kept - num_kept // 2) :]
+        return f"{self.tokenizer.decode(head)}\n{self.tokenizer.decode(tail)}"
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def batch_rows(rows: list[dict], pad_token_id: int) -> dict:
+    """Inputs of generate() for several prompts, `(B, T)`, the shorter ones padded on the left.
+
+    Args:
+        rows (`list[dict]`): inputs of single prompts, `(1, T)` each.
+        pad_token_id (`int`): masked out, so that any id will do.
+    """
+    input_ids, masks = ([row[name][0] for row in rows] for name in ("input_ids", "attention_mask"))
+    return {
+        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id, padding_side="left"),
+        "attention_mask": pad_sequence(masks, batch_first=True, padding_value=0, padding_side="left"),
+    }

@@ -15,22 +15,16 @@ import transformers
 import transformers_prism
 
 
-def write_record(
-    path: Path | None, kind: str, target, settings: dict, figures: dict, weights: str | None = None
-) -> None:
-    """Write a measurement; nothing without a path.
+def record_head(kind: str, target, settings: dict, weights: str | None = None) -> dict:
+    """What a measurement's figures belong to.
 
     Args:
-        path (`Path`, *optional*): the file.
-        kind (`str`): which measurement: "generate", "verify" or "modules".
+        kind (`str`): which measurement: "generate", "verify", "modules" and so on.
         target (`PreTrainedModel`): what was sped up.
         settings (`dict`): how it was measured: tree, batch, baseline and whatever else decides the figures.
-        figures (`dict`): what was found.
         weights (`str`, *optional*): [`weights_sha256`] of the draft.
     """
-    if path is None:
-        return
-    record = {
+    return {
         "kind": kind,
         "command": _command(sys.argv),
         "target": target.config._name_or_path,
@@ -45,9 +39,62 @@ def write_record(
             "transformers": transformers.__version__,
         },
         "settings": settings,
-        **figures,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_record(
+    path: Path | None, kind: str, target, settings: dict, figures: dict, weights: str | None = None
+) -> None:
+    """Write a measurement, its head (see [`record_head`]) and its figures; nothing without a path."""
+    if path is not None:
+        write_json(path, {**record_head(kind, target, settings, weights), **figures})
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write a file as a whole, so that an interruption leaves the one that was there."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_record(path: Path) -> dict:
+    """A measurement's file.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the JSON file of a measurement, got {error}") from error
+    if not isinstance(record, dict) or "kind" not in record or "settings" not in record:
+        raise ValueError(f"{path}: expected the JSON file of a measurement, got one without kind and settings")
+    return record
+
+
+def finished_part(path: Path, head: dict) -> dict | None:
+    """What an interrupted measurement left; None if there is no such file.
+
+    Args:
+        path (`Path`): the measurement's file.
+        head (`dict`): [`record_head`] of the measurement that is to go on.
+    Raises:
+        ValueError: if the file's figures were measured in another way, saying what differs.
+    """
+    if not path.is_file():
+        return None
+    found = read_record(path)
+    _check_same({**head, "command": None}, {**found, "command": None}, str(path))
+    return found
+
+
+def _check_same(expected: dict, found: dict, where: str) -> None:
+    """Compare what two measurements belong to, as JSON knows it."""
+    for name, value in json.loads(json.dumps(expected)).items():
+        if name == "settings":
+            _check_same(value, found[name], f"{where}, settings")
+        elif found.get(name) != value:
+            raise ValueError(f"{where}: expected {name} {value!r} to go on, got {found.get(name)!r}")
 
 
 def hardware(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from transformers_prism.hub.metrics import gather, read_metrics, write_metrics
+from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.publishing import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
 
@@ -46,16 +46,40 @@ def write_card(folder: str | Path, measurements: list[Path] | None = None, with_
     if measurements is None and not (folder / METRICS).is_file():
         measurements = []
     metrics = gather(folder, measurements) if measurements is not None else read_metrics(folder)
+    return _write(folder, metrics, with_plot, has_new_metrics=measurements is not None)
+
+
+def _write(folder: Path, metrics: dict, with_plot: bool, has_new_metrics: bool) -> list[str]:
     card = render_card(folder, metrics)
     written = [CARD]
     if with_plot and step_shares(metrics):
         plot_step_shares(metrics, folder / PLOT)
         written.append(PLOT)
-    if measurements is not None:
+    if has_new_metrics:
         write_metrics(folder, metrics)
         written.append(METRICS)
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     return written
+
+
+def add_to_card(folder: str | Path, measurement: Path) -> list[str]:
+    """Write a draft's card with one more measurement; one of the same kind that was measured alike goes.
+
+    Args:
+        folder (`str` or `Path`): the draft's folder.
+        measurement (`Path`): see [`gather`].
+    Returns:
+        `list[str]`: names of the files that were written.
+    Raises:
+        ValueError: as [`write_card`].
+    """
+    added = gather(folder, [measurement])
+    known = read_metrics(folder) if (Path(folder) / METRICS).is_file() else {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        places = [(record["hardware"], record["settings"]) for record in added[kind]]
+        kept = [record for record in known[kind] if (record["hardware"], record["settings"]) not in places]
+        added[kind] = kept + added[kind]
+    return _write(Path(folder), added, with_plot=True, has_new_metrics=True)
 
 
 def render_card(folder: str | Path, metrics: dict | None = None) -> str:
@@ -279,4 +303,4 @@ def _leaves(content) -> set[float]:
     return {float(content)} if isinstance(content, (int, float)) and not isinstance(content, bool) else set()
 
 
-__all__ = ["plot_step_shares", "render_card", "training_runs", "verify_rows", "write_card"]
+__all__ = ["add_to_card", "plot_step_shares", "render_card", "training_runs", "verify_rows", "write_card"]
