@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import transformers_prism.attention as attention
 from transformers_prism.attention import TreeMask, attach_tree
+from transformers_prism.kernels.tree_attention import pack_ancestors
 
 pytestmark = pytest.mark.quick
 LENGTH = {"max_new_tokens": 20, "pad_token_id": PAD_ID, "do_sample": False}
@@ -96,7 +97,7 @@ def test_a_mask_that_lost_its_tree_gives_the_same():
     for softcap in (None, 2.0):
         lost, _ = attention.prism_tree_attention(module, query, key, value, dense.clone(), 0.3, softcap=softcap)
         kept, _ = attention.prism_tree_attention(
-            module, query, key, value, attach_tree(dense, ancestors, committed), 0.3, softcap=softcap
+            module, query, key, value, attach_tree(dense, pack_ancestors(ancestors), committed), 0.3, softcap=softcap
         )
         torch.testing.assert_close(lost, kept, atol=1e-5, rtol=0)
 

@@ -134,13 +134,14 @@ def test_auto_values_never_rise_along_a_path(cheap_rounds):
     trees = AutoTrees(TreeSettings("auto", 4, 5, 20), target, draft, rows)
     trees.experience.drafted.num_accepted = torch.rand(trees.experience.drafted.num_seen.shape).double() * 8
     torch.manual_seed(0)
-    pool = CandidatePool.empty(2, torch.device("cpu"))
-    first = width = 0
+    steps = []
+    first = end = width = 0
     for depth in range(1, 6):
         count = 4 if depth == 1 else 16
         parents = torch.full((2, 4), -1) if depth == 1 else torch.randint(first, first + width, (2, count))
-        first, width = pool.token_ids.shape[1], count
-        pool.extend(torch.randint(0, 97, (2, count)), parents, depth, -torch.rand(2, count) * 5)
+        first, end, width = end, end + count, count
+        steps.append((torch.randint(0, 97, (2, count)), parents, -torch.rand(2, count) * 5))
+    pool = CandidatePool.of_steps(steps)
     values = trees._values(pool, _drafted_cells(pool))
     has_parent = pool.parents >= 0
     of_parents = values.gather(1, pool.parents.clamp(min=0))

@@ -28,6 +28,7 @@ ALLOWED = {
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
     "round_costs": {"drafting"},
     "target_rounds": {"tree", "attention", "cache", "kernels."},
+    "tree": {"kernels."},
     "drafting": {"tree", "attention", "cache", "kernels."},
     "verification": {"tree", "kernels."},
     "attention": {"kernels."},

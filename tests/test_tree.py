@@ -21,19 +21,19 @@ pytestmark = pytest.mark.quick
 def random_pool(num_rows: int, top_k: int, depth: int, seed: int, zeros: bool = False) -> CandidatePool:
     """A pool as a draft draws it: children of the root, then top_k children of top_k nodes a step."""
     generator = torch.Generator().manual_seed(seed)
-    pool = CandidatePool.empty(num_rows, "cpu")
+    steps, start = [], 0
     parents = torch.full((num_rows, top_k), -1)
     scores = torch.zeros(num_rows, top_k)
     for step in range(depth):
         count = top_k if step == 0 else top_k**2
         drop = torch.rand(num_rows, count, generator=generator).round(decimals=1)
         log_probs = (scores if step == 0 else scores.repeat_interleave(top_k, 1)) - drop * (not zeros)
-        start = pool.token_ids.shape[1]
-        pool.extend(torch.arange(start, start + count).expand(num_rows, -1), parents, step + 1, log_probs)
+        steps.append((torch.arange(start, start + count).expand(num_rows, -1), parents, log_probs))
         chosen = stable_top_k(log_probs, top_k)
         scores = log_probs.gather(1, chosen)
         parents = (start + chosen).repeat_interleave(top_k, dim=1)
-    return pool
+        start += count
+    return CandidatePool.of_steps(steps)
 
 
 @pytest.mark.parametrize("zeros", [False, True])

@@ -161,11 +161,11 @@ class ScriptedDrafter:
         """A chain that is true for a random number of tokens, with a random twin at every node if `top_k` is above 1."""
         width = min(top_k, 2)
         token_ids = [self._draw_row(row, depth, width) for row in range(len(self.scripts))]
-        pool = CandidatePool.empty(len(token_ids), torch.device("cpu"))
+        steps = []
         for step, tokens in enumerate(torch.tensor(token_ids).split(width, dim=1)):
             log_probs = torch.tensor([-0.1, -2.0])[:width].expand_as(tokens) - 0.1 * step
-            pool.extend(tokens, torch.full_like(tokens, width * (step - 1) if step else -1), step + 1, log_probs)
-        return pool
+            steps.append((tokens, torch.full_like(tokens, width * (step - 1) if step else -1), log_probs))
+        return CandidatePool.of_steps(steps)
 
     def _draw_row(self, row: int, depth: int, width: int) -> list[int]:
         following = self.scripts[row][self.num_emitted[row] :]

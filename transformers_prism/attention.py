@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kernels.tree_attention import MAX_HEAD_DIM, pack_ancestors, tree_attention
+from .kernels.tree_attention import MAX_HEAD_DIM, tree_attention
 
 PRISM_TREE = "prism_tree"
 PRISM_GROUPED = "prism_grouped"
@@ -67,10 +67,9 @@ def attach_tree(
 
     Args:
         mask (`torch.BoolTensor`): what each node sees.
-        ancestors (`torch.BoolTensor` of shape `(B, N, R)`): over the uncommitted keys.
-        committed, node_index, sliding_window: see [`TreeMask`].
+        ancestors, committed, node_index, sliding_window: see [`TreeMask`].
     """
-    mask.prism_tree = TreeMask(pack_ancestors(ancestors), committed, node_index, sliding_window)  # type: ignore[attr-defined]
+    mask.prism_tree = TreeMask(ancestors, committed, node_index, sliding_window)  # type: ignore[attr-defined]
     return mask
 
 

@@ -13,7 +13,9 @@ import torch
 
 from .attention import PRISM_TREE, attach_tree
 from .cache import CommittedCache, new_tree_cache
-from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, stable_top_k, visible_keys
+from .kernels.grow_tree import grow_tree
+from .kernels.tree_attention import pack_ancestors, unpack_ancestors
+from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
 
 
 class Drafter:
@@ -96,39 +98,37 @@ class Drafter:
                 steps. Without it, all of them.
         """
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
-        pool = CandidatePool.empty(num_rows, device)
-        frontier = _Frontier(self)
-        token_ids, log_probs = self.draft.propose(self.last_hidden[:, None], top_k)  # [B, 1, K]
-        token_ids, log_probs = token_ids[:, 0], log_probs[:, 0]
-        pool.extend(token_ids, torch.full_like(token_ids, -1), 1, log_probs)
-        hidden = self.last_hidden[:, None].expand(-1, top_k, -1)
-        candidates = torch.arange(top_k, device=device).expand(num_rows, -1)  # pool index of each node
-        parents = candidates  # index of each node's parent in the step before; not looked at by the first step
-        for step in range(1, depth):
-            width = top_k if choose_width is None else choose_width(log_probs)
+        frontier, steps = _Frontier(self), []
+        # The root: what it has drawn is what its output at the last committed position proposes.
+        output = self.last_hidden[:, None]
+        log_probs = torch.zeros((num_rows, 1), dtype=torch.float32, device=device)
+        candidates = torch.full((num_rows, 1), -1, dtype=torch.long, device=device)  # pool index of each node
+        ancestors = torch.zeros((num_rows, 1, -(-top_k * depth // 64)), dtype=torch.long, device=device)  # no bits
+        num_drawn = 0
+        for next_step in range(1, depth + 1):
+            child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, K, top_k]
+            grown = grow_tree(child_ids, child_log_probs, log_probs, ancestors, top_k, frontier.num_nodes)
+            steps.append((child_ids.flatten(1), candidates.repeat_interleave(top_k, dim=1), grown.all_log_probs))
+            if next_step == depth:
+                break
+            width = top_k if choose_width is None else choose_width(grown.log_probs)
             if width == 0:
                 break
-            token_ids, log_probs, hidden, candidates, parents = (
-                states[:, :width] for states in (token_ids, log_probs, hidden, candidates, parents)
-            )
-            output = frontier.step(step, token_ids, hidden, parents)  # [B, K, D]
-            child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, K, K]
-            child_log_probs = (log_probs[..., None] + child_log_probs).flatten(1)  # [B, K * K]
-            first_child = pool.token_ids.shape[1]
-            pool.extend(child_ids.flatten(1), candidates.repeat_interleave(top_k, dim=1), step + 1, child_log_probs)
-            chosen = stable_top_k(child_log_probs, top_k)  # [B, K]
-            parents = chosen // top_k
-            token_ids = child_ids.flatten(1).gather(1, chosen)
-            log_probs = child_log_probs.gather(1, chosen)
+            parents, candidates = grown.parents[:, :width], grown.chosen[:, :width] + num_drawn
+            log_probs, ancestors = grown.log_probs[:, :width], grown.ancestors[:, :width]
+            num_drawn += grown.all_log_probs.shape[1]
             hidden = output.gather(1, parents[..., None].expand(-1, -1, output.shape[-1]))
-            candidates = first_child + chosen
+            output = frontier.step(next_step, grown.token_ids[:, :width], hidden, ancestors)  # [B, K, D]
         self.cache.forget_appended()
-        return pool
+        return CandidatePool.of_steps(steps)
 
-    def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
+        """What new rows see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
         implementation = self.draft.config._attn_implementation
         mask = attention_mask(visible_keys(self.cache.committed, ancestors), implementation, dtype)
-        return attach_tree(mask, ancestors, self.cache.committed) if implementation == PRISM_TREE else mask
+        if implementation != PRISM_TREE:
+            return mask
+        return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the batch only."""
@@ -148,42 +148,33 @@ class _Frontier:
         self.drafter = drafter
         # In each cache: one shared by all modules, or one for each.
         self.num_written = [0] * len(drafter.prefill_steps)
+        self.num_nodes = 0  # R
         self.token_ids: torch.Tensor | None = None  # [B, R]
         self.hidden: torch.Tensor | None = None  # [B, R, D]
         self.position_ids: torch.Tensor | None = None  # [B, R]
-        self.ancestors: torch.Tensor | None = None  # [B, R, R]
-        self.num_last = 0  # nodes of the step before
+        self.ancestors: torch.Tensor | None = None  # [B, R, words], bits over the nodes
 
-    def step(self, step: int, token_ids, hidden, parents) -> torch.Tensor:
-        """Outputs `(B, K, D)` of a draft step over the frontier; `parents` `(B, K)` index the previous frontier."""
-        drafter, num_nodes = self.drafter, token_ids.shape[1]
-        self._append(step, token_ids, hidden, parents)
+    def step(self, step: int, token_ids, hidden, ancestors) -> torch.Tensor:
+        """Outputs `(B, K, D)` of a draft step over the frontier, given the ancestor bits `(B, K, words)` of its nodes."""
+        drafter, width = self.drafter, token_ids.shape[1]
+        self._append(step, token_ids, hidden, ancestors)
         cache_index = drafter.draft.config.module_of_step(step) if len(self.num_written) > 1 else 0
         start = self.num_written[cache_index]
+        bits = self.ancestors[:, start:]
         output = drafter.draft(
             self.token_ids[:, start:],
             self.hidden[:, start:],
             step,
-            drafter._mask(self.ancestors[:, start:], hidden.dtype),
+            drafter._mask(unpack_ancestors(bits, self.num_nodes), hidden.dtype, bits),
             self.position_ids[:, start:],
             drafter.cache.cache,
         ).last_hidden_state
-        self.num_written[cache_index] = self.token_ids.shape[1]
-        return output[:, -num_nodes:]
+        self.num_written[cache_index] = self.num_nodes
+        return output[:, -width:]
 
-    def _append(self, step, token_ids, hidden, parents) -> None:
-        num_rows, num_nodes = token_ids.shape
-        position_ids = (self.drafter.last_position[:, None] + step).expand(-1, num_nodes)
-        own = torch.eye(num_nodes, dtype=torch.bool, device=token_ids.device).expand(num_rows, -1, -1)
-        if self.token_ids is None:
-            self.token_ids, self.hidden, self.position_ids, self.ancestors = token_ids, hidden, position_ids, own
-            self.num_last = num_nodes
-            return
-        num_before = self.token_ids.shape[1]
-        inherited = self.ancestors[:, -self.num_last :].gather(1, parents[..., None].expand(-1, -1, num_before))
-        above = torch.cat((self.ancestors, own.new_zeros((num_rows, num_before, num_nodes))), dim=2)
-        self.ancestors = torch.cat((above, torch.cat((inherited, own), dim=2)), dim=1)  # [B, R, R]
-        self.token_ids = torch.cat((self.token_ids, token_ids), dim=1)
-        self.hidden = torch.cat((self.hidden, hidden), dim=1)
-        self.position_ids = torch.cat((self.position_ids, position_ids), dim=1)
-        self.num_last = num_nodes
+    def _append(self, step, token_ids, hidden, ancestors) -> None:
+        position_ids = (self.drafter.last_position[:, None] + step).expand(-1, token_ids.shape[1])
+        new = {"token_ids": token_ids, "hidden": hidden, "position_ids": position_ids, "ancestors": ancestors}
+        for name, values in new.items():
+            setattr(self, name, values if self.num_nodes == 0 else torch.cat((getattr(self, name), values), dim=1))
+        self.num_nodes += token_ids.shape[1]

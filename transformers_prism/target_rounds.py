@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 from .attention import PRISM_GROUPED, PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, is_adoptable
+from .kernels.grow_tree import ancestor_bits
+from .kernels.tree_attention import unpack_ancestors
 from .tree import Tree, attention_mask, visible_keys, within_window
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE, PRISM_GROUPED)
@@ -260,8 +262,8 @@ class TreeTarget(_Target):
 
     def _masks(self, tree: Tree, depths: torch.Tensor):
         committed = self.committed.committed
-        ancestors = tree.ancestors().to(committed.device)
-        visible = visible_keys(committed, ancestors)  # [B, N, P + N]
+        ancestors = ancestor_bits(tree.parents.to(committed.device))
+        visible = visible_keys(committed, unpack_ancestors(ancestors, tree.num_nodes))  # [B, N, P + N]
         masks = {}
         for kind, window in self.windows.items():
             seen, node_index = visible, None

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels.grow_tree import ancestor_bits, choose_nodes, nodes_as_tree, stable_top_k
+from .kernels.tree_attention import unpack_ancestors
+
 
 @dataclass
 class Tree:
@@ -57,13 +60,12 @@ class CandidatePool:
     depths: torch.Tensor
     log_probs: torch.Tensor
 
-    def extend(self, token_ids, parents, depth: int, log_probs) -> None:
-        """Append the nodes of one draft step, `(B, n)` each."""
-        depths = torch.full_like(token_ids, depth)
-        self.token_ids = torch.cat((self.token_ids, token_ids), dim=1)
-        self.parents = torch.cat((self.parents, parents), dim=1)
-        self.depths = torch.cat((self.depths, depths), dim=1)
-        self.log_probs = torch.cat((self.log_probs, log_probs), dim=1)
+    @classmethod
+    def of_steps(cls, steps: list[tuple]) -> "CandidatePool":
+        """The nodes of draft steps, in order: of each the token ids, parents and log-probabilities, `(B, n)` each."""
+        token_ids, parents, log_probs = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
+        depths = [torch.full_like(ids, depth) for depth, (ids, *_) in enumerate(steps, start=1)]
+        return cls(token_ids, parents, torch.cat(depths, dim=1), log_probs)
 
     @classmethod
     def empty(cls, num_rows: int, device) -> "CandidatePool":
@@ -86,20 +88,7 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.BoolTensor` of shape `(B, N, N)`.
     """
-    num_nodes = parents.shape[1]
-    mask = torch.eye(num_nodes, dtype=torch.bool, device=parents.device).repeat(parents.shape[0], 1, 1)
-    ancestor = parents
-    # A node knows twice as many levels after each turn: its own, and those that its farthest known ancestor knows.
-    for _ in range((num_nodes - 1).bit_length()):
-        mask = mask | mask.gather(1, ancestor[..., None].expand_as(mask))
-        ancestor = ancestor.gather(1, ancestor)
-    return mask
-
-
-def stable_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the k largest values along the last dimension, ties to the smaller index, NaN last; `(..., k)`."""
-    values = torch.nan_to_num(values, nan=-torch.inf, neginf=-torch.inf)
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return unpack_ancestors(ancestor_bits(parents), parents.shape[1])
 
 
 def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) -> Tree:
@@ -115,7 +104,7 @@ def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) ->
     Returns:
         `Tree` with `num_nodes + 1` nodes, in pool order behind the root.
     """
-    return tree_of_nodes(root_ids, pool, best_nodes(pool.log_probs, num_nodes))
+    return Tree(*choose_nodes(root_ids, pool.token_ids, pool.parents, pool.depths, pool.log_probs, num_nodes))
 
 
 def best_nodes(scores: torch.Tensor, num_nodes: int) -> torch.Tensor:
@@ -133,18 +122,7 @@ def tree_of_nodes(root_ids: torch.Tensor, pool: CandidatePool, chosen: torch.Ten
     Returns:
         `Tree` with `n + 1` nodes, in pool order behind the root.
     """
-    node_of_candidate = torch.zeros_like(pool.token_ids)
-    order = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
-    node_of_candidate.scatter_(1, chosen, order)
-    pool_parents = pool.parents.gather(1, chosen)
-    parents = node_of_candidate.gather(1, pool_parents.clamp(min=0)) * (pool_parents >= 0)
-    root = root_tree(root_ids)
-    return Tree(
-        torch.cat((root.token_ids, pool.token_ids.gather(1, chosen)), dim=1),
-        torch.cat((root.parents, parents), dim=1),
-        torch.cat((root.depths, pool.depths.gather(1, chosen)), dim=1),
-        torch.cat((root.log_probs, pool.log_probs.gather(1, chosen)), dim=1),
-    )
+    return Tree(*nodes_as_tree(root_ids, pool.token_ids, pool.parents, pool.depths, pool.log_probs, chosen))
 
 
 def visible_keys(committed: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,12 @@ def pack_ancestors(ancestors: torch.Tensor) -> torch.Tensor:
     return (padded.long() << torch.arange(_WORD, device=ancestors.device)).sum(-1)
 
 
+def unpack_ancestors(ancestors: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """The inverse of [`pack_ancestors`]: words `(B, N, W)` as a bool mask `(B, N, num_keys)`."""
+    bits = (ancestors[..., None] >> torch.arange(_WORD, device=ancestors.device)) & 1  # [B, N, W, 64]
+    return bits.flatten(2)[..., :num_keys].bool()
+
+
 def tree_attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -55,8 +61,7 @@ def tree_attention_reference(
 ) -> torch.Tensor:
     """The definition; see [`tree_attention`]. Computes in float32, or in float64 if the tensors are."""
     num_prefix, num_nodes = committed.shape[1], query.shape[2]
-    bits = (ancestors[..., None] >> torch.arange(_WORD, device=query.device)) & 1  # [B, N, W, 64]
-    visible = bits.flatten(2)[..., : key.shape[2] - num_prefix].bool()
+    visible = unpack_ancestors(ancestors, key.shape[2] - num_prefix)
     visible = torch.cat((committed[:, None].expand(-1, num_nodes, -1), visible), dim=2)  # [B, N, P + R]
     if sliding_window is not None:
         places = torch.arange(num_prefix, device=query.device).expand(len(query), -1)
