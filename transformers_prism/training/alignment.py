@@ -15,6 +15,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from transformers_prism.kernels.context_alignment_attention import (
+    context_alignment_attention,
+    context_alignment_attention_reference,
+    context_alignment_scores,
+)
+from transformers_prism.kernels.dispatch import use_triton
+
 
 def aligned_forward(
     draft,
@@ -24,6 +31,8 @@ def aligned_forward(
     is_detached: bool = False,
     checkpoint_activations: bool = False,
     unmasked_softmax: bool = False,
+    starts: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> list[torch.Tensor]:
     """Run `num_steps` draft steps over all rows at once, each fed the predictions of the one before.
 
@@ -38,10 +47,14 @@ def aligned_forward(
             pass.
         unmasked_softmax (`bool`): repeat a mistake of the authors' training code, for comparisons: later rows and
             padding count in every softmax with a score of 0, though decoding never sees them.
+        starts (`torch.LongTensor` of shape `(B, T)`, *optional*): where rows hold several sequences one after the
+            other, the first row of each row's own, which nothing reaches beyond; a row of padding starts after itself.
+        implementation (`str`): of the attention: "auto", "triton" or "torch"; see [`context_alignment_attention`].
     Returns:
-        `list` of S predicted hidden states of shape `(B, T, D)`; rows 0..k-1 of entry k have no valid history.
+        `list` of S predicted hidden states of shape `(B, T, D)`; rows 0..k-1 of each sequence have no valid history in
+        entry k, as [`history_mask`] says.
     Raises:
-        ValueError: if `num_steps` is below 1 or shapes disagree, saying expected and got.
+        ValueError: if `num_steps` is below 1, shapes disagree, or options exclude each other, saying expected and got.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
@@ -50,14 +63,22 @@ def aligned_forward(
         raise ValueError(
             f"target_hidden: expected shape {(*input_ids.shape, width)}, got {tuple(target_hidden.shape)}"
         )
-    passes = AlignedPasses(draft, input_ids, checkpoint_activations, unmasked_softmax)
+    if starts is not None and starts.shape != input_ids.shape:
+        raise ValueError(f"starts: expected shape {tuple(input_ids.shape)}, got {tuple(starts.shape)}")
+    if unmasked_softmax and (starts is not None or implementation == "triton"):
+        raise ValueError("unmasked_softmax: expected neither starts nor Triton's implementation with it, got one of them")
+    passes = AlignedPasses(draft, input_ids, checkpoint_activations, unmasked_softmax, starts, implementation)
     stream = draft.fuse(target_hidden)
     predictions: list[torch.Tensor] = []
     for _ in range(num_steps):
         predictions.append(passes.predict(stream))
         prediction = predictions[-1].detach() if is_detached else predictions[-1]
         # A node's input is its parent's output; row 0 has no parent and keeps what it had.
-        stream = torch.cat((stream[:, :1], prediction[:, :-1]), dim=1)
+        following = torch.cat((stream[:, :1], prediction[:, :-1]), dim=1)
+        if starts is not None:
+            has_parent = starts < torch.arange(starts.shape[1], device=starts.device)
+            following = torch.where(has_parent[..., None], following, stream)
+        stream = following
     return predictions
 
 
@@ -70,7 +91,7 @@ class AlignedPasses:
     Args:
         draft (`PrismDraftModel`): its weights are used, not its forward.
         input_ids (`torch.LongTensor` of shape `(B, T)`): tokens, the same for every step.
-        checkpoint_activations, unmasked_softmax (`bool`): see [`aligned_forward`].
+        checkpoint_activations, unmasked_softmax, starts, implementation: see [`aligned_forward`].
     """
 
     def __init__(
@@ -79,11 +100,15 @@ class AlignedPasses:
         input_ids: torch.LongTensor,
         checkpoint_activations: bool = False,
         unmasked_softmax: bool = False,
+        starts: torch.Tensor | None = None,
+        implementation: str = "auto",
     ):
-        self.draft = draft
+        self.draft, self.starts, self.implementation = draft, starts, implementation
         self.checkpoint_activations, self.unmasked_softmax = checkpoint_activations, unmasked_softmax
         self.embeddings = draft.embed(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=self.embeddings.device)[None]
+        if starts is not None:
+            position_ids = (position_ids - starts).clamp(min=0)
         self.position_embeddings = draft.rotary_emb(self.embeddings, position_ids)
         self.streams: list[torch.Tensor] = []
         self.has_own_views = draft.config.context_kv == "own_module"
@@ -131,24 +156,32 @@ class AlignedPasses:
     def _attend(self, attention, attention_input, keys_values) -> torch.Tensor:
         """Attention of step k = len(keys_values) - 1, of shape `(B, T, H * E)`."""
         queries = self._rotate(self._heads(attention.q_proj(attention_input)))  # [B, H, T, E]
-        if len(keys_values) == 1 and not self.unmasked_softmax:
+        if len(keys_values) == 1 and self.starts is None and not self.unmasked_softmax:
             keys, values = keys_values[0]
             output = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=attention.scaling, enable_gqa=True
+            ).transpose(1, 2)
+        elif not self.unmasked_softmax and self._has_kernel(queries):
+            keys, values = ([pair[one] for pair in keys_values] for one in range(2))
+            output = context_alignment_attention(
+                queries, keys, values, self.starts, attention.scaling, self.implementation
             )
         else:
-            output = self._attend_by_group(queries * attention.scaling, keys_values)
-        return output.transpose(1, 2).flatten(2)  # [B, T, H * E]
+            output = self._attend_by_group(queries, keys_values, attention.scaling)
+        return output.flatten(2)  # [B, T, H * E]
 
+    def _has_kernel(self, queries: torch.Tensor) -> bool:
+        return queries.dtype != torch.float64 and use_triton(self.implementation, queries.device)
 
-    def _attend_by_group(self, queries: torch.Tensor, keys_values) -> torch.Tensor:
-        """[`aligned_attention`] a head group at a time, so that one group's scores are the most that is in the making."""
+    def _attend_by_group(self, queries: torch.Tensor, keys_values, scale: float) -> torch.Tensor:
+        """A head group at a time, `(B, T, H, E)`, so that one group's scores are the most that is in the making."""
+        attend = _unmasked_attention if self.unmasked_softmax else context_alignment_attention_reference
         parts = []
         num_groups = keys_values[0][0].shape[1]
         for group, group_queries in enumerate(queries.chunk(num_groups, dim=1)):
-            own = [tuple(states[:, group : group + 1] for states in pair) for pair in keys_values]
-            parts.append(self._maybe_again(aligned_attention, group_queries, own, self.unmasked_softmax))
-        return torch.cat(parts, dim=1)
+            keys, values = ([pair[one][:, group : group + 1] for pair in keys_values] for one in range(2))
+            parts.append(self._maybe_again(attend, group_queries, keys, values, self.starts, scale))
+        return torch.cat(parts, dim=2)
 
     def _maybe_again(self, function, *args):
         """Call a function, and once more in the backward pass if activations are not to be kept."""
@@ -157,58 +190,22 @@ class AlignedPasses:
         return function(*args)
 
 
-def aligned_attention(queries: torch.Tensor, keys_values, unmasked_softmax: bool = False) -> torch.Tensor:
-    """Attention of draft step k over the committed rows and over its own path.
-
-    Args:
-        queries (`torch.Tensor` of shape `(B, H, T, E)`): scaled.
-        keys_values (`list` of k + 1 pairs of shape `(B, G, T, E)`): of steps 0..k.
-        unmasked_softmax (`bool`): see [`aligned_forward`].
-    Returns:
-        `torch.Tensor` of shape `(B, H, T, E)`.
-    """
-    step = len(keys_values) - 1
-    keys, values = keys_values[0]
-    num_groups, num_rows = keys.shape[1], queries.shape[2]
-    grouped = queries.unflatten(1, (num_groups, -1))  # [B, G, R, T, E]
-    # The heads of a group share its keys: one product for all of them, without repeating any key.
-    scores = (grouped.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (-1, num_rows))  # [B, G, R, T, T]
-    rows = torch.arange(num_rows, device=queries.device)
-    scores = scores.masked_fill(rows[None, :] > rows[:, None] - step, -torch.inf)
-    if unmasked_softmax:
-        is_later = rows[None, :] > rows[:, None]
-        scores = scores.masked_fill(is_later, 0.0)
-    path = [_shift_down(keys_values[s], step - s) for s in range(1, step + 1)]
-    path_scores = scores.new_empty(*scores.shape[:-1], 0)  # [B, G, R, T, k]
-    if step:
-        path_scores = torch.stack([(grouped * path_keys[:, :, None]).sum(-1) for path_keys, _ in path], dim=-1)
-    is_before_start = rows[:, None] - step + torch.arange(1, step + 1, device=queries.device) < 0
-    path_scores = path_scores.masked_fill(is_before_start, -torch.inf)
-    weights = torch.softmax(torch.cat((scores, path_scores), dim=-1), dim=-1, dtype=_softmax_dtype(scores))
-    weights = weights.to(values.dtype)
-    if unmasked_softmax:
-        weights = torch.cat((weights[..., :num_rows].masked_fill(is_later, 0.0), weights[..., num_rows:]), dim=-1)
-    output = (weights[..., :num_rows].flatten(2, 3) @ values).unflatten(2, (-1, num_rows))  # [B, G, R, T, E]
-    for s, (_, path_values) in enumerate(path):
-        output = output + weights[..., num_rows + s, None] * path_values[:, :, None]
-    return output.flatten(1, 2)
+def _unmasked_attention(query, keys, values, starts, scale: float) -> torch.Tensor:
+    """The definition of [`context_alignment_attention`], diluted by a score of 0 for every later row of the batch."""
+    output = context_alignment_attention_reference(query, keys, values, starts, scale)
+    log_sums = context_alignment_scores(query, keys, starts, scale).logsumexp(dim=-1).flatten(1, 2)  # [B, H, T]
+    num_later = torch.arange(query.shape[2] - 1, -1, -1, device=query.device)
+    share = torch.sigmoid(log_sums - num_later.log())
+    return output * share.transpose(1, 2)[..., None].to(output.dtype)
 
 
-def _shift_down(keys_values, count: int):
-    """Keys and values moved `count` rows towards later rows, so that row i holds what row i - count held."""
-    if count == 0:
-        return keys_values
-    return tuple(F.pad(states, (0, 0, count, 0))[:, :, : states.shape[2]] for states in keys_values)
+def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.BoolTensor:
+    """Rows of each aligned forward that have a valid history, False at rows 0..k-1 of each sequence in forward k:
+    `(S, T)`, or `(S, B, T)` with the `starts` of [`aligned_forward`]."""
+    rows = torch.arange(num_rows, device=device)
+    rows = rows[None] if starts is None else (rows - starts)[None]
+    steps = torch.arange(num_steps, device=device)
+    return rows >= steps.view(-1, *[1] * (rows.dim() - 1))
 
 
-def _softmax_dtype(scores: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(scores.dtype, torch.float32)
-
-
-def history_mask(num_rows: int, num_steps: int, device=None) -> torch.BoolTensor:
-    """Rows of each aligned forward that have a valid history: `(S, T)`, False at rows 0..k-1 of forward k."""
-    steps = torch.arange(num_steps, device=device)[:, None]
-    return torch.arange(num_rows, device=device)[None] >= steps
-
-
-__all__ = ["AlignedPasses", "aligned_attention", "aligned_forward", "history_mask"]
+__all__ = ["AlignedPasses", "aligned_forward", "history_mask"]
