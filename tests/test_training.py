@@ -129,6 +129,17 @@ def test_resume_refuses_other_settings(tmp_path, load_tiny):
         train(settings(tmp_path))
 
 
+def test_resume_takes_a_run_from_before_a_setting(tmp_path, load_tiny):
+    """A setting that the record of an older version lacks is one at its default."""
+    train(settings(tmp_path, warm_up_epochs=0.0, split_epochs=0.0))
+    record = tmp_path / "run" / "config.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "online_features"}))
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "resume": True}
+    with pytest.raises(ValueError, match="online_features=False as the run began, got True"):
+        train(settings(tmp_path, online_features=True, **options))
+    train(settings(tmp_path, **options))
+
+
 def test_own_module_context_trains(tmp_path, load_tiny):
     draft = train(settings(tmp_path, context_kv="own_module", num_modules=3, single_step_epochs=0.0))
     assert draft.config.context_kv == "own_module"

@@ -251,7 +251,8 @@ def _check_paths(config: TrainConfig):
         return
     if not config.resume:
         raise ValueError(f"output: expected a new folder, got {record.parent.name!r} with a run in it; add --resume")
-    found = json.loads(record.read_text())
+    # A setting that is younger than the run had its default.
+    found = {**_settings(TrainConfig()), **json.loads(record.read_text())}
     for name, expected in _settings(config).items():
         if found.get(name) != expected:
             raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
