@@ -143,7 +143,7 @@ def test_the_hub_takes_the_cards_metadata(hub, pair, tmp_path):
     pair[2].save_pretrained(tmp_path / "draft")
     ModelCard.load(tmp_path / "draft" / "README.md").validate()
     with pytest.raises(ValueError, match="invalid metadata"):
-        ModelCard("---\nlicense: [\n---\n").validate()
+        ModelCard("---\nlicense: Apache\n---\n").validate()
 
 
 def test_a_targets_tokenizer_travels_if_its_licence_lets_it(hub, pair, tmp_path):
