@@ -117,7 +117,9 @@ def test_what_is_no_draft_is_refused(hub, tiny_folders, folder):
     assert "got 'llama'" in run(tiny_folders[0], exit_code=1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_processing_modules": 1, "draft_step_to_module": [0]}))
-    assert "got others: processing_modules.1." in run(folder, exit_code=1)
+    assert "expected weights of 1 processing modules, got 2" in run(folder, exit_code=1)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
+    assert "got others: processing_modules.0.layers.0.mlp." in run(folder, exit_code=1)
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 0}))
     assert "hidden_size" in run(folder, exit_code=1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 TargetOption = Annotated[
     str | None,
@@ -26,7 +27,7 @@ def user_errors() -> Iterator[None]:
     """Print what a user can put right as one line, and end with status 1."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -202,11 +202,7 @@ def upload(
     path = Path(folder) / CARD
     if path.is_file():
         text = re.sub(rf"(?<![\w/]){PLACEHOLDER_USER}/[\w.-]+", repo_id, path.read_text(encoding="utf-8"))
-        if tags:
-            card = ModelCard(text)
-            card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *tags])]
-            text = str(card)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        path.write_text(_with_tags(text, tags) if tags else text, encoding="utf-8", newline="\n")
     # One commit, whatever the number of files: whoever loads the repository meanwhile gets the old draft or the new one.
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
     there = set() if commit.get("create_pr") else set(api.list_repo_files(repo_id, revision=commit.get("revision")))
@@ -217,6 +213,16 @@ def upload(
     except RuntimeError as error:  # of the upload of a large file, whose reason the client puts behind it
         reason = " ".join(str(error.__cause__ or error).split())
         raise OSError(f"{repo_id} holds what it held before. {error} {reason}") from error
+
+
+def _with_tags(text: str, tags: list[str]) -> str:
+    """A card with more tags in its metadata."""
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # the errors of YAML come from a package that need not be imported here
+        raise ValueError(f"expected a card with metadata in YAML, got {error}") from error
+    card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *tags])]
+    return str(card)
 
 
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:
