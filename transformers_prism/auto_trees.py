@@ -179,6 +179,7 @@ class AutoTrees:
         if num_steps and not has_backlog:
             self.costs.observe_step((time.perf_counter() - start) / num_steps)
         self.proposal = _Proposal(drafted_cells, copied_cells, num_steps, expected)
+        self.depth = int(tree.depths.max()) if num_nodes else 0
         return tree
 
     def observe(self, tree: Tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:

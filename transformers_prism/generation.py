@@ -22,8 +22,9 @@ from .attention import grouped_attention
 from .auto_trees import AutoTrees
 from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
+from .tree import root_tree
 from .tree_policy import TreeSettings
-from .verification import OutputRows, argmax_choices, walk
+from .verification import OutputRows, argmax_choices, walk, walk_on_device
 
 # Processors that keep one state for a whole batch, so that rows cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
@@ -165,6 +166,7 @@ class _FixedTrees:
         """The tree of the next round; the arguments are those of [`AutoTrees.propose`]."""
         read_all(drafter, unread)
         self.clipped = self.settings.clipped(max_depth)
+        self.depth = self.clipped.depth
         return drafter.grow(self.clipped)
 
     def observe(self, tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
@@ -191,11 +193,11 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
         `tuple`: the statistics, and what the draft has not read at the end.
     """
     speculation = Speculation.empty(rows.num_rows)
-    first_logits = target_side.prefill(input_ids)
-    for row in range(rows.num_rows):
-        rows.append(row, rows.choose(row, first_logits[row]))
-    _stream(streamer, rows, num_new=1)
+    speculation.walk = "device" if rows.walks_on_device else "host"
     active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
+    first_logits = target_side.prefill(input_ids)
+    _walk_rows(rows, active, root_tree(input_ids[:, -1]), first_logits[:, None], depth=0)
+    _stream(streamer, rows, num_new=1)
     unread.append(target_side.prompt_for_draft(rows))
     while True:
         with speculation.timed("other"):
@@ -212,7 +214,8 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
             logits, hidden = target_side.verify(tree)
         verify_seconds = time.perf_counter() - start
         with speculation.timed("commit"):
-            kept = _walk_rows(rows, active, tree, logits, speculation)
+            kept = _walk_rows(rows, active, tree, logits, trees.depth)
+            speculation.add_rounds(active, kept)
             target_side.commit(kept)
             unread.append(target_side.committed_for_draft(rows, active, kept, hidden))
         with speculation.timed("other"):
@@ -220,16 +223,16 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
         _stream(streamer, rows, num_new=len(kept[0]), is_round=True)
 
 
-def _walk_rows(rows: OutputRows, active: list[int], tree, logits, speculation) -> list[list[int]]:
-    """Emit this round's tokens; returns for each row the nodes whose keys and values stay."""
-    choices = argmax_choices(rows, logits)
-    kept: list[list[int]] = []
-    for i, row in enumerate(active):
-        if rows.is_done(row):
-            kept.append([])
-            continue
-        kept.append(walk(rows, row, tree, i, logits[i], choices and choices[i]))
-        speculation.add_round(row, num_emitted=len(kept[-1]))
+def _walk_rows(rows: OutputRows, active: list[int], tree, logits, depth: int) -> list[list[int]]:
+    """Emit tokens along a tree of this depth; returns for each row the nodes whose keys and values stay."""
+    if rows.walks_on_device:
+        kept = walk_on_device(rows, active, tree, logits, depth)
+    else:
+        choices = argmax_choices(rows, logits) or [None] * len(active)
+        kept = [
+            [] if rows.is_done(row) else walk(rows, row, tree, i, logits[i], choices[i])
+            for i, row in enumerate(active)
+        ]
     rows.forget_passed_noise(active)
     return kept
 

@@ -32,6 +32,8 @@ class Speculation:
         trees: the tree of each round, for the whole batch.
         estimates: with `tree="auto"`, what its choices rest on at the end: seconds of a round's parts, probability of
             acceptance by class of draft probability and depth; None otherwise.
+        walk: where next tokens were chosen: "device", with one read per round, or "host", node by node; None if the
+            draft was not used.
         declined: why the draft was not used and plain decoding ran instead; None if it was used.
     """
 
@@ -43,6 +45,7 @@ class Speculation:
     )
     trees: list[RoundTree] = field(default_factory=list)
     estimates: dict | None = None
+    walk: str | None = None
     declined: str | None = None
 
     @classmethod
@@ -72,6 +75,12 @@ class Speculation:
         self.num_rounds[row] += 1
         self.num_committed[row] += num_emitted
         self.accepted_per_round[row].append(num_emitted - 1)
+
+    def add_rounds(self, active: list[int], kept: list[list[int]]) -> None:
+        """Count a round in which each of these rows emitted as many tokens as nodes are kept; none where it was done."""
+        for row, nodes in zip(active, kept, strict=True):
+            if nodes:
+                self.add_round(row, num_emitted=len(nodes))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -4,13 +4,46 @@ A tree is a deterministic function of the context, so nothing has to be correcte
 the target's processed logits at the current node exactly as plain decoding chooses it, and the walk goes on while a
 child of that node holds the chosen token. One random draw per emitted token, in order, makes sampled text equal to
 plain `generate` with the same seed.
+
+There are two roads. On the device (`walk_on_device`) one operator walks all rows and one read brings what they emit:
+greedy without processors, and sampling under stock warpers. On the host (`walk`) processors are called node by node,
+with exactly the ids that plain decoding would have shown them: everything else, and everything on a CPU.
 Source: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the draft's distribution a point mass.
 """
 
 import torch
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
+from .kernels.dispatch import TRITON_DEVICES, expect
+from .kernels.verify_tree import WARPERS, verify_tree
 from .tree import Tree
+
+# Criteria that look at nothing but the ids, which the device's walk keeps on the host.
+_CRITERIA_OF_IDS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
+
+
+def warper_settings(logits_processor: LogitsProcessorList) -> dict | None:
+    """Arguments by which `verify_tree` does what these processors do; None if it cannot.
+
+    It can if they are stock warpers in transformers' order, each at most once and with its default options.
+    """
+    settings: dict = {}
+    for processor in logits_processor:
+        name = next((name for name, warper in WARPERS.items() if type(processor) is warper), None)
+        if name is None or any(list(WARPERS).index(earlier) >= list(WARPERS).index(name) for earlier in settings):
+            return None
+        value = vars(processor)["mass" if name == "typical_p" else name]
+        if vars(WARPERS[name](value)) != vars(processor):
+            return None
+        settings[name] = value
+    return settings
 
 
 class OutputRows:
@@ -21,6 +54,10 @@ class OutputRows:
         logits_processor (`LogitsProcessorList`): called once per emitted token, in order, with the ids so far.
         stopping_criteria (`StoppingCriteriaList`): called once per emitted token, in order.
         generation_config (`GenerationConfig`): prepared by generate().
+        walk (`str`): "auto", "device" or "host". "auto" is the device's where the ids are on an accelerator and
+            processors, criteria and outputs allow it.
+    Raises:
+        ValueError: if the walk is asked for on the device, which it cannot be.
     """
 
     def __init__(
@@ -29,27 +66,45 @@ class OutputRows:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config,
+        walk: str = "auto",
     ):
+        expect(walk in ("auto", "device", "host"), "walk", "auto, device or host", walk)
         self.num_rows, self.prompt_length = input_ids.shape
+        self.device = input_ids.device
         self.max_length = generation_config.max_length
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.do_sample = generation_config.do_sample
         self.pad_token_id = generation_config._pad_token_tensor
         self.pads_finished_rows = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-        capacity = max(self.max_length, self.prompt_length) + 1
-        self.ids = input_ids.new_zeros((self.num_rows, capacity))
-        self.ids[:, : self.prompt_length] = input_ids
-        self.lengths = [self.prompt_length] * self.num_rows
-        self.end_lengths: list[int | None] = [None] * self.num_rows  # where the criteria stopped each row
         returns = generation_config.return_dict_in_generate
         # For each row what every emitted token was chosen from, where that was asked for.
         self.scores = self._kept_rows() if returns and generation_config.output_scores else None
         self.logits = self._kept_rows() if returns and generation_config.output_logits else None
-        self.noise = _StepNoise(input_ids.device) if self.num_rows > 1 and self.do_sample else None
+        self.warpers = warper_settings(logits_processor)
+        if walk == "device":
+            expect(self.fits_device, "walk", "host, for these processors, criteria or outputs", walk)
+        is_there = walk == "device" or (walk == "auto" and self.device.type in TRITON_DEVICES)
+        self.walks_on_device = is_there and self.fits_device
+        capacity = max(self.max_length, self.prompt_length) + 1
+        # Criteria that look at ids on the host read nothing from the device.
+        ids_device = torch.device("cpu") if self.walks_on_device else self.device
+        self.ids = torch.zeros((self.num_rows, capacity), dtype=input_ids.dtype, device=ids_device)
+        self.ids[:, : self.prompt_length] = input_ids
+        self.lengths = [self.prompt_length] * self.num_rows
+        self.end_lengths: list[int | None] = [None] * self.num_rows  # where the criteria stopped each row
+        needs_noise = self.do_sample and (self.num_rows > 1 or self.walks_on_device)
+        self.noise = _StepNoise(self.device) if needs_noise else None
 
     def _kept_rows(self) -> list[list[torch.Tensor]]:
         return [[] for _ in range(self.num_rows)]
+
+    @property
+    def fits_device(self) -> bool:
+        """Whether the device's walk chooses and ends as processors and criteria do."""
+        keeps_rows = self.scores is not None or self.logits is not None
+        chooses = self.warpers is not None if self.do_sample else not len(self.logits_processor)
+        return chooses and not keeps_rows and all(type(one) in _CRITERIA_OF_IDS for one in self.stopping_criteria)
 
     @property
     def chooses_by_argmax(self) -> bool:
@@ -121,8 +176,9 @@ class OutputRows:
 
     def forget_passed_noise(self, active: list[int]) -> None:
         """Free the sampling noise of steps that every row still decoding has passed."""
-        if self.noise is not None:
-            self.noise.forget_before(min(self.lengths[row] for row in active) - self.prompt_length)
+        going = [self.lengths[row] for row in active if not self.is_done(row)]
+        if self.noise is not None and going:
+            self.noise.forget_before(min(going) - self.prompt_length)
 
     def finish(self) -> torch.LongTensor:
         """The sequences as plain decoding returns them, and the generator in the state that it leaves."""
@@ -132,7 +188,7 @@ class OutputRows:
                 self.ids[row, length:width] = self.pad_token_id
         if self.noise is not None:
             self.noise.rewind_to(width - self.prompt_length)
-        return self.ids[:, :width]
+        return self.ids[:, :width].to(self.device)
 
     def stacked(self, kept: list[list[torch.Tensor]] | None, num_steps: int):
         """Scores or logits as plain decoding returns them: a tuple with `(B, V)` for each emitted token.
@@ -150,27 +206,82 @@ class _StepNoise:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.of_steps: dict[int, torch.Tensor] = {}
+        self.buffer = torch.empty((0, 0, 0), device=device)  # [W, B, V], of the steps from `start` on
+        self.start = 0
+        self.first_needed = 0
         self.states: list[torch.Tensor] = []  # of the generator, before each step's draw
         self.module = torch if device.type == "cpu" else getattr(torch, device.type)
+        # A process may have several accelerators, each with a generator of its own.
+        self.which = (device,) if device.type in TRITON_DEVICES else ()
+
+    def before(self, end: int, shape: tuple[int, int]) -> torch.Tensor:
+        """Noise `(W, B, V)` of the steps from `start` to `end - 1` or a later one."""
+        if end - self.start > self.buffer.shape[0]:
+            self._move(end, shape)
+        while len(self.states) < end:
+            self.states.append(self.module.get_rng_state(*self.which))
+            self.buffer[len(self.states) - 1 - self.start].exponential_(1)
+        return self.buffer[: len(self.states) - self.start]
+
+    def _move(self, end: int, shape: tuple[int, int]) -> None:
+        """Make room for the steps before `end`, without those that are not needed any more."""
+        held = self.buffer[self.first_needed - self.start : len(self.states) - self.start]
+        wanted = end - self.first_needed
+        self.buffer = torch.empty((wanted + max(wanted // 2, 8), *shape), dtype=torch.float32, device=self.device)
+        if len(held):
+            self.buffer[: len(held)] = held
+        self.start = self.first_needed
 
     def of_step(self, step: int, shape: tuple[int, int]) -> torch.Tensor:
         """Noise `(B, V)` of a step, the same for every row that asks."""
-        while len(self.states) <= step:
-            self.states.append(self.module.get_rng_state())
-            noise = torch.empty(shape, dtype=torch.float32, device=self.device).exponential_(1)
-            self.of_steps[len(self.states) - 1] = noise
-        return self.of_steps[step]
+        return self.before(step + 1, shape)[step - self.start]
 
     def forget_before(self, step: int) -> None:
-        """Free the noise of steps that every row has passed."""
-        for passed in [key for key in self.of_steps if key < step]:
-            del self.of_steps[passed]
+        """Free the noise of steps that every row has passed, when room is made next."""
+        self.first_needed = step
 
     def rewind_to(self, num_steps: int) -> None:
         """Leave the generator as if only `num_steps` steps had been drawn."""
         if num_steps < len(self.states):
-            self.module.set_rng_state(self.states[num_steps])
+            self.module.set_rng_state(self.states[num_steps], *self.which)
+
+
+def walk_on_device(rows: OutputRows, active: list[int], tree: Tree, logits: torch.Tensor, depth: int):
+    """Emit what plain decoding would in every row that is not done, as far as the trees go along; one read.
+
+    Args:
+        rows (`OutputRows`): the sequences; tokens are appended to them.
+        active (`list[int]`): which sequence each row of the tree is.
+        tree (`Tree`): N nodes in each row.
+        logits (`torch.Tensor` of shape `(B, N, V)`): the target's logits at each node.
+        depth (`int`): of the deepest node, or more.
+    Returns:
+        `list[list[int]]`: for each row of the tree what [`walk`] returns; [] for those that are done.
+    """
+    steps = [0 if rows.is_done(row) else rows.lengths[row] - rows.prompt_length for row in active]
+    num_steps, drawn = depth + 1, {}
+    if rows.noise is not None:
+        noise = rows.noise.before(max(steps) + num_steps, (rows.num_rows, logits.shape[-1]))
+        noise_steps = [max(step - rows.noise.start, 0) for step in steps]
+        drawn = {
+            "noise": noise,
+            "noise_steps": torch.tensor(noise_steps, device=rows.device),
+            "noise_rows": torch.tensor(active, device=rows.device),
+            **rows.warpers,
+        }
+    token_ids, parents, depths = (part.to(rows.device) for part in (tree.token_ids, tree.parents, tree.depths))
+    walks = verify_tree(logits.to(rows.device), token_ids, parents, depths, num_steps, **drawn).tolist()
+    kept: list[list[int]] = []
+    for row, (num_emitted, *walked) in zip(active, walks, strict=True):
+        kept.append([])
+        for node, token in zip(walked[:num_emitted], walked[num_steps:], strict=False):
+            if rows.is_done(row):
+                break
+            if token < 0:
+                rows.refuse_nan(row)
+            rows.append(row, token)
+            kept[-1].append(node)
+    return kept
 
 
 def walk(rows: OutputRows, row: int, tree: Tree, tree_row: int, logits, choices=None) -> list[int]:

@@ -1,0 +1,227 @@
+"""The walk on the device, on CPU tensors: lossless as the host's, which calls it takes, and one read per round."""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny_models import (
+    PAD_ID,
+    generate_twice,
+    prompts,
+    scripted_draft,
+    tiny_draft,
+    tiny_target,
+    varied_target,
+    word_tokenizer,
+)
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from transformers_prism import generation
+from transformers_prism.verification import OutputRows, warper_settings
+
+pytestmark = pytest.mark.quick
+LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
+SETTINGS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 0},
+    "temperature": {"do_sample": True, "top_k": 0, "temperature": 0.8},
+    "top-k and top-p": {"do_sample": True, "top_k": 30, "top_p": 0.9},
+    "all warpers": {
+        "do_sample": True,
+        "temperature": 1.3,
+        "top_k": 60,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "typical_p": 0.9,
+    },
+}
+
+
+@pytest.fixture
+def device_walk(monkeypatch):
+    """The road that accelerators take, which a CPU does not take by itself."""
+    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="device"))
+
+
+def scripted(num_rows, settings, architecture="llama"):
+    """Target, prompts, and a draft that is right and wrong about what plain decoding emits with seed 5."""
+    input_ids, mask = prompts(num_rows)
+    target = varied_target(architecture, input_ids, mask, **LENGTH)
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, attention_mask=mask, **settings, **LENGTH)
+    return target, scripted_draft(target, plain, input_ids.shape[1]), input_ids, mask
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
+def test_device_walk_equals_plain(architecture, num_rows, settings, device_walk):
+    """Same tokens, the generator in plain's state, and paths of all lengths."""
+    target, draft, input_ids, mask = scripted(num_rows, settings, architecture)
+    plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **settings, **LENGTH)
+    assert torch.equal(plain, speculative)
+    assert same_state
+    assert draft.last_speculation.walk == "device"
+    accepted = {count for row in draft.last_speculation.accepted_per_round for count in row}
+    assert len(accepted) > 2
+    assert max(accepted) == 4
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_device_walk_ends_where_plain_ends(num_rows, do_sample, device_walk):
+    """At each of several EOS tokens and at stop strings, inside a block, with the generator rewound."""
+    settings = {"do_sample": do_sample, "top_k": 0}
+    target, draft, input_ids, mask = scripted(num_rows, settings)
+    ends = [{"eos_token_id": [draft.script[0][place], draft.script[-1][15]]} for place in (2, 5, 8, 11)]
+    stop_strings = [f"w{row[5 + 4 * index]}" for index, row in enumerate(draft.script)]
+    ends.append({"stop_strings": stop_strings, "tokenizer": word_tokenizer()})
+    for end in ends:
+        arguments = {**settings, **LENGTH, **end}
+        plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **arguments)
+        assert torch.equal(plain, speculative)
+        assert same_state
+        assert min(draft.last_speculation.num_committed) < 29
+        assert draft.last_speculation.walk == "device"
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_device_walk_leaves_plains_cache(num_rows, do_sample, device_walk):
+    """Rows that are done stay in a cache that is returned, and emit nothing."""
+    settings = {"do_sample": do_sample, "top_k": 0, "return_dict_in_generate": True}
+    target, draft, input_ids, mask = scripted(num_rows, {"do_sample": do_sample, "top_k": 0})
+    arguments = {**settings, **LENGTH, "eos_token_id": draft.script[0][7]}
+    plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **arguments)
+    assert torch.equal(plain.sequences, speculative.sequences)
+    assert same_state
+    assert plain.past_key_values.get_seq_length() == speculative.past_key_values.get_seq_length()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_device_walk_with_automatic_trees(num_rows, do_sample, device_walk, cheap_rounds):
+    """Trees of every depth, plain steps in between, and copied continuations."""
+    settings = {"do_sample": do_sample, "top_k": 0}
+    target, draft, input_ids, mask = scripted(num_rows, settings)
+    draft.generation_config.update(tree="auto", tree_depth=5, tree_num_nodes=16)
+    plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **settings, **LENGTH)
+    assert torch.equal(plain, speculative)
+    assert same_state
+    assert draft.last_speculation.walk == "device"
+    assert len({tree.num_nodes for tree in draft.last_speculation.trees}) > 1
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_device_walk_and_host_walk_do_the_same(num_rows, monkeypatch):
+    """Token by token and round by round, with a real draft that is seldom right."""
+    input_ids, mask = prompts(num_rows)
+    target = tiny_target("llama", 3)
+    rounds = []
+    for walk in ("device", "host"):
+        monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
+        draft = tiny_draft(target)
+        torch.manual_seed(1)
+        output = target.generate(
+            input_ids, attention_mask=mask, do_sample=True, temperature=0.4, assistant_model=draft, **LENGTH
+        )
+        assert draft.last_speculation.walk == walk
+        rounds.append((output.tolist(), draft.last_speculation.accepted_per_round))
+    assert rounds[0] == rounds[1]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_device_walk_refuses_nan(do_sample, device_walk):
+    """Where the host's walk does, with its words."""
+    target, draft, input_ids, mask = scripted(3, {"do_sample": do_sample})
+    draft.is_strict = False
+    target.lm_head.register_forward_hook(lambda head, inputs, logits: logits.masked_fill(logits > 2, torch.nan))
+    with pytest.raises(ValueError, match="expected finite logits from the target, got NaN for token 9 of row"):
+        target.generate(input_ids, attention_mask=mask, do_sample=do_sample, assistant_model=draft, **LENGTH)
+
+
+class EveryTenth(StoppingCriteria):
+    """A criterion of the user's, whatever it looks at."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """True for every tenth length."""
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] % 10 == 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.2},
+        {"do_sample": True, "eta_cutoff": 0.001},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"return_dict_in_generate": True, "output_logits": True},
+        {"stopping_criteria": StoppingCriteriaList([EveryTenth()])},
+        {"do_sample": True, "logits_processor": LogitsProcessorList([TopKLogitsWarper(9, min_tokens_to_keep=2)])},
+    ],
+    ids=lambda settings: next(iter(reversed(settings))),
+)
+def test_other_calls_cannot_walk_on_the_device(settings, monkeypatch):
+    """Asked for, it is an error before any token; by itself, an accelerator takes the host's walk."""
+    target, draft, input_ids, _ = scripted(1, {"do_sample": False})
+    arguments = {"do_sample": False, "top_k": None, "assistant_model": draft, **LENGTH, **settings}
+    draft.is_strict = False
+    target.generate(input_ids, **arguments)
+    assert draft.last_speculation.walk == "host"
+    monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", ("cpu",))
+    target.generate(input_ids, **arguments)
+    assert draft.last_speculation.walk == "host"
+    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="device"))
+    with pytest.raises(ValueError, match="walk: expected host, for these processors, criteria or outputs, got device"):
+        target.generate(input_ids, **arguments)
+
+
+def test_an_accelerator_walks_on_the_device_by_itself(monkeypatch):
+    """And a CPU on the host."""
+    target, draft, input_ids, _ = scripted(1, {"do_sample": False})
+    for devices, walk in ((("cuda", "xpu"), "host"), (("cpu",), "device")):
+        monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", devices)
+        target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
+        assert draft.last_speculation.walk == walk
+
+
+def test_warper_settings_are_read_from_stock_warpers_only():
+    """In transformers' order, once each, with default options; a subclass may do anything."""
+
+    class OwnTemperature(TemperatureLogitsWarper):
+        pass
+
+    stock = [
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(5),
+        TopPLogitsWarper(0.9),
+        MinPLogitsWarper(0.1),
+        TypicalLogitsWarper(0.8),
+    ]
+    expected = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8}
+    assert warper_settings(LogitsProcessorList(stock)) == expected
+    assert warper_settings(LogitsProcessorList()) == {}
+    for others in (
+        [stock[1], stock[0]],
+        [stock[1], stock[1]],
+        [OwnTemperature(0.7)],
+        [TopPLogitsWarper(0.9, filter_value=-1e4)],
+        [MinPLogitsWarper(0.1, min_tokens_to_keep=3)],
+        [RepetitionPenaltyLogitsProcessor(1.1)],
+    ):
+        assert warper_settings(LogitsProcessorList(others)) is None
+
+
+def test_walk_says_what_is_wrong(monkeypatch):
+    """A name that is no road."""
+    target, draft, input_ids, _ = scripted(1, {"do_sample": False})
+    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="gpu"))
+    with pytest.raises(ValueError, match="walk: expected auto, device or host, got gpu"):
+        target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
