@@ -1,6 +1,7 @@
 """The commands of `transformers-prism bench`. Each imports what it needs when it runs, so that `--help` is quick."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,9 @@ from transformers_prism.command_options import (
 )
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
+
+PlotOption = Annotated[Path | None, typer.Option(help="PNG file to draw.", show_default=False)]
+
 
 @bench_app.command("synthesize")
 def bench_synthesize_command(
@@ -131,7 +135,7 @@ def bench_generate_command(
             weights_sha256(draft or SHIPPED_DRAFT),
             chat_inputs,
             chosen,
-            [record for record in records if record not in chosen],
+            records,
             json_file,
             resume,
             console,
@@ -218,7 +222,9 @@ def bench_training_command(
             for name in ("kept", "checkpointed")
         }
         gib = {name: f"{value / 2**30:.2f} GiB" for name, value in figures["peak_bytes"].items()}
-        typer.echo(f"peak memory of a step, 2048 tokens, S = 5: {gib['kept']}; with checkpointing {gib['checkpointed']}")
+        typer.echo(
+            f"peak memory of a step, 2048 tokens, S = 5: {gib['kept']}; with checkpointing {gib['checkpointed']}"
+        )
     settings = {"num_steps": num_steps, "batch_size": batch_size, "length": length, "repeat": repeat}
     write_record(json_file, "training", model, settings, figures)
     report_file(json_file)
@@ -263,3 +269,140 @@ def bench_kernels_command(
         typer.echo(f"wrote {json_file}")
     if not compile_only and not all(timing.is_right for timing in timings):
         raise typer.Exit(1)
+
+
+@bench_app.command("scaling")
+def bench_scaling_command(
+    target: TargetOption = None,
+    modules: Annotated[
+        list[int] | None, typer.Option(min=1, help="M; several. 1, 2, 4, 8 if no axis is named.")
+    ] = None,
+    nodes: Annotated[list[int] | None, typer.Option(min=1, help="Drafted nodes; several. 3 to 63.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of the prompt; several. 128 to 2048.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; several. 1, 2, 4, 8.")] = None,
+    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
+    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps of every tree.")] = 8,
+    num_rounds: Annotated[int, typer.Option(min=5, help="Timed rounds of each point.")] = 60,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+):
+    """Latency of a round against modules M, nodes of the tree, context and batch, each beside a plain step.
+
+    Where an axis is named, only those that are named are measured.
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.figures import table_of
+    from transformers_prism.benchmark.measurement import progress_bar
+    from transformers_prism.benchmark.plots import plot_scaling
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.scaling import DEFAULT_AXES, Point, axis_rows, bench_scaling, num_calls
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    named = {"modules": modules, "nodes": nodes, "context": context, "batch": batch}
+    axes = {name: values for name, values in named.items() if values} or DEFAULT_AXES
+    base = Point(modules=4, nodes=31, context=128, batch=1)
+    with user_errors():
+        model, _ = load_target(target)
+        with progress_bar(console) as bar:
+            task = bar.add_task("calls", total=num_calls(axes, base, num_rounds))
+            figures = bench_scaling(
+                model, axes, base, tree_top_k, tree_depth, num_rounds, packed, lambda: bar.advance(task)
+            )
+        console.print(table_of(*axis_rows(figures), "random drafts"))
+        tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
+        settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
+        write_record(json_file, "scaling", model, settings, {"axes": figures})
+        report_file(json_file)
+        if plot is not None:
+            plot_scaling(plot, figures)
+            report_file(plot)
+
+
+@bench_app.command("rounds")
+def bench_rounds_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form.")],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    method: Annotated[
+        str, typer.Option(help="draft, auto, auto-no-ngrams, chain[:DEPTH] or static[:TOP_K,DEPTH,NODES].")
+    ] = "auto",
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens that prompts are brought to; several. 128 and 4096.")
+    ] = None,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Rounds at each context.")] = 60,
+    label: Annotated[str | None, typer.Option(help="What the page calls this profile.", show_default=False)] = None,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+):
+    """Where the time of a round goes: forwards of target and draft, selection, masks, walk, commit, other."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.figures import table_of
+    from transformers_prism.benchmark.methods import Contest, parse_methods
+    from transformers_prism.benchmark.plots import plot_rounds
+    from transformers_prism.benchmark.prompts import choose_prompts, contexts_of, read_prompts
+    from transformers_prism.benchmark.record import write_record
+    from transformers_prism.benchmark.rounds import profile_rounds, profile_rows, weight_bytes
+    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
+    from transformers_prism.publishing import weights_sha256
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    with user_errors():
+        (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
+        if not chosen.uses_draft:
+            raise ValueError(f"method: expected one with a draft, got {method!r}")
+        records = read_prompts(prompts)
+        measured = choose_prompts(records, min(12, len(records) // 2))
+        model, tokenizer = load_target(target)
+        contest = Contest(model, load_draft(draft or SHIPPED_DRAFT, model), None, [chosen], max_length=1)
+        contest.enter(chosen)
+        profiles = []
+        for length in context or [128, 4096]:
+            inputs = contexts_of(
+                tokenizer, records, measured, length, lambda text: chat_inputs(tokenizer, text, model.device)
+            )
+            profile = profile_rounds(model, contest.drafts[method], inputs, num_rounds)
+            profiles.append({"context": length, **profile})
+        figures = {"profiles": profiles, "bytes": weight_bytes(model, contest.drafts[method])}
+        contest.close()
+        console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"))
+        settings = {
+            "method": method,
+            "label": label,
+            "prompts": prompts.name,
+            "num_rounds": num_rounds,
+            "packed": packed,
+        }
+        write_record(json_file, "rounds", model, settings, figures, weights_sha256(draft or SHIPPED_DRAFT))
+        report_file(json_file)
+        if plot is not None:
+            plot_rounds(plot, profiles, [f"context {one['context']}" for one in profiles])
+            report_file(plot)
+
+
+@bench_app.command("page")
+def bench_page_command(
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of bench generate, rounds, scaling and modules, in the page's order.")
+    ],
+    output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
+        "docs/performance.md"
+    ),
+):
+    """Write a page of tables and pictures from the files of measurements, and a paper model of GPUs, marked as one."""
+    from transformers_prism.benchmark.page import write_page
+
+    with user_errors():
+        for path in write_page(files, output):
+            report_file(path)

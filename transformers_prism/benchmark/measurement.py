@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from transformers_prism.benchmark.figures import as_json, differences, main_method
-from transformers_prism.benchmark.generate import Item, ItemResult, bench_generate, make_items
+from transformers_prism.benchmark.generate import ItemResult, bench_generate, make_items
 from transformers_prism.benchmark.methods import Contest, Method, load_assistant
-from transformers_prism.benchmark.prompts import ContextFiller
+from transformers_prism.benchmark.prompts import contexts_of
 from transformers_prism.benchmark.record import finished_part, record_head, write_json
 
 BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"
@@ -63,7 +63,7 @@ class GenerateMeasurement:
         weights: str,
         make_inputs: Callable[..., dict],
         chosen: list[dict],
-        others: list[dict],
+        records: list[dict],
         path: Path | None,
         is_resumed: bool,
         console: Console,
@@ -75,17 +75,17 @@ class GenerateMeasurement:
             weights: [`weights_sha256`] of the draft.
             make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
             chosen: records to decode.
-            others: records whose text may lengthen prompts.
+            records: all of the file; the text of the others may lengthen prompts.
             path: the file; None for no file.
             is_resumed: whether to keep what is in the file and to decode the rest.
             console: for the bar and the lines of single prompts.
         Raises:
             ValueError: if the file is of other settings, or the settings cannot be served.
         """
-        def make_row(prompt: str) -> dict:
-            return make_inputs(tokenizer, prompt, target.device)
-
-        items = self._items(tokenizer, make_row, chosen, others)
+        rows = contexts_of(
+            tokenizer, records, chosen, self.context, lambda text: make_inputs(tokenizer, text, target.device)
+        )
+        items = make_items(chosen, rows, self.batch_size, tokenizer.pad_token_id or 0)
         longest = max(item.inputs["input_ids"].shape[1] for item in items)
         assistant = load_assistant(self.assistant, target)
         contest = Contest(target, draft, assistant, self.methods, longest + self.generate["max_new_tokens"])
@@ -112,16 +112,6 @@ class GenerateMeasurement:
             finally:
                 contest.close()
         return as_json(results, self.methods)
-
-    def _items(self, tokenizer, make_row: Callable[[str], dict], chosen: list[dict], others: list[dict]) -> list[Item]:
-        rows = [record["turns"][0] for record in chosen]
-        if self.context is None:
-            inputs = [make_row(prompt) for prompt in rows]
-        else:
-            filler = ContextFiller(tokenizer, others, self.context)
-            inputs = [filler.fit(prompt, index, make_row) for index, prompt in enumerate(rows)]
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        return make_items(chosen, inputs, self.batch_size, pad_token_id)
 
     def _settings(self, contest: Contest, draft, num_prompts: int) -> dict:
         """What decides the figures; a draft's card looks for the names of the main method's tree here."""

@@ -117,6 +117,21 @@ class ContextFiller:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def contexts_of(
+    tokenizer, records: list[dict], chosen: list[dict], num_tokens: int | None, make_inputs: Callable[[str], dict]
+) -> list[dict]:
+    """Inputs of generate() for the chosen records, brought to one length by text of the others.
+
+    Args:
+        num_tokens (`int`, *optional*): None leaves every prompt as it is.
+    """
+    prompts = [record["turns"][0] for record in chosen]
+    if num_tokens is None:
+        return [make_inputs(prompt) for prompt in prompts]
+    filler = ContextFiller(tokenizer, [record for record in records if record not in chosen], num_tokens)
+    return [filler.fit(prompt, index, make_inputs) for index, prompt in enumerate(prompts)]
+
+
 def batch_rows(rows: list[dict], pad_token_id: int) -> dict:
     """Inputs of generate() for several prompts, `(B, T)`, the shorter ones padded on the left.
 

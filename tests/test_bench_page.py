@@ -1,0 +1,211 @@
+"""`bench scaling`, `bench rounds` and `bench page`: sizes that were asked for, parts that add up, a page without other figures."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target
+from typer.testing import CliRunner
+
+from transformers_prism.benchmark import roofline
+from transformers_prism.benchmark.page import levers, write_page
+from transformers_prism.benchmark.rounds import PARTS, profile_rounds, watched, weight_bytes
+from transformers_prism.benchmark.scaling import Point, bench_scaling, num_calls
+from transformers_prism.cli import app
+
+pytestmark = pytest.mark.quick
+
+
+def run(*words) -> str:
+    """Output of a command that must succeed."""
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "\u2026" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_folders, tmp_path_factory):
+    """Files of each kind of measurement, of tiny models."""
+    root = tmp_path_factory.mktemp("measured")
+    target, draft = tiny_folders
+    texts = [" ".join(f"w{(7 * index + 3 * place) % 40 + 50}" for place in range(12)) for index in range(8)]
+    tasks = ("qa", "writing") * 4
+    records = [{"question_id": i, "category": tasks[i], "turns": [text]} for i, text in enumerate(texts)]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = ("--target", target, "--draft", draft, "--prompts", root / "prompts.jsonl")
+    sizes = "--num-prompts 2 --max-new-tokens 8 --repeat 1 --method static".split()
+    run("bench", "generate", *source, *sizes, "--json", root / "greedy.json")
+    run("bench", "generate", *source, *sizes, "--batch-size", 2, "--json", root / "batch.json")
+    sizes = "--method static --context 30 --num-rounds 3".split()
+    run("bench", "rounds", *source, *sizes, "--json", root / "rounds.json")
+    sizes = "--modules 1 --modules 2 --nodes 5 --num-rounds 5 --tree-top-k 4 --tree-depth 4".split()
+    run("bench", "scaling", "--target", target, *sizes, "--json", root / "scaling.json")
+    sizes = "--num-rounds 3 --tree-top-k 2 --tree-depth 3 --tree-num-nodes 4".split()
+    run("bench", "modules", "--target", target, *sizes, "--json", root / "modules.json")
+    return [root / f"{name}.json" for name in ("greedy", "batch", "rounds", "scaling", "modules")]
+
+
+def test_scaling_times_rounds_of_the_sizes_that_were_asked_for():
+    """Each value of an axis has its rounds and plain steps; what was drafted has that many nodes and rows."""
+    target = tiny_target("llama", seed=3)
+    verified = []
+    target.register_forward_pre_hook(
+        lambda module, args, kwargs: verified.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    base = Point(modules=1, nodes=5, context=9, batch=1)
+    axes = {"nodes": [3, 7], "batch": [2]}
+    calls = []
+    figures = bench_scaling(
+        target, axes, base, 3, 3, num_rounds=4, use_packed_weights=False, advance=lambda: calls.append(0)
+    )
+    assert len(calls) == num_calls(axes, base, 4) == 3
+    assert [one["value"] for one in figures["nodes"]] == [3, 7]
+    assert {(1, 4), (1, 8), (2, 6)} <= set(verified)
+    for one in [*figures["nodes"], *figures["batch"]]:
+        assert one["round_ms"]
+        assert one["step_ms"]
+        low, high = one["round_quartiles"]
+        assert low <= one["round_median"] <= high
+
+
+@pytest.mark.parametrize("tree", ["static", "auto"])
+def test_rounds_every_part_takes_its_time_and_they_add_up(tree, cheap_rounds):
+    """No part is forgotten, none is counted twice: what no part claims is a small positive rest."""
+    target = tiny_target("llama", seed=3)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree=tree)
+    input_ids, _ = prompts(1)
+    items = [{"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}] * 2
+    profile = profile_rounds(target, draft, items, num_rounds=30, max_new_tokens=20)
+    assert profile["num_rounds"] >= 10
+    assert set(profile["parts_ms"]) == set(PARTS)
+    always = set(PARTS) - ({"walk"} if tree == "auto" else set())
+    assert all(profile["parts_ms"][part] > 0 for part in always), profile["parts_ms"]
+    assert sum(profile["parts_ms"].values()) == pytest.approx(profile["round_ms"])
+    assert 0 < profile["rest_share"] < 1
+    assert profile["acceptance_length"] >= 1
+
+
+def test_rounds_are_watched_without_changing_the_text():
+    """Output as without a stopwatch, which leaves nothing behind; tau is that of the call."""
+    target = tiny_target("llama", seed=3)
+    input_ids, _ = prompts(1)
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    plain = target.generate(input_ids, **settings)
+    draft = scripted_draft(target, plain, prompt_length=input_ids.shape[1])
+    with watched(target, draft) as watch:
+        watched_output = target.generate(input_ids, **settings, assistant_model=draft, streamer=watch)
+    assert torch.equal(plain, watched_output)
+    assert len(watch.rounds) == draft.last_speculation.num_rounds[0] - 1
+    num_rounds = len(watch.rounds)
+    target.generate(input_ids, **settings, assistant_model=draft)
+    assert len(watch.rounds) == num_rounds
+    assert not target._forward_hooks
+    assert "compute_logits" not in vars(draft)
+
+
+def test_rounds_count_the_weights_that_are_read():
+    """The target without an input embedding of its own; of the draft one module and its rows of the head."""
+    target = tiny_target("llama", seed=3)
+    draft = tiny_draft(target, num_processing_modules=2)
+    found = weight_bytes(target, draft)
+    every = sum(weight.numel() for weight in target.parameters())
+    assert found["target"] == 4 * (every - 97 * 32)
+    module = sum(weight.numel() for weight in draft.processing_modules[0].parameters())
+    assert found["draft_step"] == 4 * (module + 97 * 32)
+
+
+def test_levers_follow_from_the_round():
+    """What each part would bring, by hand."""
+    summary = {
+        "round_ms": {"draft": 20.0, "verify": 60.0, "rest": 20.0},
+        "step_ms": 50.0,
+        "acceptance_length_pooled": 3.0,
+    }
+    assert [ratio for _, ratio in levers(summary)] == pytest.approx([1.5, 150 / 90, 150 / 80, 150 / 80, 2.0])
+
+
+def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
+    """Tables of every kind, the commands, the machine, pictures that exist; the same files give the same bytes."""
+    page = tmp_path / "performance.md"
+    written = write_page(measured, page)
+    text = page.read_text()
+    for file in measured:
+        record = json.loads(file.read_text())
+        assert record["command"] in text
+        assert record["hardware"] in text
+    greedy = json.loads(measured[0].read_text())
+    assert f"| {greedy['summary']['acceptance_length_pooled']:.2f} |" in text
+    assert f"| {greedy['summary']['over']['plain']['ratio']:.2f} |" in text
+    assert "Nothing in this section was measured" in text
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures == [path.relative_to(tmp_path).as_posix() for path in written[1:]]
+    assert "performance/batch_size_0.png" in pictures
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert all((tmp_path / name).stat().st_size < 120_000 for name in pictures)
+    before = {path: path.read_bytes() for path in written}
+    write_page(measured, page)
+    assert {path: path.read_bytes() for path in written} == before
+
+
+def test_page_figures_are_in_the_files_but_for_the_model(measured, tmp_path):
+    """Every number of a table before the model is one of the files', at the precision in which it is printed."""
+    page = tmp_path / "performance.md"
+    write_page(measured, page)
+    known: set[float] = set()
+
+    def gather(content):
+        if isinstance(content, dict):
+            content = list(content.values())
+        if isinstance(content, list):
+            for value in content:
+                gather(value)
+        elif isinstance(content, (int, float)):
+            known.add(float(content))
+
+    for file in measured:
+        record = json.loads(file.read_text())
+        gather(record)
+        # Figures that the page makes of two others.
+        for members in record.get("axes", {}).values():
+            gather([one["round_median"] / one["step_median"] for one in members])
+            gather([len(one["round_ms"]) for one in members])
+        gather([100 * one["rest_share"] for one in record.get("profiles", [])])
+        for method in record.get("methods", {}).values():
+            if method["summary"]["round_ms"]:
+                gather([ratio for _, ratio in levers(method["summary"])])
+    tables = page.read_text().split("## A model")[0]
+    cells = [
+        cell.strip() for line in tables.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")
+    ]
+    numbers = [cell for cell in cells if re.fullmatch(r"\d+(\.\d+)?", cell)]
+    assert len(numbers) > 60
+    for number in numbers:
+        digits = len(number.partition(".")[2])
+        assert any(f"{value:.{digits}f}" == number for value in known), number
+
+
+def test_page_refuses_other_files(tmp_path):
+    """The kind that was found is named; so is a file that is no measurement."""
+    (tmp_path / "verify.json").write_text('{"kind": "verify", "settings": {}}')
+    with pytest.raises(ValueError, match="expected a measurement of kind generate.* got 'verify'"):
+        write_page([tmp_path / "verify.json"], tmp_path / "page.md")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected the JSON file of a measurement"):
+        write_page([tmp_path / "list.json"], tmp_path / "page.md")
+
+
+def test_roofline_reads_weights_once_and_is_bound_by_operations_later():
+    """LLaMA-3-8B has the parameters that it has; bandwidth bounds one token, the peak bounds very many."""
+    model, gpu = roofline.MODELS[0], roofline.GPUS[1]
+    assert model.weights + model.vocab * model.hidden == pytest.approx(8.03e9, rel=0.001)
+    assert roofline.forward_seconds(model, gpu, 1, context=0) == pytest.approx(2 * model.weights / gpu.bandwidth)
+    many = roofline.forward_seconds(model, gpu, 4096, context=0)
+    assert many == pytest.approx(4096 * 2 * model.weights / gpu.operations)
+    assert roofline.num_gpus(roofline.MODELS[1], gpu) == 2
+    free = roofline.free_nodes(model, gpu)
+    step = roofline.forward_seconds(model, gpu, 1)
+    assert roofline.forward_seconds(model, gpu, free + 1) == step < roofline.forward_seconds(model, gpu, free + 2)

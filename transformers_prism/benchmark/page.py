@@ -1,0 +1,298 @@
+"""`docs/performance.md`: a page of measurements, written from their files and from nothing else.
+
+    transformers-prism bench page greedy.json sampled.json scaling.json rounds.json --output docs/performance.md
+
+Every figure is one of the files', but those of the last section, a paper model, which says so.
+"""
+
+import re
+from pathlib import Path
+
+from transformers_prism.benchmark import plots, roofline
+from transformers_prism.benchmark.figures import method_rows, task_rows
+from transformers_prism.benchmark.record import read_record
+from transformers_prism.benchmark.rounds import profile_rows
+from transformers_prism.benchmark.scaling import axis_rows
+
+KINDS = ("generate", "rounds", "scaling", "modules")
+_MODEL_CONTEXT = 2048
+
+
+def write_page(files: list[Path], output: Path) -> list[Path]:
+    """Write the page, and its pictures into a folder beside it that bears its name.
+
+    Args:
+        files (`list[Path]`): of `bench generate`, `bench rounds`, `bench scaling` and `bench modules`, in the page's order.
+        output (`Path`): the page.
+    Returns:
+        `list[Path]`: what was written, the page first.
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if a file is none of these.
+    """
+    records = []
+    for file in files:
+        record = read_record(file)
+        if record["kind"] not in KINDS:
+            raise ValueError(f"{file}: expected a measurement of kind {', '.join(KINDS)}, got {record['kind']!r}")
+        records.append((re.sub(r"\W+", "_", file.stem), record))
+    folder = output.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    page = _Page(folder)
+    page.add(_introduction(records))
+    generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
+    for stem, record in generate:
+        page.add_generate(stem, record)
+    page.add_comparison(generate, "batch_size", "rows of a batch", "Batches")
+    page.add_comparison(generate, "context", "tokens of the prompt", "Contexts")
+    page.add_rounds([record for _, record in records if record["kind"] == "rounds"])
+    for stem, record in records:
+        if record["kind"] == "scaling":
+            page.add_scaling(stem, record)
+        elif record["kind"] == "modules":
+            page.add(_modules(record))
+    page.add_model()
+    output.write_text("\n\n".join(page.parts) + "\n", encoding="utf-8")
+    return [output, *page.pictures]
+
+
+def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
+    """A table, the first column left, the others right."""
+    heading = [name.replace("\n", " ") for name in heading]
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def levers(summary: dict) -> list[tuple[str, float]]:
+    """What decoding would gain over plain steps if one part of the round were other than it is.
+
+    Args:
+        summary: of a method with a draft.
+    Returns:
+        `list`: what changes, and the ratio it would give, prefill left out; as measured first.
+    """
+    parts, step, tau = summary["round_ms"], summary["step_ms"], summary["acceptance_length_pooled"]
+    whole = sum(parts.values())
+    cheap = step + parts["draft"] + parts["rest"]
+    return [
+        ("as measured", tau * step / whole),
+        ("the verification as cheap as a plain step", tau * step / min(cheap, whole)),
+        ("drafting for nothing", tau * step / (whole - parts["draft"])),
+        ("the rest for nothing", tau * step / (whole - parts["rest"])),
+        ("one more token accepted per round", (tau + 1) * step / whole),
+    ]
+
+
+def _command_block(record: dict) -> str:
+    return f"```\n{record['command']}\n```"
+
+
+def _introduction(records: list[tuple[str, dict]]) -> str:
+    machines = dict.fromkeys(
+        f"{record['hardware']}, {record['device']}, {record['num_threads']} threads, {record['dtype']}; "
+        f"target `{record['target']}`; torch {record['versions']['torch']}, "
+        f"transformers {record['versions']['transformers']}"
+        for _, record in records
+    )
+    return "\n".join(
+        [
+            "# Performance",
+            "",
+            "Written by `transformers-prism bench page` from the files of the measurements below; the last section is a",
+            "model. *plain* is `generate` of the target as loaded, *prepared* the same after `prepare_for_cpu`. Ratios are",
+            "tokens per second of whole calls, prefill included: all tokens over the sum of the prompts' median seconds. tau",
+            "is committed tokens per round. The ceiling is tau x t(plain step) / (t(verify) + t(draft)), and *share* the",
+            "part of it that was reached.",
+            "",
+            "Measured on:",
+            *(f"- {machine}" for machine in machines),
+        ]
+    )
+
+
+def _title(settings: dict) -> str:
+    sampling = settings["generate"]
+    decoding = f"temperature {sampling['temperature']:g}" if sampling["do_sample"] else "greedy"
+    context = f", context {settings['context']}" if settings["context"] else ""
+    return f"{decoding}, batch {settings['batch_size']}{context}".capitalize()
+
+
+def _modules(record: dict) -> str:
+    pairs = zip(record["num_modules"], record["median_ms"], strict=True)
+    rows = [[str(count), f"{milliseconds:.2f}"] for count, milliseconds in pairs]
+    low, high = record["interval"]
+    return "\n\n".join(
+        [
+            "## Many modules against one",
+            markdown_table(["modules M", "round ms (median)"], rows),
+            f"Median ratio of pairs {record['median_ratio']:.4f}, 95 % interval {low:.4f} to {high:.4f}; the bar is "
+            f"{record['max_ratio']:g}: {'met' if record['is_within_bar'] else 'not met'}.",
+            _command_block(record),
+        ]
+    )
+
+
+class _Page:
+    """The parts of the page so far, and its pictures.
+
+    Args:
+        folder (`Path`): of the pictures.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.parts: list[str] = []
+        self.pictures: list[Path] = []
+
+    def add(self, *parts: str) -> None:
+        """Go on with these paragraphs."""
+        self.parts += parts
+
+    def _picture(self, name: str, text: str) -> Path:
+        self.pictures.append(self.folder / name)
+        self.add(f"![{text}]({self.folder.name}/{name})")
+        return self.pictures[-1]
+
+    def add_generate(self, stem: str, record: dict) -> None:
+        """A section for a run of `bench generate`: tables, a picture, what limits the main method."""
+        settings, figures = record["settings"], record["methods"]
+        title = _title(settings)
+        main = settings["main_method"]
+        baselines = sorted(record["summary"]["over"])
+        self.add(f"## {title}: {record['summary']['num_prompts']} prompts of `{settings['prompts']}`")
+        self.add(markdown_table(*method_rows(figures)))
+        self.add(
+            f"{settings['generate']['max_new_tokens']} new tokens, median of {settings['repeat']} runs; the repeats of a "
+            f"prompt with `{main}` lie up to {100 * record['summary']['spread']:.0f} % apart. *same*: rows with the tokens "
+            "of the plain method on the same target. Milliseconds are of a round, or of a plain step."
+        )
+        self.add(_command_block(record))
+        if len(record["tasks"]) > 1:
+            for baseline in baselines:
+                self.add(
+                    f"Tokens per second over `{baseline}`, by task:", markdown_table(*task_rows(figures, baseline))
+                )
+            if len(figures) > len(baselines):
+                picture = self._picture(
+                    f"{stem}_tasks.png", f"{title}: tokens per second over {baselines[-1]}, by task"
+                )
+                plots.plot_tasks(picture, figures, baselines[-1], title)
+        if record["summary"]["round_ms"] is not None:
+            rows = [[name, f"{ratio:.2f}"] for name, ratio in levers(record["summary"])]
+            self.add(
+                f"What limits `{main}`: decoding over plain steps of the same target, if one thing were otherwise:",
+                markdown_table(["", "ratio"], rows),
+            )
+
+    def add_comparison(self, records: list[tuple[str, dict]], setting: str, label: str, title: str) -> None:
+        """Runs that differ in one setting side by side, if there are such, greedy ones and each temperature apart."""
+        other = {"batch_size": "context", "context": "batch_size"}[setting]
+        groups: dict[str, list[dict]] = {}
+        for _, record in records:
+            settings = record["settings"]
+            if settings[setting] is not None:
+                key = str((settings["generate"], settings[other]))
+                groups.setdefault(key, []).append(record)
+        for number, members in enumerate(groups.values()):
+            if len({record["settings"][setting] for record in members}) > 1:
+                self._add_group(
+                    sorted(members, key=lambda record: record["settings"][setting]), setting, label, title, number
+                )
+
+    def _add_group(self, members: list[dict], setting: str, label: str, title: str, number: int) -> None:
+        series: dict[str, list[tuple[float, float]]] = {}
+        rows = []
+        baseline = sorted(members[0]["summary"]["over"])[-1]
+        for record in members:
+            for name, parts in record["methods"].items():
+                if name in parts["summary"]["over"] or baseline not in parts["summary"]["over"]:
+                    continue
+                one = parts["summary"]
+                series.setdefault(name, []).append((record["settings"][setting], one["over"][baseline]["ratio"]))
+                ratios = [f"{one['over'][key]['ratio']:.2f}" for key in sorted(members[0]["summary"]["over"])]
+                tau = one["acceptance_length_pooled"]
+                rows.append(
+                    [
+                        str(record["settings"][setting]),
+                        name,
+                        str(one["num_prompts"]),
+                        "" if tau is None else f"{tau:.2f}",
+                        *ratios,
+                    ]
+                )
+        if not rows:
+            return
+        decoding = _title({**members[0]["settings"], setting: None}).split(",")[0]
+        self.add(f"## {title}, {decoding.lower()}")
+        heading = [
+            label,
+            "method",
+            "prompts",
+            "tau",
+            *(f"over {key}" for key in sorted(members[0]["summary"]["over"])),
+        ]
+        self.add(markdown_table(heading, rows))
+        plots.plot_series(
+            self._picture(f"{setting}_{number}.png", f"{title}: tokens per second over {baseline}"),
+            series,
+            label,
+            baseline,
+        )
+
+    def add_rounds(self, records: list[dict]) -> None:
+        """Profiles of rounds, of all files in one table and one picture."""
+        if not records:
+            return
+        profiles: list[dict] = []
+        labels: list[str] = []
+        rows: list[list[str]] = []
+        heading: list[str] = []
+        for record in records:
+            name = record["settings"]["label"] or record["settings"]["method"]
+            heading, own = profile_rows(record["profiles"])
+            rows += [[name, *row] for row in own]
+            profiles += record["profiles"]
+            labels += [f"{name}, context {one['context']}" for one in record["profiles"]]
+        self.add("## Where the time of a round goes", markdown_table(["", *heading], rows))
+        labels = [
+            f"{label} ({number})" if labels.count(label) > 1 else label for number, label in enumerate(labels, 1)
+        ]
+        plots.plot_rounds(self._picture("rounds.png", "Milliseconds of a round by part"), profiles, labels)
+        last = records[-1]
+        share = last["bytes"]["draft_step"] / last["bytes"]["target"]
+        times = [
+            f"{one['draft_step_ms'] / one['step_ms']:.3f} at context {one['context']}"
+            for one in last["profiles"]
+            if one["draft_step_ms"] is not None
+        ]
+        self.add(
+            f"A draft step reads {last['bytes']['draft_step'] / 1e6:.1f} MB of weights, a target forward "
+            f"{last['bytes']['target'] / 1e6:.1f} MB: a share of {share:.3f}. Their measured times (draft step over plain "
+            f"step): {', '.join(times) or 'nothing was drafted'}."
+        )
+        self.add(*(_command_block(record) for record in records))
+
+    def add_scaling(self, stem: str, record: dict) -> None:
+        """Round latency along each axis."""
+        base = ", ".join(f"{name} {value}" for name, value in record["settings"]["base"].items())
+        self.add("## How a round grows", f"Random drafts; what does not vary: {base}.")
+        self.add(markdown_table(*axis_rows(record["axes"])))
+        plots.plot_scaling(self._picture(f"{stem}.png", "Milliseconds of a round along each axis"), record["axes"])
+        self.add(_command_block(record))
+
+    def add_model(self) -> None:
+        """The paper model, marked as one."""
+        self.add(
+            "## A model of the same round on GPUs",
+            "**Nothing in this section was measured.** Seconds of a forward are the longer of bytes over bandwidth and "
+            "operations over the dense bfloat16 peak, both from data sheets; launches, communication between GPUs, "
+            "selection and walk are left out, so that these are bounds. A round verifies "
+            f"{roofline.NUM_NODES} drafted nodes after {roofline.NUM_STEPS} draft steps of {roofline.TOP_K} nodes each, "
+            f"with one decoder layer of the target's width and {roofline.DRAFT_VOCAB} draft tokens; context "
+            f"{_MODEL_CONTEXT}; tau is assumed. *Free nodes* are those that are verified in the time of a plain step; where "
+            "they are fewer than the tree's, a smaller tree would gain more. (`benchmark/roofline.py`)",
+            markdown_table(*roofline.model_rows(_MODEL_CONTEXT)),
+        )
+        plots.plot_model(
+            self._picture("model.png", "A model: a forward over n tokens over one over one token"), _MODEL_CONTEXT
+        )
