@@ -417,7 +417,7 @@ if triton is not None:
         tree_attention."""
         block_e = max(16, triton.next_power_of_2(head_dim))
         if itemsize == 4:
-            block_m = 64 if block_e <= 64 else 32
+            block_m = 64 if block_e <= 64 else 16
             tiles = {"PRECISION": "bf16x6", "BLOCK_M": block_m, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
             if block_e > 128:
                 tiles = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
@@ -437,8 +437,11 @@ if triton is not None:
             options["PRECISION"] = "bf16x6" if block_e <= 64 else "ieee"
         if itemsize == 4 and block_e > 64:
             options.update(num_warps=8, num_stages=2)
-        of_rows, of_keys = {"BLOCK_M": held, "BLOCK_K": looped}, {"BLOCK_M": looped, "BLOCK_K": held}
-        return {**of_rows, **options}, {**of_keys, **options}
+        of_rows, of_keys = {**options, "BLOCK_M": held, "BLOCK_K": looped}, {**options, "BLOCK_M": looped, "BLOCK_K": held}
+        if itemsize == 2 and block_e <= 128:
+            # A row's query, gradient and path are held by more threads, so that none spills.
+            of_rows["num_warps"] = 8
+        return of_rows, of_keys
 
     def _strides(tensors: list[torch.Tensor]) -> tuple:
         return tuple(tuple(tensor.stride()[:3]) for tensor in tensors)
