@@ -1,9 +1,11 @@
 """The walk on the device, on CPU tensors: lossless as the host's, which calls it takes, and one read per round."""
 
+import types
 from functools import partial
 
 import pytest
 import torch
+from pretend_accelerator import DEVICE, OnDevice, PretendedAccelerator, move_model
 from tiny_models import (
     PAD_ID,
     generate_twice,
@@ -225,3 +227,99 @@ def test_walk_says_what_is_wrong(monkeypatch):
     monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="gpu"))
     with pytest.raises(ValueError, match="walk: expected auto, device or host, got gpu"):
         target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
+
+
+def reads_by_round(monkeypatch, input_ids, mask, walk="auto", attn_implementation=None, **settings):
+    """What the host waited for in each round of a call on the pretended accelerator, whose output is plain's."""
+    target = tiny_target("llama", 3, attn_implementation)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree_top_k=30, tree_depth=2, tree_num_nodes=150)
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, attention_mask=mask, **settings)
+    draft.bind(target)
+    monkeypatch.setattr(draft, "bind", lambda target, tokenizer: draft)  # refuses weights on such a device
+    move_model(target)
+    move_model(draft)
+    monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", (DEVICE.type,))
+    generator = types.SimpleNamespace(
+        get_rng_state=lambda device: torch.get_rng_state(),
+        set_rng_state=lambda state, device: torch.set_rng_state(state),
+    )
+    monkeypatch.setattr(torch, DEVICE.type, generator, raising=False)
+    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
+    accelerator, starts = PretendedAccelerator(), []
+    drop_finished = generation._drop_finished
+    # The first thing that a round does.
+    monkeypatch.setattr(
+        generation, "_drop_finished", lambda *args: starts.append(len(accelerator.reads)) or drop_finished(*args)
+    )
+    torch.manual_seed(5)
+    with accelerator:
+        output = target.generate(OnDevice(input_ids), attention_mask=OnDevice(mask), assistant_model=draft, **settings)
+    assert torch.equal(output.host, plain)
+    assert draft.last_speculation.acceptance_length > 1
+    assert draft.last_speculation.walk == ("device" if walk == "auto" else walk)
+    # The last start is that of the round that finds nothing left to do.
+    return [accelerator.reads[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("attn_implementation", "kind"), [("sdpa", "greedy"), ("eager", "greedy"), ("sdpa", "all warpers")]
+)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_round_reads_the_device_once(attn_implementation, kind, num_rows, monkeypatch):
+    """Draft, verify, commit and what lies between: one copy of the walks, whatever else is computed; rows that end
+    early leave the caches without a look at the device, and no tensor of the host meets one of the device."""
+    settings, input_ids = SETTINGS[kind], prompts(1)[0].repeat(num_rows, 1)
+    input_ids[:, 3] += torch.arange(num_rows)
+    target = tiny_target("llama", 3, attn_implementation)
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, **settings, **LENGTH)
+    arguments = {**settings, **LENGTH, "attn_implementation": attn_implementation, "eos_token_id": int(plain[0, 20])}
+    rounds = reads_by_round(monkeypatch, input_ids, torch.ones_like(input_ids), **arguments)
+    assert len(rounds) > 3
+    for reads in rounds:
+        assert len(reads) == 1, reads
+        assert reads[0].startswith("_to_copy at")
+        assert "verification.py" in reads[0]
+
+
+def test_a_round_of_a_padded_batch_reads_the_device_once(monkeypatch):
+    """But for the first, in which the draft reads the prompts and transformers looks at their padding."""
+    first, *rounds = reads_by_round(monkeypatch, *prompts(3), do_sample=False, **LENGTH)
+    assert all("masking_utils.py" in read for read in first[:-1])
+    assert all(len(reads) == 1 for reads in rounds)
+
+
+def test_the_hosts_walk_reads_more(monkeypatch):
+    """So that the count above can fail."""
+    input_ids, mask = prompts(1)
+    arguments = {"walk": "host", "do_sample": True, "top_k": 0}
+    assert all(len(reads) > 1 for reads in reads_by_round(monkeypatch, input_ids, mask, **arguments, **LENGTH))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda one: one.sum().item(),
+        lambda one: bool(one.any()),
+        lambda one: int(one[0]),
+        lambda one: one.tolist(),
+        lambda one: one.nonzero(),
+        lambda one: one[one > 1],
+        lambda one: torch.equal(one, one + 1),
+        lambda one: one.cpu(),
+        lambda one: torch.zeros(3).copy_(one),
+    ],
+)
+def test_the_pretended_accelerator_notes_every_read(read):
+    """And computing alone is none."""
+    with PretendedAccelerator() as accelerator:
+        values = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+        values += torch.arange(3, device=DEVICE)
+        assert values.device == DEVICE
+        assert not accelerator.reads
+        read(values)
+        assert len(accelerator.reads) == 1
+        with pytest.raises(AssertionError, match="tensors of the host and of the device"):
+            values + torch.ones(3)

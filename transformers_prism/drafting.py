@@ -53,7 +53,7 @@ class Drafter:
         hidden = draft.fuse(target_hidden)
         if self.cache is None:
             cache, mask = new_tree_cache(), None
-            if padding_mask is not None and not bool(padding_mask.all()):
+            if padding_mask is not None:
                 mask = padding_mask.to(draft.device)
         else:
             cache = self.cache.cache

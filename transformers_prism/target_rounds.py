@@ -27,30 +27,30 @@ _REPLACED_INPUTS = (
 
 
 class NewPositions(NamedTuple):
-    """Positions that the draft has to read: see `Drafter.prefill`, whose arguments these are."""
+    """Positions that the draft has to read: see `Drafter.prefill`, whose arguments these are but for the last."""
 
     token_ids: torch.Tensor  # [B, A]
     target_hidden: torch.Tensor  # [B, A, L * target_hidden_size]
     position_ids: torch.Tensor  # [B, A]
     num_new: list[int]
     padding_mask: torch.Tensor | None = None  # [B, A]
+    is_prompt: bool = False
 
     def select(self, rows: list[int]) -> "NewPositions":
         """These rows of the batch."""
         padding_mask = None if self.padding_mask is None else self.padding_mask[rows]
         num_new = [self.num_new[row] for row in rows]
-        return NewPositions(
-            self.token_ids[rows], self.target_hidden[rows], self.position_ids[rows], num_new, padding_mask
-        )
+        states = (self.token_ids[rows], self.target_hidden[rows], self.position_ids[rows])
+        return NewPositions(*states, num_new, padding_mask, self.is_prompt)
 
 
 def read_all(drafter, unread: list[NewPositions]) -> None:
     """Let the draft read everything that was committed since it read last, and empty the list."""
     while unread:
-        if unread[0].padding_mask is not None:  # a prompt, which is padded on the left
-            drafter.prefill(*unread.pop(0))
+        if unread[0].is_prompt:
+            drafter.prefill(*unread.pop(0)[:-1])
             continue
-        drafter.prefill(*_joined(unread))
+        drafter.prefill(*_joined(unread)[:-1])
         unread.clear()
 
 
@@ -197,7 +197,9 @@ class _Target:
             self.prompt_hidden,
             self.prompt_positions[:, -length:],
             [length] * rows.num_rows,
-            self.prompt_mask[:, -length:],
+            # generate() hands over no mask where nothing is padded.
+            None if self.model_kwargs.get("attention_mask") is None else self.prompt_mask[:, -length:],
+            is_prompt=True,
         )
         del self.prompt_hidden, self.prompt_mask, self.prompt_positions
         return new

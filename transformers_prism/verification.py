@@ -269,6 +269,8 @@ def walk_on_device(rows: OutputRows, active: list[int], tree: Tree, logits: torc
             "noise_rows": torch.tensor(active, device=rows.device),
             **rows.warpers,
         }
+    # As plain decoding does, which chooses from float32.
+    logits = logits.float() if logits.dtype == torch.float64 else logits
     token_ids, parents, depths = (part.to(rows.device) for part in (tree.token_ids, tree.parents, tree.depths))
     walks = verify_tree(logits.to(rows.device), token_ids, parents, depths, num_steps, **drawn).tolist()
     kept: list[list[int]] = []
