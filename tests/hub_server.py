@@ -58,12 +58,12 @@ class Repository:
 class Hub:
     """The server; a context manager that starts and stops it. `requests` lists method, path and range of each request."""
 
-    def __init__(self):
-        self.repositories, self.objects, self.requests, self.faults = {}, {}, [], []
+    def __init__(self, port: int = 0):
+        self.port, self.repositories, self.objects, self.requests, self.faults = port, {}, {}, [], []
 
     def __enter__(self) -> "Hub":
         quiet = {"log": lambda *args: None}
-        self.server = make_server("127.0.0.1", 0, self, request_handler=type("Quiet", (WSGIRequestHandler,), quiet))
+        self.server = make_server("127.0.0.1", self.port, self, request_handler=type("Quiet", (WSGIRequestHandler,), quiet))
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from test_published_set import run_without_package
 from tiny_models import tiny_draft
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from transformers_prism.cli import app
 from transformers_prism.hub.card import render_card, step_shares, training_runs, write_card
 from transformers_prism.hub.metrics import gather, read_metrics
+from transformers_prism.target import load_target
 
 pytestmark = pytest.mark.quick
 
@@ -240,3 +242,44 @@ def test_the_command_writes_the_card(measured, draft_folder):
     result = CliRunner().invoke(app, ["card", str(draft_folder), str(draft_folder / "config.json")])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
+
+
+def seeded(code: str) -> str:
+    """A pipeline samples unless told otherwise; with the same seed the text is the same."""
+    return f"import torch\ntorch.manual_seed(0)\n{code}"
+
+
+@pytest.fixture
+def snippets(tiny_folders):
+    """The code of a card, with folders in place of names on the Hub; and the text that the target alone writes."""
+    target, tokenizer = load_target(tiny_folders[0])
+    inputs = tokenizer("The sky is blue because", return_tensors="pt")
+    plain = target.generate(**inputs, max_new_tokens=32)[0]
+    text = (Path(tiny_folders[1]) / "README.md").read_text()
+    codes = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    names = {f'"user/{Path(tiny_folders[1]).name}"': repr(tiny_folders[1]), '"the/target"': repr(tiny_folders[0])}
+    for name, folder in names.items():
+        assert all(name in code for code in codes)
+        codes = [code.replace(name, folder) for code in codes]
+    return codes, tokenizer.decode(plain, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_the_snippets_of_a_card_run_without_the_package(snippets, tiny_folders, tmp_path):
+    """The third as the sentence above it says: with trust_remote_code in place of the package."""
+    (first, second, third), text = snippets
+    third = third.replace("import transformers_prism\n", "").replace("target.dtype)", "target.dtype, trust_remote_code=True)")
+    code = "\n".join((first, second, seeded(third), seeded(third.replace(", assistant_model=draft", ""))))
+    printed = run_without_package(tiny_folders[1], tiny_folders[0], code, HF_MODULES_CACHE=str(tmp_path)).splitlines()
+    assert [printed[0], printed[2]] == [text] * 2
+    assert printed[3] == printed[4]
+    assert float(re.fullmatch(r"tokens per forward of the target: ([\d.]+)", printed[1]).group(1)) >= 1
+
+
+def test_the_pipeline_of_a_card_runs_with_the_package(snippets, capsys):
+    """The third snippet as it stands, with the draft as an object."""
+    third = snippets[0][2]
+    for code in (third, third.replace(", assistant_model=draft", "")):
+        exec(compile(seeded(code), "README.md", "exec"), {})
+    with_draft, plain = capsys.readouterr().out.splitlines()
+    assert with_draft == plain

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,15 @@ def test_docs_example_trains_a_draft_that_accepts_more():
     spec.loader.exec_module(example)
     untrained, trained = example.main(["--num-conversations", "240"])
     assert trained > untrained + 0.1
+
+
+@pytest.mark.slow
+def test_docs_example_publishes_and_loads():
+    """examples/publish_and_load.py: three loads without the package, the second version accepted clearly more often."""
+    script = ROOT / "examples" / "publish_and_load.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr[-2000:]
+    pattern = r"revision (\w+) loaded without the package: same output, tau ([\d.]+)"
+    first, second, again = re.findall(pattern, result.stdout)
+    assert first == again
+    assert float(second[1]) > float(first[1]) + 0.1

@@ -1,6 +1,7 @@
 """A saved draft loads where this package is not installed, and decodes as it does with the package."""
 
 import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import transformers_prism
 from transformers_prism.publishing import published_code, published_files, published_name, weights_sha256
@@ -201,6 +202,44 @@ draft.save_pretrained({str(tmp_path / "again")!r}, max_shard_size="30KB")
     assert names == {str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file()}
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+SAVE_CHANGED = """
+import warnings
+draft = AutoModel.from_pretrained(DRAFT, trust_remote_code=True)
+with torch.no_grad():
+    draft.fusion_layer.bias.add_(1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    draft.save_pretrained(CHANGED)
+print([str(one.message) for one in caught if "saved draft" in str(one.message)])
+"""
+
+
+def test_a_changed_draft_does_not_take_the_card_of_the_old_weights(saved, tmp_path):
+    """Without the package no new card can be made, so that a warning names what lacks; code and licence are there."""
+    folder, target, *_ = saved
+    code = f"CHANGED = {str(tmp_path / 'changed')!r}\n{SAVE_CHANGED}"
+    printed = run_without_package(folder, target, code, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    (message,) = ast.literal_eval(printed.splitlines()[-1])
+    assert message.startswith("the saved draft lacks README.md, metrics.json: ")
+    names = {path.name for path in (tmp_path / "changed").rglob("*")}
+    assert {"LICENSE", "modeling_prism.py", "generate.py"} <= names
+    assert not {"README.md", "metrics.json"} & names
+
+
+def test_custom_generate_takes_a_given_draft_and_asks_for_one_otherwise(saved):
+    """Called by hand it cannot tell its repository."""
+    spec = importlib.util.spec_from_file_location("published_generate", PACKAGE / "custom_generate" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    target, draft = AutoModelForCausalLM.from_pretrained(saved[1]), AutoModel.from_pretrained(saved[0])
+    input_ids, mask = prompts(2)
+    arguments = {"input_ids": input_ids, "attention_mask": mask, **LENGTH}
+    assert module.generate(target, assistant_model=draft, **arguments).tolist() == saved[2]
+    assert draft.last_speculation.accepted_per_round == saved[3]
+    with pytest.raises(ValueError, match="got another caller; pass the draft as assistant_model"):
+        module.generate(target, **arguments)
 
 
 def test_the_weights_hash_knows_bits_and_not_files(saved, tmp_path):
