@@ -52,7 +52,7 @@ def test_round_costs_measuring_leaves_models_and_generator_alone(pair):
     before = torch.get_rng_state()
     costs = measure(target, draft, num_rows=3)
     assert torch.equal(before, torch.get_rng_state())
-    assert costs.num_tokens == [3 * count for count in round_costs.MEASURED_TOKENS]
+    assert costs.num_tokens == [3 * count for count in round_costs.MEASURED_TOKENS[:-1]]
     assert 0 < costs.verify_seconds[0] <= costs.verify_seconds[-1]
     assert costs.verify_seconds == sorted(costs.verify_seconds)
     assert costs.step_seconds > 0
@@ -83,3 +83,21 @@ def test_round_costs_work_where_nothing_can_be_written(pair, tmp_path, monkeypat
     (tmp_path / "home").write_text("")
     monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path / "home"))
     assert load_or_measure(*pair, 1).verify(1) > 0
+
+
+def test_round_costs_of_fewer_rows_than_were_measured_stay_positive():
+    """Rows end, and a forward over what is left costs less, but no less than its share."""
+    costs = RoundCosts([8, 16], [1.0, 3.0], 0.1)
+    assert costs.verify(7) == pytest.approx(7 / 8)
+    assert costs.verify(1) == pytest.approx(1 / 8)
+    flat = RoundCosts([8, 16], [1.0, 1.1], 0.1)
+    assert flat.verify(4) == pytest.approx(0.95)
+
+
+def test_round_costs_of_large_batches_are_measured_in_small_forwards(pair, monkeypatch):
+    """Otherwise the first call of a batch of 32 rows would take longer than what it decides about."""
+    sizes = []
+    monkeypatch.setattr(round_costs, "_time_target", lambda *arguments: sizes.append(arguments[3]) or 1.0)
+    assert measure(*pair, num_rows=32).num_tokens == [32, 64, 128]
+    assert max(sizes) == 4
+    assert measure(*pair, num_rows=200).num_tokens == [200, 400]

@@ -26,7 +26,7 @@ ALLOWED = {
         "kernels.",
     },
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
-    "round_costs": {"drafting"},
+    "round_costs": {"drafting", "target_rounds"},
     "target_rounds": {"tree", "attention", "cache", "kernels."},
     "tree": {"kernels."},
     "drafting": {"tree", "attention", "cache", "kernels."},

@@ -39,5 +39,5 @@ def test_a_node_has_no_more_children_than_there_are_draft_tokens():
 @pytest.mark.parametrize(("max_depth", "expected"), [(0, (0, 0)), (1, (1, 4)), (2, (2, 15)), (9, (4, 15))])
 def test_clipping_to_the_room_that_is_left(max_depth, expected):
     """Depth 0 is a plain step."""
-    settings = TreeSettings("static", 4, 4, 15).clipped(max_depth)
+    settings = TreeSettings("static", 4, 4, 15).clipped(max_depth, 99)
     assert (settings.depth, settings.num_nodes) == expected

@@ -141,7 +141,7 @@ class AutoTrees:
         self.pause = _FIRST_PAUSE
         self.texts: list[NgramIndex | None] = [None] * rows.num_rows
 
-    def propose(self, drafter, unread: list, active: list[int], max_depth: int) -> Tree:
+    def propose(self, drafter, unread: list, active: list[int], max_depth: int, max_nodes: int) -> Tree:
         """The tree of the next round.
 
         Args:
@@ -149,6 +149,7 @@ class AutoTrees:
             unread (`list[NewPositions]`): what it has not read yet; emptied if it is read now.
             active (`list[int]`): rows of the sequences.
             max_depth (`int`): tokens of the longest path at most, 0 or more.
+            max_nodes (`int`): drafted nodes at most, 0 or more.
         """
         start = time.perf_counter()
         has_backlog = len(unread) > 1 or self.num_rounds == 0
@@ -156,6 +157,7 @@ class AutoTrees:
         num_rows = len(active)
         ends = torch.tensor([self.rows.lengths[row] for row in active], device=self.rows.ids.device)
         root_ids = self.rows.ids[torch.tensor(active, device=ends.device), ends - 1]
+        max_depth = min(max_depth, max_nodes)
         depth = min(self.settings.depth, max_depth)
         pool, num_steps = CandidatePool.empty(num_rows, torch.device("cpu")), 0
         if depth > 0 and self.num_rounds > self.next_try:
@@ -167,7 +169,7 @@ class AutoTrees:
             pool, values, drafted_cells, copied_cells = self._join_copies(
                 pool, values, drafted_cells, copied_cells, active, max_depth
             )
-        num_nodes, expected = self._best_size(values, num_rows)
+        num_nodes, expected = self._best_size(values, num_rows, max_nodes)
         chosen = best_nodes(values, num_nodes)
         if num_nodes == 0:
             tree = root_tree(root_ids)
@@ -289,10 +291,10 @@ class AutoTrees:
             text.extend(self.rows.ids[row, len(text.token_ids) : end].tolist())
         return text
 
-    def _best_size(self, values: torch.Tensor, num_rows: int) -> tuple[int, float]:
+    def _best_size(self, values: torch.Tensor, num_rows: int, max_nodes: int) -> tuple[int, float]:
         """Nodes of every row that pay best, and the tokens that the round should then commit in all rows."""
         usable = int((values > 0).sum(dim=1).min()) if values.numel() else 0
-        limit = min(self.settings.num_nodes, usable)
+        limit = min(self.settings.num_nodes, max_nodes, usable)
         best_first = values.sort(dim=1, descending=True).values[:, :limit].sum(dim=0)  # [limit]
         rate, verify = self._rate(num_rows), self.costs.verify
         expected = best = float(num_rows)

@@ -3,7 +3,12 @@
 Layout: in every row of the batch committed keys are dense from the left, behind that row's left padding. New keys are
 appended behind the longest row. Committing moves each row's accepted keys to that row's own end and forgets the rest;
 what lies between a shorter row's end and the longest row's is a hole, which the masks leave out.
+
+There are two kinds of layers with the same few methods: `TreeLayer` grows, `StaticTreeLayer` keeps its shapes, so that a
+compiled forward is never compiled anew.
 """
+
+import functools
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
@@ -85,11 +90,33 @@ class TreeLayer(DynamicLayer):
             self.set_length(self.length)
 
 
+class StaticTreeLayer(StaticLayer):
+    """A static layer that keeps some of the keys appended and forgets the rest: its tensors stay where they are, and
+    every update returns all `max_cache_len` positions.
+
+    It adds no state, so that a user's own static layer becomes one, and a `StaticLayer` again, by its class alone.
+    """
+
+    @property
+    def key_buffer(self) -> torch.Tensor:
+        """All positions, written or not, `(B, G, C, E)`."""
+        return self.keys
+
+    @property
+    def value_buffer(self) -> torch.Tensor:
+        """All positions, written or not, `(B, G, C, E)`."""
+        return self.values
+
+    def set_length(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.cumulative_length.fill_(length)
+
+
 class CommittedCache:
-    """A cache of `TreeLayer`s with what is committed in each row.
+    """A cache of `TreeLayer`s or `StaticTreeLayer`s with what is committed in each row.
 
     Args:
-        cache (`Cache`): holds `TreeLayer`s.
+        cache (`Cache`): holds such layers.
         committed (`torch.BoolTensor` of shape `(B, P)`): True where a key takes part in attention.
     """
 
@@ -178,44 +205,67 @@ def is_adoptable(cache) -> bool:
 
 
 class AdoptedLayers:
-    """Lends a cache `TreeLayer`s while a loop runs, and puts its own layers back afterwards.
+    """Lends a cache layers whose rows can be moved while a loop runs, and puts its own layers back afterwards.
 
     Args:
-        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed.
+        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed. Only static
+            layers of exactly `capacity` positions are used as they are, behind what they hold.
+        capacity (`int`, *optional*): positions of `StaticTreeLayer`s; without it `TreeLayer`s are lent.
     """
 
-    def __init__(self, cache: Cache):
+    def __init__(self, cache: Cache, capacity: int | None = None):
         self.cache = cache
         self.originals = list(cache.layers)
+        self.lengths = [int(layer.get_seq_length()) for layer in self.originals]
         self.layer_class = cache.layer_class_to_replicate
-        cache.layers = [_as_tree_layer(layer) for layer in self.originals]
+        lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
+        for layer in self.originals:
+            if type(layer) is StaticLayer and layer.max_cache_len == capacity:
+                layer.__class__ = StaticTreeLayer
+        cache.layers = [
+            layer if type(layer) is StaticTreeLayer else _with_states_of(layer, lent_class())
+            for layer in self.originals
+        ]
         if self.layer_class is not None:
-            cache.layer_class_to_replicate = TreeLayer
+            cache.layer_class_to_replicate = lent_class
 
     def put_back(self) -> None:
         """Restore the layers as they were before, for a loop that failed."""
+        self._restore_classes()
+        for layer, length in zip(self.originals, self.lengths, strict=True):
+            if type(layer) is StaticLayer:
+                layer.cumulative_length.fill_(length)
+
+    def _restore_classes(self) -> None:
+        for layer in self.originals:
+            if type(layer) is StaticTreeLayer:
+                layer.__class__ = StaticLayer
         self.cache.layers = self.originals
         self.cache.layer_class_to_replicate = self.layer_class
 
     def put_back_with_new_states(self) -> None:
         """Restore the layers and give them what the loop has committed; all rows must have one length."""
         lent = self.cache.layers
-        self.put_back()
+        self._restore_classes()
         while len(self.cache.layers) < len(lent):
             self.cache.layers.append(self.layer_class())
         for original, layer in zip(self.cache.layers, lent, strict=True):
-            if layer.is_initialized:
-                _write_states(original, layer.keys, layer.values)
+            if not layer.is_initialized:
+                continue
+            length = int(layer.get_seq_length())
+            if layer is original:
+                layer.keys[:, :, length:] = 0
+                layer.values[:, :, length:] = 0
+            else:
+                _write_states(original, layer.key_buffer[:, :, :length], layer.value_buffer[:, :, :length])
 
 
-def _as_tree_layer(layer) -> TreeLayer:
-    """A `TreeLayer` with the same stored positions; those that a window has dropped are zeros, which masks leave out."""
-    lent = TreeLayer()
+def _with_states_of(layer, lent):
+    """`lent` with the stored positions of `layer`; those that a window has dropped are zeros, which masks leave out."""
     length = int(layer.get_seq_length())
-    if not layer.is_initialized or length == 0:
-        return lent
-    kept = min(length, layer.keys.shape[2])
-    lent.update(_as_full_length(layer.keys, length, kept), _as_full_length(layer.values, length, kept))
+    if layer.is_initialized and length > 0:
+        kept = min(length, layer.keys.shape[2])
+        lent.update(_as_full_length(layer.keys, length, kept), _as_full_length(layer.values, length, kept))
     return lent
 
 

@@ -162,10 +162,10 @@ class _FixedTrees:
     def __init__(self, settings: TreeSettings):
         self.settings = settings
 
-    def propose(self, drafter, unread: list[NewPositions], active: list[int], max_depth: int):
+    def propose(self, drafter, unread: list[NewPositions], active: list[int], max_depth: int, max_nodes: int):
         """The tree of the next round; the arguments are those of [`AutoTrees.propose`]."""
         read_all(drafter, unread)
-        self.clipped = self.settings.clipped(max_depth)
+        self.clipped = self.settings.clipped(max_depth, max_nodes)
         self.depth = self.clipped.depth
         return drafter.grow(self.clipped)
 
@@ -208,7 +208,7 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
         with speculation.timed("draft"):
             # A node can only be emitted if there is room for the token behind it.
             max_depth = max(rows.remaining(row) for row in active) - 1
-            tree = trees.propose(drafter, unread, active, max_depth)
+            tree = trees.propose(drafter, unread, active, max_depth, target_side.max_nodes)
         start = time.perf_counter()
         with speculation.timed("verify"):
             logits, hidden = target_side.verify(tree)
@@ -238,9 +238,9 @@ def _walk_rows(rows: OutputRows, active: list[int], tree, logits, depth: int) ->
 
 
 def _drop_finished(rows: OutputRows, active: list[int], unread: list[NewPositions], target_side, drafter):
-    """Leave finished rows out of the caches, unless the whole cache is to be returned."""
+    """Leave finished rows out of the caches, unless the target keeps them."""
     going = [i for i, row in enumerate(active) if not rows.is_done(row)]
-    if len(going) == len(active) or not going or target_side.returns_cache:
+    if len(going) == len(active) or not going or target_side.keeps_rows:
         return active, unread
     target_side.keep_rows(going)
     drafter.keep_rows(going)

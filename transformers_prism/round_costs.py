@@ -17,11 +17,12 @@ import torch
 from huggingface_hub import constants
 
 from .drafting import Drafter
+from .target_rounds import is_compiled
 
 # Tokens of one row in a target forward that are measured; between them costs are interpolated.
 MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-# More than this in one forward is not a tree that pays.
-_MAX_TOKENS = 512
+# In one forward, all rows together: beyond the last point measured the line goes on.
+_MAX_TOKENS = 128
 _NUM_REPEATS = 3
 # A round moves the estimate a tenth of the way to what it measured, and its neighbours' a twentieth.
 _RATE = 0.1
@@ -49,8 +50,9 @@ class RoundCosts:
         """Seconds of a target forward over `num_tokens` tokens, all rows together."""
         left, share = self._between(num_tokens)
         low, high = self.verify_seconds[left], self.verify_seconds[left + 1]
-        # Beyond the last point the line goes on.
-        return low + share * (high - low)
+        # Beyond the last point the line goes on; before the first, where rows have ended, fewer tokens cost at least their
+        # share, since a line that is steep would end below nothing.
+        return max(low + share * (high - low), low * min(num_tokens / self.num_tokens[left], 1.0))
 
     def _between(self, num_tokens: int) -> tuple[int, float]:
         """The measured point to the left, and how far towards the next one this number lies."""
@@ -121,7 +123,7 @@ def _key(target, draft, num_rows: int) -> str:
         device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
         [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
         target.config.get_text_config()._attn_implementation,
-        getattr(target, "_compiled_call_impl", None) is not None,
+        is_compiled(target),
         num_rows,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -130,6 +132,9 @@ def _key(target, draft, num_rows: int) -> str:
 @torch.no_grad()
 def measure(target, draft, num_rows: int) -> RoundCosts:
     """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
+
+    A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
+    correct that.
 
     Args:
         target, draft, num_rows: as for [`load_or_measure`].
@@ -140,7 +145,8 @@ def measure(target, draft, num_rows: int) -> RoundCosts:
     verify = {count: float("inf") for count in per_row}
     step = float("inf")
     devices = [target.device] if target.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), uncompiled:
         for repeat in range(1 + _NUM_REPEATS):
             for count in per_row:
                 seconds = _time_target(target, draft, num_rows, count)

@@ -1,16 +1,22 @@
 """The target's half of a round: prefill, verification of a tree in one forward, and committing the accepted path.
 
 `TreeTarget` serves every cache whose layers can be lent (full and sliding attention, dynamic or static) for any batch.
+Where the cache is static or the target is compiled, no shape changes from round to round: the layers are static, masks
+as wide as they are, trees padded to one of a few sizes, and finished rows stay.
 `ChainTarget` keeps the target's own cache and rolls it back: for one row and a chain it needs neither masks nor
 positions, so it also serves convolution layers and attention implementations that take no tree mask.
 Shape letters: B rows that still decode, T prompt positions, N tree nodes, L fused target layers.
 """
 
 import inspect
+import sys
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from transformers import DynamicCache
+from torch.nn.functional import pad
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from .attention import PRISM_GROUPED, PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, is_adoptable
@@ -19,6 +25,12 @@ from .kernels.tree_attention import unpack_ancestors
 from .tree import Tree, attention_mask, visible_keys, within_window
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE, PRISM_GROUPED)
+# Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
+_STATIC_SIZES = (1, 8, 16, 32, 64)
+_CAPACITY_STEP = 256
+# Positions of the layers lent to each target of static shapes: they only grow, so that calls share what is compiled.
+_capacities: WeakKeyDictionary = WeakKeyDictionary()
+_prepared: WeakSet = WeakSet()
 # What generate() prepares and a verification forward replaces.
 _REPLACED_INPUTS = (
     "attention_mask cache_position logits_to_keep output_attentions output_hidden_states past_key_values position_ids "
@@ -112,6 +124,36 @@ def _num_learned_positions(text_config) -> int | None:
     return None if is_rotary else getattr(text_config, "max_position_embeddings", None)
 
 
+def is_compiled(target) -> bool:
+    """Whether torch.compile was applied to the target's forward or to one of its modules."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
+
+
+def _prepare_compiled(target, layer_ids: list[int]) -> None:
+    """Let a compiled target return hidden states: the first forward that does installs hooks, which breaks a graph."""
+    if target in _prepared or not is_compiled(target):
+        return
+    token = torch.zeros((1, 1), dtype=torch.long, device=target.device)
+    with torch.compiler.set_stance("force_eager"):
+        target(token, use_cache=False, output_hidden_states=layer_ids)
+    _prepared.add(target)
+
+
+def static_size(num_nodes: int) -> int:
+    """The size that a tree of so many nodes, root included, is padded to."""
+    largest = _STATIC_SIZES[-1]
+    return next((size for size in _STATIC_SIZES if size >= num_nodes), -(-num_nodes // largest) * largest)
+
+
+def _static_size_within(room: int) -> int:
+    """The largest of these sizes that is at most `room`, 1 or more."""
+    largest = _STATIC_SIZES[-1]
+    return max(size for size in (*_STATIC_SIZES, room // largest * largest) if size <= room)
+
+
 class _Target:
     """What both roads share: the prefill, positions, and the states that the draft reads.
 
@@ -131,6 +173,8 @@ class _Target:
             self.cache, "_is_user_defined", False
         )
         self.adopted: AdoptedLayers | None = None
+        self.keeps_rows = self.returns_cache  # finished rows stay in the batch
+        self.model_forward = target
         self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters
         self.forward_kwargs = {key: value for key, value in model_kwargs.items() if key not in _REPLACED_INPUTS}
         if target._supports_logits_to_keep():
@@ -170,6 +214,11 @@ class _Target:
             self.position_limit = [min(limit, num_positions - 1) for limit in self.position_limit]
         self.after_prefill()
         return outputs.logits[:, -1]
+
+    @property
+    def max_nodes(self) -> int:
+        """Drafted nodes that the next tree may have."""
+        return sys.maxsize
 
     def before_prefill(self) -> None:
         """Prepare the cache."""
@@ -223,7 +272,7 @@ class _Target:
         inputs = dict(self.forward_kwargs)
         if self.takes_position_ids:
             inputs["position_ids"] = position_ids.to(self.target.device)
-        outputs = self.target(
+        outputs = self.model_forward(
             input_ids=tree.token_ids.to(self.target.device),
             attention_mask=mask,
             past_key_values=self.cache,
@@ -241,26 +290,68 @@ class _Target:
 class TreeTarget(_Target):
     """A target that verifies trees for a batch, on layers lent to its cache while the loop runs."""
 
+    def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict, num_rows: int):
+        super().__init__(target, layer_ids, generation_config, model_kwargs)
+        self.capacity = self._static_capacity(num_rows)  # None: layers and masks grow
+        self.keeps_rows = self.returns_cache or self.capacity is not None
+
+    def _static_capacity(self, num_rows: int) -> int | None:
+        """Positions of the layers, if they are to be static: those of the caller's own if they can be used as they are."""
+        is_static = type(self.cache) is StaticCache
+        if not is_static and not is_compiled(self.target):
+            return None
+        whole = [layer.max_cache_len for layer in self.cache.layers if type(layer) is StaticLayer]
+        # Where the last row ends, the others may still need room behind it; one row needs none.
+        if is_static and self.returns_cache and num_rows == 1 and whole:
+            return min(whole)
+        length = max(self.generation_config.max_length + int(self.cache.get_seq_length()), *whole, 0)
+        wanted = -(-(length + _STATIC_SIZES[-1]) // _CAPACITY_STEP) * _CAPACITY_STEP
+        _capacities[self.target] = max(wanted, _capacities.get(self.target, 0))
+        return _capacities[self.target]
+
+    @property
+    def max_nodes(self) -> int:
+        """Drafted nodes that the next tree may have: without static layers any number.
+
+        Raises:
+            ValueError: if a caller's static cache is full.
+        """
+        if self.capacity is None:
+            return sys.maxsize
+        if self.capacity <= self.committed.width:
+            raise ValueError(
+                f"past_key_values: expected a static cache with room for the next token, got one of {self.capacity} "
+                "positions that is full"
+            )
+        return _static_size_within(self.capacity - self.committed.width) - 1
+
     def before_prefill(self) -> None:
         """Lend the cache layers whose rows can be moved."""
-        self.adopted = AdoptedLayers(self.cache)
+        _prepare_compiled(self.target, self.layer_ids)
+        self.adopted = AdoptedLayers(self.cache, self.capacity)
 
     def after_prefill(self) -> None:
-        """Note what is committed in each row."""
+        """Note what is committed in each row, and which forward runs from here on."""
         self.committed = CommittedCache(self.cache, self.prompt_mask)
         config = self.target.config.get_text_config()
         self.windows = layer_windows(config)
         self.attn_implementation = config._attn_implementation
+        if self.target._valid_auto_compile_criteria(self.model_kwargs, self.generation_config):
+            self.model_forward = self.target.get_compiled_call(self.generation_config.compile_config)
 
     def verify(self, tree: Tree):
         """The target's logits `(B, N, V)` at each node of a tree, and the states that the draft reads."""
+        num_nodes = tree.num_nodes
+        if self.capacity is not None:
+            tree = _padded(tree, static_size(num_nodes))
         device = self.committed.committed.device
         depths = tree.depths.to(device)
         position_ids = torch.tensor(self.next_position, device=device)[:, None] + depths
         limit = torch.tensor(self.position_limit, device=device)[:, None]
         # Rows near their end cannot use the deepest nodes; the target may not even have positions for them.
         position_ids = position_ids.minimum(limit.maximum(position_ids[:, :1]))
-        return self._forward(tree, self._masks(tree, depths), position_ids)
+        logits, hidden = self._forward(tree, self._masks(tree, depths), position_ids)
+        return logits[:, :num_nodes], hidden[:, :num_nodes]
 
     def _masks(self, tree: Tree, depths: torch.Tensor):
         committed = self.committed.committed
@@ -274,8 +365,10 @@ class TreeTarget(_Target):
                 node_index = lengths + depths
                 key_index = torch.arange(self.committed.width, device=committed.device).expand(len(lengths), -1)
                 seen = visible & within_window(node_index, torch.cat((key_index, node_index), dim=1), window)
+            if self.capacity is not None:
+                seen = pad(seen, (0, self.capacity - seen.shape[2]))
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
-            if self.attn_implementation == PRISM_TREE:
+            if self.attn_implementation == PRISM_TREE and self.capacity is None:
                 masks[kind] = attach_tree(masks[kind], ancestors, committed, node_index, window)
         return masks[None] if None in masks else masks
 
@@ -301,17 +394,18 @@ class TreeTarget(_Target):
     def _even_out(self, sequences: torch.LongTensor) -> None:
         """Bring all rows to the length that plain decoding stops at; it runs padding through rows that have ended."""
         goal = sequences.shape[1] - 1 + self.num_cached_before
-        missing = [goal - length for length in self.committed.lengths]
-        if max(missing) > 0:
-            longest = max(missing)
+        while max(missing := [goal - length for length in self.committed.lengths]) > 0:
+            longest = min(max(missing), self.max_nodes + 1)
+            missing = [min(count, longest) for count in missing]
             token_ids = sequences.new_zeros((len(missing), longest))
-            for row, count in enumerate(missing):
+            for row, (count, length) in enumerate(zip(missing, self.committed.lengths, strict=True)):
                 if count > 0:
-                    token_ids[row, :count] = sequences[row, sequences.shape[1] - 1 - count : -1]
+                    start = length - self.num_cached_before
+                    token_ids[row, :count] = sequences[row, start : start + count]
             index = torch.arange(longest, device=sequences.device).expand(len(missing), -1)
             self.position_limit = [position + longest for position in self.next_position]
             self.verify(Tree(token_ids, (index - 1).clamp(min=0), index, torch.zeros(index.shape)))
-            self.committed.commit([list(range(max(count, 0))) for count in missing])
+            self.commit([list(range(max(count, 0))) for count in missing])
         for layer in self.cache.layers:
             if layer.is_initialized:
                 layer.set_length(goal)
@@ -373,6 +467,17 @@ class ChainTarget(_Target):
             self.cache.crop(-num_new)
 
 
+def _padded(tree: Tree, num_nodes: int) -> Tree:
+    """The tree with further children of the root, which nobody walks to, up to `num_nodes` nodes."""
+    extra = (0, num_nodes - tree.num_nodes)
+    return Tree(
+        pad(tree.token_ids, extra),
+        pad(tree.parents, extra),
+        pad(tree.depths, extra, value=1),
+        pad(tree.log_probs, extra),
+    )
+
+
 def chain_cache_is_served(cache, num_rows: int) -> bool:
     """Whether [`ChainTarget`] can serve this cache: one row, kept in memory, and every layer can be rolled back, which
     some layers only tell once they hold something."""
@@ -384,7 +489,7 @@ def make_target(target, layer_ids, generation_config, model_kwargs, num_rows: in
     """The road that can decode this target and cache, or None if neither can."""
     cache = model_kwargs["past_key_values"]
     if is_adoptable(cache) and takes_tree_mask(target):
-        return TreeTarget(target, layer_ids, generation_config, model_kwargs)
+        return TreeTarget(target, layer_ids, generation_config, model_kwargs, num_rows)
     if chain_cache_is_served(cache, num_rows):
         return ChainTarget(target, layer_ids, generation_config, model_kwargs)
     return None

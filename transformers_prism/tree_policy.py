@@ -70,10 +70,11 @@ class TreeSettings:
         """Nodes drawn by `depth` draft steps: the children of the root, then top_k children of top_k nodes a step."""
         return self.top_k + (depth - 1) * self.top_k**2 if depth > 0 else 0
 
-    def clipped(self, max_depth: int) -> "TreeSettings":
-        """The same settings for a tree of at most `max_depth` steps, 0 or more."""
-        depth = min(self.depth, max_depth)
-        return dataclasses.replace(self, depth=depth, num_nodes=min(self.num_nodes, self.pool_size(depth)))
+    def clipped(self, max_depth: int, max_nodes: int) -> "TreeSettings":
+        """The same settings for a tree of at most `max_depth` steps and `max_nodes` drafted nodes, 0 or more."""
+        depth = min(self.depth, max_depth, max_nodes)
+        num_nodes = min(self.num_nodes, self.pool_size(depth), max_nodes)
+        return dataclasses.replace(self, depth=depth, num_nodes=num_nodes)
 
     def as_chain(self) -> "TreeSettings":
         """The chain that fits into this tree: as long as its depth and its number of nodes allow."""
