@@ -20,6 +20,9 @@ PackedOption = Annotated[
     bool, typer.Option("--packed/--no-packed", help="Pack weights for the CPU first (prepare_for_cpu), for both ways.")
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="File to write settings and figures to.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")]
+TopPOption = Annotated[float | None, typer.Option(help="Nucleus; with a temperature.")]
+RepetitionPenaltyOption = Annotated[float | None, typer.Option(help="1 is none.")]
 
 
 @contextmanager

@@ -327,7 +327,8 @@ class TreeTarget(_Target):
 
     def before_prefill(self) -> None:
         """Lend the cache layers whose rows can be moved."""
-        _prepare_compiled(self.target, self.layer_ids)
+        if self.capacity is not None:
+            _prepare_compiled(self.target, self.layer_ids)
         self.adopted = AdoptedLayers(self.cache, self.capacity)
 
     def after_prefill(self) -> None:

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
-from transformers_prism.benchmark.record import hardware
+from transformers_prism.benchmark.record import hardware, write_json
 from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -29,7 +29,7 @@ from transformers_prism.publishing import TRAINING, weights_sha256
 from transformers_prism.target import load_target
 from transformers_prism.training.conversations import loop_period, read_conversations, split_conversations
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
-from transformers_prism.training.train import train, write_json
+from transformers_prism.training.train import train
 
 # What is compared: settings of `train` beyond those that all share.
 RECIPES: Mapping[str, dict] = MappingProxyType(

@@ -262,7 +262,7 @@ def _claim_output(config: TrainConfig):
     """Record the settings that a resumed run must repeat, once data and target have been found to be usable."""
     if PartialState().is_main_process:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output) / "config.json", _settings(config))
+        _write_json(Path(config.output) / "config.json", _settings(config))
     PartialState().wait_for_everyone()
 
 
@@ -369,7 +369,7 @@ def _run_stage(
     }
     if PartialState().is_main_process:
         draft.save_pretrained(finished)
-        write_json(folder / "result.json", result)
+        _write_json(folder / "result.json", result)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
@@ -390,7 +390,7 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict) -> None:
     """Write a file that is whole or not there."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
@@ -463,5 +463,4 @@ __all__ = [
     "AlignedTraining",
     "main",
     "train",
-    "write_json",
 ]
