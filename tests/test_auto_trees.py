@@ -55,20 +55,35 @@ def test_auto_a_draft_that_is_always_right_gets_deep_trees(cheap_rounds, monkeyp
 
 
 def test_auto_a_useless_draft_is_left_alone(cheap_rounds):
-    """A random draft is tried a few times, ever more seldom, and most rounds are plain steps."""
+    """A random draft is tried a few times, ever more seldom, and most rounds are plain steps; a later call, which knows
+    that it did not pay, waits before it even reads the prompt."""
     input_ids, mask = prompts(1)
     target = varied_target("llama", input_ids, mask, **LENGTH)
     draft = tiny_draft(target)
     draft.generation_config.update(tree="auto", tree_ngrams=False)
     cheap_rounds.step_seconds = 0.2  # at 0.02, the luck of one token in 97 would nearly pay
     plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+    tried = []
     for _ in range(3):
         assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
-    tried = [index for index, tree in enumerate(draft.last_speculation.trees) if tree.num_steps]
-    assert tried[0] == 0
-    assert 2 <= len(tried) <= 12
-    pauses = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
+        tried.append([index for index, tree in enumerate(draft.last_speculation.trees) if tree.num_steps])
+    assert tried[0][0] == 0
+    pauses = [later - earlier for earlier, later in zip(tried[0], tried[0][1:], strict=False)]
     assert pauses[-1] > pauses[0]
+    assert tried[2][0] >= 4
+    assert 1 <= len(tried[2]) <= 4
+
+
+def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
+    """What did not pay for one row may pay for three, and the other way round."""
+    input_ids, mask = prompts(3)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto", tree_ngrams=False)
+    cheap_rounds.step_seconds = 0.2
+    for rows in (slice(0, 1), slice(0, 3)):
+        target.generate(input_ids[rows], attention_mask=mask[rows], assistant_model=draft, **ARGUMENTS)
+        assert draft.last_speculation.trees[0].num_steps > 0
 
 
 def test_auto_expensive_verification_leads_to_plain_decoding(cheap_rounds):

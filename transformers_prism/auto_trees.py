@@ -38,8 +38,10 @@ _FADE = 0.995
 # A new draft is believed as if so many nodes of each kind had been accepted as often as it says, less a bit.
 _PRIOR_WEIGHT = 8.0
 _PRIOR_TRUST = 0.8
-# Rounds until drafting is tried again: at first, and at most; doubled whenever a try did not pay.
+# Rounds until drafting is tried again: at first, and at most; doubled whenever a try did not pay. The next call waits for
+# a quarter of the last pause, since its text may be another.
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
+_SHARE_OF_PAUSE = 4
 # How fast the rate of rounds with the draft, and the gain of a step, follow the latest round.
 _RATE_FADE = 0.85
 _GAIN_RATE = 0.1
@@ -83,19 +85,32 @@ def _copied_prior() -> torch.Tensor:
 
 
 @dataclass
+class Payoff:
+    """Whether rounds with the draft pay in batches of one size.
+
+    Args:
+        advantage: tokens per second of rounds with the draft over plain decoding, as last seen.
+        pause: plain rounds after the next try that does not pay.
+    """
+
+    advantage: float = 1.0
+    pause: int = _FIRST_PAUSE
+
+
+@dataclass
 class Experience:
     """What rounds have taught about a draft, kept from one generate() call to the next.
 
     Args:
         drafted, copied: acceptance of the draft's nodes and of copied ones.
         step_gain: value that one more draft step brings, over the value of the nodes that it goes on with.
-        advantage: tokens per second of rounds with the draft over plain decoding, as last seen.
+        payoffs: by number of rows.
     """
 
     drafted: _Table = field(default_factory=lambda: _Table(_drafted_prior()))
     copied: _Table = field(default_factory=lambda: _Table(_copied_prior()))
     step_gain: float = 0.7
-    advantage: float = 1.0
+    payoffs: dict[int, Payoff] = field(default_factory=dict)
 
 
 class _Proposal(NamedTuple):
@@ -134,11 +149,12 @@ class AutoTrees:
         self.settings, self.rows = settings, rows
         self.costs = _known_costs(target, draft, rows.num_rows)
         self.experience = _experiences.setdefault(draft, {}).setdefault(rows.do_sample, Experience())
+        self.payoff = self.experience.payoffs.setdefault(rows.num_rows, Payoff())
         # Expected tokens of recent rounds with the draft, per row, and their time in plain steps; both fade.
         self.tokens = self.plain_steps = 1.0
-        self.tokens *= max(self.experience.advantage, 1.0)
-        self.num_rounds = self.next_try = 0
-        self.pause = _FIRST_PAUSE
+        self.tokens *= max(self.payoff.advantage, 1.0)
+        self.num_rounds = 0
+        self.next_try = 0 if self.payoff.pause == _FIRST_PAUSE else self.payoff.pause // _SHARE_OF_PAUSE
         self.texts: list[NgramIndex | None] = [None] * rows.num_rows
 
     def propose(self, drafter, unread: list, active: list[int], max_depth: int, max_nodes: int) -> Tree:
@@ -211,7 +227,7 @@ class AutoTrees:
         """What the choices rest on, for a person to read."""
         return {
             **asdict(self.costs),
-            "advantage": self.experience.advantage,
+            "advantage": self.payoff.advantage,
             "step_gain": self.experience.step_gain,
             "probability_edges": list(_EDGES),
             "accepted_by_depth_and_probability": self.experience.drafted.probabilities().tolist(),
@@ -322,12 +338,12 @@ class AutoTrees:
         seconds = self.costs.step_seconds * proposal.num_steps + self.costs.verify(num_verified)
         self.tokens = _RATE_FADE * self.tokens + tokens
         self.plain_steps = _RATE_FADE * self.plain_steps + seconds / self.costs.verify(num_rows)
-        self.experience.advantage = self.tokens / self.plain_steps
-        if self.experience.advantage >= 1.0:
-            self.pause = _FIRST_PAUSE
+        self.payoff.advantage = self.tokens / self.plain_steps
+        if self.payoff.advantage >= 1.0:
+            self.payoff.pause = _FIRST_PAUSE
             return
-        self.next_try = self.num_rounds + self.pause
-        self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+        self.next_try = self.num_rounds + self.payoff.pause
+        self.payoff.pause = min(2 * self.payoff.pause, _LONGEST_PAUSE)
 
 
 class _StepChoice:
