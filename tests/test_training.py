@@ -377,6 +377,8 @@ def test_data_that_is_not_gzip_is_named(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"compute_dtype: expected float32 or bfloat16, got 'int8'"):
         TrainConfig(compute_dtype="int8")
+    with pytest.raises(ValueError, match=r"save_updates: expected a multiple of validation_updates \(30\), .*, got 50"):
+        TrainConfig(save_updates=50, validation_updates=30, num_acceptance_prompts=2)
     with pytest.raises(ValueError, match=r"batch_size: expected at least 1, got 0"):
         TrainConfig(batch_size=0)
 

@@ -127,6 +127,11 @@ class TrainConfig:
             raise ValueError("expected at least one stage with more than 0 epochs, got none")
         if self.patience and not (self.num_acceptance_prompts and self.validation_updates):
             raise ValueError("patience: expected num_acceptance_prompts and validation_updates with it, got 0")
+        if self.chooses_by_tau and self.save_updates % self.validation_updates:
+            raise ValueError(
+                f"save_updates: expected a multiple of validation_updates ({self.validation_updates}), since the checkpoint "
+                f"with the best tau is kept, got {self.save_updates}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
