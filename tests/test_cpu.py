@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, tiny_dra
 from torch import nn
 
 from transformers_prism import prepare_for_cpu
-from transformers_prism.cpu import PackedLinear
+from transformers_prism.cpu import HalfLinear, PackedLinear, PreparedModels, pack
 
 pytestmark = [
     pytest.mark.quick,
@@ -59,13 +59,47 @@ def test_a_prepared_pair_is_lossless(draft_vocab_size):
     target = varied_target("llama", input_ids, mask, **{k: v for k, v in arguments.items() if k != "do_sample"})
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
     with prepare_for_cpu(target, draft):
+        assert type(target.lm_head) is PackedLinear
+        assert type(draft.fusion_layer) is HalfLinear
         plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **arguments)
         assert torch.equal(plain, speculative)
         if draft_vocab_size:
-            assert type(draft._borrowed.head_rows) is PackedLinear
+            assert type(draft._borrowed.head_rows) is HalfLinear
     draft.bind(target)
     if draft_vocab_size:
         assert type(draft._borrowed.head_rows) is nn.Linear
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [0, 1, 10, 200])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_drafts_layer_in_float16(num_rows, has_bias):
+    """The product with the rounded weight, summed in float32; exact again when it is undone."""
+    linear = nn.Linear(576, 97, bias=has_bias)
+    inputs = torch.randn(2, num_rows, 576)
+    exact = linear(inputs)
+    expected = nn.functional.linear(inputs, linear.weight.half().float(), linear.bias)
+    pack(linear, HalfLinear)
+    torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+    with torch.enable_grad():
+        assert torch.equal(linear(inputs), exact)
+    PreparedModels([linear]).undo()
+    assert torch.equal(linear(inputs), exact)
+
+
+def test_weights_beyond_float16_are_packed_in_float32():
+    """Nothing is cut off."""
+    linear = nn.Linear(8, 8)
+    with torch.no_grad():
+        linear.weight[0, 0] = 1e6
+    assert type(pack(linear, HalfLinear)) is PackedLinear
+
+
+def test_a_prepared_draft_takes_half_of_its_bytes_more():
+    """Of its own layers; the head's rows are counted with the head."""
+    draft = tiny_draft(tiny_target("llama"))
+    num_weights = sum(module.weight.numel() for module in draft.modules() if type(module) is nn.Linear)
+    assert prepare_for_cpu(draft).num_bytes == 2 * num_weights
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_prism import PrismConfig, target_numerics
-from .cpu import PackedLinear, prepare_for_cpu
+from .cpu import HalfLinear, PackedLinear, pack
 from .drafting import Drafter
 from .generation import install, speculative_generate
 from .kernels.dispatch import use_triton
@@ -317,19 +317,24 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 "draft_vocab_size: expected a target whose vocabulary head has floating point weights to take rows "
                 f"from, got {type(borrowed.head).__name__}; use a draft with its own head or all of the vocabulary"
             )
-        # By name: the target may have been prepared by another copy of this code.
-        is_packed = type(borrowed.head).__name__ == PackedLinear.__name__
+        kind = self._kind_of_head_rows(borrowed.head)
         version = (weight.data_ptr(), weight.device, weight.dtype, weight._version, self.draft_to_target._version)
-        if borrowed.rows_version != (*version, is_packed):
+        if borrowed.rows_version != (*version, kind):
             rows = self.draft_to_target.to(weight.device)
             bias = getattr(borrowed.head, "bias", None)
             head_rows = nn.Linear(weight.shape[1], len(rows), bias=bias is not None, device="meta")
             head_rows.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
             if bias is not None:
                 head_rows.bias = nn.Parameter(bias.detach()[rows], requires_grad=False)
-            if is_packed:
-                prepare_for_cpu(head_rows)
-            borrowed.head_rows, borrowed.rows_version = head_rows, (*version, is_packed)
+            if kind is not None:
+                pack(head_rows, kind)
+            borrowed.head_rows, borrowed.rows_version = head_rows, (*version, kind)
+
+    def _kind_of_head_rows(self, head: nn.Module) -> type[PackedLinear] | None:
+        """How the head's rows are packed: as the draft is, else as the head is."""
+        # By name: a model may have been prepared by another copy of this code.
+        names = {type(module).__name__ for module in (*self.modules(), head)}
+        return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
 
     def _check_target(self, target, tokenizer):
         """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
