@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel
@@ -503,6 +504,19 @@ def test_a_source_on_the_hub_is_found_in_its_cache(tmp_path, target, target_fold
     for name in ("org/nothing", str(tmp_path / "nothing")):
         with pytest.raises(ValueError, match=f"source: expected a folder or a name on the Hub, got {re.escape(name)}"):
             eagle.convert(name, tmp_path / "other", target_folder)
+
+
+@pytest.mark.parametrize("license_name", [None, "mit"])
+def test_the_card_of_a_converted_draft_claims_no_licence_of_its_own(tmp_path, target, target_folder, license_name):
+    """That of the source's card, or none that is known; where it came from, and that the form is experimental."""
+    source = broken_source(tmp_path, target, target_folder, "eagle", lambda settings, weights: None)
+    if license_name:
+        (source / "README.md").write_text(f"---\nlicense: {license_name}\n---\n")
+    eagle.convert(source, tmp_path / "draft", target_folder)
+    card = ModelCard.load(tmp_path / "draft" / "README.md")
+    assert card.data.license == (license_name or "unknown")
+    assert f"converted from `{source.name}`" in card.text
+    assert "The conversion is experimental: no published file" in card.text
 
 
 def test_export_leaves_nothing_when_writing_fails(tmp_path, target, monkeypatch):

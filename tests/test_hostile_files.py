@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Repository
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -78,16 +79,41 @@ def test_an_index_cannot_lead_out_of_its_folder(folder, made, name):
             read()
 
 
-def test_an_index_on_the_hub_cannot_lead_out_of_its_repository(hub, folder, made):
-    """huggingface_hub refuses such names; nothing is written beside the cache's own files."""
+@pytest.mark.parametrize("is_offline", [False, True])
+@pytest.mark.parametrize("name", ["../../../../x.safetensors", "/x.safetensors"])
+def test_an_index_on_the_hub_cannot_lead_out_of_its_repository(hub, folder, made, monkeypatch, name, is_offline):
+    """Nothing is written beside the cache's own files, and nothing read, although the right weights lie there."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "../../../x.safetensors")}
-    del files["model.safetensors"]
+    elsewhere = made.parent / "x.safetensors"
+    elsewhere.write_bytes(files.pop("model.safetensors"))
+    name = str(elsewhere) if name.startswith("/") else name
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(elsewhere), name)}
     hub.repositories["me/hostile"] = repository = Repository()
     repository.commit("main", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
-    with pytest.raises((OSError, ValueError)):
-        PrismDraftModel.from_pretrained("me/hostile")
-    assert not list(made.parent.rglob("x.safetensors"))
+    if is_offline:
+        snapshot_download("me/hostile")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert (made.parent / "cache").is_dir() == is_offline
+    for read in (PrismDraftModel.from_pretrained, weights_sha256, inspect_draft):
+        with pytest.raises((OSError, ValueError)):
+            read("me/hostile")
+    # Where the name leads, seen from a snapshot in the cache.
+    assert (made.parent / "cache/models--me--hostile/snapshots/x" / name).resolve() == elsewhere
+    assert list(made.parent.rglob("x.safetensors")) == [elsewhere]
+
+
+def test_a_pickle_among_the_shards_of_a_repository_is_not_run(hub, folder, made):
+    """An index on the Hub may name files of another kind; whatever reads them runs nothing."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    names = load_file(folder / "model.safetensors")
+    del files["model.safetensors"]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "x.bin")}
+    hub.repositories["me/hostile"] = repository = Repository()
+    content = pickle.dumps(dict.fromkeys(names, Payload(made)))
+    repository.commit("main", {**files, "x.bin": content, "model.safetensors.index.json": json.dumps(index).encode()})
+    for read in (PrismDraftModel.from_pretrained, weights_sha256, inspect_draft):
+        with pytest.raises((pickle.UnpicklingError, OSError, ValueError)):
+            read("me/hostile")
 
 
 @pytest.mark.parametrize("weight_map", [{}, [], {"a": 1}, {"a": "pytorch_model.bin"}, None])

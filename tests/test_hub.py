@@ -2,6 +2,10 @@
 
 import ast
 import hashlib
+import json
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,8 @@ from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
-from transformers_prism.publishing import published_files, published_name
+from transformers_prism.hub.card import write_card
+from transformers_prism.publishing import OPEN_LICENSES, published_files, published_name
 
 NAME = "me/tiny-PRISM"
 
@@ -75,6 +80,26 @@ def test_the_command_pushes_a_folder(hub, pair, tmp_path):
     assert f"pushed {NAME}, revision {branches['trial']}" in result.output
     assert set(hub.repositories[NAME].commits[branches["main"]]) == {".gitattributes"}
     assert HfApi().list_repo_refs(NAME).branches[1].target_commit == branches["trial"]
+
+
+def test_a_cards_code_loads_from_where_it_is_pushed_to(hub, pair, tmp_path):
+    """Whatever the folder was called when the card was written, and from one repository to the next; prose stays."""
+    folder = tmp_path / "first name"
+    pair[2].save_pretrained(folder)
+    (folder / "about.json").write_text(json.dumps({"limits": ["Each user/assistant pair is the target's, see me/other."]}))
+    write_card(folder, [])
+    folder = folder.rename(tmp_path / "second name")
+    for source, repository in ((str(folder), "me/first"), ("me/first", "you/second")):
+        result = CliRunner().invoke(app, ["push", source, repository])
+        assert result.exit_code == 0, result.output
+        branches = hub.repositories[repository].branches
+        files = hub.repositories[repository].commits[branches["main"]]
+        text = files["README.md"].decode()
+        assert text.count(f'"{repository}"') == 3
+        assert "Each user/assistant pair is the target's, see me/other." in text
+        assert '"user/' not in text
+        assert repository == "me/first" or "me/first" not in text
+        assert json.loads(files["about.json"])["limits"]
 
 
 def test_an_update_replaces_what_it_no_longer_needs(hub, pair):
@@ -138,6 +163,45 @@ def test_revisions_load_without_the_package(hub, pair, tmp_path):
     assert ast.literal_eval(printed.splitlines()[-1]) == [*weights, results, accepted]
 
 
+SAVE_AGAIN = """
+draft = AutoModel.from_pretrained(DRAFT, trust_remote_code=True)
+assert "transformers_modules" in type(draft).__module__
+draft.save_pretrained(AGAIN)
+"""
+LOAD_OFFLINE = """
+draft = AutoModel.from_pretrained(DRAFT, trust_remote_code=True)
+results = [target.generate(**inputs, assistant_model=draft, **LENGTH).tolist()]
+results += [target.generate(**inputs, custom_generate=DRAFT, trust_remote_code=True, **LENGTH).tolist()]
+ids = inputs.pop("input_ids")
+results += [target.generate(ids, **inputs, custom_generate=DRAFT, trust_remote_code=True, **LENGTH).tolist()]
+print(results)
+"""
+
+
+@pytest.mark.slow
+def test_what_was_downloaded_is_saved_with_the_same_bytes_and_loads_offline(hub, pair, tmp_path):
+    """By a process without the package that loads from the Hub, and by one without a network after it."""
+    target, folder, draft = pair
+    commit = draft.push_to_hub(NAME)
+    again, settings = tmp_path / "again", environment(hub, tmp_path)
+    run_without_package(NAME, folder, f"AGAIN = {str(again)!r}\n{SAVE_AGAIN}", **settings)
+    files = dict(hub.repositories[NAME].commits[commit.oid])
+    del files[".gitattributes"]
+    pushed = {name: hub.objects.get(content, content) for name, content in files.items()}
+    assert {path.relative_to(again).as_posix(): path.read_bytes() for path in again.rglob("*") if path.is_file()} == pushed
+    num_requests = len(hub.requests)
+    printed = run_without_package(NAME, folder, LOAD_OFFLINE, **{**settings, "HF_HUB_OFFLINE": "1"})
+    input_ids, mask = prompts(2)
+    tokens = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH).tolist()
+    assert ast.literal_eval(printed.splitlines()[-1]) == [tokens] * 3
+    assert len(hub.requests) == num_requests
+
+
+def test_the_hub_of_the_tests_is_small():
+    """Less to believe than what it tests."""
+    assert len(Path(__file__).with_name("hub_server.py").read_text().splitlines()) < 200
+
+
 def test_the_hub_takes_the_cards_metadata(hub, pair, tmp_path):
     """huggingface_hub's own validation, which a push does before it uploads anything."""
     pair[2].save_pretrained(tmp_path / "draft")
@@ -161,11 +225,36 @@ def test_a_targets_tokenizer_travels_if_its_licence_lets_it(hub, pair, tmp_path)
     for name in licences:
         draft = tiny_draft(target)
         draft.config.target_fingerprint = {**draft.config.target_fingerprint, "name": f"me/{name}"}
-        draft.save_pretrained(tmp_path / name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draft.save_pretrained(tmp_path / name)
         has_tokenizer = (tmp_path / name / "tokenizer.json").is_file()
         assert has_tokenizer == (name == "free"), name
         assert ("The tokenizer files here are the target's" in (tmp_path / name / "README.md").read_text()) == has_tokenizer
+        why = {"closed": "its licence is llama3", "hostile": "no licence of it is known"}.get(name)
+        messages = [str(one.message) for one in caught if "left out the tokenizer" in str(one.message)]
+        assert [message.split(". ")[0] for message in messages] == ([f"left out the tokenizer of me/{name}: {why}"] if why else [])
     assert AutoTokenizer.from_pretrained(tmp_path / "free").get_vocab() == word_tokenizer().get_vocab()
+
+
+def test_the_page_on_cards_lists_the_licences():
+    """hub_cards/README.md names those under which a tokenizer travels, and no other."""
+    page = (Path(__file__).parents[1] / "hub_cards" / "README.md").read_text()
+    (sentence,) = re.findall(r"target's card is one of (.*?)\. ", page, flags=re.DOTALL)
+    assert tuple(re.split(r",\s+|\s+and\s+", sentence)) == OPEN_LICENSES
+
+
+def test_a_tokenizer_put_beside_the_draft_travels(hub, pair, tmp_path):
+    """As the warning says: by whoever may give it away; a GGUF file has no card that could name a licence."""
+    draft = tiny_draft(pair[0])
+    draft.config.target_fingerprint = {**draft.config.target_fingerprint, "name": "some-wheel/model.Q4_1.gguf"}
+    with pytest.warns(UserWarning, match=r"left out the tokenizer of some-wheel/model.Q4_1.gguf: no licence of it is known"):
+        draft.save_pretrained(tmp_path / "draft")
+    word_tokenizer().save_pretrained(tmp_path / "draft")
+    commit = PrismDraftModel.from_pretrained(tmp_path / "draft").push_to_hub(NAME)
+    assert "tokenizer.json" in hub.repositories[NAME].commits[commit.oid]
+    assert AutoTokenizer.from_pretrained(NAME).get_vocab() == word_tokenizer().get_vocab()
+    assert AutoTokenizer.from_pretrained(tmp_path / "draft").get_vocab() == word_tokenizer().get_vocab()
 
 
 def push_must_fail(draft, repository, error, match: str) -> None:

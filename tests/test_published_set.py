@@ -171,13 +171,19 @@ AutoModel.from_pretrained = classmethod(lambda cls, *a, **k: loads.append(a) or 
 for _ in range(2):
     tokens = target.generate(**inputs, custom_generate=DRAFT, trust_remote_code=True, **LENGTH)
 assert len(loads) == 1, loads
+import gc, weakref
+plain, reference = target.generate(**inputs, **LENGTH), weakref.ref(target)
+assert torch.equal(tokens, plain)
+del target
+gc.collect()
+assert reference() is None
 print(tokens.tolist())
 """
 
 
 @pytest.mark.parametrize("from_hub", [False, True])
 def test_custom_generate_needs_no_draft_object(saved, tmp_path, from_hub):
-    """The repository's name is enough; the draft is loaded once."""
+    """The repository's name is enough; the draft is loaded once, and neither it nor the target is kept for ever."""
     folder, target, tokens, _ = saved
     offline_hub(folder, tmp_path / "hub")
     printed = run_without_package(
@@ -238,6 +244,8 @@ def test_custom_generate_takes_a_given_draft_and_asks_for_one_otherwise(saved):
     arguments = {"input_ids": input_ids, "attention_mask": mask, **LENGTH}
     assert module.generate(target, assistant_model=draft, **arguments).tolist() == saved[2]
     assert draft.last_speculation.accepted_per_round == saved[3]
+    with pytest.raises(ValueError, match="assistant_model: expected a PRISM draft, got LlamaForCausalLM"):
+        module.generate(target, assistant_model=target, **arguments)
     with pytest.raises(ValueError, match="got another caller; pass the draft as assistant_model"):
         module.generate(target, **arguments)
 

@@ -1,5 +1,6 @@
 """The check that users run: it passes for a sound loop, and fails for broken ones."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,16 @@ from tiny_models import prompts, tiny_draft, varied_target
 from typer.testing import CliRunner
 
 from transformers_prism import generation
-from transformers_prism.benchmark.verify import Check, as_json, careless_walk, check_table, verify
+from transformers_prism.benchmark.verify import (
+    Check,
+    _explain,
+    _noise,
+    as_json,
+    careless_walk,
+    check_table,
+    left_padded,
+    verify,
+)
 from transformers_prism.cli import app
 
 pytestmark = pytest.mark.quick
@@ -77,6 +87,44 @@ def test_rounding_excuses_only_a_gap_that_small():
     assert not Check("greedy", **different, row=0, position=3, gap=1e-3, rounding=2e-6).holds
     assert not Check("greedy", **different).holds
     assert not Check("negative control", **{**different, "is_identical": True}).holds
+
+
+def test_a_near_tie_in_one_row_does_not_excuse_another_row(pair):
+    """Rows are looked at until one is not excused; in sampled runs what ties is the draw, not the scores."""
+    target, _, inputs = pair
+    batch = left_padded([inputs[0], inputs[0]], 0)
+    settings = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True, "max_new_tokens": 8}
+    plain = target.generate(**batch, **settings, do_sample=False, pad_token_id=0)
+    other = copy.deepcopy(plain)
+    other.sequences[:, -1] += 1
+    # Without a processor they are the logits themselves.
+    plain.scores = tuple(scores.clone() for scores in plain.scores)
+    found = {"prompt": None, "num_tokens": 16, "is_identical": False, "has_same_generator": True, "acceptance_length": 1.0}
+    plain.scores[-1][0, :2] = plain.scores[-1][0].max() + 1
+    check = Check("batched greedy", **found)
+    _explain(check, target, batch, plain, other, None)
+    assert (check.row, check.position, check.is_near_tie, check.holds) == (1, 7, False, False)
+    plain.scores[-1][1, :2] = plain.scores[-1][1].max() + 1
+    check = Check("batched greedy", **found)
+    plain.logits[-1].add_(1e-5)
+    _explain(check, target, batch, plain, other, None)
+    assert (check.is_near_tie, check.gap) == (True, 0.0)
+    check = Check("batched sampled", **found)
+    _explain(check, target, batch, plain, other, 0)
+    assert check.gap > 1e-3
+    assert not check.is_near_tie
+
+
+def test_the_noise_is_what_sampling_draws(pair):
+    """The best of the scores with it is the token that plain decoding samples, at every step and in every row."""
+    target, _, inputs = pair
+    batch = left_padded(inputs, 0)
+    torch.manual_seed(3)
+    settings = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 6, "pad_token_id": 0}
+    plain = target.generate(**batch, **settings, do_sample=True, temperature=2.0)
+    for step, scores in enumerate(plain.scores):
+        best = (scores.log_softmax(dim=-1) - _noise(scores, step, seed=3).log()).argmax(dim=-1)
+        assert torch.equal(best, plain.sequences[:, batch["input_ids"].shape[1] + step])
 
 
 def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):

@@ -275,6 +275,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 tags,
                 private,
                 token,
+                loaded_from=self.config._name_or_path,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message or "Upload draft",

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import importlib
 import json
-import logging
 import re
 import shutil
 import warnings
@@ -24,8 +23,6 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, metadata_load
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-
-logger = logging.getLogger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_prism.PrismConfig",
@@ -82,6 +79,8 @@ def published_code(path: Path) -> str:
 def write_published_files(folder: str | Path, loaded_from: str, revision: str | None, target_name: str | None) -> None:
     """Complete a draft's folder, in which weights and configurations lie, to a whole repository.
 
+    A warning names what could not be had.
+
     Args:
         folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
         loaded_from (`str`): folder or repository that the draft was loaded from, for what this copy of the code does
@@ -100,8 +99,8 @@ def write_published_files(folder: str | Path, loaded_from: str, revision: str | 
         if not _copy(_package_file(name) or find_file(loaded_from, name, revision), folder / name):
             absent.append(name)
     _copy(find_file(loaded_from, ABOUT, revision), folder / ABOUT)
-    if not _copy_tokenizer(loaded_from, revision, folder) and target_name and _is_free(target_name):
-        _copy_tokenizer(target_name, None, folder)
+    if not _copy_tokenizer(loaded_from, revision, folder) and target_name:
+        _add_tokenizer_of(target_name, folder)
     absent += _describe(folder, loaded_from, revision)
     if absent:
         warnings.warn(
@@ -163,30 +162,50 @@ def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
     return any(copied)
 
 
-def _is_free(target_name: str) -> bool:
-    """Whether the target's card names a licence under which its tokenizer may be copied."""
-    if target_name.endswith(".gguf"):  # a file, which has no card
-        return False
-    card, name = find_file(target_name, CARD), None
-    # A card that cannot be read names no licence; the errors of YAML come from a package that need not be imported here.
+def _add_tokenizer_of(target_name: str, folder: Path) -> None:
+    """Copy the target's tokenizer if the target's card names a licence that allows it; else say how it could travel."""
+    # A GGUF file has no card.
+    name = None if target_name.endswith(".gguf") else card_license(find_file(target_name, CARD))
+    if name not in OPEN_LICENSES:
+        warnings.warn(
+            f"left out the tokenizer of {target_name}: "
+            + (f"its licence is {name}" if name else "no licence of it is known")
+            + ". If you may give it away, put it beside the draft with tokenizer.save_pretrained(FOLDER); it travels with "
+            "a draft that is loaded from there",
+            stacklevel=4,
+        )
+    elif not _copy_tokenizer(target_name, None, folder):
+        warnings.warn(f"left out the tokenizer of {target_name}: no files of one were found there", stacklevel=4)
+
+
+def card_license(card: Path | None) -> str | None:
+    """The licence that a card's metadata names; None if there is none, or no card that can be read."""
+    # The errors of YAML come from a package that need not be imported here.
     with contextlib.suppress(Exception):
         name = metadata_load(card)["license"]
-    if name not in OPEN_LICENSES:
-        logger.info("Left out the tokenizer of %s: its licence is %s.", target_name, name or "not known")
-    return name in OPEN_LICENSES
+        return name if isinstance(name, str) else None
+    return None
 
 
 def upload(
-    folder: str | Path, repo_id: str, tags: list[str] | None, private: bool | None, token, **commit
+    folder: str | Path,
+    repo_id: str,
+    tags: list[str] | None,
+    private: bool | None,
+    token,
+    loaded_from: str = "",
+    **commit,
 ) -> CommitInfo:
     """Upload a draft's folder to the Hub in one commit; the repository is made if it is not there.
 
     Args:
-        folder (`str` or `Path`): what [`write_published_files`] completed; its card is given the repository's name.
+        folder (`str` or `Path`): what [`write_published_files`] completed; the code in its card is given the
+            repository's name.
         repo_id (`str`): "user/name".
         tags (`list[str]`, *optional*): added to those of the card.
         private (`bool`, *optional*): of a new repository.
         token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
+        loaded_from (`str`): folder or repository that the draft was loaded from, whose name its card may have.
         commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
     Returns:
         `CommitInfo`: of the commit.
@@ -201,7 +220,7 @@ def upload(
         api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
     path = Path(folder) / CARD
     if path.is_file():
-        text = re.sub(rf"(?<![\w/]){PLACEHOLDER_USER}/[\w.-]+", repo_id, path.read_text(encoding="utf-8"))
+        text = _renamed(path.read_text(encoding="utf-8"), loaded_from, repo_id)
         path.write_text(_with_tags(text, tags) if tags else text, encoding="utf-8", newline="\n")
     # One commit, whatever the number of files: whoever loads the repository meanwhile gets the old draft or the new one.
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
@@ -213,6 +232,13 @@ def upload(
     except RuntimeError as error:  # of the upload of a large file, whose reason the client puts behind it
         reason = " ".join(str(error.__cause__ or error).split())
         raise OSError(f"{repo_id} holds what it held before. {error} {reason}") from error
+
+
+def _renamed(text: str, loaded_from: str, repo_id: str) -> str:
+    """A card whose code loads the draft from `repo_id`, and no longer from a placeholder or from where it was before."""
+    # Only as an argument: prose may tell of a "user/assistant" pair, or of the repository that the draft was made from.
+    arguments = rf'(?<=[(=])"({PLACEHOLDER_USER}/[^"/]+|{re.escape(loaded_from or repo_id)})"'
+    return re.sub(arguments, f'"{repo_id}"', text)
 
 
 def _with_tags(text: str, tags: list[str]) -> str:

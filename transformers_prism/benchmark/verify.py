@@ -32,8 +32,10 @@ class Check:
         prompt: index of the prompt; None for a batch of all of them.
         num_tokens: tokens compared, all rows together.
         is_identical: whether every token is the same.
-        row, position: where the first row that differs does so first, in new tokens; None if none does.
-        gap: there, what separates the two best scores of plain decoding.
+        row, position: where a row that differs does so first, in new tokens: the first row that rounding does not excuse,
+            else the last one; None if none differs.
+        gap: there, what separates the two best choices of plain decoding: their scores, or in sampled runs their log
+            probabilities with the noise that was drawn.
         rounding: there, the largest difference between its logits and those of one forward over all tokens: what two
             sound ways of computing them differ by, the draft not asked.
         has_same_generator: whether the random generator was left in the state that plain decoding leaves.
@@ -144,6 +146,7 @@ def _pad_token_id(target) -> int:
 
 def _compare(name: str, prompt: int | None, target, draft, inputs: dict, settings: dict, seed: int) -> Check:
     outputs, states = [], []
+    device = inputs["input_ids"].device
     for assistant in ({}, {"assistant_model": draft}):
         torch.manual_seed(seed)
         outputs.append(
@@ -157,7 +160,7 @@ def _compare(name: str, prompt: int | None, target, draft, inputs: dict, setting
                 pad_token_id=_pad_token_id(target),
             )
         )
-        states.append(torch.get_rng_state())
+        states.append(_generator_state(device))
     plain, speculative = outputs
     check = Check(
         name=name,
@@ -168,26 +171,44 @@ def _compare(name: str, prompt: int | None, target, draft, inputs: dict, setting
         acceptance_length=draft.last_speculation.acceptance_length,
     )
     if not check.is_identical:
-        _explain(check, target, inputs, plain, speculative)
+        noise_seed = seed if settings["do_sample"] else None
+        _explain(check, target, inputs, plain, speculative, noise_seed)
     return check
 
 
+def _generator_state(device: torch.device) -> torch.Tensor:
+    """Of the generator that sampling on this device draws from."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
 @torch.no_grad()
-def _explain(check: Check, target, inputs: dict, plain, speculative) -> None:
-    """Where the first row that differs does so, and whether rounding can have decided there."""
+def _explain(check: Check, target, inputs: dict, plain, speculative, noise_seed: int | None) -> None:
+    """Where rows differ first, and whether rounding can have decided there; stops at the first row that it cannot excuse."""
     start = inputs["input_ids"].shape[1]
     shared = min(plain.sequences.shape[1], speculative.sequences.shape[1])
     differs = plain.sequences[:, start:shared] != speculative.sequences[:, start:shared]
-    if not differs.any():
-        return  # one is the other's beginning: no near-tie
-    row = int(differs.any(dim=1).nonzero()[0])
-    step = int(differs[row].nonzero()[0])
-    best = plain.scores[step][row].topk(2).values
-    check.row, check.position = row, step
-    check.gap = float(best[0] - best[1])
-    first = int(inputs["attention_mask"][row].argmax())  # behind the padding
-    logits = target(plain.sequences[row : row + 1, first : start + step]).logits[0, -1]
-    check.rounding = float((plain.logits[step][row] - logits.float()).abs().max())
+    # Where none does, one is the other's beginning: no near-tie.
+    for row in differs.any(dim=1).nonzero().flatten().tolist():
+        step = int(differs[row].nonzero()[0])
+        choices = plain.scores[step]
+        if noise_seed is not None:
+            choices = choices.log_softmax(dim=-1) - _noise(choices, step, noise_seed).log()
+        best = choices[row].topk(2).values
+        check.row, check.position = row, step
+        check.gap = float(best[0] - best[1])
+        first = int(inputs["attention_mask"][row].argmax())  # behind the padding
+        logits = target(plain.sequences[row : row + 1, first : start + step]).logits[0, -1]
+        check.rounding = float((plain.logits[step][row] - logits.float()).abs().max())
+        if not check.is_near_tie:
+            return
+
+
+def _noise(scores: torch.Tensor, step: int, seed: int) -> torch.Tensor:
+    """What plain decoding drew at a step: `multinomial(p, 1)` is the argmax of p / noise, drawn once for every token."""
+    torch.manual_seed(seed)
+    for _ in range(step + 1):
+        noise = torch.empty_like(scores).exponential_(1)
+    return noise
 
 
 def as_json(checks: list[Check]) -> dict:

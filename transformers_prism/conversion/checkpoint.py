@@ -22,7 +22,7 @@ def checkpoint_folder(source: str | Path) -> Path:
     """Where a checkpoint lies on this machine.
 
     Args:
-        source (`str` or `Path`): a folder, or a name on the Hub, of which the configuration and the weights are
+        source (`str` or `Path`): a folder, or a name on the Hub, of which configuration, card and weights are
             downloaded to the Hub's cache.
     Returns:
         `Path`: the folder.
@@ -31,7 +31,7 @@ def checkpoint_folder(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+    wanted = ["config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ Each form of checkpoint has a file of its own, which says how `config.json` and 
 here: a weight that is missing, unknown or of the wrong shape is an error that lists the names.
 """
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from transformers_prism.conversion.checkpoint import (
     read_weights,
 )
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.publishing import ABOUT, CARD, card_license
 
 EXPERIMENTAL = (
     "experimental: no published file of this form could be tried; names and code were read, and round trips tested"
@@ -132,6 +134,7 @@ def import_draft(
     """
     destination = Path(destination)
     check_destination(destination)
+    given, is_folder = source, Path(source).is_dir()
     source = checkpoint_folder(source)
     settings = read_json(source / "config.json")
     weights, files = read_weights(source)
@@ -147,8 +150,22 @@ def import_draft(
     draft.load_state_dict(
         {ours: theirs.weights[name].contiguous() for name, ours, _ in matched}, strict=True, assign=True
     )
-    write_whole(destination, draft.eval().save_pretrained)
+    name = source.name if is_folder else str(given)
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / ABOUT).write_text(json.dumps(_about(name, source, theirs.notes), indent=2) + "\n", encoding="utf-8")
+        draft.eval().save_pretrained(folder)
+
+    write_whole(destination, save)
     return ConversionReport(source, destination, files, config, dtype, matched, ignored, theirs.notes)
+
+
+def _about(name: str, source: Path, notes: list[str]) -> dict:
+    """What the card says of a draft that others trained; their licence is theirs, and not known unless their card names it."""
+    limits = [f"Trained by others, converted from `{name}` with `transformers-prism convert`."]
+    limits += [f"The conversion is {EXPERIMENTAL}."] if EXPERIMENTAL in notes else []
+    return {"license": card_license(source / CARD) or "unknown", "limits": limits}
 
 
 def check_destination(destination: Path) -> None:

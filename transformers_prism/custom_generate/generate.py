@@ -10,7 +10,8 @@ import sys
 from transformers import AutoModel
 
 _HUB_ARGUMENTS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token")
-_drafts: dict = {}
+# Where a target keeps the drafts that were loaded for it: they go when it goes.
+_DRAFTS = "_prism_drafts"
 
 
 def generate(model, assistant_model=None, **kwargs):
@@ -24,10 +25,12 @@ def generate(model, assistant_model=None, **kwargs):
     Returns:
         What `model.generate` returns.
     Raises:
-        ValueError: if no draft is given and this repository cannot be told.
+        ValueError: if no draft is given and this repository cannot be told, or the draft is none of PRISM.
     """
     hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
     draft = assistant_model if assistant_model is not None else _own_draft(model, hub_arguments)
+    if draft.config.model_type != "prism":
+        raise ValueError(f"assistant_model: expected a PRISM draft, got {type(draft).__name__}")
     draft.bind(model)
     arguments = {name: value for name, value in kwargs.items() if value is not None}
     return type(model).generate(model, assistant_model=draft, **arguments)
@@ -36,10 +39,11 @@ def generate(model, assistant_model=None, **kwargs):
 def _own_draft(model, hub_arguments: dict):
     repository = _calling_repository()
     key = (repository, str(hub_arguments), str(model.dtype), str(model.device))
-    if key not in _drafts:
+    drafts = vars(model).setdefault(_DRAFTS, {})
+    if key not in drafts:
         loaded = AutoModel.from_pretrained(repository, trust_remote_code=True, dtype=model.dtype, **hub_arguments)
-        _drafts[key] = loaded.to(model.device).eval()
-    return _drafts[key]
+        drafts[key] = loaded.to(model.device).eval()
+    return drafts[key]
 
 
 def _calling_repository() -> str:
