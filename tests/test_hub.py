@@ -326,6 +326,31 @@ def test_a_download_that_fails_gives_no_draft(hub, pair, kind, message):
     assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model-00002-of-"])
+@pytest.mark.parametrize("kind", [401, 404, 429, "cut", "size"])
+def test_every_file_of_a_draft_is_needed(hub, pair, kind, name):
+    """transformers makes up a generation config where the download of one fails, and so would lose the draft's trees."""
+    pair[2].push_to_hub(NAME, max_shard_size="20KB")
+    hub.fail(kind, "GET", f"/{name}", times=40)
+    # A connection that is lost among several shards is told as the HTTP client tells it.
+    with pytest.raises(Exception, match=r"me/tiny-PRISM|should be of size|peer closed connection"):
+        PrismDraftModel.from_pretrained(NAME)
+    hub.faults.clear()
+    draft = PrismDraftModel.from_pretrained(NAME)
+    assert is_same(draft, pair[2])
+    assert draft.generation_config.to_dict() == pair[2].generation_config.to_dict()
+
+
+def test_a_draft_without_its_trees_is_refused(pair, tmp_path):
+    """In a folder too; trees that are given take their place."""
+    pair[2].save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    with pytest.raises(OSError, match="generation_config.json"):
+        PrismDraftModel.from_pretrained(tmp_path)
+    given = PrismDraftModel.from_pretrained(tmp_path, generation_config=pair[2].generation_config)
+    assert given.generation_config.tree == pair[2].generation_config.tree
+
+
 @pytest.mark.parametrize("kind", [429, "cut"])
 def test_a_download_is_tried_again(hub, pair, kind):
     """And goes on where it was cut off."""

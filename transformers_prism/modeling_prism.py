@@ -29,6 +29,8 @@ from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
 from .publishing import AUTO_MAP, shard_names, upload, write_published_files
 from .tree_policy import default_tree_settings
 
+# Of from_pretrained(): where on the Hub, and how.
+_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What save_pretrained() hands on to push_to_hub().
 _HUB_ARGUMENTS = (
     "repo_id",
@@ -204,6 +206,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """Load a draft; as `PreTrainedModel.from_pretrained`, but every weight must be there and known.
 
         Raises:
+            OSError: if any file cannot be had, generation_config.json included, which holds the draft's trees.
             ValueError: listing the weights that are missing, unknown or of another shape: a module left random would
                 show only as poor acceptance. Also if an index of shards names files elsewhere.
         """
@@ -224,6 +227,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             ]
         if wrong:
             raise ValueError(f"expected exactly the weights that the configuration describes, got: {'; '.join(wrong)}")
+        if draft.generation_config._from_model_config and "generation_config" not in kwargs:
+            # transformers makes one up where the file is absent or its download fails; asked again, it says which.
+            where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
+            draft.generation_config = GenerationConfig.from_pretrained(source, **where)
         return (draft, info) if output_loading_info else draft
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
