@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_published_set import run_without_package
 from tiny_models import tiny_draft
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from transformers_prism.cli import app
-from transformers_prism.hub.card import render_card, step_shares, training_runs, write_card
+from transformers_prism.hub.card import label_of, render_card, step_shares, training_runs, write_card
 from transformers_prism.hub.metrics import gather, read_metrics
 from transformers_prism.target import load_target
 
@@ -129,10 +130,17 @@ def test_the_metadata_is_the_hubs(measured, draft_folder, tmp_path):
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
     assert (data.base_model, data.base_model_relation) == ("some/target", "adapter")
     assert "speculative-decoding" in data.tags
-    summary = json.loads((draft_folder / "metrics.json").read_text())["generate"][0]["summary"]
-    values = {result.metric_type: result.metric_value for result in data.eval_results[:2]}
-    assert values["acceptance_length"] == pytest.approx(summary["acceptance_length_pooled"], abs=1e-3)
-    assert values["speedup"] == pytest.approx(summary["ratio"], abs=1e-3)
+    records = json.loads((draft_folder / "metrics.json").read_text())["generate"]
+    # One result for each measurement, although all are of the same prompts.
+    results = model_index_to_eval_results(data.to_dict()["model-index"])[1]
+    assert len(data.to_dict()["model-index"][0]["results"]) == len(records) == 2
+    for index, record in enumerate(records):
+        tau, speedup = results[2 * index : 2 * index + 2]
+        assert (tau.metric_type, speedup.metric_type) == ("acceptance_length", "speedup")
+        assert tau.metric_value == pytest.approx(record["summary"]["acceptance_length_pooled"], abs=1e-3)
+        assert speedup.metric_value == pytest.approx(record["summary"]["ratio"], abs=1e-3)
+        for words in (label_of(record), "batch 1", record["dtype"], record["hardware"]):
+            assert words in tau.dataset_config == speedup.dataset_config
 
 
 def test_a_new_draft_has_a_card_without_figures(tiny_folders):

@@ -219,12 +219,15 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
     is_hub_id = bool(base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.endswith(".gguf")
     results = []
     for record in metrics["generate"]:
+        settings, summary, prompts = record["settings"], record["summary"], Path(record["settings"]["prompts"]).stem
         source: dict[str, Any] = {
             "task_type": "text-generation",
-            "dataset_type": Path(record["settings"]["prompts"]).stem,
-            "dataset_name": f"{Path(record['settings']['prompts']).stem}: {label_of(record)}, {record['hardware']}",
+            "dataset_type": prompts,
+            "dataset_name": prompts,
+            # huggingface_hub puts results together whose configuration is the same.
+            "dataset_config": f"{label_of(record)}, top-k {settings['tree_top_k']}, {settings['tree_depth']} draft steps, "
+            f"batch {settings['batch_size']}, {summary['num_prompts']} prompts, {record['dtype']}, {record['hardware']}",
         }
-        summary = record["summary"]
         for metric, title, value in (
             ("acceptance_length", "acceptance length (tau, pooled)", summary["acceptance_length_pooled"]),
             ("speedup", "tokens per second over plain decoding", summary["ratio"]),
