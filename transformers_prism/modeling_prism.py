@@ -414,6 +414,29 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         logits = self._borrowed_logits(hidden_states)
         return _scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
+    def shared_head(self) -> tuple[torch.Tensor, dict] | None:
+        """What the draft's logits and [`~PrismDraftModel.compute_target_logits`] are both made of, for kernels.
+
+        Returns:
+            The frozen weight `(draft_vocab_size or V, D)`, and `student_scale`, `student_softcap`, `teacher_scale` and
+            `teacher_softcap` of the logits. None where the draft has a norm or head of its own, or where the target's
+            head is more than a matrix of numbers on the draft's device.
+        """
+        borrowed = self._require_target()
+        self._gather_head_rows()
+        head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+        if self.norm is not None or self.lm_head is not None or type(head) is not nn.Linear or head.bias is not None:
+            return None
+        if not head.weight.is_floating_point() or head.weight.device != self.device or not head.weight.is_contiguous():
+            return None
+        numerics = target_numerics(borrowed.target.config.get_text_config())
+        return head.weight.detach(), {
+            "student_scale": self.config.logit_scale,
+            "student_softcap": self.config.logit_softcap,
+            "teacher_scale": numerics["logit_scale"],
+            "teacher_softcap": numerics["logit_softcap"],
+        }
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The draft's own parameters between its output and its logits; none where the head is the target's."""
         own = (module for module in (self.norm, self.lm_head) if module is not None)

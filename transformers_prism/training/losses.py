@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from transformers_prism.kernels.dispatch import expect, use_triton
+from transformers_prism.kernels.linear_distillation_loss import distillation_losses, linear_distillation_loss
+
 # Rows of logits that live at once: 256 rows of 8192 float32 logits are 8 MB, which stays in a CPU's last cache.
 ROWS_PER_CHUNK = 256
 
@@ -27,6 +30,12 @@ class LossWeights:
     acceptance: float = 0.0
     hidden: float = 1.0
     steps: tuple[float, ...] = (1.0,)
+
+    @property
+    def of_vocabulary(self) -> dict[str, float]:
+        """Losses of [`linear_distillation_loss`] that have a weight, with it."""
+        weights = {"cross_entropy": self.token, "negative_log_acceptance": self.acceptance}
+        return {name: weight for name, weight in weights.items() if weight}
 
     def of_steps(self, num_steps: int) -> torch.Tensor:
         """Weights `(S,)` of the first `num_steps` draft steps."""
@@ -52,7 +61,12 @@ class AlignedLoss:
 
 
 def aligned_loss(
-    draft, predictions: list[torch.Tensor], label_hidden: torch.Tensor, mask: torch.Tensor, weights: LossWeights
+    draft,
+    predictions: list[torch.Tensor],
+    label_hidden: torch.Tensor,
+    mask: torch.Tensor,
+    weights: LossWeights,
+    implementation: str = "auto",
 ) -> AlignedLoss:
     """Distances from the target's distribution over the draft vocabulary, and from its hidden states.
 
@@ -62,6 +76,7 @@ def aligned_loss(
         label_hidden (`torch.Tensor` of shape `(B, T, D)`): the target's last, normed states that they predict.
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
         weights (`LossWeights`): of the parts and of the steps.
+        implementation (`str`): see [`vocabulary_loss`].
     Returns:
         `AlignedLoss`: summed over steps, each step normalised by the number of its rows.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
@@ -71,7 +86,9 @@ def aligned_loss(
     row_weights = row_weights / (row_weights.sum(dim=1, keepdim=True) + 1e-5)
     stacked = torch.stack([prediction[rows] for prediction in predictions])  # [S, R, D]
     label_hidden = label_hidden[rows].to(stacked.dtype)
-    vocabulary, token, acceptance = vocabulary_loss(draft, stacked, label_hidden, row_weights, weights)
+    vocabulary, token, acceptance = vocabulary_loss(
+        draft, stacked, label_hidden, row_weights, weights, implementation
+    )
     hidden = vocabulary.new_zeros(vocabulary.shape)
     if weights.hidden:
         distance = F.smooth_l1_loss(stacked.float(), label_hidden.float().expand_as(stacked), reduction="none")
@@ -82,9 +99,14 @@ def aligned_loss(
 
 
 def vocabulary_loss(
-    draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights
+    draft,
+    predictions: torch.Tensor,
+    label_hidden: torch.Tensor,
+    row_weights: torch.Tensor,
+    weights: LossWeights,
+    implementation: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The parts of the loss that need logits, in chunks of rows: no tensor of all rows by all tokens is ever made.
+    """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
 
     With p the target's and q the draft's distribution over the draft vocabulary, the soft cross-entropy is
     -sum(p log q), and a token drawn from q is accepted with probability sum(min(p, q)) = 1 - TV(p, q).
@@ -95,60 +117,82 @@ def vocabulary_loss(
         label_hidden (`torch.Tensor` of shape `(R, D)`): the target's states.
         row_weights (`torch.Tensor` of shape `(S, R)`): of each row in the sums.
         weights (`LossWeights`): of the two parts.
+        implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU where the
+            draft has no norm or head of its own to train; else logits are made in chunks of rows.
     Returns:
         `tuple` of the weighted sum, the soft cross-entropy and the negative log acceptance, each of shape `(S,)` in
         nats; only the first carries gradients.
+    Raises:
+        ValueError: if Triton is asked for where it cannot run.
     """
-    coefficients = weights.token, weights.acceptance
-    return _ChunkedVocabularyLoss.apply(
-        draft, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
-    )
+    coefficients = weights.of_vocabulary
+    zero = predictions.new_zeros(len(predictions), dtype=torch.float32)
+    if not coefficients:
+        return zero, zero, zero
+    head = draft.shared_head() if use_triton(implementation, predictions.device) else None
+    expect(head is not None or implementation != "triton", "implementation", "auto or torch for this head", "triton")
+    if head is None or not predictions.numel():
+        total, sums = _ChunkedVocabularyLoss.apply(
+            draft, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
+        )
+    else:
+        weight, numerics = head
+        values = linear_distillation_loss(
+            predictions.to(weight.dtype),
+            label_hidden.to(weight.dtype),
+            weight,
+            tuple(coefficients),
+            implementation=implementation,
+            **numerics,
+        )  # [K, S, R]
+        sums = (values * row_weights).sum(dim=-1)
+        total = _weighted(sums, coefficients)
+    named = dict(zip(coefficients, sums.detach(), strict=True))
+    return total, named.get("cross_entropy", zero), named.get("negative_log_acceptance", zero)
+
+
+def _weighted(sums: torch.Tensor, coefficients: dict[str, float]) -> torch.Tensor:
+    # A product with a vector of coefficients would be rounded to 16 bits under autocast.
+    return torch.stack([weight * one for weight, one in zip(coefficients.values(), sums, strict=True)]).sum(dim=0)
 
 
 class _ChunkedVocabularyLoss(torch.autograd.Function):
-    """Forward computes the gradients too, chunk by chunk, so that logits are made once and dropped at once."""
+    """The weighted total `(S,)`, and each loss that has a weight, `(K, S)`, without gradients.
+
+    Forward computes the gradients too, chunk by chunk, so that logits are made once and dropped at once.
+    """
 
     @staticmethod
     def forward(ctx, draft, label_hidden, row_weights, coefficients, predictions, *head):
         num_steps, num_rows = predictions.shape[:2]
-        sums = predictions.new_zeros(2, num_steps, dtype=torch.float32)
+        sums = predictions.new_zeros(len(coefficients), num_steps, dtype=torch.float32)
         gradient = torch.empty_like(predictions)
         head_gradient = [torch.zeros(num_steps, *parameter.shape).to(parameter) for parameter in head]
         for start in range(0, num_rows, ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
-            target = torch.softmax(draft.compute_target_logits(label_hidden[chunk]).float(), dim=-1)
+            target_log_probs = torch.log_softmax(draft.compute_target_logits(label_hidden[chunk]).float(), dim=-1)
+            target = target_log_probs.exp()
             for step in range(num_steps):
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
                     log_probs = torch.log_softmax(draft.compute_logits(prediction).float(), dim=-1)
-                    parts = _parts(target, log_probs, row_weights[step, chunk], coefficients)
-                    loss = coefficients[0] * parts[0] + coefficients[1] * parts[1]
+                    values = distillation_losses(log_probs, target_log_probs, target, tuple(coefficients))
+                    parts = (values * row_weights[step, chunk]).sum(dim=1)
+                    loss = _weighted(parts, coefficients)
                 found = torch.autograd.grad(loss, [prediction, *head])
                 gradient[step, chunk] = found[0]
                 sums[:, step] += parts.detach()
                 for total, part in zip(head_gradient, found[1:], strict=True):
                     total[step] += part
         ctx.save_for_backward(gradient, *head_gradient)
-        token, acceptance = sums
-        ctx.mark_non_differentiable(token, acceptance)
-        return coefficients[0] * token + coefficients[1] * acceptance, token, acceptance
+        ctx.mark_non_differentiable(sums)
+        return _weighted(sums, coefficients), sums
 
     @staticmethod
-    def backward(ctx, grad_losses, *_):
+    def backward(ctx, grad_losses, _):
         gradient, *head_gradient = ctx.saved_tensors
         head = [torch.tensordot(grad_losses.to(part.dtype), part, dims=1) for part in head_gradient]
         return None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
-
-
-def _parts(target: torch.Tensor, log_probs: torch.Tensor, row_weights: torch.Tensor, coefficients) -> torch.Tensor:
-    """Soft cross-entropy and negative log acceptance of some rows, `(2,)`; a part without weight is left at 0."""
-    zero = log_probs.new_zeros(())
-    token = -(torch.linalg.vecdot(target, log_probs) * row_weights).sum() if coefficients[0] else zero
-    acceptance = zero
-    if coefficients[1]:
-        accepted = torch.minimum(target, log_probs.exp()).sum(dim=-1)
-        acceptance = -(accepted.clamp(min=1e-9).log() * row_weights).sum()
-    return torch.stack((token, acceptance))
 
 
 __all__ = ["AlignedLoss", "LossWeights", "aligned_loss", "vocabulary_loss"]
