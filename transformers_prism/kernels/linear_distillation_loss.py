@@ -8,7 +8,7 @@
     negative_log_acceptance  -log sum min(p, q)                             q (B - a) / sum min(p, q)
 
 with cap(x) = softcap * tanh(x / softcap), or x itself; a is 1/2 where q = p. Both share one frozen head of V rows, all of
-the target's or those of a draft vocabulary. Gradients reach the student alone.
+the target's or those of a draft vocabulary; a head that is trained is not for it. Gradients reach the student alone.
 
 Layout: student `(N, D)`, teacher `(R, D)`, head `(V, D)`, losses `(K, N)` in float32. Forward makes both products tile by
 tile of the vocabulary, in a running softmax, and keeps 8 float32 numbers a row; the sums of min(p, q) take a second pass,
@@ -389,10 +389,11 @@ if triton is not None:
 
     def _tiles(num_rows: int, itemsize: int) -> dict:
         """Tiles by shape alone. float32 as six products of bfloat16 parts, which are as exact; they take registers."""
-        block_n = min(128, max(16, triton.next_power_of_2(num_rows)))
-        tiles = {"PRECISION": "ieee", "BLOCK_N": block_n, "BLOCK_V": 64, "BLOCK_D": 64, "num_warps": 8}
+        tiles = {"PRECISION": "ieee", "BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 64, "num_warps": 8}
         if itemsize == 4:
-            tiles.update(PRECISION="bf16x6", BLOCK_N=min(block_n, 64), BLOCK_V=32, BLOCK_D=32)
+            tiles.update(PRECISION="bf16x6", BLOCK_N=64, BLOCK_V=32, BLOCK_D=32)
+        if num_rows <= 16:
+            tiles["BLOCK_N"] = 16
         return {**tiles, "num_stages": 2}
 
     def _forward_grid(num_rows: int, num_tokens: int, tiles: dict) -> tuple[tuple[int, int], int]:
