@@ -160,7 +160,7 @@ def test_kernel_takes_large_vocabularies(num_tokens, dtype, monkeypatch):
     """In several parts of the workspace and many splits, the last of them short; wider tiles take the interpreter less
     time."""
     tiles = kernel._tiles
-    monkeypatch.setattr(kernel, "_tiles", lambda *sizes: {**tiles(*sizes), "BLOCK_V": 2048, "BLOCK_D": 16})
+    monkeypatch.setattr(kernel, "_tiles", lambda *sizes: {**tiles(*sizes), "BLOCK_N": 16, "BLOCK_V": 2048, "BLOCK_D": 16})
     check_kernel(*make(1, 3, 16, num_tokens, dtype), ("kl", "total_variation"))
 
 

@@ -16,8 +16,8 @@ since they need both softmaxes whole. Backward makes the products again, a part 
 of that part go through a workspace of at most 64 MB, and a second product adds them up to `(N, D)` in float32. Backward
 reads what forward kept and writes nothing of it, so that several losses may share it.
 
-Bytes moved: a pass reads the head once for every 128 rows (fewer in float32), 2 * V * D bytes in 16 bits; everything else
-is small beside it. A pass takes 4 * N * V * D operations, backward 6 * N * V * D.
+Bytes moved: a pass reads the head once for every 128 rows (64 in float32 or unless D is a multiple of 16), 2 * V * D bytes
+in 16 bits; everything else is small beside it. A pass takes 4 * N * V * D operations, backward 6 * N * V * D.
 Source: softmax in tiles as in Cut Cross-Entropy (arXiv:2411.09009); acceptance of a drafted token is sum min(p, q) by
 Leviathan et al. 2023 (arXiv:2211.17192).
 """
@@ -387,14 +387,15 @@ if triton is not None:
             result = tl.dot(grads, weights, result, input_precision=PRECISION)
         tl.store(address, result, mask=mask)
 
-    def _tiles(num_rows: int, itemsize: int) -> dict:
-        """Tiles by shape alone. float32 as six products of bfloat16 parts, which are as exact; they take registers."""
-        tiles = {"PRECISION": "ieee", "BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 64, "num_warps": 8}
+    def _tiles(hidden_size: int, itemsize: int) -> dict:
+        """Whatever the number of rows: smaller tiles for few would not be faster, since the head has to be read in any
+        case. float32 as six products of bfloat16 parts, which are as exact; they take registers, as do rows of which each
+        number has an address of its own."""
+        block_n = 128 if hidden_size % 16 == 0 else 64
+        tiles = {"PRECISION": "ieee", "BLOCK_N": block_n, "BLOCK_V": 64, "BLOCK_D": 64}
         if itemsize == 4:
-            tiles.update(PRECISION="bf16x6", BLOCK_N=64, BLOCK_V=32, BLOCK_D=32)
-        if num_rows <= 16:
-            tiles["BLOCK_N"] = 16
-        return {**tiles, "num_stages": 2}
+            tiles = {"PRECISION": "bf16x6", "BLOCK_N": 64, "BLOCK_V": 32, "BLOCK_D": 32}
+        return {**tiles, "num_warps": 8, "num_stages": 2}
 
     def _forward_grid(num_rows: int, num_tokens: int, tiles: dict) -> tuple[tuple[int, int], int]:
         """Tiles of rows by parts of the vocabulary, as many as give every processor a program, and a part's length."""
@@ -435,7 +436,7 @@ if triton is not None:
         teacher_softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (num_rows, hidden_size), num_tokens = student.shape, head.shape[0]
-        tiles = _tiles(num_rows, student.element_size())
+        tiles = _tiles(hidden_size, student.element_size())
         grid, split_length = _forward_grid(num_rows, num_tokens, tiles)
         has_reverse, has_acceptance = _needs(losses)
         parts = torch.empty((grid[1], _NUM_STATISTICS, num_rows), dtype=torch.float32, device=student.device)
@@ -489,7 +490,7 @@ if triton is not None:
         # Rows of little weight must not vanish in 16 bits: the workspace holds their gradients at full size.
         size = coefficients[[0, 1, 3]].abs().amax(dim=0).clamp(min=1e-30)
         coefficients[[0, 1, 3]] /= size
-        tiles = _tiles(num_rows, student.element_size())
+        tiles = _tiles(hidden_size, student.element_size())
         width = min(_MAX_WORKSPACE_TOKENS, _WORKSPACE_BYTES // (num_rows * student.element_size()), num_tokens)
         width = triton.cdiv(max(width, 1), tiles["BLOCK_V"]) * tiles["BLOCK_V"]
         grad_logits = torch.empty((num_rows, width), dtype=student.dtype, device=student.device)

@@ -45,7 +45,7 @@ def _launch(student, teacher, head, losses, *rest):
 
 
 def cases() -> list[KernelCase]:
-    """Each size of tile, each part of the losses, and a vocabulary and a width that are multiples of nothing."""
+    """Each dtype, each part of the losses, and a vocabulary and a width that are multiples of nothing."""
     acceptance = ("cross_entropy", "negative_log_acceptance")
     few = {"hidden_size": 90, "num_tokens": 50257, "num_rows": 5, "num_steps": 1}
     wide = {"hidden_size": 2048, "num_rows": 256, "softcap": 30.0}
@@ -54,7 +54,7 @@ def cases() -> list[KernelCase]:
         "bf16 D4096 V128256 acceptance": {"num_tokens": 128256, "num_steps": 1, "losses": acceptance},
         "bf16 D2304 V262144 softcap": {"hidden_size": 2304, "num_tokens": 262144, "num_rows": 256, "softcap": 30.0},
         "fp16 D576 V8192 all": {"hidden_size": 576, "num_tokens": 8192, "losses": LOSSES, "dtype": torch.float16},
-        "fp16 D90 V50257 R5": {**few, "dtype": torch.float16},
+        "fp16 D90 V50257 R5 all softcap": {**few, "losses": LOSSES, "softcap": 30.0, "dtype": torch.float16},
         "fp32 D90 V50257 R5 all": {**few, "losses": LOSSES, "dtype": torch.float32},
         "fp32 D2048 V32000 all softcap": {**wide, "losses": LOSSES, "dtype": torch.float32},
     }
