@@ -1,7 +1,8 @@
 """Tensors that live on a pretended accelerator: real values, and a record of whatever makes the host wait for them.
 
 Wrapped tensors say that they are on `DEVICE` and compute on the CPU. As on a real accelerator, an operation may not
-mix them with tensors of the host; reading a value, a size that depends on values, or a copy to the host is noted.
+mix them with tensors of the host; reading a value, a size that depends on values, or a copy to the host that the host
+waits for is noted.
 """
 
 import traceback
@@ -57,7 +58,9 @@ def _compute(function, args, kwargs, note):
     asked = next((value for value in flat if isinstance(value, torch.device)), None)
     name = function._schema.name.removeprefix("aten::")
     stays = is_any_on_device if asked is None else asked.type == DEVICE.type
-    if is_any_on_device and (name in _READS or not stays):
+    # The host goes on beside a copy that it asked not to wait for.
+    waits = not (name == "_to_copy" and kwargs.get("non_blocking"))
+    if is_any_on_device and (name in _READS or not stays) and waits:
         note(name)
     if name == "copy_" and not _is_on_device(args[0]) and _is_on_device(args[1]):
         note(name)

@@ -22,10 +22,12 @@ ALLOWED = {
     },
     "generation": {
         "attention",
-        *("tree", "tree_policy", "auto_trees", "verification", "cache", "drafting", "target_rounds", "speculation"),
+        *("tree", "tree_policy", "auto_trees", "planned_trees", "verification", "target_rounds", "speculation"),
+        *("cache", "drafting"),
         "kernels.",
     },
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
+    "planned_trees": {"auto_trees", "speculation", "target_rounds", "tree", "tree_policy"},
     "round_costs": {"drafting", "target_rounds"},
     "target_rounds": {"tree", "attention", "cache", "kernels."},
     "tree": {"kernels."},

@@ -20,6 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .attention import grouped_attention
 from .auto_trees import AutoTrees
+from .planned_trees import PlannedTrees
 from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
 from .tree import root_tree
@@ -178,7 +179,11 @@ class _FixedTrees:
 
 
 def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows):
-    return AutoTrees(settings, target, draft, rows) if settings.tree == "auto" else _FixedTrees(settings)
+    """Where trees come from; choosing within a round needs tensors that can be looked at without waiting."""
+    if settings.tree != "auto":
+        return _FixedTrees(settings)
+    kind = AutoTrees if draft.device.type == "cpu" else PlannedTrees
+    return kind(settings, target, draft, rows)
 
 
 def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, trees, streamer, input_ids):
