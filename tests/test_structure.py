@@ -17,7 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "__init__": {"configuration_prism", "cpu", "generation", "modeling_prism"},
     "modeling_prism": {
-        *("configuration_prism", "cpu", "generation", "drafting", "speculation", "tree_policy", "publishing"),
+        *("configuration_prism", "cpu", "generation", "drafting", "graph_drafting", "speculation", "tree_policy"),
+        "publishing",
         "kernels.",
     },
     "generation": {
@@ -32,6 +33,7 @@ ALLOWED = {
     "target_rounds": {"tree", "attention", "cache", "kernels."},
     "tree": {"kernels."},
     "drafting": {"tree", "attention", "cache", "kernels."},
+    "graph_drafting": {"drafting", "cache", "tree"},
     "verification": {"tree", "kernels."},
     "attention": {"kernels."},
     "cache": {"kernels."},

@@ -119,7 +119,7 @@ def speculative_generate(
     try:
         draft.eval()
         with target._optimize_model_for_decode(), grouped_attention(target, draft):
-            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows)
+            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings.cuda_graph)
             trees = _trees_for(settings, target, draft, rows)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)
             sequences = rows.finish()
@@ -148,12 +148,12 @@ def speculative_generate(
     return output
 
 
-def _drafter_for(draft, cache, num_rows: int):
+def _drafter_for(draft, cache, num_rows: int, cuda_graph: bool):
     """A new drafter, or the one that has read what the given cache holds, and what it has not read of that."""
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
     if not is_known or context.length != int(cache.get_seq_length()):
-        return draft.make_drafter(), []
+        return draft.make_graph_drafter() if cuda_graph else draft.make_drafter(), []
     return context.drafter, context.unread
 
 
