@@ -1,7 +1,8 @@
 """Tensors that live on a pretended accelerator: real values, and a record of whatever makes the host wait for them.
 
 Wrapped tensors say that they are on `DEVICE` and compute on the CPU. As on a real accelerator, an operation may not
-mix them with tensors of the host; reading a value, a size that depends on values, or a copy to the host is noted.
+mix them with tensors of the host; reading a value, a size that depends on values, or a copy to the host that the host
+waits for is noted.
 """
 
 import traceback
@@ -49,19 +50,25 @@ def _is_on_device(value) -> bool:
     return isinstance(value, OnDevice)
 
 
-def _compute(function, args, kwargs, note):
-    """Run an operation on the host's values; `note` is told the name of an operation that waits for them."""
+def _compute(function, args, kwargs, note, note_upload=lambda name: None):
+    """Run an operation on the host's values; `note` is told the name of an operation that waits for them, `note_upload`
+    of one that brings values of the host over."""
     flat = tree_flatten((args, kwargs))[0]
     tensors = [value for value in flat if isinstance(value, torch.Tensor)]
     is_any_on_device = any(map(_is_on_device, tensors))
     asked = next((value for value in flat if isinstance(value, torch.device)), None)
     name = function._schema.name.removeprefix("aten::")
     stays = is_any_on_device if asked is None else asked.type == DEVICE.type
-    if is_any_on_device and (name in _READS or not stays):
+    # The host goes on beside a copy that it asked not to wait for.
+    waits = not (name == "_to_copy" and kwargs.get("non_blocking"))
+    if is_any_on_device and (name in _READS or not stays) and waits:
         note(name)
     if name == "copy_" and not _is_on_device(args[0]) and _is_on_device(args[1]):
         note(name)
         stays = False
+    to_device = name == "copy_" and _is_on_device(args[0]) and not _is_on_device(args[1])
+    if to_device or (name == "_to_copy" and not is_any_on_device and asked is not None and asked.type == DEVICE.type):
+        note_upload(name)
     if name in ("index", "index_put", "index_put_") and any(
         _is_on_device(index) and index.dtype == torch.bool for index in args[1] if index is not None
     ):
@@ -98,11 +105,13 @@ class _BesidesDispatch(TorchFunctionMode):
 
 
 class PretendedAccelerator(TorchDispatchMode):
-    """While it is on, tensors can be made on `DEVICE`, and `reads` notes what the host waited for, and where."""
+    """While it is on, tensors can be made on `DEVICE`; `reads` notes what the host waited for, and where, and `uploads`
+    what it brought over."""
 
     def __init__(self):
         super().__init__()
         self.reads: list[str] = []
+        self.uploads: list[str] = []
         self.besides_dispatch = _BesidesDispatch()
 
     def __enter__(self):
@@ -117,7 +126,7 @@ class PretendedAccelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Compute and note."""
-        return _compute(function, args, kwargs or {}, self._note)
+        return _compute(function, args, kwargs or {}, self._note, self.uploads.append)
 
     def _note(self, name: str) -> None:
         ours = [frame for frame in traceback.extract_stack() if "transformers" in frame.filename]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
 
-from transformers_prism.auto_trees import AutoTrees, _drafted_cells, _Table
+from transformers_prism.auto_trees import AutoTrees, _Table, cells_of_drafted
 from transformers_prism.tree import CandidatePool, best_nodes, tree_of_nodes
 from transformers_prism.tree_policy import TreeSettings
 
@@ -25,6 +25,13 @@ class PerfectDraft:
     def randrange(self, end: int) -> int:
         """The same wrong token everywhere."""
         return 0
+
+    def shuffle(self, values: list) -> None:
+        """True tokens before wrong ones."""
+
+    def choice(self, values: list):
+        """Wrong ones below the root."""
+        return values[0]
 
 
 def run(cheap_rounds, monkeypatch=None, num_rows: int = 1, **settings):
@@ -157,7 +164,7 @@ def test_auto_values_never_rise_along_a_path(cheap_rounds):
         first, end, width = end, end + count, count
         steps.append((torch.randint(0, 97, (2, count)), parents, -torch.rand(2, count) * 5))
     pool = CandidatePool.of_steps(steps)
-    values = trees._values(pool, _drafted_cells(pool))
+    values = trees._values(pool, cells_of_drafted(pool))
     has_parent = pool.parents >= 0
     of_parents = values.gather(1, pool.parents.clamp(min=0))
     assert (values <= of_parents)[has_parent].all()

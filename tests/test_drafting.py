@@ -181,3 +181,44 @@ def test_the_cost_of_a_step_does_not_depend_on_the_number_of_modules():
             drafter.grow(TreeSettings("static", 4, 6, 20))
         recorded.append(recorder.operations)
     assert recorded[0] == recorded[1]
+
+
+def on_meta(monkeypatch, **settings):
+    """A drafter whose models and tensors hold no numbers, on the road that accelerators take, after two rounds' reading:
+    whatever asks for a value fails, and every shape is known beforehand."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("transformers_prism.kernels.dispatch.TRITON_DEVICES", ("meta",))
+    target = tiny_target()
+    draft = tiny_draft(target, **settings).bind(target)
+    target.to("meta")
+    drafter = draft.to("meta").make_drafter()
+    for num_positions, num_new in ((9, [9, 9]), (3, [3, 1])):
+        token_ids = torch.zeros((2, num_positions), dtype=torch.long, device="meta")
+        drafter.prefill(token_ids, torch.empty((2, num_positions, 96), device="meta"), token_ids, num_new)
+    return drafter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "form", [{}, {"context_kv": "own_module"}, {"module_form": "eagle3", "share_target_head": False}]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "prism_tree"])
+@pytest.mark.parametrize(
+    "tree", [TreeSettings("static", 4, 4, 12), TreeSettings("static", 10, 8, 63), TreeSettings("chain", 1, 5, 5)]
+)
+def test_the_draft_phase_reads_nothing_back(monkeypatch, form, attention, tree):
+    """Reading what was committed, all draft steps and the choice of nodes, on the kernels' operators."""
+    drafter = on_meta(monkeypatch, num_processing_modules=2, attn_implementation=attention, **form)
+    grown = drafter.grow(tree)
+    assert grown.token_ids.shape == (2, tree.num_nodes + 1)
+    assert grown.token_ids.device.type == "meta"
+    assert grown.ancestors().shape == (2, tree.num_nodes + 1, tree.num_nodes + 1)
+
+
+@torch.no_grad()
+def test_a_draft_phase_that_reads_back_is_caught(monkeypatch):
+    """A choice of width that looks at values, as on a CPU, fails where the test above passes."""
+    drafter = on_meta(monkeypatch)
+    assert drafter.draw(4, 3).token_ids.shape == (2, 4 + 2 * 16)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
+        drafter.draw(4, 3, lambda log_probs: int((log_probs > -1.0).sum()))

@@ -599,6 +599,7 @@ def test_a_generation_config_of_the_call_wins_over_the_drafts():
     [
         ({"tree": "bush"}, "tree: expected one of auto, static, chain, got 'bush'"),
         ({"tree_ngrams": 3}, "tree_ngrams: expected True or False, got 3"),
+        ({"tree_cuda_graph": 1}, "tree_cuda_graph: expected True or False, got 1"),
         ({"tree_top_k": 0}, "tree_top_k: expected an integer of at least 1, got 0"),
         ({"tree_depth": 2.5}, "tree_depth: expected an integer of at least 1, got 2.5"),
         ({"tree_top_k": 2, "tree_depth": 2, "tree_num_nodes": 7}, "expected at most 6, .* got 7"),

@@ -21,6 +21,16 @@ def test_the_first_configuration_that_names_a_setting_wins():
     assert resolve({"tree_ngrams": False}) == TreeSettings("auto", 10, 8, 63)
 
 
+@pytest.mark.parametrize("tree", ["auto", "static", "chain"])
+def test_graphs_are_off_unless_they_are_asked_for(tree):
+    """And stay asked for where a chain stands in for a tree, or a tree is cut."""
+    assert not resolve({"tree": tree}).cuda_graph
+    settings = resolve({"tree": tree, "tree_cuda_graph": True})
+    assert settings.cuda_graph
+    assert settings.as_chain().cuda_graph
+    assert settings.clipped(2, 3).cuda_graph
+
+
 def test_a_chain_is_as_long_as_depth_and_nodes_allow():
     """tree_top_k does not matter."""
     assert resolve({"tree": "chain", "tree_depth": 7, "tree_num_nodes": 5}) == TreeSettings("chain", 1, 5, 5)

@@ -45,6 +45,7 @@ _SHARE_OF_PAUSE = 4
 # How fast the rate of rounds with the draft, and the gain of a step, follow the latest round.
 _RATE_FADE = 0.85
 _GAIN_RATE = 0.1
+STEP_GAIN = 0.7  # the gain that is expected at first
 
 
 class _Table:
@@ -105,15 +106,18 @@ class Experience:
         drafted, copied: acceptance of the draft's nodes and of copied ones.
         step_gain: value that one more draft step brings, over the value of the nodes that it goes on with.
         payoffs: by number of rows.
+        first_value, rank_values: for `planned_trees.py`, which sets them.
     """
 
     drafted: _Table = field(default_factory=lambda: _Table(_drafted_prior()))
     copied: _Table = field(default_factory=lambda: _Table(_copied_prior()))
-    step_gain: float = 0.7
+    step_gain: float = STEP_GAIN
     payoffs: dict[int, Payoff] = field(default_factory=dict)
+    first_value: float = 0.0
+    rank_values: torch.Tensor | None = None
 
 
-class _Proposal(NamedTuple):
+class Proposal(NamedTuple):
     """What was proposed in a round, to learn from what becomes of it; cells are `(B, n)`, -1 where none applies."""
 
     drafted_cells: torch.Tensor
@@ -178,7 +182,7 @@ class AutoTrees:
         pool, num_steps = CandidatePool.empty(num_rows, torch.device("cpu")), 0
         if depth > 0 and self.num_rounds > self.next_try:
             pool, num_steps = self._draw(drafter, unread, num_rows, depth)
-        drafted_cells = _drafted_cells(pool)
+        drafted_cells = cells_of_drafted(pool)
         values = self._values(pool, drafted_cells)
         copied_cells = torch.full_like(drafted_cells, -1)
         if self.settings.ngrams and max_depth > 0:
@@ -196,7 +200,7 @@ class AutoTrees:
         drafted_cells, copied_cells = drafted_cells.gather(1, chosen), copied_cells.gather(1, chosen)
         if num_steps and not has_backlog:
             self.costs.observe_step((time.perf_counter() - start) / num_steps)
-        self.proposal = _Proposal(drafted_cells, copied_cells, num_steps, expected)
+        self.proposal = Proposal(drafted_cells, copied_cells, num_steps, expected)
         self.depth = int(tree.depths.max()) if num_nodes else 0
         return tree
 
@@ -208,6 +212,11 @@ class AutoTrees:
             kept (`list[list[int]]`): per row the nodes that a token was emitted at, the root first; [] if it is done.
             verify_seconds (`float`): of the target's forward.
         """
+        self.costs.observe_verify(len(kept) * tree.num_nodes, verify_seconds)
+        return self._learn(tree, kept)
+
+    def _learn(self, tree: Tree, kept: list[list[int]]) -> RoundTree:
+        """What `observe` does, but for the time that the verification took."""
         proposal, num_rows = self.proposal, len(kept)
         is_going = [row for row, nodes in enumerate(kept) if nodes]
         is_accepted = torch.zeros((num_rows, tree.num_nodes), dtype=torch.bool)
@@ -217,7 +226,6 @@ class AutoTrees:
         if tree.num_nodes > 1:
             self.experience.drafted.observe(proposal.drafted_cells[is_going].flatten(), is_accepted)
             self.experience.copied.observe(proposal.copied_cells[is_going].flatten(), is_accepted)
-        self.costs.observe_verify(num_rows * tree.num_nodes, verify_seconds)
         if proposal.num_steps:
             self._note_rate(proposal, sum(map(len, kept)), num_rows, num_rows * tree.num_nodes)
         num_copied = int((proposal.copied_cells >= 0).sum()) // num_rows
@@ -331,7 +339,7 @@ class AutoTrees:
         if before > 0:
             self.experience.step_gain += _GAIN_RATE * (min(after / before, 1.0) - self.experience.step_gain)
 
-    def _note_rate(self, proposal: _Proposal, num_committed: int, num_rows: int, num_verified: int) -> None:
+    def _note_rate(self, proposal: Proposal, num_committed: int, num_rows: int, num_verified: int) -> None:
         """Whether rounds with the draft pay; if not, leave it alone for a while."""
         # What was expected is less noisy than what came of it, which in turn knows the text at hand.
         tokens = (proposal.expected_tokens + num_committed) / 2 / num_rows
@@ -379,7 +387,7 @@ def _classes(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(log_probs.exp(), torch.tensor(_EDGES))
 
 
-def _drafted_cells(pool: CandidatePool) -> torch.Tensor:
+def cells_of_drafted(pool: CandidatePool) -> torch.Tensor:
     """Flat index into the table of drafted nodes for each candidate, `(B, C)`."""
     depths = pool.depths.clamp(max=_MAX_DEPTH) - 1
     return depths * (len(_EDGES) + 1) + _classes(pool.log_probs)

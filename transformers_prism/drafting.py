@@ -48,29 +48,48 @@ class Drafter:
             num_new: how many of the A positions of each row are real; the rest, at the end, are ignored.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
-        draft = self.draft
-        token_ids, position_ids = token_ids.to(draft.device), position_ids.to(draft.device)
-        hidden = draft.fuse(target_hidden)
+        device = self.draft.device
+        token_ids, position_ids = token_ids.to(device), position_ids.to(device)
         if self.cache is None:
-            cache, mask = new_tree_cache(), None
-            if padding_mask is not None:
-                mask = padding_mask.to(draft.device)
+            output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
         else:
-            cache = self.cache.cache
-            causal = torch.ones(token_ids.shape[1], token_ids.shape[1], dtype=torch.bool, device=draft.device).tril()
-            mask = self._mask(causal.expand(token_ids.shape[0], -1, -1), hidden.dtype)
-        for step in self.prefill_steps:
-            output = draft(token_ids, hidden, step, mask, position_ids, cache).last_hidden_state
-        if self.cache is None:
-            committed = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
-            self.cache = CommittedCache(cache, committed)
-        else:
+            output = self._read_later(token_ids, target_hidden, position_ids)
             self.cache.commit([list(range(count)) for count in num_new])
-        self._remember_last(token_ids, output, position_ids, num_new)
+        self._remember_last(token_ids, output, position_ids, torch.tensor(num_new, device=device))
 
-    def _remember_last(self, token_ids, output, position_ids, num_new) -> None:
-        rows = torch.arange(len(num_new), device=output.device)
-        last = torch.tensor(num_new, device=output.device) - 1
+    def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
+        """Step 0 over the first positions; returns its output `(B, A, D)`."""
+        hidden, cache, mask = self.draft.fuse(target_hidden), new_tree_cache(), None
+        committed = torch.ones_like(token_ids, dtype=torch.bool)
+        if padding_mask is not None:
+            committed = padding_mask.to(hidden.device).bool()
+            # Padding sees itself, since a row that sees nothing may come out as NaN. A mask of two dimensions would do, but
+            # transformers would look at its values.
+            visible = self._causal(token_ids) & committed[:, None]
+            visible = visible | torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
+            mask = attention_mask(visible, self.draft.config._attn_implementation, hidden.dtype)
+        output = self._step_0(token_ids, hidden, position_ids, mask, cache)
+        self.cache = CommittedCache(cache, committed)
+        return output
+
+    def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
+        """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
+        hidden = self.draft.fuse(target_hidden)
+        mask = self._mask(self._causal(token_ids), hidden.dtype)
+        return self._step_0(token_ids, hidden, position_ids, mask, self.cache.cache)
+
+    def _causal(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Each position and those before it, `(B, A, A)` bool."""
+        num_rows, length = token_ids.shape
+        return torch.ones(length, length, dtype=torch.bool, device=token_ids.device).tril().expand(num_rows, -1, -1)
+
+    def _step_0(self, token_ids, hidden, position_ids, mask, cache) -> torch.Tensor:
+        for step in self.prefill_steps:
+            output = self.draft(token_ids, hidden, step, mask, position_ids, cache).last_hidden_state
+        return output
+
+    def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor) -> None:
+        rows, last = torch.arange(len(num_new), device=output.device), num_new - 1
         self.last_hidden = output[rows, last]
         self.last_position = position_ids[rows, last]
         self.root_ids = token_ids[rows, last]

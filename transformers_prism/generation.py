@@ -20,6 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .attention import grouped_attention
 from .auto_trees import AutoTrees
+from .planned_trees import PlannedTrees
 from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
 from .tree import root_tree
@@ -118,7 +119,7 @@ def speculative_generate(
     try:
         draft.eval()
         with target._optimize_model_for_decode(), grouped_attention(target, draft):
-            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows)
+            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings.cuda_graph)
             trees = _trees_for(settings, target, draft, rows)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)
             sequences = rows.finish()
@@ -147,12 +148,12 @@ def speculative_generate(
     return output
 
 
-def _drafter_for(draft, cache, num_rows: int):
+def _drafter_for(draft, cache, num_rows: int, cuda_graph: bool):
     """A new drafter, or the one that has read what the given cache holds, and what it has not read of that."""
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
     if not is_known or context.length != int(cache.get_seq_length()):
-        return draft.make_drafter(), []
+        return draft.make_graph_drafter() if cuda_graph else draft.make_drafter(), []
     return context.drafter, context.unread
 
 
@@ -178,7 +179,11 @@ class _FixedTrees:
 
 
 def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows):
-    return AutoTrees(settings, target, draft, rows) if settings.tree == "auto" else _FixedTrees(settings)
+    """Where trees come from; choosing within a round needs tensors that can be looked at without waiting."""
+    if settings.tree != "auto":
+        return _FixedTrees(settings)
+    kind = AutoTrees if draft.device.type == "cpu" else PlannedTrees
+    return kind(settings, target, draft, rows)
 
 
 def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, trees, streamer, input_ids):

@@ -23,6 +23,7 @@ from .configuration_prism import PrismConfig, target_numerics
 from .cpu import HalfLinear, PackedLinear, pack
 from .drafting import Drafter
 from .generation import install, speculative_generate
+from .graph_drafting import GraphDrafter
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
@@ -562,6 +563,27 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def make_drafter(self) -> Drafter:
         """The object that drafts trees for one generate() call; see [`Drafter`]."""
         return Drafter(self)
+
+    def make_graph_drafter(self) -> Drafter:
+        """A drafter that captures its rounds as CUDA graphs; where it cannot, another one, with a warning."""
+        reason = self._reason_against_graphs()
+        if reason is not None:
+            warnings.warn(f"tree_cuda_graph: drafting without a graph: {reason}", stacklevel=2)
+            return self.make_drafter()
+        return GraphDrafter(self)
+
+    def _reason_against_graphs(self) -> str | None:
+        """Why no round of this draft could be captured; None if it can be tried."""
+        if self.device.type != "cuda":
+            return f"a CUDA graph needs a draft on a CUDA device, got one on {self.device}"
+        if self.config.rope_parameters["rope_type"] == "dynamic":
+            return "dynamic rotary frequencies look at the length of the text"
+        borrowed = self._require_target()
+        layers = (self.embed_tokens or borrowed.embedding, self.lm_head or borrowed.head)
+        elsewhere = [layer.weight.device for layer in layers if layer.weight.device != self.device]
+        if elsewhere:
+            return f"the draft is on {self.device}, and the target's embedding or head on {elsewhere[0]}"
+        return None
 
     def assist(self, target: PreTrainedModel, *args, **kwargs):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""

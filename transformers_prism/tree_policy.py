@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 _TREES = ("auto", "static", "chain")
 _INTEGERS = ("tree_top_k", "tree_depth", "tree_num_nodes")
+_SWITCHES = ("tree_ngrams", "tree_cuda_graph")
 
 
 def default_tree_settings() -> dict:
     """Settings of a draft that says nothing else: the best tree of each round, within bounds that seldom bind."""
-    return {"tree": "auto", "tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63, "tree_ngrams": True}
+    sizes = {"tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63}
+    return {"tree": "auto", **sizes, "tree_ngrams": True, "tree_cuda_graph": False}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class TreeSettings:
         depth (`int`): draft steps, step 0 included, so the longest drafted path in tokens.
         num_nodes (`int`): drafted nodes that the target verifies, the root not counted.
         ngrams (`bool`): with "auto", whether continuations copied from the text may join the tree.
+        cuda_graph (`bool`): whether a round's drafting is captured as a CUDA graph; not yet tried on a GPU.
     """
 
     tree: str
@@ -30,6 +33,7 @@ class TreeSettings:
     depth: int
     num_nodes: int
     ngrams: bool = False
+    cuda_graph: bool = False
 
     @classmethod
     def resolve(cls, *generation_configs, num_draft_tokens: int) -> "TreeSettings":
@@ -50,13 +54,14 @@ class TreeSettings:
         for name in _INTEGERS:
             if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {values[name]!r}")
-        if not isinstance(values["tree_ngrams"], bool):
-            raise ValueError(f"tree_ngrams: expected True or False, got {values['tree_ngrams']!r}")
-        depth, num_nodes = values["tree_depth"], values["tree_num_nodes"]
+        for name in _SWITCHES:
+            if not isinstance(values[name], bool):
+                raise ValueError(f"{name}: expected True or False, got {values[name]!r}")
+        depth, num_nodes, cuda_graph = values["tree_depth"], values["tree_num_nodes"], values["tree_cuda_graph"]
         if values["tree"] == "chain":
-            return cls("chain", 1, depth, num_nodes).as_chain()
+            return cls("chain", 1, depth, num_nodes, cuda_graph=cuda_graph).as_chain()
         top_k = min(values["tree_top_k"], num_draft_tokens)
-        settings = cls(values["tree"], top_k, depth, num_nodes)
+        settings = cls(values["tree"], top_k, depth, num_nodes, cuda_graph=cuda_graph)
         if settings.tree == "auto":
             return dataclasses.replace(settings, ngrams=values["tree_ngrams"])
         if num_nodes > settings.pool_size(depth):
@@ -80,4 +85,4 @@ class TreeSettings:
         """The chain that fits into this tree: as long as its depth and its number of nodes allow."""
         length = min(self.depth, self.num_nodes)
         tree = "auto" if self.tree == "auto" else "chain"
-        return TreeSettings(tree, top_k=1, depth=length, num_nodes=length)
+        return TreeSettings(tree, top_k=1, depth=length, num_nodes=length, cuda_graph=self.cuda_graph)

@@ -18,6 +18,7 @@ from transformers_prism.auto_trees import AutoTrees
 from transformers_prism.benchmark.generate import TokenClock
 from transformers_prism.cache import CommittedCache
 from transformers_prism.drafting import Drafter
+from transformers_prism.planned_trees import PlannedTrees
 from transformers_prism.target_rounds import ChainTarget, TreeTarget
 
 PARTS = ("target forward", "draft forwards", "selection", "masks", "walk", "commit", "other")
@@ -31,7 +32,10 @@ _FUNCTIONS = {
 }
 _METHODS = {
     "masks": ((Drafter, "_mask"), (TreeTarget, "_masks")),
-    "selection": ((Drafter, "grow"), (Drafter, "draw"), (AutoTrees, "propose"), (AutoTrees, "observe")),
+    "selection": (
+        *((Drafter, "grow"), (Drafter, "draw"), (AutoTrees, "propose"), (AutoTrees, "observe")),
+        *((PlannedTrees, "propose"), (PlannedTrees, "observe")),
+    ),
     "commit": ((CommittedCache, "commit"), (TreeTarget, "commit"), (ChainTarget, "commit")),
 }
 _DRAFT_FUNCTIONS = ("compute_logits", "fuse")
