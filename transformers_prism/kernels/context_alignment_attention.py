@@ -416,6 +416,7 @@ if triton is not None:
         """Tiles of forward by shape alone: as many rows as registers hold beside the keys; float32 as in
         tree_attention."""
         block_e = max(16, triton.next_power_of_2(head_dim))
+        tiles: dict
         if itemsize == 4:
             block_m = 64 if block_e <= 64 else 16
             tiles = {"PRECISION": "bf16x6", "BLOCK_M": block_m, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
