@@ -10,6 +10,7 @@ from transformers_prism.attention import TreeMask, attach_tree
 from transformers_prism.kernels.tree_attention import pack_ancestors
 
 pytestmark = pytest.mark.quick
+ARCHITECTURES = ["llama", "qwen2_mixed_windows", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
 LENGTH = {"max_new_tokens": 20, "pad_token_id": PAD_ID, "do_sample": False}
 
 
@@ -27,9 +28,7 @@ def attended(monkeypatch):
     return lengths
 
 
-@pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2_mixed_windows", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("num_rows", [1, 3])
 @torch.no_grad()
 def test_text_is_that_of_plain_decoding(architecture, num_rows, attended):
@@ -63,7 +62,7 @@ def test_a_draft_on_prism_tree_drafts_the_same(attended):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prefill_logits_respect_padding(architecture):
     """The mask function is registered with the implementation: without it padding would be attended to."""
     input_ids, mask = prompts(3)
@@ -135,7 +134,7 @@ def test_grouped_attention_is_lent_while_the_loop_runs():
     found = []
 
     def fail():
-        with attention.grouped_attention(target, eager):
+        with attention.lent_attention(target, eager):
             found.extend((target.config._attn_implementation, eager.config._attn_implementation))
             raise ZeroDivisionError
 
@@ -150,3 +149,27 @@ def test_grouped_attention_is_lent_while_the_loop_runs():
     assert torch.equal(target.generate(input_ids, attention_mask=mask, **LENGTH), plain)
     assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH), plain)
     assert target.config._attn_implementation == "prism_grouped"
+
+
+@torch.no_grad()
+def test_tree_attention_is_lent_to_a_draft_where_triton_computes(monkeypatch, attended):
+    """Pretended for the CPU, with the kernels' PyTorch twins: the draft's steps reach the tree attention and the target's
+    forwards do not; a draft that a user put on something else stays there."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(attention, "use_triton", lambda implementation, device: implementation == "auto")
+    input_ids, mask = prompts(2)
+    target = tiny_target("llama", 3)
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    for implementation in ("sdpa", "eager"):
+        draft = tiny_draft(target)
+        draft.set_attn_implementation(implementation)
+        output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+        assert torch.equal(output, plain)
+        assert draft.config._attn_implementation == implementation
+        assert target.config._attn_implementation == "sdpa"
+        if implementation == "sdpa":
+            # As many as the steps of a tree bring new rows; a verification has 16.
+            assert attended
+            assert 1 + draft.generation_config.tree_num_nodes not in attended
+            attended.clear()
+    assert not attended

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 
 from transformers_prism.kernels import compact_cache as kernel
 from transformers_prism.kernels.compact_cache import compact_cache
@@ -81,9 +88,19 @@ def test_compact_cache_says_what_is_wrong():
         (([buffer], good.int(), good), r"source: expected dtype torch.int64, got torch.int32"),
         (([buffer], good[:, :0], good[:, :0]), r"source: expected 1 to 1024 positions per row, got 0"),
         (([buffer], good.to("meta"), good), r"source: expected device cpu, got meta"),
+        (([buffer], good, good.to("meta")), r"destination: expected device cpu, got meta"),
+        (([buffer], good, good.int()), r"destination: expected dtype torch.int64, got torch.int32"),
+        (([buffer, buffer.to("meta")], good, good), r"buffers: expected device cpu, got meta"),
+        (([buffer[:0]], good[:0], good[:0]), r"buffers: expected 4 dimensions, none empty, got \(0, 2, 12, 4\)"),
+        (([buffer, buffer[:, :, :0]], good, good), r"buffers: expected shape .* got \(2, 2, 0, 4\)"),
+        (([buffer], good[0, 0], good), r"source: expected shape \(2, 0\), got \(\)"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             compact_cache(*arguments)
+    many = torch.zeros(2, 1025, dtype=torch.long)
+    message = r"source: expected 1 to 1024 positions per row, got 1025"
+    with pytest.raises(ValueError, match=message), nothing_computed(kernel):
+        compact_cache([buffer], many, many, implementation="triton")
     assert torch.equal(buffer, before)
 
 
@@ -102,6 +119,48 @@ def test_kernel_equals_the_reference(num_moves, length, head_dim, dtype):
     for buffer, wanted in zip(buffers, expected, strict=True):
         assert torch.equal(buffer, wanted)
     guards.check()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_kernel_is_launched_once_for_each_dtype_and_layout(num_layers, monkeypatch):
+    """Keys and values of any number of layers of one kind share a launch; another dtype, head count or stride has one of
+    its own."""
+    operator, sizes = kernel._compact_cache, []
+    monkeypatch.setattr(kernel, "_compact_cache", lambda kind, *rest: sizes.append(len(kind)) or operator(kind, *rest))
+    launches = []
+    launch = kernel._compact_cache_fwd_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return launch[grid]
+
+    monkeypatch.setattr(kernel, "_compact_cache_fwd_kernel", Counted())
+    buffers = []
+    for _ in range(2 * num_layers):
+        longer = random_buffer(2, 2, 30, 16)[:, :, :20]
+        buffers += [random_buffer(2, 2, 20, 16), random_buffer(2, 2, 20, 16).half(), random_buffer(2, 3, 20, 16), longer]
+    source, destination = random_moves(2, 9, 20)
+    expected = [moved_by_hand(buffer, source, destination) for buffer in buffers]
+    buffers = [buffer.to(DEVICE) for buffer in buffers]
+    compact_cache(buffers, source.to(DEVICE), destination.to(DEVICE), implementation="triton")
+    assert sizes == [2 * num_layers] * 4
+    assert len(launches) == 4
+    for buffer, wanted in zip(buffers, expected, strict=True):
+        assert torch.equal(buffer.cpu(), wanted)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shift", [-5, -1, 1, 5])
+def test_kernel_moves_rows_that_overlap(shift):
+    """A block moved onto a part of itself, to the front and to the back: read as a whole before it is written."""
+    buffer = random_buffer(2, 2, 80, 80).to(DEVICE)
+    source = torch.arange(8, 71).expand(2, -1).contiguous()
+    expected = buffer.clone()
+    expected[:, :, 8 + shift : 71 + shift] = buffer[:, :, 8:71]
+    compact_cache([buffer], source.to(DEVICE), (source + shift).to(DEVICE), implementation="triton")
+    assert torch.equal(buffer, expected)
 
 
 @pytest.mark.kernel

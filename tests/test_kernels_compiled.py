@@ -1,5 +1,6 @@
 """Every kernel compiled for GPUs that are not here: no spills, shared memory that fits, traffic that was promised."""
 
+import itertools
 import json
 
 import pytest
@@ -10,8 +11,10 @@ pytest.importorskip("triton")
 
 from transformers_prism.benchmark import kernels as bench
 from transformers_prism.cli import app
+from transformers_prism.kernels import context_alignment_attention, top_k_log_prob, tree_attention
 
 KERNELS = sorted(bench.kernel_modules())
+TILED = ["context_alignment_attention", "top_k_log_prob", "tree_attention"]
 
 
 def check_rows(rows):
@@ -34,6 +37,41 @@ def test_kernel_compiles_without_spills(kernel):
 def test_all_kernels_compile_for(arch):
     """The other two architectures."""
     check_rows(bench.compile_all(None, [arch]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", TILED)
+def test_every_tile_compiles_without_spills(kernel):
+    """Whatever tile a launcher may choose, for sm_90."""
+    check_rows(bench.compile_all([kernel], ["sm_90"], every_tile=True))
+
+
+def tiles_by_shape(kernel: str) -> set:
+    """Tiles that a launcher chooses, over all sizes of rows, heads and dtypes."""
+    itemsizes, head_dims = (2, 4), range(32, 257, 8)
+    if kernel == "tree_attention":
+        chosen = [tree_attention._tiles(*one) for one in itertools.product(range(1, 400), head_dims, itemsizes)]
+    elif kernel == "top_k_log_prob":
+        sizes = itertools.product(range(1, 400), range(256, 8193, 256), itemsizes)
+        tiles = [top_k_log_prob._tiles(*one) for one in sizes]
+        lists = {top_k_log_prob._num_best(k) for k in range(1, 65)}
+        chosen = [{**one, "NUM_BEST": num_best} for one in tiles for num_best in lists]
+    else:
+        sizes = list(itertools.product(head_dims, itemsizes, range(0, 8)))
+        chosen = [context_alignment_attention._tiles(*one) for one in sizes]
+        chosen += [tiles for one in sizes for tiles in context_alignment_attention._backward_tiles(*one)]
+    return {tuple(sorted(tiles.items())) for tiles in chosen}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kernel", TILED)
+def test_every_tile_is_among_those_compiled(kernel):
+    """No shape of a head dimension of 32 or more makes a launcher choose what the test above has not compiled."""
+    wanted = tiles_by_shape(kernel)
+    names = {name for tiles in wanted for name, _ in tiles}
+    launches = [launch for case in bench.kernel_modules()[kernel].every_tile() for launch in bench.launches_of(case)]
+    compiled = {tuple(sorted((k, v) for k, v in launch.kwargs.items() if k in names)) for launch in launches}
+    assert wanted <= compiled
 
 
 @pytest.mark.quick

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 from tiny_models import tiny_draft, tiny_target
 
 from transformers_prism.kernels import context_alignment_attention as kernel
@@ -115,15 +122,22 @@ def test_attention_says_what_is_wrong():
             (query, [keys[0].mT.contiguous().mT, *keys[1:]], values),
             r"keys: expected the last dimension contiguous, got strides",
         ),
+        (
+            (query, keys, [values[0].mT.contiguous().mT, *values[1:]]),
+            r"values: expected the last dimension contiguous, got strides",
+        ),
+        ((query, keys, [values[0].half(), *values[1:]]), r"values: expected dtype torch.float32, got torch.float16"),
+        ((query, [keys[0].to("meta"), *keys[1:]], values), r"keys: expected device cpu, got meta"),
+        ((query.to("meta"), keys, values), r"keys: expected device meta, got cpu"),
         ((query, keys, values, starts[:, :3]), r"starts: expected shape \(2, 9\), got \(2, 3\)"),
         ((query, keys, values, starts.int()), r"starts: expected dtype torch.int64, got torch.int32"),
         ((query, keys, values, starts.to("meta")), r"starts: expected device cpu, got meta"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             context_alignment_attention(*arguments)
-    with pytest.raises(ValueError, match=r"query: expected a head dimension up to 256, got 288"):
+    with pytest.raises(ValueError, match=r"query: expected a head dimension up to 256, got 288"), nothing_computed(kernel):
         context_alignment_attention(*make(head_dim=288))
-    with pytest.raises(ValueError, match=r"query: expected dtype float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(ValueError, match=r"query: expected dtype float32, float16 or bfloat16, got torch.float64"), nothing_computed(kernel):
         context_alignment_attention(*make(dtype=torch.float64), implementation="triton")
 
 
@@ -138,6 +152,8 @@ SIZES = [
     {"step": 0, "num_rows": 111, "num_heads": 3, "num_groups": 1, "head_dim": 32, "is_packed": True},
     {"step": 4, "num_rows": 257, "num_heads": 1, "num_groups": 1, "head_dim": 32, "is_packed": True},
     {"step": 1, "num_rows": 63, "num_heads": 2, "num_groups": 1, "head_dim": 256, "is_packed": True},
+    # A path so long that tiles of wide heads hold half as many rows.
+    {"step": 4, "num_rows": 111, "num_heads": 1, "num_groups": 1, "head_dim": 128, "is_packed": True},
 ]
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 from tiny_models import PAD_ID, prompts, tiny_draft, tiny_target
 
 from transformers_prism.kernels import dispatch
@@ -84,10 +91,18 @@ def test_it_says_what_is_wrong():
         ),
         ((token_ids, hidden, embedding, weight.T.contiguous().T, bias), r"weight: expected the last dimension contig"),
         ((token_ids, hidden, embedding, weight, bias.to("meta")), r"bias: expected device cpu, got meta"),
+        ((token_ids.to("meta"), hidden, embedding, weight, bias), r"token_ids: expected device cpu, got meta"),
+        ((token_ids, hidden, embedding.to("meta"), weight, bias), r"embedding: expected device cpu, got meta"),
+        ((token_ids, hidden, embedding, weight.to("meta"), bias), r"weight: expected device cpu, got meta"),
+        ((token_ids, hidden.to("meta"), embedding, weight, bias), r"token_ids: expected device meta, got cpu"),
+        ((token_ids, hidden, embedding, weight.half(), bias), r"weight: expected dtype torch.float32, got torch.fl"),
+        ((token_ids, hidden, embedding, weight, bias.half()), r"bias: expected dtype torch.float32, got torch.fl"),
+        ((token_ids, hidden, embedding.T.contiguous().T, weight, bias), r"embedding: expected the last dimension c"),
+        ((token_ids, hidden, embedding, weight, bias.repeat(2)[::2]), r"bias: expected the last dimension contig"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             fused_input_projection(*arguments)
-    with pytest.raises(ValueError, match="hidden: expected at most 16 rows, got 17"):
+    with pytest.raises(ValueError, match="hidden: expected at most 16 rows, got 17"), nothing_computed(kernel):
         fused_input_projection(*make(17), implementation="triton")
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 
 from transformers_prism.kernels import grow_tree as kernel
 from transformers_prism.kernels.grow_tree import ancestor_bits, choose_nodes, grow_tree
@@ -160,6 +167,10 @@ def test_a_step_says_what_is_wrong():
             r"ancestors: expected dtype torch.int64, got torch.bool",
         ),
         ((ids, child_log_probs, log_probs, words.to("meta"), 4, 0), r"ancestors: expected device cpu, got meta"),
+        ((ids, child_log_probs, log_probs, words[0, 0, 0], 4, 0), r"ancestors: expected shape .* got \(\)"),
+        ((ids, child_log_probs, log_probs, words[:, :2], 4, 0), r"ancestors: expected shape .* got \(2, 2, 2\)"),
+        ((ids, child_log_probs.to("meta"), log_probs, words, 4, 0), r"child_log_probs: expected device cpu, got meta"),
+        ((ids, child_log_probs, log_probs.to("meta"), words, 4, 0), r"log_probs: expected device cpu, got meta"),
         ((ids, child_log_probs, log_probs, words, 13, 0), r"num_next: expected 1 to 12, got 13"),
         ((ids, child_log_probs, log_probs, words, 0, 0), r"num_next: expected 1 to 12, got 0"),
         (
@@ -167,11 +178,11 @@ def test_a_step_says_what_is_wrong():
             r"ancestors: expected bits for 129 nodes of a tree, got 128",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             grow_tree(*arguments)
-    with pytest.raises(ValueError, match=r"num_next: expected 1 to 64, got 65"):
+    with pytest.raises(ValueError, match=r"num_next: expected 1 to 64, got 65"), nothing_computed(kernel):
         grow_tree(*make_step(1, 9, 9), 65, 0, implementation="triton")
-    with pytest.raises(ValueError, match=r"child_ids: expected at most 4096 children of a row, got 4100"):
+    with pytest.raises(ValueError, match=r"child_ids: expected at most 4096 children of a row, got 4100"), nothing_computed(kernel):
         grow_tree(*make_step(1, 1, 4100), 4, 0, implementation="triton")
 
 
@@ -186,21 +197,25 @@ def test_a_choice_says_what_is_wrong():
         ((root[:1], ids, parents, depths, log_probs, 3), r"root_ids: expected shape \(2,\), got \(1,\)"),
         ((root, ids.int(), parents, depths, log_probs, 3), r"token_ids: expected dtype torch.int64, got torch.int32"),
         ((root, ids, parents[:, 1:], depths, log_probs, 3), r"parents: expected shape \(2, 52\), got \(2, 51\)"),
+        ((root.to("meta"), ids, parents, depths, log_probs, 3), r"root_ids: expected device cpu, got meta"),
+        ((root, ids, parents.int(), depths, log_probs, 3), r"parents: expected dtype torch.int64, got torch.int32"),
+        ((root, ids, parents, depths, log_probs.to("meta"), 3), r"log_probs: expected device cpu, got meta"),
+        ((root, ids, parents, depths, log_probs, 0), r"num_nodes: expected 1 to 52, got 0"),
         ((root, ids, parents, depths.to("meta"), log_probs, 3), r"depths: expected device cpu, got meta"),
         ((root, ids, parents, depths, log_probs.double(), 3), r"log_probs: expected dtype torch.float32, got torch.f"),
         ((root, ids, parents, depths, log_probs, 53), r"num_nodes: expected 1 to 52, got 53"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             choose_nodes(*arguments)
-    with pytest.raises(ValueError, match=r"num_nodes: expected 1 to 127, got 128"):
+    with pytest.raises(ValueError, match=r"num_nodes: expected 1 to 127, got 128"), nothing_computed(kernel):
         choose_nodes(*make_pool(1, 8, 4), 128, implementation="triton")
     for parents, message in (
         (torch.zeros(3, dtype=torch.long), r"parents: expected 2 dimensions, none empty, got \(3,\)"),
         (torch.zeros(1, 3), r"parents: expected dtype torch.int64, got torch.float32"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             ancestor_bits(parents)
-    with pytest.raises(ValueError, match=r"parents: expected at most 128 nodes, got 129"):
+    with pytest.raises(ValueError, match=r"parents: expected at most 128 nodes, got 129"), nothing_computed(kernel):
         ancestor_bits(torch.zeros((1, 129), dtype=torch.long), implementation="triton")
 
 

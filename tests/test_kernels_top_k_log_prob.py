@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 from tiny_models import tiny_draft, tiny_target
 
 from transformers_prism.kernels import dispatch
@@ -88,13 +95,19 @@ def test_it_says_what_is_wrong():
         ((hidden, weight, 3, bias, ids.repeat(2)[::2]), r"token_ids: expected it contiguous, got strides \(2,\)"),
         ((hidden, weight, 3, bias, ids.to("meta")), r"token_ids: expected device cpu, got meta"),
         ((hidden, weight, 3, bias, ids, 1.0, 0.0), r"softcap: expected more than 0, got 0.0"),
+        ((hidden, weight, 3, bias.to("meta")), r"bias: expected device cpu, got meta"),
+        ((hidden, weight, 3, bias.repeat(2)[::2]), r"bias: expected it contiguous, got strides \(2,\)"),
+        ((hidden, weight, 3, bias, ids[:4]), r"token_ids: expected shape \(97,\), got \(4,\)"),
+        ((hidden.to("meta"), weight, 3), r"weight: expected device meta, got cpu"),
+        ((hidden, weight[:0], 3), r"weight: expected shape \('V', 24\), got \(0, 24\)"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             top_k_log_prob(*arguments)
-    with pytest.raises(ValueError, match="k: expected 1 to 64, got 65"):
+    with pytest.raises(ValueError, match="k: expected 1 to 64, got 65"), nothing_computed(kernel):
         top_k_log_prob(hidden, weight, 65, implementation="triton")
     long = torch.empty((262145, 24))
-    with pytest.raises(ValueError, match="weight: expected at most 262144 rows, got 262145"):
+    message = "weight: expected at most 262144 rows, got 262145"
+    with pytest.raises(ValueError, match=message), nothing_computed(kernel):
         top_k_log_prob(hidden, long, 3, implementation="triton")
 
 
@@ -135,10 +148,11 @@ def wide_tiles(monkeypatch):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("num_tokens", "k"), [(50257, 10), (151936, 5)])
-def test_kernel_takes_large_vocabularies(wide_tiles, num_tokens, k):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "k"), [(50257, 10), (151936, 2)])
+def test_kernel_takes_large_vocabularies(wide_tiles, num_tokens, k, dtype):
     """Many parts, the last of them short; a draft vocabulary of so many tokens."""
-    arguments = make(2, 16, num_tokens, has_ids=True)
+    arguments = make(2, 16, num_tokens, has_ids=True, dtype=dtype)
     check_choice(run_kernel(arguments, k), arguments, k, TOLERANCE)
 
 

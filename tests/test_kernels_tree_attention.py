@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 
 from transformers_prism.kernels import tree_attention as kernel
 from transformers_prism.kernels.tree_attention import pack_ancestors, tree_attention
@@ -143,13 +150,34 @@ def test_tree_attention_says_what_is_wrong():
         ((query, key, value, ancestors, committed, index, 0), r"sliding_window: expected at least 1, got 0"),
         ((query, key, value, ancestors, committed, None, None, 0.0), r"softcap: expected more than 0, got 0.0"),
         ((query, key, value, ancestors, committed.to("meta")), r"committed: expected device cpu, got meta"),
+        ((query, key, value, ancestors.to("meta"), committed), r"ancestors: expected device cpu, got meta"),
+        ((query, key, value.to("meta"), ancestors, committed), r"value: expected device cpu, got meta"),
+        ((query.to("meta"), key, value, ancestors, committed), r"key: expected device meta, got cpu"),
+        (
+            (query, key, value, ancestors, committed, index.to("meta"), 4),
+            r"node_index: expected device cpu, got meta",
+        ),
+        (
+            (query, key, value, ancestors, committed, index.int(), 4),
+            r"node_index: expected dtype torch.int64, got torch.int32",
+        ),
+        ((query, key, value.half(), ancestors, committed), r"value: expected dtype torch.float32, got torch.float16"),
+        (
+            (query, key.mT.contiguous().mT, value, ancestors, committed),
+            r"key: expected the last dimension contiguous, got strides",
+        ),
+        (
+            (query, key, value.mT.contiguous().mT, ancestors, committed),
+            r"value: expected the last dimension contiguous, got strides",
+        ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             tree_attention(*arguments)
-    with pytest.raises(ValueError, match=r"expected a head dimension up to 256, got 288"):
+    with pytest.raises(ValueError, match=r"expected a head dimension up to 256, got 288"), nothing_computed(kernel):
         tree_attention(*without_nan(make(head_dim=288)))
     arguments = without_nan(make(num_nodes=3, num_keys=66))
-    with pytest.raises(ValueError, match=r"key: expected a tree of at most 64 nodes, the bits of ancestors, got 66"):
+    message = r"key: expected a tree of at most 64 nodes, the bits of ancestors, got 66"
+    with pytest.raises(ValueError, match=message), nothing_computed(kernel):
         tree_attention(*arguments[:3], arguments[3][..., :1], arguments[4])
 
 
@@ -163,6 +191,11 @@ SIZES = [
     {"num_nodes": 5, "num_prefix": 257, "head_dim": 256, "num_heads": 3, "num_groups": 1},
     {"num_nodes": 128, "num_prefix": 40, "num_heads": 6, "num_groups": 2},
     {"num_nodes": 4, "num_prefix": 700, "head_dim": 64},
+    # Groups of seven and nine heads; in the last, 131 tree nodes make more than 128 rows of every head.
+    {"num_nodes": 19, "num_prefix": 63, "num_heads": 7, "num_groups": 1, "head_dim": 96},
+    {"num_nodes": 3, "num_prefix": 63, "head_dim": 128},
+    {"num_nodes": 3, "num_prefix": 111, "num_heads": 18, "num_groups": 2, "head_dim": 192},
+    {"num_nodes": 131, "num_prefix": 17, "num_heads": 2, "num_groups": 2, "head_dim": 48},
 ]
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guards, check_operator, guarded_allocations, run_interpreted
+from kernel_checks import (
+    DEVICE,
+    Guards,
+    check_operator,
+    guarded_allocations,
+    nothing_computed,
+    run_interpreted,
+)
 from transformers.generation import LogitsProcessorList
 
 from transformers_prism.kernels import verify_tree as kernel
@@ -175,14 +182,20 @@ def test_it_says_what_is_wrong():
         ({"noise": good["noise"].half()}, "noise: expected dtype torch.float32, got torch.float16"),
         ({"noise": good["noise"].to("meta")}, "noise: expected device cpu, got meta"),
         ({"noise_steps": None}, "noise_steps: expected it with noise, got None"),
+        ({"noise_rows": None}, "noise_rows: expected it with noise, got None"),
+        ({"noise": good["noise"].transpose(0, 1)}, r"noise: expected shape \('W', 'R', 97\), contiguous"),
+        ({"noise_steps": good["noise_steps"].int()}, "noise_steps: expected dtype torch.int64, got torch.int32"),
+        ({"noise_rows": good["noise_rows"].to("meta")}, "noise_rows: expected device cpu, got meta"),
+        ({"logits": good["logits"].to("meta")}, "token_ids: expected device meta, got cpu"),
         ({"noise_rows": ids[0]}, r"noise_rows: expected shape \(3,\), got \(15,\)"),
         ({"temperature": -1.0}, "strictly positive float"),
         ({"top_p": 1.5}, "top_p"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), nothing_computed(kernel):
             verify_tree(**{**good, **changes})
     large, _ = make(num_rows=1, num_nodes=1025, vocab_size=3)
-    with pytest.raises(ValueError, match="logits: expected at most 1024 nodes, got 1025"):
+    message = "logits: expected at most 1024 nodes, got 1025"
+    with pytest.raises(ValueError, match=message), nothing_computed(kernel):
         verify_tree(**large, implementation="triton")
     verify_tree(**large)
 

@@ -10,7 +10,10 @@ this code was registered last.
 
 `prism_grouped` is SDPA as transformers calls it, but for one thing: transformers repeats keys and values that several
 query heads share whenever there is a mask, which copies the whole context in every layer. On a CPU that takes longer
-than attending to it. The loop lends this implementation to a target and a draft on "sdpa" while it runs there.
+than attending to it.
+
+While the loop runs, it lends models on "sdpa" what suits their device: `prism_grouped` on a CPU, and `prism_tree` to a
+draft where Triton computes.
 """
 
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .kernels.dispatch import use_triton
 from .kernels.tree_attention import MAX_HEAD_DIM, tree_attention
 
 PRISM_TREE = "prism_tree"
@@ -105,28 +109,32 @@ def prism_grouped_attention(module, query, key, value, attention_mask, dropout=0
 
 
 @contextmanager
-def grouped_attention(*models) -> Iterator[None]:
-    """Lend `prism_grouped` to models that run "sdpa" on a CPU, where keys and values would be repeated.
+def lent_attention(target, draft) -> Iterator[None]:
+    """Lend a target and a draft on "sdpa" the attention that suits their device.
+
+    On a CPU that is `prism_grouped`, since keys and values would be repeated. Where Triton computes, the draft gets
+    `prism_tree`; a target gets that from who owns it, since its ordinary forwards are not only ours.
 
     Args:
-        models (`PreTrainedModel`): get back what they had. Those that consist of several models, and those whose
-            attention cannot be chosen, are left alone.
+        target, draft (`PreTrainedModel`): get back what they had. Those that consist of several models, and those
+            whose attention cannot be chosen, are left alone.
     """
-    lent = [
-        model
-        for model in models
-        if model.device.type == "cpu"
-        and model._supports_attention_backend
-        and model.config is model.config.get_text_config()
-        and model.config._attn_implementation == "sdpa"
-    ]
+    names = {model: PRISM_GROUPED for model in (target, draft) if model.device.type == "cpu"}
+    if use_triton("auto", draft.device):
+        names[draft] = PRISM_TREE
+    lent = [(model, name) for model, name in names.items() if _is_on_sdpa(model)]
     try:
-        for model in lent:
-            model.set_attn_implementation(PRISM_GROUPED)
+        for model, name in lent:
+            model.set_attn_implementation(name)
         yield
     finally:
-        for model in lent:
+        for model, _ in lent:
             model.set_attn_implementation("sdpa")
+
+
+def _is_on_sdpa(model) -> bool:
+    is_one_model = model._supports_attention_backend and model.config is model.config.get_text_config()
+    return is_one_model and model.config._attn_implementation == "sdpa"
 
 
 def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> torch.Tensor:

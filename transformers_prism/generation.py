@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .attention import grouped_attention
+from .attention import lent_attention
 from .auto_trees import AutoTrees
 from .planned_trees import PlannedTrees
 from .speculation import RoundTree, Speculation
@@ -118,7 +118,7 @@ def speculative_generate(
     was_training = draft.training
     try:
         draft.eval()
-        with target._optimize_model_for_decode(), grouped_attention(target, draft):
+        with target._optimize_model_for_decode(), lent_attention(target, draft):
             drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings.cuda_graph)
             trees = _trees_for(settings, target, draft, rows)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)

@@ -6,6 +6,7 @@
 Each file of `kernel_cases/` names the calls of one kernel:
 
     cases()              a list of `KernelCase`
+    every_tile()         where tiles depend on shapes, one `KernelCase` for each choice of them, only to be compiled
     traffic(num_nodes)   the `Traffic` of one call at LLaMA-3-8B's sizes, from the grid and the tiles of its launches
 
 Nothing about a kernel is written down twice: signatures, constants and grids are recorded from its own launcher, which
@@ -234,13 +235,16 @@ def check_choice(kernels: list[str] | None, architectures: list[str] | None) -> 
             raise ValueError(f"{name}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
 
 
-def compile_all(kernels=None, architectures=tuple(ARCHITECTURES), log=lambda line: None) -> list[dict]:
+def compile_all(
+    kernels=None, architectures=tuple(ARCHITECTURES), log=lambda line: None, every_tile: bool = False
+) -> list[dict]:
     """Compile every launch of every case, each distinct one once.
 
     Args:
         kernels: names of kernels; all if absent.
         architectures: keys of `ARCHITECTURES`.
         log: told of each kernel before it is compiled.
+        every_tile: compile the calls of `every_tile()` instead of those of `cases()`.
     Returns:
         `list` of `dict`: rows of kernel, config, arch, registers, spill_bytes, shared_bytes.
     """
@@ -249,7 +253,7 @@ def compile_all(kernels=None, architectures=tuple(ARCHITECTURES), log=lambda lin
         if kernels is not None and name not in kernels:
             continue
         log(name)
-        for case in module.cases():
+        for case in module.every_tile() if every_tile else module.cases():
             for launch in launches_of(case):
                 config = f"{case.config}: {launch.constants}"
                 for arch in architectures:

@@ -126,13 +126,16 @@ def compact_cache(
         destination (`torch.LongTensor` of shape `(B, A)`): positions to copy to. A pair with a position outside
             [0, C) moves nothing.
         implementation (`str`): "auto", "triton" (A at most 1024) or "torch".
+
+    Buffers have a contiguous last dimension; positions are made contiguous where they are not.
+
     Raises:
         ValueError: if shapes, strides, dtypes or devices do not fit, before anything is moved.
     """
     expect(len(buffers) > 0, "buffers", "at least one", 0)
     first = buffers[0]
     expect(first.dim() == 4 and first.numel() > 0, "buffers", "4 dimensions, none empty", tuple(first.shape))
-    pairs = (first.shape[0], source.shape[-1])
+    pairs = (first.shape[0], source.shape[-1] if source.dim() else 0)
     for name, positions in (("source", source), ("destination", destination)):
         expect(tuple(positions.shape) == pairs, name, f"shape {pairs}", tuple(positions.shape))
         expect(positions.dtype == torch.int64, name, "dtype torch.int64", positions.dtype)

@@ -412,10 +412,11 @@ if triton is not None:
             tl.store(grad_key + address_of_grads, (key_result * scale).to(grad_key.dtype.element_ty), mask=mask)
             tl.store(grad_value + address_of_grads, value_result.to(grad_value.dtype.element_ty), mask=mask)
 
-    def _tiles(head_dim: int, itemsize: int) -> dict:
+    def _tiles(head_dim: int, itemsize: int, step: int) -> dict:
         """Tiles of forward by shape alone: as many rows as registers hold beside the keys; float32 as in
         tree_attention."""
         block_e = max(16, triton.next_power_of_2(head_dim))
+        tiles: dict
         if itemsize == 4:
             block_m = 64 if block_e <= 64 else 16
             tiles = {"PRECISION": "bf16x6", "BLOCK_M": block_m, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
@@ -425,9 +426,15 @@ if triton is not None:
             tiles = {"PRECISION": "ieee", "BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
             if block_e > 128:
                 tiles.update(BLOCK_M=64, BLOCK_K=32)
+            if _is_crowded(block_e, itemsize, step):
+                tiles["BLOCK_M"] //= 2
         return {**tiles, "BLOCK_E": block_e}
 
-    def _backward_tiles(head_dim: int, itemsize: int) -> tuple[dict, dict]:
+    def _is_crowded(block_e: int, itemsize: int, step: int) -> bool:
+        """Whether the addresses of a long path leave registers for half as many rows of a wide head."""
+        return itemsize == 2 and block_e >= 128 and step > 2
+
+    def _backward_tiles(head_dim: int, itemsize: int, step: int) -> tuple[dict, dict]:
         """Tiles of the two kernels of backward with a loop: what a program holds on to is twice what it loops over."""
         block_e = max(16, triton.next_power_of_2(head_dim))
         held, looped = (64, 32) if block_e <= 128 else (32, 16)
@@ -438,9 +445,14 @@ if triton is not None:
         if itemsize == 4 and block_e > 64:
             options.update(num_warps=8, num_stages=2)
         of_rows, of_keys = {**options, "BLOCK_M": held, "BLOCK_K": looped}, {**options, "BLOCK_M": looped, "BLOCK_K": held}
-        if itemsize == 2 and block_e <= 128:
-            # A row's query, gradient and path are held by more threads, so that none spills.
+        if itemsize == 4 and block_e <= 128:
+            of_keys["num_stages"] = 1
+        # A row's query, gradient and path are held by more threads, or by fewer rows, so that none spills.
+        is_crowded = _is_crowded(block_e, itemsize, step) or (itemsize == 2 and block_e > 128)
+        if block_e <= (128 if itemsize == 2 else 64) or is_crowded:
             of_rows["num_warps"] = 8
+        if is_crowded:
+            of_rows["BLOCK_M"] = held // 2
         return of_rows, of_keys
 
     def _strides(tensors: list[torch.Tensor]) -> tuple:
@@ -456,7 +468,7 @@ if triton is not None:
         num_batch, num_heads, num_rows, head_dim = query.shape
         output = torch.empty((num_batch, num_rows, num_heads, head_dim), dtype=query.dtype, device=query.device)
         log_sums = torch.empty((num_batch, num_heads, num_rows), dtype=torch.float32, device=query.device)
-        tiles = _tiles(head_dim, query.element_size())
+        tiles = _tiles(head_dim, query.element_size(), len(keys) - 1)
         grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
         _context_alignment_attention_fwd_kernel[grid](
             query,
@@ -495,7 +507,7 @@ if triton is not None:
         grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         grads = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (*keys, *values)]
         grad_keys, grad_values = grads[: step + 1], grads[step + 1 :]
-        tiles, key_tiles = _backward_tiles(head_dim, query.element_size())
+        tiles, key_tiles = _backward_tiles(head_dim, query.element_size(), step)
         first_rows = log_sums if starts is None else starts
         sizes = (num_heads, num_rows, scale)
         constants = {
@@ -587,6 +599,10 @@ def context_alignment_attention(
             starts after itself. Absent, every row of the batch is one sequence from row 0 on.
         scale (`float`, *optional*): of the scores; E ** -0.5 if absent.
         implementation (`str`): "auto", "triton" or "torch".
+
+    Keys and values have a contiguous last dimension and are never copied; a query whose last dimension is not
+    contiguous, and `starts`, are made contiguous.
+
     Returns:
         `torch.Tensor` of shape `(B, T, H, E)`, in the query's dtype; gradients reach query, keys and values.
     Raises:

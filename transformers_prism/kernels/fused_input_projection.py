@@ -164,6 +164,10 @@ def fused_input_projection(
         scale (`float`): of the embeddings.
         implementation (`str`): "auto", "triton" (N at most 16; no gradients) or "torch". "auto" takes torch's product
             for more rows and where gradients are asked for.
+
+    Table, weight and bias have a contiguous last dimension and are never copied; token ids and hidden states are made
+    contiguous where they are not.
+
     Returns:
         `torch.Tensor` of shape `(..., D)`.
     Raises:

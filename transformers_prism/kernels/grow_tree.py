@@ -395,6 +395,8 @@ def grow_tree(
 ) -> GrownStep:
     """Add the children that a draft step has drawn, and say which of them the next step goes on with.
 
+    Tensors of any strides are made contiguous.
+
     Args:
         child_ids (`torch.LongTensor` of shape `(B, W, K)`): tokens drawn below each of W nodes.
         child_log_probs (`torch.FloatTensor` of shape `(B, W, K)`): of each token, given the path to its node, in nats.
@@ -414,7 +416,7 @@ def grow_tree(
     )
     num_rows, width, top_k = child_ids.shape
     expect(child_ids.dtype == torch.int64, "child_ids", "dtype torch.int64", child_ids.dtype)
-    num_words = ancestors.shape[-1]
+    num_words = ancestors.shape[-1] if ancestors.dim() else 0
     _expect_all(
         child_ids.device,
         child_log_probs=(child_log_probs, (num_rows, width, top_k), torch.float32),
@@ -446,6 +448,8 @@ def choose_nodes(
     implementation: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keep the most probable of C candidates as a tree below each row's last committed token.
+
+    Tensors of any strides are made contiguous.
 
     Args:
         root_ids (`torch.LongTensor` of shape `(B,)`): last committed token of each row.
@@ -484,6 +488,8 @@ def choose_nodes(
 
 def ancestor_bits(parents: torch.Tensor, implementation: str = "auto") -> torch.Tensor:
     """The ancestors of each node of a tree, itself included.
+
+    Parents of any strides are made contiguous.
 
     Args:
         parents (`torch.LongTensor` of shape `(B, N)`): index of each node's parent, smaller than its own; 0 for the

@@ -9,7 +9,7 @@ minus infinity, and their tokens are some k different ones.
 
 The head `(V, D)` is all that counts: V * D elements, loaded once for up to 128 rows of `hidden`. Each program goes
 through a few tiles of the vocabulary and keeps the largest logit, the sum of exponentials and the best k of what it
-has seen; it writes N * (k' + 1) 8-byte numbers (k' is k rounded up to a power of two). A second kernel joins these
+has seen; it writes N * (k' + 1) 8-byte numbers (k' is k rounded up to 2, 16 or 64). A second kernel joins these
 lists. No logits reach memory.
 A candidate is one 64-bit number, its logit in an order-preserving form above its row counted backwards, so that a
 comparison of two decides ties as well, and no two are equal.
@@ -197,13 +197,18 @@ if triton is not None:
     def _tiles(num_rows: int, hidden_size: int, itemsize: int) -> dict:
         """Tiles by shape alone: rows up to 128, so that the head is read once for so many."""
         block_n = min(128, max(16, triton.next_power_of_2(num_rows)))
-        block_k = min(128 if itemsize == 2 and block_n < 64 else 32, max(16, triton.next_power_of_2(hidden_size)))
+        is_narrow = itemsize == 2 and block_n < 64
+        block_k = min(64 if is_narrow else 32, max(16, triton.next_power_of_2(hidden_size)))
         # float32 as six products of bfloat16 parts, which are as exact.
         precision = "bf16x6" if itemsize == 4 else "ieee"
-        # 128 rows and their lists leave registers for half as many candidates.
-        block_v = 32 if block_n == 128 else 64
+        # 128 rows and their lists, or the parts of float32 products, leave registers for half as many candidates.
+        block_v = 32 if block_n == 128 or (itemsize == 4 and block_n == 16) else 64
         tiles = {"PRECISION": precision, "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k}
-        return {**tiles, "num_warps": 8 if block_n > 32 else 4, "num_stages": 3}
+        return {**tiles, "num_warps": 8 if block_n > 32 else 4, "num_stages": 4 if is_narrow else 3}
+
+    def _num_best(k: int) -> int:
+        """How many of the best a program keeps: a few sizes, so that each of them is compiled in the tests."""
+        return next(size for size in (2, 16, MAX_TOP_K) if k <= size)
 
     def _top_k_log_prob_fwd(
         hidden: torch.Tensor,
@@ -219,7 +224,7 @@ if triton is not None:
         tiles = _tiles(num_rows, hidden_size, hidden.element_size())
         split_length = triton.cdiv(triton.cdiv(num_tokens, _WANTED_PROGRAMS), tiles["BLOCK_V"]) * tiles["BLOCK_V"]
         num_splits = triton.cdiv(num_tokens, split_length)
-        num_best = max(2, triton.next_power_of_2(k))
+        num_best = _num_best(k)
         part_best = torch.empty((num_rows, num_splits, num_best), dtype=torch.int64, device=device)
         part_max = torch.empty((num_rows, num_splits), dtype=torch.float32, device=device)
         part_sum = torch.empty((num_rows, num_splits), dtype=torch.float32, device=device)
@@ -292,6 +297,10 @@ def top_k_log_prob(
         scale (`float`): of the logits.
         softcap (`float`, *optional*): bound of the logits, after the scale.
         implementation (`str`): "auto", "triton" or "torch".
+
+    The head's rows are contiguous and never copied; hidden states are made contiguous where they are not. No gradient
+    reaches any argument.
+
     Returns:
         `tuple`: tokens, a `torch.LongTensor` of shape `(..., k)`, and their log-probabilities in nats, a
         `torch.FloatTensor` of the same shape. Of equal logits the smaller row of the head comes first on Triton's

@@ -256,18 +256,20 @@ if triton is not None:
     def _tiles(num_rows: int, head_dim: int, itemsize: int) -> dict:
         """Tiles by shape alone: rows up to 128, and as many keys as registers and shared memory hold beside them.
 
-        float32 products are six products of bfloat16 parts, as exact as float32 itself; with wide heads those would not
-        fit into registers, so that there tiles are small and plain float32.
+        float32 products are six products of bfloat16 parts, as exact as float32 itself; where those would not fit into
+        registers, as with wide heads, they are plain float32.
         """
         block_e = max(16, triton.next_power_of_2(head_dim))
         block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
         block_k, precision, num_stages = min(64, 8192 // block_e), "ieee", 2
-        num_warps = 8 if block_m * block_e > 8192 else 4
+        num_warps = 8 if block_m * block_e > 8192 or block_m == 128 else 4
         if itemsize == 4:
             # A second stage in flight would not fit into the 64 KiB of an MI300X's processors.
             block_k, precision, num_stages = 16, "bf16x6", 1
+            if block_e > 64 and (block_m < 64 or block_e > 128):
+                precision, num_warps, num_stages = "ieee", 8, 2
             if block_e > 128:
-                block_m, precision, num_warps, num_stages = 16, "ieee", 8, 2
+                block_m = 16
         tiles = {"PRECISION": precision, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_E": block_e}
         return {**tiles, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -378,6 +380,10 @@ def tree_attention(
         softcap (`float`, *optional*): bound of the scores.
         scale (`float`, *optional*): of the scores; E ** -0.5 if absent.
         implementation (`str`): "auto", "triton" or "torch".
+
+    Keys and values have a contiguous last dimension and are never copied. A query whose last dimension is not
+    contiguous, `ancestors`, `committed` and `node_index` are made contiguous where they are not.
+
     Returns:
         `torch.Tensor` of shape `(B, N, H, E)`, contiguous, in the query's dtype.
     Raises:
@@ -411,6 +417,7 @@ def tree_attention(
         shape = (num_batch, num_tree_keys)
         expect(tuple(node_index.shape) == shape, "node_index", f"shape {shape}", tuple(node_index.shape))
         expect(node_index.dtype == torch.int64, "node_index", "dtype torch.int64", node_index.dtype)
+        expect(node_index.device == query.device, "node_index", f"device {query.device}", node_index.device)
         expect(sliding_window > 0, "sliding_window", "at least 1", sliding_window)
         node_index = node_index.contiguous()
     expect(softcap is None or softcap > 0, "softcap", "more than 0", softcap)

@@ -524,6 +524,10 @@ def verify_tree(
         temperature, top_k, top_p, min_p, typical_p (*optional*): the warpers of transformers, each with its default
             `filter_value` and `min_tokens_to_keep`; absent ones are not applied.
         implementation (`str`): "auto", "triton" (N at most 1024) or "torch".
+
+    Logits have a contiguous last dimension and noise is contiguous; neither is ever copied. The tree's tensors,
+    `noise_steps` and `noise_rows` are made contiguous where they are not.
+
     Returns:
         `torch.LongTensor` of shape `(B, 1 + 2 * S)`: n, the number of tokens emitted; then the nodes that they are
         emitted at, the root first; then the tokens. Behind the first n of each are zeros. A node whose probabilities

@@ -70,6 +70,23 @@ def cases() -> list[KernelCase]:
     ]
 
 
+def every_tile() -> list[KernelCase]:
+    """A call for each tile that the launcher may choose, forward and backward, in packed sequences with a short path and a
+    long one."""
+    return [
+        KernelCase(
+            f"{dtype} E{head_dim} k{step}",
+            partial(_make, step=step, head_dim=head_dim, num_sequences=4, dtype=dtype),
+            _call,
+            _launch,
+            tolerance=0.0,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (32, 64, 128, 256)
+        for step in (2, 7)
+    ]
+
+
 def traffic(num_nodes: int) -> Traffic:
     """The forward pass of draft step 2 over 2048 rows, whatever N is: 32 heads, 8 of keys, head dimension 128."""
     query, keys, values, starts, scale = _make(Inputs("meta"))

@@ -63,6 +63,22 @@ def cases() -> list[KernelCase]:
     ]
 
 
+def every_tile() -> list[KernelCase]:
+    """A call for each tile and length of list that the launcher may choose."""
+    return [
+        KernelCase(
+            f"{dtype} N{num_rows} k{k}",
+            partial(_make, num_rows=num_rows, hidden_size=2048, k=k, has_bias=True, softcap=30.0, dtype=dtype),
+            _call,
+            _top_k_log_prob_fwd,
+            tolerance=0.0,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for num_rows in (16, 32, 64, 128)
+        for k in (1, 10, 64)
+    ]
+
+
 def traffic(num_nodes: int) -> Traffic:
     """LLaMA-3's head of 128256 rows over N hidden states, the ten best of each."""
     arguments = _make(Inputs("meta"), num_rows=num_nodes, num_tokens=128256)
