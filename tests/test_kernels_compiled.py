@@ -90,11 +90,11 @@ def test_spills_are_seen():
 @pytest.mark.parametrize("num_nodes", [16, 64])
 def test_kernel_moves_no_more_than_it_should(kernel, num_nodes):
     """Streams are loaded once for every 128 rows, a split's partial results are no larger than what it splits, and
-    there is a program for every multiprocessor."""
-    module = bench.kernel_modules()[kernel]
-    if not hasattr(module, "traffic"):
-        pytest.skip(f"{kernel} has no traffic model: it moves no large tensor")
-    traffic = module.traffic(num_nodes)
+    there is a program for every multiprocessor; where nothing is large, a call moves less than 64 KiB."""
+    traffic = bench.kernel_modules()[kernel].traffic(num_nodes)
+    if not traffic.streams:
+        assert traffic.num_bytes < 2**16
+        return
     for name, (loaded, own) in traffic.streams.items():
         assert loaded <= own * -(-traffic.num_rows // 128), name
         assert loaded >= own, name

@@ -268,7 +268,7 @@ def _dtypes(launch: Launch) -> tuple:
 
 
 def traffic_rows(kernels=None, num_nodes=(16, 64)) -> list[dict]:
-    """The traffic model of every kernel that has one, at LLaMA-3-8B's sizes.
+    """The traffic model of every kernel, at LLaMA-3-8B's sizes.
 
     Args:
         kernels: names of kernels; all if absent.
@@ -278,7 +278,7 @@ def traffic_rows(kernels=None, num_nodes=(16, 64)) -> list[dict]:
     """
     rows = []
     for name, module in kernel_modules().items():
-        if not hasattr(module, "traffic") or (kernels is not None and name not in kernels):
+        if kernels is not None and name not in kernels:
             continue
         for count in num_nodes:
             traffic = module.traffic(count)
@@ -403,7 +403,8 @@ def traffic_table(rows: list[dict]) -> str:
         streams = ", ".join(
             f"{name} {loaded / 1e6:.2f} ({loaded / own:.2f})" for name, (loaded, own) in row["streams"].items()
         )
-        bounds = " | ".join(f"{row['bound_us'][gpu]:.1f}" for gpu in GPUS)
+        streams = streams or f"none; {row['other'] / 1e6:.2f} in all"
+        bounds = " | ".join(f"{row['bound_us'][gpu]:.2f}" for gpu in GPUS)
         table.append(
             f"| `{row['kernel']}` | {row['num_nodes']} | {row['num_programs']} | {streams} "
             f"| {row['partials'] / 1e6:.2f} | {row['cached'] / 1e6:.2f} | {bounds} |"
