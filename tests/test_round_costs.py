@@ -62,6 +62,7 @@ def test_round_costs_measuring_leaves_models_and_generator_alone(pair):
 def test_round_costs_are_measured_once_and_read_again(pair, tmp_path, monkeypatch):
     """From the disk for the same models, anew for another batch, and anew if the file is broken."""
     monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(round_costs, "_time_target", lambda *arguments: 0.01 * arguments[3])
     calls = []
     monkeypatch.setattr(round_costs, "measure", lambda *pair_and_rows: calls.append(1) or measure(*pair_and_rows))
     first = load_or_measure(*pair, 1)
@@ -76,6 +77,24 @@ def test_round_costs_are_measured_once_and_read_again(pair, tmp_path, monkeypatc
     files = list(tmp_path.rglob("*.json"))
     assert len(files) == 2
     assert all(set(json.loads(path.read_text())) == set(vars(first)) for path in files if path.stat().st_size > 60)
+
+
+def test_round_costs_of_a_busy_machine_are_measured_again(pair, tmp_path, monkeypatch):
+    """If a small tree costs another multiple of a plain step than was kept; a machine that is slower throughout is not."""
+    monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path))
+    busy = 3.0
+
+    def seconds(target, draft, num_rows, num_tokens):
+        return speed * (1.0 if num_tokens == 1 else busy)
+
+    monkeypatch.setattr(round_costs, "_time_target", seconds)
+    speed = 1.0
+    assert load_or_measure(*pair, 1).verify(8) == pytest.approx(3.0)
+    speed = 4.0
+    assert load_or_measure(*pair, 1).verify(8) == pytest.approx(3.0)
+    speed, busy = 1.0, 1.1
+    assert load_or_measure(*pair, 1).verify(8) == pytest.approx(1.1)
+    assert load_or_measure(*pair, 1).verify(1) == pytest.approx(1.0)
 
 
 def test_round_costs_work_where_nothing_can_be_written(pair, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """What the parts of a round cost here: a target forward over so many tokens, and a draft step.
 
 Measured once for a target, a draft, a device, a number of threads and a batch size, kept on disk, and corrected by
-every round that runs, since contexts grow and machines slow down.
+every round that runs, since contexts grow and machines slow down. What was kept is tried by a few forwards before a
+process believes it: a machine that was busy then makes trees look dearer than they are.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,8 @@ _RATE = 0.1
 _SPREAD = 0.5
 # One round that was interrupted does not count for more than this.
 _MAX_SURPRISE = 2.0
+# How far the cost of a small tree, over that of a plain step, may be from what was kept.
+_MAX_DRIFT = 1.3
 _FORMAT = 1
 
 
@@ -92,8 +96,11 @@ def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
         `RoundCosts`: new, for the caller to correct.
     """
     path = _folder() / f"{_key(target, draft, num_rows)}.json"
+    kept = None
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return RoundCosts(**json.loads(path.read_text()))
+        kept = RoundCosts(**json.loads(path.read_text()))
+    if kept is not None and _still_holds(kept, target, draft, num_rows):
+        return kept
     costs = measure(target, draft, num_rows)
     # A folder that cannot be written to costs a measurement in every process, nothing else.
     with contextlib.suppress(OSError):
@@ -102,6 +109,26 @@ def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
         unfinished.write_text(json.dumps(vars(costs)) + "\n")
         unfinished.replace(path)
     return costs
+
+
+@torch.no_grad()
+def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
+    """Whether a forward over a small tree costs as much more than a plain step as was kept."""
+    index = min(3, len(costs.num_tokens) - 1)
+    counts = [costs.num_tokens[one] // num_rows for one in (0, index)]
+    with _undisturbed(target):
+        now = [min(_time_target(target, draft, num_rows, count) for _ in range(3)) for count in counts]
+    drift = now[1] / now[0] / (costs.verify_seconds[index] / costs.verify_seconds[0])
+    return 1 / _MAX_DRIFT <= drift <= _MAX_DRIFT
+
+
+@contextlib.contextmanager
+def _undisturbed(target) -> Iterator[None]:
+    """Nothing is compiled, and the random generators stay as they are."""
+    devices = [target.device] if target.device.type == "cuda" else []
+    uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), uncompiled:
+        yield
 
 
 def _folder() -> Path:
@@ -144,9 +171,7 @@ def measure(target, draft, num_rows: int) -> RoundCosts:
         per_row.append(2)
     verify = {count: float("inf") for count in per_row}
     step = float("inf")
-    devices = [target.device] if target.device.type == "cuda" else []
-    uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=devices), uncompiled:
+    with _undisturbed(target):
         for repeat in range(1 + _NUM_REPEATS):
             for count in per_row:
                 seconds = _time_target(target, draft, num_rows, count)
