@@ -78,7 +78,7 @@ def test_auto_a_useless_draft_is_left_alone(cheap_rounds):
     pauses = [later - earlier for earlier, later in zip(tried[0], tried[0][1:], strict=False)]
     assert pauses[-1] > pauses[0]
     assert tried[2][0] >= 4
-    assert 1 <= len(tried[2]) <= 4
+    assert 1 <= len(tried[2]) <= 20  # of some sixty rounds; luck can make a few of them pay
 
 
 def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
@@ -91,6 +91,37 @@ def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
     for rows in (slice(0, 1), slice(0, 3)):
         target.generate(input_ids[rows], attention_mask=mask[rows], assistant_model=draft, **ARGUMENTS)
         assert draft.last_speculation.trees[0].num_steps > 0
+
+
+def test_auto_a_batch_is_judged_by_its_slowest_row(cheap_rounds):
+    """Rows that gain much do not hide one that gains nothing, and one row is judged by itself."""
+    target = varied_target("llama", *prompts(1), **LENGTH)
+    draft = tiny_draft(target)
+    rows = SimpleNamespace(num_rows=3, do_sample=False)
+    trees = AutoTrees(TreeSettings("auto", 4, 4, 15), target, draft, rows)
+    trees.active = [0, 1, 2]
+    for _ in range(40):
+        pace = trees._slowest_pace([[0, 1, 2], [0], [0, 1, 2]])
+    # Its own pace is 3/7 of the average; a few rounds of the average's are counted with it.
+    assert 3 / 7 < pace < 0.55
+    trees.active = [0, 2]
+    assert trees._slowest_pace([[0, 1, 2], [0, 1, 2]]) == pytest.approx(1.0)
+    assert trees._slowest_pace([[0, 1, 2], []]) == 1.0
+    assert trees._slowest_pace([[], []]) == 1.0
+
+
+def test_auto_looks_at_plain_steps_where_drafting_hardly_pays(cheap_rounds):
+    """Once in so many rounds; where it clearly pays or does not, never."""
+    target = varied_target("llama", *prompts(1), **LENGTH)
+    trees = AutoTrees(
+        TreeSettings("auto", 4, 4, 15), target, tiny_draft(target), SimpleNamespace(num_rows=1, do_sample=False)
+    )
+    trees.payoff.advantage, trees.num_unchecked = 1.1, 15
+    assert not trees._is_check()
+    trees.num_unchecked = 16
+    assert trees._is_check()
+    trees.payoff.advantage = 1.5
+    assert not trees._is_check()
 
 
 def test_auto_expensive_verification_leads_to_plain_decoding(cheap_rounds):

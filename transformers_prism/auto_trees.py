@@ -10,7 +10,8 @@ by the length of the match. With these
     draft steps       one more while the values it should bring exceed rate * (its seconds + those of its nodes)
 
 which is the rule for the highest average reward per unit of time. Where drafting does not pay, rounds are plain steps,
-which the draft does not even read, and one round now and then tries again.
+which the draft does not even read, and one round now and then tries again. Where it hardly pays, one round now and then
+is a plain step, so that its cost is known. A batch takes as long as its slowest row, and drafting pays if it pays there.
 Shape letters: B rows that still decode, C candidates, n nodes of the tree without the root.
 Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGLE-2 (arXiv:2406.16858).
 """
@@ -42,8 +43,12 @@ _PRIOR_TRUST = 0.8
 # a quarter of the last pause, since its text may be another.
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
 _SHARE_OF_PAUSE = 4
-# How fast the rate of rounds with the draft, and the gain of a step, follow the latest round.
+# Rounds with a tree until the next plain step, where drafting gains less than this.
+_CHECK_EVERY, _CLEAR_ADVANTAGE = 16, 1.25
+# How fast the rate of rounds with the draft, the pace of a row and the gain of a step follow the latest round; and rounds
+# until a row's own pace counts as much as that of all rows.
 _RATE_FADE = 0.85
+_PACE_FADE, _PACE_WEIGHT = 0.97, 4.0
 _GAIN_RATE = 0.1
 STEP_GAIN = 0.7  # the gain that is expected at first
 
@@ -160,6 +165,10 @@ class AutoTrees:
         self.num_rounds = 0
         self.next_try = 0 if self.payoff.pause == _FIRST_PAUSE else self.payoff.pause // _SHARE_OF_PAUSE
         self.texts: list[NgramIndex | None] = [None] * rows.num_rows
+        self.num_unchecked = 0  # rounds with a tree since the last plain step
+        self.active: list[int] = []  # of the latest round
+        # Tokens and rounds of each row, where the draft was at work; both fade.
+        self.row_tokens, self.row_rounds = [0.0] * rows.num_rows, [0.0] * rows.num_rows
 
     def propose(self, drafter, unread: list, active: list[int], max_depth: int, max_nodes: int) -> Tree:
         """The tree of the next round.
@@ -174,10 +183,10 @@ class AutoTrees:
         start = time.perf_counter()
         has_backlog = len(unread) > 1 or self.num_rounds == 0
         self.num_rounds += 1
-        num_rows = len(active)
+        self.active, num_rows = active, len(active)
         ends = torch.tensor([self.rows.lengths[row] for row in active], device=self.rows.ids.device)
         root_ids = self.rows.ids[torch.tensor(active, device=ends.device), ends - 1]
-        max_depth = min(max_depth, max_nodes)
+        max_depth = 0 if self._is_check() else min(max_depth, max_nodes)
         depth = min(self.settings.depth, max_depth)
         pool, num_steps = CandidatePool.empty(num_rows, torch.device("cpu")), 0
         if depth > 0 and self.num_rounds > self.next_try:
@@ -191,6 +200,7 @@ class AutoTrees:
             )
         num_nodes, expected = self._best_size(values, num_rows, max_nodes)
         chosen = best_nodes(values, num_nodes)
+        self.num_unchecked = self.num_unchecked + 1 if num_nodes else 0
         if num_nodes == 0:
             tree = root_tree(root_ids)
         else:
@@ -227,7 +237,7 @@ class AutoTrees:
             self.experience.drafted.observe(proposal.drafted_cells[is_going].flatten(), is_accepted)
             self.experience.copied.observe(proposal.copied_cells[is_going].flatten(), is_accepted)
         if proposal.num_steps:
-            self._note_rate(proposal, sum(map(len, kept)), num_rows, num_rows * tree.num_nodes)
+            self._note_rate(proposal, kept, tree.num_nodes)
         num_copied = int((proposal.copied_cells >= 0).sum()) // num_rows
         return RoundTree(proposal.num_steps, tree.num_nodes - 1, num_copied, proposal.expected_tokens / num_rows)
 
@@ -339,11 +349,12 @@ class AutoTrees:
         if before > 0:
             self.experience.step_gain += _GAIN_RATE * (min(after / before, 1.0) - self.experience.step_gain)
 
-    def _note_rate(self, proposal: Proposal, num_committed: int, num_rows: int, num_verified: int) -> None:
+    def _note_rate(self, proposal: Proposal, kept: list[list[int]], num_nodes: int) -> None:
         """Whether rounds with the draft pay; if not, leave it alone for a while."""
+        num_rows = len(kept)
         # What was expected is less noisy than what came of it, which in turn knows the text at hand.
-        tokens = (proposal.expected_tokens + num_committed) / 2 / num_rows
-        seconds = self.costs.step_seconds * proposal.num_steps + self.costs.verify(num_verified)
+        tokens = (proposal.expected_tokens + sum(map(len, kept))) / 2 / num_rows * self._slowest_pace(kept)
+        seconds = self.costs.step_seconds * proposal.num_steps + self.costs.verify(num_rows * num_nodes)
         self.tokens = _RATE_FADE * self.tokens + tokens
         self.plain_steps = _RATE_FADE * self.plain_steps + seconds / self.costs.verify(num_rows)
         self.payoff.advantage = self.tokens / self.plain_steps
@@ -352,6 +363,24 @@ class AutoTrees:
             return
         self.next_try = self.num_rounds + self.payoff.pause
         self.payoff.pause = min(2 * self.payoff.pause, _LONGEST_PAUSE)
+
+    def _slowest_pace(self, kept: list[list[int]]) -> float:
+        """Tokens per round of the slowest row that goes on, over those of the average one: 1 or less."""
+        going = [row for row, nodes in zip(self.active, kept, strict=True) if nodes]
+        for row, nodes in zip(self.active, kept, strict=True):
+            self.row_tokens[row] = _PACE_FADE * self.row_tokens[row] + len(nodes)
+            self.row_rounds[row] = _PACE_FADE * self.row_rounds[row] + 1
+        if not going:
+            return 1.0
+        average = sum(self.row_tokens[row] for row in going) / sum(self.row_rounds[row] for row in going)
+        paces = [
+            (self.row_tokens[row] + _PACE_WEIGHT * average) / (self.row_rounds[row] + _PACE_WEIGHT) for row in going
+        ]
+        return min(paces) * len(paces) / sum(paces)
+
+    def _is_check(self) -> bool:
+        """Whether this round is to be a plain step, to see what one costs."""
+        return self.num_unchecked >= _CHECK_EVERY and self.payoff.advantage < _CLEAR_ADVANTAGE
 
 
 class _StepChoice:

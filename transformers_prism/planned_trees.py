@@ -54,6 +54,7 @@ class PlannedTrees(AutoTrees):
             self.plan = None
             return super().propose(drafter, unread, active, max_depth, max_nodes)
         self.num_rounds += 1
+        self.active = active
         self.plan = self._plan(len(active), limit, max_nodes)
         self.depth = self.plan.depth
         read_all(drafter, unread)
