@@ -161,10 +161,13 @@ class _Page:
         baselines = sorted(record["summary"]["over"])
         self.add(f"## {title}: {record['summary']['num_prompts']} prompts of `{settings['prompts']}`")
         self.add(markdown_table(*method_rows(figures)))
+        runs = "one run of each prompt and method."
+        if settings["repeat"] > 1:
+            apart = f"{100 * record['summary']['spread']:.0f} %"
+            runs = f"median of {settings['repeat']} runs; those of a prompt with `{main}` lie up to {apart} apart."
         self.add(
-            f"{settings['generate']['max_new_tokens']} new tokens, median of {settings['repeat']} runs; the repeats of a "
-            f"prompt with `{main}` lie up to {100 * record['summary']['spread']:.0f} % apart. *same*: rows with the tokens "
-            "of the plain method on the same target. Milliseconds are of a round, or of a plain step."
+            f"{settings['generate']['max_new_tokens']} new tokens, {runs} *same*: rows with the tokens of the plain "
+            "method on the same target. Milliseconds are of a round, or of a plain step."
         )
         self.add(_command_block(record))
         if len(record["tasks"]) > 1:
