@@ -246,6 +246,11 @@ def _with_capacity(layer: TreeLayer, length: int, capacity: int, room: int) -> T
     return reserved
 
 
+def round_up(number: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `number`."""
+    return -(-number // step) * step
+
+
 def new_tree_cache() -> DynamicCache:
     """An empty cache whose layers are `TreeLayer`s, made as they are needed."""
     cache = DynamicCache()

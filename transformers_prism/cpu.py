@@ -121,8 +121,10 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
 
 def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
     """Turn a layer into a packed one of this kind, in place; where float16 cannot be had, into one in float32."""
-    has_half = "fbgemm" in torch.backends.quantized.supported_engines and bool(linear.weight.abs().max() < 65504)
-    linear.__class__ = kind if has_half else PackedLinear
+    if kind is HalfLinear:
+        has_half = "fbgemm" in torch.backends.quantized.supported_engines and bool(linear.weight.abs().max() < 65504)
+        kind = HalfLinear if has_half else PackedLinear
+    linear.__class__ = kind
     linear.packed_weight()  # type: ignore[operator]
     return linear  # type: ignore[return-value]
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cache import ReservedCache
+from .cache import ReservedCache, round_up
 from .drafting import Drafter
 from .tree import Tree
 
@@ -135,7 +135,7 @@ class GraphDrafter(Drafter):
         token_ids, target_hidden, position_ids, num_new = self.unread
         self.unread = None
         num_rows, length = token_ids.shape
-        num_positions = self.deepest + 1 if length <= self.deepest + 1 else _round_up(length, _ROOM_STEP)
+        num_positions = self.deepest + 1 if length <= self.deepest + 1 else round_up(length, _ROOM_STEP)
         lengths = self.cache.lengths
         longer = [before + count for before, count in zip(lengths, num_new, strict=True)]
         self._reserve(max(longer), max(num_positions, num_tree_keys))
@@ -163,16 +163,12 @@ class GraphDrafter(Drafter):
             if longest <= capacity and num_appended <= room:
                 return
         if longest > capacity:
-            capacity = _round_up(max(longest, capacity + capacity // 2), _CAPACITY_STEP)
+            capacity = round_up(max(longest, capacity + capacity // 2), _CAPACITY_STEP)
         self.cache = self.reserved = ReservedCache(
-            self.cache, capacity, max(room, _round_up(num_appended, _ROOM_STEP))
+            self.cache, capacity, max(room, round_up(num_appended, _ROOM_STEP))
         )
         self._forget_kinds()
 
     def _forget_kinds(self) -> None:
         self.inputs.clear()
         self.kinds.clear()
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step

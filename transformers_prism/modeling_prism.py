@@ -135,6 +135,11 @@ class BorrowedLayers:
     head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
     rows_version: tuple = ()
 
+    @property
+    def draft_head(self) -> nn.Linear:
+        """The head over what the draft can propose."""
+        return self.head if self.head_rows is None else self.head_rows
+
     def __deepcopy__(self, memo):
         """A copied draft borrows the same layers."""
         return self
@@ -341,8 +346,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def _kind_of_head_rows(self, head: nn.Module) -> type[PackedLinear] | None:
         """How the head's rows are packed: as the draft is, else as the head is."""
-        # By name: a model may have been prepared by another copy of this code.
-        names = {type(module).__name__ for module in (*self.modules(), head)}
+        # One layer speaks for all of the draft's. By name: a model may have been prepared by another copy of this code.
+        layer = self.processing_modules[0].layers[0].self_attn.o_proj
+        names = {type(layer).__name__, type(head).__name__}
         return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
 
     def _check_target(self, target, tokenizer):
@@ -391,8 +397,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         head = self.lm_head
         if head is None:
-            borrowed = self._require_target()
-            head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+            head = self._require_target().draft_head
         # Subclasses, as of quantised layers or adapters, compute something else.
         if type(head) is nn.Linear and head.weight.device == self.device and use_triton("auto", self.device):
             states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
@@ -425,7 +430,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         borrowed = self._require_target()
         self._gather_head_rows()
-        head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+        head = borrowed.draft_head
         if self.norm is not None or self.lm_head is not None or type(head) is not nn.Linear or head.bias is not None:
             return None
         if not head.weight.is_floating_point() or head.weight.device != self.device or not head.weight.is_contiguous():
@@ -445,8 +450,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def _borrowed_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's head, or its rows of the draft vocabulary, over `(..., D)`, on the draft's device."""
-        borrowed = self._require_target()
-        head = borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+        head = self._require_target().draft_head
         # A quantized head takes the draft's own dtype.
         dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_states.dtype
         return head(hidden_states.to(head.weight.device, dtype)).to(self.device)

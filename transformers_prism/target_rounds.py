@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from .attention import PRISM_GROUPED, PRISM_TREE, attach_tree
-from .cache import AdoptedLayers, CommittedCache, is_adoptable
+from .cache import AdoptedLayers, CommittedCache, is_adoptable, round_up
 from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
 from .tree import Tree, attention_mask, visible_keys, within_window
@@ -144,8 +144,7 @@ def _prepare_compiled(target, layer_ids: list[int]) -> None:
 
 def static_size(num_nodes: int) -> int:
     """The size that a tree of so many nodes, root included, is padded to."""
-    largest = _STATIC_SIZES[-1]
-    return next((size for size in _STATIC_SIZES if size >= num_nodes), -(-num_nodes // largest) * largest)
+    return next((size for size in _STATIC_SIZES if size >= num_nodes), round_up(num_nodes, _STATIC_SIZES[-1]))
 
 
 def _static_size_within(room: int) -> int:
@@ -305,7 +304,7 @@ class TreeTarget(_Target):
         if is_static and self.returns_cache and num_rows == 1 and whole:
             return min(whole)
         length = max(self.generation_config.max_length + int(self.cache.get_seq_length()), *whole, 0)
-        wanted = -(-(length + _STATIC_SIZES[-1]) // _CAPACITY_STEP) * _CAPACITY_STEP
+        wanted = round_up(length + _STATIC_SIZES[-1], _CAPACITY_STEP)
         _capacities[self.target] = max(wanted, _capacities.get(self.target, 0))
         return _capacities[self.target]
 
