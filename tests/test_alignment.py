@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism.kernels.context_alignment_attention import context_alignment_attention_reference
 from transformers_prism.training.alignment import aligned_forward, history_mask
+from transformers_prism.training.flash_alignment import flash_alignment_attention
 from transformers_prism.training.losses import LossWeights, aligned_loss
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
@@ -343,3 +345,43 @@ def test_unmasked_softmax_repeats_the_authors_training(name, prism_data):
         close(prediction[rows], recorded[f"train.predict_f{step}"][rows])
     masked = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, True)
     assert (masked[-1] - predictions[-1])[rows].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "num_rows", "step"),
+    [(4, 4, 9, 3), (9, 3, 70, 2), (2, 1, 2, 3), (3, 1, 33, 1), (4, 2, 1, 2)],
+    ids=lambda value: str(value),
+)
+def test_flash_attention_is_the_definition(heads, groups, num_rows, step):
+    """Values and all gradients in float64; also where no row sees a committed one."""
+    generator = torch.Generator().manual_seed(num_rows)
+
+    def states(count):
+        shape = (2, count, num_rows, 8)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    query = states(heads)
+    keys, values = ([states(groups) for _ in range(step + 1)] for _ in range(2))
+    found = flash_alignment_attention(query, keys, values, 0.3)
+    expected = context_alignment_attention_reference(query, keys, values, None, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    inputs = [query, *keys, *values]
+    pairs = zip(torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cpu_makes_no_score_matrix(monkeypatch):
+    """Whatever draft step it is, neither the definition nor its scores are asked for."""
+
+    def refuse(*args):
+        raise AssertionError("expected no scores")
+
+    monkeypatch.setattr("transformers_prism.training.alignment.context_alignment_attention_reference", refuse)
+    monkeypatch.setattr("transformers_prism.training.alignment.context_alignment_scores", refuse)
+    _, draft = make_pair()
+    input_ids = torch.arange(NUM_TOKENS)[None]
+    states = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size)
+    sum(one.sum() for one in aligned_forward(draft, input_ids, states, 3)).backward()
+    assert all(parameter.grad is not None for parameter in draft.processing_modules[0].parameters())

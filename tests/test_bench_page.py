@@ -39,13 +39,15 @@ def measured(tiny_folders, tmp_path_factory):
     sizes = "--num-prompts 2 --max-new-tokens 8 --repeat 1 --method static".split()
     run("bench", "generate", *source, *sizes, "--json", root / "greedy.json")
     run("bench", "generate", *source, *sizes, "--batch-size", 2, "--json", root / "batch.json")
+    sizes = "--num-prompts 4 --max-new-tokens 8 --tree 5/2/3 --tree 2/2/1".split()
+    run("bench", "acceptance", *source, *sizes, "--json", root / "acceptance.json")
     sizes = "--method static --context 30 --num-rounds 3".split()
     run("bench", "rounds", *source, *sizes, "--json", root / "rounds.json")
     sizes = "--modules 1 --modules 2 --nodes 5 --num-rounds 5 --tree-top-k 4 --tree-depth 4".split()
     run("bench", "scaling", "--target", target, *sizes, "--json", root / "scaling.json")
     sizes = "--num-rounds 3 --tree-top-k 2 --tree-depth 3 --tree-num-nodes 4".split()
     run("bench", "modules", "--target", target, *sizes, "--json", root / "modules.json")
-    return [root / f"{name}.json" for name in ("greedy", "batch", "rounds", "scaling", "modules")]
+    return [root / f"{name}.json" for name in ("greedy", "batch", "acceptance", "rounds", "scaling", "modules")]
 
 
 def test_scaling_times_rounds_of_the_sizes_that_were_asked_for():
@@ -140,6 +142,8 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     greedy = json.loads(measured[0].read_text())
     assert f"| {greedy['summary']['acceptance_length_pooled']:.2f} |" in text
     assert f"| {greedy['summary']['over']['plain']['ratio']:.2f} |" in text
+    (row, *_) = json.loads(measured[2].read_text())["rows"]
+    assert f"| 5/2/3 | 0 | 4 | {row['tau']:.2f} | {row['tasks']['qa']['tau']:.2f} |" in text
     assert "Nothing in this section was measured" in text
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert pictures == [path.relative_to(tmp_path).as_posix() for path in written[1:]]

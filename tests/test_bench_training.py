@@ -28,13 +28,13 @@ def test_the_authors_way_computes_the_same():
     assert all(weight.grad is not None for weight in step.draft.parameters())
 
 
-def test_memory_grows_with_the_text_and_falls_with_checkpointing():
+def test_memory_grows_with_the_text_as_it_does_not_with_its_square():
+    """No score matrix is made: 12 times the text needs 12 times the memory, and less with checkpointing."""
     target = tiny_target()
     short, long = (peak_memory(target, length=length, num_steps=3) for length in (64, 768))
     again = peak_memory(target, length=768, num_steps=3, checkpoint_activations=True)
-    scores = 4 * 768 * 768 * 4  # bytes of one step's, all heads
-    assert 0 < short < scores < long
-    assert again < 0.6 * long
+    assert 4 * short < long < 14 * short
+    assert again < 0.9 * long
 
 
 def test_command(tmp_path, monkeypatch):

@@ -36,6 +36,10 @@ def measured(tiny_folders, tmp_path_factory):
     commands = {
         "greedy": (*bench, "--repeat", "1"),
         "sampled": (*bench, "--repeat", "2", "--temperature", "0.8", "--top-p", "0.9", "--method", "chain"),
+        "acceptance": (
+            *("bench", "acceptance", *models, "--prompts", str(prompts), "--num-prompts", "2", "--max-new-tokens", "24"),
+            *("--tree", "7/3/3", "--tree", "3/3/1", "--temperature", "0"),
+        ),
         "verify": ("verify", *models, "--max-new-tokens", "12"),
     }
     files = []
@@ -85,7 +89,7 @@ def test_a_card_holds_every_figure_with_its_surroundings(measured, draft_folder)
     assert write_card(draft_folder, measured[1]) == ["README.md", "conditional_acceptance.png", "metrics.json"]
     text = (draft_folder / "README.md").read_text()
     metrics = json.loads((draft_folder / "metrics.json").read_text())
-    assert [len(metrics[kind]) for kind in ("generate", "verify")] == [2, 1]
+    assert [len(metrics[kind]) for kind in ("generate", "acceptance", "verify")] == [2, 1, 1]
     for record in metrics["generate"]:
         for task, figures in [*record["tasks"].items(), ("**all**", record["summary"])]:
             digits = 3 if task == "**all**" else 2
@@ -96,6 +100,9 @@ def test_a_card_holds_every_figure_with_its_surroundings(measured, draft_folder)
             assert rows, (task, figures)
         for words in (record["hardware"], record["dtype"], record["settings"]["baseline"], record["command"]):
             assert words in text
+    for row in metrics["acceptance"][0]["rows"]:
+        assert "answers" not in row
+        assert f"| {row['tree']} | 0.0 | 2 | {row['tau']:.2f} |" in text
     assert "batch 1" in text
     assert "`chain` tree of 15 drafted nodes" in text
     assert "`static` tree of 15 drafted nodes" in text

@@ -129,7 +129,7 @@ def test_sources_of_all_kinds_are_read_in_order(tmp_path):
 def test_long_conversations_are_cut_and_counted(tmp_path, caplog):
     rows = [{"input_ids": list(range(3, 13)), "assistant_spans": [[2, 4], [6, 10]]}, {"input_ids": [4] * 9, "prompt_length": 8}]
     found = read_conversations(write_lines(tmp_path / "a.jsonl", rows), VOCAB_SIZE, max_length=7)
-    assert found == [Conversation(tuple(range(3, 10)), ((2, 4), (6, 7)))]
+    assert found == [Conversation(tuple(range(3, 10)), ((2, 4), (6, 7)), is_cut=True)]
     assert "1 of 2 conversations have no answer and are left out; 1 are cut at 7 tokens" in caplog.text
 
 

@@ -13,7 +13,8 @@ from tiny_models import chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs, tree_settings
+from transformers_prism.benchmark.acceptance import tree_settings
+from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs
 from transformers_prism.benchmark.study_plots import tau_interval
 from transformers_prism.cli import app
 from transformers_prism.publishing import weights_sha256

@@ -252,6 +252,7 @@ def test_finished_draft_is_pushed_with_its_record(tmp_path, load_tiny, monkeypat
     record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
     outside = record["num_answer_tokens_outside_draft_vocab"]
     assert outside == pytest.approx((1 - record["draft_vocab_coverage"]) * record["data"]["training"]["num_answer_tokens"], abs=0.6)
+    assert record["data"]["training"]["num_cut"] == 0
     assert record["stages"][0]["validations"][-1]["eval_tokens_seen"] == record["stages"][0]["tokens_seen"]
 
 

@@ -152,6 +152,74 @@ def bench_generate_command(
                 typer.echo(f"wrote {update_card / name}")
 
 
+@bench_app.command("acceptance")
+def bench_acceptance_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    tree: Annotated[
+        list[str] | None,
+        typer.Option(help="Nodes/depth/top-k; repeat it for several. 59/6/10, 15/4/4 and 5/5/1 (a chain) if absent."),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="0 is greedy; repeat it for several. 0 and 0.8 if absent.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
+    seed: Annotated[int, typer.Option(help="Set before every answer.")] = 0,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trees that the file lacks.")] = False,
+    update_card: Annotated[
+        Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
+    ] = None,
+):
+    """Acceptance length of fixed trees, greedy and sampled; nothing is timed, and n-grams take no part."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.benchmark.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
+    from transformers_prism.benchmark.figures import table_of
+    from transformers_prism.benchmark.measurement import progress_bar
+    from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
+    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
+    from transformers_prism.hub.card import add_to_card
+    from transformers_prism.publishing import weights_sha256
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    settings = {
+        "prompts": prompts.name,
+        "num_prompts": num_prompts,
+        "trees": tree or list(TREES),
+        "temperatures": temperature or list(TEMPERATURES),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "packed": packed,
+    }
+    with user_errors():
+        if (resume or update_card) and json_file is None:
+            raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+        chosen = choose_prompts(read_prompts(prompts), num_prompts)
+        model, tokenizer = load_target(target)
+        model_draft = load_draft(draft or SHIPPED_DRAFT, model)
+        weights = weights_sha256(draft or SHIPPED_DRAFT)
+        questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
+        with progress_bar(console) as bar:
+            task = bar.add_task(
+                "answers", total=len(questions) * len(settings["trees"]) * len(settings["temperatures"])
+            )
+            rows = bench_acceptance(
+                model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
+            )
+        console.print(table_of(*acceptance_rows(rows), "tau: committed tokens per round"))
+        report_file(json_file)
+        if update_card is not None:
+            for name in add_to_card(update_card, json_file):
+                typer.echo(f"wrote {update_card / name}")
+
+
 @bench_app.command("modules")
 def bench_modules_command(
     target: TargetOption = None,
@@ -397,7 +465,7 @@ def bench_rounds_command(
 @bench_app.command("page")
 def bench_page_command(
     files: Annotated[
-        list[Path], typer.Argument(help="Files of bench generate, rounds, scaling and modules, in the page's order.")
+        list[Path], typer.Argument(help="Files of bench generate, acceptance, rounds, scaling and modules, in the page's order.")
     ],
     output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
         "docs/performance.md"

@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 
 from transformers_prism.benchmark import plots, roofline
+from transformers_prism.benchmark.acceptance import acceptance_rows
 from transformers_prism.benchmark.figures import method_rows, task_rows
 from transformers_prism.benchmark.record import read_record
 from transformers_prism.benchmark.rounds import profile_rows
 from transformers_prism.benchmark.scaling import axis_rows
 
-KINDS = ("generate", "rounds", "scaling", "modules")
+KINDS = ("generate", "acceptance", "rounds", "scaling", "modules")
 _MODEL_CONTEXT = 2048
 
 
@@ -22,7 +23,7 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     """Write the page, and its pictures into a folder beside it that bears its name.
 
     Args:
-        files (`list[Path]`): of `bench generate`, `bench rounds`, `bench scaling` and `bench modules`, in the page's order.
+        files (`list[Path]`): of `bench generate`, `bench acceptance`, `bench rounds`, `bench scaling` and `bench modules`, in the page's order.
         output (`Path`): the page.
     Returns:
         `list[Path]`: what was written, the page first.
@@ -45,6 +46,9 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
         page.add_generate(stem, record)
     page.add_comparison(generate, "batch_size", "rows of a batch", "Batches")
     page.add_comparison(generate, "context", "tokens of the prompt", "Contexts")
+    for _, record in records:
+        if record["kind"] == "acceptance":
+            page.add(*_acceptance(record))
     page.add_rounds([record for _, record in records if record["kind"] == "rounds"])
     for stem, record in records:
         if record["kind"] == "scaling":
@@ -115,6 +119,18 @@ def _title(settings: dict) -> str:
     decoding = f"temperature {sampling['temperature']:g}" if sampling["do_sample"] else "greedy"
     context = f", context {settings['context']}" if settings["context"] else ""
     return f"{decoding}, batch {settings['batch_size']}{context}".capitalize()
+
+
+def _acceptance(record: dict) -> list[str]:
+    settings = record["settings"]
+    return [
+        f"## What the draft accepts: {settings['num_prompts']} prompts of `{settings['prompts']}`",
+        markdown_table(*acceptance_rows(record["rows"])),
+        f"tau of fixed trees (nodes/depth/top-k; top-k 1 is a chain), pooled over rounds, without n-grams; "
+        f"{settings['max_new_tokens']} new tokens, seed {settings['seed']}. *In a loop*: answers that end in one, which "
+        "flatters tau.",
+        _command_block(record),
+    ]
 
 
 def _modules(record: dict) -> str:

@@ -20,6 +20,13 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from transformers_prism.benchmark.acceptance import (
+    TEMPERATURES,
+    TREES,
+    acceptance_figures,
+    decode_prompts,
+    tree_settings,
+)
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
 from transformers_prism.benchmark.record import hardware, write_json
 from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
@@ -27,7 +34,7 @@ from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import TRAINING, weights_sha256
 from transformers_prism.target import load_target
-from transformers_prism.training.conversations import loop_period, read_conversations, split_conversations
+from transformers_prism.training.conversations import read_conversations, split_conversations
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
 from transformers_prism.training.train import train
 
@@ -70,10 +77,12 @@ class StudyConfig:
     num_prompts: int = HfArg(default=48, help="Prompts decoded, spread over the tasks.")
     max_new_tokens: int = HfArg(default=128, help="Tokens per answer.")
     trees: list[str] = HfArg(
-        default_factory=lambda: ["59/6/10", "15/4/4", "5/5/1"],
+        default_factory=lambda: list(TREES),
         help="Nodes/depth/top-k of the trees that drafts are measured with; top-k 1 is a chain.",
     )
-    temperatures: list[float] = HfArg(default_factory=lambda: [0.0, 0.8], help="Drafts are measured at; 0 is greedy.")
+    temperatures: list[float] = HfArg(
+        default_factory=lambda: list(TEMPERATURES), help="Drafts are measured at; 0 is greedy."
+    )
     sampling_seed: int = HfArg(default=0, help="Set before every answer, so that all drafts speed up the same text.")
     packed: bool = HfArg(default=True, help="Pack weights for the CPU first (prepare_for_cpu) to measure.")
 
@@ -87,20 +96,6 @@ class StudyConfig:
             raise ValueError(f"epochs: expected more than 0, got {self.epochs} ({self.tokens_seen} tokens seen)")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures: expected 0 or more, got {self.temperatures}")
-
-
-def tree_settings(tree: str) -> dict:
-    """Generation settings of a tree written as nodes/depth/top-k.
-
-    Raises:
-        ValueError: if it is written in another way.
-    """
-    parts = tree.split("/")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"trees: expected nodes/depth/top-k such as 59/6/10, got {tree!r}")
-    num_nodes, depth, top_k = map(int, parts)
-    kind = "chain" if top_k == 1 else "static"
-    return {"tree": kind, "tree_num_nodes": num_nodes, "tree_depth": depth, "tree_top_k": top_k}
 
 
 # --- the runs ----------------------------------------------------------------------------------------------------
@@ -220,7 +215,7 @@ def run_study(
         draft = _draft_to_measure(run, target, tokenizer)
         with prepare_for_cpu(*(target, draft) if study.packed and target.device.type == "cpu" else ()):
             for way in missing:
-                answers = measure(target, draft, questions, *way, study.max_new_tokens, study.sampling_seed)
+                answers = decode_prompts(target, draft, questions, *way, study.max_new_tokens, study.sampling_seed)
                 record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}
                 write_json(_path(run, study, *way), record)
                 report(f"  tree {way[0]}, temperature {way[1]:g}: tau {record['tau']:.3f} in {record['num_rounds']} rounds")
@@ -264,54 +259,11 @@ def _draft_to_measure(run: Run, target, tokenizer) -> PrismDraftModel:
     return draft
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(
-    target, draft, questions: list[tuple[str, dict]], tree: str, temperature: float, max_new_tokens: int, seed: int
-) -> list[dict]:
-    """Decode prompts with a draft, one by one.
-
-    Args:
-        target, draft: the models, bound to each other; the draft's tree settings are changed.
-        questions: task and generate()'s inputs of each prompt.
-        tree (`str`): nodes/depth/top-k.
-        temperature (`float`): 0 is greedy.
-        max_new_tokens, seed (`int`): of each answer.
-    Returns:
-        `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, and whether it `ends_in_a_loop`.
-    """
-    draft.generation_config.update(**tree_settings(tree))
-    settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    if temperature > 0:
-        settings["temperature"] = temperature
-    answers = []
-    for task, inputs in questions:
-        torch.manual_seed(seed)
-        output = target.generate(**inputs, **settings, assistant_model=draft)
-        speculation = draft.last_speculation
-        answers.append(
-            {
-                "task": task,
-                "num_rounds": sum(speculation.num_rounds),
-                "num_committed": sum(speculation.num_committed),
-                "ends_in_a_loop": loop_period(output[0, inputs["input_ids"].shape[1] :].tolist()) is not None,
-            }
-        )
-    return answers
+# --- records -----------------------------------------------------------------------------------------------------
 
 
 def _figures(run: Run, study: StudyConfig, tree: str, temperature: float, answers: list[dict]) -> dict:
-    num_rounds, num_committed = (sum(one[name] for one in answers) for name in ("num_rounds", "num_committed"))
-    return {
-        **_measured_with(run, study, tree, temperature),
-        "num_rounds": num_rounds,
-        "num_committed": num_committed,
-        "tau": round(num_committed / num_rounds, 4) if num_rounds else None,
-        "share_of_answers_in_a_loop": round(sum(one["ends_in_a_loop"] for one in answers) / len(answers), 4),
-        "answers": answers,
-    }
+    return {**_measured_with(run, study, tree, temperature), **acceptance_figures(answers), "answers": answers}
 
 
 def _measured_with(run: Run, study: StudyConfig, tree: str, temperature: float) -> dict:
@@ -355,4 +307,4 @@ def main(argv: list[str], make_inputs: Callable[..., dict], report: Callable[[st
     run_study(study, base, make_inputs, report)
 
 
-__all__ = ["RECIPES", "Run", "StudyConfig", "main", "measure", "plan_runs", "run_study", "tree_settings"]
+__all__ = ["RECIPES", "Run", "StudyConfig", "main", "plan_runs", "run_study"]

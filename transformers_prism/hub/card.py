@@ -105,6 +105,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
             "tree": _read_json(folder / "generation_config.json"),
             "facts": _facts(folder, config),
             "generate": metrics["generate"],
+            "acceptance": metrics["acceptance"],
             "verify": [{**record, "rows": verify_rows(record)} for record in metrics["verify"]],
             "runs": training_runs(training),
             "shares": step_shares(metrics),

@@ -1,6 +1,6 @@
-"""A draft's metrics.json: what was measured of it, gathered from files of `bench generate --json` and `verify --json`.
+"""A draft's metrics.json: what was measured of it, gathered from what `bench generate`, `bench acceptance` and `verify` wrote.
 
-    {"weights_sha256": "...", "generate": [record, ...], "verify": [record, ...]}
+    {"weights_sha256": "...", "generate": [record, ...], "acceptance": [record, ...], "verify": [record, ...]}
 
 Each record is a measurement's file (`benchmark/record.py`) without the figures of single prompts, so that hardware,
 dtype, tree, batch, baseline and command stay with every figure.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from transformers_prism.publishing import METRICS, weights_sha256
 
-KINDS = ("generate", "verify")
+KINDS = ("generate", "acceptance", "verify")
 _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
-_NEEDED_BY_KIND = {"generate": ("summary", "tasks"), "verify": ("holds", "checks", "num_near_ties")}
+_NEEDED_BY_KIND = {"generate": ("summary", "tasks"), "acceptance": ("rows",), "verify": ("holds", "checks", "num_near_ties")}
 _NEEDED_SETTINGS = {
     "generate": ("tree", "tree_top_k", "tree_depth", "tree_num_nodes", "batch_size", "baseline", "generate", "packed"),
+    "acceptance": ("prompts", "num_prompts", "max_new_tokens", "seed", "packed"),
     "verify": ("num_prompts", "max_new_tokens", "seed"),
 }
 
@@ -25,7 +26,7 @@ def gather(folder: str | Path, files: list[Path]) -> dict:
 
     Args:
         folder (`str` or `Path`): the draft's folder.
-        files (`list[Path]`): what `bench generate --json` and `verify --json` wrote, in the order of the card.
+        files (`list[Path]`): what those commands wrote with `--json`, in the order of the card.
     Returns:
         `dict`: what metrics.json holds.
     Raises:
@@ -35,8 +36,16 @@ def gather(folder: str | Path, files: list[Path]) -> dict:
     for file in files:
         record = _read(file)
         _check(record, metrics["weights_sha256"], str(file))
-        metrics[record.pop("kind")].append({name: value for name, value in record.items() if name != "prompts"})
+        metrics[record.pop("kind")].append(_without_prompts(record))
     return metrics
+
+
+def _without_prompts(record: dict) -> dict:
+    """A record without the figures of single prompts."""
+    kept = {name: value for name, value in record.items() if name != "prompts"}
+    if "rows" in kept:
+        kept["rows"] = [{name: value for name, value in row.items() if name != "answers"} for row in kept["rows"]]
+    return kept
 
 
 def read_metrics(folder: str | Path) -> dict:
@@ -84,7 +93,7 @@ def _read(path: Path) -> dict:
 def _check(record: dict, weights: str, where: str) -> None:
     kind = record.get("kind")
     if kind not in KINDS:
-        raise ValueError(f"{where}: expected a file of `bench generate --json` or `verify --json`, got kind {kind!r}")
+        raise ValueError(f"{where}: expected a file of bench generate, bench acceptance or verify, got kind {kind!r}")
     absent = [name for name in (*_NEEDED, *_NEEDED_BY_KIND[kind]) if name not in record]
     absent += [f"settings.{name}" for name in _NEEDED_SETTINGS[kind] if name not in record.get("settings", {})]
     if absent:

@@ -3,7 +3,8 @@
 Forward k stands for draft step k. Its query at row i plays the node that k draft steps below the last committed row
 i - k: it sees the committed rows j <= i - k through the keys and values of step 0, and the k nodes of its own path at
 rows i - k + s, for s = 1..k, through the keys and values of step s. Those k extra keys are diagonals, since every
-query has one of each, so a forward holds one score matrix of T x (T + k) and reuses all earlier keys and values.
+query has one of each, so a forward reuses all earlier keys and values, and makes no score matrix on a GPU (Triton) or a
+CPU (`flash_alignment.py`), or else one of T x (T + k) per head group.
 With `context_kv="own_module"` each module keeps keys and values of its own for every step.
 
 Shape letters: B batch, T rows, D hidden, H query heads, G key/value heads, R = H / G, E head dim, S draft steps.
@@ -21,6 +22,7 @@ from transformers_prism.kernels.context_alignment_attention import (
     context_alignment_scores,
 )
 from transformers_prism.kernels.dispatch import use_triton
+from transformers_prism.training.flash_alignment import flash_alignment_attention
 
 
 def aligned_forward(
@@ -166,6 +168,9 @@ class AlignedPasses:
             output = context_alignment_attention(
                 queries, keys, values, self.starts, attention.scaling, self.implementation
             )
+        elif not self.unmasked_softmax and self.starts is None and queries.device.type == "cpu":
+            keys, values = ([pair[one] for pair in keys_values] for one in range(2))
+            output = flash_alignment_attention(queries, keys, values, attention.scaling)
         else:
             output = self._attend_by_group(queries, keys_values, attention.scaling)
         return output.flatten(2)  # [B, T, H * E]

@@ -30,10 +30,12 @@ class Conversation:
     Args:
         input_ids: the whole conversation, template included.
         assistant_spans: `(start, end)` of each answer, rising and apart from each other.
+        is_cut: whether there was more of it than training takes.
     """
 
     input_ids: tuple[int, ...]
     assistant_spans: tuple[tuple[int, int], ...]
+    is_cut: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -67,11 +69,10 @@ def read_conversations(
         ValueError: if a line or shard cannot be read, or if nothing is left, saying where, expected and got.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    kept, num_cut, num_empty = [], 0, 0
+    kept, num_empty = [], 0
     for path in map(Path, paths):
         for conversation in _conversations(path, vocab_size, tokenizer):
             shortened = shorten(conversation, max_length)
-            num_cut += shortened is not None and len(shortened.input_ids) < len(conversation.input_ids)
             if shortened is None:
                 num_empty += 1
             else:
@@ -79,6 +80,7 @@ def read_conversations(
     names = ", ".join(path.name for path in map(Path, paths))
     if not kept:
         raise ValueError(f"data: expected at least one conversation with an answer in {names}, got none")
+    num_cut = sum(conversation.is_cut for conversation in kept)
     if num_empty or num_cut:
         logger.warning(
             "%d of %d conversations have no answer and are left out; %d are cut at %s tokens.",
@@ -98,7 +100,7 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation 
     # A row of the draft joins three tokens: one whose state it reads, the next, and the one that it predicts.
     if len(input_ids) < 3 or not spans:
         return None
-    return Conversation(input_ids, spans)
+    return Conversation(input_ids, spans, is_cut=len(input_ids) < len(conversation.input_ids))
 
 
 def split_conversations(

@@ -77,16 +77,20 @@ def _activation_bytes(stage: Stage, config: TrainConfig, draft_config, length: i
     value = 2 if config.compute_dtype == "bfloat16" else 4
     rows = config.batch_size * length
     heads, width = draft_config.num_attention_heads, draft_config.hidden_size
-    per_row = 10 * width + 2 * heads * draft_config.head_dim + 4 * draft_config.intermediate_size
-    scores = heads * (length + stage.num_steps) * (value + 4)
-    steps = stage.num_steps * draft_config.num_layers_per_module
+    attention = 2 * heads * draft_config.head_dim + 2 * draft_config.num_key_value_heads * draft_config.head_dim
+    # Nothing of the MLP is kept where it is computed again.
     if config.checkpoint_activations:
-        # One head group's scores are in the making at a time, and nothing of the MLP is kept.
-        per_row = 6 * width + 2 * heads * draft_config.head_dim
-        transient = rows * scores // draft_config.num_key_value_heads * 3
-        return rows * steps * per_row * value + transient
-    # Step 0 runs through fused attention, which keeps no scores.
-    return rows * (steps * per_row * value + (steps - draft_config.num_layers_per_module) * scores * 2)
+        per_row = 6 * width + attention
+    else:
+        per_row = 10 * width + attention + 4 * draft_config.intermediate_size
+    kept = rows * stage.num_steps * draft_config.num_layers_per_module * per_row * value
+    if not config.unmasked_softmax:
+        return kept
+    # Only the compatibility mode makes scores, a head group's at a time, and keeps them unless told otherwise.
+    scores = rows * heads * (length + stage.num_steps) * (value + 4)
+    if config.checkpoint_activations:
+        return kept + 3 * scores // draft_config.num_key_value_heads
+    return kept + 2 * scores * stage.num_steps * draft_config.num_layers_per_module
 
 
 def describe_plan(config: TrainConfig) -> str:

@@ -404,6 +404,7 @@ def _describe_data(conversations, train_indices, validation_indices) -> dict:
             "num_conversations": len(chosen),
             "num_tokens": sum(len(conversation.input_ids) for conversation in chosen),
             "num_answer_tokens": sum(conversation.num_answer_tokens for conversation in chosen),
+            "num_cut": sum(conversation.is_cut for conversation in chosen),
         }
 
     return {"training": describe(train_indices), "validation": describe(validation_indices)}

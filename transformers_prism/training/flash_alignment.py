@@ -1,0 +1,105 @@
+"""Attention of an aligned forward on a CPU, without a tensor of T x T: flash attention over the committed rows, and the
+path's few keys merged into it.
+
+Softmax over two sets of keys is each set's own, weighted by its share of the sum of exponentials. So the committed rows
+go through PyTorch's fused attention, shifted by k rows to be plainly causal, and the k keys of the path, of which a query
+has one each, through products of rows. Backward gives the fused one the merged output and the merged log-sum-exp, from
+which its formula yields the gradients of the whole softmax.
+
+Shape letters: B batch, T rows, H query heads, G key/value heads, R = H / G, E head dim, k the draft step.
+Source: FlashAttention-2 (arXiv:2307.08691), whose backward needs nothing but output and log-sum-exp.
+"""
+
+import torch
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def flash_alignment_attention(
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float
+) -> torch.Tensor:
+    """What [`context_alignment_attention`] computes, for one sequence a row, on a CPU.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, T, E)`): of draft step k.
+        keys, values (`list` of k + 1 `torch.Tensor` of shape `(B, G, T, E)`): of draft steps 0..k.
+        scale (`float`): of the scores.
+    Returns:
+        `torch.Tensor` of shape `(B, T, H, E)`, in the query's dtype; computed in float32, or float64 if the tensors are.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, *states = (one.to(dtype) for one in (query, *keys, *values))
+    return _FlashAlignment.apply(scale, query, *states).transpose(1, 2).to(keys[0].dtype)
+
+
+class _FlashAlignment(torch.autograd.Function):
+    """Output `(B, H, T, E)` of query and states: keys of all steps, then values of all steps."""
+
+    @staticmethod
+    def forward(ctx, scale, query, *states):
+        keys, values = states[: len(states) // 2], states[len(states) // 2 :]
+        step, groups = len(keys) - 1, query.shape[1] // keys[0].shape[1]
+        num_seeing = max(query.shape[2] - step, 0)  # rows that see a committed row
+        path_keys, path_values = (_path(one, groups) for one in (keys, values))
+        scores = [_visible((query * one).sum(-1) * scale, step - s) for s, one in enumerate(path_keys, start=1)]
+        log_sums = query.new_full((len(scores) + 1, *query.shape[:3]), -torch.inf)
+        output = torch.zeros_like(query)
+        if num_seeing:
+            committed = [one[0][:, :, :num_seeing].repeat_interleave(groups, dim=1) for one in (keys, values)]
+            output[:, :, step:], log_sums[0, :, :, step:] = _flash(query[:, :, step:], *committed, 0.0, True, scale=scale)
+        for s, one in enumerate(scores, start=1):
+            log_sums[s] = one
+        log_sum = log_sums.logsumexp(dim=0)  # [B, H, T]
+        shares = (log_sums - log_sum).exp_()[..., None]  # [k + 1, B, H, T, 1]
+        output *= shares[0]
+        for share, one in zip(shares[1:], path_values, strict=True):
+            output.addcmul_(share, one)
+        ctx.scale, ctx.groups, ctx.num_seeing = scale, groups, num_seeing
+        ctx.save_for_backward(query, output, log_sum, shares[1:], *states)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, output, log_sum, shares, *states = ctx.saved_tensors
+        keys, values = states[: len(states) // 2], states[len(states) // 2 :]
+        step, groups, num_seeing = len(keys) - 1, ctx.groups, ctx.num_seeing
+        grad_query = torch.zeros_like(query)
+        grad_keys, grad_values = ([torch.zeros_like(one) for one in found] for found in (keys, values))
+        if num_seeing:
+            later = (slice(None), slice(None), slice(step, None))
+            committed = [one[0][:, :, :num_seeing].repeat_interleave(groups, dim=1) for one in (keys, values)]
+            grad_query[later], *found = _flash_backward(
+                *(grad_output[later], query[later], *committed, output[later], log_sum[later], 0.0, True), scale=ctx.scale
+            )
+            for gradients, one in zip((grad_keys, grad_values), found, strict=True):
+                gradients[0][:, :, :num_seeing] = _of_groups(one, groups)
+        mean = (grad_output * output).sum(-1, keepdim=True)
+        paths = zip(_path(keys, groups), _path(values, groups), shares, strict=True)
+        for s, (path_key, path_value, share) in enumerate(paths, start=1):
+            grad_score = share * ((grad_output * path_value).sum(-1, keepdim=True) - mean) * ctx.scale
+            grad_query.addcmul_(grad_score, path_key)
+            for gradients, one in ((grad_keys, grad_score * query), (grad_values, share * grad_output)):
+                gradients[s][:, :, : query.shape[2] - (step - s)] = _of_groups(one[:, :, step - s :], groups)
+        return None, grad_query, *grad_keys, *grad_values
+
+
+def _path(states: tuple[torch.Tensor, ...], groups: int) -> list[torch.Tensor]:
+    """Keys or values of the path that each query sees, `(B, H, T, E)`: of step s, k - s rows before its own."""
+    step = len(states) - 1
+    moved = [torch.nn.functional.pad(one, (0, 0, step - s, 0))[:, :, : one.shape[2]] for s, one in enumerate(states)]
+    return [one.repeat_interleave(groups, dim=1) for one in moved[1:]]
+
+
+def _visible(scores: torch.Tensor, num_before: int) -> torch.Tensor:
+    """Scores `(B, H, T)` with minus infinity where the path begins before the first row."""
+    scores[:, :, :num_before] = -torch.inf
+    return scores
+
+
+def _of_groups(gradients: torch.Tensor, groups: int) -> torch.Tensor:
+    """Gradients of repeated keys or values, `(B, H, T, E)`, summed to `(B, G, T, E)`."""
+    return gradients.unflatten(1, (-1, groups)).sum(dim=2)
+
+
+__all__ = ["flash_alignment_attention"]
