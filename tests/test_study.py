@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from transformers_prism import PrismDraftModel
 from transformers_prism.benchmark.acceptance import tree_settings
 from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs
+from transformers_prism.benchmark.study_page import CLAIMS, ratio_interval, verdict
 from transformers_prism.benchmark.study_plots import tau_interval
 from transformers_prism.cli import app
 from transformers_prism.publishing import weights_sha256
@@ -86,6 +87,12 @@ def test_study_trains_and_measures_all_recipes(folder):
     assert by_recipe["hass"]["checkpoint_sha256"] == weights_sha256(folders["hass"])
     assert (folder / "records" / "tau_by_recipe.png").read_bytes().startswith(b"\x89PNG")
     assert output.count("tau ") == len(records)
+    page = (folder / "records" / "README.md").read_text()
+    for record in records:
+        assert f"| {record['recipe']} | {record['tree']} | {record['temperature']:g} | {record['tau']:.3f} |" in page
+    assert all(page.count(f"| {better} over {worse} |") == 4 for better, worse in CLAIMS)
+    assert "--trees 7/3/3 2/2/1" in page
+    assert str(folder) not in page
 
 
 def test_study_goes_on_where_it_stopped(folder, monkeypatch):
@@ -174,3 +181,21 @@ def test_study_error_bars_hold_tau_and_narrow_with_prompts():
     assert narrow_low < 1.7 < narrow_high
     assert narrow_high - narrow_low < 0.5 * (high - low)
     assert tau_interval([{"tau": 2.0, "answers": [{"num_rounds": 3, "num_committed": 6}]}]) == (2.0, 2.0)
+
+
+@pytest.mark.quick
+def test_study_claims_are_judged_by_pairs_of_prompts():
+    """A draft that accepts a quarter more on every prompt is better for sure, however different the prompts are."""
+
+    def record(seed, factor):
+        answers = [{"num_rounds": 20, "num_committed": factor * (20 + 4 * (number % 8))} for number in range(24)]
+        tau = sum(one["num_committed"] for one in answers) / sum(one["num_rounds"] for one in answers)
+        return {"seed": seed, "tau": tau, "answers": answers}
+
+    better, worse = ([record(seed, factor) for seed in (0, 1)] for factor in (1.25, 1.0))
+    ratio, low, high = ratio_interval(better, worse)
+    assert ratio == pytest.approx(1.25)
+    assert low == pytest.approx(1.25)
+    assert high == pytest.approx(1.25)
+    assert tau_interval(better)[0] < 1.25 * tau_interval(worse)[1]
+    assert [verdict(1.1, 1.3), verdict(0.8, 0.9), verdict(0.9, 1.1)] == ["holds", "does not hold", "undecided"]

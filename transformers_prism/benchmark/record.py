@@ -6,6 +6,7 @@
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 import transformers
 
 import transformers_prism
+
+_TREE = re.compile(r"\d+(/\d+)+")
 
 
 def record_head(kind: str, target, settings: dict, weights: str | None = None) -> dict:
@@ -26,7 +29,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
     """
     return {
         "kind": kind,
-        "command": _command(sys.argv),
+        "command": command_line(sys.argv),
         "target": target.config._name_or_path,
         "weights_sha256": weights,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -115,6 +118,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _command(argv: list[str]) -> str:
-    """The command line without the folders of this machine."""
-    return " ".join(Path(word).name if "/" in word else word for word in argv)
+def command_line(argv: list[str]) -> str:
+    """A command without the folders of this machine; trees such as 59/6/10 stay whole."""
+    return " ".join(Path(word).name if "/" in word and not _TREE.fullmatch(word) else word for word in argv)

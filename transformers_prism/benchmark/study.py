@@ -28,7 +28,8 @@ from transformers_prism.benchmark.acceptance import (
     tree_settings,
 )
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
-from transformers_prism.benchmark.record import hardware, write_json
+from transformers_prism.benchmark.record import command_line, hardware, write_json
+from transformers_prism.benchmark.study_page import write_study_page
 from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -175,15 +176,20 @@ def _train_config(run: Run, epochs: float) -> TrainConfig:
 
 
 def run_study(
-    study: StudyConfig, base: TrainConfig, make_inputs: Callable[..., dict], report: Callable[[str], None]
+    study: StudyConfig,
+    base: TrainConfig,
+    make_inputs: Callable[..., dict],
+    report: Callable[[str], None],
+    command: str = "transformers-prism study",
 ) -> list[dict]:
-    """Train and measure whatever has no record yet, and draw the plots.
+    """Train and measure whatever has no record yet, draw the plots, and write the page.
 
     Args:
         study (`StudyConfig`): what is compared.
         base (`TrainConfig`): settings that all runs share.
         make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
         report: called with a line per run and way of decoding.
+        command (`str`): that the page names.
     Returns:
         `list[dict]`: all records.
     Raises:
@@ -222,6 +228,7 @@ def run_study(
                 records.append(record)
     plot_recipes(records, folder / "tau_by_recipe.png")
     plot_volumes(records, folder / "tau_over_volume.png")
+    write_study_page(records, folder, command)
     return records
 
 
@@ -304,7 +311,7 @@ def main(argv: list[str], make_inputs: Callable[..., dict], report: Callable[[st
     """
     parser = HfArgumentParser((StudyConfig, TrainConfig), prog="transformers-prism study")
     study, base = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    run_study(study, base, make_inputs, report)
+    run_study(study, base, make_inputs, report, command_line(["transformers-prism", "study", *argv]))
 
 
 __all__ = ["RECIPES", "Run", "StudyConfig", "main", "plan_runs", "run_study"]

@@ -1,0 +1,155 @@
+"""What a study found, in words and tables: `README.md` in its folder of records, written from them and from nothing else."""
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from transformers_prism.benchmark.page import markdown_table
+from transformers_prism.benchmark.study_plots import GROWING, pooled_tau, tau_interval
+
+# What the PRISM paper says, and what a mistake of its training code would cost: the first accepts more than the second.
+CLAIMS = (
+    ("prism-m2", "eagle2"),
+    ("prism-m2", "hass"),
+    ("prism-m2", "eagle3"),
+    ("prism-m2", "stacked2"),
+    ("prism-m3", "prism-m2"),
+    ("prism-m2", "prism-m2-compat"),
+)
+_NUM_RESAMPLES = 1000
+
+
+def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tuple[float, float, float]:
+    """tau of some records over that of others, and its 95 % interval by paired bootstrap.
+
+    Seeds are drawn again, and prompts, the same ones for both sides, since what a prompt accepts with one draft says much
+    about what it accepts with another.
+
+    Args:
+        records, others (`list[dict]`): of the same seeds, tree, temperature and prompts.
+        seed (`int`): of the draws.
+    """
+    generator = random.Random(seed)
+    pairs = list(zip(_by_seed(records), _by_seed(others), strict=True))
+    ratios = []
+    for _ in range(_NUM_RESAMPLES):
+        taus = ([], [])
+        for pair in generator.choices(pairs, k=len(pairs)):
+            places = generator.choices(range(len(pair[0]["answers"])), k=len(pair[0]["answers"]))
+            for found, record in zip(taus, pair, strict=True):
+                found.append(_tau([record["answers"][place] for place in places]))
+        ratios.append(sum(taus[0]) / sum(taus[1]))
+    ratios.sort()
+    whole = pooled_tau(records) / pooled_tau(others)
+    return whole, ratios[int(0.025 * _NUM_RESAMPLES)], ratios[int(0.975 * _NUM_RESAMPLES) - 1]
+
+
+def _by_seed(records: list[dict]) -> list[dict]:
+    return sorted(records, key=lambda record: record["seed"])
+
+
+def _tau(answers: list[dict]) -> float:
+    return sum(one["num_committed"] for one in answers) / max(sum(one["num_rounds"] for one in answers), 1)
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a ratio says."""
+    return "holds" if low > 1 else "does not hold" if high < 1 else "undecided"
+
+
+def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
+    """Write the page.
+
+    Args:
+        records (`list[dict]`): of a study.
+        folder (`Path`): of the page; the plots of the study lie in it.
+        command (`str`): that made them.
+    """
+    path = folder / "README.md"
+    path.write_text("\n\n".join([*_introduction(records, command), *_ordering(records), *_growth(records)]) + "\n", encoding="utf-8")
+    return path
+
+
+def _introduction(records: list[dict], command: str) -> list[str]:
+    one = records[0]
+    seeds = sorted({record["seed"] for record in records})
+    return [
+        "# Recipes on equal terms",
+        f"Written by `transformers-prism study` from the files beside it. Each recipe was trained from random weights on the "
+        f"first tokens of the same data, then decoded the same {one['num_prompts']} prompts, {one['max_new_tokens']} new "
+        f"tokens each, with fixed trees (nodes/depth/top-k) and without n-grams. Seeds: {', '.join(map(str, seeds))}; "
+        f"{one['hardware']}. tau is committed tokens per round, pooled over rounds, the mean of the seeds; intervals are of "
+        "95 % by bootstrap over seeds and prompts. So little training tells recipes apart by what they learn first, not by "
+        "what they end with.",
+        f"```\n{command}\n```",
+    ]
+
+
+def _ordering(records: list[dict]) -> list[str]:
+    largest = max(record["num_data_tokens"] for record in records)
+    chosen = [record for record in records if record["num_data_tokens"] == largest]
+    ways = _grouped(chosen, "tree", "temperature")
+    rows = []
+    for (tree, temperature), members in ways.items():
+        for (recipe,), found in _grouped(members, "recipe").items():
+            low, high = tau_interval(found)
+            rows.append(
+                [
+                    recipe,
+                    tree,
+                    f"{temperature:g}",
+                    f"{pooled_tau(found):.3f}",
+                    f"{low:.3f} to {high:.3f}",
+                    *(str(round(_mean(found, name))) for name in ("tokens_seen", "train_seconds")),
+                    f"{_mean(found, 'share_of_answers_in_a_loop'):.2f}",
+                ]
+            )
+    heading = ["recipe", "tree", "temperature", "tau", "95 %", "tokens seen", "training seconds", "answers in a loop"]
+    claims = []
+    for better, worse in CLAIMS:
+        for (tree, temperature), members in ways.items():
+            sides = [[one for one in members if one["recipe"] == name] for name in (better, worse)]
+            if not all(sides) or {one["seed"] for one in sides[0]} != {one["seed"] for one in sides[1]}:
+                continue
+            ratio, low, high = ratio_interval(*sides)
+            row = [f"{better} over {worse}", tree, f"{temperature:g}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
+            claims.append([*row, verdict(low, high)])
+    parts = [f"## With {largest} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
+    if claims:
+        parts += [
+            "That the first accepts more than the second *holds* if the whole interval of the ratio lies above 1, *does not "
+            "hold* if below, and is *undecided* otherwise:",
+            markdown_table(["claim", "tree", "temperature", "ratio of tau", "95 %", "found"], claims),
+        ]
+    return parts
+
+
+def _growth(records: list[dict]) -> list[str]:
+    chosen = [record for record in records if record["recipe"] in GROWING]
+    volumes = sorted({record["num_data_tokens"] for record in chosen})
+    if len(volumes) < 2:
+        return []
+    rows = []
+    for (recipe, tree, temperature), members in _grouped(chosen, "recipe", "tree", "temperature").items():
+        by_volume = {volume: found for (volume,), found in _grouped(members, "num_data_tokens").items()}
+        cells = []
+        for volume in volumes:
+            found = by_volume.get(volume, [])
+            cells.append("{:.3f} ({:.3f} to {:.3f})".format(pooled_tau(found), *tau_interval(found)) if found else "")
+        rows.append([recipe, tree, f"{temperature:g}", *cells])
+    heading = ["recipe", "tree", "temperature", *(f"{volume} tokens" for volume in volumes)]
+    return ["## How tau grows with the data", markdown_table(heading, rows), "![tau over the data](tau_over_volume.png)"]
+
+
+def _mean(records: list[dict], name: str) -> float:
+    return sum(record[name] for record in records) / len(records)
+
+
+def _grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups = defaultdict(list)
+    for record in records:
+        groups[tuple(record[name] for name in names)].append(record)
+    return dict(groups)
+
+
+__all__ = ["CLAIMS", "ratio_interval", "verdict", "write_study_page"]
