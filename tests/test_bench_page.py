@@ -47,7 +47,10 @@ def measured(tiny_folders, tmp_path_factory):
     run("bench", "scaling", "--target", target, *sizes, "--json", root / "scaling.json")
     sizes = "--num-rounds 3 --tree-top-k 2 --tree-depth 3 --tree-num-nodes 4".split()
     run("bench", "modules", "--target", target, *sizes, "--json", root / "modules.json")
-    return [root / f"{name}.json" for name in ("greedy", "batch", "acceptance", "rounds", "scaling", "modules")]
+    sizes = "--repeat 2 --length 16 --most-steps 3 --no-memory".split()
+    run("bench", "training", "--target", target, *sizes, "--json", root / "training.json")
+    names = ("greedy", "batch", "acceptance", "rounds", "scaling", "modules", "training")
+    return [root / f"{name}.json" for name in names]
 
 
 def test_scaling_times_rounds_of_the_sizes_that_were_asked_for():
@@ -178,6 +181,8 @@ def test_page_figures_are_in_the_files_but_for_the_model(measured, tmp_path):
             gather([one["round_median"] / one["step_median"] for one in members])
             gather([len(one["round_ms"]) for one in members])
         gather([100 * one["rest_share"] for one in record.get("profiles", [])])
+        seconds = record.get("seconds_by_steps", [])
+        gather([one / seconds[0] for one in seconds] + list(range(1, len(seconds) + 1)))
         for method in record.get("methods", {}).values():
             if method["summary"]["round_ms"]:
                 gather([ratio for _, ratio in levers(method["summary"])])

@@ -263,8 +263,8 @@ def bench_training_command(
     num_steps: Annotated[int, typer.Option(min=1, help="Aligned forwards S of the comparison.")] = 3,
     most_steps: Annotated[int, typer.Option(min=2, help="S is timed from 1 to this.")] = 6,
     repeat: Annotated[int, typer.Option(min=2, help="Steps of each kind; medians count.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in a step.")] = 4,
-    length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in a step.")] = 1,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation.")] = 2048,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory of a step with 2048 tokens and S = 5.")] = True,
     json_file: JsonOption = None,
 ):
@@ -281,8 +281,8 @@ def bench_training_command(
         figures = bench_training(model, num_steps, most_steps, repeat, batch_size, length)
     speeds, (low, high) = figures["tokens_per_second"], figures["interval"]
     typer.echo(
-        f"S = {num_steps}: {speeds['ours']:.0f} tokens/s, the authors' way {speeds['authors']:.0f} tokens/s; median ratio "
-        f"of pairs {figures['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+        f"S = {num_steps}: {speeds['ours']:.0f} tokens/s, the authors' way {speeds['authors']:.0f} tokens/s\n"
+        f"median ratio of pairs {figures['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
     )
     seconds = figures["seconds_by_steps"]
     relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
@@ -465,7 +465,7 @@ def bench_rounds_command(
 @bench_app.command("page")
 def bench_page_command(
     files: Annotated[
-        list[Path], typer.Argument(help="Files of bench generate, acceptance, rounds, scaling and modules, in the page's order.")
+        list[Path], typer.Argument(help="Files of bench generate, acceptance, rounds, scaling, modules, training, synthesize, in order.")
     ],
     output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
         "docs/performance.md"

@@ -15,7 +15,7 @@ from transformers_prism.benchmark.record import read_record
 from transformers_prism.benchmark.rounds import profile_rows
 from transformers_prism.benchmark.scaling import axis_rows
 
-KINDS = ("generate", "acceptance", "rounds", "scaling", "modules")
+KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize")
 _MODEL_CONTEXT = 2048
 
 
@@ -23,7 +23,7 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     """Write the page, and its pictures into a folder beside it that bears its name.
 
     Args:
-        files (`list[Path]`): of `bench generate`, `bench acceptance`, `bench rounds`, `bench scaling` and `bench modules`, in the page's order.
+        files (`list[Path]`): of `bench` commands whose kind is one of `KINDS`, in the page's order.
         output (`Path`): the page.
     Returns:
         `list[Path]`: what was written, the page first.
@@ -46,15 +46,12 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
         page.add_generate(stem, record)
     page.add_comparison(generate, "batch_size", "rows of a batch", "Batches")
     page.add_comparison(generate, "context", "tokens of the prompt", "Contexts")
-    for _, record in records:
-        if record["kind"] == "acceptance":
-            page.add(*_acceptance(record))
     page.add_rounds([record for _, record in records if record["kind"] == "rounds"])
     for stem, record in records:
         if record["kind"] == "scaling":
             page.add_scaling(stem, record)
-        elif record["kind"] == "modules":
-            page.add(_modules(record))
+        elif record["kind"] in _SECTIONS:
+            page.add(*_SECTIONS[record["kind"]](record))
     page.add_model()
     output.write_text("\n\n".join(page.parts) + "\n", encoding="utf-8")
     return [output, *page.pictures]
@@ -88,7 +85,9 @@ def levers(summary: dict) -> list[tuple[str, float]]:
 
 
 def _command_block(record: dict) -> str:
-    return f"```\n{record['command']}\n```"
+    """The command, and which weights it measured where there is a draft."""
+    weights = record["weights_sha256"]
+    return f"```\n{record['command']}\n```" + (f"\n\nDraft `{weights[:12]}`." if weights else "")
 
 
 def _introduction(records: list[tuple[str, dict]]) -> str:
@@ -133,19 +132,54 @@ def _acceptance(record: dict) -> list[str]:
     ]
 
 
-def _modules(record: dict) -> str:
+def _modules(record: dict) -> list[str]:
     pairs = zip(record["num_modules"], record["median_ms"], strict=True)
     rows = [[str(count), f"{milliseconds:.2f}"] for count, milliseconds in pairs]
     low, high = record["interval"]
-    return "\n\n".join(
-        [
-            "## Many modules against one",
-            markdown_table(["modules M", "round ms (median)"], rows),
-            f"Median ratio of pairs {record['median_ratio']:.4f}, 95 % interval {low:.4f} to {high:.4f}; the bar is "
-            f"{record['max_ratio']:g}: {'met' if record['is_within_bar'] else 'not met'}.",
-            _command_block(record),
-        ]
-    )
+    return [
+        "## Many modules against one",
+        markdown_table(["modules M", "round ms (median)"], rows),
+        f"Median ratio of pairs {record['median_ratio']:.4f}, 95 % interval {low:.4f} to {high:.4f}; the bar is "
+        f"{record['max_ratio']:g}: {'met' if record['is_within_bar'] else 'not met'}.",
+        _command_block(record),
+    ]
+
+
+def _training(record: dict) -> list[str]:
+    settings, speeds, seconds = record["settings"], record["tokens_per_second"], record["seconds_by_steps"]
+    low, high = record["interval"]
+    parts = [
+        f"## A training step: {settings['batch_size']} x {settings['length']} tokens",
+        f"Forward, loss and backward with S = {settings['num_steps']}: {speeds['ours']:.0f} tokens/s, with the authors' way "
+        f"of aligning {speeds['authors']:.0f}; median ratio of pairs {record['ratio']:.2f}, 95 % interval {low:.2f} to "
+        f"{high:.2f}. Medians of {settings['repeat']} steps of each kind, in turn.",
+        markdown_table(
+            ["aligned forwards S", "seconds", "over S = 1"],
+            [[str(count), f"{one:.2f}", f"{one / seconds[0]:.2f}"] for count, one in enumerate(seconds, start=1)],
+        ),
+    ]
+    if "peak_bytes" in record:
+        kept, again = (record["peak_bytes"][name] / 2**30 for name in ("kept", "checkpointed"))
+        parts.append(
+            f"Peak memory of a step over 2048 tokens with S = 5, beside weights, gradients and data: {kept:.2f} GiB, with "
+            f"activation checkpointing {again:.2f} GiB."
+        )
+    return [*parts, _command_block(record)]
+
+
+def _synthesize(record: dict) -> list[str]:
+    settings = record["settings"]
+    return [
+        "## Writing training data",
+        f"{record['num_prompts']} prompts answered greedily, {settings['batch_size']} rows at once, at most "
+        f"{settings['max_new_tokens']} tokens: `synthesize` {record['synthesize_tokens_per_second']:.1f} tokens/s, "
+        f"`generate` in batches {record['generate_tokens_per_second']:.1f}, ratio {record['ratio']:.2f}; "
+        f"{record['num_identical']} answers identical. Medians of {settings['repeat']} runs of each, in turn.",
+        _command_block(record),
+    ]
+
+
+_SECTIONS = {"acceptance": _acceptance, "modules": _modules, "training": _training, "synthesize": _synthesize}
 
 
 class _Page:

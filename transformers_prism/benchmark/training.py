@@ -112,7 +112,7 @@ def _wait(device: torch.device) -> None:
 
 
 def bench_training(
-    target, num_steps: int = 3, most_steps: int = 6, repeat: int = 10, batch_size: int = 4, length: int = 512
+    target, num_steps: int = 3, most_steps: int = 6, repeat: int = 10, batch_size: int = 1, length: int = 2048
 ) -> dict:
     """Time training steps, in turn in one process.
 
