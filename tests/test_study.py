@@ -114,6 +114,10 @@ def test_study_goes_on_where_it_stopped(folder, monkeypatch):
     output = invoke(folder, *options)
     assert output.count("tau ") == 1
     assert records_of(folder) == before
+    # The page of a command for one volume has what lies there of the other.
+    invoke(folder, *options, "--volumes", "100")
+    page = (folder / "records" / "README.md").read_text()
+    assert all(f" {volume} tokens |" in page for volume in volumes)
     result = CliRunner().invoke(app, arguments(folder, *options, "--max_new_tokens", "6"))
     assert result.exit_code == 1
     assert "expected a record with max_new_tokens=6, got 8" in result.stderr

@@ -182,7 +182,7 @@ def run_study(
     report: Callable[[str], None],
     command: str = "transformers-prism study",
 ) -> list[dict]:
-    """Train and measure whatever has no record yet, draw the plots, and write the page.
+    """Train and measure whatever has no record yet; draw the plots and write the page from all records of the folder.
 
     Args:
         study (`StudyConfig`): what is compared.
@@ -191,7 +191,7 @@ def run_study(
         report: called with a line per run and way of decoding.
         command (`str`): that the page names.
     Returns:
-        `list[dict]`: all records.
+        `list[dict]`: the records in the folder, those of other commands that decoded alike, too.
     Raises:
         ValueError: for settings that cannot be used, or a record that was made with others.
     """
@@ -208,12 +208,9 @@ def run_study(
     folder = Path(study.records)
     folder.mkdir(parents=True, exist_ok=True)
     questions = [(task_of(one), make_inputs(tokenizer, one["turns"][0], target.device)) for one in prompts]
-    records = []
     for run in runs:
-        ways = list(itertools.product(study.trees, study.temperatures))
-        records += [_recorded(run, study, *way) for way in ways]
-        missing = [way for way, record in zip(ways, records[-len(ways) :], strict=True) if record is None]
-        records = [record for record in records if record is not None]
+        ways = itertools.product(study.trees, study.temperatures)
+        missing = [way for way in ways if _recorded(run, study, *way) is None]
         if not missing:
             continue
         report(_describe(run))
@@ -225,11 +222,18 @@ def run_study(
                 record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}
                 write_json(_path(run, study, *way), record)
                 report(f"  tree {way[0]}, temperature {way[1]:g}: tau {record['tau']:.3f} in {record['num_rounds']} rounds")
-                records.append(record)
+    records = _records_alike(study)
     plot_recipes(records, folder / "tau_by_recipe.png")
     plot_volumes(records, folder / "tau_over_volume.png")
     write_study_page(records, folder, command)
     return records
+
+
+def _records_alike(study: StudyConfig) -> list[dict]:
+    """All records of the folder that were decoded alike, those of other commands, too."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(study.records).glob("*.json"))]
+    names = ("num_prompts", "max_new_tokens", "sampling_seed")
+    return [record for record in records if all(record[name] == getattr(study, name) for name in names)]
 
 
 def _describe(run: Run) -> str:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from transformers_prism.benchmark.page import markdown_table
-from transformers_prism.benchmark.study_plots import GROWING, pooled_tau, tau_interval
+from transformers_prism.benchmark.study_plots import GROWING, at_common_volume, pooled_tau, tau_interval
 
 # What the PRISM paper says, and what a mistake of its training code would cost: the first accepts more than the second.
 CLAIMS = (
@@ -86,8 +86,7 @@ def _introduction(records: list[dict], command: str) -> list[str]:
 
 
 def _ordering(records: list[dict]) -> list[str]:
-    largest = max(record["num_data_tokens"] for record in records)
-    chosen = [record for record in records if record["num_data_tokens"] == largest]
+    chosen = at_common_volume(records)
     ways = _grouped(chosen, "tree", "temperature")
     rows = []
     for (tree, temperature), members in ways.items():
@@ -114,7 +113,7 @@ def _ordering(records: list[dict]) -> list[str]:
             ratio, low, high = ratio_interval(*sides)
             row = [f"{better} over {worse}", tree, f"{temperature:g}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
             claims.append([*row, verdict(low, high)])
-    parts = [f"## With {largest} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
+    parts = [f"## With {chosen[0]['num_data_tokens']} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
     if claims:
         parts += [
             "That the first accepts more than the second *holds* if the whole interval of the ratio lies above 1, *does not "

@@ -33,16 +33,21 @@ def tau_interval(records: list[dict], seed: int = 0) -> tuple[float, float]:
     return taus[int(0.025 * _NUM_RESAMPLES)], taus[int(0.975 * _NUM_RESAMPLES) - 1]
 
 
+def at_common_volume(records: list[dict]) -> list[dict]:
+    """Records of the volume of data with which most recipes were trained, the larger one of two alike."""
+    by_volume = _grouped(records, "num_data_tokens")
+    common = max(by_volume, key=lambda volume: (len(_grouped(by_volume[volume], "recipe")), volume))
+    return by_volume[common]
+
+
 def plot_recipes(records: list[dict], path) -> None:
-    """tau of each recipe at the largest volume of data, a panel for each tree and temperature.
+    """tau of each recipe at one volume of data, see [`at_common_volume`], a panel for each tree and temperature.
 
     Args:
         records (`list[dict]`): of a study.
         path (`str` or path): of the PNG file.
     """
-    largest = max(record["num_data_tokens"] for record in records)
-    chosen = [record for record in records if record["num_data_tokens"] == largest]
-    figure, panels = _panels(chosen)
+    figure, panels = _panels(at_common_volume(records))
     for axes, members in panels:
         by_recipe = _grouped(members, "recipe")
         for place, (recipe, found) in enumerate(by_recipe.items()):
@@ -102,4 +107,4 @@ def _point(axes, place: float, records: list[dict], **style) -> None:
     axes.errorbar(place, middle, [[max(middle - low, 0)], [max(high - middle, 0)]], fmt="o", capsize=4, **style)
 
 
-__all__ = ["GROWING", "plot_recipes", "plot_volumes", "pooled_tau", "tau_interval"]
+__all__ = ["GROWING", "at_common_volume", "plot_recipes", "plot_volumes", "pooled_tau", "tau_interval"]
