@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from transformers_prism.benchmark.record import finished_part, record_head, write_json
+from transformers_prism.benchmark.record import finished_part, record_head
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.training.conversations import loop_period
+from transformers_prism.whole_files import write_json
 
 # Nodes/depth/top-k; the first is the tree of the EAGLE and PRISM papers.
 TREES = ("59/6/10", "15/4/4", "5/5/1")

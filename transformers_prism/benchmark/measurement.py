@@ -11,7 +11,8 @@ from transformers_prism.benchmark.figures import as_json, differences, main_meth
 from transformers_prism.benchmark.generate import ItemResult, bench_generate, make_items
 from transformers_prism.benchmark.methods import Contest, Method, load_assistant
 from transformers_prism.benchmark.prompts import contexts_of
-from transformers_prism.benchmark.record import finished_part, record_head, write_json
+from transformers_prism.benchmark.record import finished_part, record_head
+from transformers_prism.whole_files import write_json
 
 BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"
 _TREE_NAMES = ("tree", "tree_top_k", "tree_depth", "tree_num_nodes")

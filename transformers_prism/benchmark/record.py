@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import transformers_prism
+from transformers_prism.whole_files import write_json
 
 _TREE = re.compile(r"\d+(/\d+)+")
 
@@ -51,13 +52,6 @@ def write_record(
     """Write a measurement, its head (see [`record_head`]) and its figures; nothing without a path."""
     if path is not None:
         write_json(path, {**record_head(kind, target, settings, weights), **figures})
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Write a file as a whole, so that an interruption leaves the one that was there."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def read_record(path: Path) -> dict:

@@ -28,7 +28,7 @@ from transformers_prism.benchmark.acceptance import (
     tree_settings,
 )
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
-from transformers_prism.benchmark.record import command_line, hardware, write_json
+from transformers_prism.benchmark.record import command_line, hardware
 from transformers_prism.benchmark.study_page import write_study_page
 from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
 from transformers_prism.cpu import prepare_for_cpu
@@ -38,6 +38,7 @@ from transformers_prism.target import load_target
 from transformers_prism.training.conversations import read_conversations, split_conversations
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
 from transformers_prism.training.train import train
+from transformers_prism.whole_files import write_json
 
 # What is compared: settings of `train` beyond those that all share.
 RECIPES: Mapping[str, dict] = MappingProxyType(

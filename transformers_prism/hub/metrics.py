@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from transformers_prism.publishing import METRICS, weights_sha256
+from transformers_prism.whole_files import write_json
 
 KINDS = ("generate", "acceptance", "verify")
 _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
@@ -74,7 +75,7 @@ def read_metrics(folder: str | Path) -> dict:
 
 def write_metrics(folder: str | Path, metrics: dict) -> None:
     """Write what [`gather`] returned."""
-    (Path(folder) / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / METRICS, metrics)
 
 
 def _read(path: Path) -> dict:

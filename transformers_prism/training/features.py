@@ -8,7 +8,6 @@ whole, so that an interrupted run goes on where it stopped and several processes
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.training.conversations import Conversation
+from transformers_prism.whole_files import whole_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +178,7 @@ def _claim_folder(store: FeatureStore, description: dict):
     """Write what the folder holds, or compare with what it says it holds."""
     path = store.folder / "features.json"
     if not path.is_file():
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(description, indent=2) + "\n")
-        unfinished.rename(path)
+        write_json(path, description)
         return
     found = json.loads(path.read_text())
     for name, expected in description.items():
@@ -204,11 +202,9 @@ def _check_disk(store: FeatureStore, missing: list[int]):
 
 def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation]):
     online = OnlineFeatures(target, conversations, store.layer_ids)
-    path = store.shard_path(shard)
-    unfinished = path.with_suffix(f".{os.getpid()}")
     values = torch.cat([online.states(index).cpu() for index in store.members(shard)])  # [tokens of the shard, C * D]
-    values.view(torch.int16).numpy().tofile(unfinished)
-    unfinished.rename(path)
+    with whole_file(store.shard_path(shard)) as unfinished:
+        values.view(torch.int16).numpy().tofile(unfinished)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ Source: Magpie (arXiv:2406.08464) for asking with the user prefix alone.
 
 import json
 import logging
-import os
 import random
 import time
 from collections import Counter, deque
@@ -32,6 +31,7 @@ from transformers_prism.training.conversations import (
     tokenize,
 )
 from transformers_prism.training.slots import Slots
+from transformers_prism.whole_files import whole_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -393,9 +393,7 @@ def _claim(folder: Path, provenance: dict, part: tuple[int, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "provenance.json"
     if not path.is_file():
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(provenance, indent=2) + "\n")
-        unfinished.replace(path)
+        write_json(path, provenance)
         return
     found = json.loads(path.read_text())
     for name in ("target", "chat_template_sha256", "source", "config", "num_processes"):
@@ -497,10 +495,8 @@ class _Shards:
         state = {"num_decided": self.num_decided, "is_full": self.is_full, "refused": dict(self.refused)}
         metadata = {"prism": json.dumps(self.provenance), "prism_state": json.dumps(state)}
         table = pyarrow.table(columns, schema=types.with_metadata(metadata))
-        path = self._path(self.num_shards)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        pyarrow.parquet.write_table(table, unfinished, compression="zstd")
-        unfinished.replace(path)
+        with whole_file(self._path(self.num_shards)) as unfinished:
+            pyarrow.parquet.write_table(table, unfinished, compression="zstd")
         self.num_kept += len(self.kept)
         self.num_shards += 1
         self.kept = []

@@ -36,6 +36,7 @@ from transformers_prism.training.plan import describe_plan
 from transformers_prism.training.progress import LiveView, UpdateClock, plot_curves
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
+from transformers_prism.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ def _claim_output(config: TrainConfig):
     """Record the settings that a resumed run must repeat, once data and target have been found to be usable."""
     if PartialState().is_main_process:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        _write_json(Path(config.output) / "config.json", _settings(config))
+        write_json(Path(config.output) / "config.json", _settings(config))
     PartialState().wait_for_everyone()
 
 
@@ -369,7 +370,7 @@ def _run_stage(
     }
     if PartialState().is_main_process:
         draft.save_pretrained(finished)
-        _write_json(folder / "result.json", result)
+        write_json(folder / "result.json", result)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
@@ -388,13 +389,6 @@ def _is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Write a file that is whole or not there."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
 
 
 def _describe_data(conversations, train_indices, validation_indices) -> dict:
@@ -435,7 +429,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
         "stages": [_without_history(stage) for stage in report["stages"]],
     }
     # First, since the card that is saved with the draft tells of it.
-    (folder / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / TRAINING, record)
     plot_curves(report["stages"], folder / CURVES)
     draft.save_pretrained(folder)
     logger.info("Draft saved in %s.", folder.name)

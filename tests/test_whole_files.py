@@ -1,0 +1,37 @@
+"""A file is the old one or the new one, never a part, and nothing is left beside it."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from transformers_prism.whole_files import whole_file, write_json
+
+pytestmark = pytest.mark.quick
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "state.json"
+    write_json(path, {"step": 1})
+
+    def write_half():
+        with whole_file(path) as unfinished:
+            unfinished.write_text('{"step"')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        write_half()
+    assert json.loads(path.read_text()) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "state.json"
+    for step in range(2):
+        write_json(path, {"step": step})
+        assert json.loads(path.read_text()) == {"step": step}
+    with pytest.raises(TypeError):
+        write_json(path, {"step": object()})
+    assert json.loads(path.read_text()) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
