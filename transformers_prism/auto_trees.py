@@ -18,6 +18,8 @@ Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGL
 
 import math
 import time
+from array import array
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -33,6 +35,7 @@ from .tree_policy import TreeSettings
 
 # Edges of the classes of cumulative draft probability, finer where most accepted nodes are.
 _EDGES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.23, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+_FLOAT_EDGES = array("f", _EDGES)  # as probabilities are rounded
 _MAX_DEPTH = 8  # deeper nodes share its statistics
 _MAX_COPIED = 10  # tokens of a copied continuation
 # A cell's observations count half after 140 more of its own rounds, so that estimates follow the text.
@@ -398,7 +401,7 @@ class _StepChoice:
     """Decides before each draft step of a round how many nodes it goes on with."""
 
     def __init__(self, trees: AutoTrees, num_rows: int, depth: int):
-        self.experience, self.num_rows, self.depth = trees.experience, num_rows, depth
+        self.experience, self.top_k, self.num_rows, self.depth = trees.experience, trees.settings.top_k, num_rows, depth
         self.num_steps = 1
         rate, verify = trees._rate(num_rows), trees.costs.verify
         self.step_price = rate * trees.costs.step_seconds
@@ -406,9 +409,10 @@ class _StepChoice:
         self.node_price = rate * ((verify(16 * num_rows) - verify(num_rows)) / 15) / num_rows
 
     def choose_width(self, log_probs: torch.Tensor) -> int:
-        """Nodes for the next step, given the cumulative log-probabilities `(B, K)` of those to choose from; 0 ends."""
+        """Nodes for the next step, given the cumulative log-probabilities `(B, W, K)` of those to choose from; 0 ends."""
         chances, gain = self.experience.drafted.rows()[min(self.num_steps, _MAX_DEPTH) - 1], self.experience.step_gain
-        rows = [[chances[one] for one in row] for row in _classes(log_probs).tolist()]
+        best = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).exp().tolist()]
+        rows = [[chances[_class_of(probability)] for probability in row] for row in best]
         worth_it = [[value for value in row if value * gain > self.node_price] for row in rows]
         width = max(map(len, worth_it))
         value = sum(map(sum, worth_it))
@@ -423,11 +427,17 @@ class _StepChoice:
         return width
 
 
-def _classes(log_probs: torch.Tensor) -> torch.Tensor:
-    """Class of each cumulative probability, 0 for the smallest."""
-    return torch.bucketize(log_probs.exp(), torch.tensor(_EDGES))
+def _class_of(probability: float) -> int:
+    """Class of a cumulative probability, 0 for the smallest."""
+    return bisect_left(_FLOAT_EDGES, probability)
 
 
 def cells_of_drafted(depths: torch.Tensor, log_probs: torch.Tensor) -> list[list[int]]:
     """Flat index into the table of drafted nodes for each candidate, from depths and log-probabilities `(B, C)`."""
-    return ((depths.clamp(max=_MAX_DEPTH) - 1) * (len(_EDGES) + 1) + _classes(log_probs)).tolist()
+    return [
+        [
+            (min(depth, _MAX_DEPTH) - 1) * (len(_EDGES) + 1) + _class_of(probability)
+            for depth, probability in zip(*row, strict=True)
+        ]
+        for row in zip(depths.tolist(), log_probs.exp().tolist(), strict=True)
+    ]
