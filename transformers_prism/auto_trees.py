@@ -326,8 +326,14 @@ class AutoTrees:
         read_all(drafter, unread)
         steps = _StepChoice(self, num_rows, depth)
         pool = drafter.draw(self.settings.top_k, depth, steps.choose_width)
-        columns = (part.tolist() for part in (pool.token_ids, pool.parents, pool.depths, pool.log_probs))
-        rows = zip(*columns, cells_of_drafted(pool.depths, pool.log_probs), strict=True)
+        rows = zip(
+            pool.token_ids.tolist(),
+            pool.parents.tolist(),
+            pool.depths.tolist(),
+            pool.log_probs.tolist(),
+            cells_of_drafted(pool.depths, pool.log_probs),
+            strict=True,
+        )
         return [_Candidates.drafted(*row, self.experience.drafted.chances) for row in rows], steps.num_steps
 
     def _text(self, row: int) -> NgramIndex:
@@ -409,10 +415,10 @@ class _StepChoice:
         self.node_price = rate * ((verify(16 * num_rows) - verify(num_rows)) / 15) / num_rows
 
     def choose_width(self, log_probs: torch.Tensor) -> int:
-        """Nodes for the next step, given the cumulative log-probabilities `(B, W, K)` of those to choose from; 0 ends."""
+        """Nodes for the next step, given the cumulative log-probabilities `(B, K, top_k)` of those to choose from; 0 ends."""
         chances, gain = self.experience.drafted.rows()[min(self.num_steps, _MAX_DEPTH) - 1], self.experience.step_gain
-        best = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).exp().tolist()]
-        rows = [[chances[_class_of(probability)] for probability in row] for row in best]
+        likeliest = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).exp().tolist()]
+        rows = [[chances[_class_of(probability)] for probability in row] for row in likeliest]
         worth_it = [[value for value in row if value * gain > self.node_price] for row in rows]
         width = max(map(len, worth_it))
         value = sum(map(sum, worth_it))

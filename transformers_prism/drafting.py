@@ -113,7 +113,7 @@ class Drafter:
             top_k (`int`): children of every node, and nodes that a step goes on with at most.
             depth (`int`): steps at most, 1 or more.
             choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
-                `(B, W, top_k)` of what the step before has drawn; returns how many of these the step shall go on with,
+                `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall go on with,
                 the best of them, 0 for no more steps. Without it, `top_k`.
         """
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
@@ -125,7 +125,7 @@ class Drafter:
         ancestors = torch.zeros((num_rows, 1, -(-top_k * depth // 64)), dtype=torch.long, device=device)  # no bits
         num_drawn = 0
         for next_step in range(1, depth + 1):
-            child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, W, top_k]
+            child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, K, top_k]
             width = top_k if next_step < depth else 0
             if width > 0 and choose_width is not None:
                 width = choose_width(log_probs[..., None] + child_log_probs)
@@ -138,7 +138,7 @@ class Drafter:
             candidates, log_probs, ancestors = grown.chosen + num_drawn, grown.log_probs, grown.ancestors
             num_drawn += grown.all_log_probs.shape[1]
             hidden = output.gather(1, grown.parents[..., None].expand(-1, -1, output.shape[-1]))
-            output = frontier.step(next_step, grown.token_ids, hidden, ancestors)  # [B, W, D]
+            output = frontier.step(next_step, grown.token_ids, hidden, ancestors)  # [B, K, D]
         self.cache.forget_appended()
         return CandidatePool.of_steps(steps)
 
