@@ -1,13 +1,13 @@
 """`tree="auto"`: what it chooses, what it learns, and that it costs little where it cannot help."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
 
-from transformers_prism.auto_trees import AutoTrees, _Table, cells_of_drafted
-from transformers_prism.tree import CandidatePool, best_nodes, tree_of_nodes
+from transformers_prism.auto_trees import AutoTrees, _Candidates, _Table
 from transformers_prism.tree_policy import TreeSettings
 
 pytestmark = pytest.mark.quick
@@ -170,34 +170,66 @@ def test_auto_chat_goes_on_after_plain_rounds(cheap_rounds, num_rows):
 def test_auto_tables_start_from_the_prior_and_follow_observations():
     """Cells that were not seen keep the prior; old observations fade."""
     table = _Table(torch.tensor([[0.5, 0.25]], dtype=torch.float64))
-    table.observe(torch.tensor([1] * 200 + [-1]), torch.tensor([True] * 200 + [False]))
-    assert table.probabilities()[0, 0] == 0.5
-    assert table.probabilities()[0, 1] > 0.95
+    table.observe([1] * 200 + [-1], [True] * 200 + [False])
+    assert table.chances[0] == 0.5
+    assert table.rows()[0][1] > 0.95
     for _ in range(100):
-        table.observe(torch.tensor([1] * 10), torch.tensor([False] * 10))
-    assert table.probabilities()[0, 1] < 0.2
+        table.observe([1] * 10, [False] * 10)
+    assert table.chances[1] < 0.2
 
 
-def test_auto_values_never_rise_along_a_path(cheap_rounds):
+def random_candidates(chances: list[float]) -> _Candidates:
+    """Five draft steps over random parents, as a draft draws them: 4 children of the root, then 16 a step."""
+    generator = random.Random(0)
+    parents, depths = [-1] * 4, [1] * 4
+    for depth in range(2, 6):
+        above = [node for node, one in enumerate(depths) if one == depth - 1]
+        parents += generator.choices(above, k=16)
+        depths += [depth] * 16
+    cells = [generator.randrange(len(chances)) for _ in parents]
+    tokens = [generator.randrange(97) for _ in parents]
+    return _Candidates.drafted(tokens, parents, depths, [-1.0] * len(cells), cells, chances)
+
+
+def check_path(nodes: _Candidates) -> None:
+    """Nodes of a tree stand behind their parents, one deeper and worth no more."""
+    for node, parent in enumerate(nodes.parents, start=1):
+        assert parent < node
+        assert nodes.depths[node - 1] == (nodes.depths[parent - 1] if parent else 0) + 1
+        assert not parent or nodes.values[node - 1] <= nodes.values[parent - 1]
+
+
+def test_auto_values_never_rise_along_a_path():
     """So that any choice of the best nodes holds their parents, even where the tables say that deeper is better."""
-    input_ids, mask = prompts(1)
-    target = varied_target("llama", input_ids, mask, **LENGTH)
-    draft = tiny_draft(target)
-    rows = SimpleNamespace(num_rows=2, do_sample=False)
-    trees = AutoTrees(TreeSettings("auto", 4, 5, 20), target, draft, rows)
-    trees.experience.drafted.num_accepted = torch.rand(trees.experience.drafted.num_seen.shape).double() * 8
-    torch.manual_seed(0)
-    steps = []
-    first = end = width = 0
-    for depth in range(1, 6):
-        count = 4 if depth == 1 else 16
-        parents = torch.full((2, 4), -1) if depth == 1 else torch.randint(first, first + width, (2, count))
-        first, end, width = end, end + count, count
-        steps.append((torch.randint(0, 97, (2, count)), parents, -torch.rand(2, count) * 5))
-    pool = CandidatePool.of_steps(steps)
-    values = trees._values(pool, cells_of_drafted(pool))
-    has_parent = pool.parents >= 0
-    of_parents = values.gather(1, pool.parents.clamp(min=0))
-    assert (values <= of_parents)[has_parent].all()
-    tree = tree_of_nodes(torch.zeros(2, dtype=torch.long), pool, best_nodes(values, 20))
-    assert (tree.depths[:, 1:] == tree.depths.gather(1, tree.parents)[:, 1:] + 1).all()
+    candidates = random_candidates([random.Random(1).random() for _ in range(20)])
+    for num_nodes in (1, 7, 20, 68):
+        best = candidates.best(num_nodes)
+        assert len(best.values) == num_nodes
+        assert sorted(best.values, reverse=True) == sorted(candidates.values, reverse=True)[:num_nodes]
+        check_path(best)
+
+
+def test_auto_copies_join_candidates_that_say_the_same():
+    """They raise what was drafted on their way and go on behind it, never more likely than the token before."""
+    candidates = random_candidates([0.1] * 20)
+    first = 2
+    second = candidates.parents.index(first)
+    tokens = [candidates.token_ids[first], candidates.token_ids[second], 98, 99]
+    candidates.add_copy(1, tokens, [0.0] * 10 + [0.5, 0.6, 0.4, 0.3])
+    assert (candidates.values[first], candidates.values[second]) == (0.5, 0.5)
+    assert candidates.token_ids[-2:] == [98, 99]
+    assert candidates.values[-2:] == [0.4, 0.3]
+    assert candidates.parents[-2:] == [second, len(candidates.values) - 2]
+    best = candidates.best(4)
+    assert best.token_ids == tokens
+    assert best.parents == [0, 1, 2, 3]
+    assert best.depths == [1, 2, 3, 4]
+    assert best.copied_cells == [10, 11, 12, 13]
+    check_path(best)
+
+
+def test_auto_of_equal_candidates_the_first_are_chosen():
+    """As the draft ranked them."""
+    best = random_candidates([0.5] * 20).best(6)
+    assert best.parents == [0, 0, 0, 0, *best.parents[4:]]
+    assert best.depths == [1, 1, 1, 1, 2, 2]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from transformers_prism.kernels.grow_tree import stable_top_k
 from transformers_prism.tree import (
     CandidatePool,
     Tree,
@@ -10,7 +11,6 @@ from transformers_prism.tree import (
     attention_mask,
     root_tree,
     select_nodes,
-    stable_top_k,
     visible_keys,
     within_window,
 )

@@ -16,7 +16,10 @@ Shape letters: B rows that still decode, C candidates, n nodes of the tree witho
 Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGLE-2 (arXiv:2406.16858).
 """
 
+import math
 import time
+from array import array
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,11 +30,12 @@ from .ngrams import MAX_MATCH, NgramIndex
 from .round_costs import RoundCosts, load_or_measure
 from .speculation import RoundTree
 from .target_rounds import read_all
-from .tree import CandidatePool, Tree, best_nodes, root_tree, tree_of_nodes
+from .tree import Tree
 from .tree_policy import TreeSettings
 
 # Edges of the classes of cumulative draft probability, finer where most accepted nodes are.
 _EDGES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.23, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+_FLOAT_EDGES = array("f", _EDGES)  # as probabilities are rounded
 _MAX_DEPTH = 8  # deeper nodes share its statistics
 _MAX_COPIED = 10  # tokens of a copied continuation
 # A cell's observations count half after 140 more of its own rounds, so that estimates follow the text.
@@ -57,25 +61,31 @@ class _Table:
     """How often something was accepted, by cell.
 
     Args:
-        prior (`torch.DoubleTensor`): probability that each cell starts from.
+        prior (`torch.DoubleTensor`): probability that each cell starts from, `(rows, columns)`.
     """
 
     def __init__(self, prior: torch.Tensor):
-        self.num_seen = torch.full_like(prior, _PRIOR_WEIGHT)
-        self.num_accepted = prior * _PRIOR_WEIGHT
+        self.num_columns = prior.shape[1]
+        self.chances: list[float] = prior.flatten().tolist()  # of acceptance
+        self.num_seen = [_PRIOR_WEIGHT] * len(self.chances)
+        self.num_accepted = [chance * _PRIOR_WEIGHT for chance in self.chances]
 
-    def probabilities(self) -> torch.Tensor:
-        """Of acceptance, in the shape of the prior."""
-        return self.num_accepted / self.num_seen
+    def observe(self, cells: list[int], is_accepted: list[bool]) -> None:
+        """Add observations: flat indices of cells, negative ones to be ignored, and what became of each."""
+        counts: dict[int, tuple[int, int]] = {}
+        for cell, accepted in zip(cells, is_accepted, strict=True):
+            if cell >= 0:
+                num_new, num_good = counts.get(cell, (0, 0))
+                counts[cell] = (num_new + 1, num_good + accepted)
+        for cell, (num_new, num_good) in counts.items():
+            self.num_seen[cell] = self.num_seen[cell] * _FADE + num_new
+            self.num_accepted[cell] = self.num_accepted[cell] * _FADE + num_good
+            self.chances[cell] = self.num_accepted[cell] / self.num_seen[cell]
 
-    def observe(self, cells: torch.Tensor, is_accepted: torch.Tensor) -> None:
-        """Add observations: flat indices of cells `(n,)`, negative ones to be ignored, and what became of each."""
-        is_accepted, cells = is_accepted[cells >= 0].double(), cells[cells >= 0]
-        new = torch.bincount(cells, minlength=self.num_seen.numel()).view_as(self.num_seen)
-        fade = torch.where(new > 0, _FADE, 1.0)
-        self.num_seen = self.num_seen * fade + new
-        accepted = torch.bincount(cells, weights=is_accepted, minlength=self.num_seen.numel())
-        self.num_accepted = self.num_accepted * fade + accepted.view_as(self.num_seen)
+    def rows(self) -> list[list[float]]:
+        """Chances of acceptance in the shape of the prior."""
+        width = self.num_columns
+        return [self.chances[start : start + width] for start in range(0, len(self.chances), width)]
 
 
 def _drafted_prior() -> torch.Tensor:
@@ -123,12 +133,73 @@ class Experience:
 
 
 class Proposal(NamedTuple):
-    """What was proposed in a round, to learn from what becomes of it; cells are `(B, n)`, -1 where none applies."""
+    """What was proposed in a round, to learn from what becomes of it; of each row the nodes' cells, -1 where none applies."""
 
-    drafted_cells: torch.Tensor
-    copied_cells: torch.Tensor
+    drafted_cells: list[list[int]]
+    copied_cells: list[list[int]]
     num_steps: int
     expected_tokens: float  # of all rows together
+
+
+@dataclass
+class _Candidates:
+    """What the tree of a row can be made of, parents before children; each list has an entry per candidate.
+
+    Args:
+        token_ids, parents, depths, log_probs: as in [`CandidatePool`].
+        drafted_cells, copied_cells: in the tables of drafted and of copied nodes, -1 where none applies.
+        values: probability of acceptance, never above the parent's.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    drafted_cells: list[int] = field(default_factory=list)
+    copied_cells: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    @classmethod
+    def drafted(cls, token_ids, parents, depths, log_probs, cells, chances: list[float]) -> "_Candidates":
+        """A row of what was drafted; `chances` by cell."""
+        values: list[float] = []
+        for cell, parent in zip(cells, parents, strict=True):
+            values.append(min(chances[cell], values[parent]) if parent >= 0 else chances[cell])
+        return cls(token_ids, parents, depths, log_probs, cells, [-1] * len(cells), values)
+
+    def add_copy(self, match: int, tokens: list[int], chances: list[float]) -> None:
+        """Let a copied continuation join: as further candidates, or in candidates that say the same."""
+        node_of = {pair: node for node, pair in enumerate(zip(self.parents, self.token_ids, strict=True))}
+        node, chance = -1, 1.0
+        for depth, token in enumerate(tokens):
+            cell, parent = match * _MAX_COPIED + depth, node
+            chance = min(chance, chances[cell])
+            node = node_of.get((parent, token), len(self.values))
+            if node == len(self.values):
+                new = (token, parent, depth + 1, math.log(max(chance, 1e-9)), -1, cell, chance)
+                for column, entry in zip(vars(self).values(), new, strict=True):
+                    column.append(entry)
+            else:
+                self.copied_cells[node] = cell
+                self.values[node] = max(self.values[node], chance)
+
+    def best(self, num_nodes: int) -> "_Candidates":
+        """The best of them as nodes of a tree in the order that they have here, ties to the first; a parent is a node
+        of the tree, 0 its root."""
+        ranked = sorted(range(len(self.values)), key=self.values.__getitem__, reverse=True)
+        chosen = sorted(ranked[:num_nodes])
+        best = _Candidates(*([column[one] for one in chosen] for column in vars(self).values()))
+        node_of = {one: node for node, one in enumerate([-1, *chosen])}
+        best.parents = [node_of[parent] for parent in best.parents]
+        return best
+
+
+def _tree_of(root_ids: list[int], rows: list[_Candidates]) -> Tree:
+    """The tree of each row's nodes below its last token."""
+    token_ids = [[root, *row.token_ids] for root, row in zip(root_ids, rows, strict=True)]
+    parents, depths = [[0, *row.parents] for row in rows], [[0, *row.depths] for row in rows]
+    log_probs = torch.tensor([[0.0, *row.log_probs] for row in rows], dtype=torch.float32)
+    return Tree(torch.tensor(token_ids), torch.tensor(parents), torch.tensor(depths), log_probs)
 
 
 _experiences: WeakKeyDictionary = WeakKeyDictionary()
@@ -183,35 +254,28 @@ class AutoTrees:
         start = time.perf_counter()
         has_backlog = len(unread) > 1 or self.num_rounds == 0
         self.num_rounds += 1
-        self.active, num_rows = active, len(active)
-        ends = torch.tensor([self.rows.lengths[row] for row in active], device=self.rows.ids.device)
-        root_ids = self.rows.ids[torch.tensor(active, device=ends.device), ends - 1]
+        self.active = active
         max_depth = 0 if self._is_check() else min(max_depth, max_nodes)
         depth = min(self.settings.depth, max_depth)
-        pool, num_steps = CandidatePool.empty(num_rows, torch.device("cpu")), 0
+        candidates, num_steps = [_Candidates() for _ in active], 0
         if depth > 0 and self.num_rounds > self.next_try:
-            pool, num_steps = self._draw(drafter, unread, num_rows, depth)
-        drafted_cells = cells_of_drafted(pool)
-        values = self._values(pool, drafted_cells)
-        copied_cells = torch.full_like(drafted_cells, -1)
+            candidates, num_steps = self._draw(drafter, unread, len(active), depth)
         if self.settings.ngrams and max_depth > 0:
-            pool, values, drafted_cells, copied_cells = self._join_copies(
-                pool, values, drafted_cells, copied_cells, active, max_depth
-            )
-        num_nodes, expected = self._best_size(values, num_rows, max_nodes)
-        chosen = best_nodes(values, num_nodes)
+            longest = min(max_depth, _MAX_COPIED, self.settings.num_nodes)
+            for row, one in zip(active, candidates, strict=True):
+                one.add_copy(*self._text(row).continuation(longest), self.experience.copied.chances)
+        num_nodes, expected = self._best_size([one.values for one in candidates], max_nodes)
         self.num_unchecked = self.num_unchecked + 1 if num_nodes else 0
-        if num_nodes == 0:
-            tree = root_tree(root_ids)
-        else:
-            tree = tree_of_nodes(root_ids.cpu(), pool, chosen)
+        chosen = [one.best(num_nodes) for one in candidates]
+        tree = _tree_of([self.rows.new_tokens[row][-1] for row in active], chosen)
         if num_steps > 1:
-            self._note_step_gain(pool.depths.gather(1, chosen), values.gather(1, chosen), num_steps)
-        drafted_cells, copied_cells = drafted_cells.gather(1, chosen), copied_cells.gather(1, chosen)
+            nodes = [node for one in chosen for node in zip(one.depths, one.values, strict=True)]
+            self._note_step_gain(nodes, num_steps)
         if num_steps and not has_backlog:
             self.costs.observe_step((time.perf_counter() - start) / num_steps)
-        self.proposal = Proposal(drafted_cells, copied_cells, num_steps, expected)
-        self.depth = int(tree.depths.max()) if num_nodes else 0
+        cells = [one.drafted_cells for one in chosen], [one.copied_cells for one in chosen]
+        self.proposal = Proposal(*cells, num_steps, expected)
+        self.depth = max(max(one.depths, default=0) for one in chosen)
         return tree
 
     def observe(self, tree: Tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
@@ -228,17 +292,16 @@ class AutoTrees:
     def _learn(self, tree: Tree, kept: list[list[int]]) -> RoundTree:
         """What `observe` does, but for the time that the verification took."""
         proposal, num_rows = self.proposal, len(kept)
-        is_going = [row for row, nodes in enumerate(kept) if nodes]
-        is_accepted = torch.zeros((num_rows, tree.num_nodes), dtype=torch.bool)
-        for row in is_going:
-            is_accepted[row, kept[row]] = True
-        is_accepted = is_accepted[is_going, 1:].flatten()
-        if tree.num_nodes > 1:
-            self.experience.drafted.observe(proposal.drafted_cells[is_going].flatten(), is_accepted)
-            self.experience.copied.observe(proposal.copied_cells[is_going].flatten(), is_accepted)
+        going = [row for row, nodes in enumerate(kept) if nodes]
+        is_accepted = [node in kept[row] for row in going for node in range(1, tree.num_nodes)]
+        for cells, table in (
+            (proposal.drafted_cells, self.experience.drafted),
+            (proposal.copied_cells, self.experience.copied),
+        ):
+            table.observe([cell for row in going for cell in cells[row]], is_accepted)
         if proposal.num_steps:
             self._note_rate(proposal, kept, tree.num_nodes)
-        num_copied = int((proposal.copied_cells >= 0).sum()) // num_rows
+        num_copied = sum(cell >= 0 for row in proposal.copied_cells for cell in row) // num_rows
         return RoundTree(proposal.num_steps, tree.num_nodes - 1, num_copied, proposal.expected_tokens / num_rows)
 
     def estimates(self) -> dict:
@@ -248,8 +311,8 @@ class AutoTrees:
             "advantage": self.payoff.advantage,
             "step_gain": self.experience.step_gain,
             "probability_edges": list(_EDGES),
-            "accepted_by_depth_and_probability": self.experience.drafted.probabilities().tolist(),
-            "accepted_by_match_and_depth": self.experience.copied.probabilities().tolist(),
+            "accepted_by_depth_and_probability": self.experience.drafted.rows(),
+            "accepted_by_match_and_depth": self.experience.copied.rows(),
         }
 
     # --- drafting ------------------------------------------------------------------------------------------------
@@ -258,83 +321,40 @@ class AutoTrees:
         """Tokens per second, all rows together, that time is worth."""
         return num_rows / self.costs.verify(num_rows) * max(1.0, self.tokens / self.plain_steps)
 
-    def _node_seconds(self, num_rows: int) -> float:
-        """What one more node of every row costs in the verification, on average over a tree of usual size."""
-        return (self.costs.verify(16 * num_rows) - self.costs.verify(num_rows)) / 15
-
-    def _draw(self, drafter, unread: list, num_rows: int, depth: int) -> tuple[CandidatePool, int]:
-        """Let the draft read and propose; returns what it proposed and the draft steps that it ran."""
+    def _draw(self, drafter, unread: list, num_rows: int, depth: int) -> tuple[list[_Candidates], int]:
+        """Let the draft read and propose; returns what it proposed in each row, and the draft steps that it ran."""
         read_all(drafter, unread)
         steps = _StepChoice(self, num_rows, depth)
         pool = drafter.draw(self.settings.top_k, depth, steps.choose_width)
-        return CandidatePool(*(part.cpu() for part in vars(pool).values())), steps.num_steps
-
-    def _values(self, pool: CandidatePool, cells: torch.Tensor) -> torch.Tensor:
-        """Probability `(B, C)` that each node is accepted."""
-        values = self.experience.drafted.probabilities().flatten()[cells]
-        starts = [0, *pool.depths[0].diff().nonzero().flatten().add(1).tolist(), pool.depths.shape[1]]
-        for start, end in zip(starts[1:], starts[2:], strict=False):
-            values[:, start:end] = values[:, start:end].minimum(values.gather(1, pool.parents[:, start:end]))
-        return values
-
-    def _join_copies(self, pool, values, drafted_cells, copied_cells, active: list[int], max_depth: int):
-        """Let copied continuations join the pool: as further candidates, or in candidates that say the same."""
-        chances = self.experience.copied.probabilities().cummin(dim=1).values
-        added: list[list[tuple[int, int, int, float, int]]] = []
-        for i, row in enumerate(active):
-            added.append([])
-            match, tokens = self._text(row).continuation(min(max_depth, _MAX_COPIED, self.settings.num_nodes))
-            if not tokens:
-                continue
-            pairs = zip(pool.parents[i].tolist(), pool.token_ids[i].tolist(), strict=True)
-            node_of = {pair: node for node, pair in enumerate(pairs)}
-            node = -1
-            for depth, token in enumerate(tokens):
-                chance, cell = float(chances[match, depth]), match * _MAX_COPIED + depth
-                known = node_of.get((node, token))
-                if known is None:
-                    added[i].append((token, node, depth + 1, chance, cell))
-                    node = pool.token_ids.shape[1] + len(added[i]) - 1
-                else:
-                    values[i, known] = max(float(values[i, known]), chance)
-                    copied_cells[i, known] = cell
-                    node = known
-        longest = max(map(len, added))
-        # Rows without so many copies are filled up with candidates of no value.
-        padded = [nodes + [(0, -1, 1, -1.0, -1)] * (longest - len(nodes)) for nodes in added]
-        token_ids, parents, depths, chances_added, cells = (
-            torch.tensor(padded, dtype=torch.float64).view(len(active), longest, 5).unbind(dim=-1)
+        rows = zip(
+            pool.token_ids.tolist(),
+            pool.parents.tolist(),
+            pool.depths.tolist(),
+            pool.log_probs.tolist(),
+            cells_of_drafted(pool.depths, pool.log_probs),
+            strict=True,
         )
-        joined = CandidatePool(
-            torch.cat((pool.token_ids, token_ids.long()), dim=1),
-            torch.cat((pool.parents, parents.long()), dim=1),
-            torch.cat((pool.depths, depths.long()), dim=1),
-            torch.cat((pool.log_probs, chances_added.clamp(min=1e-9).log().float()), dim=1),
-        )
-        values = torch.cat((values, chances_added), dim=1)
-        drafted_cells = torch.cat((drafted_cells, torch.full_like(cells, -1).long()), dim=1)
-        return joined, values, drafted_cells, torch.cat((copied_cells, cells.long()), dim=1)
+        return [_Candidates.drafted(*row, self.experience.drafted.chances) for row in rows], steps.num_steps
 
     def _text(self, row: int) -> NgramIndex:
         """The row's text so far, indexed."""
-        end = self.rows.lengths[row]
+        prompt_length = self.rows.prompt_length
         text = self.texts[row]
         if text is None:
-            text = self.texts[row] = NgramIndex(self.rows.ids[row, :end].tolist())
-        else:
-            text.extend(self.rows.ids[row, len(text.token_ids) : end].tolist())
+            text = self.texts[row] = NgramIndex(self.rows.ids[row, :prompt_length].tolist())
+        text.extend(self.rows.new_tokens[row][len(text.token_ids) - prompt_length :])
         return text
 
-    def _best_size(self, values: torch.Tensor, num_rows: int, max_nodes: int) -> tuple[int, float]:
+    def _best_size(self, values: list[list[float]], max_nodes: int) -> tuple[int, float]:
         """Nodes of every row that pay best, and the tokens that the round should then commit in all rows."""
-        usable = int((values > 0).sum(dim=1).min()) if values.numel() else 0
-        limit = min(self.settings.num_nodes, max_nodes, usable)
-        best_first = values.sort(dim=1, descending=True).values[:, :limit].sum(dim=0)  # [limit]
+        num_rows, limit = len(values), min(self.settings.num_nodes, max_nodes)
+        best_first = [sorted(row, reverse=True)[:limit] for row in values]
         rate, verify = self._rate(num_rows), self.costs.verify
         expected = best = float(num_rows)
         best_reward, best_count = expected - rate * verify(num_rows), 0
-        for count, gain in enumerate(best_first.tolist(), start=1):
-            expected += gain
+        # As many as the row with the fewest has.
+        for count, gains in enumerate(zip(*best_first, strict=False), start=1):
+            expected += sum(gains)
             reward = expected - rate * verify(num_rows * (count + 1))
             if reward > best_reward:
                 best, best_reward, best_count = expected, reward, count
@@ -342,10 +362,10 @@ class AutoTrees:
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def _note_step_gain(self, depths: torch.Tensor, values: torch.Tensor, num_steps: int) -> None:
-        """How much of the value of nodes that a step went on with, their children brought."""
-        before = float(values[depths < num_steps].sum())
-        after = float(values[(depths > 1) & (depths <= num_steps)].sum())
+    def _note_step_gain(self, nodes: list[tuple[int, float]], num_steps: int) -> None:
+        """How much of the value of nodes that a step went on with, their children brought; depths and values."""
+        before = sum(value for depth, value in nodes if depth < num_steps)
+        after = sum(value for depth, value in nodes if 1 < depth <= num_steps)
         if before > 0:
             self.experience.step_gain += _GAIN_RATE * (min(after / before, 1.0) - self.experience.step_gain)
 
@@ -387,23 +407,25 @@ class _StepChoice:
     """Decides before each draft step of a round how many nodes it goes on with."""
 
     def __init__(self, trees: AutoTrees, num_rows: int, depth: int):
-        self.trees, self.num_rows, self.depth = trees, num_rows, depth
+        self.experience, self.top_k, self.num_rows, self.depth = trees.experience, trees.settings.top_k, num_rows, depth
         self.num_steps = 1
+        rate, verify = trees._rate(num_rows), trees.costs.verify
+        self.step_price = rate * trees.costs.step_seconds
+        # What one more node of every row costs in the verification, on average over a tree of usual size, for one row.
+        self.node_price = rate * ((verify(16 * num_rows) - verify(num_rows)) / 15) / num_rows
 
     def choose_width(self, log_probs: torch.Tensor) -> int:
-        """Nodes for the next step, given the cumulative log-probabilities `(B, K)` of those to choose from; 0 ends."""
-        trees, costs = self.trees, self.trees.costs
-        rate, gain = trees._rate(self.num_rows), trees.experience.step_gain
-        node_price = rate * trees._node_seconds(self.num_rows) / self.num_rows
-        table = trees.experience.drafted.probabilities()[min(self.num_steps, _MAX_DEPTH) - 1]
-        values = table[_classes(log_probs.cpu())]  # [B, K]
-        is_worth_it = values * gain > node_price
-        width = int(is_worth_it.sum(dim=1).max())
-        value = float(values[is_worth_it].sum())
+        """Nodes for the next step, given the cumulative log-probabilities `(B, K, top_k)` of those to choose from; 0 ends."""
+        chances, gain = self.experience.drafted.rows()[min(self.num_steps, _MAX_DEPTH) - 1], self.experience.step_gain
+        likeliest = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).exp().tolist()]
+        rows = [[chances[_class_of(probability)] for probability in row] for row in likeliest]
+        worth_it = [[value for value in row if value * gain > self.node_price] for row in rows]
+        width = max(map(len, worth_it))
+        value = sum(map(sum, worth_it))
         reward = best = 0.0
         for _ in range(self.depth - self.num_steps):
             value *= gain
-            reward += value - rate * costs.step_seconds - node_price * width * self.num_rows
+            reward += value - self.step_price - self.node_price * width * self.num_rows
             best = max(best, reward)
         if best <= 0.0:
             return 0
@@ -411,12 +433,17 @@ class _StepChoice:
         return width
 
 
-def _classes(log_probs: torch.Tensor) -> torch.Tensor:
-    """Class of each cumulative probability, 0 for the smallest."""
-    return torch.bucketize(log_probs.exp(), torch.tensor(_EDGES))
+def _class_of(probability: float) -> int:
+    """Class of a cumulative probability, 0 for the smallest."""
+    return bisect_left(_FLOAT_EDGES, probability)
 
 
-def cells_of_drafted(pool: CandidatePool) -> torch.Tensor:
-    """Flat index into the table of drafted nodes for each candidate, `(B, C)`."""
-    depths = pool.depths.clamp(max=_MAX_DEPTH) - 1
-    return depths * (len(_EDGES) + 1) + _classes(pool.log_probs)
+def cells_of_drafted(depths: torch.Tensor, log_probs: torch.Tensor) -> list[list[int]]:
+    """Flat index into the table of drafted nodes for each candidate, from depths and log-probabilities `(B, C)`."""
+    return [
+        [
+            (min(depth, _MAX_DEPTH) - 1) * (len(_EDGES) + 1) + _class_of(probability)
+            for depth, probability in zip(*row, strict=True)
+        ]
+        for row in zip(depths.tolist(), log_probs.exp().tolist(), strict=True)
+    ]

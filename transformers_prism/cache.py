@@ -37,6 +37,24 @@ class TreeLayer(DynamicLayer):
         self.key_buffer: torch.Tensor | None = None
         self.value_buffer: torch.Tensor | None = None
 
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All that is stored, a view; setting it, as the stock layer does, changes nothing."""
+        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length]
+
+    @keys.setter
+    def keys(self, states) -> None:
+        pass
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As `keys`."""
+        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
+
+    @values.setter
+    def values(self, states) -> None:
+        pass
+
     def lazy_initialization(self, key_states, value_states) -> None:
         """Take dtype and device from the first keys and values."""
         super().lazy_initialization(key_states, value_states)
@@ -69,9 +87,6 @@ class TreeLayer(DynamicLayer):
     def set_length(self, length: int) -> None:
         """Keep the first `length` positions."""
         self.length = length
-        if self.key_buffer is not None:
-            self.keys = self.key_buffer[:, :, :length]
-            self.values = self.value_buffer[:, :, :length]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` positions."""
@@ -87,7 +102,6 @@ class TreeLayer(DynamicLayer):
         if self.key_buffer is not None:
             self.key_buffer = self.key_buffer[rows]
             self.value_buffer = self.value_buffer[rows]
-            self.set_length(self.length)
 
 
 class StaticTreeLayer(StaticLayer):

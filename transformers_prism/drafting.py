@@ -113,8 +113,8 @@ class Drafter:
             top_k (`int`): children of every node, and nodes that a step goes on with at most.
             depth (`int`): steps at most, 1 or more.
             choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
-                `(B, K)` of the nodes that it could go on with, best first; returns how many it shall, 0 for no more
-                steps. Without it, all of them.
+                `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall go on with,
+                the best of them, 0 for no more steps. Without it, `top_k`.
         """
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
         frontier, steps = _Frontier(self), []
@@ -126,18 +126,19 @@ class Drafter:
         num_drawn = 0
         for next_step in range(1, depth + 1):
             child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, K, top_k]
-            grown = grow_tree(child_ids, child_log_probs, log_probs, ancestors, top_k, frontier.num_nodes)
-            steps.append((child_ids.flatten(1), candidates.repeat_interleave(top_k, dim=1), grown.all_log_probs))
-            if next_step == depth:
-                break
-            width = top_k if choose_width is None else choose_width(grown.log_probs)
+            width = top_k if next_step < depth else 0
+            if width > 0 and choose_width is not None:
+                width = choose_width(log_probs[..., None] + child_log_probs)
+            of_children = candidates.repeat_interleave(top_k, dim=1)
             if width == 0:
+                steps.append((child_ids.flatten(1), of_children, (log_probs[..., None] + child_log_probs).flatten(1)))
                 break
-            parents, candidates = grown.parents[:, :width], grown.chosen[:, :width] + num_drawn
-            log_probs, ancestors = grown.log_probs[:, :width], grown.ancestors[:, :width]
+            grown = grow_tree(child_ids, child_log_probs, log_probs, ancestors, width, frontier.num_nodes)
+            steps.append((child_ids.flatten(1), of_children, grown.all_log_probs))
+            candidates, log_probs, ancestors = grown.chosen + num_drawn, grown.log_probs, grown.ancestors
             num_drawn += grown.all_log_probs.shape[1]
-            hidden = output.gather(1, parents[..., None].expand(-1, -1, output.shape[-1]))
-            output = frontier.step(next_step, grown.token_ids[:, :width], hidden, ancestors)  # [B, K, D]
+            hidden = output.gather(1, grown.parents[..., None].expand(-1, -1, output.shape[-1]))
+            output = frontier.step(next_step, grown.token_ids, hidden, ancestors)  # [B, K, D]
         self.cache.forget_appended()
         return CandidatePool.of_steps(steps)
 

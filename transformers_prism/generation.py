@@ -25,7 +25,7 @@ from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
 from .tree import root_tree
 from .tree_policy import TreeSettings
-from .verification import OutputRows, argmax_choices, walk, walk_on_device
+from .verification import OutputRows, walk, walk_on_device
 
 # Processors that keep one state for a whole batch, so that rows cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
@@ -233,11 +233,7 @@ def _walk_rows(rows: OutputRows, active: list[int], tree, logits, depth: int) ->
     if rows.walks_on_device:
         kept = walk_on_device(rows, active, tree, logits, depth)
     else:
-        choices = argmax_choices(rows, logits) or [None] * len(active)
-        kept = [
-            [] if rows.is_done(row) else walk(rows, row, tree, i, logits[i], choices[i])
-            for i, row in enumerate(active)
-        ]
+        kept = [[] if rows.is_done(row) else walk(rows, row, tree, i, logits[i]) for i, row in enumerate(active)]
     rows.forget_passed_noise(active)
     return kept
 

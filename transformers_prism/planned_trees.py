@@ -23,7 +23,7 @@ import torch
 from .auto_trees import STEP_GAIN, AutoTrees, Proposal, cells_of_drafted
 from .speculation import RoundTree
 from .target_rounds import read_all
-from .tree import CandidatePool, Tree
+from .tree import Tree
 from .tree_policy import TreeSettings
 
 # Nodes of trees, so that few different ones are made; with the root they fill tiles.
@@ -68,11 +68,11 @@ class PlannedTrees(AutoTrees):
         """Learn from a round, and say what it was; the arguments are those of [`AutoTrees.observe`]."""
         if self.plan is not None:
             depths, log_probs = self.drawn[0].long(), self.drawn[1]
-            cells = cells_of_drafted(CandidatePool(depths, depths, depths, log_probs))
-            values = self.experience.drafted.probabilities().flatten()[cells]  # [B, n]
+            cells, chances = cells_of_drafted(depths, log_probs), self.experience.drafted.chances
+            values = torch.tensor([[chances[cell] for cell in row] for row in cells], dtype=torch.float64)  # [B, n]
             self._note_values(values, depths)
             expected = len(kept) + float(values.sum())
-            self.proposal = Proposal(cells, torch.full_like(cells, -1), self.plan.depth, expected)
+            self.proposal = Proposal(cells, [[-1] * len(row) for row in cells], self.plan.depth, expected)
         return self._learn(tree, kept)
 
     def _plan(self, num_rows: int, limit: int, max_nodes: int) -> TreeSettings:
@@ -98,7 +98,8 @@ class PlannedTrees(AutoTrees):
         first = float(values[depths == 1].sum()) / num_rows
         experience.first_value += _RATE * (min(first, 1.0) - experience.first_value)
         if self.plan.depth > 1:
-            self._note_step_gain(depths, values, self.plan.depth)
+            nodes = list(zip(depths.flatten().tolist(), values.flatten().tolist(), strict=True))
+            self._note_step_gain(nodes, self.plan.depth)
         else:
             experience.step_gain += _DRIFT * (STEP_GAIN - experience.step_gain)
         ranks, num_seen = experience.rank_values, values.shape[1]

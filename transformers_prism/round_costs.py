@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class RoundCosts:
     def _between(self, num_tokens: int) -> tuple[int, float]:
         """The measured point to the left, and how far towards the next one this number lies."""
         points = self.num_tokens
-        left = max(index for index in range(len(points) - 1) if index == 0 or points[index] <= num_tokens)
+        left = min(max(bisect_right(points, num_tokens) - 1, 0), len(points) - 2)
         return left, (num_tokens - points[left]) / (points[left + 1] - points[left])
 
     def observe_verify(self, num_tokens: int, seconds: float) -> None:

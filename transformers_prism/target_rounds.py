@@ -254,17 +254,18 @@ class _Target:
 
     def committed_for_draft(self, rows, active: list[int], kept: list[list[int]], hidden) -> NewPositions:
         """What the last round committed: the emitted tokens, each with the state of the node before it."""
-        longest = max(len(nodes) for nodes in kept)
-        padded = [nodes + [0] * (longest - len(nodes)) for nodes in kept]
-        index = torch.tensor(padded, device=hidden.device)  # [B, A]
-        ends = [rows.lengths[row] for row in active]
-        tokens = rows.ids.new_zeros((len(active), longest))
-        for i, (row, nodes, end) in enumerate(zip(active, kept, ends, strict=True)):
-            tokens[i, : len(nodes)] = rows.ids[row, end - len(nodes) : end]
-        first = [position - len(nodes) for position, nodes in zip(self.next_position, kept, strict=True)]
-        position_ids = torch.tensor(first)[:, None] + torch.arange(longest)
-        states = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        return NewPositions(tokens, states, position_ids, [len(nodes) for nodes in kept])
+        num_new = [len(nodes) for nodes in kept]
+        longest = max(num_new)
+        tokens, positions, index = [], [], []
+        for row, nodes, end in zip(active, kept, self.next_position, strict=True):
+            emitted, start, padding = rows.new_tokens[row], end - len(nodes), [0] * (longest - len(nodes))
+            tokens.append(emitted[len(emitted) - len(nodes) :] + padding)
+            positions.append(list(range(start, start + longest)))
+            index.append(nodes + padding)
+        token_ids = torch.tensor(tokens, dtype=rows.ids.dtype, device=rows.ids.device)
+        of_nodes = torch.tensor(index, device=hidden.device)[..., None]  # [B, A, 1]
+        states = hidden.gather(1, of_nodes.expand(-1, -1, hidden.shape[-1]))
+        return NewPositions(token_ids, states, torch.tensor(positions), num_new)
 
     def _forward(self, tree: Tree, mask, position_ids):
         """One target forward over a tree; returns logits `(B, N, V)` and the states that the draft reads."""
@@ -346,10 +347,10 @@ class TreeTarget(_Target):
             tree = _padded(tree, static_size(num_nodes))
         device = self.committed.committed.device
         depths = tree.depths.to(device)
-        position_ids = torch.tensor(self.next_position, device=device)[:, None] + depths
-        limit = torch.tensor(self.position_limit, device=device)[:, None]
         # Rows near their end cannot use the deepest nodes; the target may not even have positions for them.
-        position_ids = position_ids.minimum(limit.maximum(position_ids[:, :1]))
+        limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
+        first, limit = torch.tensor([self.next_position, limits], device=device)[..., None]  # [B, 1] each
+        position_ids = (first + depths).minimum(limit)
         logits, hidden = self._forward(tree, self._masks(tree, depths), position_ids)
         return logits[:, :num_nodes], hidden[:, :num_nodes]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels.grow_tree import ancestor_bits, choose_nodes, nodes_as_tree, stable_top_k
+from .kernels.grow_tree import ancestor_bits, choose_nodes
 from .kernels.tree_attention import unpack_ancestors
 
 
@@ -67,12 +67,6 @@ class CandidatePool:
         depths = [torch.full_like(ids, depth) for depth, (ids, *_) in enumerate(steps, start=1)]
         return cls(token_ids, parents, torch.cat(depths, dim=1), log_probs)
 
-    @classmethod
-    def empty(cls, num_rows: int, device) -> "CandidatePool":
-        """A pool without nodes for `num_rows` rows."""
-        integers = torch.empty((num_rows, 0), dtype=torch.long, device=device)
-        return cls(integers, integers, integers, torch.empty((num_rows, 0), dtype=torch.float32, device=device))
-
 
 def root_tree(token_ids: torch.Tensor) -> Tree:
     """A tree of the root alone, `token_ids` of shape `(B,)`: verifying it is a plain decoding step."""
@@ -105,24 +99,6 @@ def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) ->
         `Tree` with `num_nodes + 1` nodes, in pool order behind the root.
     """
     return Tree(*choose_nodes(root_ids, pool.token_ids, pool.parents, pool.depths, pool.log_probs, num_nodes))
-
-
-def best_nodes(scores: torch.Tensor, num_nodes: int) -> torch.Tensor:
-    """Pool indices `(B, num_nodes)` of the nodes with the highest scores `(B, C)`, in pool order, ties to the smaller."""
-    return stable_top_k(scores, num_nodes).sort(dim=-1).values
-
-
-def tree_of_nodes(root_ids: torch.Tensor, pool: CandidatePool, chosen: torch.Tensor) -> Tree:
-    """The tree of chosen candidates.
-
-    Args:
-        root_ids (`torch.LongTensor` of shape `(B,)`): last committed token of each row.
-        pool (`CandidatePool`): C candidates.
-        chosen (`torch.LongTensor` of shape `(B, n)`): pool indices, increasing, each with its parents.
-    Returns:
-        `Tree` with `n + 1` nodes, in pool order behind the root.
-    """
-    return Tree(*nodes_as_tree(root_ids, pool.token_ids, pool.parents, pool.depths, pool.log_probs, chosen))
 
 
 def visible_keys(committed: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,7 @@ class OutputRows:
         self.ids = torch.zeros((self.num_rows, capacity), dtype=input_ids.dtype, device=ids_device)
         self.ids[:, : self.prompt_length] = input_ids
         self.lengths = [self.prompt_length] * self.num_rows
+        self.new_tokens: list[list[int]] = [[] for _ in range(self.num_rows)]  # behind the prompts
         self.end_lengths: list[int | None] = [None] * self.num_rows  # where the criteria stopped each row
         needs_noise = self.do_sample and (self.num_rows > 1 or self.walks_on_device)
         self.noise = _StepNoise(self.device) if needs_noise else None
@@ -105,12 +106,6 @@ class OutputRows:
         keeps_rows = self.scores is not None or self.logits is not None
         chooses = self.warpers is not None if self.do_sample else not len(self.logits_processor)
         return chooses and not keeps_rows and all(type(one) in _CRITERIA_OF_IDS for one in self.stopping_criteria)
-
-    @property
-    def chooses_by_argmax(self) -> bool:
-        """Whether a next token is the argmax of the target's own logits, so that all nodes can be read at once."""
-        keeps_rows = self.scores is not None or self.logits is not None
-        return not (self.do_sample or len(self.logits_processor) or keeps_rows)
 
     def is_done(self, row: int) -> bool:
         """Whether `row` emits no more tokens.
@@ -131,6 +126,7 @@ class OutputRows:
         """Emit `token` in `row` and ask the stopping criteria."""
         length = self.lengths[row]
         self.ids[row, length] = token
+        self.new_tokens[row].append(token)
         self.lengths[row] = length + 1
         if self.end_lengths[row] is None:
             scores = tuple(self.scores[0]) if self.scores is not None and self.num_rows == 1 else None
@@ -149,11 +145,15 @@ class OutputRows:
             self.scores[row].append(scores)
         if self.logits is not None:
             self.logits[row].append(raw)
-        probs = torch.nn.functional.softmax(scores, dim=-1) if self.do_sample else scores
+        if not self.do_sample:
+            token = int(torch.argmax(scores, dim=-1))
+            # Which takes NaN for the largest.
+            if scores[0, token].isnan():
+                self.refuse_nan(row)
+            return token
+        probs = torch.nn.functional.softmax(scores, dim=-1)
         if torch.isnan(probs).any():
             self.refuse_nan(row)
-        if not self.do_sample:
-            return int(torch.argmax(scores, dim=-1))
         if self.noise is None:
             return int(torch.multinomial(probs, num_samples=1))
         # Equal to torch.multinomial of the whole batch, bit for bit, whichever row comes to this step first.
@@ -286,7 +286,7 @@ def walk_on_device(rows: OutputRows, active: list[int], tree: Tree, logits: torc
     return kept
 
 
-def walk(rows: OutputRows, row: int, tree: Tree, tree_row: int, logits, choices=None) -> list[int]:
+def walk(rows: OutputRows, row: int, tree: Tree, tree_row: int, logits) -> list[int]:
     """Emit what plain decoding would, as far as the tree goes along.
 
     Args:
@@ -294,7 +294,6 @@ def walk(rows: OutputRows, row: int, tree: Tree, tree_row: int, logits, choices=
         row (`int`): row of the sequences.
         tree (`Tree`): N nodes; `tree_row` is the tree's row for this sequence.
         logits (`torch.Tensor` of shape `(N, V)`): the target's logits at each node.
-        choices (`list[int]`, *optional*): argmax of each node's logits, where that decides.
     Returns:
         `list[int]`: the nodes that a token was emitted at, the root first. Their keys and values stay; the last token
         emitted has none yet. So the number of nodes is the number of tokens.
@@ -302,9 +301,7 @@ def walk(rows: OutputRows, row: int, tree: Tree, tree_row: int, logits, choices=
     children = _children(tree, tree_row)
     node, nodes = 0, [0]
     while True:
-        token = choices[node] if choices is not None else rows.choose(row, logits[node])
-        if token < 0:
-            rows.refuse_nan(row)
+        token = rows.choose(row, logits[node])
         rows.append(row, token)
         following = children.get((node, token))
         if rows.is_done(row) or following is None:
@@ -321,12 +318,3 @@ def _children(tree: Tree, row: int) -> dict[tuple[int, int], int]:
         if node > 0:
             table.setdefault(pair, node)
     return table
-
-
-def argmax_choices(rows: OutputRows, logits: torch.Tensor) -> list[list[int]] | None:
-    """Argmax of the logits `(B, N, V)` of every node in one read, where nothing else decides, else None; -1 for NaN."""
-    if not rows.chooses_by_argmax:
-        return None
-    choices = logits.float().argmax(dim=-1)
-    is_nan = logits.gather(2, choices[..., None])[..., 0].isnan()  # argmax takes NaN for the largest
-    return torch.where(is_nan, -1, choices).tolist()

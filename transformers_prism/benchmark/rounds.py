@@ -27,8 +27,8 @@ FORWARDS = PARTS[:2]
 # Functions by name, in whichever of our files they are called, and methods.
 _FUNCTIONS = {
     "masks": ("attention_mask", "visible_keys", "within_window", "attach_tree"),
-    "selection": ("select_nodes", "best_nodes", "tree_of_nodes", "stable_top_k", "root_tree"),
-    "walk": ("walk", "argmax_choices"),
+    "selection": ("select_nodes", "root_tree"),
+    "walk": ("walk",),
 }
 _METHODS = {
     "masks": ((Drafter, "_mask"), (TreeTarget, "_masks")),

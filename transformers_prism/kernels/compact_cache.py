@@ -38,10 +38,12 @@ def compact_cache_reference(
     moves_any = is_move.any(dim=1, keepdim=True)
     source = torch.where(is_move, source, source.gather(1, first) * moves_any)
     destination = torch.where(is_move, destination, destination.gather(1, first) * moves_any)
+    num_heads, head_dim = buffers[0].shape[1], buffers[0].shape[3]
+    source, destination = (
+        positions[:, None, :, None].expand(-1, num_heads, -1, head_dim) for positions in (source, destination)
+    )  # [B, G, A, E]
     for buffer in buffers:
-        shape = (buffer.shape[0], buffer.shape[1], source.shape[1], buffer.shape[3])
-        moved = buffer.gather(2, source[:, None, :, None].expand(shape))  # [B, G, A, E]
-        buffer.scatter_(2, destination[:, None, :, None].expand(shape), moved)
+        buffer.scatter_(2, destination, buffer.gather(2, source))
 
 
 if triton is not None:
@@ -142,15 +144,15 @@ def compact_cache(
         expect(positions.device == first.device, name, f"device {first.device}", positions.device)
     limit = MAX_MOVES if implementation == "triton" else pairs[1]
     expect(0 < pairs[1] <= limit, "source", f"1 to {MAX_MOVES} positions per row", pairs[1])
-    for buffer in buffers:
-        shape = (first.shape[0], "G", "C", "E")
-        fits = buffer.dim() == 4 and buffer.shape[0] == first.shape[0] and buffer.numel() > 0
-        expect(fits, "buffers", f"shape {shape}", tuple(buffer.shape))
-        expect(buffer.device == first.device, "buffers", f"device {first.device}", buffer.device)
-        expect(buffer.stride(3) == 1, "buffers", "the last dimension contiguous", f"strides {buffer.stride()}")
     kinds: dict = {}
     for buffer in buffers:
-        kinds.setdefault((buffer.dtype, buffer.shape, buffer.stride()), []).append(buffer)
+        kinds.setdefault((buffer.device, buffer.dtype, buffer.shape, buffer.stride()), []).append(buffer)
+    wanted = (pairs[0], "G", "C", "E")
+    for device, _, shape, strides in kinds:
+        fits = len(shape) == 4 and shape[0] == pairs[0] and shape.numel() > 0
+        expect(fits, "buffers", f"shape {wanted}", tuple(shape))
+        expect(device == first.device, "buffers", f"device {first.device}", device)
+        expect(strides[3] == 1, "buffers", "the last dimension contiguous", f"strides {strides}")
     has_kernel = use_triton(implementation, first.device) and pairs[1] <= MAX_MOVES
     run = _compact_cache if has_kernel else compact_cache_reference
     for kind in kinds.values():

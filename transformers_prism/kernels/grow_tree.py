@@ -78,31 +78,9 @@ def grow_tree_reference(
 def _own_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
     """Words `(count, num_words)` of which row j has bit `first + j`."""
     bit = torch.arange(first, first + count, device=device)[:, None]
-    is_word = torch.arange(num_words, device=device) == bit // _WORD
-    return is_word.long() << bit % _WORD
-
-
-def nodes_as_tree(
-    root_ids: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    log_probs: torch.Tensor,
-    chosen: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tree of chosen candidates `(B, n)`, increasing indices; otherwise as [`choose_nodes`]."""
-    node_of_candidate = torch.zeros_like(token_ids)
-    order = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
-    node_of_candidate.scatter_(1, chosen, order)
-    pool_parents = parents.gather(1, chosen)
-    tree_parents = node_of_candidate.gather(1, pool_parents.clamp(min=0)) * (pool_parents >= 0)
-    zeros = torch.zeros_like(root_ids)[:, None]
-    return (
-        torch.cat((root_ids[:, None], token_ids.gather(1, chosen)), dim=1),
-        torch.cat((zeros, tree_parents), dim=1),
-        torch.cat((zeros, depths.gather(1, chosen)), dim=1),
-        torch.cat((zeros.to(log_probs.dtype), log_probs.gather(1, chosen)), dim=1),
-    )
+    own = torch.ones_like(bit) << (bit & (_WORD - 1))
+    # Small trees have one word.
+    return own if num_words == 1 else own * (torch.arange(num_words, device=device) == bit // _WORD)
 
 
 def choose_nodes_reference(
@@ -114,8 +92,19 @@ def choose_nodes_reference(
     num_nodes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition; see [`choose_nodes`]."""
-    chosen = stable_top_k(log_probs, num_nodes).sort(dim=-1).values
-    return nodes_as_tree(root_ids, token_ids, parents, depths, log_probs, chosen)
+    chosen = stable_top_k(log_probs, num_nodes).sort(dim=-1).values  # [B, n]
+    node_of_candidate = torch.zeros_like(token_ids)
+    order = torch.arange(1, num_nodes + 1, device=chosen.device).expand_as(chosen)
+    node_of_candidate.scatter_(1, chosen, order)
+    pool_parents = parents.gather(1, chosen)
+    tree_parents = node_of_candidate.gather(1, pool_parents.clamp(min=0)) * (pool_parents >= 0)
+    zeros = torch.zeros_like(root_ids)[:, None]
+    return (
+        torch.cat((root_ids[:, None], token_ids.gather(1, chosen)), dim=1),
+        torch.cat((zeros, tree_parents), dim=1),
+        torch.cat((zeros, depths.gather(1, chosen)), dim=1),
+        torch.cat((zeros.to(log_probs.dtype), log_probs.gather(1, chosen)), dim=1),
+    )
 
 
 def ancestor_bits_reference(parents: torch.Tensor) -> torch.Tensor:
