@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
 
-from transformers_prism.auto_trees import AutoTrees, _Candidates, _Table
+from transformers_prism.auto_trees import AutoTrees, Proposal, _Candidates, _Table
 from transformers_prism.tree_policy import TreeSettings
 
 pytestmark = pytest.mark.quick
@@ -93,21 +93,102 @@ def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
         assert draft.last_speculation.trees[0].num_steps > 0
 
 
-def test_auto_a_batch_is_judged_by_its_slowest_row(cheap_rounds):
-    """Rows that gain much do not hide one that gains nothing, and one row is judged by itself."""
+def batch_trees(lengths: list[int], ends=(), **settings) -> AutoTrees:
+    """Trees for rows of these lengths, of which some have ended, before their first round."""
     target = varied_target("llama", *prompts(1), **LENGTH)
-    draft = tiny_draft(target)
-    rows = SimpleNamespace(num_rows=3, do_sample=False)
-    trees = AutoTrees(TreeSettings("auto", 4, 4, 15), target, draft, rows)
-    trees.active = [0, 1, 2]
+    rows = SimpleNamespace(
+        num_rows=len(lengths),
+        do_sample=False,
+        prompt_length=4,
+        lengths=lengths,
+        ids=torch.zeros((len(lengths), 4), dtype=torch.long),
+        new_tokens=[[3]] * len(lengths),
+        is_done=lambda row: row in ends,
+    )
+    return AutoTrees(TreeSettings("auto", 4, 4, 15, **settings), target, tiny_draft(target), rows)
+
+
+def test_auto_tokens_count_less_in_rows_that_are_ahead(cheap_rounds):
+    """Half after a few tokens, not at all in rows that have ended, and in one row as in several that are even."""
+    trees = batch_trees([20, 24, 9, 20], ends=(2,))
+    trees._begin_round([0, 1, 2, 3])
+    assert trees.weights == pytest.approx([1.2, 0.6, 0.0, 1.2])
+    trees._begin_round([1])
+    assert trees.weights == [1.0]
+    trees._begin_round([2])
+    assert trees.weights == [0.0]
+
+
+def test_auto_rows_that_gain_do_not_hide_one_that_gains_nothing(cheap_rounds):
+    """Two rows of three commit three tokens a round at the cost of 1.3 plain steps: once they are ahead, drafting stops."""
+    cheap_rounds.step_seconds = 0.3
+    trees = batch_trees(lengths := [9, 9, 9])
     for _ in range(40):
-        pace = trees._slowest_pace([[0, 1, 2], [0], [0, 1, 2]])
-    # Its own pace is 3/7 of the average; a few rounds of the average's are counted with it.
-    assert 3 / 7 < pace < 0.55
-    trees.active = [0, 2]
-    assert trees._slowest_pace([[0, 1, 2], [0, 1, 2]]) == pytest.approx(1.0)
-    assert trees._slowest_pace([[0, 1, 2], []]) == 1.0
-    assert trees._slowest_pace([[], []]) == 1.0
+        trees._begin_round([0, 1, 2])
+        if trees.num_rounds <= trees.next_try:
+            break
+        trees._note_rate(Proposal([], [], 1, 3 + 2 * sum(trees.weights[::2])), [[0, 1, 2], [0], [0, 1, 2]], 1)
+        for row in (0, 2):
+            lengths[row] += 3
+        lengths[1] += 1
+    assert lengths[0] - lengths[1] >= 4
+    assert trees.payoff.advantage < 1.03
+    # The same rounds pay where no row lags behind.
+    trees = batch_trees([9, 9, 9])
+    for _ in range(40):
+        trees._begin_round([0, 1, 2])
+        trees._note_rate(Proposal([], [], 1, 9.0), [[0, 1, 2]] * 3, 1)
+    assert trees.payoff.advantage > 2
+
+
+def test_auto_a_batch_is_tried_again_when_a_try_costs_a_hundredth(cheap_rounds):
+    """A try that loses half a plain step waits for fifty; a gain of a hundredth is not worth it. One row waits for less."""
+    cheap_rounds.step_seconds = 0.5
+    for num_rows, pause in ((4, 50), (1, 4)):
+        trees = batch_trees([9] * num_rows)
+        trees._begin_round(list(range(num_rows)))
+        trees._note_rate(Proposal([], [], 1, float(num_rows)), [[0]] * num_rows, 1)
+        assert trees.next_try - trees.num_rounds == pytest.approx(pause, abs=2)
+    # Two tokens for 1.98 plain steps.
+    for num_rows, is_left_alone in ((2, True), (1, False)):
+        trees = batch_trees([9] * num_rows)
+        trees._begin_round(list(range(num_rows)))
+        cheap_rounds.step_seconds = 0.98 * cheap_rounds.verify(num_rows)
+        trees._note_rate(Proposal([], [], 1, 2.0 * num_rows), [[0, 1]] * num_rows, 1)
+        assert (trees.next_try > trees.num_rounds) == is_left_alone
+
+
+def test_auto_few_rows_that_are_left_are_judged_anew(cheap_rounds):
+    """Drafting that did not pay for five rows is tried at once for two."""
+    trees = batch_trees([9] * 5)
+    trees._begin_round([0, 1, 2, 3, 4])
+    trees.payoff.pause, trees.next_try = 64, 1000
+    trees._begin_round([0, 1, 2, 3, 4])
+    assert trees.next_try == 1000
+    trees._begin_round([0, 3])
+    assert trees.next_try < trees.num_rounds
+    assert trees.payoff.pause == 4
+    assert {bits: payoff.pause for bits, payoff in trees.experience.payoffs.items()} == {3: 64, 1: 4}
+
+
+def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):
+    """By a handful of rounds in some hundred; all others are plain steps of one forward each, which move no keys."""
+    length = {"max_new_tokens": 110, "pad_token_id": PAD_ID}
+    input_ids, mask = prompts(3)
+    target = varied_target("llama", input_ids, mask, **length)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto", tree_ngrams=False)
+    cheap_rounds.step_seconds = 0.2
+    plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **length)
+    forwards = []
+    hook = target.register_forward_hook(lambda module, arguments, output: forwards.append(output.logits.shape[1]))
+    output = target.generate(input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **length)
+    hook.remove()
+    assert torch.equal(output, plain)
+    trees = draft.last_speculation.trees
+    assert 1 <= sum(tree.num_steps > 0 for tree in trees) <= 8
+    assert len(trees) > 90
+    assert forwards[1:] == [1 + tree.num_nodes for tree in trees]
 
 
 def test_auto_looks_at_plain_steps_where_drafting_hardly_pays(cheap_rounds):

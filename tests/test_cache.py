@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from transformers_prism import cache as cache_module
 from transformers_prism.cache import (
     AdoptedLayers,
     CommittedCache,
@@ -53,6 +54,96 @@ def test_rows_keep_their_own_accepted_keys():
             for layer in cache.layers:
                 assert layer.keys[row, 1, : len(expected[row]), 3].tolist() == expected[row]
                 assert (layer.values == -layer.keys).all()
+
+
+@pytest.fixture
+def moves(monkeypatch) -> list[torch.Tensor]:
+    """Where keys and values were moved to, by each call that moved any."""
+    seen: list = []
+    compact_cache = cache_module.compact_cache
+
+    def noted(buffers, source, destination):
+        seen.append(destination)
+        compact_cache(buffers, source, destination)
+
+    monkeypatch.setattr(cache_module, "compact_cache", noted)
+    return seen
+
+
+@pytest.mark.parametrize("max_holes", [1, 4, 1000])
+def test_rows_with_holes_keep_their_own_accepted_keys(max_holes):
+    """As lists kept by hand, behind left padding, while rows lag behind and leave; there are never too many holes."""
+    generator = torch.Generator().manual_seed(0)
+    cache = new_tree_cache()
+    append(cache, 4, 0, 5)
+    padding = torch.tensor([[0, 0, 1, 1, 1]] + [[1] * 5] * 3, dtype=torch.bool)
+    committed = CommittedCache(cache, padding, max_holes)
+    expected = {row: [100 * row + t for t in range(5)] for row in range(4)}
+    rows = [0, 1, 2, 3]
+    for start in range(1000, 31000, 1000):
+        states = numbered(4, start, 6)[rows]
+        for layer in range(2):
+            cache.update(states, -states, layer)
+        accepted = []
+        for row in rows:
+            count = int(torch.randint(0, 3 + row, (), generator=generator))
+            accepted.append(sorted(torch.randperm(6, generator=generator)[:count].tolist()))
+            expected[row] += [100 * row + start + offset for offset in accepted[-1]]
+        committed.commit(accepted)
+        if start == 20000:
+            committed.keep_rows([0, 3, 2])
+            rows = [0, 3, 2]
+        assert committed.lengths == [len(expected[row]) for row in rows]
+        assert committed.width - max(committed.lengths) <= max_holes
+        assert committed.width == cache.get_seq_length()
+        check_rows(committed, [expected[row] for row in rows])
+    committed.close_holes()
+    assert committed.width == max(committed.lengths) == cache.get_seq_length()
+    for place, row in enumerate(rows):
+        assert cache.layers[1].keys[place, 0, : len(expected[row]), 2].tolist() == expected[row]
+    check_rows(committed, [expected[row] for row in rows])
+
+
+def check_rows(committed, expected: list[list[int]]) -> None:
+    """What is committed in each row, and the index of each key; the first row begins with two positions of padding."""
+    for row, keys in enumerate(expected):
+        is_key = committed.committed[row].clone()
+        if not is_key[0]:
+            is_key[:2] = True
+        assert committed.places()[row][is_key].tolist() == list(range(len(keys)))
+        for layer in committed.cache.layers:
+            assert layer.keys[row, 1][is_key][:, 3].tolist() == keys
+            assert (layer.values == -layer.keys).all()
+
+
+def test_rows_with_holes_move_only_what_was_not_accepted_in_order(moves):
+    """Plain steps of uneven rows move nothing, and neither do rows that accepted the first nodes."""
+    cache = new_tree_cache()
+    append(cache, 3, 0, 5)
+    committed = CommittedCache(cache, torch.ones(3, 5, dtype=torch.bool), 8)
+    for accepted in ([[0, 1, 2], [0], [0, 1]], [[0], [0], [0]], [[0], [], [0, 1]]):
+        append(cache, 3, 10, 3)
+        committed.commit(accepted)
+    assert not moves
+    append(cache, 3, 20, 4)
+    committed.commit([[0, 1], [0, 2], [0]])
+    # Of three rows one has something to move: its second key.
+    assert [destination.tolist() for destination in moves] == [[[-1], [committed.width - 1], [-1]]]
+
+
+def test_rows_that_leave_are_replaced_by_the_last_in_place():
+    """The others stay where they are; nothing is allocated."""
+    cache = new_tree_cache()
+    append(cache, 4, 0, 3)
+    committed = CommittedCache(cache, torch.ones(4, 3, dtype=torch.bool), 8)
+    addresses = [layer.key_buffer.data_ptr() for layer in cache.layers]
+    committed.keep_rows([0, 3, 2])
+    assert [layer.key_buffer.data_ptr() for layer in cache.layers] == addresses
+    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[0, 1, 2], [300, 301, 302], [200, 201, 202]]
+    assert cache.layers[1].values[:, 1, 2, 3].tolist() == [-2, -302, -202]
+    append(cache, 3, 3, 200)
+    assert cache.layers[0].keys.shape == (3, 2, 203, 4)
+    assert cache.layers[0].keys[1, 0, :3, 0].tolist() == [300, 301, 302]
 
 
 def test_dropping_rows_keeps_the_others():

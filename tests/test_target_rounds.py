@@ -6,6 +6,8 @@ from tiny_models import PAD_ID, prompts, scripted_draft, tiny_target, varied_tar
 from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from transformers_prism import cache as cache_module
+from transformers_prism import target_rounds
 from transformers_prism.target_rounds import _static_size_within, is_compiled, static_size
 
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
@@ -167,3 +169,52 @@ def test_a_full_static_cache_stops_with_an_error():
         target.generate(input_ids, past_key_values=cache, assistant_model=draft, **ARGUMENTS)
     assert int(cache.get_seq_length()) == 0
     assert all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2_mixed_windows"])
+@pytest.mark.parametrize("max_holes", [2, 1000])
+def test_caches_with_holes_give_plain_decodings_text_and_cache(architecture, max_holes, monkeypatch):
+    """Whether they are closed every few rounds or at the end; windows count keys, not holes. Both go on alike."""
+    monkeypatch.setattr(target_rounds, "_MAX_HOLES", max_holes)
+    target, plain, draft, input_ids, mask = scripted(architecture, num_rows=3)
+    outputs = []
+    for assistant in ({}, {"assistant_model": draft}):
+        arguments = {**ARGUMENTS, **assistant, "return_dict_in_generate": True}
+        first = target.generate(input_ids, attention_mask=mask, **arguments)
+        assert torch.equal(first.sequences, plain)
+        longer = torch.cat((mask, mask.new_ones(3, plain.shape[1] - mask.shape[1])), dim=1)
+        cache = first.past_key_values
+        outputs.append(target.generate(plain, attention_mask=longer, past_key_values=cache, **ARGUMENTS))
+    assert draft.last_speculation.acceptance_length > 1.2
+    assert len({tuple(row) for row in draft.last_speculation.accepted_per_round}) > 1
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.quick
+def test_rounds_of_chains_move_no_keys(monkeypatch):
+    """However uneven rows are: what was accepted of a chain is in its place already."""
+    monkeypatch.setattr(target_rounds, "_MAX_HOLES", 1000)
+    moved = []
+    monkeypatch.setattr(cache_module, "compact_cache", lambda *arguments: moved.append(1))
+    target, plain, draft, input_ids, mask = scripted(num_rows=3, tree="chain", tree_depth=4)
+    output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS)
+    assert torch.equal(output, plain)
+    assert len({len(row) for row in draft.last_speculation.accepted_per_round}) > 1
+    assert not moved
+
+
+@pytest.mark.quick
+def test_rows_that_have_ended_leave_the_forwards():
+    """Rounds go on with the rows that are left, in whatever order, and the text is plain's."""
+    target, plain, draft, input_ids, mask = scripted(num_rows=3)
+    arguments = {**ARGUMENTS, "eos_token_id": int(plain[0, 14])}
+    plain = target.generate(input_ids, attention_mask=mask, **arguments)
+    sizes = []
+    hook = target.register_forward_hook(lambda module, inputs, output: sizes.append(output.logits.shape[0]))
+    output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **arguments)
+    hook.remove()
+    assert torch.equal(output, plain)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 3
+    assert sizes[-1] < 3

@@ -11,12 +11,17 @@ by the length of the match. With these
 
 which is the rule for the highest average reward per unit of time. Where drafting does not pay, rounds are plain steps,
 which the draft does not even read, and one round now and then tries again. Where it hardly pays, one round now and then
-is a plain step, so that its cost is known. A batch takes as long as its slowest row, and drafting pays if it pays there.
+is a plain step, so that its cost is known.
+
+Several rows take as long as the slowest, so a token counts half in a row that is a few tokens ahead of that, and hardly in
+one that is far ahead. Drafting has to gain more there than estimates may be wrong by, and a try that did not pay is not
+repeated before it has cost no more than a hundredth of the time since. Where rows have ended, the rest is judged anew.
 Shape letters: B rows that still decode, C candidates, n nodes of the tree without the root.
 Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGLE-2 (arXiv:2406.16858).
 """
 
 import math
+import operator
 import time
 from array import array
 from bisect import bisect_left
@@ -30,7 +35,7 @@ from .ngrams import MAX_MATCH, NgramIndex
 from .round_costs import RoundCosts, load_or_measure
 from .speculation import RoundTree
 from .target_rounds import read_all
-from .tree import Tree
+from .tree import Tree, root_tree
 from .tree_policy import TreeSettings
 
 # Edges of the classes of cumulative draft probability, finer where most accepted nodes are.
@@ -49,11 +54,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
 _SHARE_OF_PAUSE = 4
 # Rounds with a tree until the next plain step, where drafting gains less than this.
 _CHECK_EVERY, _CLEAR_ADVANTAGE = 16, 1.25
-# How fast the rate of rounds with the draft, the pace of a row and the gain of a step follow the latest round; and rounds
-# until a row's own pace counts as much as that of all rows.
+# How fast the rate of rounds with the draft, the time beside their forwards and the gain of a step follow the latest round.
 _RATE_FADE = 0.85
-_PACE_FADE, _PACE_WEIGHT = 0.97, 4.0
+_REST_RATE = 0.1
 _GAIN_RATE = 0.1
+# Of several rows: tokens ahead of the slowest by which a row counts half, what drafting has to gain, and the share of the
+# time that tries may cost.
+_HALF_LEAD = 4.0
+_LEAST_ADVANTAGE = 1.03
+_SHARE_OF_TRIES = 0.01
 STEP_GAIN = 0.7  # the gain that is expected at first
 
 
@@ -102,7 +111,7 @@ def _copied_prior() -> torch.Tensor:
 
 @dataclass
 class Payoff:
-    """Whether rounds with the draft pay in batches of one size.
+    """Whether rounds with the draft pay for so many rows at work.
 
     Args:
         advantage: tokens per second of rounds with the draft over plain decoding, as last seen.
@@ -120,7 +129,7 @@ class Experience:
     Args:
         drafted, copied: acceptance of the draft's nodes and of copied ones.
         step_gain: value that one more draft step brings, over the value of the nodes that it goes on with.
-        payoffs: by number of rows.
+        payoffs: by the bits of the number of rows at work less one: of 1, 2, up to 4, up to 8 rows and so on.
         first_value, rank_values: for `planned_trees.py`, which sets them.
     """
 
@@ -138,7 +147,7 @@ class Proposal(NamedTuple):
     drafted_cells: list[list[int]]
     copied_cells: list[list[int]]
     num_steps: int
-    expected_tokens: float  # of all rows together
+    expected_tokens: float  # of all rows together, by their weights
 
 
 @dataclass
@@ -229,17 +238,25 @@ class AutoTrees:
         self.settings, self.rows = settings, rows
         self.costs = _known_costs(target, draft, rows.num_rows)
         self.experience = _experiences.setdefault(draft, {}).setdefault(rows.do_sample, Experience())
-        self.payoff = self.experience.payoffs.setdefault(rows.num_rows, Payoff())
-        # Expected tokens of recent rounds with the draft, per row, and their time in plain steps; both fade.
-        self.tokens = self.plain_steps = 1.0
-        self.tokens *= max(self.payoff.advantage, 1.0)
         self.num_rounds = 0
-        self.next_try = 0 if self.payoff.pause == _FIRST_PAUSE else self.payoff.pause // _SHARE_OF_PAUSE
         self.texts: list[NgramIndex | None] = [None] * rows.num_rows
         self.num_unchecked = 0  # rounds with a tree since the last plain step
         self.active: list[int] = []  # of the latest round
-        # Tokens and rounds of each row, where the draft was at work; both fade.
-        self.row_tokens, self.row_rounds = [0.0] * rows.num_rows, [0.0] * rows.num_rows
+        # Of a token of each of these; in sum, how many of them go on.
+        self.weights = [1.0] * rows.num_rows
+        self.read_seconds = 0.0  # of what plain steps had left the draft to read
+        self.rest_seconds: list[float | None] = [None, None]  # of rounds without and with a tree, beside their forwards
+        self._judge(rows.num_rows)
+
+    def _judge(self, num_rows: int) -> None:
+        """Go by what is known of so many rows at work."""
+        self.payoff = self.experience.payoffs.setdefault((num_rows - 1).bit_length(), Payoff())
+        # Tokens of recent rounds with the draft, per row and by weight, and their time in plain steps; both fade.
+        self.tokens = self.plain_steps = 1.0
+        self.tokens *= max(self.payoff.advantage, 1.0)
+        self.lost = 0.0  # plain steps' time that rounds with the draft have cost since they were tried again
+        wait = 0 if self.payoff.pause == _FIRST_PAUSE else self.payoff.pause // _SHARE_OF_PAUSE
+        self.next_try = self.num_rounds + wait
 
     def propose(self, drafter, unread: list, active: list[int], max_depth: int, max_nodes: int) -> Tree:
         """The tree of the next round.
@@ -253,13 +270,14 @@ class AutoTrees:
         """
         start = time.perf_counter()
         has_backlog = len(unread) > 1 or self.num_rounds == 0
-        self.num_rounds += 1
-        self.active = active
+        self._begin_round(active)
         max_depth = 0 if self._is_check() else min(max_depth, max_nodes)
         depth = min(self.settings.depth, max_depth)
         candidates, num_steps = [_Candidates() for _ in active], 0
         if depth > 0 and self.num_rounds > self.next_try:
             candidates, num_steps = self._draw(drafter, unread, len(active), depth)
+        elif not self._all_have_copies(max_depth):
+            return self._plain_step()
         if self.settings.ngrams and max_depth > 0:
             longest = min(max_depth, _MAX_COPIED, self.settings.num_nodes)
             for row, one in zip(active, candidates, strict=True):
@@ -276,7 +294,32 @@ class AutoTrees:
         cells = [one.drafted_cells for one in chosen], [one.copied_cells for one in chosen]
         self.proposal = Proposal(*cells, num_steps, expected)
         self.depth = max(max(one.depths, default=0) for one in chosen)
+        self.proposed_at = time.perf_counter()
         return tree
+
+    def _begin_round(self, active: list[int]) -> None:
+        """Note which rows are at work, and what a token is worth in each."""
+        if self.active and (len(active) - 1).bit_length() != (len(self.active) - 1).bit_length():
+            self._judge(len(active))
+        self.num_rounds += 1
+        self.active = active
+        lengths = [0 if self.rows.is_done(row) else self.rows.lengths[row] for row in active]
+        slowest = min((length for length in lengths if length), default=0)
+        weights = [2.0 ** ((slowest - length) / _HALF_LEAD) if length else 0.0 for length in lengths]
+        scale = sum(length > 0 for length in lengths) / max(sum(weights), 1.0)
+        self.weights = [scale * weight for weight in weights]
+
+    def _all_have_copies(self, max_depth: int) -> bool:
+        """Whether the text of every row says how it may go on; trees are as large as the smallest."""
+        return self.settings.ngrams and max_depth > 0 and all(self._text(row).continuation(1)[1] for row in self.active)
+
+    def _plain_step(self) -> Tree:
+        """A tree of the roots alone."""
+        self.num_unchecked, self.depth = 0, 0
+        none: list[list[int]] = [[] for _ in self.active]
+        self.proposal = Proposal(none, none, 0, sum(self.weights))
+        self.proposed_at = time.perf_counter()
+        return root_tree(torch.tensor([self.rows.new_tokens[row][-1] for row in self.active]))
 
     def observe(self, tree: Tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
         """Learn from a round, and say what it was.
@@ -287,6 +330,9 @@ class AutoTrees:
             verify_seconds (`float`): of the target's forward.
         """
         self.costs.observe_verify(len(kept) * tree.num_nodes, verify_seconds)
+        seconds, has_tree = time.perf_counter() - self.proposed_at - verify_seconds, tree.num_nodes > 1
+        known = self.rest_seconds[has_tree]
+        self.rest_seconds[has_tree] = seconds if known is None else known + _REST_RATE * (seconds - known)
         return self._learn(tree, kept)
 
     def _learn(self, tree: Tree, kept: list[list[int]]) -> RoundTree:
@@ -318,12 +364,19 @@ class AutoTrees:
     # --- drafting ------------------------------------------------------------------------------------------------
 
     def _rate(self, num_rows: int) -> float:
-        """Tokens per second, all rows together, that time is worth."""
-        return num_rows / self.costs.verify(num_rows) * max(1.0, self.tokens / self.plain_steps)
+        """Tokens per second, all rows together and by weight, that time is worth."""
+        return sum(self.weights) / self.costs.verify(num_rows) * max(1.0, self.tokens / self.plain_steps)
+
+    def _tree_seconds(self) -> float:
+        """What a round with a tree takes longer beside its forwards than a plain step."""
+        plain, with_tree = self.rest_seconds
+        return max(with_tree - plain, 0.0) if plain is not None and with_tree is not None else 0.0
 
     def _draw(self, drafter, unread: list, num_rows: int, depth: int) -> tuple[list[_Candidates], int]:
         """Let the draft read and propose; returns what it proposed in each row, and the draft steps that it ran."""
+        is_late, start = len(unread) > 1, time.perf_counter()
         read_all(drafter, unread)
+        self.read_seconds = time.perf_counter() - start if is_late else 0.0
         steps = _StepChoice(self, num_rows, depth)
         pool = drafter.draw(self.settings.top_k, depth, steps.choose_width)
         rows = zip(
@@ -346,16 +399,16 @@ class AutoTrees:
         return text
 
     def _best_size(self, values: list[list[float]], max_nodes: int) -> tuple[int, float]:
-        """Nodes of every row that pay best, and the tokens that the round should then commit in all rows."""
+        """Nodes of every row that pay best, and the tokens, by weight, that the round should then commit in all rows."""
         num_rows, limit = len(values), min(self.settings.num_nodes, max_nodes)
         best_first = [sorted(row, reverse=True)[:limit] for row in values]
-        rate, verify = self._rate(num_rows), self.costs.verify
-        expected = best = float(num_rows)
+        rate, verify, tree_seconds = self._rate(num_rows), self.costs.verify, self._tree_seconds()
+        expected = best = sum(self.weights)
         best_reward, best_count = expected - rate * verify(num_rows), 0
         # As many as the row with the fewest has.
         for count, gains in enumerate(zip(*best_first, strict=False), start=1):
-            expected += sum(gains)
-            reward = expected - rate * verify(num_rows * (count + 1))
+            expected += sum(map(operator.mul, self.weights, gains))
+            reward = expected - rate * (verify(num_rows * (count + 1)) + tree_seconds)
             if reward > best_reward:
                 best, best_reward, best_count = expected, reward, count
         return best_count, best
@@ -372,31 +425,22 @@ class AutoTrees:
     def _note_rate(self, proposal: Proposal, kept: list[list[int]], num_nodes: int) -> None:
         """Whether rounds with the draft pay; if not, leave it alone for a while."""
         num_rows = len(kept)
-        # What was expected is less noisy than what came of it, which in turn knows the text at hand.
-        tokens = (proposal.expected_tokens + sum(map(len, kept))) / 2 / num_rows * self._slowest_pace(kept)
+        emitted = sum(weight * len(nodes) for weight, nodes in zip(self.weights, kept, strict=True))
+        # What was expected is less noisy than what came of it in few rows, which in turn knows the text at hand.
+        tokens = (proposal.expected_tokens + num_rows * emitted) / (1 + num_rows) / max(sum(self.weights), 1.0)
+        plain_seconds = self.costs.verify(num_rows)
         seconds = self.costs.step_seconds * proposal.num_steps + self.costs.verify(num_rows * num_nodes)
+        seconds += self._tree_seconds() if num_nodes > 1 else 0.0
         self.tokens = _RATE_FADE * self.tokens + tokens
-        self.plain_steps = _RATE_FADE * self.plain_steps + seconds / self.costs.verify(num_rows)
+        self.plain_steps = _RATE_FADE * self.plain_steps + seconds / plain_seconds
         self.payoff.advantage = self.tokens / self.plain_steps
-        if self.payoff.advantage >= 1.0:
+        self.lost += (seconds + self.read_seconds) / plain_seconds - tokens
+        if self.payoff.advantage >= (_LEAST_ADVANTAGE if num_rows > 1 else 1.0):
             self.payoff.pause = _FIRST_PAUSE
             return
-        self.next_try = self.num_rounds + self.payoff.pause
+        pause = max(self.payoff.pause, round(self.lost / _SHARE_OF_TRIES)) if num_rows > 1 else self.payoff.pause
+        self.next_try, self.lost = self.num_rounds + pause, 0.0
         self.payoff.pause = min(2 * self.payoff.pause, _LONGEST_PAUSE)
-
-    def _slowest_pace(self, kept: list[list[int]]) -> float:
-        """Tokens per round of the slowest row that goes on, over those of the average one: 1 or less."""
-        going = [row for row, nodes in zip(self.active, kept, strict=True) if nodes]
-        for row, nodes in zip(self.active, kept, strict=True):
-            self.row_tokens[row] = _PACE_FADE * self.row_tokens[row] + len(nodes)
-            self.row_rounds[row] = _PACE_FADE * self.row_rounds[row] + 1
-        if not going:
-            return 1.0
-        average = sum(self.row_tokens[row] for row in going) / sum(self.row_rounds[row] for row in going)
-        paces = [
-            (self.row_tokens[row] + _PACE_WEIGHT * average) / (self.row_rounds[row] + _PACE_WEIGHT) for row in going
-        ]
-        return min(paces) * len(paces) / sum(paces)
 
     def _is_check(self) -> bool:
         """Whether this round is to be a plain step, to see what one costs."""
@@ -408,6 +452,7 @@ class _StepChoice:
 
     def __init__(self, trees: AutoTrees, num_rows: int, depth: int):
         self.experience, self.top_k, self.num_rows, self.depth = trees.experience, trees.settings.top_k, num_rows, depth
+        self.weights = trees.weights
         self.num_steps = 1
         rate, verify = trees._rate(num_rows), trees.costs.verify
         self.step_price = rate * trees.costs.step_seconds
@@ -418,7 +463,10 @@ class _StepChoice:
         """Nodes for the next step, given the cumulative log-probabilities `(B, K, top_k)` of those to choose from; 0 ends."""
         chances, gain = self.experience.drafted.rows()[min(self.num_steps, _MAX_DEPTH) - 1], self.experience.step_gain
         likeliest = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).exp().tolist()]
-        rows = [[chances[_class_of(probability)] for probability in row] for row in likeliest]
+        rows = [
+            [weight * chances[_class_of(probability)] for probability in row]
+            for weight, row in zip(self.weights, likeliest, strict=True)
+        ]
         worth_it = [[value for value in row if value * gain > self.node_price] for row in rows]
         width = max(map(len, worth_it))
         value = sum(map(sum, worth_it))

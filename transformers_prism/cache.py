@@ -1,8 +1,10 @@
 """Key and value caches that can be committed to a path: append N rows, keep some of them, per row of the batch.
 
-Layout: in every row of the batch committed keys are dense from the left, behind that row's left padding. New keys are
-appended behind the longest row. Committing moves each row's accepted keys to that row's own end and forgets the rest;
-what lies between a shorter row's end and the longest row's is a hole, which the masks leave out.
+Layout: new keys are appended behind the longest row of the batch. Committing keeps those that were accepted and forgets
+the rest, in one of two ways. A dense cache moves each row's accepted keys to that row's own end, behind its left padding
+and all it holds. A cache that may have holes moves them to the end of the longest row, where most of them are already;
+rows that accepted fewer are left with holes, which the masks leave out, and once there are too many, all rows are moved
+together.
 
 There are two kinds of layers with the same few methods: `TreeLayer` grows, `StaticTreeLayer` keeps its shapes, so that a
 compiled forward is never compiled anew.
@@ -97,11 +99,13 @@ class TreeLayer(DynamicLayer):
         """Positions stored, holes included."""
         return self.length
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows of the batch."""
-        if self.key_buffer is not None:
-            self.key_buffer = self.key_buffer[rows]
-            self.value_buffer = self.value_buffer[rows]
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
+        for place, row in enumerate(rows):
+            if place != row:
+                self.keys[place] = self.keys[row]
+                self.values[place] = self.values[row]
+        self.key_buffer, self.value_buffer = self.key_buffer[: len(rows)], self.value_buffer[: len(rows)]
 
 
 class StaticTreeLayer(StaticLayer):
@@ -132,16 +136,20 @@ class CommittedCache:
     Args:
         cache (`Cache`): holds such layers.
         committed (`torch.BoolTensor` of shape `(B, P)`): True where a key takes part in attention.
+        max_holes (`int`): positions by which P may come to exceed the longest row before rows are moved together; 0: every
+            row is dense at all times.
     """
 
-    def __init__(self, cache: Cache, committed: torch.Tensor):
+    def __init__(self, cache: Cache, committed: torch.Tensor, max_holes: int = 0):
         self.cache = cache
         self.committed = committed
-        self.lengths = [committed.shape[1]] * committed.shape[0]  # of each row, left padding included
+        self.max_holes = max_holes
+        self.lengths = [committed.shape[1]] * committed.shape[0]  # of each row, left padding included, without holes
+        self.num_dense = committed.shape[1]  # positions before which no row has a hole
 
     @property
     def width(self) -> int:
-        """P, the length of the longest row."""
+        """P: positions in use, holes included."""
         return self.committed.shape[1]
 
     def commit(self, accepted: list[list[int]]) -> None:
@@ -151,55 +159,90 @@ class CommittedCache:
             accepted: for each row the offsets, rising, among the appended keys.
         """
         width = self.width
-        new_lengths = [length + len(offsets) for length, offsets in zip(self.lengths, accepted, strict=True)]
+        ends = [width] * len(accepted) if self.max_holes else self.lengths
+        new_ends = [end + len(offsets) for end, offsets in zip(ends, accepted, strict=True)]
         moves = [
-            [(width + offset, length + i) for i, offset in enumerate(offsets) if width + offset != length + i]
-            for length, offsets in zip(self.lengths, accepted, strict=True)
+            [(width + offset, end + i) for i, offset in enumerate(offsets) if width + offset != end + i]
+            for end, offsets in zip(ends, accepted, strict=True)
         ]
         num_moves = max(len(row) for row in moves)
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        if num_moves and layers:
+        if num_moves:
             # -1 moves nothing.
             table = torch.tensor([row + [(-1, -1)] * (num_moves - len(row)) for row in moves])  # [B, A, 2]
-            buffers: dict = {}
-            for layer in layers:
-                buffers.setdefault(layer.key_buffer.device, []).extend((layer.key_buffer, layer.value_buffer))
-            for device, on_device in buffers.items():
-                source, destination = table.to(device).unbind(-1)  # [B, A] each
-                compact_cache(on_device, source, destination)
-        for layer in layers:
-            layer.set_length(max(new_lengths))
-        self._grow_mask(new_lengths)
+            self._move(table)
+        self._set_length(max(new_ends))
+        self._grow_mask(ends, new_ends)
+        self.lengths = [length + len(offsets) for length, offsets in zip(self.lengths, accepted, strict=True)]
+        self._close_too_many_holes()
 
-    def _grow_mask(self, new_lengths: list[int]) -> None:
-        num_new = max(new_lengths) - self.width
-        if len(set(self.lengths)) == len(set(new_lengths)) == 1:
-            ones = self.committed.new_ones((len(new_lengths), num_new))
+    def _layers(self) -> list:
+        return [layer for layer in self.cache.layers if layer.is_initialized]
+
+    def _set_length(self, length: int) -> None:
+        for layer in self._layers():
+            layer.set_length(length)
+
+    def _move(self, table: torch.Tensor) -> None:
+        """Move keys and values of all layers, from and to positions `(B, A, 2)`; -1 moves nothing."""
+        buffers: dict = {}
+        for layer in self._layers():
+            buffers.setdefault(layer.key_buffer.device, []).extend((layer.key_buffer, layer.value_buffer))
+        for device, on_device in buffers.items():
+            source, destination = table.to(device).unbind(-1)  # [B, A] each
+            compact_cache(on_device, source, destination)
+
+    def _grow_mask(self, ends: list[int], new_ends: list[int]) -> None:
+        num_new = max(new_ends) - self.width
+        if len(set(ends)) == len(set(new_ends)) == 1:
+            ones = self.committed.new_ones((len(new_ends), num_new))
             self.committed = torch.cat((self.committed, ones), dim=1)
         else:
-            index = torch.arange(max(new_lengths), device=self.committed.device)
-            ends = torch.tensor([self.lengths, new_lengths], device=self.committed.device)[..., None]  # [2, B, 1]
-            is_new = (index >= ends[0]) & (index < ends[1])
-            padding = self.committed.new_zeros((len(new_lengths), max(num_new, 0)))
+            index = torch.arange(max(new_ends), device=self.committed.device)
+            limits = torch.tensor([ends, new_ends], device=self.committed.device)[..., None]  # [2, B, 1]
+            is_new = (index >= limits[0]) & (index < limits[1])
+            padding = self.committed.new_zeros((len(new_ends), num_new))
             self.committed = torch.cat((self.committed, padding), dim=1) | is_new
-        self.lengths = new_lengths
+
+    def places(self) -> torch.Tensor:
+        """The index of each key in its row, holes not counted, `(B, P)`."""
+        index = torch.arange(self.width, device=self.committed.device).expand(len(self.lengths), -1)
+        if min(self.lengths) == self.width:
+            return index
+        behind = self.committed[:, self.num_dense :].cumsum(dim=1) + (self.num_dense - 1)
+        return torch.cat((index[:, : self.num_dense], behind), dim=1)
+
+    def _close_too_many_holes(self) -> None:
+        if self.width - max(self.lengths) > self.max_holes:
+            self.close_holes()
+
+    def close_holes(self) -> None:
+        """Make every row dense, and P the length of the longest; moves what was committed since that was so last."""
+        if min(self.lengths) == self.width:
+            return
+        start, end = self.num_dense, max(self.lengths)
+        device = self.committed.device
+        index = torch.arange(end - start, device=device)
+        is_key = index < (torch.tensor(self.lengths, device=device) - start)[:, None]
+        if self.max_holes and end > start:
+            # False sorts before True: the keys of each row in order, then its holes.
+            order = (~self.committed[:, start:]).sort(dim=1, stable=True).indices[:, : end - start]
+            table = torch.stack((order, index.expand_as(order)), dim=-1) + start
+            self._move(torch.where(is_key[..., None], table, -1))
+        self._set_length(end)
+        self.committed = torch.cat((self.committed[:, :start], is_key), dim=1)
+        self.num_dense = min(self.lengths)
 
     def forget_appended(self) -> None:
         """Drop all keys appended since the last commit."""
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.set_length(self.width)
+        self._set_length(self.width)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Keep these rows of the batch."""
-        index = torch.tensor(rows, device=self.committed.device)
+        """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
         self.lengths = [self.lengths[row] for row in rows]
-        width = max(self.lengths)
-        self.committed = self.committed[index, :width]
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.set_length(width)
-                layer.keep_rows(index.to(layer.key_buffer.device))
+        self.committed = self.committed[torch.tensor(rows, device=self.committed.device)]
+        for layer in self._layers():
+            layer.keep_rows(rows)
+        self._close_too_many_holes()
 
 
 class ReservedCache(CommittedCache):
@@ -240,13 +283,8 @@ class ReservedCache(CommittedCache):
         index = torch.arange(self.width, device=num_new.device)
         self.committed |= (index >= lengths[:, None]) & (index < (lengths + num_new)[:, None])
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Keep these rows of the batch, in new tensors."""
-        index = torch.tensor(rows, device=self.committed.device)
-        self.lengths = [self.lengths[row] for row in rows]
-        self.committed = self.committed[index]
-        for layer in self.cache.layers:
-            layer.keep_rows(index)
+    def _close_too_many_holes(self) -> None:
+        """What lies behind the longest row is room, not holes."""
 
 
 def _with_capacity(layer: TreeLayer, length: int, capacity: int, room: int) -> TreeLayer:

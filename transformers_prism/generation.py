@@ -243,9 +243,12 @@ def _drop_finished(rows: OutputRows, active: list[int], unread: list[NewPosition
     going = [i for i, row in enumerate(active) if not rows.is_done(row)]
     if len(going) == len(active) or not going or target_side.keeps_rows:
         return active, unread
-    target_side.keep_rows(going)
-    drafter.keep_rows(going)
-    return [active[i] for i in going], [part.select(going) for part in unread]
+    # Rows at the end take the places of those that leave, so that no others have to be moved.
+    moving = [i for i in going if i >= len(going)]
+    kept = [place if place in going else moving.pop() for place in range(len(going))]
+    target_side.keep_rows(kept)
+    drafter.keep_rows(kept)
+    return [active[i] for i in kept], [part.select(kept) for part in unread]
 
 
 def _stream(streamer, rows: OutputRows, num_new: int, is_round: bool = False) -> None:

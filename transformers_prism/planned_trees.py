@@ -18,6 +18,8 @@ took is not, since calls return before they are done.
 Shape letters: B rows that still decode, n nodes of the tree without the root.
 """
 
+import operator
+
 import torch
 
 from .auto_trees import STEP_GAIN, AutoTrees, Proposal, cells_of_drafted
@@ -53,8 +55,7 @@ class PlannedTrees(AutoTrees):
         if limit == 0 or self.num_rounds < self.next_try:
             self.plan = None
             return super().propose(drafter, unread, active, max_depth, max_nodes)
-        self.num_rounds += 1
-        self.active = active
+        self._begin_round(active)
         self.plan = self._plan(len(active), limit, max_nodes)
         self.depth = self.plan.depth
         read_all(drafter, unread)
@@ -71,7 +72,7 @@ class PlannedTrees(AutoTrees):
             cells, chances = cells_of_drafted(depths, log_probs), self.experience.drafted.chances
             values = torch.tensor([[chances[cell] for cell in row] for row in cells], dtype=torch.float64)  # [B, n]
             self._note_values(values, depths)
-            expected = len(kept) + float(values.sum())
+            expected = sum(self.weights) + sum(map(operator.mul, self.weights, values.sum(dim=1).tolist()))
             self.proposal = Proposal(cells, [[-1] * len(row) for row in cells], self.plan.depth, expected)
         return self._learn(tree, kept)
 

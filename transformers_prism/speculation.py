@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 class RoundTree(NamedTuple):
     """The tree of one round: draft steps run (0: the draft was not used), drafted nodes that each row verified, how
-    many of them were copied from the text, and tokens that the round was expected to commit per row (None: no
-    estimate was made)."""
+    many of them were copied from the text, and tokens that the round was expected to commit per row, of a batch by
+    what they count (None: no estimate was made)."""
 
     num_steps: int
     num_nodes: int

@@ -28,6 +28,8 @@ _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE, PRISM_GROUPED)
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
+# Positions of a batch's cache that may be left out: more cost attention, fewer are closed more often.
+_MAX_HOLES = 32
 # Positions of the layers lent to each target of static shapes: they only grow, so that calls share what is compiled.
 _capacities: WeakKeyDictionary = WeakKeyDictionary()
 _prepared: WeakSet = WeakSet()
@@ -333,10 +335,13 @@ class TreeTarget(_Target):
 
     def after_prefill(self) -> None:
         """Note what is committed in each row, and which forward runs from here on."""
-        self.committed = CommittedCache(self.cache, self.prompt_mask)
         config = self.target.config.get_text_config()
         self.windows = layer_windows(config)
         self.attn_implementation = config._attn_implementation
+        # Static layers have no room for holes, and the kernel takes a key's place for its index in a window.
+        has_window = any(window is not None for window in self.windows.values())
+        is_dense = self.capacity is not None or (has_window and self.attn_implementation == PRISM_TREE)
+        self.committed = CommittedCache(self.cache, self.prompt_mask, 0 if is_dense else _MAX_HOLES)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, self.generation_config):
             self.model_forward = self.target.get_compiled_call(self.generation_config.compile_config)
 
@@ -364,8 +369,8 @@ class TreeTarget(_Target):
             if window is not None:
                 lengths = torch.tensor(self.committed.lengths, device=committed.device)[:, None]
                 node_index = lengths + depths
-                key_index = torch.arange(self.committed.width, device=committed.device).expand(len(lengths), -1)
-                seen = visible & within_window(node_index, torch.cat((key_index, node_index), dim=1), window)
+                places = torch.cat((self.committed.places(), node_index), dim=1)
+                seen = visible & within_window(node_index, places, window)
             if self.capacity is not None:
                 seen = pad(seen, (0, self.capacity - seen.shape[2]))
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
@@ -394,6 +399,8 @@ class TreeTarget(_Target):
 
     def _even_out(self, sequences: torch.LongTensor) -> None:
         """Bring all rows to the length that plain decoding stops at; it runs padding through rows that have ended."""
+        self.committed.close_holes()
+        self.committed.max_holes = 0
         goal = sequences.shape[1] - 1 + self.num_cached_before
         while max(missing := [goal - length for length in self.committed.lengths]) > 0:
             longest = min(max(missing), self.max_nodes + 1)

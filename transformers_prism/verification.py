@@ -162,10 +162,9 @@ class OutputRows:
 
     def _process(self, row: int, raw: torch.Tensor) -> torch.Tensor:
         ids = self.ids[row : row + 1, : self.lengths[row]]
-        if self.num_rows == 1:
+        # Stock warpers look at nothing but the row's own scores.
+        if self.num_rows == 1 or self.warpers is not None:
             return self.logits_processor(ids, raw)
-        if not len(self.logits_processor):
-            return raw
         # Some processors keep state per row of the batch, so each row is shown in its own place of a whole batch.
         batch_ids = ids.repeat(self.num_rows, 1)
         return self.logits_processor(batch_ids, raw.repeat(self.num_rows, 1))[row : row + 1]

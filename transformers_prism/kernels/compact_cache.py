@@ -38,7 +38,15 @@ def compact_cache_reference(
     moves_any = is_move.any(dim=1, keepdim=True)
     source = torch.where(is_move, source, source.gather(1, first) * moves_any)
     destination = torch.where(is_move, destination, destination.gather(1, first) * moves_any)
-    num_heads, head_dim = buffers[0].shape[1], buffers[0].shape[3]
+    num_rows, num_heads, _, head_dim = buffers[0].shape
+    if buffers[0].is_contiguous():
+        # Rows, heads and positions as one, so that vectors are copied whole.
+        starts = torch.arange(num_rows * num_heads, device=source.device).view(num_rows, -1, 1) * length  # [B, G, 1]
+        source, destination = ((starts + positions[:, None]).flatten() for positions in (source, destination))
+        for buffer in buffers:
+            vectors = buffer.view(-1, head_dim)
+            vectors.index_copy_(0, destination, vectors.index_select(0, source))
+        return
     source, destination = (
         positions[:, None, :, None].expand(-1, num_heads, -1, head_dim) for positions in (source, destination)
     )  # [B, G, A, E]
