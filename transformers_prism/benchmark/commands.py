@@ -189,7 +189,7 @@ def bench_acceptance_command(
 
     logging.disable_progress_bar()
     console = Console()
-    settings = {
+    settings: dict = {
         "prompts": prompts.name,
         "num_prompts": num_prompts,
         "trees": tree or list(TREES),

@@ -33,7 +33,7 @@ def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tu
     pairs = list(zip(_by_seed(records), _by_seed(others), strict=True))
     ratios = []
     for _ in range(_NUM_RESAMPLES):
-        taus = ([], [])
+        taus: tuple[list[float], list[float]] = ([], [])
         for pair in generator.choices(pairs, k=len(pairs)):
             places = generator.choices(range(len(pair[0]["answers"])), k=len(pair[0]["answers"]))
             for found, record in zip(taus, pair, strict=True):
@@ -107,10 +107,10 @@ def _ordering(records: list[dict]) -> list[str]:
     claims = []
     for better, worse in CLAIMS:
         for (tree, temperature), members in ways.items():
-            sides = [[one for one in members if one["recipe"] == name] for name in (better, worse)]
-            if not all(sides) or {one["seed"] for one in sides[0]} != {one["seed"] for one in sides[1]}:
+            first, second = ([one for one in members if one["recipe"] == name] for name in (better, worse))
+            if not first or {one["seed"] for one in first} != {one["seed"] for one in second}:
                 continue
-            ratio, low, high = ratio_interval(*sides)
+            ratio, low, high = ratio_interval(first, second)
             row = [f"{better} over {worse}", tree, f"{temperature:g}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
             claims.append([*row, verdict(low, high)])
     parts = [f"## With {chosen[0]['num_data_tokens']} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
