@@ -268,9 +268,12 @@ class AutoTrees:
             max_depth (`int`): tokens of the longest path at most, 0 or more.
             max_nodes (`int`): drafted nodes at most, 0 or more.
         """
-        start = time.perf_counter()
-        has_backlog = len(unread) > 1 or self.num_rounds == 0
         self._begin_round(active)
+        return self._propose(drafter, unread, max_depth, max_nodes)
+
+    def _propose(self, drafter, unread: list, max_depth: int, max_nodes: int) -> Tree:
+        start, active = time.perf_counter(), self.active
+        has_backlog = len(unread) > 1 or self.num_rounds == 1
         max_depth = 0 if self._is_check() else min(max_depth, max_nodes)
         depth = min(self.settings.depth, max_depth)
         candidates, num_steps = [_Candidates() for _ in active], 0

@@ -49,14 +49,12 @@ class PlannedTrees(AutoTrees):
         if self.experience.rank_values is None:
             self.experience.first_value, self.experience.rank_values = _FIRST_VALUE, _rank_values()
 
-    def propose(self, drafter, unread: list, active: list[int], max_depth: int, max_nodes: int) -> Tree:
-        """The tree of the next round; the arguments are those of [`AutoTrees.propose`]."""
+    def _propose(self, drafter, unread: list, max_depth: int, max_nodes: int) -> Tree:
         limit = min(self.settings.depth, max_depth, max_nodes)
-        if limit == 0 or self.num_rounds < self.next_try:
+        if limit == 0 or self.num_rounds <= self.next_try:
             self.plan = None
-            return super().propose(drafter, unread, active, max_depth, max_nodes)
-        self._begin_round(active)
-        self.plan = self._plan(len(active), limit, max_nodes)
+            return super()._propose(drafter, unread, max_depth, max_nodes)
+        self.plan = self._plan(len(self.active), limit, max_nodes)
         self.depth = self.plan.depth
         read_all(drafter, unread)
         tree = drafter.grow(self.plan)
