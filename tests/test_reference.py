@@ -251,8 +251,7 @@ def emitted_by(rows):
 @pytest.mark.parametrize(
     "case", "reject_all partial to_padded_leaf full_depth tie_first_row chain".split(), ids=lambda case: case
 )
-@pytest.mark.parametrize("reads_all_nodes", [True, False])
-def test_greedy_verification(case, reads_all_nodes):
+def test_greedy_verification(case):
     """The recorded row of retrieve_indices, cut at the accepted length, is the path; the bonus is the recorded one."""
     vectors, case = read_vectors("verification"), f"greedy.{case}"
     tree, logits = tree_of_case(vectors, case), vectors[f"{case}.node_logits"]
@@ -260,7 +259,7 @@ def test_greedy_verification(case, reads_all_nodes):
     row = vectors[f"{case}.retrieve_indices"][int(vectors[f"{case}.best_candidate"])]
     path = row[: num_accepted + 1].tolist()
     rows = output_rows(tree)
-    kept = walk(rows, 0, tree, 0, logits, logits.argmax(dim=-1).tolist() if reads_all_nodes else None)
+    kept = walk(rows, 0, tree, 0, logits)
     assert kept == path
     tokens = tree.token_ids[0, path[1:]].tolist()
     assert emitted_by(rows) == [*tokens, int(vectors[f"{case}.bonus_token"])]
@@ -290,7 +289,7 @@ def test_sampled_verification_rejects_to_the_same_distribution(case, processors)
     counts = torch.zeros_like(expected)
     while counts.sum() < 1000:
         rows = output_rows(tree, processors, do_sample=True)
-        if walk(rows, 0, tree, 0, logits, None) == [0]:
+        if walk(rows, 0, tree, 0, logits) == [0]:
             counts[emitted_by(rows)[0]] += 1
     assert (counts[expected == 0] == 0).all()
     assert (counts / counts.sum() - expected).abs().sum() / 2 < 0.1

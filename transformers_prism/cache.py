@@ -46,7 +46,7 @@ class TreeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, states) -> None:
-        pass
+        """Nothing: what is stored is what counts."""
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -55,7 +55,7 @@ class TreeLayer(DynamicLayer):
 
     @values.setter
     def values(self, states) -> None:
-        pass
+        """Nothing, too."""
 
     def lazy_initialization(self, key_states, value_states) -> None:
         """Take dtype and device from the first keys and values."""

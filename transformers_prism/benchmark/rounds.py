@@ -34,7 +34,7 @@ _METHODS = {
     "masks": ((Drafter, "_mask"), (TreeTarget, "_masks")),
     "selection": (
         *((Drafter, "grow"), (Drafter, "draw"), (AutoTrees, "propose"), (AutoTrees, "observe")),
-        *((PlannedTrees, "propose"), (PlannedTrees, "observe")),
+        (PlannedTrees, "observe"),
     ),
     "commit": ((CommittedCache, "commit"), (TreeTarget, "commit"), (ChainTarget, "commit")),
 }

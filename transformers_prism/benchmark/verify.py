@@ -111,7 +111,7 @@ def verify(
     return checks
 
 
-def careless_walk(rows: OutputRows, row: int, tree, tree_row: int, logits, choices=None) -> list[int]:
+def careless_walk(rows: OutputRows, row: int, tree, tree_row: int, logits) -> list[int]:
     """What a broken verifier does: it follows the tree without asking the target, as long as there are children."""
     node, nodes = 0, [0]
     while True:
