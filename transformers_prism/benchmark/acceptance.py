@@ -150,25 +150,15 @@ def bench_acceptance(
 
 
 def acceptance_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines of a table: tau per tree and temperature, for all prompts and by task."""
-    tasks = list(rows[0]["tasks"])
-    heading = ["tree", "temperature", "prompts", "tau", *tasks, "in a loop"]
+    """Heading and lines of a table: a column per tree and temperature, tau of all prompts and of each task below it."""
 
-    def tau(figures: dict) -> str:
-        return "" if figures["tau"] is None else f"{figures['tau']:.2f}"
+    def taus(figures: list[dict]) -> list[str]:
+        return ["" if one["tau"] is None else f"{one['tau']:.2f}" for one in figures]
 
-    lines = [
-        [
-            row["tree"],
-            f"{row['temperature']:g}",
-            str(row["num_prompts"]),
-            tau(row),
-            *(tau(row["tasks"][task]) for task in tasks),
-            f"{row['share_of_answers_in_a_loop']:.2f}",
-        ]
-        for row in rows
-    ]
-    return heading, lines
+    heading = ["tau", *(f"{row['tree']}\nT = {row['temperature']:g}" for row in rows)]
+    lines = [[task, *taus([row["tasks"][task] for row in rows])] for task in rows[0]["tasks"]]
+    loops = [f"{row['share_of_answers_in_a_loop']:.2f}" for row in rows]
+    return heading, [*lines, ["all", *taus(rows)], ["share of answers in a loop", *loops]]
 
 
 __all__ = [

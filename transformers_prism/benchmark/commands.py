@@ -213,7 +213,7 @@ def bench_acceptance_command(
             rows = bench_acceptance(
                 model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
             )
-        console.print(table_of(*acceptance_rows(rows), "tau: committed tokens per round"))
+        console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"))
         report_file(json_file)
         if update_card is not None:
             for name in add_to_card(update_card, json_file):
