@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from transformers_prism import PrismDraftModel
 from transformers_prism.benchmark.acceptance import tree_settings
 from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs
-from transformers_prism.benchmark.study_page import CLAIMS, ratio_interval, verdict
-from transformers_prism.benchmark.study_plots import tau_interval
+from transformers_prism.benchmark.study_figures import ratio_interval, tau_interval
+from transformers_prism.benchmark.study_page import CLAIMS, verdict
 from transformers_prism.cli import app
 from transformers_prism.publishing import weights_sha256
 from transformers_prism.training.recipes import TrainConfig

@@ -288,7 +288,7 @@ class AutoTrees:
         num_nodes, expected = self._best_size([one.values for one in candidates], max_nodes)
         self.num_unchecked = self.num_unchecked + 1 if num_nodes else 0
         chosen = [one.best(num_nodes) for one in candidates]
-        tree = _tree_of([self.rows.new_tokens[row][-1] for row in active], chosen)
+        tree = _tree_of(self._root_ids(), chosen)
         if num_steps > 1:
             nodes = [node for one in chosen for node in zip(one.depths, one.values, strict=True)]
             self._note_step_gain(nodes, num_steps)
@@ -322,7 +322,11 @@ class AutoTrees:
         none: list[list[int]] = [[] for _ in self.active]
         self.proposal = Proposal(none, none, 0, sum(self.weights))
         self.proposed_at = time.perf_counter()
-        return root_tree(torch.tensor([self.rows.new_tokens[row][-1] for row in self.active]))
+        return root_tree(torch.tensor(self._root_ids()))
+
+    def _root_ids(self) -> list[int]:
+        """The last token of each row at work."""
+        return [self.rows.new_tokens[row][-1] for row in self.active]
 
     def observe(self, tree: Tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
         """Learn from a round, and say what it was.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from transformers_prism.benchmark.record import finished_part, record_head
-from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.training.conversations import loop_period
 from transformers_prism.whole_files import write_json
 
@@ -32,6 +32,11 @@ def tree_settings(tree: str) -> dict:
     num_nodes, depth, top_k = map(int, parts)
     kind = "chain" if top_k == 1 else "static"
     return {"tree": kind, "tree_num_nodes": num_nodes, "tree_depth": depth, "tree_top_k": top_k}
+
+
+def packed_for_cpu(target, draft, packed: bool) -> PreparedModels:
+    """The models with their weights packed while this lasts, if that is asked for and they are on a CPU."""
+    return prepare_for_cpu(*(target, draft) if packed and target.device.type == "cpu" else ())
 
 
 @torch.no_grad()
@@ -125,7 +130,7 @@ def bench_acceptance(
     head = record_head("acceptance", target, settings, weights)
     found = finished_part(path, head) if path is not None and resume else None
     rows = found["rows"] if found else []
-    with prepare_for_cpu(*(target, draft) if settings["packed"] and target.device.type == "cpu" else ()):
+    with packed_for_cpu(target, draft, settings["packed"]):
         for tree, temperature in ways[len(rows) :]:
             answers = decode_prompts(
                 target, draft, questions, tree, temperature, settings["max_new_tokens"], settings["seed"], advance
@@ -168,5 +173,6 @@ __all__ = [
     "acceptance_rows",
     "bench_acceptance",
     "decode_prompts",
+    "packed_for_cpu",
     "tree_settings",
 ]

@@ -1,6 +1,5 @@
 """The commands of `transformers-prism bench`. Each imports what it needs when it runs, so that `--help` is quick."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +18,32 @@ from transformers_prism.command_options import (
     sampling_settings,
     user_errors,
 )
+from transformers_prism.whole_files import write_json
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
 
+PromptsOption = Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")]
+UpdateCardOption = Annotated[
+    Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
+]
 PlotOption = Annotated[Path | None, typer.Option(help="PNG file to draw.", show_default=False)]
+
+
+def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
+    """Refuse to go on with, or to put into a card, what is in no file."""
+    if (resume or update_card) and json_file is None:
+        raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+
+
+def _update_card(folder: Path | None, measurement: Path | None) -> None:
+    """Put a measurement into the card of a draft's folder, if there is one to be updated."""
+    from transformers_prism.hub.card import add_to_card
+
+    if folder is None or measurement is None:
+        return
+    with user_errors():
+        for name in add_to_card(folder, measurement):
+            typer.echo(f"wrote {folder / name}")
 
 
 @bench_app.command("synthesize")
@@ -60,7 +81,7 @@ def bench_synthesize_command(
 
 @bench_app.command("generate")
 def bench_generate_command(
-    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
+    prompts: PromptsOption,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,9 +112,7 @@ def bench_generate_command(
     packed: PackedOption = True,
     json_file: JsonOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the prompts that the file lacks.")] = False,
-    update_card: Annotated[
-        Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
-    ] = None,
+    update_card: UpdateCardOption = None,
 ):
     """Decode prompts in several ways, in turn: identity, acceptance length, milliseconds of a round, rates.
 
@@ -107,15 +126,13 @@ def bench_generate_command(
     from transformers_prism.benchmark.methods import parse_methods
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
     from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.hub.card import add_to_card
     from transformers_prism.publishing import weights_sha256
     from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
     console = Console()
     with user_errors():
-        if (resume or update_card) and json_file is None:
-            raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+        _check_file(json_file, resume, update_card)
         methods = parse_methods(method or ["draft"], packed, batch_size)
         records = read_prompts(prompts)
         chosen = choose_prompts(records, num_prompts)
@@ -146,15 +163,12 @@ def bench_generate_command(
     for table in result_tables(figures["methods"], f"median of {repeat}, batch {batch_size}"):
         console.print(table)
     report_file(json_file)
-    if update_card is not None:
-        with user_errors():
-            for name in add_to_card(update_card, json_file):
-                typer.echo(f"wrote {update_card / name}")
+    _update_card(update_card, json_file)
 
 
 @bench_app.command("acceptance")
 def bench_acceptance_command(
-    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")],
+    prompts: PromptsOption,
     target: TargetOption = None,
     draft: DraftOption = None,
     tree: Annotated[
@@ -170,9 +184,7 @@ def bench_acceptance_command(
     packed: PackedOption = True,
     json_file: JsonOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the trees that the file lacks.")] = False,
-    update_card: Annotated[
-        Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
-    ] = None,
+    update_card: UpdateCardOption = None,
 ):
     """Acceptance length of fixed trees, greedy and sampled; nothing is timed, and n-grams take no part."""
     from rich.console import Console
@@ -183,7 +195,6 @@ def bench_acceptance_command(
     from transformers_prism.benchmark.measurement import progress_bar
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
     from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.hub.card import add_to_card
     from transformers_prism.publishing import weights_sha256
     from transformers_prism.target import load_target
 
@@ -199,8 +210,7 @@ def bench_acceptance_command(
         "packed": packed,
     }
     with user_errors():
-        if (resume or update_card) and json_file is None:
-            raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+        _check_file(json_file, resume, update_card)
         chosen = choose_prompts(read_prompts(prompts), num_prompts)
         model, tokenizer = load_target(target)
         model_draft = load_draft(draft or SHIPPED_DRAFT, model)
@@ -213,11 +223,9 @@ def bench_acceptance_command(
             rows = bench_acceptance(
                 model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
             )
-        console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"))
-        report_file(json_file)
-        if update_card is not None:
-            for name in add_to_card(update_card, json_file):
-                typer.echo(f"wrote {update_card / name}")
+    console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"))
+    report_file(json_file)
+    _update_card(update_card, json_file)
 
 
 @bench_app.command("modules")
@@ -336,8 +344,8 @@ def bench_kernels_command(
             typer.echo(bench.timing_table(timings))
             figures = bench.timings_as_json(timings, accelerator)
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
-        typer.echo(f"wrote {json_file}")
+        write_json(json_file, figures)
+        report_file(json_file)
     if not compile_only and not all(timing.is_right for timing in timings):
         raise typer.Exit(1)
 
@@ -465,7 +473,8 @@ def bench_rounds_command(
 @bench_app.command("page")
 def bench_page_command(
     files: Annotated[
-        list[Path], typer.Argument(help="Files of bench generate, acceptance, rounds, scaling, modules, training, synthesize, in order.")
+        list[Path],
+        typer.Argument(help="Files of bench generate, acceptance, rounds, scaling, modules, training, synthesize, in order."),
     ],
     output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
         "docs/performance.md"

@@ -6,7 +6,6 @@
 import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import torch
 import transformers
 
 import transformers_prism
+from transformers_prism.command_line import command_line
 from transformers_prism.whole_files import write_json
-
-_TREE = re.compile(r"\d+(/\d+)+")
 
 
 def record_head(kind: str, target, settings: dict, weights: str | None = None) -> dict:
@@ -110,8 +108,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def command_line(argv: list[str]) -> str:
-    """A command without the folders of this machine; trees such as 59/6/10 stay whole."""
-    return " ".join(Path(word).name if "/" in word and not _TREE.fullmatch(word) else word for word in argv)

@@ -25,13 +25,14 @@ from transformers_prism.benchmark.acceptance import (
     TREES,
     acceptance_figures,
     decode_prompts,
+    packed_for_cpu,
     tree_settings,
 )
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
-from transformers_prism.benchmark.record import command_line, hardware
+from transformers_prism.benchmark.record import hardware
 from transformers_prism.benchmark.study_page import write_study_page
 from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
-from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.command_line import command_line
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import TRAINING, weights_sha256
 from transformers_prism.target import load_target
@@ -217,7 +218,7 @@ def run_study(
         report(_describe(run))
         trained = _trained(run)
         draft = _draft_to_measure(run, target, tokenizer)
-        with prepare_for_cpu(*(target, draft) if study.packed and target.device.type == "cpu" else ()):
+        with packed_for_cpu(target, draft, study.packed):
             for way in missing:
                 answers = decode_prompts(target, draft, questions, *way, study.max_new_tokens, study.sampling_seed)
                 record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}

@@ -1,11 +1,17 @@
 """What a study found, in words and tables: `README.md` in its folder of records, written from them and from nothing else."""
 
-import random
-from collections import defaultdict
 from pathlib import Path
 
 from transformers_prism.benchmark.page import markdown_table
-from transformers_prism.benchmark.study_plots import GROWING, at_common_volume, pooled_tau, tau_interval
+from transformers_prism.benchmark.study_figures import (
+    GROWING,
+    at_common_volume,
+    grouped,
+    mean_of,
+    pooled_tau,
+    ratio_interval,
+    tau_interval,
+)
 
 # What the PRISM paper says, and what a mistake of its training code would cost: the first accepts more than the second.
 CLAIMS = (
@@ -16,40 +22,6 @@ CLAIMS = (
     ("prism-m3", "prism-m2"),
     ("prism-m2", "prism-m2-compat"),
 )
-_NUM_RESAMPLES = 1000
-
-
-def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tuple[float, float, float]:
-    """tau of some records over that of others, and its 95 % interval by paired bootstrap.
-
-    Seeds are drawn again, and prompts, the same ones for both sides, since what a prompt accepts with one draft says much
-    about what it accepts with another.
-
-    Args:
-        records, others (`list[dict]`): of the same seeds, tree, temperature and prompts.
-        seed (`int`): of the draws.
-    """
-    generator = random.Random(seed)
-    pairs = list(zip(_by_seed(records), _by_seed(others), strict=True))
-    ratios = []
-    for _ in range(_NUM_RESAMPLES):
-        taus: tuple[list[float], list[float]] = ([], [])
-        for pair in generator.choices(pairs, k=len(pairs)):
-            places = generator.choices(range(len(pair[0]["answers"])), k=len(pair[0]["answers"]))
-            for found, record in zip(taus, pair, strict=True):
-                found.append(_tau([record["answers"][place] for place in places]))
-        ratios.append(sum(taus[0]) / sum(taus[1]))
-    ratios.sort()
-    whole = pooled_tau(records) / pooled_tau(others)
-    return whole, ratios[int(0.025 * _NUM_RESAMPLES)], ratios[int(0.975 * _NUM_RESAMPLES) - 1]
-
-
-def _by_seed(records: list[dict]) -> list[dict]:
-    return sorted(records, key=lambda record: record["seed"])
-
-
-def _tau(answers: list[dict]) -> float:
-    return sum(one["num_committed"] for one in answers) / max(sum(one["num_rounds"] for one in answers), 1)
 
 
 def verdict(low: float, high: float) -> str:
@@ -87,10 +59,10 @@ def _introduction(records: list[dict], command: str) -> list[str]:
 
 def _ordering(records: list[dict]) -> list[str]:
     chosen = at_common_volume(records)
-    ways = _grouped(chosen, "tree", "temperature")
+    ways = grouped(chosen, "tree", "temperature")
     rows = []
     for (tree, temperature), members in ways.items():
-        for (recipe,), found in _grouped(members, "recipe").items():
+        for (recipe,), found in grouped(members, "recipe").items():
             low, high = tau_interval(found)
             rows.append(
                 [
@@ -99,8 +71,8 @@ def _ordering(records: list[dict]) -> list[str]:
                     f"{temperature:g}",
                     f"{pooled_tau(found):.3f}",
                     f"{low:.3f} to {high:.3f}",
-                    *(str(round(_mean(found, name))) for name in ("tokens_seen", "train_seconds")),
-                    f"{_mean(found, 'share_of_answers_in_a_loop'):.2f}",
+                    *(str(round(mean_of(found, name))) for name in ("tokens_seen", "train_seconds")),
+                    f"{mean_of(found, 'share_of_answers_in_a_loop'):.2f}",
                 ]
             )
     heading = ["recipe", "tree", "temperature", "tau", "95 %", "tokens seen", "training seconds", "answers in a loop"]
@@ -129,8 +101,8 @@ def _growth(records: list[dict]) -> list[str]:
     if len(volumes) < 2:
         return []
     rows = []
-    for (recipe, tree, temperature), members in _grouped(chosen, "recipe", "tree", "temperature").items():
-        by_volume = {volume: found for (volume,), found in _grouped(members, "num_data_tokens").items()}
+    for (recipe, tree, temperature), members in grouped(chosen, "recipe", "tree", "temperature").items():
+        by_volume = {volume: found for (volume,), found in grouped(members, "num_data_tokens").items()}
         cells = []
         for volume in volumes:
             found = by_volume.get(volume, [])
@@ -140,15 +112,4 @@ def _growth(records: list[dict]) -> list[str]:
     return ["## How tau grows with the data", markdown_table(heading, rows), "![tau over the data](tau_over_volume.png)"]
 
 
-def _mean(records: list[dict], name: str) -> float:
-    return sum(record[name] for record in records) / len(records)
-
-
-def _grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
-    groups = defaultdict(list)
-    for record in records:
-        groups[tuple(record[name] for name in names)].append(record)
-    return dict(groups)
-
-
-__all__ = ["CLAIMS", "ratio_interval", "verdict", "write_study_page"]
+__all__ = ["CLAIMS", "verdict", "write_study_page"]

@@ -50,7 +50,7 @@ def context_alignment_scores(
     # The heads of a group share its keys: one product for all of them, without repeating any key.
     scores = grouped.flatten(2, 3) @ keys[0].to(dtype).transpose(-1, -2)
     scores = scores.unflatten(2, (-1, num_rows))  # [B, G, R, T, T]
-    path = [_shift_down(keys[s].to(dtype), step - s)[:, :, None] for s in range(1, step + 1)]  # [B, G, 1, T, E]
+    path = [shift_down(keys[s].to(dtype), step - s)[:, :, None] for s in range(1, step + 1)]  # [B, G, 1, T, E]
     scores = torch.cat((scores, *((grouped * one).sum(-1, keepdim=True).to(scores.dtype) for one in path)), dim=-1)
     rows = torch.arange(num_rows, device=query.device)
     own = rows[:, None] + torch.arange(1 - step, 1, device=query.device)  # [T, k]
@@ -83,11 +83,11 @@ def context_alignment_attention_reference(
     states = [one.to(weights.dtype) for one in values]
     output = (weights[..., :num_rows].flatten(2, 3) @ states[0]).unflatten(2, (-1, num_rows))  # [B, G, R, T, E]
     for s in range(1, step + 1):
-        output = output + weights[..., num_rows + s - 1, None] * _shift_down(states[s], step - s)[:, :, None]
+        output = output + weights[..., num_rows + s - 1, None] * shift_down(states[s], step - s)[:, :, None]
     return output.flatten(1, 2).transpose(1, 2).to(query.dtype)
 
 
-def _shift_down(states: torch.Tensor, count: int) -> torch.Tensor:
+def shift_down(states: torch.Tensor, count: int) -> torch.Tensor:
     """Keys or values moved `count` rows towards later rows, so that row i holds what row i - count held."""
     if count == 0:
         return states

@@ -12,6 +12,8 @@ Source: FlashAttention-2 (arXiv:2307.08691), whose backward needs nothing but ou
 
 import torch
 
+from transformers_prism.kernels.context_alignment_attention import shift_down
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -87,8 +89,8 @@ class _FlashAlignment(torch.autograd.Function):
 def _path(states: tuple[torch.Tensor, ...], groups: int) -> list[torch.Tensor]:
     """Keys or values of the path that each query sees, `(B, H, T, E)`: of step s, k - s rows before its own."""
     step = len(states) - 1
-    moved = [torch.nn.functional.pad(one, (0, 0, step - s, 0))[:, :, : one.shape[2]] for s, one in enumerate(states)]
-    return [one.repeat_interleave(groups, dim=1) for one in moved[1:]]
+    moved = [shift_down(one, step - s) for s, one in enumerate(states[1:], start=1)]
+    return [one.repeat_interleave(groups, dim=1) for one in moved]
 
 
 def _visible(scores: torch.Tensor, num_before: int) -> torch.Tensor:

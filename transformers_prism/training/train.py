@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, Train
 from transformers.trainer_callback import PrinterCallback
 
 import transformers_prism
+from transformers_prism.command_line import command_line
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import CURVES, TRAINING
 from transformers_prism.target import load_target
@@ -417,7 +418,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     for name in ("data", "output", "features", "target", "init_from"):
         settings[name] = settings[name] and ",".join(Path(part).name for part in settings[name].split(","))
     record = {
-        "command": None if argv is None else " ".join(Path(word).name if "/" in word else word for word in argv),
+        "command": None if argv is None else command_line(argv),
         "config": settings,
         "versions": {
             "python": platform.python_version(),
