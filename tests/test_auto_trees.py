@@ -311,6 +311,21 @@ def test_auto_copies_join_candidates_that_say_the_same():
 
 def test_auto_of_equal_candidates_the_first_are_chosen():
     """As the draft ranked them."""
-    best = random_candidates([0.5] * 20).best(6)
-    assert best.parents == [0, 0, 0, 0, *best.parents[4:]]
-    assert best.depths == [1, 1, 1, 1, 2, 2]
+    candidates = random_candidates([0.5] * 20)
+    best = candidates.best(6)
+    assert sorted(best.depths) == [1, 1, 1, 1, 2, 2]
+    assert sorted(best.token_ids) == sorted(candidates.token_ids[:6])
+
+
+def test_auto_the_likeliest_path_comes_first():
+    """Each node is followed by all that lies below it, the better child first, so that a path down the first ones is
+    already where a commit wants it."""
+    candidates = _Candidates.drafted(
+        token_ids=[10, 11, 12, 13, 14], parents=[-1, -1, 1, 1, 2], depths=[1, 1, 2, 2, 3], log_probs=[-1.0] * 5,
+        cells=[0, 1, 2, 3, 4], chances=[0.3, 0.9, 0.5, 0.8, 0.4],
+    )  # fmt: skip
+    best = candidates.best(5)
+    assert best.token_ids == [11, 13, 12, 14, 10]
+    assert best.parents == [0, 1, 1, 3, 0]
+    assert best.drafted_cells == [1, 3, 2, 4, 0]
+    check_path(best)

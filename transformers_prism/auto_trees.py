@@ -193,10 +193,19 @@ class _Candidates:
                 self.values[node] = max(self.values[node], chance)
 
     def best(self, num_nodes: int) -> "_Candidates":
-        """The best of them as nodes of a tree in the order that they have here, ties to the first; a parent is a node
-        of the tree, 0 its root."""
-        ranked = sorted(range(len(self.values)), key=self.values.__getitem__, reverse=True)
-        chosen = sorted(ranked[:num_nodes])
+        """The best of them as nodes of a tree, ties to the first; a parent is a node of the tree, 0 its root.
+
+        Each node is followed by all that lies below it, better children first: where the likeliest path is accepted, its
+        keys and values need not be moved.
+        """
+        ranked = sorted(range(len(self.values)), key=self.values.__getitem__, reverse=True)[:num_nodes]
+        children: dict[int, list[int]] = {one: [] for one in (-1, *ranked)}
+        for one in reversed(ranked):
+            children[self.parents[one]].append(one)
+        chosen, stack = [], children[-1]
+        while stack:
+            chosen.append(stack.pop())
+            stack += children[chosen[-1]]
         best = _Candidates(*([column[one] for one in chosen] for column in vars(self).values()))
         node_of = {one: node for node, one in enumerate([-1, *chosen])}
         best.parents = [node_of[parent] for parent in best.parents]

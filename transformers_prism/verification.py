@@ -81,6 +81,8 @@ class OutputRows:
         # For each row what every emitted token was chosen from, where that was asked for.
         self.scores = self._kept_rows() if returns and generation_config.output_scores else None
         self.logits = self._kept_rows() if returns and generation_config.output_logits else None
+        # Processors may write to what they get, and kept logits would keep those of the whole tree alive.
+        self.copies_logits = len(logits_processor) > 0 or self.scores is not None or self.logits is not None
         self.warpers = warper_settings(logits_processor)
         if walk == "device":
             expect(self.fits_device, "walk", "host, for these processors, criteria or outputs", walk)
@@ -139,7 +141,7 @@ class OutputRows:
         Raises:
             ValueError: if the processed logits hold NaN.
         """
-        raw = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)[None]  # [1, V]
+        raw = logits.to(copy=self.copies_logits, dtype=torch.float32, device=self.ids.device)[None]  # [1, V]
         scores = self._process(row, raw)
         if self.scores is not None:
             self.scores[row].append(scores)

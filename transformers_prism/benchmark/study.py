@@ -57,11 +57,15 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
             "unmasked_softmax": True,
             "context_kv": "own_module",
         },
+        "prism-m2-acceptance": {"recipe": "prism", "num_modules": 2, "acceptance_weight": 0.1},
     }
 )
 _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
 # The study sets these for every run, so that nobody else may.
-_OWN = ("recipe", "seed", "num_conversations", "unmasked_softmax", "context_kv", "init_from", *BY_RECIPE)
+_OWN = (
+    *("recipe", "seed", "num_conversations", "acceptance_weight", "unmasked_softmax", "context_kv", "init_from"),
+    *BY_RECIPE,
+)
 
 
 @dataclass(frozen=True)

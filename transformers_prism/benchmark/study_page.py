@@ -13,7 +13,8 @@ from transformers_prism.benchmark.study_figures import (
     tau_interval,
 )
 
-# What the PRISM paper says, and what a mistake of its training code would cost: the first accepts more than the second.
+# What the PRISM paper says, what a mistake of its training code would cost, and what the acceptance-aware loss is worth:
+# the first accepts more than the second.
 CLAIMS = (
     ("prism-m2", "eagle2"),
     ("prism-m2", "hass"),
@@ -21,6 +22,7 @@ CLAIMS = (
     ("prism-m2", "stacked2"),
     ("prism-m3", "prism-m2"),
     ("prism-m2", "prism-m2-compat"),
+    ("prism-m2-acceptance", "prism-m2"),
 )
 
 
