@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_left_out(tmp_path, target):
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"topics": ("cooking",)}, "topics: expected some of code, math, writing, translation, got 'cooking'"),
+        ({"topics": ("cooking",)}, "topics: expected some of code, math, writing, translation, reading, got 'cooking'"),
         ({"temperatures": (-1.0,)}, "temperatures: expected numbers of at least 0"),
         ({"temperatures": ()}, "temperatures: expected numbers of at least 0"),
         ({"max_length": 80}, "max_length: expected at least 84, room for a user turn and an answer, got 80"),
@@ -258,10 +258,13 @@ def test_commands(tmp_path, target, monkeypatch):
     prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(40)))
     data = str(tmp_path / "data")
     options = ["--num-tokens", "400", "--batch-size", "4", "--max-answer-tokens", "12", "--prompts", str(prompts)]
+    options += ["--max-user-tokens", "20", "--topic", "reading", "--topic-share", "0.5"]
     result = CliRunner().invoke(app, ["synthesize", "--output", data, *options, "--no-packed"])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.output.splitlines()[-1])
     assert summary["num_tokens"] >= 400
+    config = json.loads((tmp_path / "data" / "provenance.json").read_text())["config"]
+    assert (config["max_user_tokens"], config["topics"], config["topic_share"]) == (20, ["reading"], 0.5)
     result = CliRunner().invoke(app, ["data", "preview", "--data", data, "--count", "2"])
     assert result.exit_code == 0, result.output
     assert "w10 w11 w40" in result.output

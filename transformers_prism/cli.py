@@ -135,12 +135,16 @@ def synthesize(
         list[float] | None, typer.Option(help="Of answers, 0 is greedy; each conversation draws one of those given.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Tokens that sampling chooses from.")] = 100,
+    max_user_tokens: Annotated[
+        int, typer.Option(min=1, help="A longer user turn that the target writes drops the conversation.")
+    ] = 160,
     max_answer_tokens: Annotated[int, typer.Option(min=1, help="A longer answer is cut there.")] = 300,
     max_turns: Annotated[int, typer.Option(min=1, help="User turns of a conversation at most.")] = 2,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation at most.")] = 1024,
     topic: Annotated[
-        list[str] | None, typer.Option(help="code, math, writing, translation: some user turns begin like one.")
+        list[str] | None, typer.Option(help="code, math, writing, translation, reading: some user turns begin like one.")
     ] = None,
+    topic_share: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations that begin so.")] = 0.3,
     system: Annotated[list[str] | None, typer.Option(help="System prompts; each conversation draws one.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the target.")] = "float32",
     packed: PackedOption = True,
@@ -165,8 +169,10 @@ def synthesize(
             num_tokens,
             batch_size=batch_size,
             top_k=top_k,
+            max_user_tokens=max_user_tokens,
             max_answer_tokens=max_answer_tokens,
             max_turns=max_turns,
+            topic_share=topic_share,
             max_length=max_length,
             seed=seed,
             **chosen,

@@ -47,7 +47,20 @@ TOPICS = {
     ),
     "math": ("A farmer has", "Solve for x:", "If a train", "What is the sum of", "A store sells", "Calculate the"),
     "writing": ("Write a short story about", "Write an email to", "Rewrite the following", "Summarize this text:"),
-    "translation": ("Translate the following sentence into", "How do you say"),
+    "translation": (
+        "Translate the following sentence into",
+        "How do you say",
+        "Translate German to English:",
+        "Translate this French text to English:",
+        "Translate from Spanish to English:",
+    ),
+    # Texts that the answer is about, which the target writes, too.
+    "reading": (
+        "Summarize:",
+        "Give a short summary of this article:",
+        "Answer the question with the help of the text below.\nText:",
+        "Read the passage and say what it is about.\n\n",
+    ),
 }
 
 
