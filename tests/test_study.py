@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from transformers_prism import PrismDraftModel
 from transformers_prism.benchmark.acceptance import tree_settings
 from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs
-from transformers_prism.benchmark.study_figures import ratio_interval, tau_interval
+from transformers_prism.benchmark.study_figures import ratio_interval, tau_after, tau_interval
 from transformers_prism.benchmark.study_page import CLAIMS, verdict
 from transformers_prism.cli import app
 from transformers_prism.publishing import weights_sha256
@@ -203,3 +203,18 @@ def test_study_claims_are_judged_by_pairs_of_prompts():
     assert high == pytest.approx(1.25)
     assert tau_interval(better)[0] < 1.25 * tau_interval(worse)[1]
     assert [verdict(1.1, 1.3), verdict(0.8, 0.9), verdict(0.9, 1.1)] == ["holds", "does not hold", "undecided"]
+
+
+@pytest.mark.quick
+def test_study_compares_at_equal_seconds():
+    """Half of the way between two volumes, over the logarithm of seconds, is half of the gain; beyond them is unknown."""
+    records = [
+        {"num_data_tokens": 100 * volume, "train_seconds": seconds, "tau": tau, "seed": seed}
+        for volume, seconds, tau in ((1, 10.0, 1.0), (4, 40.0, 1.4), (16, 160.0, 2.0))
+        for seed in (0, 1)
+    ]
+    assert tau_after(20.0, records) == pytest.approx(1.2)
+    assert tau_after(80.0, records) == pytest.approx(1.7)
+    assert tau_after(160.0, records) == pytest.approx(2.0)
+    assert tau_after(200.0, records) is None
+    assert tau_after(20.0, records[:2]) is None

@@ -1,5 +1,7 @@
 """What the records of a study say: tau of several seeds and its interval, and one recipe against another."""
 
+import itertools
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -81,6 +83,28 @@ def at_common_volume(records: list[dict]) -> list[dict]:
     return by_volume[max(by_volume, key=lambda volume: (len(grouped(by_volume[volume], "recipe")), volume))]
 
 
+def tau_after(seconds: float, records: list[dict]) -> float | None:
+    """tau of a recipe after so many seconds of training: between two volumes of data on the line over their logarithm.
+
+    Args:
+        seconds (`float`): of training.
+        records (`list[dict]`): of one recipe, tree and temperature, of some volumes and seeds.
+    Returns:
+        `float`, or None where no two volumes lie on both sides.
+    """
+
+    def place(seconds: float) -> float:
+        return math.log(max(seconds, 0.1))  # records hold tenths
+
+    by_volume = grouped(records, "num_data_tokens").values()
+    points = sorted((place(mean_of(found, "train_seconds")), pooled_tau(found)) for found in by_volume)
+    wanted = place(seconds)
+    for (left, tau), (right, next_tau) in itertools.pairwise(points):
+        if left <= wanted <= right:
+            return tau + (next_tau - tau) * (wanted - left) / (right - left) if right > left else tau
+    return None
+
+
 def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
     """Records by their entries of these names, in the order in which they first come."""
     groups = defaultdict(list)
@@ -89,4 +113,13 @@ def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
     return dict(groups)
 
 
-__all__ = ["GROWING", "at_common_volume", "grouped", "mean_of", "pooled_tau", "ratio_interval", "tau_interval"]
+__all__ = [
+    "GROWING",
+    "at_common_volume",
+    "grouped",
+    "mean_of",
+    "pooled_tau",
+    "ratio_interval",
+    "tau_after",
+    "tau_interval",
+]

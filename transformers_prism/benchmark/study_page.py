@@ -10,6 +10,7 @@ from transformers_prism.benchmark.study_figures import (
     mean_of,
     pooled_tau,
     ratio_interval,
+    tau_after,
     tau_interval,
 )
 
@@ -111,7 +112,28 @@ def _growth(records: list[dict]) -> list[str]:
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(pooled_tau(found), *tau_interval(found)) if found else "")
         rows.append([recipe, tree, f"{temperature:g}", *cells])
     heading = ["recipe", "tree", "temperature", *(f"{volume} tokens" for volume in volumes)]
-    return ["## How tau grows with the data", markdown_table(heading, rows), "![tau over the data](tau_over_volume.png)"]
+    return [
+        "## How tau grows with the data",
+        markdown_table(heading, rows),
+        "![tau over the data](tau_over_volume.png)",
+        *_equal_seconds(chosen),
+    ]
+
+
+def _equal_seconds(records: list[dict]) -> list[str]:
+    """What recipes reach in the time that the quickest takes with the most data."""
+    largest = [one for one in records if one["num_data_tokens"] == max(one["num_data_tokens"] for one in records)]
+    seconds = min(mean_of(found, "train_seconds") for found in grouped(largest, "recipe").values())
+    rows = []
+    for (recipe, tree, temperature), members in grouped(records, "recipe", "tree", "temperature").items():
+        tau = tau_after(seconds, members)
+        if tau is not None:
+            rows.append([recipe, tree, f"{temperature:g}", f"{tau:.3f}"])
+    return [
+        f"At equal training time: tau after {seconds:.0f} seconds, which the quickest of them takes with the most data; of "
+        "the others it is read off the line between two volumes, over the logarithm of their seconds.",
+        markdown_table(["recipe", "tree", "temperature", "tau"], rows),
+    ]
 
 
 __all__ = ["CLAIMS", "verdict", "write_study_page"]
