@@ -55,7 +55,10 @@ class Drafter:
         else:
             output = self._read_later(token_ids, target_hidden, position_ids)
             self.cache.commit([list(range(count)) for count in num_new])
-        self._remember_last(token_ids, output, position_ids, torch.tensor(num_new, device=device))
+        are_alike = len(set(num_new)) == 1
+        self._remember_last(
+            token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=device)
+        )
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
         """Step 0 over the first positions; returns its output `(B, A, D)`."""
@@ -88,11 +91,14 @@ class Drafter:
             output = self.draft(token_ids, hidden, step, mask, position_ids, cache).last_hidden_state
         return output
 
-    def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor) -> None:
-        rows, last = torch.arange(len(num_new), device=output.device), num_new - 1
-        self.last_hidden = output[rows, last]
-        self.last_position = position_ids[rows, last]
-        self.root_ids = token_ids[rows, last]
+    def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor | int) -> None:
+        """Keep what the next tree begins with; `num_new` is of each row `(B,)`, or of all."""
+        rows = slice(None) if isinstance(num_new, int) else torch.arange(len(num_new), device=output.device)
+        last = (rows, num_new - 1)
+        # A copy: a view would keep the output at a whole prompt.
+        self.last_hidden = output[last].clone()
+        self.last_position = position_ids[last]
+        self.root_ids = token_ids[last]
 
     def grow(self, settings) -> Tree:
         """Steps 0 to `settings.depth - 1`: draw a tree below each row's last committed token.
