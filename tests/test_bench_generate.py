@@ -309,6 +309,14 @@ def test_command_writes_what_cards_and_pages_read(command, tiny_folders):
         assert table.row_count == 4
 
 
+def test_command_measures_an_untrained_draft(command):
+    """--draft random: the same text, hardly a token accepted, and no draft's weights are named."""
+    _, record = command("--num-prompts", 1, "--repeat", 1, "--method", "chain", "--no-packed", "--draft", "random")
+    assert record["summary"]["num_identical"] == 1
+    assert record["summary"]["acceptance_length_pooled"] < 1.5
+    assert record["weights_sha256"] == "random"
+
+
 def test_command_goes_on_where_it_was_interrupted(command, monkeypatch):
     """Ctrl-C after a prompt leaves it in the file; --resume decodes only the others and keeps its figures."""
     original = measurement.bench_generate

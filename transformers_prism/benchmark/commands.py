@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from transformers_prism.command_options import (
-    DraftOption,
     JsonOption,
     PackedOption,
     RepetitionPenaltyOption,
@@ -23,6 +22,10 @@ from transformers_prism.whole_files import write_json
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
 
 PromptsOption = Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")]
+MeasuredDraftOption = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False),
+]
 UpdateCardOption = Annotated[
     Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
 ]
@@ -33,6 +36,19 @@ def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) 
     """Refuse to go on with, or to put into a card, what is in no file."""
     if (resume or update_card) and json_file is None:
         raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+
+
+def _load_draft(name: str | None, target):
+    """A draft by name, the shipped one without, and the hash of its weights; "random" is an untrained one."""
+    from transformers_prism.benchmark.modules import random_draft
+    from transformers_prism.demo import SHIPPED_DRAFT, load_draft
+    from transformers_prism.publishing import weights_sha256
+
+    if name == "random":
+        draft = random_draft(target, num_modules=2, tree_settings={}).bind(target)
+        draft.generation_config.update(tree="auto")
+        return draft, name
+    return load_draft(name or SHIPPED_DRAFT, target), weights_sha256(name or SHIPPED_DRAFT)
 
 
 def _update_card(folder: Path | None, measurement: Path | None) -> None:
@@ -91,7 +107,7 @@ def bench_generate_command(
         ),
     ] = None,
     target: TargetOption = None,
-    draft: DraftOption = None,
+    draft: MeasuredDraftOption = None,
     assistant: Annotated[
         str | None,
         typer.Option(help="For assisted: Hub id or folder, or 'random' for a tiny one.", show_default=False),
@@ -125,8 +141,7 @@ def bench_generate_command(
     from transformers_prism.benchmark.measurement import GenerateMeasurement
     from transformers_prism.benchmark.methods import parse_methods
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
-    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.publishing import weights_sha256
+    from transformers_prism.demo import chat_inputs
     from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
@@ -151,8 +166,7 @@ def bench_generate_command(
         figures = measurement.run(
             target_model,
             tokenizer,
-            load_draft(draft or SHIPPED_DRAFT, target_model),
-            weights_sha256(draft or SHIPPED_DRAFT),
+            *_load_draft(draft, target_model),
             chat_inputs,
             chosen,
             records,
@@ -170,7 +184,7 @@ def bench_generate_command(
 def bench_acceptance_command(
     prompts: PromptsOption,
     target: TargetOption = None,
-    draft: DraftOption = None,
+    draft: MeasuredDraftOption = None,
     tree: Annotated[
         list[str] | None,
         typer.Option(help="Nodes/depth/top-k; repeat it for several. 59/6/10, 15/4/4 and 5/5/1 (a chain) if absent."),
@@ -194,8 +208,7 @@ def bench_acceptance_command(
     from transformers_prism.benchmark.figures import table_of
     from transformers_prism.benchmark.measurement import progress_bar
     from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
-    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.publishing import weights_sha256
+    from transformers_prism.demo import chat_inputs
     from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
@@ -213,8 +226,7 @@ def bench_acceptance_command(
         _check_file(json_file, resume, update_card)
         chosen = choose_prompts(read_prompts(prompts), num_prompts)
         model, tokenizer = load_target(target)
-        model_draft = load_draft(draft or SHIPPED_DRAFT, model)
-        weights = weights_sha256(draft or SHIPPED_DRAFT)
+        model_draft, weights = _load_draft(draft, model)
         questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
         with progress_bar(console) as bar:
             task = bar.add_task(
@@ -408,7 +420,7 @@ def bench_scaling_command(
 def bench_rounds_command(
     prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form.")],
     target: TargetOption = None,
-    draft: DraftOption = None,
+    draft: MeasuredDraftOption = None,
     method: Annotated[
         str, typer.Option(help="draft, auto, auto-no-ngrams, chain[:DEPTH] or static[:TOP_K,DEPTH,NODES].")
     ] = "auto",
@@ -431,8 +443,7 @@ def bench_rounds_command(
     from transformers_prism.benchmark.prompts import choose_prompts, contexts_of, read_prompts
     from transformers_prism.benchmark.record import write_record
     from transformers_prism.benchmark.rounds import profile_rounds, profile_rows, weight_bytes
-    from transformers_prism.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.publishing import weights_sha256
+    from transformers_prism.demo import chat_inputs
     from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
@@ -444,7 +455,8 @@ def bench_rounds_command(
         records = read_prompts(prompts)
         measured = choose_prompts(records, min(12, len(records) // 2))
         model, tokenizer = load_target(target)
-        contest = Contest(model, load_draft(draft or SHIPPED_DRAFT, model), None, [chosen], max_length=1)
+        measured_draft, weights = _load_draft(draft, model)
+        contest = Contest(model, measured_draft, None, [chosen], max_length=1)
         contest.enter(chosen)
         profiles = []
         for length in context or [128, 4096]:
@@ -463,7 +475,7 @@ def bench_rounds_command(
             "num_rounds": num_rounds,
             "packed": packed,
         }
-        write_record(json_file, "rounds", model, settings, figures, weights_sha256(draft or SHIPPED_DRAFT))
+        write_record(json_file, "rounds", model, settings, figures, weights)
         report_file(json_file)
         if plot is not None:
             plot_rounds(plot, profiles, [f"context {one['context']}" for one in profiles])

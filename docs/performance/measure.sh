@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# What docs/performance.md shows, measured: one JSON file for each step beside this script, and then the page.
+#
+#   docs/performance/measure.sh spec_bench.jsonl                  every step, some three hours on two cores
+#   docs/performance/measure.sh spec_bench.jsonl rounds greedy    these, and the page from all files that are there
+#
+# Nothing else may run on the machine meanwhile. A step of `bench generate` that was cut off goes on; files of an older
+# draft are measured again once they are removed.
+set -euo pipefail
+prompts=$(realpath "${1:?expected a file of prompts in the form of Spec-Bench}")
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")"
+PATH="$PWD/../../.venv/bin:$PATH"
+# In the order of the page.
+steps=(greedy sampled batch2 batch4 batch8 context256 context2048 context7936 methods untrained adversarial
+  rounds scaling modules acceptance training synthesize)
+
+generate() {
+  transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
+}
+
+# Fragments of random tokens: text that nothing foresees.
+adversarial_prompts() {
+  python - <<'PYTHON'
+import json, torch
+from transformers_prism.target import load_target
+_, tokenizer = load_target()
+generator = torch.Generator().manual_seed(0)
+with open("adversarial.jsonl", "w") as file:
+    for number in range(6):
+        tokens = torch.randint(len(tokenizer), (48,), generator=generator)
+        record = {"question_id": number, "category": "random tokens", "turns": [tokenizer.decode(tokens)]}
+        file.write(json.dumps(record) + "\n")
+PYTHON
+}
+
+measure() {
+  case $step in
+    greedy) generate --method auto --num-prompts 48 ;;
+    sampled) generate --method auto --num-prompts 48 --temperature 0.8 ;;
+    batch*) generate --method auto --num-prompts 48 --batch-size "${step#batch}" ;;
+    context7936) generate --method auto --num-prompts 3 --context 7936 ;;
+    context*) generate --method auto --num-prompts 12 --context "${step#context}" ;;
+    methods)
+      generate --num-prompts 12 --method auto --method auto-no-ngrams --method chain --method static:10,6,59 \
+        --method static:4,4,15 --method static:3,3,7 --method lookup --method assisted --assistant random --method compiled ;;
+    untrained) repeat=5 generate --method auto --num-prompts 6 --draft random ;;
+    adversarial)
+      [ -f adversarial.jsonl ] || adversarial_prompts
+      from=adversarial.jsonl repeat=5 generate --method auto --num-prompts 6 --max-new-tokens 64 --temperature 1.5 ;;
+    rounds) transformers-prism bench rounds --prompts "$prompts" --json "$step.json" ;;
+    scaling) transformers-prism bench scaling --json "$step.json" ;;
+    modules) transformers-prism bench modules --packed --json "$step.json" ;;
+    acceptance) transformers-prism bench acceptance --prompts "$prompts" --json "$step.json" ;;
+    training) transformers-prism bench training --repeat 4 --json "$step.json" ;;
+    synthesize) transformers-prism bench synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
+    *) echo "expected steps among ${steps[*]}, got $step" >&2; return 1 ;;
+  esac
+}
+
+for step in "${@:-${steps[@]}}"; do
+  echo "== $step, $(date +%T)"
+  measure
+done
+files=()
+for step in "${steps[@]}"; do
+  [ ! -f "$step.json" ] || files+=("$step.json")
+done
+transformers-prism bench page "${files[@]}" --output ../performance.md
