@@ -145,6 +145,11 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     greedy = json.loads(measured[0].read_text())
     assert f"| {greedy['summary']['acceptance_length_pooled']:.2f} |" in text
     assert f"| {greedy['summary']['over']['plain']['ratio']:.2f} |" in text
+    glance = text[text.index("## At a glance") : text.index("*Single prompts*")]
+    for line, file in zip(glance.splitlines()[4:], measured[:2], strict=False):
+        one = json.loads(file.read_text())["summary"]
+        assert f"| {one['num_prompts']} | {one['num_identical']} |" in line
+        assert f"| {one['lowest_ratio']:.2f} to {one['highest_ratio']:.2f} |" in line
     rows = json.loads(measured[2].read_text())["rows"]
     assert "| tau | 5/2/3 T = 0 | 5/2/3 T = 0.8 | 2/2/1 T = 0 | 2/2/1 T = 0.8 |" in text
     assert f"| all | {' | '.join(format(row['tau'], '.2f') for row in rows)} |" in text

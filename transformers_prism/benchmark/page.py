@@ -42,6 +42,7 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     page = _Page(folder)
     page.add(_introduction(records))
     generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
+    page.add(*_glance([record for _, record in generate]))
     for stem, record in generate:
         page.add_generate(stem, record)
     page.add_comparison(generate, "batch_size", "rows of a batch", "Batches")
@@ -113,11 +114,41 @@ def _introduction(records: list[tuple[str, dict]]) -> str:
     )
 
 
-def _title(settings: dict) -> str:
-    sampling = settings["generate"]
+def _title(record: dict) -> str:
+    settings, sampling = record["settings"], record["settings"]["generate"]
     decoding = f"temperature {sampling['temperature']:g}" if sampling["do_sample"] else "greedy"
     context = f", context {settings['context']}" if settings["context"] else ""
-    return f"{decoding}, batch {settings['batch_size']}{context}".capitalize()
+    untrained = ", untrained draft" if record["weights_sha256"] == "random" else ""
+    return f"{decoding}, batch {settings['batch_size']}{context}{untrained}".capitalize()
+
+
+def _glance(records: list[dict]) -> list[str]:
+    """The main method of each run of `bench generate` in one table."""
+    if not records:
+        return []
+    baselines = sorted({name for record in records for name in record["summary"]["over"]})
+    heading = ["", "method", "prompts", "same", "tau", *(f"over {name}" for name in baselines), "single prompts", "share"]
+    rows = []
+    for record in records:
+        one = record["summary"]
+        tau, share = one["acceptance_length_pooled"], one["ceiling_share"]
+        rows.append(
+            [
+                f"{_title(record)}, `{record['settings']['prompts']}`",
+                record["settings"]["main_method"],
+                str(one["num_prompts"]),
+                str(one["num_identical"]),
+                "" if tau is None else f"{tau:.2f}",
+                *(f"{one['over'][name]['ratio']:.2f}" if name in one["over"] else "" for name in baselines),
+                f"{one['lowest_ratio']:.2f} to {one['highest_ratio']:.2f}",
+                "" if share is None else f"{share:.2f}",
+            ]
+        )
+    return [
+        "## At a glance",
+        markdown_table(heading, rows),
+        f"*Single prompts*, or batches of them: the lowest and the highest ratio over `{baselines[-1]}`.",
+    ]
 
 
 def _acceptance(record: dict) -> list[str]:
@@ -206,7 +237,7 @@ class _Page:
     def add_generate(self, stem: str, record: dict) -> None:
         """A section for a run of `bench generate`: tables, a picture, what limits the main method."""
         settings, figures = record["settings"], record["methods"]
-        title = _title(settings)
+        title = _title(record)
         main = settings["main_method"]
         baselines = sorted(record["summary"]["over"])
         self.add(f"## {title}: {record['summary']['num_prompts']} prompts of `{settings['prompts']}`")
@@ -243,7 +274,7 @@ class _Page:
         groups: dict[str, list[dict]] = {}
         for _, record in records:
             settings = record["settings"]
-            if settings[setting] is not None:
+            if settings[setting] is not None and record["weights_sha256"] != "random":
                 key = str((settings["generate"], settings[other]))
                 groups.setdefault(key, []).append(record)
         for number, members in enumerate(groups.values()):
@@ -275,7 +306,7 @@ class _Page:
                 )
         if not rows:
             return
-        decoding = _title({**members[0]["settings"], setting: None}).split(",")[0]
+        decoding = _title(members[0]).split(",")[0]
         self.add(f"## {title}, {decoding.lower()}")
         heading = [
             label,
