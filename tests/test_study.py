@@ -175,6 +175,16 @@ def test_study_checks_its_settings():
 
 
 @pytest.mark.quick
+def test_study_follows_few_recipes_over_the_data():
+    """Those whose growth is told are trained with every volume, the others with the largest, whatever the order."""
+    runs = plan_runs(StudyConfig(volumes=[0, 10, 30], seeds=[0, 1]), TrainConfig(output="runs"), [10, 20, 30])
+    for recipe in RECIPES:
+        volumes = [(run.seed, run.num_data_tokens) for run in runs if run.recipe == recipe]
+        growing = recipe in ("eagle2", "hass", "prism-m2")
+        assert volumes == [(seed, volume) for seed in (0, 1) for volume in ((60, 10, 30) if growing else (60,))]
+
+
+@pytest.mark.quick
 def test_study_error_bars_hold_tau_and_narrow_with_prompts():
     def record(num_answers):
         answers = [{"num_rounds": 10, "num_committed": 10 + 2 * (number % 8)} for number in range(num_answers)]

@@ -30,6 +30,7 @@ from transformers_prism.benchmark.acceptance import (
 )
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
 from transformers_prism.benchmark.record import hardware
+from transformers_prism.benchmark.study_figures import GROWING
 from transformers_prism.benchmark.study_page import write_study_page
 from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
 from transformers_prism.command_line import command_line
@@ -77,7 +78,9 @@ class StudyConfig:
     recipes: list[str] = HfArg(default_factory=lambda: list(RECIPES), help=f"Some of {', '.join(RECIPES)}.")
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Of weights and order; each recipe is trained with each.")
     volumes: list[int] = HfArg(
-        default_factory=lambda: [0], help="Tokens of training data, the first of the file; 0 is all of them."
+        default_factory=lambda: [0],
+        help=f"Tokens of training data, the first of the file; 0 is all of them. Of several, {', '.join(GROWING)} are "
+        "trained with each, the other recipes with the largest.",
     )
     epochs: float = HfArg(default=4.0, help="Over each volume, all stages of a recipe together.")
     tokens_seen: int = HfArg(default=0, help="Tokens that every run sees, whatever its volume; 0: so many epochs.")
@@ -133,7 +136,7 @@ class Run:
 
 
 def plan_runs(study: StudyConfig, base: TrainConfig, lengths: list[int]) -> list[Run]:
-    """All runs, one seed after the other.
+    """All runs, one seed after the other: [`GROWING`] with each volume of data, the others with the largest.
 
     Args:
         study (`StudyConfig`): what is compared.
@@ -149,8 +152,10 @@ def plan_runs(study: StudyConfig, base: TrainConfig, lengths: list[int]) -> list
     if not base.output:
         raise ValueError("output: expected a folder, got none")
     runs = []
-    for seed, volume, recipe in itertools.product(study.seeds, study.volumes, study.recipes):
-        count = _count_conversations(volume, lengths)
+    counts = [_count_conversations(volume, lengths) for volume in study.volumes]
+    for seed, count, recipe in itertools.product(study.seeds, counts, study.recipes):
+        if count < max(counts) and recipe not in GROWING:
+            continue
         num_tokens = sum(lengths[:count])
         epochs = study.tokens_seen / num_tokens if study.tokens_seen else study.epochs
         run = Run(recipe, seed, count, num_tokens, base)
