@@ -152,6 +152,7 @@ def bench_generate_command(
         records = read_prompts(prompts)
         chosen = choose_prompts(records, num_prompts)
         target_model, tokenizer = load_target(target)
+        measured_draft, weights = _load_draft(draft, target_model)
         measurement = GenerateMeasurement(
             methods=methods,
             generate=sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty),
@@ -166,7 +167,8 @@ def bench_generate_command(
         figures = measurement.run(
             target_model,
             tokenizer,
-            *_load_draft(draft, target_model),
+            measured_draft,
+            weights,
             chat_inputs,
             chosen,
             records,
