@@ -241,10 +241,12 @@ def run_study(
 
 
 def _records_alike(study: StudyConfig) -> list[dict]:
-    """All records of the folder that were decoded alike, those of other commands, too."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(study.records).glob("*.json"))]
+    """All records of the folder that were decoded alike, those of other commands, too, in the page's order."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(study.records).glob("*.json")]
     names = ("num_prompts", "max_new_tokens", "sampling_seed")
-    return [record for record in records if all(record[name] == getattr(study, name) for name in names)]
+    alike = [record for record in records if all(record[name] == getattr(study, name) for name in names)]
+    order = ("recipe", "tree", "temperature", "num_data_tokens", "seed")
+    return sorted(alike, key=lambda record: [record[name] for name in order])
 
 
 def _describe(run: Run) -> str:

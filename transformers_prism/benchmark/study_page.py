@@ -110,8 +110,12 @@ def _growth(records: list[dict]) -> list[str]:
         for volume in volumes:
             found = by_volume.get(volume, [])
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(pooled_tau(found), *tau_interval(found)) if found else "")
-        rows.append([recipe, tree, f"{temperature:g}", *cells])
-    heading = ["recipe", "tree", "temperature", *(f"{volume} tokens" for volume in volumes)]
+        growth = ""
+        before, last = (by_volume.get(volume, []) for volume in volumes[-2:])
+        if last and {one["seed"] for one in last} == {one["seed"] for one in before}:
+            growth = "{:.3f} ({:.3f} to {:.3f})".format(*ratio_interval(last, before))
+        rows.append([recipe, tree, f"{temperature:g}", *cells, growth])
+    heading = ["recipe", "tree", "temperature", *(f"{volume} tokens" for volume in volumes), "the last over the one before"]
     return [
         "## How tau grows with the data",
         markdown_table(heading, rows),

@@ -39,21 +39,24 @@ def plot_volumes(records: list[dict], path) -> None:
             axes.plot([x for x, _ in points], [pooled_tau(one) for _, one in points], color=f"C{place}", label=recipe)
             for volume, one in points:
                 _point(axes, volume, one, color=f"C{place}")
+        volumes = sorted({one["num_data_tokens"] for one in members})
         axes.set(xscale="log", xlabel="tokens of training data", ylabel="tau")
+        axes.set_xticks(volumes, [f"{volume:,}" for volume in volumes])
+        axes.minorticks_off()
         axes.legend()
     figure.savefig(Path(path), dpi=120)
 
 
 def _panels(records: list[dict]):
-    """A figure with a row per temperature and a column per tree, and the records of each panel."""
+    """A figure with a row per tree and a column per temperature, and the records of each panel."""
     import matplotlib.figure
 
     trees, temperatures = grouped(records, "tree"), sorted({record["temperature"] for record in records})
-    figure = matplotlib.figure.Figure(figsize=(4.5 * len(trees), 3.6 * len(temperatures)), layout="constrained")
-    grid = figure.subplots(len(temperatures), len(trees), squeeze=False)
+    figure = matplotlib.figure.Figure(figsize=(4.5 * len(temperatures), 3.6 * len(trees)), layout="constrained")
+    grid = figure.subplots(len(trees), len(temperatures), squeeze=False)
     panels = []
-    for row, temperature in enumerate(temperatures):
-        for column, ((tree,), found) in enumerate(trees.items()):
+    for row, ((tree,), found) in enumerate(trees.items()):
+        for column, temperature in enumerate(temperatures):
             grid[row][column].set_title(f"tree {tree}, temperature {temperature:g}")
             panels.append((grid[row][column], [one for one in found if one["temperature"] == temperature]))
     return figure, panels
