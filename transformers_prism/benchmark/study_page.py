@@ -82,18 +82,19 @@ def _ordering(records: list[dict]) -> list[str]:
     claims = []
     for better, worse in CLAIMS:
         for (tree, temperature), members in ways.items():
-            first, second = ([one for one in members if one["recipe"] == name] for name in (better, worse))
-            if not first or {one["seed"] for one in first} != {one["seed"] for one in second}:
+            first, second = ({one["seed"]: one for one in members if one["recipe"] == name} for name in (better, worse))
+            seeds = sorted(set(first) & set(second))
+            if not seeds:
                 continue
-            ratio, low, high = ratio_interval(first, second)
-            row = [f"{better} over {worse}", tree, f"{temperature:g}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
-            claims.append([*row, verdict(low, high)])
+            ratio, low, high = ratio_interval(*([found[seed] for seed in seeds] for found in (first, second)))
+            row = [f"{better} over {worse}", tree, f"{temperature:g}", str(len(seeds)), f"{ratio:.3f}"]
+            claims.append([*row, f"{low:.3f} to {high:.3f}", verdict(low, high)])
     parts = [f"## With {chosen[0]['num_data_tokens']} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
     if claims:
         parts += [
             "That the first accepts more than the second *holds* if the whole interval of the ratio lies above 1, *does not "
             "hold* if below, and is *undecided* otherwise:",
-            markdown_table(["claim", "tree", "temperature", "ratio of tau", "95 %", "found"], claims),
+            markdown_table(["claim", "tree", "temperature", "seeds", "ratio of tau", "95 %", "found"], claims),
         ]
     return parts
 
