@@ -86,7 +86,7 @@ def _ordering(records: list[dict]) -> list[str]:
             seeds = sorted(set(first) & set(second))
             if not seeds:
                 continue
-            ratio, low, high = ratio_interval(*([found[seed] for seed in seeds] for found in (first, second)))
+            ratio, low, high = ratio_interval([first[seed] for seed in seeds], [second[seed] for seed in seeds])
             row = [f"{better} over {worse}", tree, f"{temperature:g}", str(len(seeds)), f"{ratio:.3f}"]
             claims.append([*row, f"{low:.3f} to {high:.3f}", verdict(low, high)])
     parts = [f"## With {chosen[0]['num_data_tokens']} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
