@@ -313,7 +313,8 @@ def test_auto_of_equal_candidates_the_first_are_chosen():
     """As the draft ranked them."""
     candidates = random_candidates([0.5] * 20)
     best = candidates.best(6)
-    assert sorted(best.depths) == [1, 1, 1, 1, 2, 2]
+    assert best.parents == [0, 0, 0, 0, *best.parents[4:]]
+    assert best.depths == [1, 1, 1, 1, 2, 2]
     assert sorted(best.token_ids) == sorted(candidates.token_ids[:6])
 
 

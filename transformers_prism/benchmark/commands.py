@@ -41,10 +41,11 @@ def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) 
 def _load_draft(name: str | None, target):
     """A draft by name, the shipped one without, and the hash of its weights; "random" is an untrained one."""
     from transformers_prism.benchmark.modules import random_draft
+    from transformers_prism.benchmark.record import UNTRAINED
     from transformers_prism.demo import SHIPPED_DRAFT, load_draft
     from transformers_prism.publishing import weights_sha256
 
-    if name == "random":
+    if name == UNTRAINED:
         draft = random_draft(target, num_modules=2, tree_settings={}).bind(target)
         draft.generation_config.update(tree="auto")
         return draft, name

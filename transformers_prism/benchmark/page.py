@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers_prism.benchmark import plots, roofline
 from transformers_prism.benchmark.acceptance import acceptance_rows
-from transformers_prism.benchmark.figures import method_rows, task_rows
-from transformers_prism.benchmark.record import read_record
+from transformers_prism.benchmark.figures import glance_rows, method_rows, task_rows
+from transformers_prism.benchmark.record import UNTRAINED, read_record
 from transformers_prism.benchmark.rounds import profile_rows
 from transformers_prism.benchmark.scaling import axis_rows
 
@@ -118,7 +118,7 @@ def _title(record: dict) -> str:
     settings, sampling = record["settings"], record["settings"]["generate"]
     decoding = f"temperature {sampling['temperature']:g}" if sampling["do_sample"] else "greedy"
     context = f", context {settings['context']}" if settings["context"] else ""
-    untrained = ", untrained draft" if record["weights_sha256"] == "random" else ""
+    untrained = ", untrained draft" if record["weights_sha256"] == UNTRAINED else ""
     return f"{decoding}, batch {settings['batch_size']}{context}{untrained}".capitalize()
 
 
@@ -126,28 +126,12 @@ def _glance(records: list[dict]) -> list[str]:
     """The main method of each run of `bench generate` in one table."""
     if not records:
         return []
-    baselines = sorted({name for record in records for name in record["summary"]["over"]})
-    heading = ["", "method", "prompts", "same", "tau", *(f"over {name}" for name in baselines), "single prompts", "share"]
-    rows = []
-    for record in records:
-        one = record["summary"]
-        tau, share = one["acceptance_length_pooled"], one["ceiling_share"]
-        rows.append(
-            [
-                f"{_title(record)}, `{record['settings']['prompts']}`",
-                record["settings"]["main_method"],
-                str(one["num_prompts"]),
-                str(one["num_identical"]),
-                "" if tau is None else f"{tau:.2f}",
-                *(f"{one['over'][name]['ratio']:.2f}" if name in one["over"] else "" for name in baselines),
-                f"{one['lowest_ratio']:.2f} to {one['highest_ratio']:.2f}",
-                "" if share is None else f"{share:.2f}",
-            ]
-        )
+    names = [f"{_title(record)}, `{record['settings']['prompts']}`" for record in records]
+    baseline = max(name for record in records for name in record["summary"]["over"])
     return [
         "## At a glance",
-        markdown_table(heading, rows),
-        f"*Single prompts*, or batches of them: the lowest and the highest ratio over `{baselines[-1]}`.",
+        markdown_table(*glance_rows(names, records)),
+        f"*Single prompts*, or batches of them: the lowest and the highest ratio over `{baseline}`.",
     ]
 
 
@@ -274,7 +258,7 @@ class _Page:
         groups: dict[str, list[dict]] = {}
         for _, record in records:
             settings = record["settings"]
-            if settings[setting] is not None and record["weights_sha256"] != "random":
+            if settings[setting] is not None and record["weights_sha256"] != UNTRAINED:
                 key = str((settings["generate"], settings[other]))
                 groups.setdefault(key, []).append(record)
         for number, members in enumerate(groups.values()):

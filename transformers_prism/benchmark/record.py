@@ -16,6 +16,9 @@ import transformers_prism
 from transformers_prism.command_line import command_line
 from transformers_prism.whole_files import write_json
 
+# In place of the hash of a draft's weights, and its name for commands: a draft that nobody trained.
+UNTRAINED = "random"
+
 
 def record_head(kind: str, target, settings: dict, weights: str | None = None) -> dict:
     """What a measurement's figures belong to.
@@ -24,7 +27,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
         kind (`str`): which measurement: "generate", "verify", "modules" and so on.
         target (`PreTrainedModel`): what was sped up.
         settings (`dict`): how it was measured: tree, batch, baseline and whatever else decides the figures.
-        weights (`str`, *optional*): [`weights_sha256`] of the draft.
+        weights (`str`, *optional*): [`weights_sha256`] of the draft, or `UNTRAINED`.
     """
     return {
         "kind": kind,

@@ -62,6 +62,13 @@ def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tu
     return pooled_tau(records) / pooled_tau(others), *_bootstrap(draw, seed)
 
 
+def of_common_seeds(records: list[dict], others: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Those of both sides whose seed the other side has, too."""
+    seeds = {record["seed"] for record in records} & {record["seed"] for record in others}
+    first, second = ([record for record in side if record["seed"] in seeds] for side in (records, others))
+    return first, second
+
+
 def _bootstrap(draw: Callable[[random.Random], float], seed: int) -> tuple[float, float]:
     """95 % interval of what is drawn."""
     generator = random.Random(seed)
@@ -118,6 +125,7 @@ __all__ = [
     "at_common_volume",
     "grouped",
     "mean_of",
+    "of_common_seeds",
     "pooled_tau",
     "ratio_interval",
     "tau_after",

@@ -8,6 +8,7 @@ from transformers_prism.benchmark.study_figures import (
     at_common_volume,
     grouped,
     mean_of,
+    of_common_seeds,
     pooled_tau,
     ratio_interval,
     tau_after,
@@ -82,12 +83,12 @@ def _ordering(records: list[dict]) -> list[str]:
     claims = []
     for better, worse in CLAIMS:
         for (tree, temperature), members in ways.items():
-            first, second = ({one["seed"]: one for one in members if one["recipe"] == name} for name in (better, worse))
-            seeds = sorted(set(first) & set(second))
-            if not seeds:
+            by_recipe = {recipe: found for (recipe,), found in grouped(members, "recipe").items()}
+            first, second = of_common_seeds(by_recipe.get(better, []), by_recipe.get(worse, []))
+            if not first:
                 continue
-            ratio, low, high = ratio_interval([first[seed] for seed in seeds], [second[seed] for seed in seeds])
-            row = [f"{better} over {worse}", tree, f"{temperature:g}", str(len(seeds)), f"{ratio:.3f}"]
+            ratio, low, high = ratio_interval(first, second)
+            row = [f"{better} over {worse}", tree, f"{temperature:g}", str(len(first)), f"{ratio:.3f}"]
             claims.append([*row, f"{low:.3f} to {high:.3f}", verdict(low, high)])
     parts = [f"## With {chosen[0]['num_data_tokens']} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
     if claims:
@@ -110,24 +111,26 @@ def _growth(records: list[dict]) -> list[str]:
         cells = []
         for volume in volumes:
             found = by_volume.get(volume, [])
-            cells.append("{:.3f} ({:.3f} to {:.3f})".format(pooled_tau(found), *tau_interval(found)) if found else "")
-        growth = ""
-        before, last = (by_volume.get(volume, []) for volume in volumes[-2:])
-        if last and {one["seed"] for one in last} == {one["seed"] for one in before}:
-            growth = "{:.3f} ({:.3f} to {:.3f})".format(*ratio_interval(last, before))
-        rows.append([recipe, tree, f"{temperature:g}", *cells, growth])
+            cells.append(_with_interval(pooled_tau(found), *tau_interval(found)) if found else "")
+        last, before = of_common_seeds(by_volume.get(volumes[-1], []), by_volume.get(volumes[-2], []))
+        cells.append(_with_interval(*ratio_interval(last, before)) if last else "")
+        rows.append([recipe, tree, f"{temperature:g}", *cells])
     heading = ["recipe", "tree", "temperature", *(f"{volume} tokens" for volume in volumes), "the last over the one before"]
     return [
         "## How tau grows with the data",
         markdown_table(heading, rows),
         "![tau over the data](tau_over_volume.png)",
-        *_equal_seconds(chosen),
+        *_equal_seconds(chosen, volumes[-1]),
     ]
 
 
-def _equal_seconds(records: list[dict]) -> list[str]:
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _equal_seconds(records: list[dict], most_tokens: int) -> list[str]:
     """What recipes reach in the time that the quickest takes with the most data."""
-    largest = [one for one in records if one["num_data_tokens"] == max(one["num_data_tokens"] for one in records)]
+    largest = [one for one in records if one["num_data_tokens"] == most_tokens]
     seconds = min(mean_of(found, "train_seconds") for found in grouped(largest, "recipe").values())
     rows = []
     for (recipe, tree, temperature), members in grouped(records, "recipe", "tree", "temperature").items():
