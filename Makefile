@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Two test processes with one thread each fill a small machine and leave the rest of a large one alone.
 PYTEST_PROCESSES ?= 2
+# A process that has nothing left takes tests over from one that is held up, as by kernels that are compiled anew.
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal
 
 .PHONY: demo test lint quick
 
@@ -12,10 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/transformers-prism demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
+	OMP_NUM_THREADS=1 $(PYTEST)
 
 quick: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m quick
+	OMP_NUM_THREADS=1 $(PYTEST) -m quick
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
