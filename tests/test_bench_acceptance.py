@@ -54,9 +54,9 @@ def test_acceptance_goes_on_where_it_was_interrupted(command, tmp_path, monkeypa
     path.write_text(json.dumps({**whole, "rows": whole["rows"][:3]}))
     decoded = []
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         decoded.append(args[3:5])
-        return decode_prompts(*args)
+        return decode_prompts(*args, **kwargs)
 
     monkeypatch.setattr("transformers_prism.benchmark.acceptance.decode_prompts", counted)
     result = CliRunner().invoke(app, [*command, "--resume"])
@@ -66,6 +66,22 @@ def test_acceptance_goes_on_where_it_was_interrupted(command, tmp_path, monkeypa
     result = CliRunner().invoke(app, [*command, "--resume", "--max-new-tokens", "6"])
     assert result.exit_code == 1
     assert "expected max_new_tokens 6 to go on, got 8" in result.stderr
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], True), (["--no-coupled"], False)])
+def test_draft_sees_the_draws_unless_told_otherwise(command, tmp_path, monkeypatch, options, expected):
+    seen = []
+
+    def watched(target, draft, *args, **kwargs):
+        answers = decode_prompts(target, draft, *args, **kwargs)
+        seen.append(draft.generation_config.tree_coupled)
+        return answers
+
+    monkeypatch.setattr("transformers_prism.benchmark.acceptance.decode_prompts", watched)
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, result.output
+    assert seen == [expected] * 4
+    assert json.loads((tmp_path / "acceptance.json").read_text())["settings"]["coupled"] is expected
 
 
 def test_acceptance_names_bad_input(command, tmp_path):

@@ -66,7 +66,7 @@ def test_a_lost_draw_fails(pair, monkeypatch):
     target, draft, inputs = pair
     grow = type(draft.make_drafter()).grow
     monkeypatch.setattr(
-        type(draft.make_drafter()), "grow", lambda self, settings: (torch.rand(1), grow(self, settings))[1]
+        type(draft.make_drafter()), "grow", lambda self, settings, coupling: (torch.rand(1), grow(self, settings, coupling))[1]
     )
     checks = verify(target, draft, inputs, max_new_tokens=20)
     assert not as_json(checks)["holds"]

@@ -151,13 +151,13 @@ class ScriptedDrafter:
         if self.root_ids is not None:
             self.root_ids = self.root_ids[rows]
 
-    def grow(self, settings) -> Tree:
+    def grow(self, settings, coupling=None) -> Tree:
         """A tree of exactly `settings.num_nodes` nodes, at most `settings.depth` deep."""
         rows = [self._grow_row(row, settings) for row in range(len(self.scripts))]
         token_ids, parents, depths = (torch.tensor(part) for part in zip(*rows, strict=True))
         return Tree(token_ids, parents, depths, -depths.float())
 
-    def draw(self, top_k: int, depth: int, choose_width=None) -> CandidatePool:
+    def draw(self, top_k: int, depth: int, choose_width=None, coupling=None) -> CandidatePool:
         """A chain that is true for a random number of tokens, with a random twin at every node if `top_k` is above 1."""
         width = min(top_k, 2)
         token_ids = [self._draw_row(row, depth, width) for row in range(len(self.scripts))]

@@ -394,7 +394,9 @@ class AutoTrees:
         read_all(drafter, unread)
         self.read_seconds = time.perf_counter() - start if is_late else 0.0
         steps = _StepChoice(self, num_rows, depth)
-        pool = drafter.draw(self.settings.top_k, depth, steps.choose_width)
+        pool = drafter.draw(
+            self.settings.top_k, depth, steps.choose_width, self.rows.coupling(self.active, depth)
+        )
         rows = zip(
             pool.token_ids.tolist(),
             pool.parents.tolist(),

@@ -15,6 +15,7 @@ from .attention import PRISM_TREE, attach_tree
 from .cache import CommittedCache, new_tree_cache
 from .kernels.grow_tree import grow_tree
 from .kernels.tree_attention import pack_ancestors, unpack_ancestors
+from .sampling_noise import NUM_COMPETING, Coupling
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
 
 
@@ -100,19 +101,27 @@ class Drafter:
         self.last_position = position_ids[last]
         self.root_ids = token_ids[last]
 
-    def grow(self, settings) -> Tree:
+    def grow(self, settings, coupling: Coupling | None = None) -> Tree:
         """Steps 0 to `settings.depth - 1`: draw a tree below each row's last committed token.
 
         Args:
             settings (`TreeSettings`): `depth` 0 gives the root alone.
+            coupling (`Coupling`, *optional*): see [`~Drafter.draw`].
         Returns:
             `Tree` with `settings.num_nodes` drafted nodes in every row.
         """
         if settings.depth == 0:
             return root_tree(self.root_ids)
-        return select_nodes(self.root_ids, self.draw(settings.top_k, settings.depth), settings.num_nodes)
+        pool = self.draw(settings.top_k, settings.depth, coupling=coupling)
+        return select_nodes(self.root_ids, pool, settings.num_nodes)
 
-    def draw(self, top_k: int, depth: int, choose_width: Callable[[torch.Tensor], int] | None = None) -> CandidatePool:
+    def draw(
+        self,
+        top_k: int,
+        depth: int,
+        choose_width: Callable[[torch.Tensor], int] | None = None,
+        coupling: Coupling | None = None,
+    ) -> CandidatePool:
         """Run draft steps 0 to `depth - 1` and return everything that they propose.
 
         Args:
@@ -121,6 +130,8 @@ class Drafter:
             choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
                 `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall go on with,
                 the best of them, 0 for no more steps. Without it, `top_k`.
+            coupling (`Coupling`, *optional*): the random numbers that the target will sample with. Nodes are then
+                proposed by how likely they are to be chosen with these.
         """
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
         frontier, steps = _Frontier(self), []
@@ -131,7 +142,7 @@ class Drafter:
         ancestors = torch.zeros((num_rows, 1, -(-top_k * depth // 64)), dtype=torch.long, device=device)  # no bits
         num_drawn = 0
         for next_step in range(1, depth + 1):
-            child_ids, child_log_probs = self.draft.propose(output, top_k)  # [B, K, top_k]
+            child_ids, child_log_probs = self._propose(output, top_k, next_step - 1, coupling)  # [B, K, top_k]
             width = top_k if next_step < depth else 0
             if width > 0 and choose_width is not None:
                 width = choose_width(log_probs[..., None] + child_log_probs)
@@ -147,6 +158,14 @@ class Drafter:
             output = frontier.step(next_step, grown.token_ids, hidden, ancestors)  # [B, K, D]
         self.cache.forget_appended()
         return CandidatePool.of_steps(steps)
+
+    def _propose(self, output, top_k: int, depth: int, coupling: Coupling | None):
+        """Children of nodes at a depth: the draft's likeliest, or the likeliest with the draws that are known."""
+        if coupling is None:
+            return self.draft.propose(output, top_k)
+        num_competing = min(max(NUM_COMPETING, top_k), self.draft.config.num_draft_tokens)
+        token_ids, log_probs = self.draft.propose(output, num_competing)
+        return coupling.likeliest(depth, token_ids, log_probs, top_k)
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
         """What new rows see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""

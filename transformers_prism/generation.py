@@ -112,7 +112,8 @@ def speculative_generate(
     if reason is not None:
         return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
 
-    rows = OutputRows(input_ids, logits_processor, stopping_criteria, generation_config)
+    is_coupled = settings.coupled and not settings.cuda_graph
+    rows = OutputRows(input_ids, logits_processor, stopping_criteria, generation_config, is_coupled)
     if isinstance(target_side, ChainTarget):
         settings = settings.as_chain()
     was_training = draft.training
@@ -160,15 +161,15 @@ def _drafter_for(draft, cache, num_rows: int, cuda_graph: bool):
 class _FixedTrees:
     """The same settings in every round."""
 
-    def __init__(self, settings: TreeSettings):
-        self.settings = settings
+    def __init__(self, settings: TreeSettings, rows: OutputRows):
+        self.settings, self.rows = settings, rows
 
     def propose(self, drafter, unread: list[NewPositions], active: list[int], max_depth: int, max_nodes: int):
         """The tree of the next round; the arguments are those of [`AutoTrees.propose`]."""
         read_all(drafter, unread)
         self.clipped = self.settings.clipped(max_depth, max_nodes)
         self.depth = self.clipped.depth
-        return drafter.grow(self.clipped)
+        return drafter.grow(self.clipped, self.rows.coupling(active, self.depth))
 
     def observe(self, tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
         """What the round was."""
@@ -181,7 +182,7 @@ class _FixedTrees:
 def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows):
     """Where trees come from; choosing within a round needs tensors that can be looked at without waiting."""
     if settings.tree != "auto":
-        return _FixedTrees(settings)
+        return _FixedTrees(settings, rows)
     kind = AutoTrees if draft.device.type == "cpu" else PlannedTrees
     return kind(settings, target, draft, rows)
 

@@ -81,10 +81,11 @@ class GraphDrafter(Drafter):
         self._read_unread()
         self.unread = (token_ids, target_hidden, position_ids, num_new)
 
-    def grow(self, settings) -> Tree:
+    def grow(self, settings, coupling=None) -> Tree:
         """Read what there is to read and draw a tree; the arguments are those of [`Drafter.grow`].
 
-        The tree's tensors hold it until the next one grows.
+        The tree's tensors hold it until the next one grows. A graph reads no random numbers, so that `coupling` changes
+        nothing.
         """
         self.deepest = max(self.deepest, settings.depth)
         if self.unread is None:

@@ -237,6 +237,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             # transformers makes one up where the file is absent or its download fails; asked again, it says which.
             where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
             draft.generation_config = GenerationConfig.from_pretrained(source, **where)
+        for name, value in default_tree_settings().items():
+            # Of a draft that is older than the setting; `update` would ignore what is not there.
+            if getattr(draft.generation_config, name, None) is None:
+                setattr(draft.generation_config, name, value)
         return (draft, info) if output_loading_info else draft
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):

@@ -57,7 +57,7 @@ class PlannedTrees(AutoTrees):
         self.plan = self._plan(len(self.active), limit, max_nodes)
         self.depth = self.plan.depth
         read_all(drafter, unread)
-        tree = drafter.grow(self.plan)
+        tree = drafter.grow(self.plan, self.rows.coupling(self.active, self.plan.depth))
         # It is there once the walk, which the same queue runs later, has been read.
         drawn = torch.stack((tree.depths.float(), tree.log_probs))[..., 1:]
         self.drawn = drawn.to("cpu", non_blocking=True)  # [2, B, n]

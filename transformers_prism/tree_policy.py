@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 _TREES = ("auto", "static", "chain")
 _INTEGERS = ("tree_top_k", "tree_depth", "tree_num_nodes")
-_SWITCHES = ("tree_ngrams", "tree_cuda_graph")
+_SWITCHES = ("tree_ngrams", "tree_coupled", "tree_cuda_graph")
 
 
 def default_tree_settings() -> dict:
     """Settings of a draft that says nothing else: the best tree of each round, within bounds that seldom bind."""
     sizes = {"tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63}
-    return {"tree": "auto", **sizes, "tree_ngrams": True, "tree_cuda_graph": False}
+    return {"tree": "auto", **sizes, "tree_ngrams": True, "tree_coupled": True, "tree_cuda_graph": False}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TreeSettings:
         depth (`int`): draft steps, step 0 included, so the longest drafted path in tokens.
         num_nodes (`int`): drafted nodes that the target verifies, the root not counted.
         ngrams (`bool`): with "auto", whether continuations copied from the text may join the tree.
+        coupled (`bool`): whether the draft may look at the random numbers that the target will sample with.
         cuda_graph (`bool`): whether a round's drafting is captured as a CUDA graph; not yet tried on a GPU.
     """
 
@@ -33,6 +34,7 @@ class TreeSettings:
     depth: int
     num_nodes: int
     ngrams: bool = False
+    coupled: bool = True
     cuda_graph: bool = False
 
     @classmethod
@@ -57,11 +59,12 @@ class TreeSettings:
         for name in _SWITCHES:
             if not isinstance(values[name], bool):
                 raise ValueError(f"{name}: expected True or False, got {values[name]!r}")
-        depth, num_nodes, cuda_graph = values["tree_depth"], values["tree_num_nodes"], values["tree_cuda_graph"]
+        depth, num_nodes = values["tree_depth"], values["tree_num_nodes"]
+        switches = {"coupled": values["tree_coupled"], "cuda_graph": values["tree_cuda_graph"]}
         if values["tree"] == "chain":
-            return cls("chain", 1, depth, num_nodes, cuda_graph=cuda_graph).as_chain()
+            return cls("chain", 1, depth, num_nodes, **switches).as_chain()
         top_k = min(values["tree_top_k"], num_draft_tokens)
-        settings = cls(values["tree"], top_k, depth, num_nodes, cuda_graph=cuda_graph)
+        settings = cls(values["tree"], top_k, depth, num_nodes, **switches)
         if settings.tree == "auto":
             return dataclasses.replace(settings, ngrams=values["tree_ngrams"])
         if num_nodes > settings.pool_size(depth):
@@ -85,4 +88,4 @@ class TreeSettings:
         """The chain that fits into this tree: as long as its depth and its number of nodes allow."""
         length = min(self.depth, self.num_nodes)
         tree = "auto" if self.tree == "auto" else "chain"
-        return TreeSettings(tree, top_k=1, depth=length, num_nodes=length, cuda_graph=self.cuda_graph)
+        return dataclasses.replace(self, tree=tree, top_k=1, depth=length, num_nodes=length, ngrams=False)

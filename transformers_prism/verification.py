@@ -1,9 +1,9 @@
 """Which tokens plain decoding would have emitted, and how far along the drafted tree that is.
 
-A tree is a deterministic function of the context, so nothing has to be corrected for: each next token is chosen from
-the target's processed logits at the current node exactly as plain decoding chooses it, and the walk goes on while a
-child of that node holds the chosen token. One random draw per emitted token, in order, makes sampled text equal to
-plain `generate` with the same seed.
+A tree has no say in what is emitted, so nothing has to be corrected for: each next token is chosen from the target's
+processed logits at the current node exactly as plain decoding chooses it, and the walk goes on while a child of that
+node holds the chosen token. One random draw per emitted token, in order, makes sampled text equal to plain `generate`
+with the same seed; drawn a little ahead, the draft can see it, too (`sampling_noise.py`).
 
 There are two roads. On the device (`walk_on_device`) one operator walks all rows and one read brings what they emit:
 greedy without processors, and sampling under stock warpers. On the host (`walk`) processors are called node by node,
@@ -23,6 +23,7 @@ from transformers.generation import (
 
 from .kernels.dispatch import TRITON_DEVICES, expect
 from .kernels.verify_tree import WARPERS, verify_tree
+from .sampling_noise import Coupling, StepNoise
 from .tree import Tree
 
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
@@ -54,6 +55,8 @@ class OutputRows:
         logits_processor (`LogitsProcessorList`): called once per emitted token, in order, with the ids so far.
         stopping_criteria (`StoppingCriteriaList`): called once per emitted token, in order.
         generation_config (`GenerationConfig`): prepared by generate().
+        is_coupled (`bool`): whether the draft may see the random numbers of sampling, where nothing else could draw in
+            between: with stock warpers and criteria.
         walk (`str`): "auto", "device" or "host". "auto" is the device's where the ids are on an accelerator and
             processors, criteria and outputs allow it.
     Raises:
@@ -66,6 +69,7 @@ class OutputRows:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config,
+        is_coupled: bool = False,
         walk: str = "auto",
     ):
         expect(walk in ("auto", "device", "host"), "walk", "auto, device or host", walk)
@@ -96,8 +100,10 @@ class OutputRows:
         self.lengths = [self.prompt_length] * self.num_rows
         self.new_tokens: list[list[int]] = [[] for _ in range(self.num_rows)]  # behind the prompts
         self.end_lengths: list[int | None] = [None] * self.num_rows  # where the criteria stopped each row
-        needs_noise = self.do_sample and (self.num_rows > 1 or self.walks_on_device)
-        self.noise = _StepNoise(self.device) if needs_noise else None
+        has_stock_parts = self.warpers is not None and self.has_stock_criteria
+        self.is_coupled = is_coupled and self.do_sample and has_stock_parts
+        needs_noise = self.do_sample and (self.num_rows > 1 or self.walks_on_device or self.is_coupled)
+        self.noise = StepNoise(self.device) if needs_noise else None
 
     def _kept_rows(self) -> list[list[torch.Tensor]]:
         return [[] for _ in range(self.num_rows)]
@@ -107,7 +113,12 @@ class OutputRows:
         """Whether the device's walk chooses and ends as processors and criteria do."""
         keeps_rows = self.scores is not None or self.logits is not None
         chooses = self.warpers is not None if self.do_sample else not len(self.logits_processor)
-        return chooses and not keeps_rows and all(type(one) in _CRITERIA_OF_IDS for one in self.stopping_criteria)
+        return chooses and not keeps_rows and self.has_stock_criteria
+
+    @property
+    def has_stock_criteria(self) -> bool:
+        """Whether no stopping criterion looks at anything but the ids."""
+        return all(type(one) in _CRITERIA_OF_IDS for one in self.stopping_criteria)
 
     def is_done(self, row: int) -> bool:
         """Whether `row` emits no more tokens.
@@ -181,6 +192,20 @@ class OutputRows:
         if self.noise is not None and going:
             self.noise.forget_before(min(going) - self.prompt_length)
 
+    def coupling(self, active: list[int], num_steps: int) -> Coupling | None:
+        """The draws of the next `num_steps` tokens of these rows, for the draft to see; None if it shall not."""
+        if not self.is_coupled or num_steps == 0:
+            return None
+        noise, steps, rows = self._noise_of_next(active, num_steps, self.noise.buffer.shape[2])
+        return Coupling(noise, steps, rows, self.logits_processor)
+
+    def _noise_of_next(self, active: list[int], num_steps: int, vocab_size: int):
+        """Noise of the next steps: of some steps and all rows, and where in it each row's next step and row are."""
+        steps = [0 if self.is_done(row) else self.lengths[row] - self.prompt_length for row in active]
+        noise = self.noise.before(max(steps) + num_steps, (self.num_rows, vocab_size))
+        steps = [max(step - self.noise.start, 0) for step in steps]
+        return noise, torch.tensor(steps, device=self.device), torch.tensor(active, device=self.device)
+
     def finish(self) -> torch.LongTensor:
         """The sequences as plain decoding returns them, and the generator in the state that it leaves."""
         width = max(self.end_lengths)
@@ -202,51 +227,6 @@ class OutputRows:
         return tuple(torch.cat([row[step] if step < len(row) else zeros for row in kept]) for step in range(num_steps))
 
 
-class _StepNoise:
-    """The exponential noise of each decoding step for a whole batch, drawn in order when a row first needs it."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.buffer = torch.empty((0, 0, 0), device=device)  # [W, B, V], of the steps from `start` on
-        self.start = 0
-        self.first_needed = 0
-        self.states: list[torch.Tensor] = []  # of the generator, before each step's draw
-        self.module = torch if device.type == "cpu" else getattr(torch, device.type)
-        # A process may have several accelerators, each with a generator of its own.
-        self.which = (device,) if device.type in TRITON_DEVICES else ()
-
-    def before(self, end: int, shape: tuple[int, int]) -> torch.Tensor:
-        """Noise `(W, B, V)` of the steps from `start` to `end - 1` or a later one."""
-        if end - self.start > self.buffer.shape[0]:
-            self._move(end, shape)
-        while len(self.states) < end:
-            self.states.append(self.module.get_rng_state(*self.which))
-            self.buffer[len(self.states) - 1 - self.start].exponential_(1)
-        return self.buffer[: len(self.states) - self.start]
-
-    def _move(self, end: int, shape: tuple[int, int]) -> None:
-        """Make room for the steps before `end`, without those that are not needed any more."""
-        held = self.buffer[self.first_needed - self.start : len(self.states) - self.start]
-        wanted = end - self.first_needed
-        self.buffer = torch.empty((wanted + max(wanted // 2, 8), *shape), dtype=torch.float32, device=self.device)
-        if len(held):
-            self.buffer[: len(held)] = held
-        self.start = self.first_needed
-
-    def of_step(self, step: int, shape: tuple[int, int]) -> torch.Tensor:
-        """Noise `(B, V)` of a step, the same for every row that asks."""
-        return self.before(step + 1, shape)[step - self.start]
-
-    def forget_before(self, step: int) -> None:
-        """Free the noise of steps that every row has passed, when room is made next."""
-        self.first_needed = step
-
-    def rewind_to(self, num_steps: int) -> None:
-        """Leave the generator as if only `num_steps` steps had been drawn."""
-        if num_steps < len(self.states):
-            self.module.set_rng_state(self.states[num_steps], *self.which)
-
-
 def walk_on_device(rows: OutputRows, active: list[int], tree: Tree, logits: torch.Tensor, depth: int):
     """Emit what plain decoding would in every row that is not done, as far as the trees go along; one read.
 
@@ -259,17 +239,10 @@ def walk_on_device(rows: OutputRows, active: list[int], tree: Tree, logits: torc
     Returns:
         `list[list[int]]`: for each row of the tree what [`walk`] returns; [] for those that are done.
     """
-    steps = [0 if rows.is_done(row) else rows.lengths[row] - rows.prompt_length for row in active]
     num_steps, drawn = depth + 1, {}
     if rows.noise is not None:
-        noise = rows.noise.before(max(steps) + num_steps, (rows.num_rows, logits.shape[-1]))
-        noise_steps = [max(step - rows.noise.start, 0) for step in steps]
-        drawn = {
-            "noise": noise,
-            "noise_steps": torch.tensor(noise_steps, device=rows.device),
-            "noise_rows": torch.tensor(active, device=rows.device),
-            **rows.warpers,
-        }
+        names = ("noise", "noise_steps", "noise_rows")
+        drawn = dict(zip(names, rows._noise_of_next(active, num_steps, logits.shape[-1]), strict=True)) | rows.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits
     token_ids, parents, depths = (part.to(rows.device) for part in (tree.token_ids, tree.parents, tree.depths))

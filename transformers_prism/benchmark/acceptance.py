@@ -48,6 +48,7 @@ def decode_prompts(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    is_coupled: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """Decode prompts with a draft, one by one.
@@ -58,11 +59,12 @@ def decode_prompts(
         tree (`str`): nodes/depth/top-k.
         temperature (`float`): 0 is greedy.
         max_new_tokens, seed (`int`): of each answer.
+        is_coupled (`bool`): whether the draft sees the random numbers of sampling.
         advance: called after each answer.
     Returns:
         `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, and whether it `ends_in_a_loop`.
     """
-    draft.generation_config.update(**tree_settings(tree))
+    draft.generation_config.update(**tree_settings(tree), tree_coupled=is_coupled)
     settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     if temperature > 0:
         settings["temperature"] = temperature
@@ -114,7 +116,8 @@ def bench_acceptance(
     Args:
         target, draft: the models, bound to each other.
         questions: task and generate()'s inputs of each prompt.
-        settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `packed`, and what else the file is to say.
+        settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `coupled`, `packed`, and what else the file is
+            to say.
         weights (`str`): [`weights_sha256`] of the draft.
         path (`Path`, *optional*): of the measurement's file.
         resume (`bool`): keep what the file holds already.
@@ -132,9 +135,8 @@ def bench_acceptance(
     rows = found["rows"] if found else []
     with packed_for_cpu(target, draft, settings["packed"]):
         for tree, temperature in ways[len(rows) :]:
-            answers = decode_prompts(
-                target, draft, questions, tree, temperature, settings["max_new_tokens"], settings["seed"], advance
-            )
+            how = {"max_new_tokens": settings["max_new_tokens"], "seed": settings["seed"], "is_coupled": settings["coupled"]}
+            answers = decode_prompts(target, draft, questions, tree, temperature, advance=advance, **how)
             by_task = defaultdict(list)
             for answer in answers:
                 by_task[answer["task"]].append(answer)

@@ -198,6 +198,9 @@ def bench_acceptance_command(
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 48,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
     seed: Annotated[int, typer.Option(help="Set before every answer.")] = 0,
+    coupled: Annotated[
+        bool, typer.Option("--coupled/--no-coupled", help="Let the draft see the random numbers of sampling.")
+    ] = True,
     packed: PackedOption = True,
     json_file: JsonOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the trees that the file lacks.")] = False,
@@ -223,6 +226,7 @@ def bench_acceptance_command(
         "temperatures": temperature or list(TEMPERATURES),
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "coupled": coupled,
         "packed": packed,
     }
     with user_errors():

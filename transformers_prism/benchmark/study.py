@@ -94,6 +94,9 @@ class StudyConfig:
         default_factory=lambda: list(TEMPERATURES), help="Drafts are measured at; 0 is greedy."
     )
     sampling_seed: int = HfArg(default=0, help="Set before every answer, so that all drafts speed up the same text.")
+    coupled: bool = HfArg(
+        default=True, help="Let drafts see the random numbers of sampling; without, their first guesses alone are judged."
+    )
     packed: bool = HfArg(default=True, help="Pack weights for the CPU first (prepare_for_cpu) to measure.")
 
     def __post_init__(self):
@@ -229,7 +232,9 @@ def run_study(
         draft = _draft_to_measure(run, target, tokenizer)
         with packed_for_cpu(target, draft, study.packed):
             for way in missing:
-                answers = decode_prompts(target, draft, questions, *way, study.max_new_tokens, study.sampling_seed)
+                answers = decode_prompts(
+                    target, draft, questions, *way, study.max_new_tokens, study.sampling_seed, study.coupled
+                )
                 record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}
                 write_json(_path(run, study, *way), record)
                 report(f"  tree {way[0]}, temperature {way[1]:g}: tau {record['tau']:.3f} in {record['num_rounds']} rounds")
@@ -243,7 +248,7 @@ def run_study(
 def _records_alike(study: StudyConfig) -> list[dict]:
     """All records of the folder that were decoded alike, those of other commands, too, in the page's order."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(study.records).glob("*.json")]
-    names = ("num_prompts", "max_new_tokens", "sampling_seed")
+    names = ("num_prompts", "max_new_tokens", "sampling_seed", "coupled")
     alike = [record for record in records if all(record[name] == getattr(study, name) for name in names)]
     order = ("recipe", "tree", "temperature", "num_data_tokens", "seed")
     return sorted(alike, key=lambda record: [record[name] for name in order])
@@ -298,6 +303,7 @@ def _measured_with(run: Run, study: StudyConfig, tree: str, temperature: float) 
         "num_prompts": study.num_prompts,
         "max_new_tokens": study.max_new_tokens,
         "sampling_seed": study.sampling_seed,
+        "coupled": study.coupled,
         "epochs": round(sum(getattr(run.config, name) for name in _STAGE_EPOCHS), 4),
     }
 

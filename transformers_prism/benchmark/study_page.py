@@ -49,12 +49,14 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
 def _introduction(records: list[dict], command: str) -> list[str]:
     one = records[0]
     seeds = sorted({record["seed"] for record in records})
+    machines = sorted({record["hardware"] for record in records})
+    hidden = "" if one["coupled"] else ", the random numbers of sampling hidden from the draft"
     return [
         "# Recipes on equal terms",
         f"Written by `transformers-prism study` from the files beside it. Each recipe was trained from random weights on the "
         f"first tokens of the same data, then decoded the same {one['num_prompts']} prompts, {one['max_new_tokens']} new "
-        f"tokens each, with fixed trees (nodes/depth/top-k) and without n-grams. Seeds: {', '.join(map(str, seeds))}; "
-        f"{one['hardware']}. tau is committed tokens per round, pooled over rounds, the mean of the seeds; intervals are of "
+        f"tokens each, with fixed trees (nodes/depth/top-k) and without n-grams{hidden}. Seeds: {', '.join(map(str, seeds))}; "
+        f"{' and '.join(machines)}. tau is committed tokens per round, pooled over rounds, the mean of the seeds; intervals are of "
         "95 % by bootstrap over seeds and prompts. So little training tells recipes apart by what they learn first, not by "
         "what they end with.",
         f"```\n{command}\n```",

@@ -17,7 +17,7 @@ _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware",
 _NEEDED_BY_KIND = {"generate": ("summary", "tasks"), "acceptance": ("rows",), "verify": ("holds", "checks", "num_near_ties")}
 _NEEDED_SETTINGS = {
     "generate": ("tree", "tree_top_k", "tree_depth", "tree_num_nodes", "batch_size", "baseline", "generate", "packed"),
-    "acceptance": ("prompts", "num_prompts", "max_new_tokens", "seed", "packed"),
+    "acceptance": ("prompts", "num_prompts", "max_new_tokens", "seed", "coupled", "packed"),
     "verify": ("num_prompts", "max_new_tokens", "seed"),
 }
 

@@ -1,0 +1,171 @@
+"""A draft that sees the random numbers of sampling: it guesses better, and what is emitted does not change."""
+
+import pytest
+import torch
+from tiny_models import PAD_ID, generate_twice, prompts, tiny_draft, tiny_target
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from transformers_prism import sampling_noise
+from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.verification import OutputRows
+
+VOCABULARY = 50
+NUM_STEPS = 40
+
+
+class Impatient(StoppingCriteria):
+    """A criterion of a user's own."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def output_rows(num_rows: int, processors=(), criteria=(), is_coupled: bool = True) -> OutputRows:
+    config = GenerationConfig(do_sample=True, max_length=100)
+    config._pad_token_tensor = torch.tensor(PAD_ID)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(100), *criteria])
+    input_ids = torch.zeros((num_rows, 3), dtype=torch.long)
+    return OutputRows(input_ids, LogitsProcessorList(processors), criteria, config, is_coupled)
+
+
+WARPERS = {
+    "none": [],
+    "all": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(30), TopPLogitsWarper(0.9)],
+    "hot": [TemperatureLogitsWarper(1.8), MinPLogitsWarper(0.05)],
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("warpers", WARPERS)
+def test_a_draft_that_knows_the_distribution_knows_the_token(num_rows, warpers):
+    """With the target's own log-probabilities the first proposal is what will be chosen, at every depth and in every row."""
+    torch.manual_seed(3)
+    rows = output_rows(num_rows, WARPERS[warpers])
+    logits = 2 * torch.randn(NUM_STEPS, num_rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    for row in range(num_rows):
+        rows.append(row, rows.choose(row, logits[0, row]))
+    # Rows are not equally far.
+    for row in range(1, num_rows):
+        for step in range(1, 1 + row):
+            rows.append(row, rows.choose(row, logits[step, row]))
+    num_chosen = 0
+    while rows.lengths[0] - 3 < NUM_STEPS - 10:
+        coupling = rows.coupling(list(range(num_rows)), 4)
+        starts = [length - 3 for length in rows.lengths]
+        for depth in range(4):
+            log_probs, token_ids = (
+                torch.stack([torch.log_softmax(logits[start + depth, row], -1) for row, start in enumerate(starts)])
+                .sort(-1, descending=True)
+            )
+            found, chances = coupling.likeliest(depth, token_ids[:, None], log_probs[:, None], 3)
+            assert (chances.diff(dim=-1) <= 0).all()
+            assert (chances.exp().sum(-1) <= 1 + 1e-6).all()
+            for row in range(num_rows):
+                token = rows.choose(row, logits[starts[row] + depth, row])
+                assert int(found[row, 0, 0]) == token
+                rows.append(row, token)
+                num_chosen += token != int(token_ids[row, 0])
+        rows.forget_passed_noise(list(range(num_rows)))
+    assert num_chosen > 10, "expected draws that the distribution alone does not tell"
+
+
+def test_log_probabilities_of_nan_are_numbers_again():
+    """A draft's NaN, which is minus infinity in all its proposals, does not spread to its choice of nodes."""
+    rows = output_rows(1, WARPERS["all"])
+    rows.append(0, rows.choose(0, torch.randn(VOCABULARY)))
+    nothing = torch.full((1, 2, VOCABULARY), -torch.inf)
+    token_ids = torch.arange(VOCABULARY).expand(1, 2, -1)
+    tokens, chances = rows.coupling([0], 1).likeliest(0, token_ids, nothing, 5)
+    assert chances.isfinite().all()
+    assert all(len(set(row)) == 5 for row in tokens[0].tolist())
+
+
+@pytest.fixture
+def even_pair(monkeypatch):
+    """A target to which all tokens are equal, and a draft that knows it but not which one will be drawn."""
+    target = tiny_target("llama", vocab_size=VOCABULARY)
+    with torch.no_grad():
+        target.get_output_embeddings().weight.zero_()
+
+    def propose(self, hidden_states, top_k):
+        shape = (*hidden_states.shape[:-1], top_k)
+        token_ids = torch.arange(VOCABULARY - top_k, VOCABULARY).expand(shape)
+        return token_ids, torch.full(shape, 1 / VOCABULARY).log()
+
+    monkeypatch.setattr(PrismDraftModel, "propose", propose)
+    return target, tiny_draft(target)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("tree", ["chain", "static"])
+def test_text_is_the_same_and_more_of_it_is_foreseen(even_pair, tree, num_rows):
+    """With equal seeds: plain sampling's tokens and generator, coupled or not; coupled, every draft is accepted."""
+    target, draft = even_pair
+    input_ids, mask = prompts(num_rows)
+    input_ids = input_ids % VOCABULARY
+    arguments = {"do_sample": True, "max_new_tokens": 33, "pad_token_id": PAD_ID}
+    lengths = {}
+    for is_coupled in (False, True):
+        draft.generation_config.update(tree=tree, tree_coupled=is_coupled)
+        plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, seed=5, **arguments)
+        assert torch.equal(plain, speculative)
+        assert same_state
+        lengths[is_coupled] = draft.last_speculation.acceptance_length
+    assert lengths[False] < 1.5
+    assert lengths[True] > 4
+
+
+def test_planned_and_automatic_trees_see_them_too(even_pair, monkeypatch, cheap_rounds):
+    """Trees of the round's own choice, as on a CPU and as on an accelerator."""
+    from transformers_prism import generation
+
+    target, draft = even_pair
+    input_ids = prompts(1)[0] % VOCABULARY
+    arguments = {"do_sample": True, "max_new_tokens": 80, "pad_token_id": PAD_ID}
+    draft.generation_config.update(tree="auto", tree_ngrams=False)
+    for kind in (generation.AutoTrees, generation.PlannedTrees):
+        monkeypatch.setattr(generation, "AutoTrees", kind)
+        for _ in range(3):
+            plain, speculative, same_state = generate_twice(target, draft, input_ids, None, seed=5, **arguments)
+            assert torch.equal(plain, speculative)
+            assert same_state
+        assert draft.last_speculation.acceptance_length > 2.5
+
+
+def test_what_might_draw_in_between_is_not_overtaken():
+    """Nothing is drawn ahead where a processor or criterion is not transformers' own stock, nor where it is not wanted."""
+    assert output_rows(1).coupling([0], 0) is None
+    for processors, criteria, is_coupled in (
+        ([RepetitionPenaltyLogitsProcessor(1.3)], (), True),
+        ([], [Impatient()], True),
+        ([], (), False),
+    ):
+        rows = output_rows(1, processors, criteria, is_coupled)
+        rows.append(0, rows.choose(0, torch.randn(VOCABULARY)))
+        assert rows.noise is None
+        assert rows.coupling([0], 4) is None
+
+
+def test_draft_tokens_compete_beyond_the_proposals(even_pair):
+    """As many as `NUM_COMPETING`, or all that a draft can propose."""
+    target, _ = even_pair
+    assert sampling_noise.NUM_COMPETING > VOCABULARY > 10
+    draft = tiny_draft(target, draft_vocab_size=20)
+    draft.generation_config.update(tree="static")
+    plain, speculative, same_state = generate_twice(
+        target, draft, prompts(1)[0] % VOCABULARY, None, seed=1, do_sample=True, max_new_tokens=12, pad_token_id=PAD_ID
+    )
+    assert torch.equal(plain, speculative)
+    assert same_state
