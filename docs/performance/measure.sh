@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="$PWD/../../.venv/bin:$PATH"
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 context256 context2048 context7936 methods untrained adversarial
-  rounds scaling modules acceptance training synthesize)
+  rounds scaling modules acceptance uncoupled training synthesize)
 
 generate() {
   transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
@@ -52,6 +52,7 @@ measure() {
     scaling) transformers-prism bench scaling --json "$step.json" ;;
     modules) transformers-prism bench modules --packed --json "$step.json" ;;
     acceptance) transformers-prism bench acceptance --prompts "$prompts" --json "$step.json" ;;
+    uncoupled) transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --no-coupled --json "$step.json" ;;
     training) transformers-prism bench training --repeat 4 --json "$step.json" ;;
     synthesize) transformers-prism bench synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
     *) echo "expected steps among ${steps[*]}, got $step" >&2; return 1 ;;

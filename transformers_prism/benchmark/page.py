@@ -137,13 +137,13 @@ def _glance(records: list[dict]) -> list[str]:
 
 def _acceptance(record: dict) -> list[str]:
     settings = record["settings"]
+    hidden = "" if settings["coupled"] else ", the draws of sampling hidden from it"
     return [
-        f"## What the draft accepts: {settings['num_prompts']} prompts of `{settings['prompts']}`",
+        f"## What the draft accepts{hidden}: {settings['num_prompts']} prompts of `{settings['prompts']}`",
         markdown_table(*acceptance_rows(record["rows"])),
         f"tau of fixed trees (nodes/depth/top-k; top-k 1 is a chain), pooled over rounds, without n-grams; "
-        f"{settings['max_new_tokens']} new tokens, seed {settings['seed']}"
-        f"{'' if settings['coupled'] else '; the random numbers of sampling hidden from the draft'}. *In a loop*: answers "
-        "that end in one, which flatters tau.",
+        f"{settings['max_new_tokens']} new tokens, seed {settings['seed']}. *In a loop*: answers that end in one, which "
+        "flatters tau.",
         _command_block(record),
     ]
 
