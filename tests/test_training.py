@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import chat_tokenizer, scripted_draft, tiny_target
+from tiny_models import chat_tokenizer, scripted_draft, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
@@ -21,7 +21,7 @@ from transformers_prism.training.features import FeatureStore, compute_features
 from transformers_prism.training.first_draft import frequent_tokens
 from transformers_prism.training.progress import LiveView
 from transformers_prism.training.recipes import TrainConfig, plan_stages
-from transformers_prism.training.train import AlignedTrainer, last_whole_checkpoint, train
+from transformers_prism.training.train import AlignedTrainer, AlignedTraining, last_whole_checkpoint, train
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -81,7 +81,9 @@ def test_train_makes_a_draft_that_reloads(tmp_path, load_tiny, target):
     for stage in record["stages"][:2]:
         assert sum(stage["loss"][-3:]) < sum(stage["loss"][:3])
     assert [stage["stage"]["name"] for stage in record["stages"]] == ["single_step", "warm_up", "split"]
-    assert set(record["stages"][2]["validation"]) >= {f"eval_agreement_{step}" for step in range(4)}
+    validation = record["stages"][2]["validation"]
+    assert all(f"eval_agreement_{step}" in validation for step in range(4))
+    assert all(0 < validation[f"eval_acceptance_{step}"] < 1 for step in range(4))
     assert record["command"] == "transformers-prism train --data data.jsonl"
     assert str(tmp_path) not in json.dumps(record)
     first, second = draft.processing_modules
@@ -467,6 +469,33 @@ def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(OSError, match=r"features: expected \d+ bytes of free disk, got 5"):
         compute_features(target, conversations, [1, 4], tmp_path / "features")
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target, draft_vocab_size):
+    """Row by row: first choices over the target's vocabulary, min(p, q) over the draft's; in chunks as at once."""
+    monkeypatch.setattr("transformers_prism.training.train.ROWS_PER_CHUNK", 3)
+    torch.manual_seed(0)
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
+    (stage,) = plan_stages(TrainConfig(recipe="hass", single_step_epochs=0.0))
+    training = AlignedTraining(draft, target, stage)
+    width = draft.config.target_hidden_size
+    features = torch.randn(2, 7, draft.config.fused_hidden_size + width)
+    labels = torch.randn(2, 7, draft.config.fused_hidden_size + width)
+    input_ids, mask = torch.randint(0, VOCAB_SIZE, (2, 7)), torch.rand(2, 7) < 0.7
+    found = training.count_agreements(input_ids, features, labels, mask, num_steps=3)
+    tokens = torch.arange(VOCAB_SIZE) if draft_vocab_size is None else draft.draft_to_target
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for step, prediction in enumerate(training.predict(input_ids, features, 3)):
+        for row, position in mask.nonzero().tolist():
+            if position < step:
+                continue
+            target_logits = target.get_output_embeddings()(labels[row, position, -width:])
+            logits = draft.compute_logits(prediction[row, position])
+            is_hit = int(tokens[logits.argmax()]) == int(target_logits.argmax())
+            least = torch.minimum(logits.softmax(-1), target_logits[tokens].softmax(-1)).sum()
+            expected[step] += torch.tensor([float(is_hit), least.item(), 1.0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 # --- the draft that the repository ships --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ _PER_STEP = {
     "acceptance_loss": "acceptance loss",
     "hidden_loss": "hidden loss",
     "eval_agreement": "agreement",
+    "eval_acceptance": "acceptance of a drawn token",
     "eval_conditional": "conditional acceptance",
 }
 _SINGLE = {

@@ -32,7 +32,7 @@ from transformers_prism.training.batches import ConversationDataset, LengthSampl
 from transformers_prism.training.conversations import Conversation, read_conversations, split_conversations
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
-from transformers_prism.training.losses import aligned_loss
+from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
 from transformers_prism.training.plan import describe_plan
 from transformers_prism.training.progress import LiveView, UpdateClock, plot_curves
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
@@ -85,19 +85,27 @@ class AlignedTraining(nn.Module):
 
     @torch.no_grad()
     def count_agreements(self, input_ids, features, label_features, mask, num_steps: int) -> torch.Tensor:
-        """How often each step's first choice is the target's, over the whole vocabulary: `(S, 2)` hits and rows."""
-        predictions = self.predict(input_ids, features, num_steps)
+        """How close each step comes to the target: `(S, 3)` sums over rows.
+
+        They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
+        token drawn from the draft is accepted, sum min(p, q) over the draft vocabulary; and the number of rows.
+        """
+        predictions = [one[mask] for one in self.predict(input_ids, features, num_steps)]
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
-        counts = torch.zeros(num_steps, 2, dtype=torch.float64, device=input_ids.device)
+        counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
         label = label_features[..., -self.draft.config.target_hidden_size :][mask]
-        expected = torch.cat([self._target_choice(rows) for rows in label.split(256)])
-        for step, prediction in enumerate(predictions):
-            choice = self.draft.compute_logits(prediction[mask]).argmax(dim=-1)
-            if self.draft.draft_to_target is not None:
-                choice = self.draft.draft_to_target[choice]
-            is_valid = history[step].expand_as(mask)[mask]
-            counts[step, 0] = ((choice == expected) & is_valid).sum()
-            counts[step, 1] = is_valid.sum()
+        for rows in torch.arange(len(label), device=label.device).split(ROWS_PER_CHUNK):
+            expected = self._target_choice(label[rows])
+            target = torch.softmax(self.draft.compute_target_logits(label[rows]).float(), dim=-1)
+            for step, prediction in enumerate(predictions):
+                logits = self.draft.compute_logits(prediction[rows])
+                choice = logits.argmax(dim=-1)
+                if self.draft.draft_to_target is not None:
+                    choice = self.draft.draft_to_target[choice]
+                accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
+                is_valid = history[step].expand_as(mask)[mask][rows]
+                found = ((choice == expected) & is_valid, accepted * is_valid, is_valid)
+                counts[step] += torch.stack([one.sum(dtype=torch.float64) for one in found])
         return counts
 
     def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
@@ -158,7 +166,7 @@ class AlignedTrainer(Trainer):
         dataset = eval_dataset or self.eval_dataset
         training = self.accelerator.unwrap_model(self.model)
         num_steps = max(4, training.stage.num_steps)
-        counts = torch.zeros(num_steps, 2, dtype=torch.float64, device=self.args.device)
+        counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=self.args.device)
         order = sorted(range(len(dataset)), key=lambda item: dataset.lengths[item])
         own = order[self.args.process_index :: self.args.world_size]
         training.eval()
@@ -168,10 +176,10 @@ class AlignedTrainer(Trainer):
                 counts += training.count_agreements(**inputs, num_steps=num_steps)
         training.train()
         counts = self.accelerator.reduce(counts)
-        metrics = {
-            f"{metric_key_prefix}_agreement_{step}": round(float(hits / rows), 4)
-            for step, (hits, rows) in enumerate(counts)
-        }
+        metrics = {}
+        for step, (hits, accepted, rows) in enumerate(counts):
+            metrics[f"{metric_key_prefix}_agreement_{step}"] = round(float(hits / rows), 4)
+            metrics[f"{metric_key_prefix}_acceptance_{step}"] = round(float(accepted / rows), 4)
         metrics.update(self._measured_acceptance(training.draft, training.target(), metric_key_prefix))
         metrics[f"{metric_key_prefix}_tokens_seen"] = self.tokens_seen
         self.log(metrics)
