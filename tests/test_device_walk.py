@@ -240,7 +240,8 @@ def reads_by_round(monkeypatch, input_ids, mask, walk="auto", attn_implementatio
     monkeypatch.setattr(draft, "bind", lambda target, tokenizer: draft)  # refuses weights on such a device
     move_model(target)
     move_model(draft)
-    monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", (DEVICE.type,))
+    for module in ("verification", "sampling_noise"):
+        monkeypatch.setattr(f"transformers_prism.{module}.TRITON_DEVICES", (DEVICE.type,))
     generator = types.SimpleNamespace(
         get_rng_state=lambda device: torch.get_rng_state(),
         set_rng_state=lambda state, device: torch.set_rng_state(state),

@@ -277,7 +277,7 @@ def test_a_draft_remembers_the_chat_that_a_cache_holds(monkeypatch):
     chat = torch.cat((first, torch.tensor([[20, 30, 40]])), dim=1)
     read = []
     original = Drafter.grow
-    monkeypatch.setattr(Drafter, "grow", lambda self, s: read.append(self.cache.width) or original(self, s))
+    monkeypatch.setattr(Drafter, "grow", lambda self, *args: read.append(self.cache.width) or original(self, *args))
     trees = []
     for past in (cache, DynamicCache(config=target.config)):
         read.clear()
