@@ -16,8 +16,8 @@ from transformers.generation import LogitsProcessorList
 
 from .kernels.dispatch import TRITON_DEVICES
 
-# Tokens after a node that compete for being proposed, its likeliest. On SmolLM2-135M-Instruct at temperature 0.8 these
-# held 89 % of the target's choices, where 10 proposals held 83 %.
+# Tokens after a node that compete for being proposed, its likeliest: more than are proposed, since a draw may lift any of
+# them, and no more than `top_k_log_prob` finds in one go.
 NUM_COMPETING = 64
 # Score of a token that a warper rules out: small, but a number.
 _RULED_OUT = -100.0
