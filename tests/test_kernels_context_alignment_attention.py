@@ -245,4 +245,4 @@ def test_training_runs_on_the_kernel(context_kv):
 
 def test_kernels_interpreted():
     """The tests above that are marked `kernel`."""
-    run_interpreted(__file__)
+    assert run_interpreted(__file__) > 0

@@ -188,4 +188,4 @@ def test_a_draft_uses_the_kernel_by_itself(monkeypatch):
 
 def test_kernels_interpreted():
     """The tests above that are marked `kernel`."""
-    run_interpreted(__file__)
+    assert run_interpreted(__file__) > 0

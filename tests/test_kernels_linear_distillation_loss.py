@@ -367,4 +367,4 @@ def test_a_draft_with_its_own_head_cannot_ask_for_the_kernel(monkeypatch):
 
 def test_kernels_interpreted():
     """The tests above that are marked `kernel`."""
-    run_interpreted(__file__)
+    assert run_interpreted(__file__) > 0

@@ -357,4 +357,4 @@ def test_bench_cases_pass_and_wrong_ones_do_not():
 
 def test_kernels_interpreted():
     """The tests above that are marked `kernel`."""
-    run_interpreted(__file__)
+    assert run_interpreted(__file__) > 0

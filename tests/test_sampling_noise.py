@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from transformers_prism import sampling_noise
+from transformers_prism import drafting
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.verification import OutputRows
 
@@ -158,10 +158,15 @@ def test_what_might_draw_in_between_is_not_overtaken():
         assert rows.coupling([0], 4) is None
 
 
-def test_draft_tokens_compete_beyond_the_proposals(even_pair):
-    """As many as `NUM_COMPETING`, or all that a draft can propose."""
+@pytest.mark.parametrize(("num_competing", "expected"), [(64, 20), (16, 16), (2, 3)])
+def test_draft_tokens_compete_beyond_the_proposals(even_pair, monkeypatch, num_competing, expected):
+    """As many as `NUM_COMPETING`, or all that a draft can propose; no fewer than it shall propose."""
     target, _ = even_pair
-    assert sampling_noise.NUM_COMPETING > VOCABULARY > 10
+    monkeypatch.setattr(drafting, "NUM_COMPETING", num_competing)
+    asked, propose = set(), PrismDraftModel.propose
+    monkeypatch.setattr(
+        PrismDraftModel, "propose", lambda self, states, top_k: asked.add(top_k) or propose(self, states, top_k)
+    )
     draft = tiny_draft(target, draft_vocab_size=20)
     draft.generation_config.update(tree="static")
     plain, speculative, same_state = generate_twice(
@@ -169,3 +174,4 @@ def test_draft_tokens_compete_beyond_the_proposals(even_pair):
     )
     assert torch.equal(plain, speculative)
     assert same_state
+    assert asked == {expected}

@@ -394,9 +394,8 @@ class AutoTrees:
         read_all(drafter, unread)
         self.read_seconds = time.perf_counter() - start if is_late else 0.0
         steps = _StepChoice(self, num_rows, depth)
-        pool = drafter.draw(
-            self.settings.top_k, depth, steps.choose_width, self.rows.coupling(self.active, depth)
-        )
+        coupling = self.rows.coupling(self.active, depth)
+        pool = drafter.draw(self.settings.top_k, depth, steps.choose_width, coupling)
         rows = zip(
             pool.token_ids.tolist(),
             pool.parents.tolist(),

@@ -196,10 +196,10 @@ class OutputRows:
         """The draws of the next `num_steps` tokens of these rows, for the draft to see; None if it shall not."""
         if not self.is_coupled or num_steps == 0:
             return None
-        noise, steps, rows = self._noise_of_next(active, num_steps, self.noise.buffer.shape[2])
+        noise, steps, rows = self.noise_of_next(active, num_steps, self.noise.buffer.shape[2])
         return Coupling(noise, steps, rows, self.logits_processor)
 
-    def _noise_of_next(self, active: list[int], num_steps: int, vocab_size: int):
+    def noise_of_next(self, active: list[int], num_steps: int, vocab_size: int):
         """Noise of the next steps: of some steps and all rows, and where in it each row's next step and row are."""
         steps = [0 if self.is_done(row) else self.lengths[row] - self.prompt_length for row in active]
         noise = self.noise.before(max(steps) + num_steps, (self.num_rows, vocab_size))
@@ -242,7 +242,7 @@ def walk_on_device(rows: OutputRows, active: list[int], tree: Tree, logits: torc
     num_steps, drawn = depth + 1, {}
     if rows.noise is not None:
         names = ("noise", "noise_steps", "noise_rows")
-        drawn = dict(zip(names, rows._noise_of_next(active, num_steps, logits.shape[-1]), strict=True)) | rows.warpers
+        drawn = dict(zip(names, rows.noise_of_next(active, num_steps, logits.shape[-1]), strict=True)) | rows.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits
     token_ids, parents, depths = (part.to(rows.device) for part in (tree.token_ids, tree.parents, tree.depths))

@@ -92,6 +92,7 @@ class AlignedTraining(nn.Module):
         """
         predictions = [one[mask] for one in self.predict(input_ids, features, num_steps)]
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
+        has_history = [history[step].expand_as(mask)[mask] for step in range(num_steps)]
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
         label = label_features[..., -self.draft.config.target_hidden_size :][mask]
         for rows in torch.arange(len(label), device=label.device).split(ROWS_PER_CHUNK):
@@ -103,7 +104,7 @@ class AlignedTraining(nn.Module):
                 if self.draft.draft_to_target is not None:
                     choice = self.draft.draft_to_target[choice]
                 accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
-                is_valid = history[step].expand_as(mask)[mask][rows]
+                is_valid = has_history[step][rows]
                 found = ((choice == expected) & is_valid, accepted * is_valid, is_valid)
                 counts[step] += torch.stack([one.sum(dtype=torch.float64) for one in found])
         return counts
