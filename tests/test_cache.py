@@ -56,6 +56,27 @@ def test_rows_keep_their_own_accepted_keys():
                 assert (layer.values == -layer.keys).all()
 
 
+def test_masks_are_made_once_and_sliced():
+    """Rows that stay alike copy no mask; once they were not, the next mask is made anew."""
+    cache = new_tree_cache()
+    append(cache, 2, 0, 5)
+    committed = CommittedCache(cache, torch.tensor([[False] + [True] * 4, [True] * 5]))
+    masks = []
+    for start in range(5, 400):
+        append(cache, 2, start, 3)
+        committed.commit([[0], [0]])
+        masks.append(committed.committed.untyped_storage().data_ptr())
+        assert committed.width == start + 1
+    assert len(set(masks)) == 2
+    assert committed.committed.int().sum(dim=1).tolist() == [399, 400]
+    append(cache, 2, 400, 3)
+    committed.commit([[0, 1], [0]])
+    append(cache, 2, 402, 3)
+    committed.commit([[0, 1], [0, 1, 2]])
+    assert committed.committed.int().sum(dim=1).tolist() == [403, 404]
+    assert committed.lengths == [404, 404]
+
+
 @pytest.fixture
 def moves(monkeypatch) -> list[torch.Tensor]:
     """Where keys and values were moved to, by each call that moved any."""

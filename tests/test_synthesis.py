@@ -1,6 +1,9 @@
 """Conversations that a target writes itself: its own answers exactly, the same after a stop, shared out, filtered."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,6 +193,26 @@ def test_processes_share_the_work(tmp_path, target):
     common = shared.keys() & alone.keys()
     assert len(common) > 10
     assert all(shared[index] == alone[index] for index in common)
+
+
+def test_the_command_shares_the_work(tmp_path, target):
+    """Started twice on a machine without an accelerator: the processes know of each other."""
+    target.save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(40)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "transformers_prism.cli", "synthesize", "--output", str(tmp_path / "data")]
+    command += ["--target", str(tmp_path / "target"), "--prompts", str(prompts), "--num-tokens", "400"]
+    command += ["--batch-size", "4", "--max-user-tokens", "20", "--max-answer-tokens", "12", "--no-packed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    summaries = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [summary["num_tokens"] < 400 for summary in summaries] == [True, True]
+    assert sum(summary["num_tokens"] for summary in summaries) >= 400
+    assert {index % 2 for index in indices(tmp_path / "data")} == {0, 1}
+    assert len(set(indices(tmp_path / "data"))) == len(indices(tmp_path / "data"))
 
 
 def test_another_run_is_not_gone_on_with(tmp_path, target):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from transformers_prism.kernels.grow_tree import stable_top_k
+from transformers_prism.kernels.grow_tree import ancestor_bits, stable_top_k
+from transformers_prism.kernels.tree_attention import unpack_ancestors
 from transformers_prism.tree import (
     CandidatePool,
     Tree,
@@ -70,13 +71,15 @@ def test_ancestors_of_the_drawn_tree():
     assert torch.equal(ancestor_mask(tree.parents), tree.ancestors())
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 3, 8, 9, 33])
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 8, 9, 33, 65])
 def test_ancestors_of_chains_and_random_trees(num_nodes):
     """Of any depth up to the longest, against following the parents one by one."""
     generator = torch.Generator().manual_seed(num_nodes)
     chain = [max(node - 1, 0) for node in range(num_nodes)]
     drawn = [int(torch.randint(0, max(node, 1), (), generator=generator)) for node in range(num_nodes)]
-    mask = ancestor_mask(torch.tensor([chain, drawn]))
+    both = torch.tensor([chain, drawn])
+    mask = ancestor_mask(both)
+    assert torch.equal(unpack_ancestors(ancestor_bits(both), num_nodes), mask)
     for row, parents in enumerate((chain, drawn)):
         for node in range(num_nodes):
             expected, at = {node, 0}, node

@@ -40,6 +40,30 @@ def logits_choosing(tokens) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.tensor(tokens), V).float() * 20
 
 
+class OwnCriteria(MaxLengthCriteria):
+    """Not a stock one."""
+
+
+def test_criteria_are_asked_where_they_may_have_a_say():
+    """Others than stock ones always; stock ones at their tokens, at the shortest length, and where they warn."""
+    config = GenerationConfig(max_length=30)
+    config._pad_token_tensor = torch.tensor(0)
+
+    def emit(tokens, *criteria):
+        rows = OutputRows(torch.tensor([[3, 4, 5]]), LogitsProcessorList(), StoppingCriteriaList(criteria), config)
+        asked = []
+        rows.stopping_criteria = lambda ids, scores: asked.append(ids.shape[1]) or StoppingCriteriaList(criteria)(ids, scores)
+        for token in tokens:
+            rows.append(0, token)
+        return asked, rows.end_lengths[0]
+
+    assert emit([1, 2, 9, 1], MaxLengthCriteria(30), EosTokenCriteria([8, 9])) == ([6], 6)
+    assert emit([1, 2, 6, 1], MaxLengthCriteria(30), EosTokenCriteria([8, 9])) == ([], None)
+    assert emit([1, 2, 6, 1], MaxLengthCriteria(30), MaxLengthCriteria(5)) == ([5], 5)
+    assert emit([1, 2, 6], MaxLengthCriteria(30), OwnCriteria(30)) == ([4, 5, 6], None)
+    assert emit([1, 2, 6], MaxLengthCriteria(30, max_position_embeddings=5)) == ([5, 6], None)
+
+
 @pytest.mark.parametrize(
     ("choices", "nodes", "emitted"),
     [

@@ -23,7 +23,6 @@ Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGL
 import math
 import operator
 import time
-from array import array
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -40,7 +39,7 @@ from .tree_policy import TreeSettings
 
 # Edges of the classes of cumulative draft probability, finer where most accepted nodes are.
 _EDGES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.23, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-_FLOAT_EDGES = array("f", _EDGES)  # as probabilities are rounded
+_LOG_EDGES = [math.log(edge) for edge in _EDGES]
 _MAX_DEPTH = 8  # deeper nodes share its statistics
 _MAX_COPIED = 10  # tokens of a copied continuation
 # A cell's observations count half after 140 more of its own rounds, so that estimates follow the text.
@@ -217,7 +216,8 @@ def _tree_of(root_ids: list[int], rows: list[_Candidates]) -> Tree:
     token_ids = [[root, *row.token_ids] for root, row in zip(root_ids, rows, strict=True)]
     parents, depths = [[0, *row.parents] for row in rows], [[0, *row.depths] for row in rows]
     log_probs = torch.tensor([[0.0, *row.log_probs] for row in rows], dtype=torch.float32)
-    return Tree(torch.tensor(token_ids), torch.tensor(parents), torch.tensor(depths), log_probs)
+    ids, parents_of_ids, depths_of_ids = torch.tensor([token_ids, parents, depths])
+    return Tree(ids, parents_of_ids, depths_of_ids, log_probs)
 
 
 _experiences: WeakKeyDictionary = WeakKeyDictionary()
@@ -478,10 +478,11 @@ class _StepChoice:
 
     def choose_width(self, log_probs: torch.Tensor) -> int:
         """Nodes for the next step, given the cumulative log-probabilities `(B, K, top_k)` of those to choose from; 0 ends."""
-        chances, gain = self.experience.drafted.rows()[min(self.num_steps, _MAX_DEPTH) - 1], self.experience.step_gain
-        likeliest = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).exp().tolist()]
+        chances, gain = self.experience.drafted.chances, self.experience.step_gain
+        first_cell = _first_cell(self.num_steps)
+        likeliest = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).tolist()]
         rows = [
-            [weight * chances[_class_of(probability)] for probability in row]
+            [weight * chances[first_cell + _class_of(log_prob)] for log_prob in row]
             for weight, row in zip(self.weights, likeliest, strict=True)
         ]
         worth_it = [[value for value in row if value * gain > self.node_price] for row in rows]
@@ -498,17 +499,19 @@ class _StepChoice:
         return width
 
 
-def _class_of(probability: float) -> int:
-    """Class of a cumulative probability, 0 for the smallest."""
-    return bisect_left(_FLOAT_EDGES, probability)
+def _class_of(log_prob: float) -> int:
+    """Class of a cumulative log-probability, 0 for the smallest."""
+    return bisect_left(_LOG_EDGES, log_prob)
+
+
+def _first_cell(depth: int) -> int:
+    """Flat index into the table of drafted nodes of the smallest class at a depth."""
+    return (min(depth, _MAX_DEPTH) - 1) * (len(_EDGES) + 1)
 
 
 def cells_of_drafted(depths: torch.Tensor, log_probs: torch.Tensor) -> list[list[int]]:
     """Flat index into the table of drafted nodes for each candidate, from depths and log-probabilities `(B, C)`."""
     return [
-        [
-            (min(depth, _MAX_DEPTH) - 1) * (len(_EDGES) + 1) + _class_of(probability)
-            for depth, probability in zip(*row, strict=True)
-        ]
-        for row in zip(depths.tolist(), log_probs.exp().tolist(), strict=True)
+        [_first_cell(depth) + _class_of(log_prob) for depth, log_prob in zip(*row, strict=True)]
+        for row in zip(depths.tolist(), log_probs.tolist(), strict=True)
     ]

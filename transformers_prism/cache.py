@@ -24,6 +24,8 @@ from transformers.cache_utils import (
 from .kernels.compact_cache import compact_cache
 
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# Positions that a mask is made longer by than is needed at once.
+_MASK_ROOM = 256
 
 
 class TreeLayer(DynamicLayer):
@@ -146,6 +148,8 @@ class CommittedCache:
         self.max_holes = max_holes
         self.lengths = [committed.shape[1]] * committed.shape[0]  # of each row, left padding included, without holes
         self.num_dense = committed.shape[1]  # positions before which no row has a hole
+        # A mask with more positions, all committed, and the part of it that is `committed`, where one was made.
+        self.longer = self.part_of_longer = committed
 
     @property
     def width(self) -> int:
@@ -192,15 +196,16 @@ class CommittedCache:
             compact_cache(on_device, source, destination)
 
     def _grow_mask(self, ends: list[int], new_ends: list[int]) -> None:
-        num_new = max(new_ends) - self.width
+        width = max(new_ends)
         if len(set(ends)) == len(set(new_ends)) == 1:
-            ones = self.committed.new_ones((len(new_ends), num_new))
-            self.committed = torch.cat((self.committed, ones), dim=1)
+            if self.committed is not self.part_of_longer or width > self.longer.shape[1]:
+                self.longer = torch.nn.functional.pad(self.committed, (0, width - self.width + _MASK_ROOM), value=True)
+            self.committed = self.part_of_longer = self.longer[:, :width]
         else:
-            index = torch.arange(max(new_ends), device=self.committed.device)
+            index = torch.arange(width, device=self.committed.device)
             limits = torch.tensor([ends, new_ends], device=self.committed.device)[..., None]  # [2, B, 1]
             is_new = (index >= limits[0]) & (index < limits[1])
-            padding = self.committed.new_zeros((len(new_ends), num_new))
+            padding = self.committed.new_zeros((len(new_ends), width - self.width))
             self.committed = torch.cat((self.committed, padding), dim=1) | is_new
 
     def places(self) -> torch.Tensor:

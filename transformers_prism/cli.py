@@ -150,7 +150,7 @@ def synthesize(
     packed: PackedOption = True,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ):
-    """Let the target write conversations: training data for its draft. Run under `accelerate launch` to share the work."""
+    """Let the target write conversations: training data for its draft. Processes that `torchrun` starts share the work."""
     import torch
     from accelerate import PartialState
     from transformers.utils import logging
@@ -180,7 +180,8 @@ def synthesize(
         chats = None
         if prompts is not None:
             chats = list(read_chats(prompts) if Path(prompts).is_file() else read_data_set(prompts, split))
-        state = PartialState()
+        # Told so, it also finds other processes where there is no accelerator.
+        state = PartialState(cpu=not torch.accelerator.is_available())
         model, tokenizer = load_target(target, getattr(torch, dtype))
         model.to(state.device)
         if packed and state.device.type == "cpu" and dtype == "float32":

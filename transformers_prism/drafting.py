@@ -18,6 +18,14 @@ from .kernels.tree_attention import pack_ancestors, unpack_ancestors
 from .sampling_noise import NUM_COMPETING, Coupling
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
 
+# Positions that are seldom read at once, but for a prompt.
+_MANY_POSITIONS = 32
+
+
+def _causal_mask(length: int, device) -> torch.Tensor:
+    """Each position and those before it, `(A, A)` bool."""
+    return torch.ones((length, length), dtype=torch.bool, device=device).tril()
+
 
 class Drafter:
     """Drafts trees for the rows of one generate() call.
@@ -27,7 +35,7 @@ class Drafter:
     """
 
     def __init__(self, draft):
-        self.draft = draft
+        self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
         config = draft.config
         # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
         self.prefill_steps = [0]
@@ -35,6 +43,7 @@ class Drafter:
             steps = (config.draft_step_to_module.index(module) for module in range(config.num_processing_modules))
             self.prefill_steps = sorted(steps, reverse=True)
         self.cache: CommittedCache | None = None
+        self.causal: torch.Tensor | None = None  # of many positions, once some were read after the prompt
         self.last_hidden: torch.Tensor | None = None  # [B, D], step 0's output at the last committed position
         self.last_position: torch.Tensor | None = None  # [B]
         self.root_ids: torch.Tensor | None = None  # [B]
@@ -49,8 +58,7 @@ class Drafter:
             num_new: how many of the A positions of each row are real; the rest, at the end, are ignored.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
-        device = self.draft.device
-        token_ids, position_ids = token_ids.to(device), position_ids.to(device)
+        token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
         if self.cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
         else:
@@ -58,7 +66,7 @@ class Drafter:
             self.cache.commit([list(range(count)) for count in num_new])
         are_alike = len(set(num_new)) == 1
         self._remember_last(
-            token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=device)
+            token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=self.device)
         )
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
@@ -85,7 +93,11 @@ class Drafter:
     def _causal(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Each position and those before it, `(B, A, A)` bool."""
         num_rows, length = token_ids.shape
-        return torch.ones(length, length, dtype=torch.bool, device=token_ids.device).tril().expand(num_rows, -1, -1)
+        if length > _MANY_POSITIONS:
+            return _causal_mask(length, token_ids.device).expand(num_rows, -1, -1)
+        if self.causal is None:
+            self.causal = _causal_mask(_MANY_POSITIONS, token_ids.device)
+        return self.causal[:length, :length].expand(num_rows, -1, -1)
 
     def _step_0(self, token_ids, hidden, position_ids, mask, cache) -> torch.Tensor:
         for step in self.prefill_steps:

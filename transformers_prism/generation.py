@@ -217,13 +217,13 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
             tree = trees.propose(drafter, unread, active, max_depth, target_side.max_nodes)
         start = time.perf_counter()
         with speculation.timed("verify"):
-            logits, hidden = target_side.verify(tree)
+            logits, states = target_side.verify(tree)
         verify_seconds = time.perf_counter() - start
         with speculation.timed("commit"):
             kept = _walk_rows(rows, active, tree, logits, trees.depth)
             speculation.add_rounds(active, kept)
             target_side.commit(kept)
-            unread.append(target_side.committed_for_draft(rows, active, kept, hidden))
+            unread.append(target_side.committed_for_draft(rows, active, kept, states))
         with speculation.timed("other"):
             speculation.trees.append(trees.observe(tree, kept, verify_seconds))
         _stream(streamer, rows, num_new=len(kept[0]), is_round=True)

@@ -403,12 +403,13 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         if head is None:
             head = self._require_target().draft_head
         # Subclasses, as of quantised layers or adapters, compute something else.
-        if type(head) is nn.Linear and head.weight.device == self.device and use_triton("auto", self.device):
+        device = hidden_states.device
+        if type(head) is nn.Linear and use_triton("auto", device) and head.weight.device == device:
             states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
             numerics = (self.config.logit_scale, self.config.logit_softcap)
             return top_k_log_prob(states, head.weight, top_k, head.bias, self.draft_to_target, *numerics)
         token_ids, log_probs = top_k_of_logits(self.compute_logits(hidden_states), top_k)
-        return token_ids if self.draft_to_target is None else self.draft_to_target[token_ids], log_probs
+        return token_ids if self.draft_to_target is None else self.draft_to_target.take(token_ids), log_probs
 
     def compute_target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's own logits over the draft vocabulary, which training aims at.

@@ -22,7 +22,7 @@ from .attention import PRISM_GROUPED, PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, is_adoptable, round_up
 from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
-from .tree import Tree, attention_mask, visible_keys, within_window
+from .tree import Tree, ancestor_mask, attention_mask, visible_keys, within_window
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE, PRISM_GROUPED)
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
@@ -91,6 +91,11 @@ def _joined(parts: list[NewPositions]) -> NewPositions:
         position_ids.gather(1, index.to(position_ids.device)),
         num_new,
     )
+
+
+def _fused(states: list[torch.Tensor]) -> torch.Tensor:
+    """States of several layers side by side, `(B, T, L * target_hidden_size)`."""
+    return torch.cat([state.to(states[0].device) for state in states], dim=-1)
 
 
 def layer_windows(text_config) -> dict[str | None, int | None] | None:
@@ -165,7 +170,7 @@ class _Target:
     """
 
     def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict):
-        self.target = target
+        self.target, self.device = target, target.device
         self.layer_ids = list(layer_ids)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
@@ -197,7 +202,7 @@ class _Target:
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
         outputs = self.target._prefill(input_ids, self.generation_config, model_kwargs)
-        self.prompt_hidden = self._fused_states(outputs)
+        self.prompt_hidden = _fused(self._states(outputs))
         width = int(self.cache.get_seq_length())
         self.num_cached_before = width - input_ids.shape[1]  # more than 0 where only new ids were given
         mask = self.model_kwargs.get("attention_mask")
@@ -227,15 +232,14 @@ class _Target:
     def after_prefill(self) -> None:
         """Take stock of the cache."""
 
-    def _fused_states(self, outputs) -> torch.Tensor:
-        """The states that the draft reads, side by side, `(B, T, L * target_hidden_size)`."""
+    def _states(self, outputs) -> list[torch.Tensor]:
+        """The states that the draft reads, `(B, T, target_hidden_size)` of each of L layers."""
         if outputs.hidden_states is None:
             raise ValueError(
                 f"expected a target that returns hidden states {self.layer_ids}, got none from "
                 f"{type(self.target).__name__}"
             )
-        states = [outputs.hidden_states[layer] for layer in self.layer_ids]
-        return states[0] if len(states) == 1 else torch.cat([state.to(states[0].device) for state in states], dim=-1)
+        return [outputs.hidden_states[layer] for layer in self.layer_ids]
 
     def prompt_for_draft(self, rows) -> NewPositions:
         """The prompt as far as its hidden states are known: not what a cache already held, and of a chunked prefill
@@ -254,8 +258,8 @@ class _Target:
         del self.prompt_hidden, self.prompt_mask, self.prompt_positions
         return new
 
-    def committed_for_draft(self, rows, active: list[int], kept: list[list[int]], hidden) -> NewPositions:
-        """What the last round committed: the emitted tokens, each with the state of the node before it."""
+    def committed_for_draft(self, rows, active: list[int], kept: list[list[int]], states) -> NewPositions:
+        """What the last round committed: the emitted tokens, each with the states of the node before it."""
         num_new = [len(nodes) for nodes in kept]
         longest = max(num_new)
         tokens, positions, index = [], [], []
@@ -265,17 +269,21 @@ class _Target:
             positions.append(list(range(start, start + longest)))
             index.append(nodes + padding)
         token_ids = torch.tensor(tokens, dtype=rows.ids.dtype, device=rows.ids.device)
-        of_nodes = torch.tensor(index, device=hidden.device)[..., None]  # [B, A, 1]
-        states = hidden.gather(1, of_nodes.expand(-1, -1, hidden.shape[-1]))
-        return NewPositions(token_ids, states, torch.tensor(positions), num_new)
+        if all(nodes == list(range(longest)) for nodes in kept):
+            hidden = _fused([state[:, :longest] for state in states])
+        else:
+            hidden = _fused(states)
+            of_nodes = torch.tensor(index, device=hidden.device)[..., None]  # [B, A, 1]
+            hidden = hidden.gather(1, of_nodes.expand(-1, -1, hidden.shape[-1]))
+        return NewPositions(token_ids, hidden, torch.tensor(positions), num_new)
 
     def _forward(self, tree: Tree, mask, position_ids):
         """One target forward over a tree; returns logits `(B, N, V)` and the states that the draft reads."""
         inputs = dict(self.forward_kwargs)
         if self.takes_position_ids:
-            inputs["position_ids"] = position_ids.to(self.target.device)
+            inputs["position_ids"] = position_ids.to(self.device)
         outputs = self.model_forward(
-            input_ids=tree.token_ids.to(self.target.device),
+            input_ids=tree.token_ids.to(self.device),
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
@@ -283,7 +291,7 @@ class _Target:
             return_dict=True,
             **inputs,
         )
-        return outputs.logits, self._fused_states(outputs)
+        return outputs.logits, self._states(outputs)
 
     def _advance(self, kept: list[list[int]]) -> None:
         self.next_position = [position + len(nodes) for position, nodes in zip(self.next_position, kept, strict=True)]
@@ -356,13 +364,16 @@ class TreeTarget(_Target):
         limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
         first, limit = torch.tensor([self.next_position, limits], device=device)[..., None]  # [B, 1] each
         position_ids = (first + depths).minimum(limit)
-        logits, hidden = self._forward(tree, self._masks(tree, depths), position_ids)
-        return logits[:, :num_nodes], hidden[:, :num_nodes]
+        logits, states = self._forward(tree, self._masks(tree, depths), position_ids)
+        return logits[:, :num_nodes], states
 
     def _masks(self, tree: Tree, depths: torch.Tensor):
         committed = self.committed.committed
-        ancestors = ancestor_bits(tree.parents.to(committed.device))
-        visible = visible_keys(committed, unpack_ancestors(ancestors, tree.num_nodes))  # [B, N, P + N]
+        parents = tree.parents.to(committed.device)
+        takes_bits = self.attn_implementation == PRISM_TREE and self.capacity is None
+        bits = ancestor_bits(parents) if takes_bits else None
+        ancestors = ancestor_mask(parents) if bits is None else unpack_ancestors(bits, tree.num_nodes)
+        visible = visible_keys(committed, ancestors)  # [B, N, P + N]
         masks = {}
         for kind, window in self.windows.items():
             seen, node_index = visible, None
@@ -374,8 +385,8 @@ class TreeTarget(_Target):
             if self.capacity is not None:
                 seen = pad(seen, (0, self.capacity - seen.shape[2]))
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
-            if self.attn_implementation == PRISM_TREE and self.capacity is None:
-                masks[kind] = attach_tree(masks[kind], ancestors, committed, node_index, window)
+            if bits is not None:
+                masks[kind] = attach_tree(masks[kind], bits, committed, node_index, window)
         return masks[None] if None in masks else masks
 
     def commit(self, kept: list[list[int]]) -> None:

@@ -82,7 +82,20 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.BoolTensor` of shape `(B, N, N)`.
     """
-    return unpack_ancestors(ancestor_bits(parents), parents.shape[1])
+    if parents.device.type != "cpu":
+        return unpack_ancestors(ancestor_bits(parents), parents.shape[1])
+    # A dozen operations on a few numbers cost more than the numbers.
+    return torch.tensor([_ancestors_of_row(row) for row in parents.tolist()])
+
+
+def _ancestors_of_row(parents: list[int]) -> list[list[bool]]:
+    """For each node of a row whether each node is the node itself or an ancestor."""
+    num_nodes = len(parents)
+    ancestors = [[True] + [False] * (num_nodes - 1)]
+    for node, parent in enumerate(parents[1:], start=1):
+        ancestors.append(ancestors[parent].copy())
+        ancestors[node][node] = True
+    return ancestors
 
 
 def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) -> Tree:

@@ -47,6 +47,21 @@ def warper_settings(logits_processor: LogitsProcessorList) -> dict | None:
     return settings
 
 
+def _quiet_range(stopping_criteria: StoppingCriteriaList, device: torch.device) -> tuple[float, set[int]]:
+    """Where criteria need not be asked, since they neither stop a row nor warn: below a length, but behind some tokens."""
+    length, tokens = float("inf"), set()
+    for criterion in stopping_criteria:
+        if type(criterion) is EosTokenCriteria:
+            # Where the ids are, as the criterion itself does when it is first called.
+            criterion.eos_token_id = criterion.eos_token_id.to(device)
+            tokens.update(criterion.eos_token_id.tolist())
+        elif type(criterion) is MaxLengthCriteria:
+            length = min(length, criterion.max_length, criterion.max_position_embeddings or length)
+        else:
+            length = 0
+    return length, tokens
+
+
 class OutputRows:
     """The sequences of one generate() call: chooses next tokens, appends them, and knows when a row ends.
 
@@ -100,6 +115,7 @@ class OutputRows:
         self.lengths = [self.prompt_length] * self.num_rows
         self.new_tokens: list[list[int]] = [[] for _ in range(self.num_rows)]  # behind the prompts
         self.end_lengths: list[int | None] = [None] * self.num_rows  # where the criteria stopped each row
+        self.quiet_until, self.end_tokens = _quiet_range(stopping_criteria, ids_device)
         has_stock_parts = self.warpers is not None and self.has_stock_criteria
         self.is_coupled = is_coupled and self.do_sample and has_stock_parts
         needs_noise = self.do_sample and (self.num_rows > 1 or self.walks_on_device or self.is_coupled)
@@ -141,10 +157,16 @@ class OutputRows:
         self.ids[row, length] = token
         self.new_tokens[row].append(token)
         self.lengths[row] = length + 1
-        if self.end_lengths[row] is None:
-            scores = tuple(self.scores[0]) if self.scores is not None and self.num_rows == 1 else None
-            if bool(self.stopping_criteria(self.ids[row : row + 1, : length + 1], scores)[0]):
-                self.end_lengths[row] = length + 1
+        if self.end_lengths[row] is None and self._is_end(row, token):
+            self.end_lengths[row] = length + 1
+
+    def _is_end(self, row: int, token: int) -> bool:
+        """Whether the criteria stop a row behind `token`, its last."""
+        length = self.lengths[row]
+        if length < self.quiet_until and token not in self.end_tokens:
+            return False
+        scores = tuple(self.scores[0]) if self.scores is not None and self.num_rows == 1 else None
+        return bool(self.stopping_criteria(self.ids[row : row + 1, :length], scores)[0])
 
     def choose(self, row: int, logits: torch.Tensor) -> int:
         """The token that plain decoding emits next in `row`, given the target's logits `(V,)` there.

@@ -78,9 +78,10 @@ def grow_tree_reference(
 def _own_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
     """Words `(count, num_words)` of which row j has bit `first + j`."""
     bit = torch.arange(first, first + count, device=device)[:, None]
-    own = torch.ones_like(bit) << (bit & (_WORD - 1))
-    # Small trees have one word.
-    return own if num_words == 1 else own * (torch.arange(num_words, device=device) == bit // _WORD)
+    if num_words == 1:
+        return torch.bitwise_left_shift(1, bit)
+    own = torch.bitwise_left_shift(1, bit & (_WORD - 1))
+    return own * (torch.arange(num_words, device=device) == bit // _WORD)
 
 
 def choose_nodes_reference(
