@@ -152,6 +152,32 @@ def test_rows_with_holes_move_only_what_was_not_accepted_in_order(moves):
     assert [destination.tolist() for destination in moves] == [[[-1], [committed.width - 1], [-1]]]
 
 
+@pytest.mark.parametrize("max_holes", [1, 4, 1000])
+def test_a_single_row_moves_nothing_until_there_are_too_many_holes(max_holes, moves):
+    """As a list kept by hand, behind left padding; whatever was accepted stays where it is."""
+    generator = torch.Generator().manual_seed(0)
+    cache = new_tree_cache()
+    append(cache, 1, 0, 5)
+    committed = CommittedCache(cache, torch.tensor([[False, False, True, True, True]]), max_holes)
+    expected, num_holes, num_closed = list(range(5)), 0, 0
+    for start in range(1000, 41000, 1000):
+        append(cache, 1, start, 6)
+        count = int(torch.randint(0, 5, (), generator=generator))
+        offsets = sorted(torch.randperm(6, generator=generator)[:count].tolist())
+        expected += [start + offset for offset in offsets]
+        committed.commit([offsets])
+        num_holes += offsets[-1] + 1 - count if offsets else 0
+        if num_holes > max_holes:
+            num_holes, num_closed = 0, num_closed + 1
+        assert (committed.width - committed.lengths[0], len(moves)) == (num_holes, num_closed)
+        assert committed.width == cache.get_seq_length()
+        check_rows(committed, [expected])
+    assert num_closed == 0 if max_holes == 1000 else num_closed > 5
+    committed.close_holes()
+    assert committed.width == committed.lengths[0] == len(expected)
+    check_rows(committed, [expected])
+
+
 def test_rows_that_leave_are_replaced_by_the_last_in_place():
     """The others stay where they are; nothing is allocated."""
     cache = new_tree_cache()

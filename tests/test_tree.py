@@ -34,7 +34,7 @@ def random_pool(num_rows: int, top_k: int, depth: int, seed: int, zeros: bool = 
         scores = log_probs.gather(1, chosen)
         parents = (start + chosen).repeat_interleave(top_k, dim=1)
         start += count
-    return CandidatePool.of_steps(steps)
+    return CandidatePool(steps)
 
 
 @pytest.mark.parametrize("zeros", [False, True])

@@ -165,7 +165,7 @@ class ScriptedDrafter:
         for step, tokens in enumerate(torch.tensor(token_ids).split(width, dim=1)):
             log_probs = torch.tensor([-0.1, -2.0])[:width].expand_as(tokens) - 0.1 * step
             steps.append((tokens, torch.full_like(tokens, width * (step - 1) if step else -1), log_probs))
-        return CandidatePool.of_steps(steps)
+        return CandidatePool(steps)
 
     def _draw_row(self, row: int, depth: int, width: int) -> list[int]:
         following = self.scripts[row][self.num_emitted[row] :]

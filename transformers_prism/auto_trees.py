@@ -396,15 +396,12 @@ class AutoTrees:
         steps = _StepChoice(self, num_rows, depth)
         coupling = self.rows.coupling(self.active, depth)
         pool = drafter.draw(self.settings.top_k, depth, steps.choose_width, coupling)
-        rows = zip(
-            pool.token_ids.tolist(),
-            pool.parents.tolist(),
-            pool.depths.tolist(),
-            pool.log_probs.tolist(),
-            cells_of_drafted(pool.depths, pool.log_probs),
-            strict=True,
-        )
-        return [_Candidates.drafted(*row, self.experience.drafted.chances) for row in rows], steps.num_steps
+        chances = self.experience.drafted.chances
+        candidates = []
+        for token_ids, parents, depths, log_probs in pool.rows():
+            cells = cells_of_drafted(depths, log_probs)
+            candidates.append(_Candidates.drafted(token_ids, parents, depths, log_probs, cells, chances))
+        return candidates, steps.num_steps
 
     def _text(self, row: int) -> NgramIndex:
         """The row's text so far, indexed."""
@@ -509,9 +506,6 @@ def _first_cell(depth: int) -> int:
     return (min(depth, _MAX_DEPTH) - 1) * (len(_EDGES) + 1)
 
 
-def cells_of_drafted(depths: torch.Tensor, log_probs: torch.Tensor) -> list[list[int]]:
-    """Flat index into the table of drafted nodes for each candidate, from depths and log-probabilities `(B, C)`."""
-    return [
-        [_first_cell(depth) + _class_of(log_prob) for depth, log_prob in zip(*row, strict=True)]
-        for row in zip(depths.tolist(), log_probs.tolist(), strict=True)
-    ]
+def cells_of_drafted(depths: list[int], log_probs: list[float]) -> list[int]:
+    """Flat index into the table of drafted nodes for each candidate of a row."""
+    return [_first_cell(depth) + _class_of(log_prob) for depth, log_prob in zip(depths, log_probs, strict=True)]

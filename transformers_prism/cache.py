@@ -2,9 +2,9 @@
 
 Layout: new keys are appended behind the longest row of the batch. Committing keeps those that were accepted and forgets
 the rest, in one of two ways. A dense cache moves each row's accepted keys to that row's own end, behind its left padding
-and all it holds. A cache that may have holes moves them to the end of the longest row, where most of them are already;
-rows that accepted fewer are left with holes, which the masks leave out, and once there are too many, all rows are moved
-together.
+and all it holds. A cache that may have holes moves them to the end of the longest row, where most of them are already, and
+those of a single row not at all; what was not accepted and rows that accepted fewer leave holes, which the masks leave out,
+and once there are too many, all rows are moved together.
 
 There are two kinds of layers with the same few methods: `TreeLayer` grows, `StaticTreeLayer` keeps its shapes, so that a
 compiled forward is never compiled anew.
@@ -162,6 +162,9 @@ class CommittedCache:
         Args:
             accepted: for each row the offsets, rising, among the appended keys.
         """
+        if self.max_holes and len(accepted) == 1:
+            self._commit_in_place(accepted[0])
+            return
         width = self.width
         ends = [width] * len(accepted) if self.max_holes else self.lengths
         new_ends = [end + len(offsets) for end, offsets in zip(ends, accepted, strict=True)]
@@ -177,6 +180,18 @@ class CommittedCache:
         self._set_length(max(new_ends))
         self._grow_mask(ends, new_ends)
         self.lengths = [length + len(offsets) for length, offsets in zip(self.lengths, accepted, strict=True)]
+        self._close_too_many_holes()
+
+    def _commit_in_place(self, offsets: list[int]) -> None:
+        """Of a single row: accepted keys stay where they are, and what lies between them becomes holes."""
+        width, num_new = self.width, offsets[-1] + 1 if offsets else 0
+        self._set_length(width + num_new)
+        if num_new == len(offsets):
+            self._grow_mask([width], [width + num_new])
+        else:
+            is_kept = torch.tensor([[offset in offsets for offset in range(num_new)]], device=self.committed.device)
+            self.committed = torch.cat((self.committed, is_kept), dim=1)
+        self.lengths = [self.lengths[0] + len(offsets)]
         self._close_too_many_holes()
 
     def _layers(self) -> list:

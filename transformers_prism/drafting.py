@@ -150,7 +150,7 @@ class Drafter:
         # The root: what it has drawn is what its output at the last committed position proposes.
         output = self.last_hidden[:, None]
         log_probs = torch.zeros((num_rows, 1), dtype=torch.float32, device=device)
-        candidates = torch.full((num_rows, 1), -1, dtype=torch.long, device=device)  # pool index of each node
+        candidates = torch.full((num_rows, 1), -1, dtype=torch.long, device=device)  # pool index of each node, -1 the root
         ancestors = torch.zeros((num_rows, 1, -(-top_k * depth // 64)), dtype=torch.long, device=device)  # no bits
         num_drawn = 0
         for next_step in range(1, depth + 1):
@@ -158,7 +158,7 @@ class Drafter:
             width = top_k if next_step < depth else 0
             if width > 0 and choose_width is not None:
                 width = choose_width(log_probs[..., None] + child_log_probs)
-            of_children = candidates.repeat_interleave(top_k, dim=1)
+            of_children = candidates[..., None].expand_as(child_ids).flatten(1)
             if width == 0:
                 steps.append((child_ids.flatten(1), of_children, (log_probs[..., None] + child_log_probs).flatten(1)))
                 break
@@ -169,7 +169,7 @@ class Drafter:
             hidden = output.gather(1, grown.parents[..., None].expand(-1, -1, output.shape[-1]))
             output = frontier.step(next_step, grown.token_ids, hidden, ancestors)  # [B, K, D]
         self.cache.forget_appended()
-        return CandidatePool.of_steps(steps)
+        return CandidatePool(steps)
 
     def _propose(self, output, top_k: int, depth: int, coupling: Coupling | None):
         """Children of nodes at a depth: the draft's likeliest, or the likeliest with the draws that are known."""

@@ -67,7 +67,8 @@ class PlannedTrees(AutoTrees):
         """Learn from a round, and say what it was; the arguments are those of [`AutoTrees.observe`]."""
         if self.plan is not None:
             depths, log_probs = self.drawn[0].long(), self.drawn[1]
-            cells, chances = cells_of_drafted(depths, log_probs), self.experience.drafted.chances
+            rows, chances = zip(depths.tolist(), log_probs.tolist(), strict=True), self.experience.drafted.chances
+            cells = [cells_of_drafted(*row) for row in rows]
             values = torch.tensor([[chances[cell] for cell in row] for row in cells], dtype=torch.float64)  # [B, n]
             self._note_values(values, depths)
             expected = sum(self.weights) + sum(map(operator.mul, self.weights, values.sum(dim=1).tolist()))

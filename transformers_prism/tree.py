@@ -15,6 +15,7 @@ Source: EAGLE-2 (arXiv:2406.16858), section 4; ties and orders as in its release
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -50,22 +51,45 @@ class Tree:
 
 @dataclass
 class CandidatePool:
-    """Every node drawn while a tree grows, in the order drawn; all of shape `(B, C)`.
+    """Every node drawn while a tree grows, in the order drawn.
 
-    `parents` index the pool, -1 is the root.
+    Args:
+        steps: of each draft step the token ids, parents and log-probabilities of the nodes drawn, `(B, n)` each. Parents
+            index the pool, -1 is the root.
     """
 
-    token_ids: torch.Tensor
-    parents: torch.Tensor
-    depths: torch.Tensor
-    log_probs: torch.Tensor
+    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-    @classmethod
-    def of_steps(cls, steps: list[tuple]) -> "CandidatePool":
-        """The nodes of draft steps, in order: of each the token ids, parents and log-probabilities, `(B, n)` each."""
-        token_ids, parents, log_probs = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-        depths = [torch.full_like(ids, depth) for depth, (ids, *_) in enumerate(steps, start=1)]
-        return cls(token_ids, parents, torch.cat(depths, dim=1), log_probs)
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """`(B, C)`."""
+        return torch.cat([token_ids for token_ids, _, _ in self.steps], dim=1)
+
+    @property
+    def parents(self) -> torch.Tensor:
+        """`(B, C)`."""
+        return torch.cat([parents for _, parents, _ in self.steps], dim=1)
+
+    @property
+    def depths(self) -> torch.Tensor:
+        """`(B, C)`, 1 for the root's children."""
+        depths = [torch.full_like(token_ids, depth) for depth, (token_ids, _, _) in enumerate(self.steps, start=1)]
+        return torch.cat(depths, dim=1)
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        """`(B, C)`, cumulative ones."""
+        return torch.cat([log_probs for _, _, log_probs in self.steps], dim=1)
+
+    def rows(self) -> list[tuple[list[int], list[int], list[int], list[float]]]:
+        """Token ids, parents, depths and log-probabilities of each row."""
+        parts = [[part.tolist() for part in step] for step in self.steps]
+        rows: list[tuple] = []
+        for row in range(len(parts[0][0])):
+            ids, parents, log_probs = (list(chain(*(step[part][row] for step in parts))) for part in range(3))
+            depths = [depth for depth, step in enumerate(parts, start=1) for _ in step[0][row]]
+            rows.append((ids, parents, depths, log_probs))
+        return rows
 
 
 def root_tree(token_ids: torch.Tensor) -> Tree:

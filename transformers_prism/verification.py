@@ -11,6 +11,8 @@ with exactly the ids that plain decoding would have shown them: everything else,
 Source: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the draft's distribution a point mass.
 """
 
+import math
+
 import torch
 from transformers.generation import (
     EosTokenCriteria,
@@ -183,7 +185,7 @@ class OutputRows:
         if not self.do_sample:
             token = int(torch.argmax(scores, dim=-1))
             # Which takes NaN for the largest.
-            if scores[0, token].isnan():
+            if math.isnan(scores[0, token]):
                 self.refuse_nan(row)
             return token
         probs = torch.nn.functional.softmax(scores, dim=-1)
@@ -196,6 +198,8 @@ class OutputRows:
         return int(torch.argmax(probs / noise[row : row + 1], dim=-1))
 
     def _process(self, row: int, raw: torch.Tensor) -> torch.Tensor:
+        if not self.logits_processor:
+            return raw
         ids = self.ids[row : row + 1, : self.lengths[row]]
         # Stock warpers look at nothing but the row's own scores.
         if self.num_rows == 1 or self.warpers is not None:

@@ -4,8 +4,8 @@
 #   docs/performance/measure.sh spec_bench.jsonl                  every step, some three hours on two cores
 #   docs/performance/measure.sh spec_bench.jsonl rounds greedy    these, and the page from all files that are there
 #
-# Nothing else may run on the machine meanwhile. A step of `bench generate` that was cut off goes on; files of an older
-# draft are measured again once they are removed.
+# Nothing else may run on the machine meanwhile, but for the steps of `bench acceptance`, which time nothing. A step of
+# `bench generate` that was cut off goes on; files of an older draft are measured again once they are removed.
 set -euo pipefail
 prompts=$(realpath "${1:?expected a file of prompts in the form of Spec-Bench}")
 shift
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="$PWD/../../.venv/bin:$PATH"
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 context256 context2048 context7936 methods untrained adversarial
-  rounds scaling modules acceptance uncoupled training synthesize)
+  unprepared rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize)
 
 generate() {
   transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
@@ -48,11 +48,16 @@ measure() {
     adversarial)
       [ -f adversarial.jsonl ] || adversarial_prompts
       from=adversarial.jsonl repeat=5 generate --method auto --num-prompts 6 --max-new-tokens 64 --temperature 1.5 ;;
-    rounds) transformers-prism bench rounds --prompts "$prompts" --json "$step.json" ;;
+    unprepared)
+      transformers-prism bench rounds --prompts "$prompts" --no-packed --method static:10,6,59 \
+        --label "59/6/10, unprepared" --json "$step.json" ;;
+    rounds) transformers-prism bench rounds --prompts "$prompts" --label "auto, prepared" --json "$step.json" ;;
     scaling) transformers-prism bench scaling --json "$step.json" ;;
     modules) transformers-prism bench modules --packed --json "$step.json" ;;
-    acceptance) transformers-prism bench acceptance --prompts "$prompts" --json "$step.json" ;;
-    uncoupled) transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --no-coupled --json "$step.json" ;;
+    accepted_greedy) transformers-prism bench acceptance --prompts "$prompts" --temperature 0 --json "$step.json" ;;
+    accepted_sampled) transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --json "$step.json" ;;
+    uncoupled)
+      transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --tree 15/4/4 --no-coupled --json "$step.json" ;;
     training) transformers-prism bench training --repeat 4 --json "$step.json" ;;
     synthesize) transformers-prism bench synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
     *) echo "expected steps among ${steps[*]}, got $step" >&2; return 1 ;;

@@ -138,8 +138,10 @@ def _glance(records: list[dict]) -> list[str]:
 def _acceptance(record: dict) -> list[str]:
     settings = record["settings"]
     hidden = "" if settings["coupled"] else ", the draws of sampling hidden from it"
+    temperatures = " and ".join(f"{temperature:g}" for temperature in settings["temperatures"])
+    prompts = f"{settings['num_prompts']} prompts of `{settings['prompts']}`"
     return [
-        f"## What the draft accepts{hidden}: {settings['num_prompts']} prompts of `{settings['prompts']}`",
+        f"## What the draft accepts at T = {temperatures}{hidden}: {prompts}",
         markdown_table(*acceptance_rows(record["rows"])),
         f"tau of fixed trees (nodes/depth/top-k; top-k 1 is a chain), pooled over rounds, without n-grams; "
         f"{settings['max_new_tokens']} new tokens, seed {settings['seed']}. *In a loop*: answers that end in one, which "

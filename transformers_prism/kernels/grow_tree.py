@@ -34,6 +34,7 @@ except ImportError:
 
 _NAMESPACE = operator_namespace(__name__, __file__)
 _WORD = 64
+_BITS = torch.ones(_WORD, 1, dtype=torch.int64) << torch.arange(_WORD)[:, None]  # each number with one bit
 # Of the kernels: nodes that a step goes on with, children of a step, and nodes of a tree, the root included.
 MAX_WIDTH = 64
 MAX_CHILDREN = 4096
@@ -77,11 +78,12 @@ def grow_tree_reference(
 
 def _own_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
     """Words `(count, num_words)` of which row j has bit `first + j`."""
+    # Small trees have one word.
+    if num_words == 1 and device.type == "cpu":
+        return _BITS[first : first + count]
     bit = torch.arange(first, first + count, device=device)[:, None]
-    if num_words == 1:
-        return torch.bitwise_left_shift(1, bit)
-    own = torch.bitwise_left_shift(1, bit & (_WORD - 1))
-    return own * (torch.arange(num_words, device=device) == bit // _WORD)
+    own = torch.ones_like(bit) << (bit & (_WORD - 1))
+    return own if num_words == 1 else own * (torch.arange(num_words, device=device) == bit // _WORD)
 
 
 def choose_nodes_reference(
