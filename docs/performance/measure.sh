@@ -11,12 +11,29 @@ prompts=$(realpath "${1:?expected a file of prompts in the form of Spec-Bench}")
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="$PWD/../../.venv/bin:$PATH"
+draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 context256 context2048 context7936 methods untrained adversarial
-  unprepared rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize)
+  unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize)
 
 generate() {
   transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
+}
+
+rounds() {
+  label=$1
+  shift
+  transformers-prism bench rounds --prompts "$prompts" --label "$label" --draft "$draft" --json "$PWD/$step.json" "$@"
+}
+
+# With the package of an earlier commit.
+at_commit() {
+  commit=$1
+  shift
+  folder=$(mktemp -d)
+  git worktree add --quiet --detach "$folder" "$commit"
+  PYTHONPATH="$folder" "$@"
+  git worktree remove --force "$folder"
 }
 
 # Fragments of random tokens: text that nothing foresees.
@@ -48,11 +65,13 @@ measure() {
     adversarial)
       [ -f adversarial.jsonl ] || adversarial_prompts
       from=adversarial.jsonl repeat=5 generate --method auto --num-prompts 6 --max-new-tokens 64 --temperature 1.5 ;;
-    unprepared)
-      transformers-prism bench rounds --prompts "$prompts" --no-packed --method static:10,6,59 \
-        --label "59/6/10, unprepared" --json "$step.json" ;;
-    rounds) transformers-prism bench rounds --prompts "$prompts" --label "auto, prepared" --json "$step.json" ;;
-    scaling) transformers-prism bench scaling --json "$step.json" ;;
+    unprepared) rounds "59/6/10, unprepared" --no-packed --method static:10,6,59 ;;
+    fixed) rounds "59/6/10, prepared" --method static:10,6,59 ;;
+    earlier) at_commit 65a8405 rounds "auto, prepared, at 65a8405" ;;
+    rounds) rounds "auto, prepared" ;;
+    scaling)
+      transformers-prism bench scaling --modules 1 --modules 2 --modules 4 --modules 8 --nodes 3 --nodes 15 --nodes 63 \
+        --context 256 --context 2048 --context 7936 --json "$step.json" ;;
     modules) transformers-prism bench modules --packed --json "$step.json" ;;
     accepted_greedy) transformers-prism bench acceptance --prompts "$prompts" --temperature 0 --json "$step.json" ;;
     accepted_sampled) transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --json "$step.json" ;;
