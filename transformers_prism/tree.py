@@ -19,6 +19,7 @@ from itertools import chain
 
 import torch
 
+from .kernels.dispatch import use_triton
 from .kernels.grow_tree import ancestor_bits, choose_nodes
 from .kernels.tree_attention import unpack_ancestors
 
@@ -106,7 +107,7 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.BoolTensor` of shape `(B, N, N)`.
     """
-    if parents.device.type != "cpu":
+    if parents.device.type != "cpu" or use_triton("auto", parents.device):
         return unpack_ancestors(ancestor_bits(parents), parents.shape[1])
     # A dozen operations on a few numbers cost more than the numbers.
     return torch.tensor([_ancestors_of_row(row) for row in parents.tolist()])
