@@ -52,11 +52,13 @@ def command(folder, name, *more, processes=1, **options):
         **options,
     }
     words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-    return [*launcher, "-m", "transformers_prism.cli", "train", "--use_cpu", *words, *more]
+    # Several processes find each other on a CPU by themselves, too.
+    device = ["--use_cpu"] if processes == 1 else []
+    return [*launcher, "-m", "transformers_prism.cli", "train", *device, *words, *more]
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(words):

@@ -94,7 +94,7 @@ def _joined(parts: list[NewPositions]) -> NewPositions:
 
 
 def _fused(states: list[torch.Tensor]) -> torch.Tensor:
-    """States of several layers side by side, `(B, T, L * target_hidden_size)`."""
+    """A copy of the states of several layers side by side, `(B, T, L * target_hidden_size)`."""
     return torch.cat([state.to(states[0].device) for state in states], dim=-1)
 
 

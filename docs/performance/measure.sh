@@ -23,7 +23,7 @@ generate() {
 rounds() {
   label=$1
   shift
-  transformers-prism bench rounds --prompts "$prompts" --label "$label" --draft "$draft" --json "$PWD/$step.json" "$@"
+  transformers-prism bench rounds --prompts "$prompts" --label "$label" --draft "$draft" --json "$step.json" "$@"
 }
 
 # With the package of an earlier commit.

@@ -139,6 +139,11 @@ class TrainConfig:
         return getattr(torch, self.compute_dtype)
 
     @property
+    def stays_on_cpu(self) -> bool:
+        """Whether the CPU is what trains; accelerate has to be told to find other processes there."""
+        return self.use_cpu or not torch.accelerator.is_available()
+
+    @property
     def chooses_by_tau(self) -> bool:
         """Whether the checkpoint with the best measured tau is what a stage ends with."""
         return bool(self.num_acceptance_prompts and self.validation_updates)

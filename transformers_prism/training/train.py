@@ -220,9 +220,9 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     """
     _check_paths(config)
     # Every process has looked before the first one writes.
-    PartialState(cpu=config.use_cpu).wait_for_everyone()
+    PartialState(cpu=config.stays_on_cpu).wait_for_everyone()
     target, tokenizer = load_target(config.target, config.dtype)
-    target.to("cpu" if config.use_cpu else PartialState().device)
+    target.to(PartialState().device)
     vocab_size = target.config.get_text_config().vocab_size
     conversations = read_conversations(config.data.split(","), vocab_size, config.max_length, tokenizer)
     train_indices, validation_indices = split_conversations(
@@ -310,7 +310,7 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.compute_dtype == "bfloat16",
-        use_cpu=config.use_cpu,
+        use_cpu=config.stays_on_cpu,
         logging_steps=config.logging_updates,
         logging_nan_inf_filter=False,
         save_steps=config.save_updates,
