@@ -128,6 +128,65 @@ def test_grouped_attention_is_sdpa_without_repeated_keys(shares_heads, monkeypat
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_nodes", [1, 5])
+def test_long_contexts_are_attended_to_as_by_sdpa(num_nodes, dtype, monkeypatch):
+    """Rows with padding, with holes and with neither, keys as a slice of a longer cache; and SDPA is not asked."""
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    query = torch.randn(3, num_nodes, 4, 16, generator=generator, dtype=dtype).transpose(1, 2)
+    key, value = (torch.randn(3, 2, 60, 16, generator=generator, dtype=dtype)[:, :, :50] for _ in range(2))
+    mask = torch.ones(3, 1, num_nodes, 50, dtype=torch.bool)
+    mask[..., 50 - num_nodes :] = torch.eye(num_nodes, dtype=torch.bool)
+    mask[0, ..., :7] = False
+    mask[1, ..., [20, 33]] = False
+    for scaling in (None, 0.3):
+        expected, _ = attention.prism_grouped_attention(module, query, key, value, mask, scaling=scaling)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_LONG_CONTEXT", 50)
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+            found, _ = attention.prism_grouped_attention(module, query, key, value, mask, scaling=scaling)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("what", ["gradients", "many queries", "bfloat16", "an added mask", "dropout", "short"])
+def test_what_products_over_all_keys_do_not_suit_goes_to_sdpa(what, monkeypatch):
+    """Short contexts, prefills in chunks, training, numbers too narrow for scores, and masks that are added."""
+    monkeypatch.setattr(attention, "_LONG_CONTEXT", 101 if what == "short" else 100)
+    monkeypatch.setattr(attention, "_long_attention", None)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    num_nodes = attention._FEW_QUERIES + 1 if what == "many queries" else 3
+    dtype = torch.bfloat16 if what == "bfloat16" else torch.float32
+    query = torch.randn(1, 4, num_nodes, 16, dtype=dtype, requires_grad=what == "gradients")
+    key, value = (torch.randn(1, 2, 100, 16, dtype=dtype) for _ in range(2))
+    mask = torch.ones(1, 1, num_nodes, 100, dtype=torch.bool)
+    if what == "an added mask":
+        mask = torch.zeros(mask.shape)
+    found, _ = attention.prism_grouped_attention(
+        module, query, key, value, mask, dropout=0.1 if what == "dropout" else 0.0
+    )
+    assert found.shape == (1, num_nodes, 4, 16)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_text_is_the_same_over_long_contexts(num_rows, monkeypatch):
+    """Target and draft with products over all keys in every forward behind the prompt."""
+    monkeypatch.setattr(attention, "_LONG_CONTEXT", 1)
+    calls, long_attention = [], attention._long_attention
+    monkeypatch.setattr(attention, "_long_attention", lambda *args: calls.append(1) or long_attention(*args))
+    target = tiny_target("llama")
+    input_ids, mask = prompts(num_rows)
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    assert not calls
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH), plain)
+    assert calls
+
+
 def test_grouped_attention_is_lent_while_the_loop_runs():
     """To a target and a draft on "sdpa", also if the loop fails; never to what a user has chosen otherwise."""
     target, eager = tiny_target("llama"), tiny_target("llama", attn_implementation="eager")

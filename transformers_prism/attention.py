@@ -8,9 +8,10 @@ tree's compact form attached to it; a model that hands on something else than th
 result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
 this code was registered last.
 
-`prism_grouped` is SDPA as transformers calls it, but for one thing: transformers repeats keys and values that several
-query heads share whenever there is a mask, which copies the whole context in every layer. On a CPU that takes longer
-than attending to it.
+`prism_grouped` is SDPA as transformers calls it, but for two things. Transformers repeats keys and values that several
+query heads share whenever there is a mask, which copies the whole context in every layer; on a CPU that takes longer
+than attending to it. And over a long context the few queries of a round go through one matrix product over all keys
+instead of SDPA's blocks, which are too small to fill a CPU's matrix product.
 
 While the loop runs, it lends models on "sdpa" what suits their device: `prism_grouped` on a CPU, and `prism_tree` to a
 draft where Triton computes.
@@ -32,6 +33,10 @@ PRISM_TREE = "prism_tree"
 PRISM_GROUPED = "prism_grouped"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
 _UNKNOWN_INPUTS = ("s_aux", "position_bias")
+# Where products over all keys were seen to beat SDPA on CPUs (9 heads of 64 in groups of 3, float32): from so many keys
+# on, for up to so many queries. `bench scaling --context` shows what it is worth.
+_LONG_CONTEXT = 4096
+_FEW_QUERIES = 64
 
 
 @dataclass
@@ -102,10 +107,45 @@ def prism_grouped_attention(module, query, key, value, attention_mask, dropout=0
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
     if attention_mask is None or query.shape[1] == key.shape[1] or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if _is_long(query, key) and attention_mask.dtype == torch.bool and not dropout:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return _long_attention(query, key, value, attention_mask, scale), None
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_long(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether few queries meet many keys, on a CPU, in numbers whose scores need no wider ones."""
+    return (
+        key.shape[2] >= _LONG_CONTEXT
+        and query.shape[2] <= _FEW_QUERIES
+        and query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and not query.requires_grad
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _long_attention(query, key, value, mask, scale: float) -> torch.Tensor:
+    """Attention of N nodes over K keys, `(B, N, H, E)`; the scores of one group of heads, `(R * N, K)`, live at a time."""
+    num_rows, num_heads, num_nodes, head_dim = query.shape
+    num_groups, num_keys = key.shape[1:3]
+    grouped = (query * scale).reshape(num_rows, num_groups, -1, head_dim)  # [B, G, R * N, E]
+    output = query.new_empty((*grouped.shape[:3], value.shape[3]))
+    scores = query.new_empty((grouped.shape[2], num_keys))
+    for row in range(num_rows):
+        # Nearly all keys are seen by all nodes; only from the first that is not on is there something to mask.
+        first = int(mask[row, 0].numpy().all(axis=0).argmin())
+        hidden = ~mask[row, 0, :, first:]
+        for group in range(num_groups):
+            torch.mm(grouped[row, group], key[row, group].T, out=scores)
+            masked = scores.view(-1, num_nodes, num_keys)[..., first:]
+            masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+            torch.softmax(scores, -1, out=scores)
+            torch.mm(scores, value[row, group], out=output[row, group])
+    return output.view(num_rows, num_heads, num_nodes, -1).transpose(1, 2).contiguous()
 
 
 @contextmanager

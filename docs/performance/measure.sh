@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="$PWD/../../.venv/bin:$PATH"
 draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
-steps=(greedy sampled batch2 batch4 batch8 context256 context2048 context7936 methods untrained adversarial
+steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 methods untrained adversarial
   unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize)
 
 generate() {
