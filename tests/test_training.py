@@ -72,6 +72,13 @@ def settings(tmp_path, name="run", **overrides):
     return TrainConfig(**{**defaults, **overrides})
 
 
+def test_nothing_is_sharded_on_a_cpu(tmp_path):
+    """Said before anything is loaded or written."""
+    with pytest.raises(ValueError, match="fsdp: expected several processes with an accelerator each, .* got 1 on cpu"):
+        train(settings(tmp_path, fsdp=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_makes_a_draft_that_reloads(tmp_path, load_tiny, target):
     """All three stages: the loss falls in each of the first two, modules differ, a record of the run is beside it."""
     draft = train(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-def command(folder, name, *more, processes=1, **options):
+def command(folder, name, *more, processes=1, program=("-m", "transformers_prism.cli"), **options):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -54,7 +55,7 @@ def command(folder, name, *more, processes=1, **options):
     words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
     # Several processes find each other on a CPU by themselves, too.
     device = ["--use_cpu"] if processes == 1 else []
-    return [*launcher, "-m", "transformers_prism.cli", "train", *device, *words, *more]
+    return [*launcher, *program, "train", *device, *words, *more]
 
 
 def environment():
@@ -67,9 +68,28 @@ def run(words):
     return result
 
 
+def kill_at(words, folder):
+    """Start a run in a session of its own; SIGKILL to all of its processes once the folder is there."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not folder.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def losses(folder):
     stages = json.loads((folder / "draft" / "training.json").read_text())["stages"]
     return [loss for stage in stages for loss in stage["loss"]]
+
+
+def last_validation(folder):
+    found = json.loads((folder / "draft" / "training.json").read_text())["stages"][-1]["validation"]
+    return {name: value for name, value in found.items() if name != "eval_speedup_estimate"}
 
 
 def assert_same_weights(first, second):
@@ -83,35 +103,32 @@ def test_a_killed_run_ends_with_the_same_weights(folders):
     run(command(folders, "whole", batch_size=4))
     for moment in ("single_step/checkpoint-3", "warm_up/checkpoint-6"):
         more = ["--resume"] if (folders / "cut").exists() else []
-        process = subprocess.Popen(
-            command(folders, "cut", *more, batch_size=4),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
-        )
         # The folder is there before what belongs into it.
-        deadline = time.monotonic() + 200
-        while not (folders / "cut" / moment).exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_at(command(folders, "cut", *more, batch_size=4), folders / "cut" / moment)
     assert not (folders / "cut" / "draft").exists()
     run(command(folders, "cut", "--resume", batch_size=4))
     assert_same_weights(folders / "whole", folders / "cut")
 
 
 def test_two_processes_equal_one_with_accumulation(folders):
-    """Two gloo processes with a batch of 2 see what one with two batches of 2 per update sees."""
-    run(command(folders, "one", batch_size=2, accumulation=2))
-    run(command(folders, "two", batch_size=2, processes=2))
-    found, expected = losses(folders / "two"), losses(folders / "one")
-    assert len(found) == len(expected) == 24
-    assert found == pytest.approx(expected, rel=1e-4)
-    states = [PrismDraftModel.from_pretrained(folders / name / "draft").state_dict() for name in ("one", "two")]
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-4)
+    """Two gloo processes with a batch of 2 see what one with two batches of 2 per update sees; so do two that shard weights
+    and AdamW's state, killed while they write a checkpoint."""
+    sharded = {"batch_size": 2, "processes": 2, "program": (str(Path(__file__).with_name("fsdp_on_cpu.py")),)}
+    validated = ("--num_acceptance_prompts", "2", "--validation_updates", "2", "--save_updates", "2")
+    run(command(folders, "one", *validated, batch_size=2, accumulation=2))
+    run(command(folders, "two", *validated, batch_size=2, processes=2))
+    kill_at(command(folders, "sharded", *validated, "--fsdp", **sharded), folders / "sharded" / "warm_up" / "checkpoint-6")
+    run(command(folders, "sharded", *validated, "--fsdp", "--resume", **sharded))
+    expected = losses(folders / "one")
+    states = {name: PrismDraftModel.from_pretrained(folders / name / "draft").state_dict() for name in ("one", "two", "sharded")}
+    validations = {name: last_validation(folders / name) for name in states}
+    for name in ("two", "sharded"):
+        found = losses(folders / name)
+        assert len(found) == len(expected) == 24
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert validations[name] == pytest.approx(validations["one"], rel=1e-3)
+        for key, tensor in states["one"].items():
+            torch.testing.assert_close(tensor, states[name][key], rtol=1e-3, atol=1e-4)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

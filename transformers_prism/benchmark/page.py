@@ -86,9 +86,9 @@ def levers(summary: dict) -> list[tuple[str, float]]:
 
 
 def _command_block(record: dict) -> str:
-    """The command, and which weights it measured where there is a draft."""
+    """The command, which weights it measured where there is a draft, and the machine."""
     weights = record["weights_sha256"]
-    return f"```\n{record['command']}\n```" + (f"\n\nDraft `{weights[:12]}`." if weights else "")
+    return f"```\n{record['command']}\n```\n\n" + (f"Draft `{weights[:12]}` on " if weights else "On ") + f"{record['hardware']}."
 
 
 def _introduction(records: list[tuple[str, dict]]) -> str:

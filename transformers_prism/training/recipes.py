@@ -99,6 +99,7 @@ class TrainConfig:
     checkpoint_activations: bool = _option(False, "Compute activations again in the backward pass: less memory.")
     unmasked_softmax: bool = _option(False, "Repeat a mistake of the authors' training code, to compare with it.")
     use_cpu: bool = _option(False, "Stay on the CPU even if there is an accelerator.")
+    fsdp: bool = _option(False, "Shard weights, gradients and AdamW's state among the accelerators (FSDP) that share a run.")
     logging_updates: int = _option(10, "Updates between two lines of the log.")
     push_to_hub: str = _option("", "user/name on the Hub that the finished draft is pushed to.")
     report_to: str = _option("none", "Where the Trainer logs to, such as tensorboard or wandb.")

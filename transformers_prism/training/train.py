@@ -4,6 +4,7 @@
     transformers-prism train --data conversations.jsonl.gz --output draft-run --recipe hass --plan
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -126,9 +128,18 @@ class AlignedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.prompts = list(prompts)
         self._parts: list[torch.Tensor] = []
+        # FSDP will cut the model's own weights to pieces.
+        self._whole_copy = copy.deepcopy(self.model).to(self.args.device) if self.is_fsdp_enabled else None
 
     def _get_train_sampler(self, train_dataset=None):
         return LengthSampler(self.train_dataset.lengths, self.args.train_batch_size, self.args.seed)
+
+    def whole_model(self) -> AlignedTraining:
+        """The model with all of its weights; under FSDP a copy, gathered anew, for which every process has to ask."""
+        if self._whole_copy is None:
+            return self.accelerator.unwrap_model(self.model)
+        self._whole_copy.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
+        return self._whole_copy
 
     @property
     def tokens_seen(self) -> int:
@@ -165,7 +176,7 @@ class AlignedTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Agreement of each draft step with the target on held-out conversations, teacher-forced, and measured rounds."""
         dataset = eval_dataset or self.eval_dataset
-        training = self.accelerator.unwrap_model(self.model)
+        training = self.whole_model()
         num_steps = max(4, training.stage.num_steps)
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=self.args.device)
         order = sorted(range(len(dataset)), key=lambda item: dataset.lengths[item])
@@ -219,10 +230,16 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         FileNotFoundError, ValueError: for data, settings or features that cannot be used, saying expected and got.
     """
     _check_paths(config)
+    state = PartialState(cpu=config.stays_on_cpu)
+    if config.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"fsdp: expected several processes with an accelerator each, as `accelerate launch --multi_gpu` starts them, got "
+            f"{state.num_processes} on {state.device.type}"
+        )
     # Every process has looked before the first one writes.
-    PartialState(cpu=config.stays_on_cpu).wait_for_everyone()
+    state.wait_for_everyone()
     target, tokenizer = load_target(config.target, config.dtype)
-    target.to(PartialState().device)
+    target.to(state.device)
     vocab_size = target.config.get_text_config().vocab_size
     conversations = read_conversations(config.data.split(","), vocab_size, config.max_length, tokenizer)
     train_indices, validation_indices = split_conversations(
@@ -243,7 +260,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         draft, result = _run_stage(stage, config, draft, target, sets)
         draft.bind(target, tokenizer)
         results.append(result)
-    if PartialState().is_main_process:
+    if state.is_main_process:
         _save_run(draft, config, report, argv)
     return draft.eval()
 
@@ -311,6 +328,9 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         max_grad_norm=config.max_grad_norm,
         bf16=config.compute_dtype == "bfloat16",
         use_cpu=config.stays_on_cpu,
+        # A draft step calls the parts of a module in its own order, so that all weights are gathered at once.
+        fsdp=config.fsdp or None,
+        fsdp_config={"auto_wrap_policy": "NO_WRAP"} if config.fsdp else None,
         logging_steps=config.logging_updates,
         logging_nan_inf_filter=False,
         save_steps=config.save_updates,
@@ -378,6 +398,7 @@ def _run_stage(
         "validation": trainer.evaluate(),
         "history": trainer.state.log_history,
     }
+    draft = trainer.whole_model().draft
     if PartialState().is_main_process:
         draft.save_pretrained(finished)
         write_json(folder / "result.json", result)
