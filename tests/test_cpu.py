@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
@@ -31,6 +32,34 @@ def test_products_equal_the_default_within_rounding(num_rows, has_bias):
         torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
     assert type(linear) is nn.Linear
     assert torch.equal(linear(inputs), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slow_rows", [0, 1, 2, 3, 4])
+def test_few_rows_take_the_product_that_was_faster(slow_rows, monkeypatch):
+    """The packed one made slow for up to so many rows; layers of a shape agree, and from four rows on it always serves."""
+    packed_product, calls = PackedLinear.packed_product, []
+
+    def product(self, input):
+        calls.append(len(input))
+        time.sleep(0.02 if len(input) <= slow_rows else 0)
+        return packed_product(self, input)
+
+    monkeypatch.setattr(PackedLinear, "packed_product", product)
+    # Otherwise nobody could say which product is the faster one.
+    default = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: time.sleep(0.005) or default(self, input))
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 8))
+    with prepare_for_cpu(model) as prepared:
+        calls.clear()
+        for linear in prepared.linears:
+            for num_rows in (1, 2, 3, 4, 5):
+                inputs = torch.randn(num_rows, 256)
+                torch.testing.assert_close(linear(inputs), default(linear, inputs), atol=1e-5, rtol=1e-5)
+        first = min(slow_rows + 1, 4)
+        assert calls == [*range(first, 6)] * 2 + [1, 2, 3, 4, 5]
+        assert copy.deepcopy(model)[0].packed_from == first
+    assert not hasattr(model[0], "packed_from")
 
 
 @torch.no_grad()

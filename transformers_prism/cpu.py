@@ -4,35 +4,52 @@ torch's default matrix product re-packs a weight for every product with 2 to 32 
 oneDNN chooses, the product reads the weight and nothing else. The road is the one that torch.compile takes for frozen
 weights. Results differ from the default product by rounding only.
 
+A call of oneDNN costs some CPUs more than it saves where there are few rows, so that up to three rows take whichever
+product was faster when the weights were packed.
+
 A draft step waits for memory as a plain step does, and what a draft proposes never changes the output: a draft's weights
 are packed in float16, half of the bytes.
 """
 
+import time
 import warnings
+from collections import defaultdict
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+# The default product re-packs the weight from four rows on, or from two.
+_MOST_UNPACKED_ROWS = 3
+# Layers of fewer weights take no time worth measuring; of each shape, layers with so many weights are timed, which no
+# cache of a core holds.
+_FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
+_NUM_REPEATS = 5
+
 
 class PackedLinear(nn.Linear):
     """An `nn.Linear` with a packed copy of its weight; it becomes one, and an `nn.Linear` again, by its class alone.
 
-    The packed copy is used in forwards without gradients on float32 inputs, and made anew when the weight was written
-    to; everything else takes the default product.
+    The packed copy is used in forwards without gradients on float32 inputs of at least `packed_from` rows, and made anew
+    when the weight was written to; everything else takes the default product.
     """
 
     BYTES_PER_WEIGHT = 4
+    packed_from = 1
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight.T + bias`, as `nn.Linear`."""
-        if not self.takes(input):
+        if not self.takes(input) or input.shape[:-1].numel() < self.packed_from:
             return super().forward(input)
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed_weight(), self.bias, "none", [], "")
+        return self.packed_product(input)
 
     def takes(self, input: torch.Tensor) -> bool:
-        """Whether the packed copy serves this input."""
+        """Whether the packed copy can serve this input."""
         return not torch.is_grad_enabled() and input.dtype == torch.float32 and input.device.type == "cpu"
+
+    def packed_product(self, input: torch.Tensor) -> torch.Tensor:
+        """The product with the packed copy."""
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed_weight(), self.bias, "none", [], "")
 
     def packed_weight(self):
         """The packed copy, an opaque object."""
@@ -47,7 +64,7 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self):
         """Copies and pickles leave the packed weight behind and make their own."""
-        return {name: value for name, value in super().__getstate__().items() if not name.startswith("_packed")}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_packed", "_packed_version")}
 
 
 class HalfLinear(PackedLinear):
@@ -87,6 +104,7 @@ class PreparedModels:
             linear.__class__ = nn.Linear
             linear.__dict__.pop("_packed", None)
             linear.__dict__.pop("_packed_version", None)
+            linear.__dict__.pop("packed_from", None)
         self.linears = []
 
     def __enter__(self) -> "PreparedModels":
@@ -99,6 +117,7 @@ class PreparedModels:
 def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
+    Both products are timed on one to three rows, in about a second; the faster one serves so few rows from then on.
     A target's results stay the same within float error. A draft is packed in float16, the rows of the head that it borrows
     too: it may propose other tokens now and then, which changes no output.
 
@@ -116,6 +135,7 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
         # Exactly nn.Linear: a subclass may compute something else.
         linears = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
         prepared += [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in linears]
+    _choose_products([linear for linear in prepared if type(linear) is PackedLinear])
     return PreparedModels(prepared)
 
 
@@ -127,6 +147,34 @@ def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
     linear.__class__ = kind
     linear.packed_weight()  # type: ignore[operator]
     return linear  # type: ignore[return-value]
+
+
+def _choose_products(linears: list[PackedLinear]) -> None:
+    """Find from how many rows on the packed product is the faster one, for each shape of weights."""
+    by_shape = defaultdict(list)
+    for linear in linears:
+        if linear.weight.numel() >= _FEWEST_TIMED_WEIGHTS:
+            by_shape[tuple(linear.weight.shape)].append(linear)
+    for same in by_shape.values():
+        timed = same[: -(-_TIMED_WEIGHTS // same[0].weight.numel())]
+        rows = (rows for rows in range(1, _MOST_UNPACKED_ROWS + 1) if _is_packed_faster(timed, rows))
+        packed_from = next(rows, _MOST_UNPACKED_ROWS + 1)
+        for linear in same:
+            linear.packed_from = packed_from
+
+
+@torch.no_grad()
+def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
+    """Whether one pass over these layers takes less time by the packed product, the best of several in turn."""
+    input = torch.ones(num_rows, linears[0].in_features)
+    seconds: dict = {nn.Linear.forward: [], PackedLinear.packed_product: []}
+    for _ in range(_NUM_REPEATS):
+        for product, taken in seconds.items():
+            start = time.perf_counter()
+            for linear in linears:
+                product(linear, input)
+            taken.append(time.perf_counter() - start)
+    return min(seconds[PackedLinear.packed_product]) < min(seconds[nn.Linear.forward])
 
 
 def _can_be_packed(weight: torch.Tensor) -> bool:
