@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_training import settings, write_data
@@ -69,17 +69,17 @@ def run(words):
 
 
 def kill_at(words, folder):
-    """Start a run in a session of its own; SIGKILL to all of its processes once the folder is there."""
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True
-    )
+    """Start a run; SIGKILL to all of its processes once the folder is there. torchrun's are in sessions of their own."""
+    process = psutil.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     deadline = time.monotonic() + 200
     while not folder.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    processes = [process, *process.children(recursive=True)]
+    for one in processes:
+        one.kill()
+    psutil.wait_procs(processes)
 
 
 def losses(folder):
