@@ -79,14 +79,10 @@ def test_memory_of_a_short_call_is_what_the_page_says(formulas, held, drafters, 
     assert held["target"] == formulas["cache_bytes"](4, num_rows, 2, 8, positions, 4)
     config = draft.config
     num_caches = config.num_processing_modules if context_kv == "own_module" else 1
-    assert stored_bytes(drafters[-1].cache.cache) == formulas["cache_bytes"](
-        config.num_layers_per_module * num_caches,
-        num_rows,
-        config.num_key_value_heads,
-        config.head_dim,
-        positions,
-        4,
-    )
+    sizes = (num_rows, config.num_key_value_heads, config.head_dim)
+    catching_up = formulas["cache_bytes"](config.num_layers_per_module * (num_caches - 1), *sizes, positions, 4)
+    of_step_0 = formulas["cache_bytes"](config.num_layers_per_module, *sizes, positions - 1, 4)
+    assert stored_bytes(drafters[-1].cache.cache) == catching_up + of_step_0
     assert held["masks"] <= formulas["mask_bytes"](num_rows, 16, held["longest"])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, prompts, tiny_draft, tiny_target
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from transformers_prism import PrismConfig, PrismDraftModel
 
@@ -61,6 +61,41 @@ def test_forward_with_a_cache_equals_forward_without(draft_step, num_layers_per_
                 piece.last_hidden_state[real], whole.last_hidden_state[:, start:end][real], atol=1e-4, rtol=1e-4
             )
             start = end
+
+
+@pytest.mark.parametrize("num_layers_per_module", [1, 2])
+@pytest.mark.parametrize("module_form", ["prism", "eagle3"])
+@pytest.mark.parametrize("length", [1, 10])
+def test_outputs_that_nobody_needs_are_left_out(length, num_layers_per_module, module_form):
+    """The last output and all keys and values are what they were."""
+    target = tiny_target()
+    settings = {"num_layers_per_module": num_layers_per_module, "module_form": module_form, "initializer_range": 0.1}
+    draft = tiny_draft(target, **settings).bind(target)
+    input_ids, mask = prompts(2, length=length)
+    states = hidden(draft, 2, length)
+    near = {"atol": 1e-5, "rtol": 1e-5}
+    for attention_mask in (None, mask):
+        whole = draft(input_ids, states, attention_mask=attention_mask, use_cache=True)
+        for num_outputs in (0, 1):
+            part = draft(
+                input_ids, states, attention_mask=attention_mask, past_key_values=DynamicCache(), num_outputs=num_outputs
+            )
+            assert part.last_hidden_state.shape == (2, num_outputs, 32)
+            expected = whole.last_hidden_state[:, length - num_outputs :]
+            torch.testing.assert_close(part.last_hidden_state, expected, **near)
+            layers = zip(part.past_key_values.layers, whole.past_key_values.layers, strict=True)
+            for layer, expected_layer in layers:
+                torch.testing.assert_close(layer.keys, expected_layer.keys, **near)
+                torch.testing.assert_close(layer.values, expected_layer.values, **near)
+
+
+@pytest.mark.parametrize("arguments", [{"num_outputs": 2, "use_cache": True}, {"num_outputs": 1}])
+def test_outputs_are_left_out_one_way_only(arguments):
+    """More than one output, or keys and values that nothing would take, are refused."""
+    target = tiny_target()
+    draft = tiny_draft(target).bind(target)
+    with pytest.raises(ValueError, match="num_outputs: expected 0 or 1 and a cache, got"):
+        draft(prompts(1)[0], hidden(draft, 1, 9), **arguments)
 
 
 def test_each_step_uses_its_module():

@@ -55,32 +55,36 @@ class Drafter:
             token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position.
             target_hidden (`torch.Tensor` of shape `(B, A, L * target_hidden_size)`): the target's states there.
             position_ids (`torch.LongTensor` of shape `(B, A)`): positions of those states.
-            num_new: how many of the A positions of each row are real; the rest, at the end, are ignored.
+            num_new: how many of the A positions of each row are real; the rest, at the end, are ignored. In the first
+                call all of them are.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
         token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
         if self.cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
-        else:
-            output = self._read_later(token_ids, target_hidden, position_ids)
-            self.cache.commit([list(range(count)) for count in num_new])
+            self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
+            return
+        output = self._read_later(token_ids, target_hidden, position_ids)
+        self.cache.commit([list(range(count)) for count in num_new])
         are_alike = len(set(num_new)) == 1
         self._remember_last(
             token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=self.device)
         )
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
-        """Step 0 over the first positions; returns its output `(B, A, D)`."""
+        """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""
         hidden, cache, mask = self.draft.fuse(target_hidden), new_tree_cache(), None
         committed = torch.ones_like(token_ids, dtype=torch.bool)
         if padding_mask is not None:
             committed = padding_mask.to(hidden.device).bool()
-            # Padding sees itself, since a row that sees nothing may come out as NaN. A mask of two dimensions would do, but
-            # transformers would look at its values.
-            visible = self._causal(token_ids) & committed[:, None]
-            visible = visible | torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
+            # A mask of two dimensions would do, but transformers would look at its values.
+            visible = committed[:, None]  # what the last position sees
+            if self.draft.config.num_layers_per_module > 1:
+                # Padding sees itself, since a row that sees nothing may come out as NaN.
+                itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
+                visible = self._causal(token_ids) & visible | itself
             mask = attention_mask(visible, self.draft.config._attn_implementation, hidden.dtype)
-        output = self._step_0(token_ids, hidden, position_ids, mask, cache)
+        output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
         self.cache = CommittedCache(cache, committed)
         return output
 
@@ -99,10 +103,12 @@ class Drafter:
             self.causal = _causal_mask(_MANY_POSITIONS, token_ids.device)
         return self.causal[:length, :length].expand(num_rows, -1, -1)
 
-    def _step_0(self, token_ids, hidden, position_ids, mask, cache) -> torch.Tensor:
-        for step in self.prefill_steps:
-            output = self.draft(token_ids, hidden, step, mask, position_ids, cache).last_hidden_state
-        return output
+    def _step_0(self, token_ids, hidden, position_ids, mask, cache, num_outputs: int | None = None) -> torch.Tensor:
+        """Step 0's output; the modules of other steps only keep their keys and values."""
+        for step in self.prefill_steps[:-1]:
+            self.draft(token_ids, hidden, step, mask, position_ids, cache, num_outputs=0)
+        last = self.prefill_steps[-1]
+        return self.draft(token_ids, hidden, last, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
 
     def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor | int) -> None:
         """Keep what the next tree begins with; `num_new` is of each row `(B,)`, or of all."""

@@ -16,7 +16,13 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    rotate_half,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_prism import PrismConfig, target_numerics
@@ -81,16 +87,44 @@ class PrismDecoderLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def forward(
-        self, hidden_states, embeddings, position_embeddings, attention_mask=None, past_key_values=None
+        self,
+        hidden_states,
+        embeddings,
+        position_embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        num_outputs: int | None = None,
     ) -> torch.Tensor:
-        """One layer over `(B, T, D)`; writes T keys and values to `past_key_values`."""
+        """One layer over `(B, T, D)`; writes T keys and values to `past_key_values`. The outputs are of all positions,
+        or of the last `num_outputs` (0 or 1), whose rows of the mask alone are read."""
+        attention_input = self.attention_input(hidden_states, embeddings)
+        if num_outputs is not None and num_outputs < hidden_states.shape[1]:
+            num_silent = hidden_states.shape[1] - num_outputs
+            silent, attention_input = attention_input[:, :num_silent], attention_input[:, num_silent:]
+            self._write_keys(silent, [part[:, :num_silent] for part in position_embeddings], past_key_values)
+            hidden_states = hidden_states[:, num_silent:]
+            if num_outputs == 0:
+                return hidden_states
+            position_embeddings = [part[:, num_silent:] for part in position_embeddings]
+            attention_mask = None if attention_mask is None else attention_mask[:, :, -num_outputs:]
         attention_output, _ = self.self_attn(
-            self.attention_input(hidden_states, embeddings),
+            attention_input,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )
         return self.after_attention(hidden_states, attention_output)
+
+    def _write_keys(self, attention_input: torch.Tensor, position_embeddings, past_key_values: Cache) -> None:
+        """Keys and values of positions `(B, T, D)` that need no output, as the attention would write them."""
+        attention = self.self_attn
+        shape = (*attention_input.shape[:2], -1, attention.head_dim)
+        keys, values = (
+            projection(attention_input).view(shape).transpose(1, 2)
+            for projection in (attention.k_proj, attention.v_proj)
+        )
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)  # [B, 1, T, E]
+        past_key_values.update(keys * cos + rotate_half(keys) * sin, values, attention.layer_idx)
 
 
 class PrismProcessingModule(nn.Module):
@@ -117,11 +151,21 @@ class PrismProcessingModule(nn.Module):
             return hidden_states
         return self.input_projection(torch.cat((embeddings, hidden_states), dim=-1))
 
-    def forward(self, embeddings, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):
+    def forward(
+        self, embeddings, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, num_outputs=None
+    ):
         """The layers over the residual stream of T positions, as [`~PrismProcessingModule.project`] returns it; returns
-        the predicted hidden states of shape `(B, T, D)`. Only the form "eagle3" needs the embeddings."""
+        the predicted hidden states of shape `(B, T, D)`, or of the last `num_outputs` positions. Only the form "eagle3"
+        needs the embeddings."""
         for layer in self.layers:
-            hidden_states = layer(hidden_states, embeddings, position_embeddings, attention_mask, past_key_values)
+            hidden_states = layer(
+                hidden_states,
+                embeddings,
+                position_embeddings,
+                attention_mask,
+                past_key_values,
+                num_outputs if layer is self.layers[-1] else None,
+            )
         return hidden_states
 
 
@@ -494,6 +538,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        num_outputs: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the processing module of one draft step.
@@ -505,19 +550,27 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 previous draft step, or the target's states, which go through the fusion layer first.
             draft_step (`int`): 0 for committed positions, k >= 1 for tree nodes at depth k.
             attention_mask (`torch.Tensor`, *optional*): `(B, past + T)` with 0 at padding, or ready for the attention
-                implementation with shape `(B, 1, T, past + T)`. Causal if absent.
+                implementation with shape `(B, 1, T, past + T)`, or `(B, 1, 1, past + T)` where one layer gives one
+                output. Causal if absent.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): positions of the hidden states' tokens.
             past_key_values (`Cache`, *optional*): keys and values of earlier positions; T more are written to it.
             use_cache (`bool`, *optional*): make a cache where none is given.
+            num_outputs (`int`, *optional*): 1 for the output of the last position alone, 0 for none. The others then
+                cost no more than their keys and values, which a cache must be there to take.
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D)`, the predicted hidden states of the
-            tokens in `input_ids`; [`~PrismDraftModel.compute_logits`] of them predicts the tokens that follow.
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D)`, or `(B, num_outputs, D)`, the predicted
+            hidden states of the tokens in `input_ids`; [`~PrismDraftModel.compute_logits`] of them predicts the tokens
+            that follow.
         Raises:
             ValueError: if shapes disagree, saying what was expected.
         """
         hidden_states = self._as_draft_hidden(input_ids, hidden_states, draft_step)
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
+        if num_outputs is not None and (num_outputs not in (0, 1) or past_key_values is None):
+            raise ValueError(
+                f"num_outputs: expected 0 or 1 and a cache, got {num_outputs} and {type(past_key_values).__name__}"
+            )
         module = self.processing_modules[self.config.module_of_step(draft_step)]
         cache_layer = module.layers[0].self_attn.layer_idx
         if position_ids is None:
@@ -534,6 +587,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             self.rotary_emb(hidden_states, position_ids),
             attention_mask,
             past_key_values,
+            num_outputs,
         )
         return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=past_key_values)
 
