@@ -36,13 +36,15 @@ def test_products_equal_the_default_within_rounding(num_rows, has_bias):
 
 @torch.no_grad()
 @pytest.mark.parametrize("slow_rows", [0, 1, 2, 3, 4])
-def test_few_rows_take_the_product_that_was_faster(slow_rows, monkeypatch):
-    """The packed one made slow for up to so many rows; layers of a shape agree, and from four rows on it always serves."""
+@pytest.mark.parametrize("slow_from", [100, 200])
+def test_few_and_many_rows_take_the_product_that_was_faster(slow_rows, slow_from, monkeypatch):
+    """The packed one made slow for up to so many rows and from so many on; layers of a shape agree, and from four rows to
+    127 it always serves."""
     packed_product, calls = PackedLinear.packed_product, []
 
     def product(self, input):
         calls.append(len(input))
-        time.sleep(0.02 if len(input) <= slow_rows else 0)
+        time.sleep(0.02 if len(input) <= slow_rows or len(input) >= slow_from else 0)
         return packed_product(self, input)
 
     monkeypatch.setattr(PackedLinear, "packed_product", product)
@@ -53,13 +55,17 @@ def test_few_rows_take_the_product_that_was_faster(slow_rows, monkeypatch):
     with prepare_for_cpu(model) as prepared:
         calls.clear()
         for linear in prepared.linears:
-            for num_rows in (1, 2, 3, 4, 5):
+            for num_rows in (1, 2, 3, 4, 5, 127, 128, 129):
                 inputs = torch.randn(num_rows, 256)
                 torch.testing.assert_close(linear(inputs), default(linear, inputs), atol=1e-5, rtol=1e-5)
         first = min(slow_rows + 1, 4)
-        assert calls == [*range(first, 6)] * 2 + [1, 2, 3, 4, 5]
+        many = [] if slow_from == 100 else [128, 129]
+        # The last layer has too few weights to be timed.
+        assert calls == [*range(first, 6), 127, *many] * 2 + [1, 2, 3, 4, 5, 127, 128, 129]
         assert copy.deepcopy(model)[0].packed_from == first
+        assert (copy.deepcopy(model)[0].packed_to == 127) == (slow_from == 100)
     assert not hasattr(model[0], "packed_from")
+    assert not hasattr(model[0], "packed_to")
 
 
 @torch.no_grad()

@@ -4,13 +4,15 @@ torch's default matrix product re-packs a weight for every product with 2 to 32 
 oneDNN chooses, the product reads the weight and nothing else. The road is the one that torch.compile takes for frozen
 weights. Results differ from the default product by rounding only.
 
-A call of oneDNN costs some CPUs more than it saves where there are few rows, so that up to three rows take whichever
-product was faster when the weights were packed.
+A call of oneDNN costs some CPUs more than it saves where there are few rows, and some multiply the many rows of a prompt
+faster by the default product. So up to three rows, and 128 and more, take whichever product was faster when the weights
+were packed.
 
 A draft step waits for memory as a plain step does, and what a draft proposes never changes the output: a draft's weights
 are packed in float16, half of the bytes.
 """
 
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -21,6 +23,8 @@ from transformers import PreTrainedModel
 
 # The default product re-packs the weight from four rows on, or from two.
 _MOST_UNPACKED_ROWS = 3
+# No tree has so many nodes; whatever has is a prompt.
+_MANY_ROWS = 128
 # Layers of fewer weights take no time worth measuring; of each shape, layers with so many weights are timed, which no
 # cache of a core holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
@@ -30,18 +34,18 @@ _NUM_REPEATS = 5
 class PackedLinear(nn.Linear):
     """An `nn.Linear` with a packed copy of its weight; it becomes one, and an `nn.Linear` again, by its class alone.
 
-    The packed copy is used in forwards without gradients on float32 inputs of at least `packed_from` rows, and made anew
-    when the weight was written to; everything else takes the default product.
+    The packed copy is used in forwards without gradients on float32 inputs of `packed_from` to `packed_to` rows, and made
+    anew when the weight was written to; everything else takes the default product.
     """
 
     BYTES_PER_WEIGHT = 4
-    packed_from = 1
+    packed_from, packed_to = 1, sys.maxsize
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight.T + bias`, as `nn.Linear`."""
-        if not self.takes(input) or input.shape[:-1].numel() < self.packed_from:
-            return super().forward(input)
-        return self.packed_product(input)
+        if self.takes(input) and self.packed_from <= input.shape[:-1].numel() <= self.packed_to:
+            return self.packed_product(input)
+        return super().forward(input)
 
     def takes(self, input: torch.Tensor) -> bool:
         """Whether the packed copy can serve this input."""
@@ -105,6 +109,7 @@ class PreparedModels:
             linear.__dict__.pop("_packed", None)
             linear.__dict__.pop("_packed_version", None)
             linear.__dict__.pop("packed_from", None)
+            linear.__dict__.pop("packed_to", None)
         self.linears = []
 
     def __enter__(self) -> "PreparedModels":
@@ -117,7 +122,8 @@ class PreparedModels:
 def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
-    Both products are timed on one to three rows, in about a second; the faster one serves so few rows from then on.
+    Both products are timed on one to three rows and on 128, in about a second; the faster one serves so few rows, or so
+    many, from then on.
     A target's results stay the same within float error. A draft is packed in float16, the rows of the head that it borrows
     too: it may propose other tokens now and then, which changes no output.
 
@@ -150,7 +156,7 @@ def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
 
 
 def _choose_products(linears: list[PackedLinear]) -> None:
-    """Find from how many rows on the packed product is the faster one, for each shape of weights."""
+    """Find from how many rows on, and up to how many, the packed product is the faster one, for each shape of weights."""
     by_shape = defaultdict(list)
     for linear in linears:
         if linear.weight.numel() >= _FEWEST_TIMED_WEIGHTS:
@@ -159,8 +165,9 @@ def _choose_products(linears: list[PackedLinear]) -> None:
         timed = same[: -(-_TIMED_WEIGHTS // same[0].weight.numel())]
         rows = (rows for rows in range(1, _MOST_UNPACKED_ROWS + 1) if _is_packed_faster(timed, rows))
         packed_from = next(rows, _MOST_UNPACKED_ROWS + 1)
+        packed_to = sys.maxsize if _is_packed_faster(timed[:1], _MANY_ROWS) else _MANY_ROWS - 1
         for linear in same:
-            linear.packed_from = packed_from
+            linear.packed_from, linear.packed_to = packed_from, packed_to
 
 
 @torch.no_grad()
