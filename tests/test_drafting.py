@@ -44,8 +44,16 @@ def path_hidden(draft, token_ids, states, path):
     return output[:, -1]
 
 
-def check_tree(draft, tree, row, token_ids, states):
+def proposed_tokens(draft, text_ids):
+    """What a draft can propose in a text: its vocabulary, and behind it what else the text holds."""
+    own = draft.draft_to_target.tolist()
+    has_own_head = not draft.config.share_target_head
+    return own + ([] if has_own_head else sorted(set(text_ids.flatten().tolist()) - set(own)))
+
+
+def check_tree(draft, tree, row, token_ids, states, text_ids=None):
     """Every node's log-probability equals the slow twin's along its path."""
+    names = None if text_ids is None else proposed_tokens(draft, text_ids)
     for node in range(1, tree.num_nodes):
         path, at = [], node
         while at:
@@ -54,11 +62,14 @@ def check_tree(draft, tree, row, token_ids, states):
         expected = 0.0
         for depth, step_node in enumerate(path):
             above = [int(tree.token_ids[row, n]) for n in path[:depth]]
-            logits = draft.compute_logits(path_hidden(draft, token_ids, states, above)).float()
-            log_probs = torch.log_softmax(logits, dim=-1)[0]
+            hidden = path_hidden(draft, token_ids, states, above)
+            logits = draft.compute_logits(hidden).float()
             token = int(tree.token_ids[row, step_node])
-            if draft.draft_to_target is not None:
-                token = int((draft.draft_to_target == token).nonzero()[0])
+            if names is not None:
+                further = names[logits.shape[-1] :]
+                logits = torch.cat((logits, draft._borrowed.head(hidden)[..., further]), dim=-1)
+                token = names.index(token)
+            log_probs = torch.log_softmax(logits, dim=-1)[0]
             expected += float(log_probs[token])
         assert float(tree.log_probs[row, node]) == pytest.approx(expected, abs=2e-4)
 
@@ -103,7 +114,8 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
     for committed in ([2, 4], [1, 3], None):
         tree = drafter.grow(TreeSettings("static", top_k=2, depth=4, num_nodes=6))
         for row in range(2):
-            check_tree(draft, tree, row, token_ids[row : row + 1, : ends[row]], states[row : row + 1, : ends[row]])
+            read = slice(row, row + 1), slice(ends[row])
+            check_tree(draft, tree, row, token_ids[read], states[read], text_ids=token_ids[:, :4])
         if committed is None:
             break
         longest = max(committed)
@@ -111,6 +123,26 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
         rows = torch.arange(2)[:, None]
         drafter.prefill(token_ids[rows, index], states[rows, index], index, committed)
         ends = [end + count for end, count in zip(ends, committed, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text_tokens", [True, False])
+def test_tokens_of_the_prompt_join_the_draft_vocabulary(text_tokens):
+    """Of a long later text, too, but not those of a round; with the setting off, only the vocabulary is proposed."""
+    target = tiny_target()
+    draft = tiny_draft(target, draft_vocab_size=10, initializer_range=0.1).bind(target)
+    states = torch.randn(1, 120, 96, generator=torch.Generator().manual_seed(1))
+    texts = [torch.tensor([[3, 20, 30]]), torch.tensor([[40, 41]]), torch.arange(50, 90)[None]]
+    drafter, start = draft.make_drafter(text_tokens), 0
+    for text in texts:
+        end = start + text.shape[1]
+        drafter.prefill(text, states[:, start:end], torch.arange(start, end)[None], [end - start])
+        start = end
+        expected = set(range(10))
+        if text_tokens:
+            expected |= {20, 30} | (set(range(50, 90)) if start > 5 else set())
+        settings = TreeSettings("static", top_k=len(expected), depth=1, num_nodes=len(expected))
+        assert set(drafter.grow(settings).token_ids[0, 1:].tolist()) == expected
 
 
 @torch.no_grad()

@@ -292,7 +292,8 @@ def test_training_uses_the_kernel_by_itself(overrides, monkeypatch):
             monkeypatch.setattr(dispatch, "TRITON_DEVICES", devices)
             calls.clear()
             predictions = [one.clone().requires_grad_() for one in states[:2]]
-            loss = aligned_loss(draft, predictions, states[2], mask, weights)
+            text = draft.text_rows(torch.tensor([3, 25, 30, 90], device=DEVICE))
+            loss = aligned_loss(draft, predictions, states[2], mask, weights, text=text)
             leaves = [*predictions, *draft.head_parameters()]
             found.append([loss.total.detach(), loss.token, loss.acceptance, *torch.autograd.grad(loss.total, leaves)])
             assert bool(calls) is (has_kernel and devices != ())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
-from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism import PrismConfig, PrismDraftModel, prepare_for_cpu
 
 pytestmark = pytest.mark.quick
 
@@ -87,6 +87,39 @@ def test_outputs_that_nobody_needs_are_left_out(length, num_layers_per_module, m
             for layer, expected_layer in layers:
                 torch.testing.assert_close(layer.keys, expected_layer.keys, **near)
                 torch.testing.assert_close(layer.values, expected_layer.values, **near)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "biased"])
+def test_tokens_of_a_text_are_proposed_as_if_the_vocabulary_held_them(architecture, is_prepared):
+    """Scaled, capped and biased heads included; the draft's own order of tokens makes no difference."""
+    target = tiny_target("llama" if architecture == "biased" else architecture)
+    if architecture == "biased":
+        target.set_output_embeddings(torch.nn.Linear(32, VOCAB_SIZE))
+    small, large = (tiny_draft(target, draft_vocab_size=size, initializer_range=0.1).bind(target) for size in (10, 12))
+    large.draft_to_target.copy_(torch.tensor([*range(10), 40, 77]))
+    large.bind(target)
+    with prepare_for_cpu(*(target, small, large) if is_prepared else ()):
+        large.bind(target)
+        states = hidden(small, 2, 5, fused=False)
+        text = small.text_rows(torch.tensor([[77, 3, 40], [40, 77, 9]]))
+        assert text.token_ids.tolist() == [*range(10), 40, 77]
+        near = {"atol": 1e-3, "rtol": 1e-3} if is_prepared else {"atol": 1e-6, "rtol": 1e-6}
+        torch.testing.assert_close(small.compute_logits(states, text), large.compute_logits(states), **near)
+        torch.testing.assert_close(small.compute_target_logits(states, text), large.compute_target_logits(states), **near)
+        token_ids, log_probs = small.propose(states, 12, text)
+        expected_ids, expected_log_probs = large.propose(states, 12)
+        torch.testing.assert_close(log_probs, expected_log_probs, **near)
+        assert is_prepared or torch.equal(token_ids, expected_ids)
+
+
+def test_texts_that_add_nothing():
+    """A whole vocabulary, one that holds the text's tokens, and a head of the draft's own."""
+    target = tiny_target()
+    text_ids = torch.tensor([[1, 2, 3]])
+    for overrides in ({}, {"draft_vocab_size": 10}, {"draft_vocab_size": 2, "share_target_head": False}):
+        assert tiny_draft(target, **overrides).bind(target).text_rows(text_ids) is None
 
 
 @pytest.mark.parametrize("arguments", [{"num_outputs": 2, "use_cache": True}, {"num_outputs": 1}])

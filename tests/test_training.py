@@ -478,27 +478,31 @@ def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
         compute_features(target, conversations, [1, 4], tmp_path / "features")
 
 
-@pytest.mark.parametrize("draft_vocab_size", [None, 40])
-def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target, draft_vocab_size):
-    """Row by row: first choices over the target's vocabulary, min(p, q) over the draft's; in chunks as at once."""
+@pytest.mark.parametrize(("draft_vocab_size", "text_tokens"), [(None, True), (40, False), (40, True)])
+def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target, draft_vocab_size, text_tokens):
+    """Row by row: first choices over the target's vocabulary, min(p, q) over what the draft can propose; in chunks as at
+    once."""
     monkeypatch.setattr("transformers_prism.training.train.ROWS_PER_CHUNK", 3)
     torch.manual_seed(0)
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
     (stage,) = plan_stages(TrainConfig(recipe="hass", single_step_epochs=0.0))
-    training = AlignedTraining(draft, target, stage)
+    training = AlignedTraining(draft, target, stage, text_tokens)
     width = draft.config.target_hidden_size
     features = torch.randn(2, 7, draft.config.fused_hidden_size + width)
     labels = torch.randn(2, 7, draft.config.fused_hidden_size + width)
     input_ids, mask = torch.randint(0, VOCAB_SIZE, (2, 7)), torch.rand(2, 7) < 0.7
     found = training.count_agreements(input_ids, features, labels, mask, num_steps=3)
     tokens = torch.arange(VOCAB_SIZE) if draft_vocab_size is None else draft.draft_to_target
+    if draft_vocab_size is not None and text_tokens:
+        tokens = torch.tensor([*tokens.tolist(), *sorted(set(input_ids.flatten().tolist()) - set(tokens.tolist()))])
+        assert len(tokens) > draft_vocab_size
     expected = torch.zeros(3, 3, dtype=torch.float64)
     for step, prediction in enumerate(training.predict(input_ids, features, 3)):
         for row, position in mask.nonzero().tolist():
             if position < step:
                 continue
             target_logits = target.get_output_embeddings()(labels[row, position, -width:])
-            logits = draft.compute_logits(prediction[row, position])
+            logits = target.get_output_embeddings()(prediction[row, position])[tokens]
             is_hit = int(tokens[logits.argmax()]) == int(target_logits.argmax())
             least = torch.minimum(logits.softmax(-1), target_logits[tokens].softmax(-1)).sum()
             expected[step] += torch.tensor([float(is_hit), least.item(), 1.0], dtype=torch.float64)

@@ -32,9 +32,13 @@ class Drafter:
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
+        text_tokens (`bool`): whether tokens of the prompt that the draft vocabulary lacks join it.
     """
 
-    def __init__(self, draft):
+    def __init__(self, draft, text_tokens: bool = True):
+        self.text_tokens = text_tokens
+        self.text_ids: torch.Tensor | None = None  # of all prompts
+        self.text = None  # what they add to the draft vocabulary
         self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
         config = draft.config
         # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
@@ -60,6 +64,10 @@ class Drafter:
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
         token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
+        if self.text_tokens and (self.cache is None or token_ids.shape[1] > _MANY_POSITIONS):
+            new_ids = token_ids.flatten()
+            self.text_ids = new_ids if self.text_ids is None else torch.cat((self.text_ids, new_ids))
+            self.text = self.draft.text_rows(self.text_ids)
         if self.cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
@@ -180,9 +188,9 @@ class Drafter:
     def _propose(self, output, top_k: int, depth: int, coupling: Coupling | None):
         """Children of nodes at a depth: the draft's likeliest, or the likeliest with the draws that are known."""
         if coupling is None:
-            return self.draft.propose(output, top_k)
+            return self.draft.propose(output, top_k, self.text)
         num_competing = min(max(NUM_COMPETING, top_k), self.draft.config.num_draft_tokens)
-        token_ids, log_probs = self.draft.propose(output, num_competing)
+        token_ids, log_probs = self.draft.propose(output, num_competing, self.text)
         return coupling.likeliest(depth, token_ids, log_probs, top_k)
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:

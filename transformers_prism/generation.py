@@ -120,7 +120,7 @@ def speculative_generate(
     try:
         draft.eval()
         with target._optimize_model_for_decode(), lent_attention(target, draft):
-            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings.cuda_graph)
+            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings)
             trees = _trees_for(settings, target, draft, rows)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)
             sequences = rows.finish()
@@ -149,12 +149,13 @@ def speculative_generate(
     return output
 
 
-def _drafter_for(draft, cache, num_rows: int, cuda_graph: bool):
+def _drafter_for(draft, cache, num_rows: int, settings: TreeSettings):
     """A new drafter, or the one that has read what the given cache holds, and what it has not read of that."""
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
     if not is_known or context.length != int(cache.get_seq_length()):
-        return draft.make_graph_drafter() if cuda_graph else draft.make_drafter(), []
+        make = draft.make_graph_drafter if settings.cuda_graph else draft.make_drafter
+        return make(settings.text_tokens), []
     return context.drafter, context.unread
 
 

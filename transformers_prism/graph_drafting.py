@@ -62,10 +62,11 @@ class GraphDrafter(Drafter):
     Args:
         draft (`PrismDraftModel`): bound to its target.
         capture (`Callable`): makes a captured function of a function and a device, as [`capture_graph`].
+        text_tokens (`bool`): see [`Drafter`]; of the first prompt only.
     """
 
-    def __init__(self, draft, capture: Callable = capture_graph):
-        super().__init__(draft)
+    def __init__(self, draft, capture: Callable = capture_graph, text_tokens: bool = True):
+        super().__init__(draft, text_tokens)
         self.capture = capture
         self.reserved: ReservedCache | None = None  # the same as `cache` from the second round on
         self.deepest = 0

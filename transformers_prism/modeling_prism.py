@@ -7,7 +7,6 @@ Source: PRISM (arXiv:2602.01762) and its artifact; EAGLE (arXiv:2401.15077) for 
 
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .borrowed_layers import BorrowedLayers, TextRows, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
-from .cpu import HalfLinear, PackedLinear, pack
+from .cpu import HalfLinear, PackedLinear
 from .drafting import Drafter
 from .generation import install, speculative_generate
 from .graph_drafting import GraphDrafter
@@ -167,30 +167,6 @@ class PrismProcessingModule(nn.Module):
                 num_outputs if layer is self.layers[-1] else None,
             )
         return hidden_states
-
-
-@dataclass
-class BorrowedLayers:
-    """What a draft reads of its target. A plain object, so that nothing in it is registered, moved or saved."""
-
-    target: PreTrainedModel
-    embedding: nn.Embedding
-    head: nn.Linear
-    head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
-    rows_version: tuple = ()
-
-    @property
-    def draft_head(self) -> nn.Linear:
-        """The head over what the draft can propose."""
-        return self.head if self.head_rows is None else self.head_rows
-
-    def __deepcopy__(self, memo):
-        """A copied draft borrows the same layers."""
-        return self
-
-    def __reduce__(self):
-        """A pickled draft borrows none."""
-        return type(None), ()
 
 
 class PrismPreTrainedModel(PreTrainedModel):
@@ -382,14 +358,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         kind = self._kind_of_head_rows(borrowed.head)
         version = (weight.data_ptr(), weight.device, weight.dtype, weight._version, self.draft_to_target._version)
         if borrowed.rows_version != (*version, kind):
-            rows = self.draft_to_target.to(weight.device)
-            bias = getattr(borrowed.head, "bias", None)
-            head_rows = nn.Linear(weight.shape[1], len(rows), bias=bias is not None, device="meta")
-            head_rows.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
-            if bias is not None:
-                head_rows.bias = nn.Parameter(bias.detach()[rows], requires_grad=False)
-            if kind is not None:
-                pack(head_rows, kind)
+            head_rows = rows_of_head(borrowed.head, self.draft_to_target, kind)
             borrowed.head_rows, borrowed.rows_version = head_rows, (*version, kind)
 
     def _kind_of_head_rows(self, head: nn.Module) -> type[PackedLinear] | None:
@@ -398,6 +367,25 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         layer = self.processing_modules[0].layers[0].self_attn.o_proj
         names = {type(layer).__name__, type(head).__name__}
         return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
+
+    def text_rows(self, text_ids: torch.LongTensor) -> TextRows | None:
+        """What the tokens of a text add to what the draft can propose.
+
+        Args:
+            text_ids (`torch.LongTensor` of any shape): the text, in the target's vocabulary.
+        Returns:
+            `TextRows`: for [`~PrismDraftModel.propose`] and [`~PrismDraftModel.compute_logits`]. None where the draft
+            vocabulary lacks none of them, or the draft has a head of its own.
+        """
+        if self.draft_to_target is None or not self.config.share_target_head:
+            return None
+        borrowed = self._require_target()
+        outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size)
+        if not len(outside):
+            return None
+        self._gather_head_rows()
+        rows = rows_of_head(borrowed.head, outside, self._kind_of_head_rows(borrowed.head))
+        return TextRows(self.draft_to_target, outside, borrowed.draft_head, rows)
 
     def _check_target(self, target, tokenizer):
         """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
@@ -419,26 +407,30 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         embeddings = embedding(input_ids.to(embedding.weight.device)) * self.config.embedding_scale
         return embeddings.to(device=self.device, dtype=self.dtype)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden_states: torch.Tensor, text: TextRows | None = None) -> torch.Tensor:
         """Logits over the draft vocabulary, scaled and capped as the target's own.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., D)`): outputs of [`~PrismDraftModel.forward`].
+            text (`TextRows`, *optional*): K tokens more.
         Returns:
             `torch.Tensor` of shape `(..., draft_vocab_size or V)` in the head's dtype; a draft token's id in the
-            target's vocabulary is `draft_to_target[token]`.
+            target's vocabulary is `draft_to_target[token]`. With `text`, K wider, and the id is `text.token_ids[token]`.
         """
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
-        logits = self._borrowed_logits(hidden_states) if self.lm_head is None else self.lm_head(hidden_states)
+        logits = self._borrowed_logits(hidden_states, text) if self.lm_head is None else self.lm_head(hidden_states)
         return _scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
 
-    def propose(self, hidden_states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(
+        self, hidden_states: torch.Tensor, top_k: int, text: TextRows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The most probable next tokens after each output, best first.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., D)`): outputs of [`~PrismDraftModel.forward`].
             top_k (`int`): tokens to propose.
+            text (`TextRows`, *optional*): tokens that it can propose besides the draft vocabulary.
         Returns:
             `tuple`: ids in the target's vocabulary, a `torch.LongTensor` of shape `(..., top_k)`, and their
             log-probabilities in nats, a `torch.FloatTensor` of the same shape; minus infinity in place of NaN.
@@ -451,29 +443,36 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         if type(head) is nn.Linear and use_triton("auto", device) and head.weight.device == device:
             states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
             numerics = (self.config.logit_scale, self.config.logit_softcap)
-            return top_k_log_prob(states, head.weight, top_k, head.bias, self.draft_to_target, *numerics)
-        token_ids, log_probs = top_k_of_logits(self.compute_logits(hidden_states), top_k)
-        return token_ids if self.draft_to_target is None else self.draft_to_target.take(token_ids), log_probs
+            rows = (head.weight, top_k, head.bias, self.draft_to_target)
+            if text is not None:
+                rows = (text.weight, top_k, text.bias, text.token_ids)
+            return top_k_log_prob(states, *rows, *numerics)
+        token_ids, log_probs = top_k_of_logits(self.compute_logits(hidden_states, text), top_k)
+        names = self.draft_to_target if text is None else text.token_ids
+        return token_ids if names is None else names.take(token_ids), log_probs
 
-    def compute_target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_target_logits(self, hidden_states: torch.Tensor, text: TextRows | None = None) -> torch.Tensor:
         """The target's own logits over the draft vocabulary, which training aims at.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., target_hidden_size)`): the target's last, normed states.
+            text (`TextRows`, *optional*): K tokens more.
         Returns:
-            `torch.Tensor` of shape `(..., draft_vocab_size or V)`, whether or not the draft has a head of its own.
+            `torch.Tensor` of shape `(..., draft_vocab_size or V)`, K wider with `text`, whether or not the draft has a head of its own.
         """
         self._require_target()
         self._gather_head_rows()
         numerics = target_numerics(self._borrowed.target.config.get_text_config())
-        logits = self._borrowed_logits(hidden_states)
+        logits = self._borrowed_logits(hidden_states, text)
         return _scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
-    def shared_head(self) -> tuple[torch.Tensor, dict] | None:
+    def shared_head(self, text: TextRows | None = None) -> tuple[torch.Tensor, dict] | None:
         """What the draft's logits and [`~PrismDraftModel.compute_target_logits`] are both made of, for kernels.
 
+        Args:
+            text (`TextRows`, *optional*): K tokens more.
         Returns:
-            The frozen weight `(draft_vocab_size or V, D)`, and `student_scale`, `student_softcap`, `teacher_scale` and
+            The frozen weight `(draft_vocab_size or V, D)`, K longer with `text`, and `student_scale`, `student_softcap`, `teacher_scale` and
             `teacher_softcap` of the logits. None where the draft has a norm or head of its own, or where the target's
             head is more than a matrix of numbers on the draft's device.
         """
@@ -485,7 +484,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         if not head.weight.is_floating_point() or head.weight.device != self.device or not head.weight.is_contiguous():
             return None
         numerics = target_numerics(borrowed.target.config.get_text_config())
-        return head.weight.detach(), {
+        return head.weight.detach() if text is None else text.weight, {
             "student_scale": self.config.logit_scale,
             "student_softcap": self.config.logit_softcap,
             "teacher_scale": numerics["logit_scale"],
@@ -497,12 +496,14 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         own = (module for module in (self.norm, self.lm_head) if module is not None)
         return [parameter for module in own for parameter in module.parameters()]
 
-    def _borrowed_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The target's head, or its rows of the draft vocabulary, over `(..., D)`, on the draft's device."""
+    def _borrowed_logits(self, hidden_states: torch.Tensor, text: TextRows | None) -> torch.Tensor:
+        """The target's head, or its rows of the draft vocabulary and of a text, over `(..., D)`, on the draft's device."""
         head = self._require_target().draft_head
         # A quantized head takes the draft's own dtype.
         dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_states.dtype
-        return head(hidden_states.to(head.weight.device, dtype)).to(self.device)
+        hidden_states = hidden_states.to(head.weight.device, dtype)
+        logits = head(hidden_states)
+        return (logits if text is None else torch.cat((logits, text.head(hidden_states)), dim=-1)).to(self.device)
 
     def _require_target(self) -> BorrowedLayers:
         if self._borrowed is None:
@@ -623,17 +624,17 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             return self.fuse(hidden_states)
         return hidden_states.to(self.device, self.dtype)
 
-    def make_drafter(self) -> Drafter:
+    def make_drafter(self, text_tokens: bool = True) -> Drafter:
         """The object that drafts trees for one generate() call; see [`Drafter`]."""
-        return Drafter(self)
+        return Drafter(self, text_tokens)
 
-    def make_graph_drafter(self) -> Drafter:
+    def make_graph_drafter(self, text_tokens: bool = True) -> Drafter:
         """A drafter that captures its rounds as CUDA graphs; where it cannot, another one, with a warning."""
         reason = self._reason_against_graphs()
         if reason is not None:
             warnings.warn(f"tree_cuda_graph: drafting without a graph: {reason}", stacklevel=2)
-            return self.make_drafter()
-        return GraphDrafter(self)
+            return self.make_drafter(text_tokens)
+        return GraphDrafter(self, text_tokens=text_tokens)
 
     def _reason_against_graphs(self) -> str | None:
         """Why no round of this draft could be captured; None if it can be tried."""

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 _TREES = ("auto", "static", "chain")
 _INTEGERS = ("tree_top_k", "tree_depth", "tree_num_nodes")
-_SWITCHES = ("tree_ngrams", "tree_coupled", "tree_cuda_graph")
+_SWITCHES = ("tree_ngrams", "tree_coupled", "tree_text_tokens", "tree_cuda_graph")
 
 
 def default_tree_settings() -> dict:
     """Settings of a draft that says nothing else: the best tree of each round, within bounds that seldom bind."""
     sizes = {"tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63}
-    return {"tree": "auto", **sizes, "tree_ngrams": True, "tree_coupled": True, "tree_cuda_graph": False}
+    switches = {"tree_ngrams": True, "tree_coupled": True, "tree_text_tokens": True, "tree_cuda_graph": False}
+    return {"tree": "auto", **sizes, **switches}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class TreeSettings:
         num_nodes (`int`): drafted nodes that the target verifies, the root not counted.
         ngrams (`bool`): with "auto", whether continuations copied from the text may join the tree.
         coupled (`bool`): whether the draft may look at the random numbers that the target will sample with.
+        text_tokens (`bool`): whether the draft may also propose tokens of the prompt that its vocabulary lacks.
         cuda_graph (`bool`): whether a round's drafting is captured as a CUDA graph; not yet tried on a GPU.
     """
 
@@ -35,6 +37,7 @@ class TreeSettings:
     num_nodes: int
     ngrams: bool = False
     coupled: bool = True
+    text_tokens: bool = True
     cuda_graph: bool = False
 
     @classmethod
@@ -60,7 +63,7 @@ class TreeSettings:
             if not isinstance(values[name], bool):
                 raise ValueError(f"{name}: expected True or False, got {values[name]!r}")
         depth, num_nodes = values["tree_depth"], values["tree_num_nodes"]
-        switches = {"coupled": values["tree_coupled"], "cuda_graph": values["tree_cuda_graph"]}
+        switches = {name: values[f"tree_{name}"] for name in ("coupled", "text_tokens", "cuda_graph")}
         if values["tree"] == "chain":
             return cls("chain", 1, depth, num_nodes, **switches).as_chain()
         top_k = min(values["tree_top_k"], num_draft_tokens)

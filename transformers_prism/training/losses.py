@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from transformers_prism.borrowed_layers import TextRows
 from transformers_prism.kernels.dispatch import expect, use_triton
 from transformers_prism.kernels.linear_distillation_loss import distillation_losses, linear_distillation_loss
 
@@ -67,6 +68,7 @@ def aligned_loss(
     mask: torch.Tensor,
     weights: LossWeights,
     implementation: str = "auto",
+    text: TextRows | None = None,
 ) -> AlignedLoss:
     """Distances from the target's distribution over the draft vocabulary, and from its hidden states.
 
@@ -77,6 +79,7 @@ def aligned_loss(
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
         weights (`LossWeights`): of the parts and of the steps.
         implementation (`str`): see [`vocabulary_loss`].
+        text (`TextRows`, *optional*): tokens that the draft can propose besides its vocabulary.
     Returns:
         `AlignedLoss`: summed over steps, each step normalised by the number of its rows.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
@@ -87,7 +90,7 @@ def aligned_loss(
     stacked = torch.stack([prediction[rows] for prediction in predictions])  # [S, R, D]
     label_hidden = label_hidden[rows].to(stacked.dtype)
     vocabulary, token, acceptance = vocabulary_loss(
-        draft, stacked, label_hidden, row_weights, weights, implementation
+        draft, stacked, label_hidden, row_weights, weights, implementation, text
     )
     hidden = vocabulary.new_zeros(vocabulary.shape)
     if weights.hidden:
@@ -105,6 +108,7 @@ def vocabulary_loss(
     row_weights: torch.Tensor,
     weights: LossWeights,
     implementation: str = "auto",
+    text: TextRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
 
@@ -129,11 +133,11 @@ def vocabulary_loss(
     zero = predictions.new_zeros(len(predictions), dtype=torch.float32)
     if not coefficients:
         return zero, zero, zero
-    head = draft.shared_head() if use_triton(implementation, predictions.device) else None
+    head = draft.shared_head(text) if use_triton(implementation, predictions.device) else None
     expect(head is not None or implementation != "triton", "implementation", "auto or torch for this head", "triton")
     if head is None or not predictions.numel():
         total, sums = _ChunkedVocabularyLoss.apply(
-            draft, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
+            draft, text, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
         )
     else:
         weight, numerics = head
@@ -163,19 +167,19 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, draft, label_hidden, row_weights, coefficients, predictions, *head):
+    def forward(ctx, draft, text, label_hidden, row_weights, coefficients, predictions, *head):
         num_steps, num_rows = predictions.shape[:2]
         sums = predictions.new_zeros(len(coefficients), num_steps, dtype=torch.float32)
         gradient = torch.empty_like(predictions)
         head_gradient = [torch.zeros(num_steps, *parameter.shape).to(parameter) for parameter in head]
         for start in range(0, num_rows, ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
-            target_log_probs = torch.log_softmax(draft.compute_target_logits(label_hidden[chunk]).float(), dim=-1)
+            target_log_probs = torch.log_softmax(draft.compute_target_logits(label_hidden[chunk], text).float(), dim=-1)
             target = target_log_probs.exp()
             for step in range(num_steps):
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
-                    log_probs = torch.log_softmax(draft.compute_logits(prediction).float(), dim=-1)
+                    log_probs = torch.log_softmax(draft.compute_logits(prediction, text).float(), dim=-1)
                     values = distillation_losses(log_probs, target_log_probs, target, tuple(coefficients))
                     parts = (values * row_weights[step, chunk]).sum(dim=1)
                     loss = _weighted(parts, coefficients)
@@ -192,7 +196,7 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
     def backward(ctx, grad_losses, _):
         gradient, *head_gradient = ctx.saved_tensors
         head = [torch.tensordot(grad_losses.to(part.dtype), part, dims=1) for part in head_gradient]
-        return None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
+        return None, None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
 
 
 __all__ = ["AlignedLoss", "LossWeights", "aligned_loss", "vocabulary_loss"]

@@ -54,12 +54,13 @@ class AlignedTraining(nn.Module):
         draft (`PrismDraftModel`): bound to its target.
         target (`PreTrainedModel`): for evaluation.
         stage (`Stage`): number of forwards and loss.
+        text_tokens (`bool`): whether the tokens of a batch's texts join the draft vocabulary.
         options (`dict`): further arguments of [`aligned_forward`].
     """
 
-    def __init__(self, draft: PrismDraftModel, target, stage: Stage, **options):
+    def __init__(self, draft: PrismDraftModel, target, stage: Stage, text_tokens: bool = True, **options):
         super().__init__()
-        self.draft, self.stage, self.options = draft, stage, options
+        self.draft, self.stage, self.text_tokens, self.options = draft, stage, text_tokens, options
         # Behind a function, the target is neither trained nor saved with the draft.
         self.target = lambda: target
 
@@ -77,8 +78,12 @@ class AlignedTraining(nn.Module):
             label_features[..., -self.draft.config.target_hidden_size :],
             mask[None] & history[:, None],
             self.stage.loss,
+            text=self._text_rows(input_ids),
         )
         return {"loss": loss.total, "parts": torch.stack((loss.token, loss.acceptance, loss.hidden))}
+
+    def _text_rows(self, input_ids):
+        return self.draft.text_rows(input_ids) if self.text_tokens else None
 
     def predict(self, input_ids, features, num_steps: int, is_detached: bool = False):
         """The aligned forwards; features hold the fused layers first and the last, normed state last."""
@@ -90,21 +95,23 @@ class AlignedTraining(nn.Module):
         """How close each step comes to the target: `(S, 3)` sums over rows.
 
         They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
-        token drawn from the draft is accepted, sum min(p, q) over the draft vocabulary; and the number of rows.
+        token drawn from the draft is accepted, sum min(p, q) over what the draft can propose; and the number of rows.
         """
         predictions = [one[mask] for one in self.predict(input_ids, features, num_steps)]
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
         has_history = [history[step].expand_as(mask)[mask] for step in range(num_steps)]
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
         label = label_features[..., -self.draft.config.target_hidden_size :][mask]
+        text = self._text_rows(input_ids)
+        names = self.draft.draft_to_target if text is None else text.token_ids
         for rows in torch.arange(len(label), device=label.device).split(ROWS_PER_CHUNK):
             expected = self._target_choice(label[rows])
-            target = torch.softmax(self.draft.compute_target_logits(label[rows]).float(), dim=-1)
+            target = torch.softmax(self.draft.compute_target_logits(label[rows], text).float(), dim=-1)
             for step, prediction in enumerate(predictions):
-                logits = self.draft.compute_logits(prediction[rows])
+                logits = self.draft.compute_logits(prediction[rows], text)
                 choice = logits.argmax(dim=-1)
-                if self.draft.draft_to_target is not None:
-                    choice = self.draft.draft_to_target[choice]
+                if names is not None:
+                    choice = names[choice]
                 accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
                 is_valid = has_history[step][rows]
                 found = ((choice == expected) & is_valid, accepted * is_valid, is_valid)
@@ -256,6 +263,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         stage = dataclasses.replace(stage, num_modules=max(stage.num_modules, draft.config.num_processing_modules))
         if stage.num_modules > draft.config.num_processing_modules:
             draft = expand_modules(draft, with_modules(draft_config, stage.num_modules))
+        draft.generation_config.tree_text_tokens = config.text_tokens
         draft.bind(target, tokenizer)
         draft, result = _run_stage(stage, config, draft, target, sets)
         draft.bind(target, tokenizer)
@@ -375,6 +383,7 @@ def _run_stage(
             draft.train(),
             target,
             stage,
+            text_tokens=config.text_tokens,
             checkpoint_activations=config.checkpoint_activations,
             unmasked_softmax=config.unmasked_softmax,
         ),
