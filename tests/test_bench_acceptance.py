@@ -84,6 +84,13 @@ def test_draft_sees_the_draws_unless_told_otherwise(command, tmp_path, monkeypat
     assert json.loads((tmp_path / "acceptance.json").read_text())["settings"]["coupled"] is expected
 
 
+@pytest.mark.parametrize(("options", "expected"), [([], True), (["--no-text-tokens"], False)])
+def test_tokens_of_the_prompt_are_proposed_unless_told_otherwise(command, tmp_path, options, expected):
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "acceptance.json").read_text())["settings"]["text_tokens"] is expected
+
+
 def test_acceptance_names_bad_input(command, tmp_path):
     result = CliRunner().invoke(app, [*command, "--tree", "59/6"])
     assert result.exit_code == 1

@@ -117,7 +117,7 @@ def bench_acceptance(
         target, draft: the models, bound to each other.
         questions: task and generate()'s inputs of each prompt.
         settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `coupled`, `packed`, and what else the file is
-            to say.
+            to say; `text_tokens` is the draft's own setting.
         weights (`str`): [`weights_sha256`] of the draft.
         path (`Path`, *optional*): of the measurement's file.
         resume (`bool`): keep what the file holds already.

@@ -201,6 +201,10 @@ def bench_acceptance_command(
     coupled: Annotated[
         bool, typer.Option("--coupled/--no-coupled", help="Let the draft see the random numbers of sampling.")
     ] = True,
+    text_tokens: Annotated[
+        bool | None,
+        typer.Option("--text-tokens/--no-text-tokens", help="Let the prompt's tokens join the draft vocabulary; as the draft says."),
+    ] = None,
     packed: PackedOption = True,
     json_file: JsonOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the trees that the file lacks.")] = False,
@@ -234,6 +238,9 @@ def bench_acceptance_command(
         chosen = choose_prompts(read_prompts(prompts), num_prompts)
         model, tokenizer = load_target(target)
         model_draft, weights = _load_draft(draft, model)
+        if text_tokens is not None:
+            model_draft.generation_config.tree_text_tokens = text_tokens
+        settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
         questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
         with progress_bar(console) as bar:
             task = bar.add_task(

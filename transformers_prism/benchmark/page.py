@@ -138,6 +138,8 @@ def _glance(records: list[dict]) -> list[str]:
 def _acceptance(record: dict) -> list[str]:
     settings = record["settings"]
     hidden = "" if settings["coupled"] else ", the draws of sampling hidden from it"
+    if settings.get("text_tokens") is False:
+        hidden += ", which proposes nothing outside its draft vocabulary"
     temperatures = " and ".join(f"{temperature:g}" for temperature in settings["temperatures"])
     prompts = f"{settings['num_prompts']} prompts of `{settings['prompts']}`"
     return [
