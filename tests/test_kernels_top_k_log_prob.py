@@ -241,19 +241,22 @@ def test_operator_is_registered_properly():
 
 @pytest.mark.kernel
 @torch.no_grad()
-@pytest.mark.parametrize("form", [{"draft_vocab_size": 30}, {"module_form": "eagle3", "share_target_head": False}])
+@pytest.mark.parametrize(
+    "form", [{}, {"draft_vocab_size": 30}, {"module_form": "eagle3", "share_target_head": False}], ids=str
+)
 def test_a_draft_proposes_with_the_kernel_by_itself(monkeypatch, form):
-    """Where Triton runs on the tensors' device: the proposals of the PyTorch path, with the borrowed rows of the head
-    or with a norm and a head of the draft's own."""
+    """Where Triton runs on the tensors' device: the proposals of the PyTorch path, with the borrowed rows of the head, those
+    of a text's tokens beside them, or with a norm and a head of the draft's own."""
     target = tiny_target().to(DEVICE)
     draft = tiny_draft(target, **form).to(DEVICE).bind(target)
     hidden = torch.randn((2, 3, 32), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    expected = draft.propose(hidden, 5)
+    text = draft.text_rows(torch.tensor([[40, 3, 77, 90]], device=DEVICE)) if "draft_vocab_size" in form else None
+    expected = draft.propose(hidden, 5, text)
     num_launches = []
     launch = kernel._top_k_log_prob
     monkeypatch.setattr(kernel, "_top_k_log_prob", lambda *arguments: num_launches.append(1) or launch(*arguments))
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", (DEVICE.type,))
-    found = draft.propose(hidden, 5)
+    found = draft.propose(hidden, 5, text)
     assert num_launches
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], atol=TOLERANCE, rtol=0)

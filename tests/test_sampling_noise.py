@@ -98,7 +98,7 @@ def even_pair(monkeypatch):
     with torch.no_grad():
         target.get_output_embeddings().weight.zero_()
 
-    def propose(self, hidden_states, top_k):
+    def propose(self, hidden_states, top_k, text=None):
         shape = (*hidden_states.shape[:-1], top_k)
         token_ids = torch.arange(VOCABULARY - top_k, VOCABULARY).expand(shape)
         return token_ids, torch.full(shape, 1 / VOCABULARY).log()
@@ -165,7 +165,7 @@ def test_draft_tokens_compete_beyond_the_proposals(even_pair, monkeypatch, num_c
     monkeypatch.setattr(drafting, "NUM_COMPETING", num_competing)
     asked, propose = set(), PrismDraftModel.propose
     monkeypatch.setattr(
-        PrismDraftModel, "propose", lambda self, states, top_k: asked.add(top_k) or propose(self, states, top_k)
+        PrismDraftModel, "propose", lambda self, states, top_k, *text: asked.add(top_k) or propose(self, states, top_k, *text)
     )
     draft = tiny_draft(target, draft_vocab_size=20)
     draft.generation_config.update(tree="static")
