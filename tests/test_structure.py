@@ -18,9 +18,11 @@ ALLOWED = {
     "__init__": {"configuration_prism", "cpu", "generation", "modeling_prism"},
     "modeling_prism": {
         *("configuration_prism", "cpu", "generation", "drafting", "graph_drafting", "speculation", "tree_policy"),
-        "publishing",
+        *("borrowed_layers", "processing_module", "publishing"),
         "kernels.",
     },
+    "borrowed_layers": {"cpu"},
+    "processing_module": {"configuration_prism"},
     "generation": {
         "attention",
         *("tree", "tree_policy", "auto_trees", "planned_trees", "verification", "target_rounds", "speculation"),
