@@ -133,7 +133,8 @@ def test_tokens_of_the_prompt_join_the_draft_vocabulary(text_tokens):
     draft = tiny_draft(target, draft_vocab_size=10, initializer_range=0.1).bind(target)
     states = torch.randn(1, 120, 96, generator=torch.Generator().manual_seed(1))
     texts = [torch.tensor([[3, 20, 30]]), torch.tensor([[40, 41]]), torch.arange(50, 90)[None]]
-    drafter, start = draft.make_drafter(text_tokens), 0
+    drafter, start = draft.make_drafter(), 0
+    drafter.text_tokens = text_tokens
     for text in texts:
         end = start + text.shape[1]
         drafter.prefill(text, states[:, start:end], torch.arange(start, end)[None], [end - start])

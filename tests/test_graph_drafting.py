@@ -240,7 +240,7 @@ def graph_drafters(graphs, monkeypatch):
     """Graph drafters although no draft is on CUDA; returns those that are made."""
     made: list[GraphDrafter] = []
     monkeypatch.setattr(
-        PrismDraftModel, "make_graph_drafter", lambda self, text: made.append(GraphDrafter(self)) or made[-1]
+        PrismDraftModel, "make_graph_drafter", lambda self: made.append(GraphDrafter(self)) or made[-1]
     )
     return made
 

@@ -55,7 +55,7 @@ def held(monkeypatch):
 def drafters(monkeypatch):
     """Those of the calls so far."""
     made, original = [], PrismDraftModel.make_drafter
-    monkeypatch.setattr(PrismDraftModel, "make_drafter", lambda draft, text: made.append(original(draft, text)) or made[-1])
+    monkeypatch.setattr(PrismDraftModel, "make_drafter", lambda draft: made.append(original(draft)) or made[-1])
     return made
 
 
@@ -114,7 +114,7 @@ def test_memory_of_graphs_is_at_most_what_the_page_says(formulas, monkeypatch, n
     monkeypatch.setattr(
         PrismDraftModel,
         "make_graph_drafter",
-        lambda draft, text: made.append(GraphDrafter(draft, lambda phase, device: phase)) or made[-1],
+        lambda draft: made.append(GraphDrafter(draft, lambda phase, device: phase)) or made[-1],
     )
     input_ids, _ = prompts(1)
     target = tiny_target("llama", max_position_embeddings=512)

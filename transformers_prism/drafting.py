@@ -32,11 +32,10 @@ class Drafter:
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
-        text_tokens (`bool`): whether tokens of the prompt that the draft vocabulary lacks join it.
     """
 
-    def __init__(self, draft, text_tokens: bool = True):
-        self.text_tokens = text_tokens
+    def __init__(self, draft):
+        self.text_tokens = True  # whether tokens of a prompt that the draft vocabulary lacks join it
         self.text_ids: torch.Tensor | None = None  # of all prompts
         self.text = None  # what they add to the draft vocabulary
         self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call

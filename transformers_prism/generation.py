@@ -154,8 +154,9 @@ def _drafter_for(draft, cache, num_rows: int, settings: TreeSettings):
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
     if not is_known or context.length != int(cache.get_seq_length()):
-        make = draft.make_graph_drafter if settings.cuda_graph else draft.make_drafter
-        return make(settings.text_tokens), []
+        drafter = draft.make_graph_drafter() if settings.cuda_graph else draft.make_drafter()
+        drafter.text_tokens = settings.text_tokens
+        return drafter, []
     return context.drafter, context.unread
 
 

@@ -57,16 +57,16 @@ def capture_graph(phase: Callable, device: torch.device) -> Callable:
 
 
 class GraphDrafter(Drafter):
-    """A [`Drafter`] that reads and grows in one graph; the prompt, and the tree behind it, are drafted call by call.
+    """A [`Drafter`] that reads and grows in one graph; the prompt, and the tree behind it, are drafted call by call. Of
+    several prompts, only the first one's tokens join the draft vocabulary.
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
         capture (`Callable`): makes a captured function of a function and a device, as [`capture_graph`].
-        text_tokens (`bool`): see [`Drafter`]; of the first prompt only.
     """
 
-    def __init__(self, draft, capture: Callable = capture_graph, text_tokens: bool = True):
-        super().__init__(draft, text_tokens)
+    def __init__(self, draft, capture: Callable = capture_graph):
+        super().__init__(draft)
         self.capture = capture
         self.reserved: ReservedCache | None = None  # the same as `cache` from the second round on
         self.deepest = 0

@@ -500,17 +500,17 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             return self.fuse(hidden_states)
         return hidden_states.to(self.device, self.dtype)
 
-    def make_drafter(self, text_tokens: bool = True) -> Drafter:
+    def make_drafter(self) -> Drafter:
         """The object that drafts trees for one generate() call; see [`Drafter`]."""
-        return Drafter(self, text_tokens)
+        return Drafter(self)
 
-    def make_graph_drafter(self, text_tokens: bool = True) -> Drafter:
+    def make_graph_drafter(self) -> Drafter:
         """A drafter that captures its rounds as CUDA graphs; where it cannot, another one, with a warning."""
         reason = self._reason_against_graphs()
         if reason is not None:
             warnings.warn(f"tree_cuda_graph: drafting without a graph: {reason}", stacklevel=2)
-            return self.make_drafter(text_tokens)
-        return GraphDrafter(self, text_tokens=text_tokens)
+            return self.make_drafter()
+        return GraphDrafter(self)
 
     def _reason_against_graphs(self) -> str | None:
         """Why no round of this draft could be captured; None if it can be tried."""
