@@ -492,15 +492,19 @@ def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target,
     labels = torch.randn(2, 7, draft.config.fused_hidden_size + width)
     input_ids, mask = torch.randint(0, VOCAB_SIZE, (2, 7)), torch.rand(2, 7) < 0.7
     found = training.count_agreements(input_ids, features, labels, mask, num_steps=3)
-    tokens = torch.arange(VOCAB_SIZE) if draft_vocab_size is None else draft.draft_to_target
+    tokens_of = [torch.arange(VOCAB_SIZE) if draft_vocab_size is None else draft.draft_to_target] * 2
     if draft_vocab_size is not None and text_tokens:
-        tokens = torch.tensor([*tokens.tolist(), *sorted(set(input_ids.flatten().tolist()) - set(tokens.tolist()))])
-        assert len(tokens) > draft_vocab_size
+        # Those of the row itself, as far as something is predicted there.
+        texts = [set(row[: rows.nonzero().max() + 1].tolist()) for row, rows in zip(input_ids, mask, strict=True)]
+        known = tokens_of[0].tolist()
+        tokens_of = [torch.tensor([*known, *sorted(text - set(known))]) for text in texts]
+        assert all(len(tokens) > draft_vocab_size for tokens in tokens_of)
     expected = torch.zeros(3, 3, dtype=torch.float64)
     for step, prediction in enumerate(training.predict(input_ids, features, 3)):
         for row, position in mask.nonzero().tolist():
             if position < step:
                 continue
+            tokens = tokens_of[row]
             target_logits = target.get_output_embeddings()(labels[row, position, -width:])
             logits = target.get_output_embeddings()(prediction[row, position])[tokens]
             is_hit = int(tokens[logits.argmax()]) == int(target_logits.argmax())

@@ -97,26 +97,34 @@ class AlignedTraining(nn.Module):
         They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
         token drawn from the draft is accepted, sum min(p, q) over what the draft can propose; and the number of rows.
         """
-        predictions = [one[mask] for one in self.predict(input_ids, features, num_steps)]
+        predictions = self.predict(input_ids, features, num_steps)
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
-        has_history = [history[step].expand_as(mask)[mask] for step in range(num_steps)]
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
-        label = label_features[..., -self.draft.config.target_hidden_size :][mask]
-        text = self._text_rows(input_ids)
-        names = self.draft.draft_to_target if text is None else text.token_ids
-        for rows in torch.arange(len(label), device=label.device).split(ROWS_PER_CHUNK):
-            expected = self._target_choice(label[rows])
-            target = torch.softmax(self.draft.compute_target_logits(label[rows], text).float(), dim=-1)
-            for step, prediction in enumerate(predictions):
-                logits = self.draft.compute_logits(prediction[rows], text)
-                choice = logits.argmax(dim=-1)
-                if names is not None:
-                    choice = names[choice]
-                accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
-                is_valid = has_history[step][rows]
-                found = ((choice == expected) & is_valid, accepted * is_valid, is_valid)
-                counts[step] += torch.stack([one.sum(dtype=torch.float64) for one in found])
+        label = label_features[..., -self.draft.config.target_hidden_size :]
+        # One text at a time, whose own tokens can be proposed, so that nothing depends on what else is in the batch.
+        for row, positions in enumerate(mask):
+            rows = positions.nonzero()[:, 0]
+            text = self._text_rows(input_ids[row, : int(rows.max()) + 1]) if len(rows) else None
+            for chunk in rows.split(ROWS_PER_CHUNK):
+                outputs = [prediction[row, chunk] for prediction in predictions]
+                counts += self._closeness(outputs, label[row, chunk], history[:, chunk], text)
         return counts
+
+    def _closeness(self, predictions, label, is_valid, text) -> torch.Tensor:
+        """The sums of some rows of one text."""
+        names = self.draft.draft_to_target if text is None else text.token_ids
+        expected = self._target_choice(label)
+        target = torch.softmax(self.draft.compute_target_logits(label, text).float(), dim=-1)
+        sums = []
+        for prediction, valid in zip(predictions, is_valid, strict=True):
+            logits = self.draft.compute_logits(prediction, text)
+            choice = logits.argmax(dim=-1)
+            if names is not None:
+                choice = names[choice]
+            accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
+            found = ((choice == expected) & valid, accepted * valid, valid)
+            sums.append(torch.stack([one.sum(dtype=torch.float64) for one in found]))
+        return torch.stack(sums)
 
     def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
         # Scaling and capping logits as the target does keeps their order.
