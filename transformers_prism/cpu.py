@@ -106,10 +106,8 @@ class PreparedModels:
         """Make the layers what they were and free the packed copies. Doing it twice changes nothing."""
         for linear in self.linears:
             linear.__class__ = nn.Linear
-            linear.__dict__.pop("_packed", None)
-            linear.__dict__.pop("_packed_version", None)
-            linear.__dict__.pop("packed_from", None)
-            linear.__dict__.pop("packed_to", None)
+            for name in ("_packed", "_packed_version", "packed_from", "packed_to"):
+                linear.__dict__.pop(name, None)
         self.linears = []
 
     def __enter__(self) -> "PreparedModels":
@@ -123,9 +121,8 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
     Both products are timed on one to three rows and on 128, in about a second; the faster one serves so few rows, or so
-    many, from then on.
-    A target's results stay the same within float error. A draft is packed in float16, the rows of the head that it borrows
-    too: it may propose other tokens now and then, which changes no output.
+    many, from then on. A target's results stay the same within float error. A draft is packed in float16, the rows of the
+    head that it borrows too: it may propose other tokens now and then, which changes no output.
 
     Args:
         models (`nn.Module`): targets and drafts.

@@ -36,8 +36,7 @@ class Drafter:
 
     def __init__(self, draft):
         self.text_tokens = True  # whether tokens of a prompt that the draft vocabulary lacks join it
-        self.text_ids: torch.Tensor | None = None  # of all prompts
-        self.text = None  # what they add to the draft vocabulary
+        self.text = None  # what all prompts add to the draft vocabulary
         self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
         config = draft.config
         # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
@@ -64,9 +63,8 @@ class Drafter:
         """
         token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
         if self.text_tokens and (self.cache is None or token_ids.shape[1] > _MANY_POSITIONS):
-            new_ids = token_ids.flatten()
-            self.text_ids = new_ids if self.text_ids is None else torch.cat((self.text_ids, new_ids))
-            self.text = self.draft.text_rows(self.text_ids)
+            earlier = () if self.text is None else (self.text.text_ids,)
+            self.text = self.draft.text_rows(torch.cat((token_ids.flatten(), *earlier)))
         if self.cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)

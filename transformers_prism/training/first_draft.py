@@ -112,7 +112,7 @@ def first_draft(
         report["draft_vocab_coverage"] = round(coverage, 5)
         report["num_answer_tokens_outside_draft_vocab"] = round((1 - coverage) * num_answer_tokens)
         logger.info(
-            "Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens; the other %d are proposed where the text has them.",
+            "Draft vocabulary: %d tokens cover %.2f %% of the answers' tokens; the other %d are outside it.",
             len(tokens),
             100 * coverage,
             report["num_answer_tokens_outside_draft_vocab"],
