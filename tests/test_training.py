@@ -419,13 +419,31 @@ def test_collate_marks_rows_that_predict_the_answer():
     assert batch["mask"].tolist() == [[False, False, True, True], [True, True, True, False]]
 
 
+def random_lengths(count, longest=50):
+    draw = random.Random(0)
+    return [draw.randint(1, longest) for _ in range(count)]
+
+
 def test_length_sampler_visits_all_once_in_an_order_of_its_own_per_epoch():
-    lengths = [random.Random(0).randint(1, 50) for _ in range(103)]
-    sampler = LengthSampler(lengths, 4, seed=1)
+    sampler = LengthSampler(random_lengths(103), 4, seed=1)
     first, again = list(sampler), list(sampler)
     sampler.set_epoch(1)
     assert first == again != list(sampler)
     assert sorted(first) == sorted(sampler) == list(range(103))
+
+
+def test_batches_of_one_update_are_of_like_length():
+    """What processes wait for each other, in rows of the longest, is a few percent; batches drawn singly would cost more."""
+    lengths = random_lengths(800, longest=500)
+
+    def share_of_waiting(sampler):
+        order = list(sampler)
+        longest = [max(lengths[item] for item in order[start : start + 2]) for start in range(0, len(order), 2)]
+        slowest = [max(longest[start : start + 2]) for start in range(0, len(longest), 2)]
+        return 1 - sum(longest) / (2 * sum(slowest))
+
+    assert share_of_waiting(LengthSampler(lengths, 2, seed=1, batches_per_update=2)) < 0.03
+    assert share_of_waiting(LengthSampler(lengths, 2, seed=1)) > 0.15
 
 
 # --- features ----------------------------------------------------------------------------------------------------

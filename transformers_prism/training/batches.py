@@ -6,8 +6,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers_prism.training.conversations import Conversation
 from transformers_prism.training.features import FeatureStore, OnlineFeatures
 
-# Sorting by length within a few batches wastes little on padding and keeps batches different from epoch to epoch.
-BATCHES_PER_POOL = 25
+# Sorting by length within a few updates wastes little on padding and keeps them different from epoch to epoch.
+UPDATES_PER_POOL = 25
 
 
 class ConversationDataset(Dataset):
@@ -74,11 +74,19 @@ def collate(items: list[dict]) -> dict:
 class LengthSampler(Sampler):
     """Indices in an order in which neighbours are of like length, drawn afresh from (seed, epoch).
 
-    The order depends on nothing else, so that a resumed run sees the batches that it would have seen.
+    The order depends on nothing else, so that a resumed run sees the batches that it would have seen. All batches of
+    an update are neighbours: no process waits for one with longer rows.
+
+    Args:
+        lengths (`list[int]`): of the conversations, in tokens.
+        batch_size (`int`): conversations of one forward.
+        seed (`int`): of the order.
+        batches_per_update (`int`): forwards of all processes between two updates.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, batches_per_update: int = 1):
+        self.lengths, self.seed, self.epoch = lengths, seed, 0
+        self.update_size = batch_size * batches_per_update
 
     def set_epoch(self, epoch: int):
         """Choose the epoch whose order comes next."""
@@ -90,17 +98,17 @@ class LengthSampler(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        pool = self.batch_size * BATCHES_PER_POOL
-        batches = []
+        pool = self.update_size * UPDATES_PER_POOL
+        updates = []
         for start in range(0, len(order), pool):
             by_length = sorted(order[start : start + pool], key=lambda item: self.lengths[item], reverse=True)
-            batches += [
-                by_length[first : first + self.batch_size] for first in range(0, len(by_length), self.batch_size)
+            updates += [
+                by_length[first : first + self.update_size] for first in range(0, len(by_length), self.update_size)
             ]
-        # A short last batch stays last, since batches are cut from the order by counting.
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        for batch in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[batch]
-        for batch in batches:
-            if len(batch) < self.batch_size:
-                yield from batch
+        # A short last update stays last, since batches are cut from the order by counting.
+        whole = [update for update in updates if len(update) == self.update_size]
+        for update in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[update]
+        for update in updates:
+            if len(update) < self.update_size:
+                yield from update

@@ -147,7 +147,9 @@ class AlignedTrainer(Trainer):
         self._whole_copy = copy.deepcopy(self.model).to(self.args.device) if self.is_fsdp_enabled else None
 
     def _get_train_sampler(self, train_dataset=None):
-        return LengthSampler(self.train_dataset.lengths, self.args.train_batch_size, self.args.seed)
+        args = self.args
+        batches_per_update = args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(self.train_dataset.lengths, args.train_batch_size, args.seed, batches_per_update)
 
     def whole_model(self) -> AlignedTraining:
         """The model with all of its weights; under FSDP a copy, gathered anew, for which every process has to ask."""
