@@ -16,7 +16,7 @@ from tiny_models import (
     varied_target,
     word_tokenizer,
 )
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -26,7 +26,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from transformers_prism import generation
+from transformers_prism import PrismDraftModel, generation, target_rounds
 from transformers_prism.verification import OutputRows, warper_settings
 
 pytestmark = pytest.mark.quick
@@ -229,13 +229,8 @@ def test_walk_says_what_is_wrong(monkeypatch):
         target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
 
 
-def reads_by_round(monkeypatch, input_ids, mask, walk="auto", attn_implementation=None, tree=None, **settings):
-    """What the host waited for in each round of a call on the pretended accelerator, whose output is plain's."""
-    target = tiny_target("llama", 3, attn_implementation)
-    draft = tiny_draft(target)
-    draft.generation_config.update(**{"tree_top_k": 30, "tree_depth": 2, "tree_num_nodes": 150, **(tree or {})})
-    torch.manual_seed(5)
-    plain = target.generate(input_ids, attention_mask=mask, **settings)
+def move_to_accelerator(monkeypatch, target, draft, walk="auto"):
+    """Move both there, and take the road that accelerators take."""
     draft.bind(target)
     monkeypatch.setattr(draft, "bind", lambda target, tokenizer: draft)  # refuses weights on such a device
     move_model(target)
@@ -248,6 +243,18 @@ def reads_by_round(monkeypatch, input_ids, mask, walk="auto", attn_implementatio
     )
     monkeypatch.setattr(torch, DEVICE.type, generator, raising=False)
     monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
+
+
+def reads_by_round(
+    monkeypatch, input_ids, mask, walk="auto", attn_implementation=None, tree=None, draft_vocab_size=None, **settings
+):
+    """What the host waited for in each round of a call on the pretended accelerator, whose output is plain's."""
+    target = tiny_target("llama", 3, attn_implementation)
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size)
+    draft.generation_config.update(**{"tree_top_k": 30, "tree_depth": 2, "tree_num_nodes": 150, **(tree or {})})
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, attention_mask=mask, **settings)
+    move_to_accelerator(monkeypatch, target, draft, walk)
     accelerator, starts = PretendedAccelerator(), []
     drop_finished = generation._drop_finished
     # The first thing that a round does.
@@ -299,6 +306,47 @@ def test_a_round_of_a_padded_batch_reads_the_device_once(monkeypatch):
     rounds = reads_by_round(monkeypatch, *prompts(3), do_sample=False, **LENGTH)
     assert len(rounds) > 3
     assert all(len(reads) == 1 for reads in rounds), rounds[0]
+
+
+def test_tokens_of_an_answer_that_join_the_draft_vocabulary_are_not_read_back(monkeypatch):
+    """They come from the host, where the walk has left them."""
+    input_ids, mask = prompts(1)
+    joined = []
+    rows_beside = PrismDraftModel.rows_beside
+    monkeypatch.setattr(
+        PrismDraftModel, "rows_beside", lambda draft, ids: joined.append(len(ids)) or rows_beside(draft, ids)
+    )
+    _, *rounds = reads_by_round(monkeypatch, input_ids, mask, draft_vocab_size=8, tree=CHAIN, do_sample=False, **LENGTH)
+    assert len(joined) > 3
+    assert joined == sorted(set(joined))
+    assert all(len(reads) == 1 for reads in rounds), rounds
+
+
+def test_a_chat_goes_on_on_the_device(monkeypatch):
+    """What was left unread of a turn, and the next turn, are read together."""
+    target, turns = tiny_target("llama", 3), [prompts(1)[0], torch.tensor([[5, 9, 60]])]
+    draft = tiny_draft(target)
+    draft.generation_config.update(**CHAIN)
+
+    def chat(accelerator=lambda values: values, **settings):
+        cache, text = DynamicCache(config=target.config), torch.zeros((1, 0), dtype=torch.long)
+        for turn in turns:
+            text = accelerator(torch.cat((text, turn), dim=1))
+            text = target.generate(
+                text, attention_mask=torch.ones_like(text), past_key_values=cache, do_sample=False, **LENGTH, **settings
+            )
+            text = getattr(text, "host", text)
+        return text
+
+    plain, spoken = chat(), []
+    move_to_accelerator(monkeypatch, target, draft)
+    join = target_rounds._joined
+    monkeypatch.setattr(
+        target_rounds, "_joined", lambda parts: spoken.append([part.is_prompt for part in parts]) or join(parts)
+    )
+    with PretendedAccelerator():
+        assert torch.equal(chat(OnDevice, assistant_model=draft), plain)
+    assert [False, True] in spoken
 
 
 def test_the_hosts_walk_reads_more(monkeypatch):

@@ -111,37 +111,39 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
     states = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(1))
     ends = [4, 4]
     drafter.prefill(token_ids[:, :4], states[:, :4], torch.arange(4).expand(2, -1), ends)
+    text = [token_ids[:, :4].flatten()]
     for committed in ([2, 4], [1, 3], None):
         tree = drafter.grow(TreeSettings("static", top_k=2, depth=4, num_nodes=6))
         for row in range(2):
             read = slice(row, row + 1), slice(ends[row])
-            check_tree(draft, tree, row, token_ids[read], states[read], text_ids=token_ids[:, :4])
+            check_tree(draft, tree, row, token_ids[read], states[read], text_ids=torch.cat(text))
         if committed is None:
             break
         longest = max(committed)
         index = torch.tensor(ends)[:, None] + torch.arange(longest)
         rows = torch.arange(2)[:, None]
         drafter.prefill(token_ids[rows, index], states[rows, index], index, committed)
+        text.append(token_ids[rows, index].flatten())
         ends = [end + count for end, count in zip(ends, committed, strict=True)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("text_tokens", [True, False])
-def test_tokens_of_the_prompt_join_the_draft_vocabulary(text_tokens):
-    """Of a long later text, too, but not those of a round; with the setting off, only the vocabulary is proposed."""
+def test_tokens_of_the_text_join_the_draft_vocabulary(text_tokens):
+    """Those of the prompt and of every round; with the setting off, only the vocabulary is proposed."""
     target = tiny_target()
     draft = tiny_draft(target, draft_vocab_size=10, initializer_range=0.1).bind(target)
     states = torch.randn(1, 120, 96, generator=torch.Generator().manual_seed(1))
-    texts = [torch.tensor([[3, 20, 30]]), torch.tensor([[40, 41]]), torch.arange(50, 90)[None]]
+    texts = [torch.tensor([[3, 20, 30]]), torch.tensor([[4, 20]]), torch.tensor([[40, 5]]), torch.arange(50, 90)[None]]
     drafter, start = draft.make_drafter(), 0
     drafter.text_tokens = text_tokens
-    for text in texts:
+    for number, text in enumerate(texts):
         end = start + text.shape[1]
         drafter.prefill(text, states[:, start:end], torch.arange(start, end)[None], [end - start])
         start = end
         expected = set(range(10))
         if text_tokens:
-            expected |= {20, 30} | (set(range(50, 90)) if start > 5 else set())
+            expected.update(*(earlier.flatten().tolist() for earlier in texts[: number + 1]))
         settings = TreeSettings("static", top_k=len(expected), depth=1, num_nodes=len(expected))
         assert set(drafter.grow(settings).token_ids[0, 1:].tolist()) == expected
 
@@ -226,7 +228,7 @@ def on_meta(monkeypatch, **settings):
     target.to("meta")
     drafter = draft.to("meta").make_drafter()
     for num_positions, num_new in ((9, [9, 9]), (3, [3, 1])):
-        token_ids = torch.zeros((2, num_positions), dtype=torch.long, device="meta")
+        token_ids = torch.zeros((2, num_positions), dtype=torch.long)
         drafter.prefill(token_ids, torch.empty((2, num_positions, 96), device="meta"), token_ids, num_new)
     return drafter
 

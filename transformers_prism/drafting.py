@@ -35,8 +35,9 @@ class Drafter:
     """
 
     def __init__(self, draft):
-        self.text_tokens = True  # whether tokens of a prompt that the draft vocabulary lacks join it
-        self.text = None  # what all prompts add to the draft vocabulary
+        self.text_tokens = True  # whether tokens of the text that the draft vocabulary lacks join it
+        self.text = None  # what the text so far adds to the draft vocabulary
+        self.can_propose: torch.Tensor | None = None  # [V], tokens of either, on the host
         self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
         config = draft.config
         # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
@@ -54,17 +55,16 @@ class Drafter:
         """Step 0: read newly committed positions and keep their keys and values.
 
         Args:
-            token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position.
+            token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position, best on the host.
             target_hidden (`torch.Tensor` of shape `(B, A, L * target_hidden_size)`): the target's states there.
             position_ids (`torch.LongTensor` of shape `(B, A)`): positions of those states.
             num_new: how many of the A positions of each row are real; the rest, at the end, are ignored. In the first
                 call all of them are.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
+        if self.text_tokens and self.draft.takes_text_rows:
+            self._join_vocabulary(token_ids)
         token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
-        if self.text_tokens and (self.cache is None or token_ids.shape[1] > _MANY_POSITIONS):
-            earlier = () if self.text is None else (self.text.text_ids,)
-            self.text = self.draft.text_rows(torch.cat((token_ids.flatten(), *earlier)))
         if self.cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
@@ -75,6 +75,18 @@ class Drafter:
         self._remember_last(
             token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=self.device)
         )
+
+    def _join_vocabulary(self, token_ids) -> None:
+        """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""
+        if self.can_propose is None:
+            self.can_propose = self.draft.own_tokens()
+        token_ids = token_ids.flatten().cpu()
+        is_own = self.can_propose[token_ids]
+        if is_own.all():
+            return
+        new = token_ids[~is_own].unique()
+        self.can_propose[new] = True
+        self.text = self.draft.rows_beside(new if self.text is None else torch.cat((self.text.text_ids, new)))
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
         """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""

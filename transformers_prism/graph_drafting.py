@@ -57,8 +57,8 @@ def capture_graph(phase: Callable, device: torch.device) -> Callable:
 
 
 class GraphDrafter(Drafter):
-    """A [`Drafter`] that reads and grows in one graph; the prompt, and the tree behind it, are drafted call by call. Of
-    several prompts, only the first one's tokens join the draft vocabulary.
+    """A [`Drafter`] that reads and grows in one graph; the prompt, and the tree behind it, are drafted call by call. Only
+    the first prompt's tokens join the draft vocabulary.
 
     Args:
         draft (`PrismDraftModel`): bound to its target.

@@ -244,6 +244,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         names = {type(layer).__name__, type(head).__name__}
         return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
 
+    @property
+    def takes_text_rows(self) -> bool:
+        """Whether there are tokens outside the draft vocabulary that the target's head could tell it of."""
+        return self.draft_to_target is not None and self.config.share_target_head
+
     def text_rows(self, text_ids: torch.LongTensor) -> TextRows | None:
         """What the tokens of a text add to what the draft can propose.
 
@@ -253,15 +258,23 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             `TextRows`: for [`~PrismDraftModel.propose`] and [`~PrismDraftModel.compute_logits`]. None where the draft
             vocabulary lacks none of them, or the draft has a head of its own.
         """
-        if self.draft_to_target is None or not self.config.share_target_head:
+        if not self.takes_text_rows:
             return None
-        borrowed = self._require_target()
         outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size)
-        if not len(outside):
-            return None
+        return self.rows_beside(outside) if len(outside) else None
+
+    def rows_beside(self, token_ids: torch.LongTensor) -> TextRows:
+        """The same of tokens `(K,)` that are known to be outside the draft vocabulary, each once; reads nothing back."""
+        borrowed = self._require_target()
         self._gather_head_rows()
-        rows = rows_of_head(borrowed.head, outside, self._kind_of_head_rows(borrowed.head))
-        return TextRows(self.draft_to_target, outside, borrowed.draft_head, rows)
+        rows = rows_of_head(borrowed.head, token_ids, self._kind_of_head_rows(borrowed.head))
+        return TextRows(self.draft_to_target, token_ids, borrowed.draft_head, rows)
+
+    def own_tokens(self) -> torch.Tensor:
+        """Which tokens of the target's vocabulary a draft vocabulary holds, `(V,)` bool on the host, a copy."""
+        own = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        own[self.draft_to_target.cpu()] = True
+        return own
 
     def _check_target(self, target, tokenizer):
         """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""

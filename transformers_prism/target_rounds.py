@@ -43,9 +43,9 @@ _REPLACED_INPUTS = (
 class NewPositions(NamedTuple):
     """Positions that the draft has to read: see `Drafter.prefill`, whose arguments these are but for the last."""
 
-    token_ids: torch.Tensor  # [B, A]
+    token_ids: torch.Tensor  # [B, A], on the host
     target_hidden: torch.Tensor  # [B, A, L * target_hidden_size]
-    position_ids: torch.Tensor  # [B, A]
+    position_ids: torch.Tensor  # [B, A], on the host
     num_new: list[int]
     padding_mask: torch.Tensor | None = None  # [B, A]
     is_prompt: bool = False
@@ -86,9 +86,9 @@ def _joined(parts: list[NewPositions]) -> NewPositions:
     index = torch.tensor([indices + [0] * (longest - len(indices)) for indices in real])  # [B, longest]
     states = index[..., None].expand(-1, -1, target_hidden.shape[-1]).to(target_hidden.device)
     return NewPositions(
-        token_ids.gather(1, index.to(token_ids.device)),
+        token_ids.gather(1, index),
         target_hidden.gather(1, states),
-        position_ids.gather(1, index.to(position_ids.device)),
+        position_ids.gather(1, index),
         num_new,
     )
 
@@ -247,9 +247,9 @@ class _Target:
         length = self.prompt_hidden.shape[1]
         last = rows.prompt_length + 1
         new = NewPositions(
-            rows.ids[:, last - length : last],
+            rows.ids[:, last - length : last].cpu(),
             self.prompt_hidden,
-            self.prompt_positions[:, -length:],
+            self.prompt_positions[:, -length:].cpu(),
             [length] * rows.num_rows,
             # generate() hands over no mask where nothing is padded.
             None if self.model_kwargs.get("attention_mask") is None else self.prompt_mask[:, -length:],
@@ -268,7 +268,7 @@ class _Target:
             tokens.append(emitted[len(emitted) - len(nodes) :] + padding)
             positions.append(list(range(start, start + longest)))
             index.append(nodes + padding)
-        token_ids = torch.tensor(tokens, dtype=rows.ids.dtype, device=rows.ids.device)
+        token_ids = torch.tensor(tokens, dtype=rows.ids.dtype)
         if all(nodes == list(range(longest)) for nodes in kept):
             hidden = _fused([state[:, :longest] for state in states])
         else:

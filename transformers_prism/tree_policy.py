@@ -27,7 +27,7 @@ class TreeSettings:
         num_nodes (`int`): drafted nodes that the target verifies, the root not counted.
         ngrams (`bool`): with "auto", whether continuations copied from the text may join the tree.
         coupled (`bool`): whether the draft may look at the random numbers that the target will sample with.
-        text_tokens (`bool`): whether the draft may also propose tokens of the prompt that its vocabulary lacks.
+        text_tokens (`bool`): whether the draft may also propose tokens of the text so far that its vocabulary lacks.
         cuda_graph (`bool`): whether a round's drafting is captured as a CUDA graph; not yet tried on a GPU.
     """
 

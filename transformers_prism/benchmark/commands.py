@@ -203,7 +203,7 @@ def bench_acceptance_command(
     ] = True,
     text_tokens: Annotated[
         bool | None,
-        typer.Option("--text-tokens/--no-text-tokens", help="Let the prompt's tokens join the draft vocabulary; as the draft says."),
+        typer.Option("--text-tokens/--no-text-tokens", help="Let the text's tokens join the draft vocabulary; as the draft says."),
     ] = None,
     packed: PackedOption = True,
     json_file: JsonOption = None,
