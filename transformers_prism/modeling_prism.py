@@ -263,7 +263,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size)
         return self.rows_beside(outside) if len(outside) else None
 
-    def rows_beside(self, token_ids: torch.LongTensor) -> TextRows:
+    def rows_beside(self, token_ids: torch.Tensor) -> TextRows:
         """The same of tokens `(K,)` that are known to be outside the draft vocabulary, each once; reads nothing back."""
         borrowed = self._require_target()
         self._gather_head_rows()
