@@ -349,6 +349,47 @@ def test_a_chat_goes_on_on_the_device(monkeypatch):
     assert [False, True] in spoken
 
 
+CALLS = {
+    "host's walk": {"do_sample": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    "scores": {"do_sample": True, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "stop strings": {"stop_strings": ["w5"], "tokenizer": word_tokenizer()},
+}
+DRAFTS = {
+    "draft vocabulary": {"draft_vocab_size": 20},
+    "own keys and values": {"context_kv": "own_module", "num_processing_modules": 2, "num_layers_per_module": 2},
+    "eagle3": {"module_form": "eagle3", "share_target_head": False},
+}
+
+
+@pytest.mark.parametrize("tree", [CHAIN, AUTO], ids=["chain", "auto"])
+@pytest.mark.parametrize(
+    ("settings", "overrides"),
+    [*[(settings, {}) for settings in CALLS.values()], *[({}, overrides) for overrides in DRAFTS.values()]],
+    ids=[*CALLS, *DRAFTS],
+)
+def test_calls_of_all_kinds_keep_host_and_device_apart(settings, overrides, tree, monkeypatch, cheap_rounds):
+    """No operation mixes their tensors, and the text is plain's; a padded batch."""
+    input_ids, mask = prompts(3)
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target, **overrides)
+    draft.generation_config.update(**{"tree_depth": 3, **tree})
+    arguments = {**LENGTH, "max_new_tokens": 16, **settings}
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, attention_mask=mask, **arguments)
+    move_to_accelerator(monkeypatch, target, draft)
+    torch.manual_seed(5)
+    with PretendedAccelerator():
+        output = target.generate(
+            OnDevice(input_ids), attention_mask=OnDevice(mask), assistant_model=draft, **arguments
+        )
+    is_output = "return_dict_in_generate" in settings
+    plain, output = (plain.sequences, output.sequences) if is_output else (plain, output)
+    assert torch.equal(getattr(output, "host", output), plain)
+    assert draft.last_speculation.declined is None
+
+
 def test_the_hosts_walk_reads_more(monkeypatch):
     """So that the count above can fail."""
     input_ids, mask = prompts(1)
