@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend_accelerator import OnDevice, PretendedAccelerator, move_model
 from tiny_models import chat_tokenizer, scripted_draft, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
@@ -553,3 +554,41 @@ def test_shipped_draft_is_whole_and_names_its_target():
     record = json.loads((folder / "training.json").read_text())
     assert record["stages"][-1]["validation"]["eval_agreement_0"] > 0.5
     assert '"/' not in json.dumps(record)
+
+
+# --- on an accelerator -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_reads"),
+    [({}, 1), ({"draft_vocab_size": 20}, 2), ({"context_kv": "own_module"}, 1), ({"module_form": "eagle3"}, 1)],
+)
+def test_a_training_step_waits_for_the_device_once(target, settings, num_reads):
+    """For how many rows count, and how many tokens of the text the draft vocabulary lacks; the backward pass and the
+    validation mix no tensors of host and device either."""
+    settings = {"num_processing_modules": 2, "share_target_head": "module_form" not in settings, **settings}
+    draft = tiny_draft(target, **settings).bind(target)
+    torch.manual_seed(0)
+    width = (len(draft.config.target_layer_ids) + 1) * target.config.hidden_size
+    inputs = {
+        "input_ids": torch.randint(1, VOCAB_SIZE, (2, 12)),
+        "features": torch.randn(2, 12, width).bfloat16(),
+        "label_features": torch.randn(2, 12, width).bfloat16(),
+        "mask": torch.rand(2, 12) < 0.7,
+    }
+    stage = next(stage for stage in plan_stages(TrainConfig(acceptance_weight=0.1)) if stage.name == "split")
+    training = AlignedTraining(draft, target, stage)
+    expected = training(**inputs)["loss"]
+    counts = training.count_agreements(**inputs, num_steps=4)
+    move_model(target)
+    move_model(draft)
+    draft.requires_grad_()
+    with PretendedAccelerator() as accelerator:
+        inputs = {name: OnDevice(values) for name, values in inputs.items()}
+        loss = training(**inputs)["loss"]
+        loss.backward()
+        assert len(accelerator.reads) == num_reads, accelerator.reads
+        found = training.count_agreements(**inputs, num_steps=4)
+    torch.testing.assert_close(loss.host, expected.detach())
+    torch.testing.assert_close(found.host, counts, rtol=1e-5, atol=1e-5)
+    assert all(parameter.grad is not None for parameter in draft.parameters())

@@ -84,11 +84,12 @@ def aligned_loss(
         `AlignedLoss`: summed over steps, each step normalised by the number of its rows.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
     """
-    rows = mask.any(dim=0)  # [B, T]
-    row_weights = mask[:, rows].to(torch.float32)  # [S, R]
+    # Indices, since every use of a mask of unknown size would wait for the device.
+    rows = mask.any(dim=0).flatten().nonzero()[:, 0]  # [R]
+    row_weights = mask.flatten(1).index_select(1, rows).to(torch.float32)  # [S, R]
     row_weights = row_weights / (row_weights.sum(dim=1, keepdim=True) + 1e-5)
-    stacked = torch.stack([prediction[rows] for prediction in predictions])  # [S, R, D]
-    label_hidden = label_hidden[rows].to(stacked.dtype)
+    stacked = torch.stack([one.flatten(0, 1).index_select(0, rows) for one in predictions])  # [S, R, D]
+    label_hidden = label_hidden.flatten(0, 1).index_select(0, rows).to(stacked.dtype)
     vocabulary, token, acceptance = vocabulary_loss(
         draft, stacked, label_hidden, row_weights, weights, implementation, text
     )
