@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+from pretend_accelerator import PretendedAccelerator, move_model
 from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism.cli import app
 from transformers_prism.training.conversations import Contamination, read_conversations
+from transformers_prism.training.slots import Slots
 from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer, synthesize
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
@@ -89,6 +91,31 @@ def test_greedy_answers_are_generates(tmp_path, brief_target):
             continue
         assert list(found[tuple(ids)].input_ids) == plain
         assert found[tuple(ids)].assistant_spans == ((len(ids), len(plain)),)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.7, 1.2)])
+def test_an_accelerator_writes_the_same(brief_target, temperatures):
+    """Tensors of host and device are kept apart, and a step reads back what it chooses from, however many rows there are."""
+    settings = {**SETTINGS, "num_tokens": 10**6, "temperatures": temperatures, "max_answer_tokens": 12}
+    config = SynthesisConfig(**settings)
+
+    def write():
+        return [row.tokens for row in Synthesizer(brief_target, chat_tokenizer(), config, chats(9)).run(range(9))]
+
+    expected, num_steps = write(), 0
+    move_model(brief_target)
+    step = Slots.step
+
+    def count(slots, token_ids):
+        nonlocal num_steps
+        num_steps += 1
+        return step(slots, token_ids)
+
+    with pytest.MonkeyPatch.context() as patch, PretendedAccelerator() as accelerator:
+        patch.setattr(Slots, "step", count)
+        assert write() == expected
+    assert len(accelerator.reads) <= 3 * (num_steps + 1)
+    assert len(expected) == 9
 
 
 def test_own_user_turns_follow_the_template(tmp_path, target):

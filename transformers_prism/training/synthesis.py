@@ -239,12 +239,13 @@ class Synthesizer:
         free = [slot for slot in rows if slot not in chosen]
         if not free:
             return chosen
-        stacked = torch.stack([logits[slot] for slot in free]).float().cpu()
+        stacked = torch.stack([logits[slot] for slot in free]).float()
         greedy = [self._temperature(rows[slot]) == 0.0 for slot in free]
         best = stacked.argmax(dim=-1).tolist()
         drawn = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
         if drawn:
-            tokens = self._draw(stacked[drawn], [rows[free[i]] for i in drawn])
+            logits_drawn = stacked[torch.tensor(drawn, device=stacked.device)]
+            tokens = self._draw(logits_drawn, [rows[free[i]] for i in drawn])
             for i, token in zip(drawn, tokens, strict=True):
                 best[i] = token
         chosen.update(zip(free, best, strict=True))
@@ -256,7 +257,8 @@ class Synthesizer:
     def _draw(self, logits: torch.Tensor, rows: list[_Row]) -> list[int]:
         """Sample each row with noise of its own, so that it does not matter what is decoded beside it."""
         top_ks = [self.config.user_top_k if row.is_user else self.config.top_k for row in rows]
-        values, tokens = logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1)
+        # Of an accelerator's logits only these few come to the host.
+        values, tokens = (best.cpu() for best in logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1))
         temperatures = torch.tensor([self._temperature(row) for row in rows])[:, None]
         is_kept = torch.arange(values.shape[1])[None] < torch.tensor(top_ks)[:, None]
         probs = (values / temperatures).masked_fill(~is_kept, -torch.inf).softmax(dim=-1)
