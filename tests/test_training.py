@@ -17,7 +17,12 @@ from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import Conversation, loop_period, read_conversations
+from transformers_prism.training.conversations import (
+    Conversation,
+    loop_period,
+    read_conversations,
+    split_conversations,
+)
 from transformers_prism.training.features import FeatureStore, compute_features
 from transformers_prism.training.first_draft import frequent_tokens
 from transformers_prism.training.progress import LiveView
@@ -302,7 +307,7 @@ def test_the_checkpoint_with_the_best_tau_is_kept(tmp_path, load_tiny, monkeypat
 
     monkeypatch.setattr("transformers_prism.training.train.measure_acceptance", measured)
     options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 4.0, "num_acceptance_prompts": 2}
-    draft = train(settings(tmp_path, validation_updates=2, save_updates=2, patience=2, **options))
+    draft = train(settings(tmp_path, validation_updates=2, save_updates=2, patience=2, validation_share=0.15, **options))
     result = json.loads((tmp_path / "run" / "single_step" / "result.json").read_text())
     # The best is the second; two without a better one end the stage, and the kept weights are measured once more.
     assert [entry["eval_tau"] for entry in result["history"] if "eval_tau" in entry][:4] == [1.2, 1.9, 1.1, 1.0]
@@ -409,7 +414,7 @@ def test_collate_marks_rows_that_predict_the_answer():
         {
             "input_ids": torch.arange(10, 10 + length),
             "features": torch.arange(length)[:, None].to(torch.bfloat16),
-            "assistant_spans": spans,
+            "learnt_spans": spans,
         }
         for length, spans in ((5, [(3, 5)]), (4, [(1, 4)]))
     ]
@@ -418,6 +423,59 @@ def test_collate_marks_rows_that_predict_the_answer():
     assert batch["features"][0, :, 0].tolist() == [0, 1, 2, 3]
     assert batch["label_features"][0, :, 0].tolist() == [1, 2, 3, 4]
     assert batch["mask"].tolist() == [[False, False, True, True], [True, True, True, False]]
+
+
+def test_prompts_are_learnt_where_asked_for(tmp_path):
+    """Then every row counts that has a state to predict."""
+    conversations = [Conversation((3, 1, 4, 1, 5), ((3, 5),))]
+    store = FeatureStore(tmp_path, conversations, [1], 2)
+    store.states = lambda index: torch.zeros(5, 2, dtype=torch.bfloat16)
+    for learn_prompts, expected in ((False, [False, False, True, True]), (True, [True] * 4)):
+        dataset = ConversationDataset(conversations, store, [0], learn_prompts)
+        assert collate([dataset[0]])["mask"].tolist() == [expected]
+
+
+def test_learning_prompts_changes_training_and_not_what_is_validated(tmp_path, load_tiny, monkeypatch):
+    rows = {"train": [], "validation": []}
+    forward, count = AlignedTraining.forward, AlignedTraining.count_agreements
+    monkeypatch.setattr(
+        AlignedTraining, "forward", lambda self, **inputs: rows["train"].append(int(inputs["mask"].sum())) or forward(self, **inputs)
+    )
+    monkeypatch.setattr(
+        AlignedTraining,
+        "count_agreements",
+        lambda self, **inputs: rows["validation"].append(int(inputs["mask"].sum())) or count(self, **inputs),
+    )
+    sums = []
+    for learn_prompts in (False, True):
+        rows["train"].clear(), rows["validation"].clear()
+        options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 1.0}
+        train(settings(tmp_path, f"run{learn_prompts}", learn_prompts=learn_prompts, **options))
+        sums.append((sum(rows["train"]), sum(rows["validation"])))
+    assert sums[1][0] > sums[0][0]
+    assert sums[1][1] == sums[0][1] > 0
+
+
+def test_what_is_held_out_stays_held_out(tmp_path):
+    """Whatever is added, in whatever order; copies are on one side."""
+    old = read_conversations(write_data(tmp_path / "old.jsonl", 400), VOCAB_SIZE)
+    new = read_conversations(write_data(tmp_path / "new.jsonl", 800, seed=1), VOCAB_SIZE)
+    new = [one for one in new if one not in old]
+    training, held_out = split_conversations(old, 0.1)
+    assert sorted(training + held_out) == list(range(400))
+    assert training == sorted(training)
+    assert 0.05 < len(held_out) / 400 < 0.15
+    for data in (old + new, new + old[::-1]):
+        later = {data[index] for index in split_conversations(data, 0.1)[1]}
+        assert later & set(old) == {old[index] for index in held_out}
+        assert len(later) > len(held_out)
+    training, held_out = split_conversations(old + old, 0.1)
+    assert not {(old + old)[index] for index in training} & {(old + old)[index] for index in held_out}
+    # Few conversations: one is held out, and one is left to learn from.
+    assert [len(part) for part in split_conversations(old[:2], 1e-9)] == [1, 1]
+    assert [len(part) for part in split_conversations(old[:2], 1 - 1e-9)] == [1, 1]
+    with pytest.raises(ValueError, match=r"expected at least 2 conversations .*, got 1"):
+        split_conversations(old[:1], 0.1)
 
 
 def random_lengths(count, longest=50):
@@ -488,6 +546,26 @@ def test_features_of_something_else_are_refused(tmp_path, target):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"shard-00000.bf16: expected \d+ bytes, got \d+"):
         store.states(0)
+
+
+def test_features_grow_with_their_data(tmp_path, target, monkeypatch):
+    """More conversations behind the known ones keep the shards that are there; other data, or less, is refused."""
+    monkeypatch.setattr("transformers_prism.training.features.CONVERSATIONS_PER_SHARD", 3)
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 10), VOCAB_SIZE)
+    folder = tmp_path / "features"
+    compute_features(target, conversations[:5], [1, 4], folder)
+    first_shard = (folder / "shard-00000.bf16").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="expected features with num_conversations=9, got 5"):
+        compute_features(target, conversations[1:], [1, 4], folder)
+    # A second process claims the folder when the first has written the shard that was cut before.
+    for part in ((1, 2), (0, 2)):
+        store = compute_features(target, conversations, [1, 4], folder, part=part)
+    assert (folder / "shard-00000.bf16").stat().st_mtime_ns == first_shard
+    afresh = compute_features(target, conversations, [1, 4], tmp_path / "afresh")
+    assert all(torch.equal(store.states(index), afresh.states(index)) for index in range(10))
+    assert (folder / "features.json").read_text() == (tmp_path / "afresh" / "features.json").read_text()
+    with pytest.raises(ValueError, match="expected features with num_conversations=5, got 10"):
+        compute_features(target, conversations[:5], [1, 4], folder)
 
 
 def test_a_full_disk_is_named(tmp_path, target, monkeypatch):

@@ -213,7 +213,7 @@ def run_study(
     target, tokenizer = load_target(base.target, torch.float32)
     vocab_size = target.config.get_text_config().vocab_size
     conversations = read_conversations(base.data.split(","), vocab_size, base.max_length, tokenizer)
-    training, _ = split_conversations(len(conversations), base.validation_share)
+    training, _ = split_conversations(conversations, base.validation_share)
     runs = plan_runs(study, base, [len(conversations[index].input_ids) for index in training])
     if base.plan:
         for run in runs:

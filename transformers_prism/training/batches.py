@@ -17,10 +17,18 @@ class ConversationDataset(Dataset):
         conversations (`list[Conversation]`): all of them, as the store knows them.
         store (`FeatureStore` or `OnlineFeatures`): their features.
         indices (`list[int]`): the conversations that belong to this set.
+        learn_prompts (`bool`): whether prompts count like answers.
     """
 
-    def __init__(self, conversations: list[Conversation], store: FeatureStore | OnlineFeatures, indices: list[int]):
+    def __init__(
+        self,
+        conversations: list[Conversation],
+        store: FeatureStore | OnlineFeatures,
+        indices: list[int],
+        learn_prompts: bool = False,
+    ):
         self.conversations, self.store, self.indices = conversations, store, list(indices)
+        self.learn_prompts = learn_prompts
         self.lengths = [store.lengths[index] for index in self.indices]
 
     def __len__(self) -> int:
@@ -36,7 +44,7 @@ class ConversationDataset(Dataset):
         return {
             "input_ids": torch.tensor(conversation.input_ids),
             "features": self.store.states(index),
-            "assistant_spans": conversation.assistant_spans,
+            "learnt_spans": ((1, len(conversation.input_ids)),) if self.learn_prompts else conversation.assistant_spans,
         }
 
 
@@ -48,7 +56,7 @@ def collate(items: list[dict]) -> dict:
     Returns:
         `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states
         that are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
-        predicted state belongs to an answer or comes right before one.
+        predicted state belongs to a span that is learnt or comes right before one.
     """
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]
@@ -61,7 +69,7 @@ def collate(items: list[dict]) -> dict:
         features[row, :length] = item["features"]
         # Row t predicts the state of token t + 1, which tells token t + 2: the first that a round drafts in an
         # answer starting at token P follows row P - 1.
-        for start, end in item["assistant_spans"]:
+        for start, end in item["learnt_spans"]:
             mask[row, start - 1 : end - 1] = True
     return {
         "input_ids": input_ids,

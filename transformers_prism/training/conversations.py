@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -104,22 +103,38 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation 
 
 
 def split_conversations(
-    num_conversations: int, validation_share: float, num_training: int = 0, num_validation: int = 0
+    conversations: list[Conversation], validation_share: float, num_training: int = 0, num_validation: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation, which is the end of the data.
+    """Indices for training and for validation.
+
+    A conversation's own tokens decide where it belongs, whatever else there is: what one run holds out, another run over
+    more data, or the same in another order, holds out as well, so that a draft that is carried on is never validated on
+    what it has learnt from. Copies stay together.
 
     Args:
-        num_conversations (`int`): of all.
-        validation_share (`float`): held out, above 0 and below 1.
+        conversations (`list[Conversation]`): all of them.
+        validation_share (`float`): held out, above 0 and below 1: about so many, at least one, never all.
         num_training, num_validation (`int`): use the first so many of each part; 0 is all.
+    Returns:
+        training indices in the order of the data, and validation indices in an order of their own.
     Raises:
         ValueError: if there are too few conversations for both.
     """
-    first_held_out = num_conversations - math.ceil(num_conversations * validation_share)
-    if first_held_out < 1:
-        raise ValueError(f"data: expected at least 2 conversations (training and validation), got {num_conversations}")
-    validation = list(range(first_held_out, num_conversations))[: num_validation or None]
-    return list(range(first_held_out))[: num_training or None], validation
+    if len(conversations) < 2:
+        raise ValueError(f"data: expected at least 2 conversations (training and validation), got {len(conversations)}")
+    places = [_place(conversation) for conversation in conversations]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    num_held_out = sum(place < validation_share for place in places)
+    num_held_out = min(max(num_held_out, 1), len(places) - 1)
+    held_out = order[:num_held_out]
+    training = sorted(order[num_held_out:])
+    return training[: num_training or None], held_out[: num_validation or None]
+
+
+def _place(conversation: Conversation) -> float:
+    """A number in [0, 1), as good as drawn, that the tokens alone decide."""
+    digest = hashlib.sha256(json.dumps(conversation.input_ids).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _conversations(path: Path, vocab_size: int, tokenizer) -> Iterator[Conversation]:

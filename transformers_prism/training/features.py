@@ -2,7 +2,8 @@
 
 A folder of features holds `features.json` and one file a shard: bfloat16 rows, one a token, in the order of the
 conversations; a row is the target's states at `layer_ids` side by side. A shard is renamed into place when it is
-whole, so that an interrupted run goes on where it stopped and several processes may share one folder.
+whole, so that an interrupted run goes on where it stopped and several processes may share one folder. A folder grows
+with its data: what is added behind the conversations that it knows is all that is computed.
 """
 
 import hashlib
@@ -60,6 +61,10 @@ class FeatureStore:
         first = shard * CONVERSATIONS_PER_SHARD
         return range(first, min(first + CONVERSATIONS_PER_SHARD, len(self.lengths)))
 
+    def shard_bytes(self, shard: int) -> int:
+        """Bytes of a whole shard."""
+        return sum(self.lengths[index] for index in self.members(shard)) * self.width * BYTES_PER_VALUE
+
     def missing_shards(self) -> list[int]:
         """Shards that are not there yet."""
         return [shard for shard in range(self.num_shards) if not self.shard_path(shard).is_file()]
@@ -74,11 +79,10 @@ class FeatureStore:
 
     def _map(self, shard: int) -> torch.Tensor:
         path = self.shard_path(shard)
-        num_values = sum(self.lengths[index] for index in self.members(shard)) * self.width
-        found = path.stat().st_size
-        if found != num_values * BYTES_PER_VALUE:
-            raise ValueError(f"{path.name}: expected {num_values * BYTES_PER_VALUE} bytes, got {found}")
-        values = torch.from_file(str(path), shared=False, size=num_values, dtype=torch.bfloat16)
+        expected, found = self.shard_bytes(shard), path.stat().st_size
+        if found != expected:
+            raise ValueError(f"{path.name}: expected {expected} bytes, got {found}")
+        values = torch.from_file(str(path), shared=False, size=expected // BYTES_PER_VALUE, dtype=torch.bfloat16)
         return values.view(-1, self.width)  # [tokens of the shard, C * hidden_size]
 
 
@@ -124,7 +128,8 @@ def compute_features(
         target (`PreTrainedModel`): in the dtype to compute in; states are kept in bfloat16 in any case.
         conversations (`list[Conversation]`): the data.
         layer_ids (`list[int]`): indices into the target's `hidden_states`.
-        folder (`str` or path): made if it is not there; must belong to the same target, data and layers if it is.
+        folder (`str` or path): made if it is not there; must belong to the same target and layers if it is, and to the
+            same data or to its first conversations.
         needed (`list[int]`, *optional*): indices of the conversations that are needed; their shards are computed.
         part (`tuple[int, int]`): of `(index, count)`, do only the shards whose number is `index` modulo `count`.
     Returns:
@@ -136,7 +141,7 @@ def compute_features(
     hidden_size = target.config.get_text_config().hidden_size
     store = FeatureStore(folder, conversations, layer_ids, hidden_size)
     store.folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(store, _description(target, conversations, layer_ids))
+    _claim_folder(store, target, conversations)
     wanted = {index // CONVERSATIONS_PER_SHARD for index in (range(len(conversations)) if needed is None else needed)}
     missing = [shard for shard in store.missing_shards() if shard in wanted]
     _check_disk(store, missing)
@@ -174,13 +179,23 @@ def _description(target, conversations: list[Conversation], layer_ids: list[int]
     }
 
 
-def _claim_folder(store: FeatureStore, description: dict):
-    """Write what the folder holds, or compare with what it says it holds."""
+def _claim_folder(store: FeatureStore, target, conversations: list[Conversation]):
+    """Write what the folder holds, or compare with what it says it holds; data that has grown is the same data."""
+    description = _description(target, conversations, store.layer_ids)
     path = store.folder / "features.json"
     if not path.is_file():
         write_json(path, description)
         return
     found = json.loads(path.read_text())
+    known = found.get("num_conversations", 0)
+    if known < len(conversations) and found == _description(target, conversations[:known], store.layer_ids):
+        # Its last shard may lack conversations that belong there now. Another process may have written it anew already.
+        last = (known - 1) // CONVERSATIONS_PER_SHARD
+        path_of_last = store.shard_path(last)
+        if path_of_last.is_file() and path_of_last.stat().st_size != store.shard_bytes(last):
+            path_of_last.unlink(missing_ok=True)
+        write_json(path, description)
+        return
     for name, expected in description.items():
         if found.get(name) != expected:
             raise ValueError(
@@ -190,8 +205,7 @@ def _claim_folder(store: FeatureStore, description: dict):
 
 
 def _check_disk(store: FeatureStore, missing: list[int]):
-    needed = sum(sum(store.lengths[index] for index in store.members(shard)) for shard in missing)
-    needed *= store.width * BYTES_PER_VALUE
+    needed = sum(store.shard_bytes(shard) for shard in missing)
     free = shutil.disk_usage(store.folder).free
     logger.info(
         "Features: %d bytes in all, %d still to write, %d bytes free on the disk.", store.num_bytes, needed, free

@@ -104,7 +104,7 @@ def describe_plan(config: TrainConfig) -> str:
     text_config = target_config.get_text_config()
     conversations = read_conversations(config.data.split(","), text_config.vocab_size, config.max_length, tokenizer)
     training, validation = split_conversations(
-        len(conversations), config.validation_share, config.num_conversations, config.num_validation
+        conversations, config.validation_share, config.num_conversations, config.num_validation
     )
     draft_config = make_draft_config(config, target_config, tokenizer)
     used = [conversations[index] for index in training]

@@ -260,14 +260,17 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     vocab_size = target.config.get_text_config().vocab_size
     conversations = read_conversations(config.data.split(","), vocab_size, config.max_length, tokenizer)
     train_indices, validation_indices = split_conversations(
-        len(conversations), config.validation_share, config.num_conversations, config.num_validation
+        conversations, config.validation_share, config.num_conversations, config.num_validation
     )
     draft_config = make_draft_config(config, target, tokenizer)
     _claim_output(config)
     store = _features(config, target, conversations, draft_config, [*train_indices, *validation_indices])
     report: dict = {"data": _describe_data(conversations, train_indices, validation_indices)}
     draft = first_draft(config, draft_config, [conversations[index] for index in train_indices], report)
-    sets = [ConversationDataset(conversations, store, indices) for indices in (train_indices, validation_indices)]
+    sets = [
+        ConversationDataset(conversations, store, train_indices, config.learn_prompts),
+        ConversationDataset(conversations, store, validation_indices),
+    ]
     results = report["stages"] = []
     for stage in plan_stages(config):
         stage = dataclasses.replace(stage, num_modules=max(stage.num_modules, draft.config.num_processing_modules))
