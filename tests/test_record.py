@@ -8,6 +8,7 @@ from tiny_models import tiny_target
 
 from transformers_prism.benchmark.generate import count_steps
 from transformers_prism.benchmark.record import hardware, write_record
+from transformers_prism.command_line import command_line
 from transformers_prism.speculation import RoundTree, Speculation
 
 pytestmark = pytest.mark.quick
@@ -47,3 +48,10 @@ def test_steps_are_counted_where_they_were_drafted():
     del speculation.trees[2:], speculation.accepted_per_round[0][2:]
     shares = [accepted / reached for reached, accepted in count_steps(speculation)]
     assert shares == pytest.approx(speculation.conditional_acceptance)
+
+
+def test_commands_are_told_without_folders():
+    """Each of several files keeps its name, and trees are no paths."""
+    argv = ["/opt/bin/transformers-prism", "train", "--data", "a/b/old,/data/new.jsonl.gz", "--features=run/features"]
+    assert command_line(argv) == "transformers-prism train --data old,new.jsonl.gz --features=features"
+    assert command_line(["bench", "--tree", "59/6/10", "--tree=15/4/4", "user/name"]) == "bench --tree 59/6/10 --tree=15/4/4 name"

@@ -1,5 +1,6 @@
 """The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad input is named."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -21,6 +22,7 @@ from transformers_prism.training.conversations import (
     Conversation,
     loop_period,
     read_conversations,
+    read_parts,
     split_conversations,
 )
 from transformers_prism.training.features import FeatureStore, compute_features
@@ -156,6 +158,35 @@ def test_resume_takes_a_run_from_before_a_setting(tmp_path, load_tiny):
     train(settings(tmp_path, **options))
 
 
+def test_a_draft_that_is_carried_on_is_validated_first(tmp_path, load_tiny, monkeypatch):
+    """So that the record tells what a run brought; a run that goes on after a cut does not begin twice."""
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0}
+    train(settings(tmp_path, "first", **options))
+    first = json.loads((tmp_path / "first" / "draft" / "training.json").read_text())["stages"][0]
+    assert [entry["eval_tokens_seen"] for entry in first["validations"]] == [first["tokens_seen"]]
+    more = {**options, "init_from": str(tmp_path / "first" / "draft"), "validation_updates": 2, "num_acceptance_prompts": 2}
+    whole = train(settings(tmp_path, "whole", **more))
+    compute_loss = AlignedTrainer.compute_loss
+
+    def stop(self, model, inputs, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return compute_loss(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(AlignedTrainer, "compute_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tmp_path, "cut", **more))
+    monkeypatch.setattr(AlignedTrainer, "compute_loss", compute_loss)
+    resumed = train(settings(tmp_path, "cut", resume=True, **more))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    for run in ("whole", "cut"):
+        validations = json.loads((tmp_path / run / "draft" / "training.json").read_text())["stages"][0]["validations"]
+        assert [entry["step"] for entry in validations[:-1]] == [0, 2, 4, 6, 8, 10, 12]
+        assert validations[0]["eval_agreement_0"] == first["validation"]["eval_agreement_0"]
+        assert validations[0]["eval_tokens_seen"] == 0
+
+
 def test_own_module_context_trains(tmp_path, load_tiny):
     draft = train(settings(tmp_path, context_kv="own_module", num_modules=3, single_step_epochs=0.0))
     assert draft.config.context_kv == "own_module"
@@ -255,6 +286,8 @@ def test_plan_estimates_hours_from_a_speed(tmp_path, monkeypatch):
     assert online > 2 * kept
     assert "none on disk" in describe_plan(settings(tmp_path, online_features=True, **options))
     assert not re.search(r"\d hours", describe_plan(settings(tmp_path, **options)))
+    fresh = str(write_data(tmp_path / "fresh.jsonl", 7, seed=1))
+    assert "7 conversations held out" in describe_plan(settings(tmp_path, validation_data=fresh, **options))
 
 
 def test_finished_draft_is_pushed_with_its_record(tmp_path, load_tiny, monkeypatch):
@@ -546,6 +579,35 @@ def test_features_of_something_else_are_refused(tmp_path, target):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"shard-00000.bf16: expected \d+ bytes, got \d+"):
         store.states(0)
+
+
+def test_validation_data_of_its_own(tmp_path, target, load_tiny):
+    """All of --data is learnt but what is validated on, too; features of both grow apart from each other."""
+    old, new, fresh = (write_data(tmp_path / f"{name}.jsonl", 24, seed) for seed, name in enumerate(("old", "new", "fresh")))
+    both = tmp_path / "both.jsonl"
+    both.write_text(old.read_text() + "".join(fresh.read_text().splitlines(keepends=True)[:5]))
+    options = {"validation_data": str(fresh), "warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 1.0}
+    train(settings(tmp_path, data=str(both), features=str(tmp_path / "features"), num_validation=7, **options))
+    record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
+    held_out = read_conversations(fresh, VOCAB_SIZE)
+    learnt = [one for one in read_conversations(both, VOCAB_SIZE) if one.input_ids not in {each.input_ids for each in held_out}]
+    assert record["data"]["training"]["num_conversations"] == len(learnt) <= 24
+    assert record["data"]["validation"]["num_conversations"] == 7
+    assert record["config"]["validation_data"] == "fresh.jsonl"
+    parts = read_parts(settings(tmp_path, data=str(both), **options), VOCAB_SIZE, None)
+    assert [part.chosen for part in parts] == [learnt, held_out]
+    # More data: nothing known is computed anew, and what is validated on is as it was.
+    validation = (tmp_path / "features" / "validation" / "shard-00000.bf16").stat()
+    grown = settings(tmp_path, "grown", data=f"{both},{new}", features=str(tmp_path / "features"), num_validation=7, **options)
+    train(grown)
+    assert (tmp_path / "features" / "validation" / "shard-00000.bf16").stat().st_mtime_ns == validation.st_mtime_ns
+    online = train(dataclasses.replace(grown, output=str(tmp_path / "online"), online_features=True)).state_dict()
+    stored = PrismDraftModel.from_pretrained(tmp_path / "grown" / "draft").state_dict()
+    assert all(torch.equal(tensor, online[name]) for name, tensor in stored.items())
+    with pytest.raises(FileNotFoundError, match="validation_data: expected a file or folder of conversations, got 'nothing'"):
+        train(settings(tmp_path, "none", **{**options, "validation_data": "nothing"}))
+    with pytest.raises(ValueError, match="validation_data: expected data to hold other conversations, too, got none"):
+        train(settings(tmp_path, "same", data=str(fresh), **options))
 
 
 def test_features_grow_with_their_data(tmp_path, target, monkeypatch):

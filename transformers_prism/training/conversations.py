@@ -47,6 +47,24 @@ class Conversation:
         return sum(end - start for start, end in self.assistant_spans)
 
 
+@dataclass(frozen=True)
+class Part:
+    """The conversations of a run that are learnt, or those that it is validated on.
+
+    Args:
+        conversations: a list that features are kept of as a whole.
+        indices: those of the list that belong to this part.
+    """
+
+    conversations: list[Conversation]
+    indices: list[int]
+
+    @property
+    def chosen(self) -> list[Conversation]:
+        """The conversations of this part."""
+        return [self.conversations[index] for index in self.indices]
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +147,42 @@ def split_conversations(
     held_out = order[:num_held_out]
     training = sorted(order[num_held_out:])
     return training[: num_training or None], held_out[: num_validation or None]
+
+
+def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
+    """What a run learns and what it is validated on: a share of its data, or conversations of their own.
+
+    Args:
+        config (`TrainConfig`): names the sources and how many to use.
+        vocab_size (`int`): of the target.
+        tokenizer (`PreTrainedTokenizerBase`): of the target.
+    Returns:
+        the training part and the validation part. With `validation_data` all of `data` is learnt but what is in both.
+    Raises:
+        FileNotFoundError, ValueError: for data that cannot be used, as [`read_conversations`] says; if nothing is left to
+            learn.
+    """
+
+    def read(sources: str) -> list[Conversation]:
+        return read_conversations(sources.split(","), vocab_size, config.max_length, tokenizer)
+
+    conversations = read(config.data)
+    if not config.validation_data:
+        training, validation = split_conversations(
+            conversations, config.validation_share, config.num_conversations, config.num_validation
+        )
+        return Part(conversations, training), Part(conversations, validation)
+    held_out = read(config.validation_data)
+    known = {one.input_ids for one in held_out}
+    training = [index for index, one in enumerate(conversations) if one.input_ids not in known]
+    if not training:
+        raise ValueError("validation_data: expected data to hold other conversations, too, got none")
+    logger.info("Left out of training, since they are validated on: %d conversations.", len(conversations) - len(training))
+    validation = range(len(held_out))
+    return (
+        Part(conversations, training[: config.num_conversations or None]),
+        Part(held_out, list(validation[: config.num_validation or None])),
+    )
 
 
 def _place(conversation: Conversation) -> float:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
-from transformers_prism.training.conversations import describe, read_conversations, split_conversations
+from transformers_prism.training.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
 from transformers_prism.training.first_draft import make_draft_config
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
@@ -102,15 +102,12 @@ def describe_plan(config: TrainConfig) -> str:
     """
     target_config, tokenizer = _target_config(config.target)
     text_config = target_config.get_text_config()
-    conversations = read_conversations(config.data.split(","), text_config.vocab_size, config.max_length, tokenizer)
-    training, validation = split_conversations(
-        conversations, config.validation_share, config.num_conversations, config.num_validation
-    )
+    training, validation = read_parts(config, text_config.vocab_size, tokenizer)
     draft_config = make_draft_config(config, target_config, tokenizer)
-    used = [conversations[index] for index in training]
+    used = training.chosen
     data = describe(used)
     layers = sorted({*draft_config.target_layer_ids, text_config.num_hidden_layers})
-    num_tokens = sum(len(conversations[index].input_ids) for index in (*training, *validation))
+    num_tokens = sum(len(one.input_ids) for one in (*used, *validation.chosen))
     feature_bytes = num_tokens * len(layers) * text_config.hidden_size * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
@@ -131,7 +128,7 @@ def describe_plan(config: TrainConfig) -> str:
         f"draft vocabulary {draft_config.draft_vocab_size or draft_config.vocab_size}; {target_size / 1e6:.0f} million "
         f"parameters, {target_size * config.dtype.itemsize / _GIB:.2f} GiB in {config.compute_dtype}",
         f"data        {data['num_conversations']} conversations, {data['num_tokens']} tokens, "
-        f"{data['num_answer_tokens']} in answers; {len(validation)} conversations held out",
+        f"{data['num_answer_tokens']} in answers; {len(validation.indices)} conversations held out",
         f"features    states {layers}: {where}; about {target_flops:.3g} PFLOP" + _hours(target_flops, config),
     ]
     for cost in costs:

@@ -69,6 +69,7 @@ class TrainConfig:
     init_from: str | None = _option(None, "Folder or Hub id of a draft to start from; its draft vocabulary is kept.")
     num_conversations: int = _option(0, "Use the first so many conversations of the training part; 0 is all.")
     max_length: int = _option(2048, "Tokens kept of a conversation.")
+    validation_data: str = _option("", "Conversations to validate on instead of a share of --data; none of them is learnt.")
     validation_share: float = _option(0.05, "Share of the conversations held out; the same ones whatever is added.")
     module_form: str | None = _by_recipe("prism or eagle3.")
     num_modules: int | None = _by_recipe("Processing modules M.")

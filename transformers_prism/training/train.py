@@ -31,7 +31,7 @@ from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import Conversation, read_conversations, split_conversations
+from transformers_prism.training.conversations import Conversation, Part, read_parts
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
 from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
@@ -258,18 +258,15 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
     target, tokenizer = load_target(config.target, config.dtype)
     target.to(state.device)
     vocab_size = target.config.get_text_config().vocab_size
-    conversations = read_conversations(config.data.split(","), vocab_size, config.max_length, tokenizer)
-    train_indices, validation_indices = split_conversations(
-        conversations, config.validation_share, config.num_conversations, config.num_validation
-    )
+    parts = training_part, validation_part = read_parts(config, vocab_size, tokenizer)
     draft_config = make_draft_config(config, target, tokenizer)
     _claim_output(config)
-    store = _features(config, target, conversations, draft_config, [*train_indices, *validation_indices])
-    report: dict = {"data": _describe_data(conversations, train_indices, validation_indices)}
-    draft = first_draft(config, draft_config, [conversations[index] for index in train_indices], report)
+    training_store, validation_store = _features(config, target, parts, draft_config)
+    report: dict = {"data": {"training": _describe_data(training_part), "validation": _describe_data(validation_part)}}
+    draft = first_draft(config, draft_config, training_part.chosen, report)
     sets = [
-        ConversationDataset(conversations, store, train_indices, config.learn_prompts),
-        ConversationDataset(conversations, store, validation_indices),
+        ConversationDataset(training_part.conversations, training_store, training_part.indices, config.learn_prompts),
+        ConversationDataset(validation_part.conversations, validation_store, validation_part.indices),
     ]
     results = report["stages"] = []
     for stage in plan_stages(config):
@@ -290,11 +287,12 @@ def _check_paths(config: TrainConfig):
     """What can be said before anything is loaded."""
     if not config.output:
         raise ValueError("output: expected a folder, got none")
-    for source in config.data.split(","):
-        if not Path(source).exists():
-            raise FileNotFoundError(
-                f"data: expected a file or folder of conversations, got {source!r}, which is not there"
-            )
+    for name in ("data", "validation_data") if config.validation_data else ("data",):
+        for source in getattr(config, name).split(","):
+            if not Path(source).exists():
+                raise FileNotFoundError(
+                    f"{name}: expected a file or folder of conversations, got {source!r}, which is not there"
+                )
     record = Path(config.output) / "config.json"
     if not record.is_file():
         return
@@ -319,20 +317,29 @@ def _settings(config: TrainConfig) -> dict:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "plan", "teraflops", "push_to_hub")}
 
 
-def _features(config, target, conversations, draft_config, needed: list[int]) -> FeatureStore | OnlineFeatures:
+def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[FeatureStore | OnlineFeatures]:
+    """Features of both parts; validation data of its own has a folder of its own, since the other one grows with its data."""
     last = target.config.get_text_config().num_hidden_layers
     layer_ids = sorted({*draft_config.target_layer_ids, last})
     if config.online_features:
-        return OnlineFeatures(target, conversations, layer_ids)
+        return [OnlineFeatures(target, part.conversations, layer_ids) for part in parts]
     folder = Path(config.features or Path(config.output) / "features")
     state = PartialState()
-    part = (state.process_index, state.num_processes)
-    store = compute_features(target, conversations, layer_ids, folder, needed=needed, part=part)
+    share = (state.process_index, state.num_processes)
+    training, validation = parts
+    if config.validation_data:
+        stores = [
+            compute_features(target, training.conversations, layer_ids, folder, training.indices, share),
+            compute_features(target, validation.conversations, layer_ids, folder / "validation", validation.indices, share),
+        ]
+    else:
+        needed = [*training.indices, *validation.indices]
+        stores = [compute_features(target, training.conversations, layer_ids, folder, needed, share)] * 2
     state.wait_for_everyone()
-    return store
+    return stores
 
 
-def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_updates: int) -> TrainingArguments:
+def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_updates: int, is_begun: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
@@ -358,6 +365,8 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         save_total_limit=2,
         eval_strategy="steps" if config.validation_updates else "no",
         eval_steps=config.validation_updates or None,
+        # Where a draft that is carried on stood before.
+        eval_on_start=bool(config.init_from and config.validation_updates and not is_begun),
         load_best_model_at_end=config.chooses_by_tau,
         metric_for_best_model="tau" if config.chooses_by_tau else None,
         greater_is_better=True if config.chooses_by_tau else None,
@@ -385,6 +394,7 @@ def _run_stage(
         return PrismDraftModel.from_pretrained(finished).train(), json.loads((folder / "result.json").read_text())
     train_set, validation_set = sets
     num_updates, _ = count_updates(stage, config, len(train_set), PartialState().num_processes)
+    checkpoint = last_whole_checkpoint(folder) if config.resume else None
     view = LiveView(f"{stage.name}: M={stage.num_modules}, S={stage.num_steps}")
     callbacks: list[TrainerCallback] = [view, UpdateClock()]
     if config.chooses_by_tau:
@@ -400,7 +410,7 @@ def _run_stage(
             checkpoint_activations=config.checkpoint_activations,
             unmasked_softmax=config.unmasked_softmax,
         ),
-        args=_training_arguments(stage, config, folder, num_updates),
+        args=_training_arguments(stage, config, folder, num_updates, is_begun=checkpoint is not None),
         train_dataset=train_set,
         eval_dataset=validation_set,
         data_collator=collate,
@@ -410,7 +420,7 @@ def _run_stage(
     if view.console.is_terminal:
         trainer.remove_callback(PrinterCallback)
     logger.info("Stage %s: M=%d, S=%d, %d updates.", stage.name, stage.num_modules, stage.num_steps, num_updates)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if config.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     result = {
         "stage": dataclasses.asdict(stage),
         "num_updates": trainer.state.global_step,
@@ -444,17 +454,14 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _describe_data(conversations, train_indices, validation_indices) -> dict:
-    def describe(indices):
-        chosen = [conversations[index] for index in indices]
-        return {
-            "num_conversations": len(chosen),
-            "num_tokens": sum(len(conversation.input_ids) for conversation in chosen),
-            "num_answer_tokens": sum(conversation.num_answer_tokens for conversation in chosen),
-            "num_cut": sum(conversation.is_cut for conversation in chosen),
-        }
-
-    return {"training": describe(train_indices), "validation": describe(validation_indices)}
+def _describe_data(part: Part) -> dict:
+    chosen = part.chosen
+    return {
+        "num_conversations": len(chosen),
+        "num_tokens": sum(len(conversation.input_ids) for conversation in chosen),
+        "num_answer_tokens": sum(conversation.num_answer_tokens for conversation in chosen),
+        "num_cut": sum(conversation.is_cut for conversation in chosen),
+    }
 
 
 def _without_history(stage: dict) -> dict:
@@ -467,7 +474,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     folder = Path(config.output) / "draft"
     folder.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    for name in ("data", "output", "features", "target", "init_from"):
+    for name in ("data", "validation_data", "output", "features", "target", "init_from"):
         settings[name] = settings[name] and ",".join(Path(part).name for part in settings[name].split(","))
     record = {
         "command": None if argv is None else command_line(argv),
