@@ -27,14 +27,15 @@ rounds() {
 }
 
 # With the package of an earlier commit.
-at_commit() {
+at_commit() (
   commit=$1
   shift
   folder=$(mktemp -d)
+  # Also where the command is cut off.
+  trap 'git worktree remove --force "$folder"' EXIT
   git worktree add --quiet --detach "$folder" "$commit"
   PYTHONPATH="$folder" "$@"
-  git worktree remove --force "$folder"
-}
+)
 
 # Fragments of random tokens: text that nothing foresees.
 adversarial_prompts() {
