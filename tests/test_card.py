@@ -162,13 +162,19 @@ def test_a_new_draft_has_a_card_without_figures(tiny_folders):
 def test_a_chain_of_training_runs_is_told_from_its_beginning(draft_folder):
     """Each run with its stages and command; agreement of all."""
     first = training_record(stage("single_step", [0.4397, 0.1061]))
-    record = training_record(stage("split", [0.5832]), init_from={"name": "the first", "training": first})
+    second = stage("split", [0.5832])
+    second["validations"] = [
+        {"eval_tokens_seen": 0, "eval_agreement_0": 0.5612, "eval_tau": 2.1},
+        {"eval_tokens_seen": 987654, "eval_agreement_0": 0.5832, "eval_tau": 2.3},
+    ]
+    record = training_record(second, init_from={"name": "the first", "training": first})
     (draft_folder / "training.json").write_text(json.dumps(record))
     write_card(draft_folder, [])
     text = (draft_folder / "README.md").read_text()
     assert text.index("**Run 1**") < text.index("single_step") < text.index("**Run 2**, from the weights of run 1")
-    assert "| run 1, single_step | 0.440 | 0.106 |" in text
-    assert "| run 2, split | 0.583 |  |" in text
+    assert "| after run 1, single_step | 0.440 | 0.106 |" in text
+    assert "| before run 2, split | 0.561 |  |\n| after run 2, split | 0.583 |  |" in text
+    assert "before run 1" not in text
     assert "| split | 2 | 3 | token 0.1, hidden 0.25 | 0.0017 | 4321 | 987654 | 123 |" in text
     assert text.count("transformers-prism train --seed 5") == 2
     assert "98.5 %" in text

@@ -143,14 +143,22 @@ def training_runs(training: dict | None) -> list[dict]:
         training = begun_from and begun_from["training"]
     for run in runs:
         for stage in run["stages"]:
-            count = sum(name.startswith("eval_agreement_") for name in stage["validation"])
             weights = stage["stage"].get("loss") or {
                 "token": run["config"]["token_weight"],
                 "hidden": stage["stage"]["hidden_weight"],
             }
             stage["weights"] = {name: weight for name, weight in weights.items() if weight}
-            stage["agreement"] = [stage["validation"][f"eval_agreement_{step}"] for step in range(count)]
+            stage["agreement"] = _agreements(stage["validation"])
+            # A draft that is carried on may have been validated before the first update, on the same conversations.
+            first: dict = next(iter(stage.get("validations", ())), {})
+            stage["agreement_before"] = _agreements(first) if first.get("eval_tokens_seen") == 0 else []
     return runs
+
+
+def _agreements(validation: dict) -> list[float]:
+    """Of each draft step, the first one first."""
+    count = sum(name.startswith("eval_agreement_") for name in validation)
+    return [validation[f"eval_agreement_{step}"] for step in range(count)]
 
 
 def verify_rows(record: dict) -> list[dict]:
