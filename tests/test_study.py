@@ -19,6 +19,7 @@ from transformers_prism.benchmark.study_figures import ratio_interval, tau_after
 from transformers_prism.benchmark.study_page import CLAIMS, verdict
 from transformers_prism.cli import app
 from transformers_prism.publishing import weights_sha256
+from transformers_prism.training.conversations import read_conversations
 from transformers_prism.training.recipes import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,6 +160,18 @@ def test_study_plan_scales_stages_and_writes_nothing(folder):
     assert "epochs: single_step 0.5, warm_up 1.5, split 0" in output
     assert not (folder / "runs").exists()
     assert not (folder / "records").exists()
+
+
+@pytest.mark.quick
+def test_study_learns_all_data_beside_validation_data_of_its_own(folder):
+    """Volumes are counted over what the runs learn."""
+    write_data(folder / "fresh.jsonl", num_conversations=8, seed=1)
+    fresh = read_conversations(folder / "fresh.jsonl", 97)
+    data = read_conversations(folder / "data.jsonl", 97)
+    num_learnt = sum(one.input_ids not in {each.input_ids for each in fresh} for one in data)
+    output = invoke(folder, "--recipes", "hass", "--validation_data", str(folder / "fresh.jsonl"), "--plan")
+    assert f": {num_learnt} conversations, " in output
+    assert f": {num_learnt} conversations, " not in invoke(folder, "--recipes", "hass", "--plan")
 
 
 @pytest.mark.quick

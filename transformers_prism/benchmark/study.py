@@ -37,7 +37,7 @@ from transformers_prism.command_line import command_line
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import TRAINING, weights_sha256
 from transformers_prism.target import load_target
-from transformers_prism.training.conversations import read_conversations, split_conversations
+from transformers_prism.training.conversations import read_parts
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
 from transformers_prism.training.train import train
 from transformers_prism.whole_files import write_json
@@ -212,9 +212,8 @@ def run_study(
     prompts = choose_prompts(read_prompts(study.prompts), study.num_prompts)
     target, tokenizer = load_target(base.target, torch.float32)
     vocab_size = target.config.get_text_config().vocab_size
-    conversations = read_conversations(base.data.split(","), vocab_size, base.max_length, tokenizer)
-    training, _ = split_conversations(conversations, base.validation_share)
-    runs = plan_runs(study, base, [len(conversations[index].input_ids) for index in training])
+    training, _ = read_parts(base, vocab_size, tokenizer)
+    runs = plan_runs(study, base, [len(one.input_ids) for one in training.chosen])
     if base.plan:
         for run in runs:
             report(_describe(run))
