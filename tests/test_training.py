@@ -27,7 +27,7 @@ from transformers_prism.training.conversations import (
 )
 from transformers_prism.training.features import FeatureStore, compute_features
 from transformers_prism.training.first_draft import frequent_tokens
-from transformers_prism.training.progress import LiveView
+from transformers_prism.training.progress import LiveView, plot_curves
 from transformers_prism.training.recipes import TrainConfig, plan_stages
 from transformers_prism.training.train import AlignedTrainer, AlignedTraining, last_whole_checkpoint, train
 
@@ -185,6 +185,30 @@ def test_a_draft_that_is_carried_on_is_validated_first(tmp_path, load_tiny, monk
         assert [entry["step"] for entry in validations[:-1]] == [0, 2, 4, 6, 8, 10, 12]
         assert validations[0]["eval_agreement_0"] == first["validation"]["eval_agreement_0"]
         assert validations[0]["eval_tokens_seen"] == 0
+
+
+def test_curves_end_with_the_last_update(tmp_path, monkeypatch):
+    """The validation of the checkpoint that is kept comes behind them and is none of their points."""
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **kwargs: lines.append((x, y)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
+    history = [
+        {"step": 0, "eval_tau": 1.5},
+        {"step": 10, "loss": 3.0},
+        {"step": 10, "eval_tau": 2.5},
+        {"step": 20, "loss": 2.0},
+        {"step": 20, "eval_tau": 2.25},
+        {"step": 20, "eval_tau": 2.5},
+    ]
+    results = [{"history": history, "num_updates": 20, "tokens_seen": 2_000_000, "stage": {"name": "split"}}] * 2
+    plot_curves(results, tmp_path / "curves.png")
+    assert lines == [
+        ([1.0, 2.0], [3.0, 2.0]),
+        ([3.0, 4.0], [3.0, 2.0]),
+        ([0.0, 1.0, 2.0], [1.5, 2.5, 2.25]),
+        ([2.0, 3.0, 4.0], [1.5, 2.5, 2.25]),
+    ]
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_own_module_context_trains(tmp_path, load_tiny):

@@ -137,7 +137,12 @@ def plot_curves(results: list[dict], path) -> None:
     for result in results:
         per_update = result["tokens_seen"] / max(result["num_updates"], 1)
         for name, lines in points.items():
-            lines.append([(seen + entry["step"] * per_update, entry[name]) for entry in result["history"] if name in entry])
+            values: dict[int, float] = {}
+            for entry in result["history"]:
+                # The checkpoint that is kept is validated once more behind the last update, where it does not belong.
+                if name in entry:
+                    values.setdefault(entry["step"], entry[name])
+            lines.append([(seen + step * per_update, value) for step, value in values.items()])
         seen += result["tokens_seen"]
     shown = [name for name, lines in points.items() if any(lines)]
     figure = matplotlib.figure.Figure(figsize=(5 * len(shown), 3.5), layout="constrained")
