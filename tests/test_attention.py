@@ -1,9 +1,12 @@
-"""prism_tree and prism_grouped: the text and the logits of "sdpa" or "eager", with trees on the tree attention's own path."""
+"""prism_tree and grouped attention: the text and the logits of "sdpa" or "eager", with trees on the tree attention's own path."""
+
+import threading
 
 import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_prism.attention as attention
 from transformers_prism.attention import TreeMask, attach_tree
@@ -124,7 +127,7 @@ def test_grouped_attention_is_sdpa_without_repeated_keys(shares_heads, monkeypat
     monkeypatch.setattr(
         attention, "sdpa_attention_forward", None if shares_heads else attention.sdpa_attention_forward
     )
-    found, _ = attention.prism_grouped_attention(module, query, key, value, mask)
+    found, _ = attention.grouped_attention(module, query, key, value, mask)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -143,11 +146,11 @@ def test_long_contexts_are_attended_to_as_by_sdpa(num_nodes, dtype, monkeypatch)
     mask[0, ..., :7] = False
     mask[1, ..., [20, 33]] = False
     for scaling in (None, 0.3):
-        expected, _ = attention.prism_grouped_attention(module, query, key, value, mask, scaling=scaling)
+        expected, _ = attention.grouped_attention(module, query, key, value, mask, scaling=scaling)
         with monkeypatch.context() as patch:
             patch.setattr(attention, "_LONG_CONTEXT", 50)
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
-            found, _ = attention.prism_grouped_attention(module, query, key, value, mask, scaling=scaling)
+            found, _ = attention.grouped_attention(module, query, key, value, mask, scaling=scaling)
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=0)
 
@@ -166,7 +169,7 @@ def test_what_products_over_all_keys_do_not_suit_goes_to_sdpa(what, monkeypatch)
     mask = torch.ones(1, 1, num_nodes, 100, dtype=torch.bool)
     if what == "an added mask":
         mask = torch.zeros(mask.shape)
-    found, _ = attention.prism_grouped_attention(
+    found, _ = attention.grouped_attention(
         module, query, key, value, mask, dropout=0.1 if what == "dropout" else 0.0
     )
     assert found.shape == (1, num_nodes, 4, 16)
@@ -187,27 +190,39 @@ def test_text_is_the_same_over_long_contexts(num_rows, monkeypatch):
     assert calls
 
 
-def test_grouped_attention_is_lent_while_the_loop_runs():
-    """To a target and a draft on "sdpa", also if the loop fails; never to what a user has chosen otherwise."""
+def test_grouped_attention_is_lent_while_the_loop_runs(monkeypatch):
+    """To models on "sdpa" in this thread, also if the loop fails; names of implementations never change."""
+    calls = []
+    grouped = attention.grouped_attention
+    monkeypatch.setattr(attention, "grouped_attention", lambda *args, **kwargs: calls.append(1) or grouped(*args, **kwargs))
     target, eager = tiny_target("llama"), tiny_target("llama", attn_implementation="eager")
-    found = []
+    input_ids, _ = prompts(1)
 
     def fail():
         with attention.lent_attention(target, eager):
-            found.extend((target.config._attn_implementation, eager.config._attn_implementation))
+            target(input_ids)
+            eager(input_ids)
+            assert (target.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+            other = threading.Thread(target=target, args=(input_ids,))
+            other.start()
+            other.join()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert found == ["prism_grouped", "eager"]
-    assert target.config._attn_implementation == "sdpa"
-    input_ids, mask = prompts(1)
-    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
-    target.set_attn_implementation("prism_grouped")
-    draft = scripted_draft(target, plain, input_ids.shape[1])
-    assert torch.equal(target.generate(input_ids, attention_mask=mask, **LENGTH), plain)
-    assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH), plain)
-    assert target.config._attn_implementation == "prism_grouped"
+    assert len(calls) == target.config.num_hidden_layers
+    target(input_ids)
+    assert len(calls) == target.config.num_hidden_layers
+
+
+def test_lending_is_undone_with_the_hook():
+    """And comes back with it."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attention.uninstall_lending()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before.prism_original
+    attention.uninstall_lending()
+    attention.install_lending()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].prism_original is before.prism_original
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
 
 from transformers_prism.auto_trees import AutoTrees, Proposal, _Candidates, _Table
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 from transformers_prism.tree_policy import TreeSettings
 
 pytestmark = pytest.mark.quick
@@ -242,7 +243,7 @@ def test_auto_chat_goes_on_after_plain_rounds(cheap_rounds, num_rows):
             cheap_rounds.verify_seconds[1] = 1.1
         outputs.append(
             target.generate(
-                longer, attention_mask=longer_mask, past_key_values=first.past_key_values, **ARGUMENTS, **assistant
+                longer, attention_mask=longer_mask, **{CACHE_KEYWORD: cache_of(first)}, **ARGUMENTS, **assistant
             )
         )
     assert torch.equal(*outputs)

@@ -9,7 +9,6 @@ from transformers_prism import cache as cache_module
 from transformers_prism.cache import (
     AdoptedLayers,
     CommittedCache,
-    ReservedCache,
     TreeLayer,
     is_adoptable,
     new_tree_cache,
@@ -205,33 +204,6 @@ def test_dropping_rows_keeps_the_others():
     assert cache.layers[0].keys[:, 0, :, 0].tolist()[1] == [200, 201, 210, 213]
     assert cache.layers[0].keys[0, 0, :3, 0].tolist() == [100, 101, 111]
     assert committed.committed.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-
-
-def test_a_reserved_cache_keeps_the_first_keys_of_each_row_in_place():
-    """As lists kept by hand, at addresses that stay, until rows leave or it moves to a larger place."""
-    cache = new_tree_cache()
-    append(cache, 3, 0, 2)
-    committed = CommittedCache(cache, torch.tensor([[False, True], [True, True], [True, True]]))
-    reserved = ReservedCache(committed, 16, 5)
-    expected = [[100 * row + t for t in range(2)] for row in range(3)]
-    places = {layer.key_buffer.data_ptr() for layer in reserved.cache.layers} | {reserved.committed.data_ptr()}
-    for start, num_new in ((10, [4, 1, 0]), (20, [2, 5, 1]), (30, [3, 1, 5])):
-        append(reserved.cache, 3, start, 5)
-        assert reserved.cache.layers[0].keys.shape[2] == 21
-        reserved.commit_first(torch.tensor(num_new), torch.tensor(reserved.lengths), 5)
-        for row, count in enumerate(num_new):
-            expected[row] += [100 * row + start + t for t in range(count)]
-        reserved.lengths = [len(row) for row in expected]
-    assert places == {layer.key_buffer.data_ptr() for layer in reserved.cache.layers} | {reserved.committed.data_ptr()}
-    reserved.keep_rows([0, 2])
-    moved = ReservedCache(reserved, 24, 7)
-    for cache in (reserved, moved):
-        for row, keys in enumerate((expected[0], expected[2])):
-            assert cache.committed[row].tolist() == [t < len(keys) and (row, t) != (0, 0) for t in range(cache.width)]
-            for layer in cache.cache.layers:
-                assert layer.keys[row, 1, : len(keys), 3].tolist() == keys
-                assert layer.values[row, 1, : len(keys), 3].tolist() == [-key for key in keys]
-    assert moved.cache.layers[0].key_buffer.shape[2] == 31
 
 
 def test_buffers_grow_by_half_and_not_every_round():

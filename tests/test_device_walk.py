@@ -27,6 +27,7 @@ from transformers.generation import (
 )
 
 from transformers_prism import PrismDraftModel, generation, target_rounds
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 from transformers_prism.verification import OutputRows, warper_settings
 
 pytestmark = pytest.mark.quick
@@ -105,7 +106,7 @@ def test_device_walk_leaves_plains_cache(num_rows, do_sample, device_walk):
     plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **arguments)
     assert torch.equal(plain.sequences, speculative.sequences)
     assert same_state
-    assert plain.past_key_values.get_seq_length() == speculative.past_key_values.get_seq_length()
+    assert cache_of(plain).get_seq_length() == cache_of(speculative).get_seq_length()
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -333,7 +334,7 @@ def test_a_chat_goes_on_on_the_device(monkeypatch):
         for turn in turns:
             text = accelerator(torch.cat((text, turn), dim=1))
             text = target.generate(
-                text, attention_mask=torch.ones_like(text), past_key_values=cache, do_sample=False, **LENGTH, **settings
+                text, attention_mask=torch.ones_like(text), **{CACHE_KEYWORD: cache}, do_sample=False, **LENGTH, **settings
             )
             text = getattr(text, "host", text)
         return text

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import prompts, tiny_draft, tiny_target
 
+from transformers_prism.transformers_names import cache_of
 from transformers_prism.tree import select_nodes
 from transformers_prism.tree_policy import TreeSettings
 
@@ -37,10 +38,10 @@ def path_hidden(draft, token_ids, states, path):
                 tokens[:, start : start + 1],
                 rows[:, start : start + 1],
                 makers[start],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
-            cache, output = result.past_key_values, result.last_hidden_state
+            cache, output = cache_of(result), result.last_hidden_state
     return output[:, -1]
 
 

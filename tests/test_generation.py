@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
 from transformers_prism.drafting import Drafter
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 pytestmark = pytest.mark.quick
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
@@ -257,8 +258,8 @@ def test_the_returned_cache_is_the_one_plain_returns(architecture, num_rows):
     )
     assert torch.equal(plain.sequences, speculative.sequences)
     real = torch.cat((mask, torch.ones_like(plain.sequences[:, mask.shape[1] : -1])), dim=1).bool()
-    assert plain.past_key_values.get_seq_length() == speculative.past_key_values.get_seq_length() == real.shape[1]
-    for a, b in zip(plain.past_key_values.layers, speculative.past_key_values.layers, strict=True):
+    assert cache_of(plain).get_seq_length() == cache_of(speculative).get_seq_length() == real.shape[1]
+    for a, b in zip(cache_of(plain).layers, cache_of(speculative).layers, strict=True):
         assert type(a) is type(b)
         assert a.keys.shape == b.keys.shape
         seen = real[:, -a.keys.shape[2] :]
@@ -273,7 +274,7 @@ def test_a_draft_remembers_the_chat_that_a_cache_holds(monkeypatch):
     target = varied_target("llama", input_ids, None, **LENGTH)
     draft = tiny_draft(target, initializer_range=0.1)
     cache = DynamicCache(config=target.config)
-    first = target.generate(input_ids, past_key_values=cache, do_sample=False, assistant_model=draft, **LENGTH)
+    first = target.generate(input_ids, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH)
     chat = torch.cat((first, torch.tensor([[20, 30, 40]])), dim=1)
     read = []
     original = Drafter.grow
@@ -281,13 +282,13 @@ def test_a_draft_remembers_the_chat_that_a_cache_holds(monkeypatch):
     trees = []
     for past in (cache, DynamicCache(config=target.config)):
         read.clear()
-        output = target.generate(chat, past_key_values=past, do_sample=False, assistant_model=draft, **LENGTH)
+        output = target.generate(chat, **{CACHE_KEYWORD: past}, do_sample=False, assistant_model=draft, **LENGTH)
         assert read[0] == chat.shape[1]
         trees.append((output.tolist(), draft.last_speculation.accepted_per_round))
     assert trees[0] == trees[1]
     cache.crop(-5)
     read.clear()
-    target.generate(chat, past_key_values=cache, do_sample=False, assistant_model=draft, **LENGTH)
+    target.generate(chat, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH)
     assert read[0] < chat.shape[1]  # a cache that was changed since is not trusted
 
 
@@ -310,7 +311,7 @@ def test_a_chat_continues_on_a_given_cache(architecture, only_new_ids):
             output = target.generate(
                 given,
                 attention_mask=torch.ones_like(history),
-                past_key_values=cache,
+                **{CACHE_KEYWORD: cache},
                 do_sample=False,
                 max_length=length,
                 pad_token_id=PAD_ID,
@@ -382,7 +383,7 @@ def test_static_caches(architecture, num_rows):
     for assistant in ({}, {"assistant_model": draft}):
         cache = StaticCache(config=target.config, max_cache_len=48)
         output = target.generate(
-            input_ids, attention_mask=mask, do_sample=False, past_key_values=cache, **assistant, **LENGTH
+            input_ids, attention_mask=mask, do_sample=False, **{CACHE_KEYWORD: cache}, **assistant, **LENGTH
         )
         assert torch.equal(output, plain)
         caches.append(cache)
@@ -599,7 +600,6 @@ def test_a_generation_config_of_the_call_wins_over_the_drafts():
     [
         ({"tree": "bush"}, "tree: expected one of auto, static, chain, got 'bush'"),
         ({"tree_ngrams": 3}, "tree_ngrams: expected True or False, got 3"),
-        ({"tree_cuda_graph": 1}, "tree_cuda_graph: expected True or False, got 1"),
         ({"tree_top_k": 0}, "tree_top_k: expected an integer of at least 1, got 0"),
         ({"tree_depth": 2.5}, "tree_depth: expected an integer of at least 1, got 2.5"),
         ({"tree_top_k": 2, "tree_depth": 2, "tree_num_nodes": 7}, "expected at most 6, .* got 7"),
@@ -700,7 +700,7 @@ def test_nan_logits_of_the_target_stop_with_an_error(do_sample, num_rows):
         target.generate(
             input_ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE_KEYWORD: cache},
             do_sample=do_sample,
             assistant_model=draft,
             repetition_penalty=1.1 if do_sample else 1.0,
@@ -714,7 +714,7 @@ def test_nan_logits_of_the_target_stop_with_an_error(do_sample, num_rows):
     assert torch.equal(
         plain,
         target.generate(
-            input_ids, attention_mask=mask, past_key_values=cache, do_sample=False, assistant_model=draft, **LENGTH
+            input_ids, attention_mask=mask, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH
         ),
     )
 

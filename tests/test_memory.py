@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_models import PAD_ID, prompts, tiny_draft, tiny_target
 
-from transformers_prism.graph_drafting import GraphDrafter
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target_rounds import TreeTarget
 
@@ -105,27 +104,6 @@ def test_memory_of_static_layers_is_what_the_page_says(formulas, held):
     target.generate(input_ids, assistant_model=tiny_draft(target), max_new_tokens=20, **arguments)
     assert held["capacity"] == 256
     assert held["target"] == formulas["cache_bytes"](4, 1, 2, 8, 256, 4)
-
-
-@pytest.mark.parametrize("num_new_tokens", [20, 400])
-def test_memory_of_graphs_is_at_most_what_the_page_says(formulas, monkeypatch, num_new_tokens):
-    """Whether the text outgrows its first place or not; call by call, since only the place counts."""
-    made: list = []
-    monkeypatch.setattr(
-        PrismDraftModel,
-        "make_graph_drafter",
-        lambda draft: made.append(GraphDrafter(draft, lambda phase, device: phase)) or made[-1],
-    )
-    input_ids, _ = prompts(1)
-    target = tiny_target("llama", max_position_embeddings=512)
-    draft = tiny_draft(target)
-    draft.generation_config.update(tree_cuda_graph=True)
-    arguments = {"do_sample": False, "pad_token_id": PAD_ID, "max_new_tokens": num_new_tokens}
-    target.generate(input_ids, assistant_model=draft, **arguments)
-    config, positions = draft.config, formulas["graph_positions"](input_ids.shape[1] + num_new_tokens, 3, 4)
-    sizes = (config.num_layers_per_module, 1, config.num_key_value_heads, config.head_dim)
-    stored = stored_bytes(made[-1].cache.cache)
-    assert formulas["cache_bytes"](*sizes, num_new_tokens, 4) < stored <= formulas["cache_bytes"](*sizes, positions, 4)
 
 
 def test_memory_of_the_page_s_example(formulas):

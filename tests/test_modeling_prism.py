@@ -12,6 +12,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, prompts, tiny_draft, tiny_tar
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from transformers_prism import PrismConfig, PrismDraftModel, prepare_for_cpu
+from transformers_prism.transformers_names import cache_of
 
 pytestmark = pytest.mark.quick
 
@@ -44,7 +45,7 @@ def test_forward_with_a_cache_equals_forward_without(draft_step, num_layers_per_
     for attention_mask in (None, mask):
         whole = draft(input_ids, states, draft_step, attention_mask=attention_mask)
         assert whole.last_hidden_state.shape == (2, 10, 32)
-        assert whole.past_key_values is None
+        assert cache_of(whole) is None
         cache, start = None, 0
         for end in (4, 5, 10):
             piece = draft(
@@ -52,10 +53,10 @@ def test_forward_with_a_cache_equals_forward_without(draft_step, num_layers_per_
                 states[:, start:end],
                 draft_step,
                 attention_mask=None if attention_mask is None else attention_mask[:, :end],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
-            cache = piece.past_key_values
+            cache = cache_of(piece)
             real = mask[:, start:end].bool()
             torch.testing.assert_close(
                 piece.last_hidden_state[real], whole.last_hidden_state[:, start:end][real], atol=1e-4, rtol=1e-4
@@ -78,12 +79,12 @@ def test_outputs_that_nobody_needs_are_left_out(length, num_layers_per_module, m
         whole = draft(input_ids, states, attention_mask=attention_mask, use_cache=True)
         for num_outputs in (0, 1):
             part = draft(
-                input_ids, states, attention_mask=attention_mask, past_key_values=DynamicCache(), num_outputs=num_outputs
+                input_ids, states, attention_mask=attention_mask, cache=DynamicCache(), num_outputs=num_outputs
             )
             assert part.last_hidden_state.shape == (2, num_outputs, 32)
             expected = whole.last_hidden_state[:, length - num_outputs :]
             torch.testing.assert_close(part.last_hidden_state, expected, **near)
-            layers = zip(part.past_key_values.layers, whole.past_key_values.layers, strict=True)
+            layers = zip(cache_of(part).layers, cache_of(whole).layers, strict=True)
             for layer, expected_layer in layers:
                 torch.testing.assert_close(layer.keys, expected_layer.keys, **near)
                 torch.testing.assert_close(layer.values, expected_layer.values, **near)

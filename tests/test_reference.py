@@ -25,6 +25,7 @@ from transformers import (
 
 from transformers_prism.conversion.prism_artifact import convert
 from transformers_prism.drafting import Drafter
+from transformers_prism.transformers_names import cache_of
 from transformers_prism.tree import Tree
 from transformers_prism.tree_policy import TreeSettings
 from transformers_prism.verification import OutputRows, walk
@@ -97,17 +98,17 @@ def test_chain(recorded):
     output = draft(vectors["inf.input_ids"][:, 1:], states(vectors, "inf.target_hidden"), use_cache=True)
     assert_near(output.last_hidden_state, vectors["chain.prefill_hidden"])
     assert_near(draft.compute_logits(output.last_hidden_state), vectors["chain.prefill_logits"])
-    assert_near(output.past_key_values.layers[0].keys, vectors["chain.prefill_kv_k"])
-    assert_near(output.past_key_values.layers[0].values, vectors["chain.prefill_kv_v"])
+    assert_near(cache_of(output).layers[0].keys, vectors["chain.prefill_kv_k"])
+    assert_near(cache_of(output).layers[0].values, vectors["chain.prefill_kv_v"])
     for step in range(1, 5):
         hidden = output.last_hidden_state[:, -1:]
         token = draft.compute_logits(hidden).argmax(dim=-1)
         assert torch.equal(token, vectors[f"chain.step{step}.input_token"])
-        output = draft(token, hidden, draft_step=step, past_key_values=output.past_key_values)
+        output = draft(token, hidden, draft_step=step, cache=cache_of(output))
         assert_near(output.last_hidden_state, vectors[f"chain.step{step}.hidden"])
         assert_near(draft.compute_logits(output.last_hidden_state), vectors[f"chain.step{step}.logits"])
-    assert_near(output.past_key_values.layers[0].keys, vectors["chain.final_kv_k"])
-    assert_near(output.past_key_values.layers[0].values, vectors["chain.final_kv_v"])
+    assert_near(cache_of(output).layers[0].keys, vectors["chain.final_kv_k"])
+    assert_near(cache_of(output).layers[0].values, vectors["chain.final_kv_v"])
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from transformers.cache_utils import StaticLayer
 from transformers_prism import cache as cache_module
 from transformers_prism import target_rounds
 from transformers_prism.target_rounds import _static_size_within, is_compiled, static_size
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
 ARGUMENTS = {**LENGTH, "do_sample": False}
@@ -133,7 +134,7 @@ def test_a_callers_static_cache_is_filled_to_the_last_slot(architecture, num_row
     caches = []
     for assistant in ({}, {"assistant_model": draft}):
         cache = StaticCache(config=target.config, max_cache_len=size)
-        output = target.generate(input_ids, attention_mask=mask, past_key_values=cache, **assistant, **ARGUMENTS)
+        output = target.generate(input_ids, attention_mask=mask, **{CACHE_KEYWORD: cache}, **assistant, **ARGUMENTS)
         assert torch.equal(output, plain)
         caches.append(cache)
     assert draft.last_speculation.declined is None
@@ -149,10 +150,10 @@ def test_a_callers_static_cache_is_used_in_place():
     """No copy is made for one row: trees shrink where its room ends, and its tensors stay where they are."""
     target, plain, draft, input_ids, _ = scripted()
     cache = StaticCache(config=target.config, max_cache_len=plain.shape[1] - 1)
-    target(input_ids[:, :1], past_key_values=cache)
+    target(input_ids[:, :1], **{CACHE_KEYWORD: cache})
     cache.reset()
     addresses = [layer.keys.data_ptr() for layer in cache.layers]
-    target.generate(input_ids, past_key_values=cache, assistant_model=draft, **ARGUMENTS)
+    target.generate(input_ids, **{CACHE_KEYWORD: cache}, assistant_model=draft, **ARGUMENTS)
     assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
     assert all(type(layer) is StaticLayer for layer in cache.layers)
     sizes = [tree.num_nodes for tree in draft.last_speculation.trees]
@@ -166,7 +167,7 @@ def test_a_full_static_cache_stops_with_an_error():
     target, plain, draft, input_ids, _ = scripted()
     cache = StaticCache(config=target.config, max_cache_len=plain.shape[1] - 2)
     with pytest.raises(ValueError, match="expected a static cache with room for the next token, got one of 37"):
-        target.generate(input_ids, past_key_values=cache, assistant_model=draft, **ARGUMENTS)
+        target.generate(input_ids, **{CACHE_KEYWORD: cache}, assistant_model=draft, **ARGUMENTS)
     assert int(cache.get_seq_length()) == 0
     assert all(type(layer) is StaticLayer for layer in cache.layers)
 
@@ -184,8 +185,8 @@ def test_caches_with_holes_give_plain_decodings_text_and_cache(architecture, max
         first = target.generate(input_ids, attention_mask=mask, **arguments)
         assert torch.equal(first.sequences, plain)
         longer = torch.cat((mask, mask.new_ones(3, plain.shape[1] - mask.shape[1])), dim=1)
-        cache = first.past_key_values
-        outputs.append(target.generate(plain, attention_mask=longer, past_key_values=cache, **ARGUMENTS))
+        cache = cache_of(first)
+        outputs.append(target.generate(plain, attention_mask=longer, **{CACHE_KEYWORD: cache}, **ARGUMENTS))
     assert draft.last_speculation.acceptance_length > 1.2
     assert len({tuple(row) for row in draft.last_speculation.accepted_per_round}) > 1
     assert torch.equal(*outputs)

@@ -21,14 +21,11 @@ def test_the_first_configuration_that_names_a_setting_wins():
     assert resolve({"tree_ngrams": False}) == TreeSettings("auto", 10, 8, 63)
 
 
-@pytest.mark.parametrize("tree", ["auto", "static", "chain"])
-def test_graphs_are_off_unless_they_are_asked_for(tree):
-    """And stay asked for where a chain stands in for a tree, or a tree is cut."""
-    assert not resolve({"tree": tree}).cuda_graph
-    settings = resolve({"tree": tree, "tree_cuda_graph": True})
-    assert settings.cuda_graph
-    assert settings.as_chain().cuda_graph
-    assert settings.clipped(2, 3).cuda_graph
+@pytest.mark.parametrize("value", [False, True])
+def test_the_removed_graph_setting_of_saved_drafts_is_taken(value, recwarn):
+    """Drafts saved with it load and draft; who turned it on is told that it does nothing any more."""
+    assert resolve({"tree_cuda_graph": value}) == resolve({})
+    assert [str(warning.message)[:16] for warning in recwarn] == ["tree_cuda_graph:"] * value
 
 
 def test_a_chain_is_as_long_as_depth_and_nodes_allow():

@@ -1,4 +1,4 @@
-"""Attention implementations for trees: `prism_tree` on a kernel, `prism_grouped` on SDPA without repeated keys.
+"""Attention over trees: `prism_tree` on a kernel, and grouped attention, which is SDPA without repeated keys.
 
 `prism_tree`: trees go to the tree attention kernel, everything else to SDPA.
 
@@ -8,29 +8,32 @@ tree's compact form attached to it; a model that hands on something else than th
 result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
 this code was registered last.
 
-`prism_grouped` is SDPA as transformers calls it, but for two things. Transformers repeats keys and values that several
+Grouped attention is SDPA as transformers calls it, but for two things. Transformers repeats keys and values that several
 query heads share whenever there is a mask, which copies the whole context in every layer; on a CPU that takes longer
 than attending to it. And over a long context the few queries of a round go through one matrix product over all keys
 instead of SDPA's blocks, which are too small to fill a CPU's matrix product.
 
-While the loop runs, it lends models on "sdpa" what suits their device: `prism_grouped` on a CPU, and `prism_tree` to a
-draft where Triton computes.
+While the loop runs, it lends models on "sdpa" what suits their device: grouped attention on a CPU, and `prism_tree`
+to a draft where Triton computes.
 """
 
+import functools
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels.dispatch import use_triton
 from .kernels.tree_attention import MAX_HEAD_DIM, tree_attention
+from .transformers_names import attention_name
 
 PRISM_TREE = "prism_tree"
-PRISM_GROUPED = "prism_grouped"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
 _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # Where products over all keys were seen to beat SDPA on CPUs (9 heads of 64 in groups of 3, float32): from so many keys
@@ -102,8 +105,12 @@ def prism_tree_attention(module, query, key, value, attention_mask, scaling=None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
-def prism_grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """An attention function of transformers; returns the output of shape `(B, N, H, E)`, and None for the weights."""
+def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """SDPA for few queries over many keys: an attention function of transformers.
+
+    Returns:
+        `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
+    """
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
     if attention_mask is None or query.shape[1] == key.shape[1] or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -148,33 +155,65 @@ def _long_attention(query, key, value, mask, scale: float) -> torch.Tensor:
     return output.view(num_rows, num_heads, num_nodes, -1).transpose(1, 2).contiguous()
 
 
+def install_lending() -> None:
+    """Let "sdpa" be computed by what a thread has lent it; without that it is what it was. Doing it twice changes nothing.
+
+    A model that is given another attention implementation for a while may choose its masks by the name, so names stay.
+    """
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if hasattr(original, "prism_lent"):
+        return
+    lent = threading.local()
+
+    @functools.wraps(original)
+    def sdpa(*args, **kwargs):
+        # What is compiled outlives the loan.
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        return getattr(lent, "function", original)(*args, **kwargs)
+
+    sdpa.prism_lent, sdpa.prism_original = lent, original  # type: ignore[attr-defined]
+    AttentionInterface.register("sdpa", sdpa)
+
+
+def uninstall_lending() -> None:
+    """Undo [`install_lending`]."""
+    AttentionInterface.register("sdpa", getattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "prism_original", sdpa_attention_forward))
+
+
+@contextmanager
+def lent_sdpa(function) -> Iterator[None]:
+    """Compute the "sdpa" of every model in this thread by another attention function of transformers."""
+    install_lending()
+    lent = ALL_ATTENTION_FUNCTIONS["sdpa"].prism_lent  # of whichever copy of this code came first
+    before = vars(lent).copy()
+    lent.function = function
+    try:
+        yield
+    finally:
+        vars(lent).clear()
+        vars(lent).update(before)
+
+
 @contextmanager
 def lent_attention(target, draft) -> Iterator[None]:
     """Lend a target and a draft on "sdpa" the attention that suits their device.
 
-    On a CPU that is `prism_grouped`, since keys and values would be repeated. Where Triton computes, the draft gets
+    On a CPU that is grouped attention, since keys and values would be repeated. Where Triton computes, the draft gets
     `prism_tree`; a target gets that from who owns it, since its ordinary forwards are not only ours.
 
     Args:
-        target, draft (`PreTrainedModel`): get back what they had. Those that consist of several models, and those
-            whose attention cannot be chosen, are left alone.
+        target, draft (`PreTrainedModel`): the draft gets back what it had.
     """
-    names = {model: PRISM_GROUPED for model in (target, draft) if model.device.type == "cpu"}
-    if use_triton("auto", draft.device):
-        names[draft] = PRISM_TREE
-    lent = [(model, name) for model, name in names.items() if _is_on_sdpa(model)]
+    takes_kernel = use_triton("auto", draft.device) and attention_name(draft.config) == "sdpa"
     try:
-        for model, name in lent:
-            model.set_attn_implementation(name)
-        yield
+        if takes_kernel:
+            draft.set_attn_implementation(PRISM_TREE)
+        with lent_sdpa(grouped_attention) if target.device.type == "cpu" else nullcontext():
+            yield
     finally:
-        for model, _ in lent:
-            model.set_attn_implementation("sdpa")
-
-
-def _is_on_sdpa(model) -> bool:
-    is_one_model = model._supports_attention_backend and model.config is model.config.get_text_config()
-    return is_one_model and model.config._attn_implementation == "sdpa"
+        if takes_kernel:
+            draft.set_attn_implementation("sdpa")
 
 
 def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> torch.Tensor:
@@ -194,5 +233,3 @@ def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> 
 # An implementation without a mask function of its name would get no mask, padding included.
 AttentionInterface.register(PRISM_TREE, prism_tree_attention)
 AttentionMaskInterface.register(PRISM_TREE, sdpa_mask)
-AttentionInterface.register(PRISM_GROUPED, prism_grouped_attention)
-AttentionMaskInterface.register(PRISM_GROUPED, sdpa_mask)

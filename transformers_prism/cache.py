@@ -265,59 +265,6 @@ class CommittedCache:
         self._close_too_many_holes()
 
 
-class ReservedCache(CommittedCache):
-    """A committed cache whose tensors stay where they are, whatever is appended and committed.
-
-    P, its width, is a capacity; keys are appended behind it, and moved from there to the ends of their rows.
-
-    Args:
-        source (`CommittedCache`): a cache of `TreeLayer`s; copied.
-        capacity (`int`): positions that a row can come to hold.
-        room (`int`): positions that can be appended between two commits.
-    """
-
-    def __init__(self, source: CommittedCache, capacity: int, room: int):
-        cache = new_tree_cache()
-        for layer in source.cache.layers:
-            cache.layers.append(_with_capacity(layer, source.width, capacity, room))
-        super().__init__(cache, torch.nn.functional.pad(source.committed, (0, capacity - source.width)))
-        self.lengths = list(source.lengths)
-        self.room = room
-
-    def commit_first(self, num_new: torch.Tensor, lengths: torch.Tensor, num_appended: int) -> None:
-        """Keep the first of the appended keys of each row and forget the others, without a look at how many they are.
-
-        Args:
-            num_new (`torch.LongTensor` of shape `(B,)`): how many each row keeps; the caller adds them to `lengths`.
-            lengths (`torch.LongTensor` of shape `(B,)`): of the rows before.
-            num_appended (`int`): A, how many were appended in each row.
-        """
-        offsets = torch.arange(num_appended, device=num_new.device)
-        # What is not kept is moved onto itself.
-        kept = torch.where(offsets < num_new[:, None], lengths[:, None] + offsets, self.width + offsets)  # [B, A]
-        for layer in self.cache.layers:
-            for buffer in (layer.key_buffer, layer.value_buffer):
-                appended = buffer[:, :, self.width : self.width + num_appended].clone()
-                buffer.scatter_(2, kept[:, None, :, None].expand_as(appended), appended)
-        self.forget_appended()
-        index = torch.arange(self.width, device=num_new.device)
-        self.committed |= (index >= lengths[:, None]) & (index < (lengths + num_new)[:, None])
-
-    def _close_too_many_holes(self) -> None:
-        """What lies behind the longest row is room, not holes."""
-
-
-def _with_capacity(layer: TreeLayer, length: int, capacity: int, room: int) -> TreeLayer:
-    """A copy of the first positions of a layer, at the length of `capacity`; what is not written yet is finite."""
-    reserved = TreeLayer()
-    reserved.lazy_initialization(layer.key_buffer, layer.value_buffer)
-    for name in ("key_buffer", "value_buffer"):
-        states = getattr(layer, name)[:, :, :length]
-        setattr(reserved, name, torch.nn.functional.pad(states, (0, 0, 0, capacity + room - length)))
-    reserved.set_length(capacity)
-    return reserved
-
-
 def round_up(number: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `number`."""
     return -(-number // step) * step

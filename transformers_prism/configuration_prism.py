@@ -8,6 +8,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .transformers_names import CACHE_NAMES, name_of, revision_of
+
 # The parts of a target that a draft can be checked against; a part that is None is unknown and is not compared.
 FINGERPRINT_PARTS = ("name", "revision", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
 
@@ -112,7 +114,7 @@ class PrismConfig(PreTrainedConfig):
     """
 
     model_type = "prism"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -323,12 +325,12 @@ def target_fingerprint(target_config, tokenizer=None) -> dict:
         `dict` with the keys `FINGERPRINT_PARTS`. `name` is a Hub id or None: a folder's path says nothing elsewhere.
     """
     text = target_config.get_text_config()
-    name = getattr(target_config, "_name_or_path", None) or None
+    name = name_of(target_config) or None
     if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
         name = None
     return {
         "name": name,
-        "revision": getattr(target_config, "_commit_hash", None),
+        "revision": revision_of(target_config),
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
         "num_hidden_layers": text.num_hidden_layers,

@@ -17,6 +17,7 @@ from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.speculation import Speculation
 from transformers_prism.target import load_target
+from transformers_prism.transformers_names import name_of
 
 SHIPPED_DRAFT = Path(__file__).resolve().parent.parent / "hub_cards" / "SmolLM2-135M-Instruct-PRISM"
 PROMPTS = (
@@ -139,7 +140,7 @@ def run_demo(
     """
     _log_to(console)
     target, tokenizer, draft = load_pair(target_name, draft_folder, use_packed_weights)
-    console.print(f"Target: {target.config._name_or_path}. Draft: {draft_folder or SHIPPED_DRAFT.name}.", soft_wrap=True)
+    console.print(f"Target: {name_of(target.config)}. Draft: {draft_folder or SHIPPED_DRAFT.name}.", soft_wrap=True)
     console.print(_legend())
     target.generate(**chat_inputs(tokenizer, "Hello!", target.device), max_new_tokens=8, do_sample=False)
     comparisons = []

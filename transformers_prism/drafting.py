@@ -16,6 +16,7 @@ from .cache import CommittedCache, new_tree_cache
 from .kernels.grow_tree import grow_tree
 from .kernels.tree_attention import pack_ancestors, unpack_ancestors
 from .sampling_noise import NUM_COMPETING, Coupling
+from .transformers_names import attention_name
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
 
 # Positions that are seldom read at once, but for a prompt.
@@ -100,7 +101,7 @@ class Drafter:
                 # Padding sees itself, since a row that sees nothing may come out as NaN.
                 itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
                 visible = self._causal(token_ids) & visible | itself
-            mask = attention_mask(visible, self.draft.config._attn_implementation, hidden.dtype)
+            mask = attention_mask(visible, attention_name(self.draft.config), hidden.dtype)
         output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
         self.cache = CommittedCache(cache, committed)
         return output
@@ -204,7 +205,7 @@ class Drafter:
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
         """What new rows see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
-        implementation = self.draft.config._attn_implementation
+        implementation = attention_name(self.draft.config)
         mask = attention_mask(visible_keys(self.cache.committed, ancestors), implementation, dtype)
         if implementation != PRISM_TREE:
             return mask

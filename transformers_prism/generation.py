@@ -15,14 +15,20 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import GenerationMixin
-from transformers.generation import GenerateDecoderOnlyOutput
 
-from .attention import lent_attention
+from .attention import install_lending, lent_attention, uninstall_lending
 from .auto_trees import AutoTrees
 from .planned_trees import PlannedTrees
 from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
+from .transformers_names import (
+    assisted_decoding,
+    cache_of,
+    decode_plainly,
+    decoder_only_output,
+    decoding_experts,
+    set_assisted_decoding,
+)
 from .tree import root_tree
 from .tree_policy import TreeSettings
 from .verification import OutputRows, walk, walk_on_device
@@ -44,7 +50,8 @@ _chat_contexts: WeakKeyDictionary = WeakKeyDictionary()
 
 def install() -> None:
     """Let `generate(assistant_model=...)` reach drafts of model type "prism". Doing it twice changes nothing."""
-    original = GenerationMixin._assisted_decoding
+    install_lending()
+    original = assisted_decoding()
     if getattr(original, "_prism_original", None) is not None:
         return
 
@@ -57,14 +64,15 @@ def install() -> None:
         return original(self, *args, **kwargs)
 
     _assisted_decoding._prism_original = original  # type: ignore[attr-defined]
-    GenerationMixin._assisted_decoding = _assisted_decoding
+    set_assisted_decoding(_assisted_decoding)
 
 
 def uninstall() -> None:
     """Undo [`install`]; making or loading a draft installs the hook again."""
-    original = getattr(GenerationMixin._assisted_decoding, "_prism_original", None)
+    original = getattr(assisted_decoding(), "_prism_original", None)
     if original is not None:
-        GenerationMixin._assisted_decoding = original
+        set_assisted_decoding(original)
+    uninstall_lending()
 
 
 def speculative_generate(
@@ -112,14 +120,13 @@ def speculative_generate(
     if reason is not None:
         return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
 
-    is_coupled = settings.coupled and not settings.cuda_graph
-    rows = OutputRows(input_ids, logits_processor, stopping_criteria, generation_config, is_coupled)
+    rows = OutputRows(input_ids, logits_processor, stopping_criteria, generation_config, settings.coupled)
     if isinstance(target_side, ChainTarget):
         settings = settings.as_chain()
     was_training = draft.training
     try:
         draft.eval()
-        with target._optimize_model_for_decode(), lent_attention(target, draft):
+        with decoding_experts(target), lent_attention(target, draft):
             drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings)
             trees = _trees_for(settings, target, draft, rows)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)
@@ -139,11 +146,11 @@ def speculative_generate(
     if not generation_config.return_dict_in_generate:
         return sequences
     num_steps = sequences.shape[1] - rows.prompt_length
-    output = GenerateDecoderOnlyOutput(
+    output = decoder_only_output(
+        cache_of(model_kwargs),
         sequences=sequences,
         scores=rows.stacked(rows.scores, num_steps),
         logits=rows.stacked(rows.logits, num_steps),
-        past_key_values=model_kwargs["past_key_values"],
     )
     output.speculation = speculation
     return output
@@ -154,7 +161,7 @@ def _drafter_for(draft, cache, num_rows: int, settings: TreeSettings):
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
     if not is_known or context.length != int(cache.get_seq_length()):
-        drafter = draft.make_graph_drafter() if settings.cuda_graph else draft.make_drafter()
+        drafter = draft.make_drafter()
         drafter.text_tokens = settings.text_tokens
         return drafter, []
     return context.drafter, context.unread
@@ -278,8 +285,10 @@ def _reason_to_decline(target, input_ids, plain_arguments: dict, model_kwargs: d
         raise ValueError(f"expected a decoder-only target, got {type(target).__name__}")
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None beside a draft, got {generation_config.dola_layers!r}")
-    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
-        return "use_cache=False leaves nothing to verify a draft against"
+    if not model_kwargs.get("use_cache"):
+        return "use_cache=False leaves nothing to verify a draft against; leave it out"
+    if cache_of(model_kwargs) is None:
+        return f"{type(target).__name__} keeps its state in no cache of transformers, so nothing can be rolled back"
     if plain_arguments["synced_gpus"]:
         return "synced_gpus asks for the same forwards on every process"
     if model_kwargs.get("inputs_embeds") is not None:
@@ -311,7 +320,7 @@ def _reason_to_decline_batch(plain_arguments: dict) -> str | None:
 def _decode_plainly(reason: str, target, draft, input_ids, plain_arguments: dict, model_kwargs: dict):
     """Plain decoding from inside the hook, with a warning; the result is the same as without a draft."""
     warnings.warn(f"decoding without the draft: {reason}", stacklevel=5)
-    output = type(target)._sample(target, input_ids, **plain_arguments, **model_kwargs)
+    output = decode_plainly(target, input_ids, **plain_arguments, **model_kwargs)
     returns_dict = plain_arguments["generation_config"].return_dict_in_generate
     sequences = output.sequences if returns_dict else output
     num_rounds = max(sequences.shape[1] - input_ids.shape[1] - 1, 0)

@@ -22,12 +22,12 @@ from .configuration_prism import PrismConfig, target_numerics
 from .cpu import HalfLinear, PackedLinear
 from .drafting import Drafter
 from .generation import install, speculative_generate
-from .graph_drafting import GraphDrafter
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
 from .processing_module import PrismProcessingModule
 from .publishing import AUTO_MAP, shard_names, upload, write_published_files
+from .transformers_names import CACHE_KEYWORD, CACHE_NAMES, cache_of, is_made_up, mark_as_own, name_of, revision_of
 from .tree_policy import default_tree_settings
 
 # Of from_pretrained(): where on the Hub, and how.
@@ -52,7 +52,7 @@ class PrismPreTrainedModel(PreTrainedModel):
     config_class = PrismConfig
     base_model_prefix = ""
     _no_split_modules = ["PrismProcessingModule"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -100,7 +100,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         # Built afresh: a configuration that transformers derives from the model's loses its tree settings on reload.
         ids = {name: getattr(self.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation_config = GenerationConfig(**ids, **default_tree_settings())
-        generation_config._from_model_config = False
+        mark_as_own(generation_config)
         return generation_config
 
     @classmethod
@@ -129,7 +129,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             ]
         if wrong:
             raise ValueError(f"expected exactly the weights that the configuration describes, got: {'; '.join(wrong)}")
-        if draft.generation_config._from_model_config and "generation_config" not in kwargs:
+        if is_made_up(draft.generation_config) and "generation_config" not in kwargs:
             # transformers makes one up where the file is absent or its download fails; asked again, it says which.
             where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
             draft.generation_config = GenerationConfig.from_pretrained(source, **where)
@@ -153,8 +153,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             target_name = (self.config.target_fingerprint or {}).get("name")
-            revision = getattr(self.config, "_commit_hash", None)
-            write_published_files(save_directory, self.config._name_or_path, revision, target_name)
+            revision = revision_of(self.config)
+            write_published_files(save_directory, name_of(self.config), revision, target_name)
         if push_to_hub and is_main_process:
             repo_id = hub_arguments.pop("repo_id", None) or Path(save_directory).name
             self.push_to_hub(repo_id, max_shard_size=kwargs.get("max_shard_size", "50GB"), **hub_arguments)
@@ -188,7 +188,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 tags,
                 private,
                 token,
-                loaded_from=self.config._name_or_path,
+                loaded_from=name_of(self.config),
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message or "Upload draft",
@@ -426,7 +426,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         draft_step: int = 0,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         num_outputs: int | None = None,
         **kwargs,
@@ -443,7 +443,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 implementation with shape `(B, 1, T, past + T)`, or `(B, 1, 1, past + T)` where one layer gives one
                 output. Causal if absent.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): positions of the hidden states' tokens.
-            past_key_values (`Cache`, *optional*): keys and values of earlier positions; T more are written to it.
+            cache (`Cache`, *optional*): keys and values of earlier positions; T more are written to it. Earlier
+                names of it, as `past_key_values`, are taken, too.
             use_cache (`bool`, *optional*): make a cache where none is given.
             num_outputs (`int`, *optional*): 1 for the output of the last position alone, 0 for none. The others then
                 cost no more than their keys and values, which a cache must be there to take.
@@ -455,20 +456,21 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             ValueError: if shapes disagree, saying what was expected.
         """
         hidden_states = self._as_draft_hidden(input_ids, hidden_states, draft_step)
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        if num_outputs is not None and (num_outputs not in (0, 1) or past_key_values is None):
+        cache = cache_of(kwargs) if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        if num_outputs is not None and (num_outputs not in (0, 1) or cache is None):
             raise ValueError(
-                f"num_outputs: expected 0 or 1 and a cache, got {num_outputs} and {type(past_key_values).__name__}"
+                f"num_outputs: expected 0 or 1 and a cache, got {num_outputs} and {type(cache).__name__}"
             )
         module = self.processing_modules[self.config.module_of_step(draft_step)]
         cache_layer = module.layers[0].self_attn.layer_idx
         if position_ids is None:
-            past = past_key_values.get_seq_length(cache_layer) if past_key_values is not None else 0
+            past = cache.get_seq_length(cache_layer) if cache is not None else 0
             position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]
         if attention_mask is None or attention_mask.dim() == 2:
             attention_mask = create_causal_mask(
-                self.config, hidden_states, attention_mask, past_key_values, layer_idx=cache_layer
+                self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer
             )
         embeddings, stream = self._enter(module, input_ids, hidden_states)
         output = module(
@@ -476,10 +478,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             stream,
             self.rotary_emb(hidden_states, position_ids),
             attention_mask,
-            past_key_values,
+            cache,
             num_outputs,
         )
-        return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=output, **{CACHE_KEYWORD: cache})
 
     def _enter(self, module, input_ids, hidden_states):
         """Token embeddings, or None where nothing behind the projection reads them, and the stream that enters the
@@ -516,27 +518,6 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def make_drafter(self) -> Drafter:
         """The object that drafts trees for one generate() call; see [`Drafter`]."""
         return Drafter(self)
-
-    def make_graph_drafter(self) -> Drafter:
-        """A drafter that captures its rounds as CUDA graphs; where it cannot, another one, with a warning."""
-        reason = self._reason_against_graphs()
-        if reason is not None:
-            warnings.warn(f"tree_cuda_graph: drafting without a graph: {reason}", stacklevel=2)
-            return self.make_drafter()
-        return GraphDrafter(self)
-
-    def _reason_against_graphs(self) -> str | None:
-        """Why no round of this draft could be captured; None if it can be tried."""
-        if self.device.type != "cuda":
-            return f"a CUDA graph needs a draft on a CUDA device, got one on {self.device}"
-        if self.config.rope_parameters["rope_type"] == "dynamic":
-            return "dynamic rotary frequencies look at the length of the text"
-        borrowed = self._require_target()
-        layers = (self.embed_tokens or borrowed.embedding, self.lm_head or borrowed.head)
-        elsewhere = [layer.weight.device for layer in layers if layer.weight.device != self.device]
-        if elsewhere:
-            return f"the draft is on {self.device}, and the target's embedding or head on {elsewhere[0]}"
-        return None
 
     def assist(self, target: PreTrainedModel, *args, **kwargs):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""

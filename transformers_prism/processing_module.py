@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
 
 from .configuration_prism import PrismConfig
+from .transformers_names import CACHE_KEYWORD
 
 
 class PrismDecoderLayer(nn.Module):
@@ -54,16 +55,16 @@ class PrismDecoderLayer(nn.Module):
         embeddings,
         position_embeddings,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         num_outputs: int | None = None,
     ) -> torch.Tensor:
-        """One layer over `(B, T, D)`; writes T keys and values to `past_key_values`. The outputs are of all positions,
+        """One layer over `(B, T, D)`; writes T keys and values to `cache`. The outputs are of all positions,
         or of the last `num_outputs` (0 or 1), whose rows of the mask alone are read."""
         attention_input = self.attention_input(hidden_states, embeddings)
         if num_outputs is not None and num_outputs < hidden_states.shape[1]:
             num_silent = hidden_states.shape[1] - num_outputs
             silent, attention_input = attention_input[:, :num_silent], attention_input[:, num_silent:]
-            self._write_keys(silent, [part[:, :num_silent] for part in position_embeddings], past_key_values)
+            self._write_keys(silent, [part[:, :num_silent] for part in position_embeddings], cache)
             hidden_states = hidden_states[:, num_silent:]
             if num_outputs == 0:
                 return hidden_states
@@ -73,11 +74,11 @@ class PrismDecoderLayer(nn.Module):
             attention_input,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_KEYWORD: cache},
         )
         return self.after_attention(hidden_states, attention_output)
 
-    def _write_keys(self, attention_input: torch.Tensor, position_embeddings, past_key_values: Cache) -> None:
+    def _write_keys(self, attention_input: torch.Tensor, position_embeddings, cache: Cache) -> None:
         """Keys and values of positions `(B, T, D)` that need no output, as the attention would write them."""
         attention = self.self_attn
         shape = (*attention_input.shape[:2], -1, attention.head_dim)
@@ -86,7 +87,7 @@ class PrismDecoderLayer(nn.Module):
             for projection in (attention.k_proj, attention.v_proj)
         )
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)  # [B, 1, T, E]
-        past_key_values.update(keys * cos + rotate_half(keys) * sin, values, attention.layer_idx)
+        cache.update(keys * cos + rotate_half(keys) * sin, values, attention.layer_idx)
 
 
 class PrismProcessingModule(nn.Module):
@@ -114,7 +115,7 @@ class PrismProcessingModule(nn.Module):
         return self.input_projection(torch.cat((embeddings, hidden_states), dim=-1))
 
     def forward(
-        self, embeddings, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, num_outputs=None
+        self, embeddings, hidden_states, position_embeddings, attention_mask=None, cache=None, num_outputs=None
     ):
         """The layers over the residual stream of T positions, as [`~PrismProcessingModule.project`] returns it; returns
         the predicted hidden states of shape `(B, T, D)`, or of the last `num_outputs` positions. Only the form "eagle3"
@@ -125,7 +126,7 @@ class PrismProcessingModule(nn.Module):
                 embeddings,
                 position_embeddings,
                 attention_mask,
-                past_key_values,
+                cache,
                 num_outputs if layer is self.layers[-1] else None,
             )
         return hidden_states

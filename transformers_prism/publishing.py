@@ -24,6 +24,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .transformers_names import NO_ERROR_AT_ALL, NO_ERROR_IF_ABSENT
+
 AUTO_MAP = {
     "AutoConfig": "configuration_prism.PrismConfig",
     "AutoModel": "modeling_prism.PrismDraftModel",
@@ -148,9 +150,7 @@ def find_file(source: str | Path, name: str, revision: str | None = None) -> Pat
             str(source),
             name,
             revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
+            **NO_ERROR_AT_ALL,
         )
     except (OSError, ValueError):  # the folder or repository is gone
         return None
@@ -265,7 +265,7 @@ def weights_sha256(source: str | Path, revision: str | None = None) -> str:
     """
 
     def find(name: str, is_needed: bool = True) -> str | None:
-        return cached_file(str(source), name, revision=revision, _raise_exceptions_for_missing_entries=is_needed)
+        return cached_file(str(source), name, revision=revision, **({} if is_needed else NO_ERROR_IF_ABSENT))
 
     index = find(SAFE_WEIGHTS_INDEX_NAME, is_needed=False)
     tensors: dict[str, torch.Tensor] = {}

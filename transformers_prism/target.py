@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from transformers_prism.transformers_names import call
+
 logger = logging.getLogger(__name__)
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -126,7 +128,7 @@ def _load_gguf(path: Path, dtype: torch.dtype):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    model.config._name_or_path = str(path.absolute())
+    call(model.config, str(path.absolute()))
     return model.to(dtype).eval(), tokenizer
 
 
@@ -144,8 +146,7 @@ def _demo_wheel_folder() -> Path:
 
 
 def _call_by_wheel(config: PreTrainedConfig) -> None:
-    config._name_or_path = WHEEL_NAME
-    config._commit_hash = WHEEL_REVISION
+    call(config, WHEEL_NAME, WHEEL_REVISION)
 
 
 def _make_demo_folder(folder: Path):

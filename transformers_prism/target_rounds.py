@@ -18,13 +18,23 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from .attention import PRISM_GROUPED, PRISM_TREE, attach_tree
+from .attention import PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, is_adoptable, round_up
 from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
+from .transformers_names import (
+    CACHE_NAMES,
+    attention_name,
+    cache_argument,
+    cache_of,
+    compiled_forward,
+    is_callers_cache,
+    prefill,
+    takes_logits_to_keep,
+)
 from .tree import Tree, ancestor_mask, attention_mask, visible_keys, within_window
 
-_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE, PRISM_GROUPED)
+_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
@@ -35,9 +45,10 @@ _capacities: WeakKeyDictionary = WeakKeyDictionary()
 _prepared: WeakSet = WeakSet()
 # What generate() prepares and a verification forward replaces.
 _REPLACED_INPUTS = (
-    "attention_mask cache_position logits_to_keep output_attentions output_hidden_states past_key_values position_ids "
-    "return_dict use_cache"
-).split()
+    *CACHE_NAMES,
+    *"attention_mask cache_position logits_to_keep output_attentions output_hidden_states position_ids".split(),
+    *"return_dict use_cache".split(),
+)
 
 
 class NewPositions(NamedTuple):
@@ -119,7 +130,7 @@ def takes_tree_mask(target) -> bool:
     """Whether the target's forward accepts a tree's mask and positions."""
     config = target.config.get_text_config()
     return (
-        config._attn_implementation in _TREE_ATTENTION
+        attention_name(config) in _TREE_ATTENTION
         and layer_windows(config) is not None
         and "position_ids" in inspect.signature(target.forward).parameters
     )
@@ -174,16 +185,14 @@ class _Target:
         self.layer_ids = list(layer_ids)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
-        self.cache = model_kwargs["past_key_values"]
-        self.returns_cache = generation_config.return_dict_in_generate or getattr(
-            self.cache, "_is_user_defined", False
-        )
+        self.cache = cache_of(model_kwargs)
+        self.returns_cache = generation_config.return_dict_in_generate or is_callers_cache(self.cache)
         self.adopted: AdoptedLayers | None = None
         self.keeps_rows = self.returns_cache  # finished rows stay in the batch
         self.model_forward = target
         self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters
         self.forward_kwargs = {key: value for key, value in model_kwargs.items() if key not in _REPLACED_INPUTS}
-        if target._supports_logits_to_keep():
+        if takes_logits_to_keep(target):
             self.forward_kwargs["logits_to_keep"] = 0
 
     def prefill(self, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -201,7 +210,7 @@ class _Target:
         self.before_prefill()
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
-        outputs = self.target._prefill(input_ids, self.generation_config, model_kwargs)
+        outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
         self.prompt_hidden = _fused(self._states(outputs))
         width = int(self.cache.get_seq_length())
         self.num_cached_before = width - input_ids.shape[1]  # more than 0 where only new ids were given
@@ -285,7 +294,7 @@ class _Target:
         outputs = self.model_forward(
             input_ids=tree.token_ids.to(self.device),
             attention_mask=mask,
-            past_key_values=self.cache,
+            **cache_argument(self.target, self.cache),
             use_cache=True,
             output_hidden_states=self.layer_ids,
             return_dict=True,
@@ -345,13 +354,12 @@ class TreeTarget(_Target):
         """Note what is committed in each row, and which forward runs from here on."""
         config = self.target.config.get_text_config()
         self.windows = layer_windows(config)
-        self.attn_implementation = config._attn_implementation
+        self.attn_implementation = attention_name(self.target.config)
         # Static layers have no room for holes, and the kernel takes a key's place for its index in a window.
         has_window = any(window is not None for window in self.windows.values())
         is_dense = self.capacity is not None or (has_window and self.attn_implementation == PRISM_TREE)
         self.committed = CommittedCache(self.cache, self.prompt_mask, 0 if is_dense else _MAX_HOLES)
-        if self.target._valid_auto_compile_criteria(self.model_kwargs, self.generation_config):
-            self.model_forward = self.target.get_compiled_call(self.generation_config.compile_config)
+        self.model_forward = compiled_forward(self.target, self.model_kwargs, self.generation_config) or self.target
 
     def verify(self, tree: Tree):
         """The target's logits `(B, N, V)` at each node of a tree, and the states that the draft reads."""
@@ -506,7 +514,7 @@ def chain_cache_is_served(cache, num_rows: int) -> bool:
 
 def make_target(target, layer_ids, generation_config, model_kwargs, num_rows: int):
     """The road that can decode this target and cache, or None if neither can."""
-    cache = model_kwargs["past_key_values"]
+    cache = cache_of(model_kwargs)
     if is_adoptable(cache) and takes_tree_mask(target):
         return TreeTarget(target, layer_ids, generation_config, model_kwargs, num_rows)
     if chain_cache_is_served(cache, num_rows):

@@ -1,17 +1,18 @@
 """Which tree to draft: reading, checking and defaulting the `tree*` settings of a generation configuration."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 
 _TREES = ("auto", "static", "chain")
 _INTEGERS = ("tree_top_k", "tree_depth", "tree_num_nodes")
-_SWITCHES = ("tree_ngrams", "tree_coupled", "tree_text_tokens", "tree_cuda_graph")
+_SWITCHES = ("tree_ngrams", "tree_coupled", "tree_text_tokens")
 
 
 def default_tree_settings() -> dict:
     """Settings of a draft that says nothing else: the best tree of each round, within bounds that seldom bind."""
     sizes = {"tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63}
-    switches = {"tree_ngrams": True, "tree_coupled": True, "tree_text_tokens": True, "tree_cuda_graph": False}
+    switches = {"tree_ngrams": True, "tree_coupled": True, "tree_text_tokens": True}
     return {"tree": "auto", **sizes, **switches}
 
 
@@ -28,7 +29,6 @@ class TreeSettings:
         ngrams (`bool`): with "auto", whether continuations copied from the text may join the tree.
         coupled (`bool`): whether the draft may look at the random numbers that the target will sample with.
         text_tokens (`bool`): whether the draft may also propose tokens of the text so far that its vocabulary lacks.
-        cuda_graph (`bool`): whether a round's drafting is captured as a CUDA graph; not yet tried on a GPU.
     """
 
     tree: str
@@ -38,7 +38,6 @@ class TreeSettings:
     ngrams: bool = False
     coupled: bool = True
     text_tokens: bool = True
-    cuda_graph: bool = False
 
     @classmethod
     def resolve(cls, *generation_configs, num_draft_tokens: int) -> "TreeSettings":
@@ -59,11 +58,13 @@ class TreeSettings:
         for name in _INTEGERS:
             if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {values[name]!r}")
+        if any(getattr(generation_config, "tree_cuda_graph", False) for generation_config in generation_configs):
+            warnings.warn("tree_cuda_graph: expected no such setting; it was removed and does nothing", stacklevel=3)
         for name in _SWITCHES:
             if not isinstance(values[name], bool):
                 raise ValueError(f"{name}: expected True or False, got {values[name]!r}")
         depth, num_nodes = values["tree_depth"], values["tree_num_nodes"]
-        switches = {name: values[f"tree_{name}"] for name in ("coupled", "text_tokens", "cuda_graph")}
+        switches = {name: values[f"tree_{name}"] for name in ("coupled", "text_tokens")}
         if values["tree"] == "chain":
             return cls("chain", 1, depth, num_nodes, **switches).as_chain()
         top_k = min(values["tree_top_k"], num_draft_tokens)

@@ -26,6 +26,7 @@ from transformers.generation import (
 from .kernels.dispatch import TRITON_DEVICES, expect
 from .kernels.verify_tree import WARPERS, verify_tree
 from .sampling_noise import Coupling, StepNoise
+from .transformers_names import pad_token
 from .tree import Tree
 
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
@@ -96,7 +97,7 @@ class OutputRows:
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.do_sample = generation_config.do_sample
-        self.pad_token_id = generation_config._pad_token_tensor
+        self.pad_token_id = pad_token(generation_config)
         self.pads_finished_rows = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         returns = generation_config.return_dict_in_generate
         # For each row what every emitted token was chosen from, where that was asked for.

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, StaticCache
 
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
+from transformers_prism.transformers_names import CACHE_KEYWORD
 
 # A random model that is as cheap as an assistant can be; what it proposes is almost never right.
 _RANDOM_ASSISTANT = {
@@ -171,7 +172,7 @@ class Contest:
             self.static_cache.reset()
             compiling = CompileConfig(mode="default")
             compiling._compile_all_devices = True  # generate() leaves a CPU's forwards alone otherwise
-            return {"past_key_values": self.static_cache, "compile_config": compiling}
+            return {CACHE_KEYWORD: self.static_cache, "compile_config": compiling}
         return {}
 
 

@@ -14,6 +14,7 @@ import transformers
 
 import transformers_prism
 from transformers_prism.command_line import command_line
+from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
 # In place of the hash of a draft's weights, and its name for commands: a draft that nobody trained.
@@ -32,7 +33,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
     return {
         "kind": kind,
         "command": command_line(sys.argv),
-        "target": target.config._name_or_path,
+        "target": name_of(target.config),
         "weights_sha256": weights,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,

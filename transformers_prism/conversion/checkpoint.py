@@ -9,6 +9,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from transformers_prism.transformers_names import NO_ERROR_IF_ABSENT
+
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -92,7 +94,7 @@ def read_weight_ending_with(target: str, ending: str) -> torch.Tensor | None:
         ValueError: if the file that should hold it is damaged.
     """
     for name in WEIGHT_FILES:
-        found = cached_file(target, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(target, name, **NO_ERROR_IF_ABSENT)
         if found is None:
             continue
         path = Path(found)

@@ -6,6 +6,7 @@ import torch
 
 from transformers_prism.speculation import Speculation
 from transformers_prism.training.conversations import Conversation, loop_period
+from transformers_prism.transformers_names import cache_argument, cache_of
 
 # The tree that rounds are measured with: small enough for any machine, deep enough to tell drafts apart.
 DEPTH = 4
@@ -92,12 +93,12 @@ def _counts(speculation: Speculation) -> torch.Tensor:
 
 def _plain_steps(target, prompt: torch.Tensor, count: int = 8) -> tuple[float, int]:
     """Seconds of some forwards over one token behind a prompt, and how many."""
-    cache = target(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(target(prompt, use_cache=True, logits_to_keep=1))
     token = prompt[:, -1:]
-    target(token, past_key_values=cache, use_cache=True)
+    target(token, **cache_argument(target, cache), use_cache=True)
     start = time.perf_counter()
     for _ in range(count):
-        target(token, past_key_values=cache, use_cache=True)
+        target(token, **cache_argument(target, cache), use_cache=True)
     return time.perf_counter() - start, count
 
 

@@ -6,20 +6,17 @@ their keys together, and only the last position goes through the vocabulary head
 Shape letters: B slots, W positions in use, H query heads, G key/value heads, R = H / G, E head dim, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from transformers_prism.attention import lent_sdpa
 from transformers_prism.target_rounds import layer_windows, takes_tree_mask
+from transformers_prism.transformers_names import attention_name, cache_argument
 from transformers_prism.tree import attention_mask
 
-_ATTENTION = "prism_slots"
 # Prompts of which several conversations begin alike are read once; so many are remembered.
 _MAX_REMEMBERED = 16
 
@@ -78,7 +75,7 @@ class Slots:
         if not takes_tree_mask(target):
             raise ValueError(
                 f"target: expected one with eager or SDPA attention over full or sliding layers, got "
-                f"{type(target).__name__} with {target.config.get_text_config()._attn_implementation}"
+                f"{type(target).__name__} with {attention_name(target.config)}"
             )
         self.target, self.num_slots, self.max_length = target, num_slots, max_length
         self.windows = layer_windows(target.config.get_text_config())
@@ -103,7 +100,7 @@ class Slots:
         if read is None:
             cache = DynamicCache()
             ids = torch.tensor([token_ids], device=self.target.device)
-            logits = self.target(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = self.target(ids, **cache_argument(self.target, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
             read = logits, [(layer.keys, layer.values) for layer in cache.layers]
             if is_shared and len(self._read) < _MAX_REMEMBERED:
                 self._read[tuple(token_ids)] = read
@@ -129,12 +126,12 @@ class Slots:
         device = self.target.device
         self.positions = torch.tensor(self.lengths, device=device)
         self.width = max(self.lengths[slot] for slot in token_ids) + 1
-        with _grouped_attention(self.target):
+        with lent_sdpa(slot_attention):
             logits = self.target(
                 input_ids.to(device),
                 attention_mask=self._masks(),
                 position_ids=self.positions[:, None],
-                past_key_values=self.cache,
+                **cache_argument(self.target, self.cache),
                 use_cache=True,
             ).logits[:, -1]
         for slot in token_ids:
@@ -148,22 +145,6 @@ class Slots:
             seen = keys[None] <= self.positions[:, None]  # [B, W]
             if window is not None:
                 seen &= keys[None] > self.positions[:, None] - window
-            implementation = self.target.config.get_text_config()._attn_implementation
+            implementation = attention_name(self.target.config)
             masks[kind] = attention_mask(seen[:, None], implementation, self.target.dtype)
         return masks[None] if None in masks else masks
-
-
-@contextlib.contextmanager
-def _grouped_attention(target) -> Iterator[None]:
-    """Let heads of a group read their keys together, where the target uses SDPA."""
-    config = target.config.get_text_config()
-    if config._attn_implementation != "sdpa":
-        yield
-        return
-    AttentionInterface.register(_ATTENTION, slot_attention)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = "sdpa"

@@ -1,0 +1,134 @@
+"""Every private or version-dependent name of transformers that this package uses, for the releases that it was tried with.
+
+A new release of transformers means this file to mend. Where two releases differ, what is there decides (a signature, a
+field), never a version number: 5.23 calls the cache of keys and values `past_key_values`, 5.24 calls it `cache`.
+"""
+
+import functools
+import inspect
+from contextlib import AbstractContextManager
+
+from transformers import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+# What modules, outputs and generate() have called the cache, the newest name first.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# The method of generate() that assisted decoding reaches, which the hook replaces.
+ASSISTED_DECODING = "_assisted_decoding"
+# Keywords that let `cached_file` return None where a file is not to be had.
+NO_ERROR_IF_ABSENT = {"_raise_exceptions_for_missing_entries": False}
+NO_ERROR_AT_ALL = NO_ERROR_IF_ABSENT | {
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
+
+
+@functools.lru_cache(maxsize=256)
+def cache_keyword(function) -> str:
+    """The keyword by which a function or method takes a cache; this release's own where it names none.
+
+    Args:
+        function (`Callable`): a forward; for a model hand in `type(model).forward`, which can be remembered.
+    """
+    # The wrapper that still takes an old name shows the signature of what it wraps.
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_KEYWORD)
+
+
+CACHE_KEYWORD = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaAttention.forward).parameters)
+
+
+def cache_argument(model, cache) -> dict:
+    """A cache as the keyword argument that a model's forward takes."""
+    return {cache_keyword(type(model).forward): cache}
+
+
+def cache_of(arguments) -> object | None:
+    """The cache among keyword arguments of generate() or in an output of a model; None without one."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def decoder_only_output(cache, **fields) -> GenerateDecoderOnlyOutput:
+    """What generate() returns with `return_dict_in_generate`."""
+    names = GenerateDecoderOnlyOutput.__dataclass_fields__
+    return GenerateDecoderOnlyOutput(**fields, **{next(name for name in CACHE_NAMES if name in names): cache})
+
+
+def assisted_decoding():
+    """The function that generate() calls for an assistant, with the hook if it is installed."""
+    return getattr(GenerationMixin, ASSISTED_DECODING)
+
+
+def set_assisted_decoding(function) -> None:
+    """Let generate() call another function for an assistant."""
+    setattr(GenerationMixin, ASSISTED_DECODING, function)
+
+
+def prefill(target, input_ids, generation_config, model_kwargs: dict):
+    """The target's output over the prompt, as plain decoding computes it."""
+    return target._prefill(input_ids, generation_config, model_kwargs)
+
+
+def decode_plainly(target, input_ids, **arguments):
+    """What generate() returns without an assistant; arguments as it prepares them for its decoding methods."""
+    return type(target)._sample(target, input_ids, **arguments)
+
+
+def decoding_experts(target) -> AbstractContextManager:
+    """The implementation of experts that plain decoding uses after the prefill."""
+    return target._optimize_model_for_decode()
+
+
+def compiled_forward(target, model_kwargs: dict, generation_config):
+    """The forward that generate() compiles by itself for this cache and device; None where it does not."""
+    if target._valid_auto_compile_criteria(model_kwargs, generation_config):
+        return target.get_compiled_call(generation_config.compile_config)
+    return None
+
+
+def takes_logits_to_keep(target) -> bool:
+    """Whether the forward can be told of how many positions to compute logits."""
+    return target._supports_logits_to_keep()
+
+
+def attention_name(config) -> str:
+    """The attention implementation of a model's text part, from its configuration."""
+    return config.get_text_config()._attn_implementation
+
+
+def pad_token(generation_config):
+    """The padding token of a prepared generation configuration, a tensor, or None."""
+    return generation_config._pad_token_tensor
+
+
+def is_callers_cache(cache) -> bool:
+    """Whether the caller of generate() brought this cache and may go on with it."""
+    return getattr(cache, "_is_user_defined", False)
+
+
+def name_of(config) -> str:
+    """The repository or folder that a configuration was loaded from; may be empty."""
+    return getattr(config, "_name_or_path", None) or ""
+
+
+def revision_of(config) -> str | None:
+    """The revision that a configuration was loaded from on the Hub."""
+    return getattr(config, "_commit_hash", None)
+
+
+def call(config, name: str, revision: str | None = None) -> None:
+    """Say what repository or folder a configuration is from."""
+    config._name_or_path = name
+    if revision is not None:
+        config._commit_hash = revision
+
+
+def is_made_up(generation_config) -> bool:
+    """Whether transformers made a generation configuration from a model's, for want of a file."""
+    return generation_config._from_model_config
+
+
+def mark_as_own(generation_config) -> None:
+    """Let a generation configuration be saved with all its settings: one that is made up loses what is not stock."""
+    generation_config._from_model_config = False
