@@ -366,7 +366,7 @@ def test_statistics(num_rows):
     assert speculation.acceptance_length == 29 * num_rows / sum(speculation.num_rounds)
     accepted = [count for row in speculation.accepted_per_round for count in row]
     assert speculation.conditional_acceptance[0] == sum(count > 0 for count in accepted) / len(accepted)
-    assert set(speculation.seconds) == {"draft", "verify", "commit", "other"}
+    assert set(speculation.seconds) == {"draft", "check", "verify", "commit", "other"}
     assert all(seconds > 0 for seconds in speculation.seconds.values())
 
 

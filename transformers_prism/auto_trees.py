@@ -241,14 +241,16 @@ class AutoTrees:
         settings (`TreeSettings`): the largest tree that may be chosen.
         target (`PreTrainedModel`), draft (`PrismDraftModel`): bound to each other.
         rows (`OutputRows`): the sequences.
+        text (`NgramIndex`, *optional*): the beginning of a single sequence, indexed by an earlier call.
     """
 
-    def __init__(self, settings: TreeSettings, target, draft, rows):
+    def __init__(self, settings: TreeSettings, target, draft, rows, text: NgramIndex | None = None):
         self.settings, self.rows = settings, rows
         self.costs = _known_costs(target, draft, rows.num_rows)
         self.experience = _experiences.setdefault(draft, {}).setdefault(rows.do_sample, Experience())
         self.num_rounds = 0
-        self.texts: list[NgramIndex | None] = [None] * rows.num_rows
+        self.texts: list[NgramIndex | None] = [text] + [None] * (rows.num_rows - 1)
+        self.num_indexed: list[int | None] = [None] * rows.num_rows  # new tokens of each row that its text holds
         self.num_unchecked = 0  # rounds with a tree since the last plain step
         self.active: list[int] = []  # of the latest round
         # Of a token of each of these; in sum, how many of them go on.
@@ -403,13 +405,20 @@ class AutoTrees:
             candidates.append(_Candidates.drafted(token_ids, parents, depths, log_probs, cells, chances))
         return candidates, steps.num_steps
 
+    def text_of(self, row: int) -> NgramIndex | None:
+        """The row's text as far as it was indexed."""
+        return self.texts[row]
+
     def _text(self, row: int) -> NgramIndex:
         """The row's text so far, indexed."""
-        prompt_length = self.rows.prompt_length
-        text = self.texts[row]
-        if text is None:
-            text = self.texts[row] = NgramIndex(self.rows.ids[row, :prompt_length].tolist())
-        text.extend(self.rows.new_tokens[row][len(text.token_ids) - prompt_length :])
+        text, num_indexed = self.texts[row], self.num_indexed[row]
+        if num_indexed is None:
+            prompt, num_indexed = self.rows.ids[row, : self.rows.prompt_length].tolist(), 0
+            if text is None or prompt[: len(text.token_ids)] != text.token_ids:
+                text = self.texts[row] = NgramIndex([])
+            text.extend(prompt[len(text.token_ids) :])
+        text.extend(self.rows.new_tokens[row][num_indexed:])
+        self.num_indexed[row] = len(self.rows.new_tokens[row])
         return text
 
     def _best_size(self, values: list[list[float]], max_nodes: int) -> tuple[int, float]:

@@ -286,6 +286,47 @@ def is_adoptable(cache) -> bool:
     )
 
 
+class CacheSnapshot:
+    """A cache as it is now, to come back to where a call fails; what is stored is copied only where forwards write to it.
+
+    Args:
+        cache (`Cache`): of any kind.
+    """
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.layers = list(getattr(cache, "layers", ()))
+        self.classes = [type(layer) for layer in self.layers]
+        self.lengths = [int(layer.get_seq_length()) if type(layer) in _ADOPTABLE_LAYERS else 0 for layer in self.layers]
+        # Layers of keys and values make new tensors, or write behind their length; other states are written in place.
+        self.states = [
+            vars(layer).copy() if type(layer) in _ADOPTABLE_LAYERS else _copied(vars(layer)) for layer in self.layers
+        ]
+        self.layer_class = getattr(cache, "layer_class_to_replicate", None)
+
+    def restore(self) -> None:
+        """Make the cache what it was."""
+        if not hasattr(self.cache, "layers"):
+            return
+        self.cache.layers = list(self.layers)
+        self.cache.layer_class_to_replicate = self.layer_class
+        for layer, kind, state, length in zip(self.layers, self.classes, self.states, self.lengths, strict=True):
+            layer.__class__ = kind
+            vars(layer).clear()
+            vars(layer).update(state)
+            if isinstance(layer, StaticLayer):
+                layer.cumulative_length.fill_(length)
+
+
+def _copied(states):
+    """A copy of states in dictionaries and lists, tensors included."""
+    if isinstance(states, torch.Tensor):
+        return states.detach().clone()
+    if isinstance(states, dict):
+        return {name: _copied(state) for name, state in states.items()}
+    return [_copied(state) for state in states] if type(states) is list else states
+
+
 class AdoptedLayers:
     """Lends a cache layers whose rows can be moved while a loop runs, and puts its own layers back afterwards.
 
@@ -298,7 +339,6 @@ class AdoptedLayers:
     def __init__(self, cache: Cache, capacity: int | None = None):
         self.cache = cache
         self.originals = list(cache.layers)
-        self.lengths = [int(layer.get_seq_length()) for layer in self.originals]
         self.layer_class = cache.layer_class_to_replicate
         lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
         for layer in self.originals:
@@ -312,13 +352,7 @@ class AdoptedLayers:
             cache.layer_class_to_replicate = lent_class
 
     def put_back(self) -> None:
-        """Restore the layers as they were before, for a loop that failed."""
-        self._restore_classes()
-        for layer, length in zip(self.originals, self.lengths, strict=True):
-            if type(layer) is StaticLayer:
-                layer.cumulative_length.fill_(length)
-
-    def _restore_classes(self) -> None:
+        """Restore the layers, without what the loop has committed."""
         for layer in self.originals:
             if type(layer) is StaticTreeLayer:
                 layer.__class__ = StaticLayer
@@ -328,7 +362,7 @@ class AdoptedLayers:
     def put_back_with_new_states(self) -> None:
         """Restore the layers and give them what the loop has committed; all rows must have one length."""
         lent = self.cache.layers
-        self._restore_classes()
+        self.put_back()
         while len(self.cache.layers) < len(lent):
             self.cache.layers.append(self.layer_class())
         for original, layer in zip(self.cache.layers, lent, strict=True):
@@ -365,10 +399,10 @@ def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
         layer.lazy_initialization(keys, values)
     if isinstance(layer, StaticLayer):
         kept = min(length, layer.max_cache_len)
-        layer.keys.zero_()
-        layer.values.zero_()
-        layer.keys[:, :, :kept] = keys[:, :, length - kept :]
-        layer.values[:, :, :kept] = values[:, :, length - kept :]
+        # What was there before is written as it was, so that an interruption leaves it.
+        for stored, states in ((layer.keys, keys), (layer.values, values)):
+            stored[:, :, :kept] = states[:, :, length - kept :]
+            stored[:, :, kept:] = 0
         layer.cumulative_length.fill_(length if type(layer) is StaticLayer else kept)
         if isinstance(layer, StaticSlidingWindowLayer):
             layer.cumulative_length_int = length

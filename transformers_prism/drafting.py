@@ -36,9 +36,9 @@ class Drafter:
     """
 
     def __init__(self, draft):
-        self.text_tokens = True  # whether tokens of the text that the draft vocabulary lacks join it
         self.text = None  # what the text so far adds to the draft vocabulary
         self.can_propose: torch.Tensor | None = None  # [V], tokens of either, on the host
+        self._text_tokens = True
         self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
         config = draft.config
         # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
@@ -76,6 +76,18 @@ class Drafter:
         self._remember_last(
             token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=self.device)
         )
+
+    @property
+    def text_tokens(self) -> bool:
+        """Whether tokens of the text that the draft vocabulary lacks join it; set to False, those that did leave."""
+        return self._text_tokens
+
+    @text_tokens.setter
+    def text_tokens(self, is_wanted: bool) -> None:
+        """See above."""
+        self._text_tokens = is_wanted
+        if not is_wanted:
+            self.text = self.can_propose = None
 
     def _join_vocabulary(self, token_ids) -> None:
         """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""

@@ -11,16 +11,21 @@ taken:
 import functools
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from .attention import install_lending, lent_attention, uninstall_lending
 from .auto_trees import AutoTrees
+from .ngrams import NgramIndex
 from .planned_trees import PlannedTrees
+from .round_check import RoundCheck
 from .speculation import RoundTree, Speculation
 from .target_rounds import ChainTarget, NewPositions, make_target, read_all
+from .target_support import Declined, reason_against_training
 from .transformers_names import (
     assisted_decoding,
     cache_of,
@@ -43,9 +48,12 @@ class _ChatContext(NamedTuple):
     drafter: object
     unread: list[NewPositions]  # committed and not yet read
     length: int  # of the cache
+    head: object  # the target's, whose rows the drafter holds
+    text: NgramIndex | None
 
 
 _chat_contexts: WeakKeyDictionary = WeakKeyDictionary()
+_told_of_chains: WeakSet = WeakSet()
 
 
 def install() -> None:
@@ -100,7 +108,6 @@ def speculative_generate(
     settings = TreeSettings.resolve(
         generation_config, draft.generation_config, num_draft_tokens=draft.config.num_draft_tokens
     )
-    draft.bind(target, tokenizer)
     plain_arguments = {
         "logits_processor": logits_processor,
         "stopping_criteria": stopping_criteria,
@@ -108,38 +115,68 @@ def speculative_generate(
         "synced_gpus": synced_gpus,
         "streamer": streamer,
     }
-    reason = _reason_to_decline(target, input_ids, plain_arguments, model_kwargs)
-    if assistant_tokenizer is not None:
-        reason = "an assistant tokenizer was given, but a draft shares its target's"
-    target_side = None
-    if reason is None:
-        target_side = make_target(
-            target, draft.config.target_layer_ids, generation_config, model_kwargs, input_ids.shape[0]
-        )
-        reason = "this cache can be served neither by a tree nor by a chain" if target_side is None else None
-    if reason is not None:
-        return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
+    try:
+        with _tensors_that_last(cache_of(model_kwargs)):
+            draft.bind(target, tokenizer)
+            if assistant_tokenizer is not None:
+                raise Declined("an assistant tokenizer was given, but a draft shares its target's; leave it out")
+            _check_call(target, input_ids, plain_arguments, model_kwargs)
+            # Plain decoding turns other integers into these with the first token.
+            input_ids = input_ids.long()
+            target_side = make_target(target, draft.config.target_layer_ids, generation_config, model_kwargs, input_ids)
+            return _speculate(target, draft, input_ids, settings, target_side, plain_arguments, model_kwargs)
+    except Declined as error:
+        reason = str(error)
+    return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
 
-    rows = OutputRows(input_ids, logits_processor, stopping_criteria, generation_config, settings.coupled)
-    if isinstance(target_side, ChainTarget):
+
+@contextmanager
+def _tensors_that_last(cache) -> Iterator[None]:
+    """Leave `torch.inference_mode`, whose tensors no later call could write to outside of it; a static cache that was
+    filled in it can only be written to in it."""
+    is_bound = any(
+        isinstance(state, torch.Tensor) and state.is_inference()
+        for layer in getattr(cache, "layers", ())
+        if getattr(layer, "is_compileable", False)
+        for state in vars(layer).values()
+    )
+    with torch.inference_mode(torch.is_inference_mode_enabled() and is_bound), torch.no_grad():
+        yield
+
+
+def _speculate(target, draft, input_ids, settings: TreeSettings, target_side, plain_arguments: dict, model_kwargs: dict):
+    """Decode with drafts; arguments and result as for [`speculative_generate`].
+
+    Raises:
+        Declined: before any token, if the prompt's forward shows that this target cannot be served.
+    """
+    generation_config, streamer = plain_arguments["generation_config"], plain_arguments["streamer"]
+    processors, criteria = plain_arguments["logits_processor"], plain_arguments["stopping_criteria"]
+    rows = OutputRows(input_ids, processors, criteria, generation_config, settings.coupled)
+    is_chain = isinstance(target_side, ChainTarget)
+    if is_chain:
+        _tell_of_chain(target, settings, target_side.why_no_tree)
         settings = settings.as_chain()
     was_training = draft.training
     try:
         draft.eval()
         with decoding_experts(target), lent_attention(target, draft):
-            drafter, unread = _drafter_for(draft, target_side.cache, rows.num_rows, settings)
-            trees = _trees_for(settings, target, draft, rows)
+            drafter, unread, text = _chat_so_far(draft, target_side.cache, rows.num_rows, settings)
+            trees = _trees_for(settings, target, draft, rows, text)
             speculation, unread = _decode(drafter, unread, target_side, rows, trees, streamer, input_ids)
             sequences = rows.finish()
             target_side.finish(sequences)
-            if target_side.returns_cache and rows.num_rows == 1:
+            if target_side.returns_cache and rows.num_rows == 1 and not target_side.has_given_up:
                 length = int(target_side.cache.get_seq_length())
-                _chat_contexts[target_side.cache] = _ChatContext(drafter, unread, length)
+                context = _ChatContext(drafter, unread, length, draft.target_head, trees.text_of(0))
+                _chat_contexts[target_side.cache] = context
     except BaseException:
         target_side.abandon()
         raise
     finally:
         draft.train(was_training)
+    speculation.verification, speculation.why_no_tree = "chain" if is_chain else "tree", target_side.why_no_tree
+    speculation.coupled = rows.is_coupled
     draft.last_speculation = speculation
     if streamer is not None:
         streamer.end()
@@ -156,15 +193,23 @@ def speculative_generate(
     return output
 
 
-def _drafter_for(draft, cache, num_rows: int, settings: TreeSettings):
-    """A new drafter, or the one that has read what the given cache holds, and what it has not read of that."""
+def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:
+    """Say once for each target why it gets a chain where trees were asked for."""
+    if settings.tree != "chain" and target not in _told_of_chains:
+        _told_of_chains.add(target)
+        warnings.warn(f"drafting a chain instead of a tree: {reason}", stacklevel=6)
+
+
+def _chat_so_far(draft, cache, num_rows: int, settings: TreeSettings):
+    """The drafter that has read what the given cache holds, what it has not read of that, and the text; or a new one."""
     context = _chat_contexts.pop(cache, None)
     is_known = context is not None and num_rows == 1 and context.drafter.draft is draft
-    if not is_known or context.length != int(cache.get_seq_length()):
-        drafter = draft.make_drafter()
-        drafter.text_tokens = settings.text_tokens
-        return drafter, []
-    return context.drafter, context.unread
+    if is_known and context.length == int(cache.get_seq_length()) and context.head is draft.target_head:
+        context.drafter.text_tokens = settings.text_tokens
+        return context.drafter, context.unread, context.text
+    drafter = draft.make_drafter()
+    drafter.text_tokens = settings.text_tokens
+    return drafter, [], None
 
 
 class _FixedTrees:
@@ -187,13 +232,16 @@ class _FixedTrees:
     def estimates(self) -> None:
         """None are made."""
 
+    def text_of(self, row: int) -> None:
+        """None is indexed."""
 
-def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows):
+
+def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows, text: NgramIndex | None):
     """Where trees come from; choosing within a round needs tensors that can be looked at without waiting."""
     if settings.tree != "auto":
         return _FixedTrees(settings, rows)
     kind = AutoTrees if draft.device.type == "cpu" else PlannedTrees
-    return kind(settings, target, draft, rows)
+    return kind(settings, target, draft, rows, text)
 
 
 def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, trees, streamer, input_ids):
@@ -210,9 +258,11 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
     speculation = Speculation.empty(rows.num_rows)
     speculation.walk = "device" if rows.walks_on_device else "host"
     active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
+    stream = _Stream(streamer, rows)
     first_logits = target_side.prefill(input_ids)
+    check = RoundCheck(target_side)
     _walk_rows(rows, active, root_tree(input_ids[:, -1]), first_logits[:, None], depth=0)
-    _stream(streamer, rows, num_new=1)
+    stream.put()
     unread.append(target_side.prompt_for_draft(rows))
     while True:
         with speculation.timed("other"):
@@ -222,20 +272,28 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
             return speculation, unread
         with speculation.timed("draft"):
             # A node can only be emitted if there is room for the token behind it.
-            max_depth = max(rows.remaining(row) for row in active) - 1
-            tree = trees.propose(drafter, unread, active, max_depth, target_side.max_nodes)
+            max_depth = min(max(rows.remaining(row) for row in active) - 1, target_side.max_depth)
+            tree = trees.propose(drafter, unread, active, int(max_depth), target_side.max_nodes)
+        with speculation.timed("check"):
+            steps = check.plain_steps(tree)
         start = time.perf_counter()
         with speculation.timed("verify"):
             logits, states = target_side.verify(tree)
         verify_seconds = time.perf_counter() - start
+        if check.differs(tree, logits, steps):
+            # Nothing of this round was emitted, and no later one has a tree.
+            target_side.give_up_drafting()
+            speculation.stopped_drafting = check.finding
+            continue
         with speculation.timed("commit"):
             kept = _walk_rows(rows, active, tree, logits, trees.depth)
             speculation.add_rounds(active, kept)
             target_side.commit(kept)
-            unread.append(target_side.committed_for_draft(rows, active, kept, states))
+            if not target_side.has_given_up:
+                unread.append(target_side.committed_for_draft(rows, active, kept, states))
         with speculation.timed("other"):
             speculation.trees.append(trees.observe(tree, kept, verify_seconds))
-        _stream(streamer, rows, num_new=len(kept[0]), is_round=True)
+        stream.put(num_drafted=len(kept[0]) - 1)
 
 
 def _walk_rows(rows: OutputRows, active: list[int], tree, logits, depth: int) -> list[list[int]]:
@@ -261,23 +319,38 @@ def _drop_finished(rows: OutputRows, active: list[int], unread: list[NewPosition
     return [active[i] for i in kept], [part.select(kept) for part in unread]
 
 
-def _stream(streamer, rows: OutputRows, num_new: int, is_round: bool = False) -> None:
-    """Hand the newest tokens to a streamer one by one, as plain decoding does.
+class _Stream:
+    """Hands tokens to a streamer one step at a time, as plain decoding does: of a batch when every row has that step's.
 
-    A streamer with a method `put_round` is told before each round how many of its tokens were drafted.
+    A streamer with a method `put_round` is told before each round of a single row how many of its tokens were drafted.
     """
-    if streamer is None:
-        return
-    if is_round and hasattr(streamer, "put_round"):
-        streamer.put_round(num_new - 1)
-    for index in range(rows.lengths[0] - num_new, rows.lengths[0]):
-        streamer.put(rows.ids[:, index].cpu())
+
+    def __init__(self, streamer, rows: OutputRows):
+        self.streamer, self.rows, self.num_put = streamer, rows, rows.prompt_length
+
+    def put(self, num_drafted: int | None = None) -> None:
+        """Hand over what every row has; rows that have ended go on with padding."""
+        if self.streamer is None:
+            return
+        rows = self.rows
+        if num_drafted is not None and rows.num_rows == 1 and hasattr(self.streamer, "put_round"):
+            self.streamer.put_round(num_drafted)
+        going = [length for row, length in enumerate(rows.lengths) if not rows.is_done(row)]
+        end = min(going) if going else max(rows.lengths)
+        for index in range(self.num_put, end):
+            tokens = rows.ids[:, index].cpu()
+            has_ended = torch.tensor([length <= index for length in rows.lengths])
+            if has_ended.any():
+                tokens[has_ended] = rows.pad_token_id.to(tokens)
+            self.streamer.put(tokens)
+        self.num_put = end
 
 
-def _reason_to_decline(target, input_ids, plain_arguments: dict, model_kwargs: dict) -> str | None:
-    """Why the loop cannot serve this call and plain decoding has to; None if it can.
+def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) -> None:
+    """See whether the settings of a call can be served.
 
     Raises:
+        Declined: if plain decoding has to serve them.
         ValueError: for what plain decoding would not do either.
     """
     generation_config = plain_arguments["generation_config"]
@@ -286,34 +359,31 @@ def _reason_to_decline(target, input_ids, plain_arguments: dict, model_kwargs: d
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None beside a draft, got {generation_config.dola_layers!r}")
     if not model_kwargs.get("use_cache"):
-        return "use_cache=False leaves nothing to verify a draft against; leave it out"
+        raise Declined("use_cache=False leaves nothing to verify a draft against; leave it out")
     if cache_of(model_kwargs) is None:
-        return f"{type(target).__name__} keeps its state in no cache of transformers, so nothing can be rolled back"
+        raise Declined(f"{type(target).__name__} keeps its state in no cache of transformers that could be rolled back")
     if plain_arguments["synced_gpus"]:
-        return "synced_gpus asks for the same forwards on every process"
+        raise Declined("synced_gpus asks for the same forwards on every process")
     if model_kwargs.get("inputs_embeds") is not None:
-        return "inputs_embeds has no token ids for the draft to read"
+        raise Declined("inputs_embeds has no token ids for the draft to read; pass input_ids")
     if generation_config.return_dict_in_generate and (
         generation_config.output_attentions or generation_config.output_hidden_states
     ):
-        return "attentions and hidden states of every step were asked for"
-    position_ids = model_kwargs.get("position_ids")
-    if position_ids is not None and position_ids.dim() != 2:
-        return f"position_ids has {position_ids.dim()} dimensions instead of 2"
-    known = ("attention_mask", "position_ids", "cache_position")
-    extra = [key for key, value in model_kwargs.items() if isinstance(value, torch.Tensor) and key not in known]
-    if extra:
-        return f"the model input {extra[0]} cannot be carried along a tree"
-    return _reason_to_decline_batch(plain_arguments) if input_ids.shape[0] > 1 else None
+        raise Declined("attentions and hidden states of every step were asked for")
+    reason = reason_against_training(target)
+    if reason is None and input_ids.shape[0] > 1:
+        reason = _reason_against_batch(plain_arguments)
+    if reason is not None:
+        raise Declined(reason)
 
 
-def _reason_to_decline_batch(plain_arguments: dict) -> str | None:
+def _reason_against_batch(plain_arguments: dict) -> str | None:
     """Rows of a batch run ahead of each other, which a processor or criterion with a state of its own cannot follow."""
     for kind in ("logits_processor", "stopping_criteria"):
         for function in plain_arguments[kind]:
             name, module = type(function).__name__, type(function).__module__
             if name in _WHOLE_BATCH_PROCESSORS or not module.startswith("transformers."):
-                return f"{name} may keep a state for the whole batch"
+                return f"{name} may keep a state for the whole batch; decode one row at a time"
     return None
 
 

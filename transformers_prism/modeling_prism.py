@@ -276,6 +276,12 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         own[self.draft_to_target.cpu()] = True
         return own
 
+    @property
+    def target_head(self) -> object:
+        """What the rows of a text are taken from; another object once the target's head has changed."""
+        borrowed = self._require_target()
+        return borrowed.head if borrowed.head_rows is None else borrowed.head_rows
+
     def _check_target(self, target, tokenizer):
         """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
         fatal, mild = self.config.target_differences(target.config, tokenizer)

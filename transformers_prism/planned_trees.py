@@ -43,8 +43,8 @@ def _rank_values() -> torch.Tensor:
 class PlannedTrees(AutoTrees):
     """Plans a tree per round, and learns from what becomes of it; the arguments are those of [`AutoTrees`]."""
 
-    def __init__(self, settings: TreeSettings, target, draft, rows):
-        super().__init__(settings, target, draft, rows)
+    def __init__(self, settings: TreeSettings, target, draft, rows, text=None):
+        super().__init__(settings, target, draft, rows, text)
         self.plan: TreeSettings | None = None  # None: the draft rests
         if self.experience.rank_values is None:
             self.experience.first_value, self.experience.rank_values = _FIRST_VALUE, _rank_values()

@@ -27,26 +27,35 @@ class Speculation:
         num_committed: tokens emitted by those rounds, after cutting at the end; the prefill's token is not counted.
         accepted_per_round: accepted draft tokens of each round, the bonus token not counted. A token at which the
             row ended counts as the bonus.
-        seconds: wall-clock seconds on the host, split into "draft", "verify", "commit" and "other". On an accelerator
-            a phase is charged for work that an earlier one queued.
+        seconds: wall-clock seconds on the host, split into "draft", "check", "verify", "commit" and "other". On an
+            accelerator a phase is charged for work that an earlier one queued.
         trees: the tree of each round, for the whole batch.
         estimates: with `tree="auto"`, what its choices rest on at the end: seconds of a round's parts, probability of
             acceptance by class of draft probability and depth; None otherwise.
         walk: where next tokens were chosen: "device", with one read per round, or "host", node by node; None if the
             draft was not used.
         declined: why the draft was not used and plain decoding ran instead; None if it was used.
+        verification: "tree", "chain", or None if the draft was not used.
+        why_no_tree: why a chain stood in for trees; None where trees were verified.
+        coupled: whether the draft saw the random numbers of sampling.
+        stopped_drafting: what a check of a target that nobody has tried found, from where on plain steps went on; None if
+            nothing was found.
     """
 
     num_rounds: list[int]
     num_committed: list[int]
     accepted_per_round: list[list[int]]
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"draft": 0.0, "verify": 0.0, "commit": 0.0, "other": 0.0}
+        default_factory=lambda: dict.fromkeys(("draft", "check", "verify", "commit", "other"), 0.0)
     )
     trees: list[RoundTree] = field(default_factory=list)
     estimates: dict | None = None
     walk: str | None = None
     declined: str | None = None
+    verification: str | None = None
+    why_no_tree: str | None = None
+    coupled: bool = False
+    stopped_drafting: str | None = None
 
     @classmethod
     def empty(cls, num_rows: int) -> "Speculation":

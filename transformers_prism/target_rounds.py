@@ -9,19 +9,30 @@ Shape letters: B rows that still decode, T prompt positions, N tree nodes, L fus
 """
 
 import inspect
+import math
 import sys
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from .attention import PRISM_TREE, attach_tree
-from .cache import AdoptedLayers, CommittedCache, is_adoptable, round_up
+from .cache import AdoptedLayers, CacheSnapshot, CommittedCache, round_up
 from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
+from .target_support import (
+    Declined,
+    inputs_of_next_step,
+    layer_windows,
+    reason_against_batch_positions,
+    reason_against_inputs,
+    rotary_switches,
+    why_no_chain,
+    why_no_tree,
+)
 from .transformers_names import (
     CACHE_NAMES,
     attention_name,
@@ -32,9 +43,8 @@ from .transformers_names import (
     prefill,
     takes_logits_to_keep,
 )
-from .tree import Tree, ancestor_mask, attention_mask, visible_keys, within_window
+from .tree import Tree, ancestor_mask, attention_mask, root_tree, visible_keys, within_window
 
-_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
@@ -109,33 +119,6 @@ def _fused(states: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([state.to(states[0].device) for state in states], dim=-1)
 
 
-def layer_windows(text_config) -> dict[str | None, int | None] | None:
-    """The sliding window (None: full attention) of each kind of layer, keyed as the target's forward takes its masks;
-    a single key None where it takes one tensor. None if a kind of layer has no tree mask.
-
-    Source: `create_masks_for_generate` of transformers, whose cases these are.
-    """
-    window = getattr(text_config, "sliding_window", None)
-    if hasattr(text_config, "layer_types"):
-        kinds = set(text_config.layer_types)
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            return None
-        return {kind: window if kind == "sliding_attention" else None for kind in kinds}
-    if window is None and getattr(text_config, "attention_chunk_size", None) is not None:
-        return None
-    return {None: window}
-
-
-def takes_tree_mask(target) -> bool:
-    """Whether the target's forward accepts a tree's mask and positions."""
-    config = target.config.get_text_config()
-    return (
-        attention_name(config) in _TREE_ATTENTION
-        and layer_windows(config) is not None
-        and "position_ids" in inspect.signature(target.forward).parameters
-    )
-
-
 def _num_learned_positions(text_config) -> int | None:
     """How many positions a target without rotary embedding has; None where any position can be computed."""
     is_rotary = getattr(text_config, "rope_parameters", None) is not None
@@ -186,8 +169,12 @@ class _Target:
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.cache = cache_of(model_kwargs)
+        self.snapshot = CacheSnapshot(self.cache)
+        self.num_cached_at_first = int(self.cache.get_seq_length())
         self.returns_cache = generation_config.return_dict_in_generate or is_callers_cache(self.cache)
-        self.adopted: AdoptedLayers | None = None
+        self.why_no_tree: str | None = None  # where a chain stands in for trees
+        self.has_given_up = False
+        self.rotary_switches = rotary_switches(target.config.get_text_config())
         self.keeps_rows = self.returns_cache  # finished rows stay in the batch
         self.model_forward = target
         self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters
@@ -211,8 +198,10 @@ class _Target:
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
         outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
-        self.prompt_hidden = _fused(self._states(outputs))
         width = int(self.cache.get_seq_length())
+        if width < input_ids.shape[1] and not self.num_cached_at_first:
+            raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
+        self.prompt_hidden = _fused(self._states(outputs))
         self.num_cached_before = width - input_ids.shape[1]  # more than 0 where only new ids were given
         mask = self.model_kwargs.get("attention_mask")
         if mask is None:
@@ -224,6 +213,10 @@ class _Target:
         self.prompt_positions = position_ids.expand(input_ids.shape[0], -1)
         self.next_position = [position + 1 for position in self.prompt_positions[:, -1].tolist()]
         num_new_tokens = self.generation_config.max_length - input_ids.shape[1]
+        if len(self.next_position) > 1:
+            reason = reason_against_batch_positions(self.rotary_switches, self.next_position, num_new_tokens)
+            if reason is not None:
+                raise Declined(reason)
         self.position_limit = [position + max(num_new_tokens - 2, 0) for position in self.next_position]
         if num_positions is not None:
             self.position_limit = [min(limit, num_positions - 1) for limit in self.position_limit]
@@ -234,6 +227,24 @@ class _Target:
     def max_nodes(self) -> int:
         """Drafted nodes that the next tree may have."""
         return sys.maxsize
+
+    @property
+    def max_depth(self) -> float:
+        """Draft steps that the next tree may have, so that its forward computes what plain decoding would."""
+        if self.has_given_up:
+            return 0
+        if len(self.next_position) > 1:
+            return math.inf  # no switch is near
+        depths = (switch.max_depth(self.next_position[0]) for switch in self.rotary_switches)
+        return min(depths, default=math.inf)
+
+    def give_up_drafting(self) -> None:
+        """Forget what was appended since the last commit; the next rounds are plain steps."""
+        self.has_given_up = True
+        self.forget_appended()
+
+    def forget_appended(self) -> None:
+        """Drop the keys and values of nodes that are not committed."""
 
     def before_prefill(self) -> None:
         """Prepare the cache."""
@@ -301,6 +312,10 @@ class _Target:
             **inputs,
         )
         return outputs.logits, self._states(outputs)
+
+    def abandon(self) -> None:
+        """Leave the cache as it was before the call."""
+        self.snapshot.restore()
 
     def _advance(self, kept: list[list[int]]) -> None:
         self.next_position = [position + len(nodes) for position, nodes in zip(self.next_position, kept, strict=True)]
@@ -375,6 +390,31 @@ class TreeTarget(_Target):
         logits, states = self._forward(tree, self._masks(tree, depths), position_ids)
         return logits[:, :num_nodes], states
 
+    def forget_appended(self) -> None:
+        """Drop the keys and values of nodes that are not committed."""
+        self.committed.forget_appended()
+
+    def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.
+
+        A single row takes the inputs of plain decoding, so that no mask of ours is part of it.
+        """
+        self.committed.close_holes()
+        state, position = vars(self.committed).copy(), list(self.next_position)
+        steps = []
+        for token in token_ids.split(1, dim=1):
+            if len(position) == 1 and self.capacity is None:
+                committed = self.committed.committed
+                mask = None if committed.all() else torch.nn.functional.pad(committed, (0, 1), value=True).long()
+                steps.append(self._forward(root_tree(token[:, 0]), mask, torch.tensor([self.next_position]))[0])
+            else:
+                steps.append(self.verify(root_tree(token[:, 0]))[0])
+            self.commit([[0]] * len(position))
+        vars(self.committed).update(state)
+        self.next_position = position
+        self.forget_appended()
+        return torch.cat(steps, dim=1)
+
     def _masks(self, tree: Tree, depths: torch.Tensor):
         committed = self.committed.committed
         parents = tree.parents.to(committed.device)
@@ -411,7 +451,7 @@ class TreeTarget(_Target):
     def finish(self, sequences: torch.LongTensor) -> None:
         """Give the cache its own layers back, holding what plain decoding would have left in them."""
         if not self.returns_cache:
-            self.adopted.put_back()
+            self.abandon()
             return
         self._even_out(sequences)
         self.adopted.put_back_with_new_states()
@@ -437,30 +477,15 @@ class TreeTarget(_Target):
             if layer.is_initialized:
                 layer.set_length(goal)
 
-    def abandon(self) -> None:
-        """Leave the cache as it was before the call."""
-        if self.adopted is not None:
-            self.adopted.put_back()
 
 
 class ChainTarget(_Target):
     """A target that verifies a chain for one row on its own cache, rolled back by `crop`."""
 
-    def before_prefill(self) -> None:
-        """Remember how long the cache was."""
-        self.length_before = int(self.cache.get_seq_length())
-
     def after_prefill(self) -> None:
-        """Let layers that forget keep enough to be rolled back.
-
-        Raises:
-            ValueError: before any token, if a layer cannot be rolled back at all.
-        """
+        """Let layers that forget keep enough to be rolled back."""
         if not self.cache.is_croppable:
-            raise ValueError(
-                f"expected a target whose cache can be rolled back, got {type(self.target).__name__} with recurrent "
-                "states; decode it without a draft"
-            )
+            raise Declined(f"{type(self.target).__name__} keeps recurrent states, which cannot be rolled back")
         self.cache.activate_past_recording()
 
     def verify(self, tree: Tree):
@@ -473,6 +498,20 @@ class ChainTarget(_Target):
         position_ids = self.next_position[0] + torch.arange(self.num_nodes)[None]
         return self._forward(tree, mask, position_ids)
 
+    def forget_appended(self) -> None:
+        """Drop the keys and values of nodes that are not committed."""
+        self.cache.crop(-self.num_nodes)
+
+    def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Logits `(1, A, V)` of single steps over tokens `(1, A)` behind what is committed, which stays as it is."""
+        steps, position = [], list(self.next_position)
+        for token in token_ids.split(1, dim=1):
+            steps.append(self.verify(root_tree(token[:, 0]))[0])
+            self._advance([[0]])
+        self.next_position = position
+        self.cache.crop(-token_ids.shape[1])
+        return torch.cat(steps, dim=1)
+
     def commit(self, kept: list[list[int]]) -> None:
         """Roll back what was not accepted; layers also forget here what they no longer need."""
         self.cache.crop(-(self.num_nodes - len(kept[0])))
@@ -483,15 +522,10 @@ class ChainTarget(_Target):
 
     def finish(self, sequences: torch.LongTensor) -> None:
         """Let the cache forget again as plain decoding does."""
+        recorded = {id(layer) for layer, state in zip(self.snapshot.layers, self.snapshot.states, strict=True) if state.get("record_past")}
         for layer in self.cache.layers:
-            layer.record_past = False
-
-    def abandon(self) -> None:
-        """Roll the cache back to what it held before the call."""
-        num_new = int(self.cache.get_seq_length()) - self.length_before
-        if num_new > 0 and self.cache.is_croppable:
-            self.cache.activate_past_recording()
-            self.cache.crop(-num_new)
+            if hasattr(layer, "record_past"):
+                layer.record_past = id(layer) in recorded
 
 
 def _padded(tree: Tree, num_nodes: int) -> Tree:
@@ -505,18 +539,26 @@ def _padded(tree: Tree, num_nodes: int) -> Tree:
     )
 
 
-def chain_cache_is_served(cache, num_rows: int) -> bool:
-    """Whether [`ChainTarget`] can serve this cache: one row, kept in memory, and every layer can be rolled back, which
-    some layers only tell once they hold something."""
-    is_plain = num_rows == 1 and type(cache) is DynamicCache and not cache.offloading
-    return is_plain and (cache.is_croppable or cache.get_seq_length() == 0)
+def make_target(target, layer_ids, generation_config, model_kwargs, input_ids):
+    """The way to verify drafts with this target and cache: trees if it can be, else a chain.
 
-
-def make_target(target, layer_ids, generation_config, model_kwargs, num_rows: int):
-    """The road that can decode this target and cache, or None if neither can."""
+    Raises:
+        Declined: if it can be neither, with the reason.
+    """
     cache = cache_of(model_kwargs)
-    if is_adoptable(cache) and takes_tree_mask(target):
-        return TreeTarget(target, layer_ids, generation_config, model_kwargs, num_rows)
-    if chain_cache_is_served(cache, num_rows):
-        return ChainTarget(target, layer_ids, generation_config, model_kwargs)
-    return None
+    inputs = inputs_of_next_step(target, input_ids, model_kwargs)
+    reason = reason_against_inputs(inputs)
+    if reason is not None:
+        raise Declined(reason)
+    why_chain = why_no_tree(target, cache, inputs)
+    arguments = (target, layer_ids, generation_config, model_kwargs)
+    if why_chain is None:
+        return TreeTarget(*arguments, input_ids.shape[0])
+    reason = why_no_chain(cache, input_ids.shape[0])
+    if reason is not None:
+        raise Declined(f"{why_chain}, and {reason}")
+    chain = ChainTarget(*arguments)
+    chain.why_no_tree = why_chain
+    if inputs is not None and inputs.get("position_ids") is None:
+        chain.takes_position_ids = False
+    return chain

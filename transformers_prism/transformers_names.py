@@ -7,6 +7,7 @@ field), never a version number: 5.23 calls the cache of keys and values `past_ke
 import functools
 import inspect
 from contextlib import AbstractContextManager
+from typing import Any
 
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -44,7 +45,7 @@ def cache_argument(model, cache) -> dict:
     return {cache_keyword(type(model).forward): cache}
 
 
-def cache_of(arguments) -> object | None:
+def cache_of(arguments) -> Any:
     """The cache among keyword arguments of generate() or in an output of a model; None without one."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 

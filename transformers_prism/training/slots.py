@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_prism.attention import lent_sdpa
-from transformers_prism.target_rounds import layer_windows, takes_tree_mask
+from transformers_prism.target_support import layer_windows, takes_tree_mask
 from transformers_prism.transformers_names import attention_name, cache_argument
 from transformers_prism.tree import attention_mask
 
