@@ -27,6 +27,7 @@ def newer(monkeypatch):
     """A release that nobody has seen."""
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     monkeypatch.setattr(tried_releases, "_told", set())
+    return monkeypatch
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_a_declined_call_tells_once(pair, newer):
     """For each release that a process meets; on a tried one nothing."""
     assert len(told_in(lambda: generate(*pair, **DECLINED))) == 1
     assert told_in(lambda: generate(*pair, **DECLINED)) == []
-    transformers.__version__ = NEWEST
+    newer.setattr(transformers, "__version__", NEWEST)
     assert told_in(lambda: generate(*pair, **DECLINED)) == []
 
 
@@ -145,6 +146,31 @@ def test_a_draft_that_does_not_load_tells(pair, newer, monkeypatch, tmp_path):
             modeling_prism.PrismDraftModel.from_pretrained(tmp_path)
 
     assert len(told_in(call)) == 1
+
+
+GONE = """
+import warnings
+import transformers.processing_utils
+import transformers, transformers.generation
+transformers.__version__ = "5.99.0"
+transformers.generation._class_to_module.pop("GenerateDecoderOnlyOutput")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        import transformers_prism
+    except ImportError as error:
+        print([str(error), [str(one.message) for one in caught if "tried" in str(one.message)]])
+"""
+
+
+def test_a_name_that_is_gone_tells():
+    """When the code is imported, before anything was drafted."""
+    command = [sys.executable, "-c", GONE]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    error, messages = ast.literal_eval(result.stdout)
+    assert "GenerateDecoderOnlyOutput" in error
+    assert len(messages) == 1
 
 
 PUBLISHED = """

@@ -8,9 +8,13 @@ import functools
 import inspect
 from contextlib import AbstractContextManager
 
-from transformers import GenerationMixin
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.models.llama.modeling_llama import LlamaAttention
+from .tried_releases import errors_tell_of_untried_release
+
+# A name that a newer release no longer has.
+with errors_tell_of_untried_release():
+    from transformers import GenerationMixin
+    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
 # What modules, outputs and generate() have called the cache, the newest name first.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")

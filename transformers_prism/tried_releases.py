@@ -4,12 +4,11 @@ A draft's repository carries this code, and no release of the package reaches it
 a release is newer than it is.
 """
 
+import importlib
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import transformers
 
 # The oldest and the newest: the tests passed on both.
 TRIED_TRANSFORMERS = ("5.23.0", "5.24.0")
@@ -17,9 +16,15 @@ TRIED_TRANSFORMERS = ("5.23.0", "5.24.0")
 _told: set[str] = set()
 
 
+def this_release() -> str:
+    """The release of transformers that runs."""
+    # Looked up anew: transformers puts another module in its own place while it is imported.
+    return importlib.import_module("transformers").__version__
+
+
 def untried_release() -> str | None:
     """What to know, and to do, on a release of transformers that this code was not tried with; None on one that it was."""
-    version = transformers.__version__
+    version = this_release()
     oldest, newest = TRIED_TRANSFORMERS
     if _numbers(oldest) <= _numbers(version) <= _numbers(newest):
         return None
@@ -38,8 +43,8 @@ def untried_release() -> str | None:
 def warn_of_untried_release(stacklevel: int = 2) -> None:
     """Say so in a warning, once in a process for each release."""
     message = untried_release()
-    if message is not None and transformers.__version__ not in _told:
-        _told.add(transformers.__version__)
+    if message is not None and this_release() not in _told:
+        _told.add(this_release())
         warnings.warn(message, stacklevel=stacklevel + 1)
 
 
