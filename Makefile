@@ -45,7 +45,7 @@ $(OLDEST_INSTALLED): $(INSTALLED)
 	rm -rf .venv-oldest
 	$(BIN)/python -m venv .venv-oldest
 	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==$(OLDEST_TRANSFORMERS)
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(OLDEST)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
 	test "$$($(OLDEST)/python -c 'import transformers; print(transformers.__version__)')" = $(OLDEST_TRANSFORMERS)
 	touch $(OLDEST_INSTALLED)
