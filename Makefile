@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each makes .venv first and installs what it needs, once.
+# make demo | make test | make test-oldest | make lint: each makes .venv first and installs what it needs, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -8,13 +8,23 @@ PYTEST_PROCESSES ?= 2
 # A process that has nothing left takes tests over from one that is held up, as by kernels that are compiled anew.
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal
 
-.PHONY: demo test lint quick
+# The oldest release of transformers that pyproject.toml allows, in an environment that has all else from .venv.
+OLDEST_TRANSFORMERS := 5.23.0
+OLDEST := .venv-oldest/bin
+OLDEST_INSTALLED := .venv-oldest/.installed
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_rounds transformers_names hub renewal published_set reference)
+
+.PHONY: demo test test-oldest lint quick
 
 demo: $(INSTALLED)
 	$(BIN)/transformers-prism demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTEST)
+
+# What differs between releases: losslessness, caches, loading and saving, and the reference vectors.
+test-oldest: $(OLDEST_INSTALLED)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal $(OLDEST_TESTS)
 
 quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTEST) -m quick
@@ -29,3 +39,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
 	touch $(INSTALLED)
+
+# The second environment sees what is installed in the first, but for its own transformers: nothing is fetched twice.
+$(OLDEST_INSTALLED): $(INSTALLED)
+	rm -rf .venv-oldest
+	$(BIN)/python -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==$(OLDEST_TRANSFORMERS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(OLDEST)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
+	test "$$($(OLDEST)/python -c 'import transformers; print(transformers.__version__)')" = $(OLDEST_TRANSFORMERS)
+	touch $(OLDEST_INSTALLED)

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils.import_utils import split_package_version
 
 import transformers_prism
 from transformers_prism.publishing import published_code, published_files, published_name, weights_sha256
@@ -269,3 +271,12 @@ def test_with_the_package_its_own_classes_win(saved):
     for trust in (None, False, True):
         draft = AutoModel.from_pretrained(saved[0], trust_remote_code=trust)
         assert type(draft) is transformers_prism.PrismDraftModel
+
+
+def test_requirements_of_custom_generate_are_the_packages():
+    """One comparison a line: transformers reads no more of a line, and would take what was never tried."""
+    project = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    lines = (PACKAGE / "custom_generate" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for name in ("torch", "transformers"):
+        (bounds,) = re.findall(rf'^    "{name}([^"]+)",$', project, flags=re.MULTILINE)
+        assert [line for line in lines if split_package_version(line)[0] == name] == [name + one for one in bounds.split(",")]

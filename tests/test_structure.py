@@ -15,12 +15,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Files at the root of the package, and the files of ours that each may import. Those not named import nothing of ours.
 # A name that ends in a dot stands for a whole folder.
 ALLOWED = {
-    "__init__": {"configuration_prism", "cpu", "generation", "modeling_prism"},
+    "__init__": {"configuration_prism", "cpu", "generation", "modeling_prism", "tried_releases"},
     "modeling_prism": {
         *("configuration_prism", "cpu", "generation", "drafting", "speculation", "tree_policy"),
-        *("borrowed_layers", "processing_module", "publishing", "transformers_names"),
+        *("borrowed_layers", "processing_module", "publishing", "transformers_names", "tried_releases"),
         "kernels.",
     },
+    "transformers_names": {"tried_releases"},
     "borrowed_layers": {"cpu"},
     "configuration_prism": {"transformers_names"},
     "processing_module": {"configuration_prism", "transformers_names"},

@@ -6,8 +6,11 @@ from .configuration_prism import PrismConfig
 from .cpu import prepare_for_cpu
 from .generation import install, uninstall
 from .modeling_prism import PrismDraftModel
+from .tried_releases import warn_of_untried_release
 
 __version__ = "0.1.0"
+
+warn_of_untried_release()
 
 AutoConfig.register("prism", PrismConfig, exist_ok=True)
 AutoModel.register(PrismConfig, PrismDraftModel, exist_ok=True)

@@ -331,25 +331,56 @@ def inspect(
 
 @app.command()
 def push(
-    folder: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub.")],
-    repository: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],
+    folder: Annotated[
+        str, typer.Argument(help="The draft's folder, or its name on the Hub; with --code-only user/name alone.")
+    ],
+    repository: Annotated[
+        str | None, typer.Argument(help="user/name on the Hub; made if it is not there.", show_default=False)
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is made: for yourself.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there.", show_default=False)] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload draft",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch; made if it is not there, unless --code-only.", show_default=False)
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option(help="Of the commit; 'Upload draft' or 'Renew code' if absent.", show_default=False)
+    ] = None,
+    code_only: Annotated[
+        bool, typer.Option("--code-only", help="Renew the code of a draft that is on the Hub; all else there stays.")
+    ] = False,
 ):
-    """Push a draft to the Hub: weights, code, card, metrics and licence, in one commit.
+    """Push a draft to the Hub: weights, code, card, metrics and licence, in one commit; or renew the code alone.
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
     from transformers.utils import logging
 
-    from transformers_prism.modeling_prism import PrismDraftModel
-
     logging.disable_progress_bar()
     with user_errors():
-        draft = PrismDraftModel.from_pretrained(folder)
-        commit = draft.push_to_hub(repository, private=private, revision=revision, commit_message=message)
-    typer.echo(f"pushed {repository}, revision {commit.oid}")
+        if code_only:
+            if repository is not None or private:
+                raise ValueError("--code-only: expected the name of one draft on the Hub, got another name or --private")
+            typer.echo(_renew_code(folder, revision, message or "Renew code"))
+        elif repository is None:
+            raise ValueError("expected a draft and the repository to push it to, user/name, got only the draft")
+        else:
+            typer.echo(_push_draft(folder, repository, private, revision, message or "Upload draft"))
+
+
+def _push_draft(folder: str, repository: str, private: bool, revision: str | None, message: str) -> str:
+    from transformers_prism.modeling_prism import PrismDraftModel
+
+    draft = PrismDraftModel.from_pretrained(folder)
+    commit = draft.push_to_hub(repository, private=private, revision=revision, commit_message=message)
+    return f"pushed {repository}, revision {commit.oid}"
+
+
+def _renew_code(repository: str, revision: str | None, message: str) -> str:
+    from transformers_prism.hub.renewal import renew_code
+
+    commit, is_new = renew_code(repository, revision=revision, message=message)
+    if is_new:
+        return f"renewed the code of {repository}, revision {commit.oid}"
+    return f"the code of {repository} is this package's already, revision {commit.oid}"
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
 from .processing_module import PrismProcessingModule
 from .publishing import AUTO_MAP, shard_names, upload, write_published_files
+from .speculation import Speculation
 from .transformers_names import CACHE_KEYWORD, CACHE_NAMES, cache_of, is_made_up, mark_as_own, name_of, revision_of
 from .tree_policy import default_tree_settings
+from .tried_releases import errors_tell_of_untried_release, warn_of_untried_release
 
 # Of from_pretrained(): where on the Hub, and how.
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -91,7 +93,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         draft_to_target = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_to_target", draft_to_target)
         self.generation_config = self._default_generation_config()
-        self.last_speculation = None
+        self.last_speculation: Speculation | None = None
         self._borrowed: BorrowedLayers | None = None
         self.post_init()
         install()
@@ -119,7 +121,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             shard_names(index)
         # Sizes are compared here, so that the error itself names them.
         ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        draft, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        with errors_tell_of_untried_release():
+            draft, info = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
         wrong += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
         if not ignores_sizes:
@@ -527,7 +532,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def assist(self, target: PreTrainedModel, *args, **kwargs):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""
-        return speculative_generate(target, self, *args, **kwargs)
+        with errors_tell_of_untried_release():
+            output = speculative_generate(target, self, *args, **kwargs)
+        if self.last_speculation.declined is not None:
+            warn_of_untried_release(stacklevel=3)
+        return output
 
     def generate(self, *args, **kwargs):
         """A draft does not generate by itself.

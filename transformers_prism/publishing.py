@@ -31,11 +31,11 @@ AUTO_MAP = {
     "AutoModel": "modeling_prism.PrismDraftModel",
     "AutoModelForCausalLM": "modeling_prism.PrismDraftModel",
 }
-CARD, METRICS, TRAINING, ABOUT = "README.md", "metrics.json", "training.json", "about.json"
+CARD, METRICS, TRAINING, ABOUT, LICENSE = "README.md", "metrics.json", "training.json", "about.json", "LICENSE"
 DRAFT_VOCABULARY = "draft_to_target"  # a draft's list of token ids, the only one of its tensors that is no weight
 PLOT, CURVES = "conditional_acceptance.png", "curves.png"
 # Not reached by imports: they travel from the package, or from where a draft was loaded.
-_PACKAGE_FILES = ("LICENSE", "custom_generate/generate.py", "custom_generate/requirements.txt")
+_PACKAGE_FILES = (LICENSE, "custom_generate/generate.py", "custom_generate/requirements.txt")
 # They describe certain weights.
 _WEIGHT_FILES = (CARD, METRICS, TRAINING, PLOT, CURVES)
 TOKENIZER_FILES = (
@@ -76,6 +76,16 @@ def published_code(path: Path) -> str:
         return f"{line[1]}{folders}{line[2].replace('.', '_')}{line[3]}"
 
     return _RELATIVE_IMPORT.sub(flattened, path.read_text(encoding="utf-8"))
+
+
+def code_files() -> dict[str, bytes]:
+    """What a draft's repository holds of code and its requirements, by name: only the package has all of it.
+
+    Raises:
+        OSError: if this is the copy of the code that a draft carries.
+    """
+    files = {published_name(path): published_code(path).encode() for path in published_files()}
+    return files | {name: (Path(__file__).parent / name).read_bytes() for name in _PACKAGE_FILES if name != LICENSE}
 
 
 def write_published_files(folder: str | Path, loaded_from: str, revision: str | None, target_name: str | None) -> None:
@@ -136,7 +146,7 @@ def _describe(folder: Path, loaded_from: str, revision: str | None) -> list[str]
 def _package_file(name: str) -> Path | None:
     """A file of the package, whose licence lies one folder up in a clone."""
     candidates = [Path(__file__).parent / name]
-    if name == "LICENSE" and (Path(__file__).parent / "hub").is_dir():
+    if name == LICENSE and (Path(__file__).parent / "hub").is_dir():
         candidates.append(Path(__file__).parents[1] / name)
     return next((path for path in candidates if path.is_file()), None)
 

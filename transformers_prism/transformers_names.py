@@ -9,9 +9,13 @@ import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
-from transformers import GenerationMixin
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.models.llama.modeling_llama import LlamaAttention
+from .tried_releases import errors_tell_of_untried_release
+
+# A name that a newer release no longer has.
+with errors_tell_of_untried_release():
+    from transformers import GenerationMixin
+    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
 # What modules, outputs and generate() have called the cache, the newest name first.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")

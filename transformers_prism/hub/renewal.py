@@ -1,0 +1,88 @@
+"""Renews the code of a draft on the Hub: no release of this package reaches the code that a repository carries."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import StrictDataclassError
+
+from transformers_prism.configuration_prism import PrismConfig
+from transformers_prism.publishing import AUTO_MAP, code_files
+
+CONFIG = "config.json"
+# Code of an earlier release that a later one may no longer have. What lies in other folders is not ours.
+_CODE = ("*.py", "custom_generate/*")
+
+
+def renew_code(
+    repo_id: str, token: bool | str | None = None, revision: str | None = None, message: str = "Renew code"
+) -> tuple[CommitInfo, bool]:
+    """Give a draft on the Hub the code of this package, in one commit; weights, card, metrics and trees stay as they are.
+
+    Of the configuration nothing changes but `auto_map`, and that only where it does not name this code. Nothing but
+    the configuration is downloaded.
+
+    Args:
+        repo_id (`str`): "user/name".
+        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
+        revision (`str`, *optional*): branch of the repository.
+        message (`str`): of the commit.
+    Returns:
+        `tuple`: the commit, and whether it is a new one; else the repository has this code already.
+    Raises:
+        OSError: if the Hub refuses or has no such repository or branch, which then holds what it held before.
+        ValueError: if the repository is no PRISM draft, or one that this package cannot read.
+    """
+    api = HfApi(token=token)
+    info = api.repo_info(repo_id, revision=revision)
+    there = {file.rfilename for file in info.siblings}
+    files = code_files()
+    config = _config_with_auto_map(api, repo_id, info.sha, there)
+    if config is not None:
+        files[CONFIG] = config
+    left_over = [name for name in sorted(there - files.keys()) if _is_code(name)]
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    # The Hub refuses a commit on top of another one than was looked at.
+    commit = api.create_commit(
+        repo_id,
+        [*operations, *map(CommitOperationDelete, left_over)],
+        commit_message=message,
+        revision=revision,
+        parent_commit=info.sha,
+    )
+    return commit, commit.oid != info.sha
+
+
+def _is_code(name: str) -> bool:
+    """Whether a file of a repository is code that only a draft's own code puts there."""
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _CODE)
+
+
+def _config_with_auto_map(api: HfApi, repo_id: str, commit: str, there: set[str]) -> bytes | None:
+    """The configuration with an `auto_map` that names this code; None where it does.
+
+    Raises:
+        ValueError: if it is not that of a PRISM draft, or this package cannot read it.
+    """
+    if CONFIG not in there:
+        raise ValueError(f"{repo_id}: expected a PRISM draft, got a repository without {CONFIG}")
+    try:
+        content = json.loads(Path(api.hf_hub_download(repo_id, CONFIG, revision=commit)).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{repo_id}: expected JSON in {CONFIG}, got {error}") from error
+    kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
+    if kind != PrismConfig.model_type:
+        raise ValueError(f"{repo_id}: expected a draft of model type {PrismConfig.model_type!r}, got {kind!r}")
+    try:
+        PrismConfig.from_dict(dict(content))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{repo_id}: this package cannot read its {CONFIG}: {' '.join(str(error).split())}") from error
+    auto_map = {**(content.get("auto_map") or {}), **AUTO_MAP}
+    if content.get("auto_map") == auto_map:
+        return None
+    # As transformers writes it, so that no other line changes.
+    return (json.dumps({**content, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n").encode()
+
+
+__all__ = ["renew_code"]
