@@ -1,8 +1,11 @@
 """A draft that sees the random numbers of sampling: it guesses better, and what is emitted does not change."""
 
+import random
+from functools import partial
+
 import pytest
 import torch
-from tiny_models import PAD_ID, generate_twice, prompts, tiny_draft, tiny_target
+from tiny_models import PAD_ID, generate_twice, prompts, scripted_draft, tiny_draft, tiny_target, varied_target
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -16,8 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from transformers_prism import drafting
+from transformers_prism import drafting, generation, verification
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.sampling_noise import MAX_NOISE_BYTES, StepNoise
 from transformers_prism.verification import OutputRows
 
 VOCABULARY = 50
@@ -129,8 +133,6 @@ def test_text_is_the_same_and_more_of_it_is_foreseen(even_pair, tree, num_rows):
 
 def test_planned_and_automatic_trees_see_them_too(even_pair, monkeypatch, cheap_rounds):
     """Trees of the round's own choice, as on a CPU and as on an accelerator."""
-    from transformers_prism import generation
-
     target, draft = even_pair
     input_ids = prompts(1)[0] % VOCABULARY
     arguments = {"do_sample": True, "max_new_tokens": 80, "pad_token_id": PAD_ID}
@@ -175,3 +177,88 @@ def test_draft_tokens_compete_beyond_the_proposals(even_pair, monkeypatch, num_c
     assert torch.equal(plain, speculative)
     assert same_state
     assert asked == {expected}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("max_bytes", [0, 7 * 4 * 4 * VOCABULARY, MAX_NOISE_BYTES])
+def test_noise_is_what_was_drawn_however_far_rows_are_apart(max_bytes):
+    """One row far ahead, one far behind, two in between that meet; one ends; a window of no more than it may take."""
+    shape, generator = (4, VOCABULARY), random.Random(0)
+    torch.manual_seed(3)
+    drawn = [torch.empty(shape).exponential_(1) for _ in range(400)]
+    end_state = torch.get_rng_state()
+    torch.manual_seed(3)
+    noise, steps = StepNoise(torch.device("cpu"), max_bytes), [0, 0, 0, 0]
+    rates, num_draws = [9, 1, 4, 3], []
+    original = noise._draw
+    noise._draw = lambda *args: num_draws.append(1) or original(*args)
+    while steps[0] < 380:
+        going = [row for row in range(4) if row != 2 or steps[2] < 100]
+        ends = {row: steps[row] + 6 for row in going}
+        held = noise.fill(ends, shape)
+        for row in going:
+            for step in range(steps[row], ends[row]):
+                assert torch.equal(held[step - noise.starts[row], row], drawn[step][row])
+                assert torch.equal(noise.of_step(row, step, shape), drawn[step][row])
+            steps[row] += generator.randint(1, rates[row])
+            if row == 3:
+                steps[3] = max(steps[3], steps[1])
+        noise.forget_before([step if row in going else None for row, step in enumerate(steps)])
+        assert held.numel() * 4 <= max(max_bytes, 6 * 4 * 4 * VOCABULARY)
+    assert min(noise.states) == min(steps[1], steps[3])
+    assert (len(num_draws) > noise.num_drawn) == (max_bytes < MAX_NOISE_BYTES), "expected draws that are made again"
+    while noise.num_drawn < 400:
+        noise.of_step(0, noise.num_drawn, shape)
+    noise.rewind_to(400)
+    assert torch.equal(torch.get_rng_state(), end_state)
+    torch.manual_seed(3)
+    for _ in range(370):
+        torch.empty(shape).exponential_(1)
+    expected = torch.get_rng_state()
+    noise.rewind_to(370)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("walk", "is_coupled", "settings"),
+    [
+        *[("host", False, {}), ("host", True, {}), ("host", True, {"repetition_penalty": 1.2})],
+        *[("device", False, {}), ("device", True, {})],
+    ],
+)
+def test_rows_far_apart_are_plain_samplings_with_a_small_buffer(walk, is_coupled, settings, monkeypatch):
+    """A row whose tokens are all foreseen beside rows that draft nothing right; text and generator stay plain's."""
+    input_ids = prompts(1)[0].repeat(3, 1)
+    input_ids[:, 3] += torch.arange(3)
+    arguments = {"do_sample": True, "max_new_tokens": 90, "pad_token_id": PAD_ID, **settings}
+    target = varied_target("llama", input_ids, max_new_tokens=90, pad_token_id=PAD_ID)
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, **arguments)
+    lead, windows = [], []
+    make_room = StepNoise._make_room
+    monkeypatch.setattr(
+        StepNoise, "_make_room", lambda noise, *args: make_room(noise, *args) or windows.append(len(noise.buffer))
+    )
+    forget = OutputRows.forget_passed_noise
+    monkeypatch.setattr(
+        OutputRows,
+        "forget_passed_noise",
+        lambda rows, active: lead.append(max(rows.lengths) - min(rows.lengths)) or forget(rows, active),
+    )
+    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
+    monkeypatch.setattr(verification, "StepNoise", partial(StepNoise, max_bytes=0))
+    draft = scripted_draft(target, plain, input_ids.shape[1], tree_coupled=is_coupled)
+    for row in (1, 2):
+        draft.script[row] = [(token + 1) % 97 for token in draft.script[row]]
+    draft.is_strict = False
+    torch.manual_seed(5)
+    output = target.generate(input_ids, assistant_model=draft, **arguments)
+    state = torch.get_rng_state()
+    assert torch.equal(output, plain)
+    torch.manual_seed(5)
+    target.generate(input_ids, **arguments)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draft.last_speculation.walk == walk
+    assert max(lead) > 30
+    assert max(windows) <= 5

@@ -125,7 +125,7 @@ def test_noise_is_freed_once_every_row_has_passed():
     rows.forget_passed_noise([0, 1])
     for _ in range(500):
         for row in (0, 1):
-            rows.noise.of_step(rows.lengths[row] - 3, (2, V))
+            rows.noise.of_step(row, rows.lengths[row] - 3, (2, V))
             rows.lengths[row] += 1
         rows.max_length += 1
         rows.forget_passed_noise([0, 1])

@@ -81,11 +81,20 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
     """
     weight, bias = head.weight, getattr(head, "bias", None)
     token_ids = token_ids.to(weight.device)
-    rows = nn.Linear(weight.shape[1], len(token_ids), bias=bias is not None, device="meta")
-    rows.weight = nn.Parameter(weight.detach()[token_ids], requires_grad=False)
-    if bias is not None:
-        rows.bias = nn.Parameter(bias.detach()[token_ids], requires_grad=False)
-    return rows if kind is None else pack(rows, kind)
+    # Rows that are gathered in inference mode serve training later on.
+    with torch.inference_mode(False):
+        rows = nn.Linear(weight.shape[1], len(token_ids), bias=bias is not None, device="meta")
+        rows.weight = nn.Parameter(weight.detach()[token_ids], requires_grad=False)
+        if bias is not None:
+            rows.bias = nn.Parameter(bias.detach()[token_ids], requires_grad=False)
+        return rows if kind is None else pack(rows, kind)
+
+
+def has_rows_of(rows: nn.Linear, head: nn.Linear, token_ids: torch.Tensor) -> bool:
+    """Whether a layer that [`rows_of_head`] made of these tokens still holds what the head does; waits for the device."""
+    token_ids, bias = token_ids.to(head.weight.device), getattr(head, "bias", None)
+    is_same = torch.equal(rows.weight, head.weight.detach()[token_ids])
+    return is_same and (bias is None or torch.equal(rows.bias, bias.detach()[token_ids]))
 
 
 def tokens_outside(text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int) -> torch.Tensor:

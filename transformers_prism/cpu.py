@@ -10,16 +10,25 @@ were packed.
 
 A draft step waits for memory as a plain step does, and what a draft proposes never changes the output: a draft's weights
 are packed in float16, half of the bytes.
+
+A packed copy must not outlive the weight that it was made of, and not every write to a weight raises its version
+(`weight.data += delta`, as adapters are merged; numpy; shared memory). So each copy comes with a few of the weight's
+values, compared in every product, which a write to the whole weight changes, and with sums over all of it, compared
+before a sequence begins, which take half the time of a plain step or a little more.
 """
 
+import contextlib
 import sys
+import threading
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 # The default product re-packs the weight from four rows on, or from two.
 _MOST_UNPACKED_ROWS = 3
@@ -29,13 +38,72 @@ _MANY_ROWS = 128
 # cache of a core holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
 _NUM_REPEATS = 5
+# Values of a weight that every product compares, and weights that are summed at a time, which a core's cache holds.
+_NUM_SAMPLES, _SUMMED_WEIGHTS = 16, 2**18
+# A prepared model that has not run for so many seconds, or for so many times what a check takes, is checked again.
+_IDLE_SECONDS, _IDLE_CHECKS = 1.0, 10
+# What a model's own kind of cache is called in a forward.
+_CACHE_NAMES = ("past_key_values", "cache", "cache_params", "state")
+_trust = threading.local()
+
+
+def weight_version(weight: torch.Tensor) -> int | None:
+    """How often a tensor was written to, as far as torch counts; None for tensors of inference mode, which do not."""
+    return None if weight.is_inference() else weight._version
+
+
+class _Packed(NamedTuple):
+    """A packed copy, and what tells that its weight is another by now."""
+
+    copy: Any
+    pointer: int
+    version: int | None
+    sampled: memoryview  # some of the weight's values, as they are
+    samples: memoryview  # and as they were
+    sums: tuple[torch.Tensor, torch.Tensor]
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether it was made of this weight, and no write to it is known or shows in the samples."""
+        is_known = weight.data_ptr() == self.pointer and weight_version(weight) == self.version
+        return is_known and self.sampled == self.samples
+
+    def has_sums_of(self, weight: torch.Tensor) -> bool:
+        """Whether the whole weight still is what was packed."""
+        return all(map(torch.equal, self.sums, _sums(weight)))
+
+
+def _sampled(weight: torch.Tensor) -> memoryview:
+    """Bits of values along a diagonal of a weight, where they lie."""
+    num_rows, num_columns = weight.shape
+    count = min(_NUM_SAMPLES, max(num_rows, num_columns))
+    step = num_rows // count * weight.stride(0) + num_columns // count * weight.stride(1)
+    return memoryview(weight.detach().view(torch.int32).as_strided((count,), (step,)).numpy())
+
+
+@torch.no_grad()
+def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of a weight's bits, as integers that wrap around, along each row and each column.
+
+    A change of one value, of one row, of all values and most others change them; to move values about changes them.
+    """
+    bits = weight.detach().contiguous()
+    if weight.shape[1] % 2 and weight.shape[0] % 2 == 0:
+        bits = bits.view(weight.shape[0] // 2, -1)
+    # Two values at a time: torch adds integers of 32 bits 30 times more slowly.
+    bits = bits.view(torch.int32 if bits.shape[1] % 2 else torch.int64)
+    of_rows, of_columns = [], torch.zeros(bits.shape[1], dtype=torch.int64)
+    for part in bits.split(max(_SUMMED_WEIGHTS // max(weight.shape[1], 1), 1)):
+        of_rows.append(part.sum(dim=1))
+        of_columns = of_columns + part.sum(dim=0)
+    return torch.cat(of_rows), of_columns
 
 
 class PackedLinear(nn.Linear):
     """An `nn.Linear` with a packed copy of its weight; it becomes one, and an `nn.Linear` again, by its class alone.
 
     The packed copy is used in forwards without gradients on float32 inputs of `packed_from` to `packed_to` rows, and made
-    anew when the weight was written to; everything else takes the default product.
+    anew when the weight was written to, as far as that is noticed (see [`prepare_for_cpu`]); everything else takes the
+    default product.
     """
 
     BYTES_PER_WEIGHT = 4
@@ -57,18 +125,37 @@ class PackedLinear(nn.Linear):
 
     def packed_weight(self):
         """The packed copy, an opaque object."""
-        version = (self.weight.data_ptr(), self.weight._version)
-        if self.__dict__.get("_packed_version") != version:
-            self.__dict__.update(_packed=self._pack(), _packed_version=version)
-        return self.__dict__["_packed"]
+        packed, weight = self.__dict__.get("_packed"), self.weight
+        if packed is None or not packed.is_of(weight):
+            packed = self._pack_again()
+        return packed.copy
 
-    def _pack(self):
+    def refresh(self) -> bool:
+        """Compare the whole weight with its packed copy, and pack it again if it is another; returns whether it was."""
+        packed, weight = self.__dict__.get("_packed"), self.weight
+        if packed is None or not _can_be_packed(weight) or (packed.is_of(weight) and packed.has_sums_of(weight)):
+            return False
+        self._pack_again()
+        return True
+
+    def _pack_again(self) -> _Packed:
+        # What is made in inference mode could not be used outside.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self.weight.detach()
+            sampled = _sampled(weight)
+            # Noted before the copy is made: a write in between is then found later.
+            known = (weight.data_ptr(), weight_version(self.weight), sampled, memoryview(bytes(sampled)).cast("i"), _sums(weight))
+            # Other threads go on with the old copy until the new one takes its place, all of it at once.
+            packed = self.__dict__["_packed"] = _Packed(self._pack(weight), *known)
+        return packed
+
+    def _pack(self, weight: torch.Tensor):
         # No fixed number of rows: 1 to 32 and a whole prompt all go through one copy.
-        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def __getstate__(self):
         """Copies and pickles leave the packed weight behind and make their own."""
-        return {name: value for name, value in super().__getstate__().items() if name not in ("_packed", "_packed_version")}
+        return {name: value for name, value in super().__getstate__().items() if name != "_packed"}
 
 
 class HalfLinear(PackedLinear):
@@ -78,13 +165,80 @@ class HalfLinear(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight.T + bias`, with a weight of 11 significant bits."""
-        if not self.takes(input) or input.numel() == 0:
+        packed = self.packed_weight() if self.takes(input) and input.numel() else None
+        if packed is None:
             return nn.Linear.forward(self, input)
-        return torch.ops.quantized.linear_dynamic_fp16(input, self.packed_weight())
+        output = torch.ops.quantized.linear_dynamic_fp16(input, packed)
+        return output if self.bias is None else output.add_(self.bias)
 
-    def _pack(self):
-        bias = None if self.bias is None else self.bias.detach()
-        return torch.ops.quantized.linear_prepack_fp16(self.weight.detach(), bias)
+    def _pack(self, weight: torch.Tensor):
+        # Without the bias, which may be written to. None where float16 would cut a weight off.
+        return torch.ops.quantized.linear_prepack_fp16(weight, None) if _fits_half(weight) else None
+
+
+class WeightCheck:
+    """A forward pre-hook of a prepared model: packs again what was written to, before a sequence begins.
+
+    Args:
+        linears (`list[PackedLinear]`): the model's.
+    """
+
+    def __init__(self, linears: list[PackedLinear]):
+        self.linears = linears
+        self.last_call = self.seconds = 0.0
+        # With it a copy or a pickle of the model keeps its hook.
+        self.handle: Any = None
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Check all weights if no or an empty cache is given, or the model has been idle."""
+        # The copies serve forwards without gradients only.
+        if torch.is_grad_enabled() or getattr(_trust, "depth", 0):
+            return
+        now = time.monotonic()
+        idle_seconds, self.last_call = now - self.last_call, now
+        if idle_seconds > max(_IDLE_SECONDS, _IDLE_CHECKS * self.seconds) or _begins_sequence(args, kwargs):
+            self.refresh()
+
+    def refresh(self) -> int:
+        """Check all weights now; returns how many were packed again."""
+        start = time.monotonic()
+        num_packed = sum(linear.refresh() for linear in self.linears)
+        self.seconds = time.monotonic() - start
+        return num_packed
+
+
+def _begins_sequence(args: tuple, kwargs: dict) -> bool:
+    """Whether a forward with these arguments has no past."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return _is_empty(value)
+    return all(kwargs.get(name) is None for name in _CACHE_NAMES)
+
+
+def _is_empty(cache: Cache) -> bool:
+    try:
+        return int(cache.get_seq_length()) == 0
+    except ValueError:  # raised for caches of recurrent states alone
+        return not cache.has_previous_state()
+
+
+def refresh_packed_weights(*models: nn.Module) -> int:
+    """Check all packed weights of these models now, as [`PreparedModels.refresh`] does; returns how many were packed again.
+
+    A model that was not prepared has none. It takes about as long as half a plain step of a target.
+    """
+    linears = {id(module): module for model in models for module in model.modules() if isinstance(module, PackedLinear)}
+    return sum(linear.refresh() for linear in linears.values())
+
+
+@contextlib.contextmanager
+def trusting_packed_weights() -> Iterator[None]:
+    """No checks of whole weights before forwards of this thread, for whoever measures their time."""
+    _trust.depth = getattr(_trust, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _trust.depth -= 1
 
 
 class PreparedModels:
@@ -92,23 +246,34 @@ class PreparedModels:
 
     Args:
         linears (`list[PackedLinear]`): that were prepared.
+        checks (`list[WeightCheck]`): hooks of the models.
     """
 
-    def __init__(self, linears: list[PackedLinear]):
-        self.linears = linears
+    def __init__(self, linears: list[PackedLinear], checks: list[WeightCheck] | None = None):
+        self.linears, self.checks = linears, checks or []
 
     @property
     def num_bytes(self) -> int:
         """Memory of the packed copies in bytes: a target's weights once more, and half of a draft's."""
         return sum(linear.weight.numel() * linear.BYTES_PER_WEIGHT for linear in self.linears)
 
+    def refresh(self) -> int:
+        """Check all weights now, and pack again what was written to, however it was.
+
+        Returns:
+            `int`: layers that were packed again.
+        """
+        return sum(linear.refresh() for linear in self.linears)
+
     def undo(self) -> None:
         """Make the layers what they were and free the packed copies. Doing it twice changes nothing."""
+        for check in self.checks:
+            check.handle.remove()
         for linear in self.linears:
             linear.__class__ = nn.Linear
-            for name in ("_packed", "_packed_version", "packed_from", "packed_to"):
+            for name in ("_packed", "packed_from", "packed_to"):
                 linear.__dict__.pop(name, None)
-        self.linears = []
+        self.linears, self.checks = [], []
 
     def __enter__(self) -> "PreparedModels":
         return self
@@ -124,29 +289,41 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     many, from then on. A target's results stay the same within float error. A draft is packed in float16, the rows of the
     head that it borrows too: it may propose other tokens now and then, which changes no output.
 
+    Weights may be written to afterwards; then they are packed again. A write that torch counts (`weight.mul_(2)`,
+    `load_state_dict`, an optimiser's step, another parameter or storage) shows in the next product. So does one behind
+    torch's back (`weight.data += delta`, as adapters are merged, numpy) if it changes the whole weight, as 16 of its
+    values say. One that changes a part of it shows before the next sequence: when the target is called without a cache
+    or with an empty one, or after a second in which it was not called, and when a draft begins a generate() call. Before
+    that, and in modules of a target that are called on their own, `refresh()` finds it.
+
     Args:
         models (`nn.Module`): targets and drafts.
     Returns:
-        `PreparedModels`: with `undo()` and `num_bytes`, the memory that the copies take.
+        `PreparedModels`: with `undo()`, `refresh()`, and `num_bytes`, the memory that the copies take.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         warnings.warn("expected a build of torch with oneDNN, got one without; nothing was prepared", stacklevel=2)
         return PreparedModels([])
-    prepared = []
+    prepared, checks = [], []
     for model in models:
         is_draft = isinstance(model, PreTrainedModel) and model.config.model_type == "prism"
         # Exactly nn.Linear: a subclass may compute something else.
         linears = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
-        prepared += [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in linears]
+        packed = [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in linears]
+        prepared += packed
+        # A draft's are checked when it is bound, once in a call.
+        if packed and not is_draft:
+            checks.append(WeightCheck(packed))
+            checks[-1].handle = model.register_forward_pre_hook(checks[-1], with_kwargs=True)
     _choose_products([linear for linear in prepared if type(linear) is PackedLinear])
-    return PreparedModels(prepared)
+    return PreparedModels(prepared, checks)
 
 
 def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
     """Turn a layer into a packed one of this kind, in place; where float16 cannot be had, into one in float32."""
     if kind is HalfLinear:
-        has_half = "fbgemm" in torch.backends.quantized.supported_engines and bool(linear.weight.abs().max() < 65504)
-        kind = HalfLinear if has_half else PackedLinear
+        has_half = "fbgemm" in torch.backends.quantized.supported_engines
+        kind = HalfLinear if has_half and _fits_half(linear.weight) else PackedLinear
     linear.__class__ = kind
     linear.packed_weight()  # type: ignore[operator]
     return linear  # type: ignore[return-value]
@@ -182,4 +359,8 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
 
 
 def _can_be_packed(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+
+
+def _fits_half(weight: torch.Tensor) -> bool:
+    return bool(weight.abs().max() < torch.finfo(torch.float16).max)

@@ -17,9 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .borrowed_layers import BorrowedLayers, TextRows, rows_of_head, tokens_outside
+from .borrowed_layers import BorrowedLayers, TextRows, has_rows_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
-from .cpu import HalfLinear, PackedLinear
+from .cpu import HalfLinear, PackedLinear, refresh_packed_weights, weight_version
 from .drafting import Drafter
 from .generation import install, speculative_generate
 from .kernels.dispatch import use_triton
@@ -221,12 +221,14 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             if head is None:
                 raise ValueError(f"expected a target with a vocabulary head, got {type(target).__name__} without one")
             self._borrowed = BorrowedLayers(target, target.get_input_embeddings(), head)
+        refresh_packed_weights(self)
         if self.config.share_target_head:
-            self._gather_head_rows()
+            self._gather_head_rows(compares=True)
         return self
 
-    def _gather_head_rows(self):
-        """Keep the head's rows of the draft vocabulary; gathered again if the head was moved, cast or written to."""
+    def _gather_head_rows(self, compares: bool = False):
+        """Keep the head's rows of the draft vocabulary; gathered again if the head was moved, cast or written to, which
+        its version does not always tell, so that a comparison may be asked for."""
         borrowed = self._borrowed
         if self.draft_to_target is None:
             return
@@ -237,8 +239,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 f"from, got {type(borrowed.head).__name__}; use a draft with its own head or all of the vocabulary"
             )
         kind = self._kind_of_head_rows(borrowed.head)
-        version = (weight.data_ptr(), weight.device, weight.dtype, weight._version, self.draft_to_target._version)
-        if borrowed.rows_version != (*version, kind):
+        versions = (weight_version(weight), weight_version(self.draft_to_target))
+        version = (weight.data_ptr(), weight.device, weight.dtype, *versions)
+        is_other = borrowed.rows_version != (*version, kind)
+        if is_other or (compares and not has_rows_of(borrowed.head_rows, borrowed.head, self.draft_to_target)):
             head_rows = rows_of_head(borrowed.head, self.draft_to_target, kind)
             borrowed.head_rows, borrowed.rows_version = head_rows, (*version, kind)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
+from .cpu import trusting_packed_weights
 from .drafting import Drafter
 from .target_rounds import is_compiled
 
@@ -128,7 +129,7 @@ def _undisturbed(target) -> Iterator[None]:
     """Nothing is compiled, and the random generators stay as they are."""
     devices = [target.device] if target.device.type == "cuda" else []
     uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=devices), uncompiled:
+    with torch.random.fork_rng(devices=devices), uncompiled, trusting_packed_weights():
         yield
 
 

@@ -195,8 +195,8 @@ class OutputRows:
         if self.noise is None:
             return int(torch.multinomial(probs, num_samples=1))
         # Equal to torch.multinomial of the whole batch, bit for bit, whichever row comes to this step first.
-        noise = self.noise.of_step(self.lengths[row] - self.prompt_length, (self.num_rows, probs.shape[-1]))
-        return int(torch.argmax(probs / noise[row : row + 1], dim=-1))
+        noise = self.noise.of_step(row, self.lengths[row] - self.prompt_length, (self.num_rows, probs.shape[-1]))
+        return int(torch.argmax(probs / noise, dim=-1))
 
     def _process(self, row: int, raw: torch.Tensor) -> torch.Tensor:
         if not self.logits_processor:
@@ -214,10 +214,12 @@ class OutputRows:
         raise ValueError(f"expected finite logits from the target, got NaN for token {self.lengths[row]} of row {row}")
 
     def forget_passed_noise(self, active: list[int]) -> None:
-        """Free the sampling noise of steps that every row still decoding has passed."""
-        going = [self.lengths[row] for row in active if not self.is_done(row)]
-        if self.noise is not None and going:
-            self.noise.forget_before(min(going) - self.prompt_length)
+        """Free the sampling noise of steps that rows have passed, and of rows that are done."""
+        if self.noise is not None:
+            needed: list[int | None] = [None] * self.num_rows
+            for row in active:
+                needed[row] = None if self.is_done(row) else self.lengths[row] - self.prompt_length
+            self.noise.forget_before(needed)
 
     def coupling(self, active: list[int], num_steps: int) -> Coupling | None:
         """The draws of the next `num_steps` tokens of these rows, for the draft to see; None if it shall not."""
@@ -227,11 +229,12 @@ class OutputRows:
         return Coupling(noise, steps, rows, self.logits_processor)
 
     def noise_of_next(self, active: list[int], num_steps: int, vocab_size: int):
-        """Noise of the next steps: of some steps and all rows, and where in it each row's next step and row are."""
-        steps = [0 if self.is_done(row) else self.lengths[row] - self.prompt_length for row in active]
-        noise = self.noise.before(max(steps) + num_steps, (self.num_rows, vocab_size))
-        steps = [max(step - self.noise.start, 0) for step in steps]
-        return noise, torch.tensor(steps, device=self.device), torch.tensor(active, device=self.device)
+        """Noise of each row's next steps, and where in it each row's next step and row are."""
+        steps = [None if self.is_done(row) else self.lengths[row] - self.prompt_length for row in active]
+        ends = {row: step + num_steps for row, step in zip(active, steps, strict=True) if step is not None}
+        noise = self.noise.fill(ends, (self.num_rows, vocab_size))
+        places = [0 if step is None else step - self.noise.starts[row] for row, step in zip(active, steps, strict=True)]
+        return noise, torch.tensor(places, device=self.device), torch.tensor(active, device=self.device)
 
     def finish(self) -> torch.LongTensor:
         """The sequences as plain decoding returns them, and the generator in the state that it leaves."""
