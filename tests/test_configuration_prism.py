@@ -38,7 +38,7 @@ pytestmark = pytest.mark.quick
         ({"target_layer_ids": []}, r"target_layer_ids: expected one or more increasing indices, got \[\]"),
         ({"target_layer_ids": [4, 2]}, r"target_layer_ids: .* got \[4, 2\]"),
         ({"target_layer_ids": [-1, 2]}, r"target_layer_ids: expected indices of at least 0, got \[-1, 2\]"),
-        ({"target_hidden_size": 64}, "hidden_size: expected target_hidden_size .* got 512"),
+        ({"target_hidden_size": 64}, "hidden_size: expected 64, the width of the target.s embedding and head, .* got 512"),
         ({"normalize_target_hidden": True}, "normalize_target_hidden: expected False .* got True"),
         ({"draft_vocab_size": 40000}, r"draft_vocab_size: expected None or 1..32000 \(vocab_size\), got 40000"),
         ({"logit_softcap": 0.0}, "logit_softcap: expected None or a positive number, got 0.0"),

@@ -6,6 +6,7 @@ come back in the answer. So the head's rows for the tokens of the text itself jo
 Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lacks, D hidden size.
 """
 
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .cpu import PackedLinear, pack
+from .cpu import HalfLinear, PackedLinear, pack
+
+# Numbers of a weight that are compared to notice writes that do not raise its version.
+_NUM_SAMPLES = 64
+# Layers that scale their inputs by the largest of all tokens in a forward.
+_DYNAMIC_QUANTIZATION = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
 
 @dataclass
@@ -23,13 +29,105 @@ class BorrowedLayers:
     target: PreTrainedModel
     embedding: nn.Embedding
     head: nn.Linear
+    sizes: tuple  # of the vocabulary, the embedding and the head, which can be resized in place
     head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
     rows_version: tuple = ()
+    rows_sample: torch.Tensor | None = None  # of the head's weight when they were gathered
+
+    @classmethod
+    def of(cls, target: PreTrainedModel) -> "BorrowedLayers":
+        """The layers that a target has now.
+
+        Raises:
+            ValueError: if it lacks one of them.
+        """
+        try:
+            embedding = target.get_input_embeddings()
+        except NotImplementedError:
+            embedding = None
+        if embedding is None:
+            raise ValueError(f"expected a target with a token embedding, got {type(target).__name__} without one")
+        head = target.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"expected a target with a vocabulary head, got {type(target).__name__} without one")
+        weights = (getattr(layer, "weight", None) for layer in (embedding, head))
+        shapes = (weight.shape if isinstance(weight, torch.Tensor) else None for weight in weights)
+        return cls(target, embedding, head, (target.config.get_text_config().vocab_size, *shapes))
+
+    def is_same_as(self, other: "BorrowedLayers") -> bool:
+        """Whether the target and both of its layers are the same objects, of the same sizes."""
+        return (
+            self.target is other.target
+            and self.embedding is other.embedding
+            and self.head is other.head
+            and self.sizes == other.sizes
+        )
+
+    def check_widths(self, config) -> None:
+        """Refuse layers that a draft of this configuration cannot share.
+
+        Raises:
+            ValueError: naming both widths.
+        """
+        shared: list[tuple[nn.Module, str, str]] = []
+        shared += [(self.embedding, "embedding_dim", "embedding")] if config.share_target_embedding else []
+        shared += [(self.head, "in_features", "vocabulary head")] if config.share_target_head else []
+        for layer, name, called in shared:
+            width = getattr(layer, name, None)
+            if isinstance(width, int) and width != config.hidden_size:
+                raise ValueError(
+                    f"expected a target whose {called} is as wide as the draft, hidden_size={config.hidden_size}, got "
+                    f"{width}; make the draft with PrismConfig.from_target(target)"
+                )
 
     @property
     def draft_head(self) -> nn.Linear:
         """The head over what the draft can propose."""
         return self.head if self.head_rows is None else self.head_rows
+
+    @property
+    def num_head_rows(self) -> int | None:
+        """Tokens that the head has logits of, which may be fewer than the vocabulary's; None if it does not tell."""
+        weight = float_weight(self.head)
+        return None if weight is None else weight.shape[0]
+
+    def gather_rows(self, draft_to_target: torch.Tensor, draft_layer: nn.Linear, looks_closely: bool) -> None:
+        """Keep the head's rows of a draft vocabulary; gathered again if the head's weight is another one, or was moved,
+        cast or written to.
+
+        Args:
+            draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
+            draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
+            looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
+                `.data`, which reads a few numbers back.
+        Raises:
+            ValueError: if there are no such rows.
+        """
+        weight = float_weight(self.head)
+        if weight is None or weight.device.type == "meta":
+            found = type(self.head).__name__ + ("" if weight is None else " that is offloaded")
+            raise ValueError(
+                "draft_vocab_size: expected a target whose vocabulary head has floating point weights in memory to take "
+                f"rows from, got {found}; use a draft with its own head or all of the vocabulary"
+            )
+        kind = self.kind_of_rows(draft_layer)
+        version = (weight.data_ptr(), weight.device, weight.dtype, _version(weight), _version(draft_to_target), kind)
+        is_same = self.rows_version[1:] == version and self.rows_version[0]() is weight
+        if is_same and not (looks_closely and not torch.equal(_sample(weight), self.rows_sample)):
+            return
+        if draft_to_target.max() >= weight.shape[0]:
+            raise ValueError(
+                f"draft_to_target: expected tokens of the target's vocabulary head, which has {weight.shape[0]}, got "
+                f"{int(draft_to_target.max())}"
+            )
+        self.head_rows = rows_of_head(self.head, draft_to_target, kind)
+        self.rows_version, self.rows_sample = (weakref.ref(weight), *version), _sample(weight)
+
+    def kind_of_rows(self, draft_layer: nn.Linear) -> type[PackedLinear] | None:
+        """How rows of the head are packed: as the draft is, for which one layer speaks, else as the head is."""
+        # By name: a model may have been prepared by another copy of this code.
+        names = {type(draft_layer).__name__, type(self.head).__name__}
+        return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
 
     def __deepcopy__(self, memo):
         """A copied draft borrows the same layers."""
@@ -81,25 +179,71 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
     """
     weight, bias = head.weight, getattr(head, "bias", None)
     token_ids = token_ids.to(weight.device)
-    # Rows that are gathered in inference mode serve training later on.
-    with torch.inference_mode(False):
-        rows = nn.Linear(weight.shape[1], len(token_ids), bias=bias is not None, device="meta")
-        rows.weight = nn.Parameter(weight.detach()[token_ids], requires_grad=False)
+    rows = nn.Linear(weight.shape[1], len(token_ids), bias=bias is not None, device="meta")
+    # Rows that were gathered in inference mode serve a training step later, too.
+    with torch.inference_mode(False), torch.no_grad():
+        rows.weight = nn.Parameter(weight.detach()[token_ids.clone()], requires_grad=False)
         if bias is not None:
-            rows.bias = nn.Parameter(bias.detach()[token_ids], requires_grad=False)
+            rows.bias = nn.Parameter(bias.detach()[token_ids.clone()], requires_grad=False)
         return rows if kind is None else pack(rows, kind)
 
 
-def has_rows_of(rows: nn.Linear, head: nn.Linear, token_ids: torch.Tensor) -> bool:
-    """Whether a layer that [`rows_of_head`] made of these tokens still holds what the head does; waits for the device."""
-    token_ids, bias = token_ids.to(head.weight.device), getattr(head, "bias", None)
-    is_same = torch.equal(rows.weight, head.weight.detach()[token_ids])
-    return is_same and (bias is None or torch.equal(rows.bias, bias.detach()[token_ids]))
+def float_weight(layer: nn.Module) -> torch.Tensor | None:
+    """The weight of a layer if it is a matrix of numbers as they are: not quantised, nor behind a method."""
+    weight = getattr(layer, "weight", None)
+    is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return weight if is_plain and weight.dim() == 2 else None
 
 
-def tokens_outside(text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The tokens of a text that a draft vocabulary lacks, each once, in rising order, `(K,)`; K may be 0."""
+def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Where a layer of a target takes its inputs, and in which dtype.
+
+    Args:
+        layer (`nn.Module`): the embedding or the head.
+        target (`PreTrainedModel`): whose it is.
+        dtype (`torch.dtype`): of what comes in, which a quantised weight takes as it is.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
+        return target.device, target.dtype
+    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return weight.device, weight.dtype if is_plain else dtype
+
+
+def reason_against_target(target: PreTrainedModel) -> str | None:
+    """Why the logits of a token depend on what else a forward holds, so that no tree can be verified; None if not so.
+
+    Args:
+        target (`PreTrainedModel`): any.
+    """
+    for module in target.modules():
+        if type(module).__module__.startswith(_DYNAMIC_QUANTIZATION):
+            return (
+                f"{type(module).__name__} of torch's dynamic quantization scales its inputs by all tokens of a forward, so "
+                "that a tree's logits are not those of plain decoding; quantize the weights alone"
+            )
+    return None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; those made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """Some numbers of a matrix, `(n,)`, spread over its rows and columns."""
+    num_rows, num_columns = weight.shape
+    index = torch.arange(min(_NUM_SAMPLES, num_rows), device=weight.device)
+    with torch.inference_mode(False), torch.no_grad():
+        return weight.detach()[index * num_rows // len(index), index * 7919 % num_columns]
+
+
+def tokens_outside(
+    text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int, num_head_rows: int | None = None
+) -> torch.Tensor:
+    """The tokens of a text that a draft vocabulary lacks, each once, in rising order, `(K,)`; K may be 0. Of tokens from
+    `num_head_rows` on the head has no logits."""
     is_wanted = torch.zeros(vocab_size, dtype=torch.bool, device=text_ids.device)
     is_wanted[text_ids.flatten()] = True
     is_wanted[draft_to_target.to(text_ids.device)] = False
-    return is_wanted.nonzero()[:, 0]
+    return is_wanted[:num_head_rows].nonzero()[:, 0]

@@ -12,6 +12,9 @@ from .transformers_names import CACHE_NAMES, name_of, revision_of
 
 # The parts of a target that a draft can be checked against; a part that is None is unknown and is not compared.
 FINGERPRINT_PARTS = ("name", "revision", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
+# No draft is larger; a file that says so is not to be believed.
+_MOST_LAYERS = 1024
+_MOST_WEIGHTS = 10**11
 
 
 def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
@@ -36,12 +39,12 @@ def target_numerics(target_config) -> dict:
     Source: transformers' modeling files of granite (`embedding_multiplier`, `logits_scaling`), cohere (`logit_scale`)
     and gemma (`final_logit_softcapping`; gemma scales inside its embedding module).
     """
-    logit_scale = getattr(target_config, "logit_scale", None)
-    divisor = getattr(target_config, "logits_scaling", None)
+    logit_scale = _read(target_config, "logit_scale")
+    divisor = _read(target_config, "logits_scaling")
     if divisor:
         logit_scale = 1.0 / divisor
-    embedding_scale = getattr(target_config, "embedding_multiplier", None)
-    softcap = getattr(target_config, "final_logit_softcapping", None)
+    embedding_scale = _read(target_config, "embedding_multiplier")
+    softcap = _read(target_config, "final_logit_softcapping")
     return {
         "embedding_scale": float(embedding_scale) if embedding_scale else 1.0,
         "logit_scale": float(logit_scale) if isinstance(logit_scale, (int, float)) else 1.0,
@@ -49,31 +52,90 @@ def target_numerics(target_config) -> dict:
     }
 
 
+def num_target_layers(target_config) -> int:
+    """Layers of a target whose states it returns: `hidden_states` holds one more, that of the embedding.
+
+    Args:
+        target_config (`PreTrainedConfig`): text configuration of the target.
+    Raises:
+        ValueError: if it tells of none.
+    """
+    # Where `num_hidden_layers` is another number: of attentions, two in each layer of longcat_flash; of distinct layers,
+    # some of which run several times; of an encoder that is not there.
+    names = ["total_num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_hidden_layers"]
+    if target_config.model_type == "longcat_flash":
+        names.insert(0, "num_layers")
+    found = next((_read(target_config, name) for name in names if _is_size(_read(target_config, name))), None)
+    if found is None:
+        raise ValueError(
+            f"num_hidden_layers: expected the number of layers in the text configuration of the target, got "
+            f"{_read(target_config, 'num_hidden_layers')!r} in {type(target_config).__name__}"
+        )
+    return found
+
+
+def _read(target_config, name: str, default=None):
+    """A value of a target's configuration; of its first layer where layers differ; the default where it is absent."""
+    if name in (getattr(target_config, "per_layer_attributes", None) or ()):
+        target_config = target_config.per_layer_config[0]
+    return getattr(target_config, name, default)
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _read_size(target_config, name: str) -> int | None:
+    """A positive whole number of a target's configuration; None where it is absent or stands for "none" or "any"."""
+    value = _read(target_config, name)
+    return value if _is_size(value) else None
+
+
 def _plain_rope(target_config) -> dict:
     """Rotary parameters of the target in the flat form that a Llama layer takes; forms it cannot take keep the base."""
-    rope = getattr(target_config, "rope_parameters", None) or {}
+    rope = _read(target_config, "rope_parameters") or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     if nested:
         rope = rope.get("full_attention") or nested[0]
     if rope.get("rope_type") in ("llama3", "linear", "dynamic", "yarn"):
         return {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
-    return {"rope_type": "default", "rope_theta": float(rope.get("rope_theta", 10000.0))}
+    return {"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10000.0)}
 
 
-def _attention_heads(target_config) -> dict:
-    """Head counts and head dimension for a draft layer as wide as the target's."""
-    width = target_config.hidden_size
-    heads = getattr(target_config, "num_attention_heads", None) or max(1, width // 64)
-    head_dim = getattr(target_config, "head_dim", None)
-    if not isinstance(head_dim, int):
+def _attention_heads(target_config, width: int) -> dict:
+    """Head counts and head dimension, as the target's, for a draft layer of this width."""
+    heads = _read_size(target_config, "num_attention_heads") or max(1, width // 64)
+    head_dim = _read_size(target_config, "head_dim")
+    if head_dim is None:
         heads = heads if width % heads == 0 else 1
         head_dim = width // heads
-    groups = getattr(target_config, "num_key_value_heads", None)
-    groups = groups if isinstance(groups, int) and heads % groups == 0 else heads
+    groups = _read_size(target_config, "num_key_value_heads") or heads
     return {
         "num_attention_heads": heads,
-        "num_key_value_heads": groups,
+        "num_key_value_heads": groups if heads % groups == 0 else heads,
         "head_dim": head_dim + head_dim % 2,  # rotary embedding turns pairs
+    }
+
+
+def _widths(target_config, model=None) -> dict:
+    """Sizes of a draft that can share the target's embedding and vocabulary head, which a few targets keep narrower or
+    wider than their states, and the states that it reads."""
+    hidden_size = target_config.hidden_size
+    both = _read_size(target_config, "word_embed_proj_dim") or _read_size(target_config, "embedding_size") or hidden_size
+    embedding_size = _read_size(target_config, "input_embedding_size") or both
+    head_size = _read_size(target_config, "output_embedding_size") or both
+    if model is not None:
+        embedding_size = _read_size(model.get_input_embeddings(), "embedding_dim") or embedding_size
+        head_size = _read_size(model.get_output_embeddings(), "in_features") or head_size
+    layer_ids = default_target_layer_ids(num_target_layers(target_config))
+    if head_size != hidden_size and len(layer_ids) == 1:
+        layer_ids = [0, *layer_ids]  # a fusion layer joins the widths
+    return {
+        "hidden_size": head_size,
+        "intermediate_size": _read_size(target_config, "intermediate_size") or 4 * head_size,
+        "target_embedding_size": None if head_size == hidden_size else head_size,
+        "share_target_embedding": embedding_size == head_size,
+        "target_layer_ids": layer_ids,
     }
 
 
@@ -93,6 +155,8 @@ class PrismConfig(PreTrainedConfig):
             range(M); later steps use the last entry.
         num_layers_per_module (`int`): decoder layers in a module.
         target_hidden_size (`int`): width of the target's hidden states.
+        target_embedding_size (`int`, *optional*): width of the target's embedding and vocabulary head, as far as they
+            are shared, where it is another one; the draft is as wide as they are.
         target_layer_ids (`list[int]` of length L): indices into the target's `hidden_states` (0 is the embedding, the
             number of layers is the last state after the final norm). L > 1 brings a fusion layer.
         projection_bias (`bool`): bias of the fusion layer and of each input projection.
@@ -135,6 +199,7 @@ class PrismConfig(PreTrainedConfig):
     draft_step_to_module: list[int] = field(default_factory=list)
     num_layers_per_module: int = 1
     target_hidden_size: int | None = None
+    target_embedding_size: int | None = None
     target_layer_ids: list[int] = field(default_factory=lambda: [1])
     projection_bias: bool = True
     draft_vocab_size: int | None = None
@@ -157,14 +222,37 @@ class PrismConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if not self.draft_step_to_module:
-            self.draft_step_to_module = list(range(self.num_processing_modules))
+            # Not a list without end; the number itself is refused below.
+            self.draft_step_to_module = list(range(min(self.num_processing_modules, _MOST_LAYERS)))
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read a config.json; as `PreTrainedConfig.get_config_dict`, but it must be a draft's.
+
+        Raises:
+            ValueError: if it is not, saying what was expected and found.
+        """
+        expected = f"{pretrained_model_name_or_path}: expected a config.json of model type {cls.model_type!r}"
+        try:
+            found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if not isinstance(error.__context__, ValueError):
+                raise
+            raise ValueError(f"{expected}, got no JSON: {error.__context__}") from error
+        except (TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{expected}, got content of another form ({error!r})") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{expected}, got a {type(found).__name__}")
+        if found.get("model_type") != cls.model_type:
+            raise ValueError(f"{expected}, got {found.get('model_type')!r}")
+        return found, unused
 
     def validate_architecture(self):
         """Check the rules that join several fields; called by `@strict`.
@@ -178,6 +266,7 @@ class PrismConfig(PreTrainedConfig):
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self._validate_amounts()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads={self.num_key_value_heads}, "
@@ -197,12 +286,33 @@ class PrismConfig(PreTrainedConfig):
         self._validate_sizes_shared_with_target()
         self._validate_token_ids()
 
+    def _validate_amounts(self):
+        """Refuse what no draft can be, before anything is built from it."""
+        num_layers = self.num_processing_modules * self.num_layers_per_module
+        if num_layers > _MOST_LAYERS:
+            raise ValueError(
+                f"num_processing_modules * num_layers_per_module: expected at most {_MOST_LAYERS}, got {num_layers}"
+            )
+        if self.num_matrix_weights > _MOST_WEIGHTS:
+            raise ValueError(
+                f"expected sizes of a draft of at most {_MOST_WEIGHTS:.0e} weights, got {self.num_matrix_weights:.3g} from "
+                f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+                f"num_attention_heads={self.num_attention_heads}, head_dim={self.head_dim}, vocab_size={self.vocab_size}, "
+                f"target_hidden_size={self.target_hidden_size} and {num_layers} layer(s)"
+            )
+
     def _validate_sizes_shared_with_target(self):
         shares = self.share_target_embedding or self.share_target_head
-        if (shares or not self.has_fusion_layer) and self.hidden_size != self.target_hidden_size:
+        shared_size = self.target_embedding_size or self.target_hidden_size
+        if shares and self.hidden_size != shared_size:
             raise ValueError(
-                "hidden_size: expected target_hidden_size when embedding or head are the target's or when there is no "
-                f"fusion layer ({self.target_hidden_size}), got {self.hidden_size}"
+                f"hidden_size: expected {shared_size}, the width of the target's embedding and head, where one of them is "
+                f"shared, got {self.hidden_size}"
+            )
+        if not self.has_fusion_layer and self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                "hidden_size: expected target_hidden_size when there is no fusion layer "
+                f"({self.target_hidden_size}), got {self.hidden_size}"
             )
         if self.has_fusion_layer and self.hidden_size == self.fused_hidden_size:
             raise ValueError(
@@ -242,6 +352,21 @@ class PrismConfig(PreTrainedConfig):
     def num_draft_tokens(self) -> int:
         """Number of distinct tokens that the draft can propose."""
         return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def num_matrix_weights(self) -> int:
+        """Numbers in all matrices of a draft, all that it has but for biases and norms; the draft vocabulary counts too."""
+        width, modules = self.hidden_size, self.num_processing_modules
+        attention = 2 * width * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        layers = modules * self.num_layers_per_module * (attention + 3 * width * self.intermediate_size)
+        if self.module_form == "prism":
+            inputs = 2 * width * width
+        else:  # the first layer's queries, keys and values read twice the width
+            inputs = width * self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
+        fusion = self.fused_hidden_size * width if self.has_fusion_layer else 0
+        embedding = 0 if self.share_target_embedding else self.vocab_size * width
+        head = 0 if self.share_target_head else self.num_draft_tokens * width
+        return layers + modules * inputs + fusion + embedding + head + (self.draft_vocab_size or 0)
 
     def module_of_step(self, draft_step: int) -> int:
         """Index of the processing module that serves `draft_step` (0-based; steps beyond the list use its end)."""
@@ -285,31 +410,34 @@ class PrismConfig(PreTrainedConfig):
         Raises:
             ValueError: if the target is an encoder-decoder model or has no vocabulary.
         """
-        config = target if isinstance(target, PreTrainedConfig) else target.config
+        model = None if isinstance(target, PreTrainedConfig) else target
+        config = target if model is None else model.config
         if config.is_encoder_decoder:
             raise ValueError(
                 f"expected a decoder-only target, got the encoder-decoder model type {config.model_type!r}"
             )
         config = config.get_text_config()
-        hidden_size = config.hidden_size
-        intermediate_size = getattr(config, "intermediate_size", None)
+        for name in ("vocab_size", "hidden_size"):
+            if not _is_size(_read(config, name)):
+                raise ValueError(
+                    f"{name}: expected a positive number in the text configuration of the target, got "
+                    f"{_read(config, name)!r} in {type(config).__name__} (model type {config.model_type!r})"
+                )
         derived = {
             "vocab_size": config.vocab_size,
-            "hidden_size": hidden_size,
-            "target_hidden_size": hidden_size,
-            "intermediate_size": intermediate_size if isinstance(intermediate_size, int) else 4 * hidden_size,
-            "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
+            "target_hidden_size": config.hidden_size,
+            "rms_norm_eps": _read(config, "rms_norm_eps") or 1e-6,
             "rope_parameters": _plain_rope(config),
-            "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 2048,
+            "max_position_embeddings": _read_size(config, "max_position_embeddings") or 2048,
             "num_processing_modules": 2,
-            "target_layer_ids": default_target_layer_ids(config.num_hidden_layers),
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
+            "bos_token_id": _read(config, "bos_token_id"),
+            "eos_token_id": _read(config, "eos_token_id"),
+            "pad_token_id": _read(config, "pad_token_id"),
             "target_fingerprint": target_fingerprint(config),
-            **_attention_heads(config),
+            **_widths(config, model),
             **target_numerics(config),
         }
+        derived.update(_attention_heads(config, derived["hidden_size"]))
         derived.update(overrides)
         derived.setdefault("normalize_target_hidden", len(derived["target_layer_ids"]) > 1)
         return cls(**derived)
@@ -333,7 +461,7 @@ def target_fingerprint(target_config, tokenizer=None) -> dict:
         "revision": revision_of(target_config),
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
+        "num_hidden_layers": num_target_layers(text),
         "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
     }
 

@@ -15,25 +15,23 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .borrowed_layers import BorrowedLayers, TextRows, has_rows_of, rows_of_head, tokens_outside
+from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
-from .cpu import HalfLinear, PackedLinear, refresh_packed_weights, weight_version
+from .cpu import refresh_packed_weights
 from .drafting import Drafter
 from .generation import install, speculative_generate
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
+from .loading import check_headers, check_memory, check_names_and_shapes, check_values, complete_tree_settings
 from .processing_module import PrismProcessingModule
-from .publishing import AUTO_MAP, shard_names, upload, write_published_files
+from .publishing import AUTO_MAP, upload, write_published_files
 from .speculation import Speculation
-from .transformers_names import CACHE_KEYWORD, CACHE_NAMES, cache_of, is_made_up, mark_as_own, name_of, revision_of
+from .transformers_names import CACHE_KEYWORD, CACHE_NAMES, cache_of, mark_as_own, name_of, revision_of
 from .tree_policy import default_tree_settings
 from .tried_releases import errors_tell_of_untried_release, warn_of_untried_release
 
-# Of from_pretrained(): where on the Hub, and how.
-_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What save_pretrained() hands on to push_to_hub().
 _HUB_ARGUMENTS = (
     "repo_id",
@@ -73,6 +71,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     """
 
     def __init__(self, config: PrismConfig):
+        check_memory(config)
         super().__init__(config)
         self.fusion_layer = None
         if config.has_fusion_layer:
@@ -107,41 +106,26 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load a draft; as `PreTrainedModel.from_pretrained`, but every weight must be there and known.
+        """Load a draft; as `PreTrainedModel.from_pretrained`, but every weight must be there, known, and a number.
 
         Raises:
             OSError: if any file cannot be had, generation_config.json included, which holds the draft's trees.
-            ValueError: listing the weights that are missing, unknown or of another shape: a module left random would
-                show only as poor acceptance. Also if an index of shards names files elsewhere.
+            ValueError: if the configuration is not of a draft; listing the weights that are missing, unknown or of
+                another shape, before memory is taken for them; naming a weight that holds NaN or infinity. Also if an
+                index of shards names files elsewhere.
         """
-        # transformers would follow an index out of a folder.
         source = kwargs.get("pretrained_model_name_or_path", args[0] if args else None) or ""
-        index = Path(source, kwargs.get("subfolder", ""), SAFE_WEIGHTS_INDEX_NAME)
-        if index.is_file():
-            shard_names(index)
         # Sizes are compared here, so that the error itself names them.
         ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        check_headers(cls, source, ignores_sizes, **kwargs)
         with errors_tell_of_untried_release():
             draft, info = super().from_pretrained(
                 *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-        wrong += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
-        if not ignores_sizes:
-            wrong += [
-                f"{name} has shape {tuple(found)} instead of {tuple(expected)}"
-                for name, found, expected in sorted(info["mismatched_keys"])
-            ]
-        if wrong:
-            raise ValueError(f"expected exactly the weights that the configuration describes, got: {'; '.join(wrong)}")
-        if is_made_up(draft.generation_config) and "generation_config" not in kwargs:
-            # transformers makes one up where the file is absent or its download fails; asked again, it says which.
-            where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
-            draft.generation_config = GenerationConfig.from_pretrained(source, **where)
-        for name, value in default_tree_settings().items():
-            # Of a draft that is older than the setting; `update` would ignore what is not there.
-            if getattr(draft.generation_config, name, None) is None:
-                setattr(draft.generation_config, name, value)
+        other_shapes = [] if ignores_sizes else info["mismatched_keys"]
+        check_names_and_shapes(info["missing_keys"], info["unexpected_keys"], other_shapes)
+        check_values(draft, source)
+        complete_tree_settings(draft, source, **kwargs)
         return (draft, info) if output_loading_info else draft
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
@@ -215,43 +199,27 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         install()
         if self.device.type == "meta":
             raise ValueError("expected a draft with weights, got one on the meta device; load it with from_pretrained")
-        if self._borrowed is None or self._borrowed.target is not target:
+        found, borrowed = BorrowedLayers.of(target), self._borrowed
+        # A target may have been given another embedding or head, or other sizes, since the last call.
+        is_known = borrowed is not None and borrowed.is_same_as(found)
+        if not is_known:
             self._check_target(target, tokenizer)
-            head = target.get_output_embeddings()
-            if head is None:
-                raise ValueError(f"expected a target with a vocabulary head, got {type(target).__name__} without one")
-            self._borrowed = BorrowedLayers(target, target.get_input_embeddings(), head)
+            found.check_widths(self.config)
+            self._borrowed = found
         refresh_packed_weights(self)
         if self.config.share_target_head:
-            self._gather_head_rows(compares=True)
+            self._gather_head_rows(looks_closely=True)
         return self
 
-    def _gather_head_rows(self, compares: bool = False):
-        """Keep the head's rows of the draft vocabulary; gathered again if the head was moved, cast or written to, which
-        its version does not always tell, so that a comparison may be asked for."""
-        borrowed = self._borrowed
-        if self.draft_to_target is None:
-            return
-        weight = getattr(borrowed.head, "weight", None)
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(
-                "draft_vocab_size: expected a target whose vocabulary head has floating point weights to take rows "
-                f"from, got {type(borrowed.head).__name__}; use a draft with its own head or all of the vocabulary"
-            )
-        kind = self._kind_of_head_rows(borrowed.head)
-        versions = (weight_version(weight), weight_version(self.draft_to_target))
-        version = (weight.data_ptr(), weight.device, weight.dtype, *versions)
-        is_other = borrowed.rows_version != (*version, kind)
-        if is_other or (compares and not has_rows_of(borrowed.head_rows, borrowed.head, self.draft_to_target)):
-            head_rows = rows_of_head(borrowed.head, self.draft_to_target, kind)
-            borrowed.head_rows, borrowed.rows_version = head_rows, (*version, kind)
+    def _gather_head_rows(self, looks_closely: bool = False) -> None:
+        """Keep the head's rows of the draft vocabulary; see [`~BorrowedLayers.gather_rows`]."""
+        if self.draft_to_target is not None:
+            self._borrowed.gather_rows(self.draft_to_target, self._speaking_layer, looks_closely)
 
-    def _kind_of_head_rows(self, head: nn.Module) -> type[PackedLinear] | None:
-        """How the head's rows are packed: as the draft is, else as the head is."""
-        # One layer speaks for all of the draft's. By name: a model may have been prepared by another copy of this code.
-        layer = self.processing_modules[0].layers[0].self_attn.o_proj
-        names = {type(layer).__name__, type(head).__name__}
-        return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
+    @property
+    def _speaking_layer(self) -> nn.Linear:
+        """One layer speaks for all of the draft's."""
+        return self.processing_modules[0].layers[0].self_attn.o_proj
 
     @property
     def takes_text_rows(self) -> bool:
@@ -269,20 +237,24 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         if not self.takes_text_rows:
             return None
-        outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size)
+        num_head_rows = self._require_target().num_head_rows
+        outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size, num_head_rows)
         return self.rows_beside(outside) if len(outside) else None
 
     def rows_beside(self, token_ids: torch.Tensor) -> TextRows:
         """The same of tokens `(K,)` that are known to be outside the draft vocabulary, each once; reads nothing back."""
         borrowed = self._require_target()
         self._gather_head_rows()
-        rows = rows_of_head(borrowed.head, token_ids, self._kind_of_head_rows(borrowed.head))
+        rows = rows_of_head(borrowed.head, token_ids, borrowed.kind_of_rows(self._speaking_layer))
         return TextRows(self.draft_to_target, token_ids, borrowed.draft_head, rows)
 
     def own_tokens(self) -> torch.Tensor:
-        """Which tokens of the target's vocabulary a draft vocabulary holds, `(V,)` bool on the host, a copy."""
-        own = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        own[self.draft_to_target.cpu()] = True
+        """Which tokens of the target's vocabulary a draft vocabulary holds, or no head has logits of, `(V,)` bool on the
+        host, a copy."""
+        with torch.inference_mode(False):  # to be written to after a call in inference mode, too
+            own = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+            own[self.draft_to_target.cpu()] = True
+            own[self._require_target().num_head_rows :] = True
         return own
 
     @property
@@ -307,8 +279,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """Token embeddings `(B, T, D)` in the draft's dtype and on its device, the target's unless it owns some."""
         if self.embed_tokens is not None:
             return self.embed_tokens(input_ids) * self.config.embedding_scale
-        embedding = self._require_target().embedding
-        embeddings = embedding(input_ids.to(embedding.weight.device)) * self.config.embedding_scale
+        borrowed = self._require_target()
+        device, _ = place_of(borrowed.embedding, borrowed.target, self.dtype)
+        embeddings = borrowed.embedding(input_ids.to(device)) * self.config.embedding_scale
         return embeddings.to(device=self.device, dtype=self.dtype)
 
     def compute_logits(self, hidden_states: torch.Tensor, text: TextRows | None = None) -> torch.Tensor:
@@ -402,10 +375,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def _borrowed_logits(self, hidden_states: torch.Tensor, text: TextRows | None) -> torch.Tensor:
         """The target's head, or its rows of the draft vocabulary and of a text, over `(..., D)`, on the draft's device."""
-        head = self._require_target().draft_head
-        # A quantized head takes the draft's own dtype.
-        dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_states.dtype
-        hidden_states = hidden_states.to(head.weight.device, dtype)
+        borrowed = self._require_target()
+        head = borrowed.draft_head
+        hidden_states = hidden_states.to(*place_of(head, borrowed.target, hidden_states.dtype))
         logits = head(hidden_states)
         return (logits if text is None else torch.cat((logits, text.head(hidden_states)), dim=-1)).to(self.device)
 
