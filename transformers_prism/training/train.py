@@ -180,9 +180,9 @@ class AlignedTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs, start_time=None):
-        """Add the mean of each step's losses since the last line."""
+        """Add the mean of each step's losses since the last line, over the batches of all processes."""
         if self._parts and "loss" in logs:
-            means = torch.stack(self._parts).mean(dim=0)
+            means = self.accelerator.reduce(torch.stack(self._parts).mean(dim=0), reduction="mean")
             self._parts.clear()
             weights = self.accelerator.unwrap_model(self.model).stage.loss
             for name, values in zip(("token", "acceptance", "hidden"), means, strict=True):
@@ -199,10 +199,12 @@ class AlignedTrainer(Trainer):
         order = sorted(range(len(dataset)), key=lambda item: dataset.lengths[item])
         own = order[self.args.process_index :: self.args.world_size]
         training.eval()
-        for batch in DataLoader([dataset[item] for item in own], self.args.eval_batch_size, collate_fn=collate):
+        for batch in DataLoader(dataset, self.args.eval_batch_size, sampler=own, collate_fn=collate):
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 inputs = self._prepare_inputs(batch)
                 counts += training.count_agreements(**inputs, num_steps=num_steps)
+            # The states of one batch are gone before those of the next are made.
+            del batch, inputs
         training.train()
         counts = self.accelerator.reduce(counts)
         metrics = {}
@@ -269,8 +271,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         ConversationDataset(validation_part.conversations, validation_store, validation_part.indices),
     ]
     results = report["stages"] = []
-    for stage in plan_stages(config):
-        stage = dataclasses.replace(stage, num_modules=max(stage.num_modules, draft.config.num_processing_modules))
+    for stage in plan_stages(config, draft.config.num_processing_modules):
         if stage.num_modules > draft.config.num_processing_modules:
             draft = expand_modules(draft, with_modules(draft_config, stage.num_modules))
         draft.generation_config.tree_text_tokens = config.text_tokens
@@ -339,7 +340,17 @@ def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[Fe
     return stores
 
 
-def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_updates: int, is_begun: bool) -> TrainingArguments:
+def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:
+    """Whether the loss of a stage has a gradient for every weight of a draft: a module of which no forward of the stage is,
+    or a head of its own without a loss over the vocabulary, gets none."""
+    modules = {draft.config.module_of_step(step) for step in range(stage.num_steps)}
+    has_head_loss = bool(stage.loss.of_vocabulary) or not draft.head_parameters()
+    return len(modules) == draft.config.num_processing_modules and has_head_loss
+
+
+def _training_arguments(
+    stage: Stage, config: TrainConfig, draft: PrismDraftModel, folder: Path, num_updates: int, is_begun: bool
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
@@ -378,8 +389,8 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         # States that were computed online are on the device already.
         dataloader_pin_memory=not config.online_features,
         seed=config.seed,
-        # With more modules than forwards, the last ones are not reached.
-        ddp_find_unused_parameters=stage.num_modules > stage.num_steps,
+        # Without being told, DDP would wait for the gradients of the others.
+        ddp_find_unused_parameters=not reaches_all_weights(draft, stage),
         ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
     )
 
@@ -410,7 +421,7 @@ def _run_stage(
             checkpoint_activations=config.checkpoint_activations,
             unmasked_softmax=config.unmasked_softmax,
         ),
-        args=_training_arguments(stage, config, folder, num_updates, is_begun=checkpoint is not None),
+        args=_training_arguments(stage, config, draft, folder, num_updates, is_begun=checkpoint is not None),
         train_dataset=train_set,
         eval_dataset=validation_set,
         data_collator=collate,
@@ -517,5 +528,6 @@ __all__ = [
     "AlignedTrainer",
     "AlignedTraining",
     "main",
+    "reaches_all_weights",
     "train",
 ]
