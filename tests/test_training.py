@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
+from transformers_prism.training.aligned_training import AlignedTraining
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.conversations import (
     Conversation,
@@ -29,7 +30,7 @@ from transformers_prism.training.features import FeatureStore, OnlineFeatures, c
 from transformers_prism.training.first_draft import frequent_tokens
 from transformers_prism.training.progress import LiveView, plot_curves
 from transformers_prism.training.recipes import TrainConfig, plan_stages
-from transformers_prism.training.train import AlignedTrainer, AlignedTraining, last_whole_checkpoint, train
+from transformers_prism.training.train import AlignedTrainer, last_whole_checkpoint, train
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -670,7 +671,7 @@ def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
 def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target, draft_vocab_size, text_tokens):
     """Row by row: first choices over the target's vocabulary, min(p, q) over what the draft can propose; in chunks as at
     once."""
-    monkeypatch.setattr("transformers_prism.training.train.ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr("transformers_prism.training.aligned_training.ROWS_PER_CHUNK", 3)
     torch.manual_seed(0)
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
     (stage,) = plan_stages(TrainConfig(recipe="hass", single_step_epochs=0.0))

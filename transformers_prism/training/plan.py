@@ -54,8 +54,8 @@ def stage_costs(config: TrainConfig, draft_config, lengths: list[int], num_proce
 
 
 def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[int], num_processes: int) -> StageCost:
-    num_updates, per_epoch = count_updates(stage, config, len(lengths), num_processes)
-    num_tokens = round(sum(lengths) * num_updates / per_epoch)
+    num_updates, num_epochs = count_updates(stage, config, len(lengths), num_processes)
+    num_tokens = round(sum(lengths) * num_epochs)
     module = _num_parameters(draft_config, 1)
     vocabulary = (draft_config.draft_vocab_size or draft_config.vocab_size) * draft_config.hidden_size
     # Every weight takes part in one product and sum per token, and twice as much in the backward pass; the head runs

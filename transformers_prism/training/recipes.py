@@ -220,11 +220,14 @@ def has_own_num_modules(config: TrainConfig) -> bool:
     return config.num_modules != by_recipe or bool(config.draft_step_to_module)
 
 
-def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num_processes: int) -> tuple[int, int]:
-    """Updates of a stage, and of one epoch, as the Trainer counts them: a last batch may be smaller."""
+def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num_processes: int) -> tuple[int, float]:
+    """Updates of a stage, and the epochs that they make, as the Trainer counts them: a last batch may be smaller, and the
+    last update of an epoch may have fewer batches."""
     num_batches = math.ceil(num_conversations / (config.batch_size * num_processes))
     per_epoch = math.ceil(num_batches / config.accumulation)
-    return max(1, math.ceil(stage.num_epochs * per_epoch)), per_epoch
+    num_updates = max(1, math.ceil(stage.num_epochs * per_epoch))
+    whole_epochs, rest = divmod(num_updates, per_epoch)
+    return num_updates, whole_epochs + rest * config.accumulation / num_batches
 
 
 __all__ = ["BY_RECIPE", "RECIPES", "Stage", "TrainConfig", "count_updates", "has_own_num_modules", "plan_stages"]
