@@ -10,15 +10,12 @@ from transformers_prism.training.conversations import (
     ChatPieces,
     Contamination,
     Conversation,
-    chat_of,
     describe,
     loop_period,
     masked_conversation,
     opening,
     preview,
-    read_chats,
     read_conversations,
-    read_data_set,
 )
 
 pytestmark = pytest.mark.quick
@@ -161,41 +158,6 @@ def test_sources_that_are_not_there_or_not_whole(tmp_path):
         read_conversations(tmp_path / "cut.parquet", VOCAB_SIZE)
     with pytest.raises(ValueError, match="expected at least one conversation with an answer in a.jsonl, got none"):
         read_conversations(write_lines(tmp_path / "a.jsonl", []), VOCAB_SIZE)
-
-
-@pytest.mark.parametrize(
-    ("row", "chat"),
-    [
-        ({"messages": CHAT[:2]}, CHAT[:2]),
-        (
-            {"conversations": [{"from": "human", "value": "w10 w11"}, {"from": "gpt", "value": "w20 w21 w22"}]},
-            CHAT[:2],
-        ),
-        ({"instruction": "w1", "input": "w2", "output": "w3"}, [("user", "w1\n\nw2"), ("assistant", "w3")]),
-        ({"instruction": "w1", "input": ""}, [("user", "w1")]),
-        ({"question_id": 3, "turns": ["w1", "w2"]}, [("user", "w1"), ("user", "w2")]),
-        ({"prompt": "w1"}, [("user", "w1")]),
-        ({"text": "w1"}, [("user", "w1")]),
-    ],
-)
-def test_forms_of_chats(row, chat):
-    expected = [{"role": turn[0], "content": turn[1]} if isinstance(turn, tuple) else turn for turn in chat]
-    assert chat_of(row, "here") == expected
-
-
-def test_unknown_forms_of_chats_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"a.jsonl, line 1: expected messages, .*, got \['question'\]"):
-        list(read_chats(write_lines(tmp_path / "a.jsonl", [{"question": "w1"}])))
-    (tmp_path / "b.jsonl").write_text("not json\n")
-    with pytest.raises(ValueError, match="b.jsonl, line 1: expected a JSON object, got 'not json'"):
-        list(read_chats(tmp_path / "b.jsonl"))
-    with pytest.raises(FileNotFoundError, match="expected a JSON-lines file, got 'none.jsonl'"):
-        list(read_chats(tmp_path / "none.jsonl"))
-
-
-def test_data_sets_are_read_through_datasets(tmp_path):
-    write_lines(tmp_path / "train.jsonl", [{"messages": CHAT}, {"messages": CHAT[:2]}])
-    assert list(read_data_set(str(tmp_path))) == [CHAT, CHAT[:2]]
 
 
 # --- what is left out, and what is shown -------------------------------------------------------------------------

@@ -4,19 +4,20 @@ import dataclasses
 import itertools
 import json
 import random
-import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from pretend_accelerator import OnDevice, PretendedAccelerator, move_model
-from tiny_models import chat_tokenizer, scripted_draft, tiny_draft, tiny_target
+from tiny_models import scripted_draft, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
 from transformers_prism.cli import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
+from transformers_prism.training.aligned_training import AlignedTraining
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.conversations import (
     Conversation,
@@ -25,11 +26,11 @@ from transformers_prism.training.conversations import (
     read_parts,
     split_conversations,
 )
-from transformers_prism.training.features import FeatureStore, compute_features
+from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import frequent_tokens
 from transformers_prism.training.progress import LiveView, plot_curves
 from transformers_prism.training.recipes import TrainConfig, plan_stages
-from transformers_prism.training.train import AlignedTrainer, AlignedTraining, last_whole_checkpoint, train
+from transformers_prism.training.train import AlignedTrainer, last_whole_checkpoint, train
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -262,56 +263,6 @@ def test_options_win_over_the_recipe():
         TrainConfig(recipe="eagle")
     with pytest.raises(ValueError, match="step_weights: expected numbers separated by commas, got '1;2'"):
         TrainConfig(step_weights="1;2")
-
-
-def test_plan_says_what_a_run_does_and_writes_nothing(tmp_path, monkeypatch):
-    """Updates, tokens and features are what the run then has."""
-    target = tiny_target("llama", seed=3)
-    target.save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
-    data = write_data(tmp_path / "data.jsonl")
-    options = ["--data", str(data), "--target", str(tmp_path / "target"), "--output", str(tmp_path / "run")]
-    options += ["--draft_vocab_size", "40", "--batch_size", "4", "--split_epochs", "0", "--use_cpu"]
-    result = CliRunner().invoke(app, ["train", *options, "--plan"])
-    assert result.exit_code == 0, result.output
-    assert not (tmp_path / "run").exists()
-    result_of_run = CliRunner().invoke(app, ["train", *options])
-    assert result_of_run.exit_code == 0, result_of_run.output
-    record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
-    for stage in record["stages"]:
-        assert f"{stage['stage']['name']:<11} M=1" in result.output
-        assert f"{stage['num_updates']} updates, {stage['tokens_seen']} tokens seen" in result.output
-    num_bytes = sum(path.stat().st_size for path in (tmp_path / "run" / "features").glob("*.bf16"))
-    assert re.search(rf"features    states \[[\d, ]+\]: {num_bytes / 2**30:.2f} GiB in bfloat16", result.output)
-    draft = PrismDraftModel.from_pretrained(tmp_path / "run" / "draft")
-    num_parameters = sum(parameter.numel() for parameter in draft.parameters())
-    assert f"{2 * num_parameters / 1e6:.1f} million" in result.output or "0.0 million" in result.output
-
-
-def test_plan_estimates_hours_from_a_speed(tmp_path, monkeypatch):
-    """Ten times the speed, a tenth of the hours; online features need no disk, but the target again in each epoch."""
-    from transformers_prism.training.plan import describe_plan
-
-    target = tiny_target("llama", seed=3)
-    target.save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
-    options = {"target": str(tmp_path / "target"), "recipe": "hass"}
-    hours = {
-        speed: re.findall(r"([\d.e-]+) hours", describe_plan(settings(tmp_path, teraflops=speed, **options)))
-        for speed in (1e-9, 1e-8)
-    }
-    for slow, fast in zip(hours[1e-9], hours[1e-8], strict=True):
-        assert float(slow) == pytest.approx(10 * float(fast), rel=0.1)
-    assert len(hours[1e-9]) == 4
-    kept, online = (
-        float(re.search(r"features .*about ([\d.e-]+) PFLOP", describe_plan(one)).group(1))
-        for one in (settings(tmp_path, **options), settings(tmp_path, online_features=True, **options))
-    )
-    assert online > 2 * kept
-    assert "none on disk" in describe_plan(settings(tmp_path, online_features=True, **options))
-    assert not re.search(r"\d hours", describe_plan(settings(tmp_path, **options)))
-    fresh = str(write_data(tmp_path / "fresh.jsonl", 7, seed=1))
-    assert "7 conversations held out" in describe_plan(settings(tmp_path, validation_data=fresh, **options))
 
 
 def test_finished_draft_is_pushed_with_its_record(tmp_path, load_tiny, monkeypatch):
@@ -593,6 +544,61 @@ def test_online_features_train_the_same_draft(tmp_path, load_tiny):
     assert not (tmp_path / "online" / "features").exists()
 
 
+@pytest.mark.parametrize("is_online", [False, True], ids=["stored", "online"])
+def test_validation_holds_the_states_of_one_batch(tmp_path, load_tiny, monkeypatch, is_online):
+    """It made the states of all held-out conversations before its first batch."""
+    living, most, num_asked = set(), 0, 0
+
+    def counted(states):
+        def count(self, index):
+            nonlocal most, num_asked
+            found = states(self, index).clone()
+            living.add(key := (index, num_asked))
+            weakref.finalize(found, living.discard, key)
+            most, num_asked = max(most, len(living)), num_asked + 1
+            return found
+
+        return count
+
+    evaluate = AlignedTrainer.evaluate
+
+    def watched(self, *args, **kwargs):
+        nonlocal most, num_asked
+        living.clear()
+        most = num_asked = 0
+        metrics = evaluate(self, *args, **kwargs)
+        asked.append((most, num_asked, len(living)))
+        return metrics
+
+    asked = []
+    for store in (FeatureStore, OnlineFeatures):
+        monkeypatch.setattr(store, "states", counted(store.states))
+    monkeypatch.setattr(AlignedTrainer, "evaluate", watched)
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 1.0, "validation_updates": 2}
+    write_data(tmp_path / "held-out.jsonl", 17, seed=1)
+    train(settings(tmp_path, validation_data=str(tmp_path / "held-out.jsonl"), online_features=is_online, batch_size=3, **options))
+    assert len(asked) > 1
+    assert all(found == (3, 17, 0) for found in asked)
+
+
+def test_a_shard_is_written_a_conversation_at_a_time(tmp_path, target, monkeypatch):
+    """So that the states of one conversation are the most that is in memory, not those of a shard."""
+    living, most, states = set(), 0, OnlineFeatures.states
+
+    def count(self, index):
+        nonlocal most
+        found = states(self, index)
+        living.add(index)
+        weakref.finalize(found, living.discard, index)
+        most = max(most, len(living))
+        return found
+
+    monkeypatch.setattr(OnlineFeatures, "states", count)
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 20), VOCAB_SIZE)
+    compute_features(target, conversations, [1, 4], tmp_path / "features")
+    assert most <= 2  # the one before goes when the next one takes its name
+
+
 def test_features_of_something_else_are_refused(tmp_path, target):
     conversations = read_conversations(write_data(tmp_path / "data.jsonl", 3), VOCAB_SIZE)
     compute_features(target, conversations, [1, 4], tmp_path / "features")
@@ -665,7 +671,7 @@ def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
 def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target, draft_vocab_size, text_tokens):
     """Row by row: first choices over the target's vocabulary, min(p, q) over what the draft can propose; in chunks as at
     once."""
-    monkeypatch.setattr("transformers_prism.training.train.ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr("transformers_prism.training.aligned_training.ROWS_PER_CHUNK", 3)
     torch.manual_seed(0)
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
     (stage,) = plan_stages(TrainConfig(recipe="hass", single_step_epochs=0.0))

@@ -157,7 +157,8 @@ def synthesize(
 
     from transformers_prism.cpu import prepare_for_cpu
     from transformers_prism.target import load_target
-    from transformers_prism.training.conversations import Contamination, read_chats, read_data_set
+    from transformers_prism.training.chats import read_chats, read_data_set
+    from transformers_prism.training.conversations import Contamination
     from transformers_prism.training.synthesis import SynthesisConfig, SynthesisProgress
     from transformers_prism.training.synthesis import synthesize as run
 

@@ -79,12 +79,15 @@ def bench_synthesize_command(
     from transformers_prism.benchmark.record import write_record
     from transformers_prism.benchmark.synthesize import bench_synthesize
     from transformers_prism.target import load_target
-    from transformers_prism.training.conversations import read_chats
+    from transformers_prism.training.chats import read_chats
 
     logging.disable_progress_bar()
     with user_errors():
         model, tokenizer = load_target(target)
-        chats = [chat[:1] for chat in read_chats(prompts)][:num_prompts]
+        users = ([turn for turn in chat if turn["role"] == "user"] for chat in read_chats(prompts))
+        chats = [turns[:1] for turns in users if turns][:num_prompts]
+        if not chats:
+            raise ValueError(f"prompts: expected at least one chat with a user turn in {Path(prompts).name}, got none")
         figures = bench_synthesize(model, tokenizer, chats, batch_size, max_new_tokens, repeat)
     typer.echo(
         f"generate {figures['generate_tokens_per_second']:.1f} tokens/s, synthesize "

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch.nn.utils.rnn import pad_sequence
 
+from transformers_prism.training.chats import chat_of
+
 # Spec-Bench's first task is MT-bench, whose records carry one of eight categories; the other tasks carry their own name.
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
@@ -16,23 +18,26 @@ def task_of(record: dict) -> str:
 
 
 def read_prompts(path: str | Path) -> list[dict]:
-    """All records of a file.
+    """All records of a file, their `turns` the texts of the user turns, whatever form they are written in.
 
     Raises:
-        ValueError: if a line is not a record, naming the line.
+        ValueError: if a line is not a record, naming the line; as [`chat_of`] does for what is no text.
     """
     records = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-            complete = bool(record["category"]) and isinstance(record["turns"][0], str)
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError):
-            complete = False
-        if not complete:
-            raise ValueError(f"{path}, line {number}: expected question_id, category and turns, got {line[:80]!r}")
-        records.append(record)
+        except json.JSONDecodeError:
+            record = None
+        has_category = isinstance(record, dict) and isinstance(record.get("category"), str) and record["category"]
+        chat = chat_of(record, where) if has_category else []
+        turns = [turn["content"] for turn in chat if turn["role"] == "user"]
+        if not turns:
+            raise ValueError(f"{where}: expected question_id, category and turns, got {line[:80]!r}")
+        records.append({**record, "turns": turns})
     if not records:
         raise ValueError(f"{path}: expected at least one record, got none")
     return records

@@ -6,6 +6,7 @@ import torch
 
 from transformers_prism.speculation import Speculation
 from transformers_prism.training.conversations import Conversation, loop_period
+from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import cache_argument, cache_of
 
 # The tree that rounds are measured with: small enough for any machine, deep enough to tell drafts apart.
@@ -21,8 +22,8 @@ def measure_acceptance(
     """Decode the beginnings of conversations greedily with a draft.
 
     Args:
-        draft (`PrismDraftModel`): bound; its mode and its generation settings are left as they were.
-        target (`PreTrainedModel`): the model to be sped up.
+        draft (`PrismDraftModel`): bound; its generation settings are left as they were.
+        target (`PreTrainedModel`): the model to be sped up. Both decode in eval mode, and are left in the mode they had.
         conversations (`list[Conversation]`): their tokens before the first answer are the prompts.
         num_new_tokens (`int`): tokens per prompt at most.
     Returns:
@@ -30,22 +31,20 @@ def measure_acceptance(
         of all rounds, seconds of plain steps, their number, answers, answers that end in a loop, then how many rounds
         accepted at least 0, 1, ... tokens.
     """
-    was_training = draft.training
     settings = {name: getattr(draft.generation_config, name, None) for name in TREE}
     counts = torch.zeros(8 + DEPTH, dtype=torch.float64)
-    draft.eval()
     draft.generation_config.update(**TREE)
     try:
-        for conversation in conversations:
-            prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
-            answer = _decode(target, draft, prompt, num_new_tokens)
-            counts += _counts(draft.last_speculation)
-            counts[5:7] += torch.tensor([1.0, float(loop_period(answer) is not None)])
-        if conversations:
-            counts[3:5] += torch.tensor(_plain_steps(target, prompt), dtype=torch.float64)
+        with in_eval_mode(target), in_eval_mode(draft):
+            for conversation in conversations:
+                prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
+                answer = _decode(target, draft, prompt, num_new_tokens)
+                counts += _counts(draft.last_speculation)
+                counts[5:7] += torch.tensor([1.0, float(loop_period(answer) is not None)])
+            if conversations:
+                counts[3:5] += torch.tensor(_plain_steps(target, prompt), dtype=torch.float64)
     finally:
         draft.generation_config.update(**settings)
-        draft.train(was_training)
     return counts
 
 

@@ -5,7 +5,6 @@ Sources are Parquet shards of `transformers-prism synthesize`, JSON lines of tok
 chat template. An assistant span `[start, end)` holds an answer with the token that ends its turn.
 """
 
-import gzip
 import hashlib
 import json
 import logging
@@ -13,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers_prism.training.chats import placed_chats, placed_lines
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +193,22 @@ def _place(conversation: Conversation) -> float:
 
 
 def _conversations(path: Path, vocab_size: int, tokenizer) -> Iterator[Conversation]:
-    if tokenizer is not None and path.is_file() and path.suffix != ".parquet":
-        _, first = next(_lines(path), ("", "input_ids"))
-        if "input_ids" not in first:
-            for number, chat in enumerate(read_chats(path), start=1):
-                yield masked_conversation(tokenizer, chat, f"{path.name}, chat {number}")
-            return
+    if tokenizer is not None and path.is_file() and path.suffix != ".parquet" and not _holds_token_ids(path):
+        for where, chat in placed_chats(path):
+            yield masked_conversation(tokenizer, chat, where)
+        return
     for where, row in _rows(path):
         yield _checked(row, where, vocab_size)
+
+
+def _holds_token_ids(path: Path) -> bool:
+    """Whether the first line of a file is a row of token ids rather than a chat."""
+    _, first = next(placed_lines(path), ("", "{}"))
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and "input_ids" in row
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -216,7 +225,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    for where, line in _lines(path):
+    for where, line in placed_lines(path):
         try:
             row = json.loads(line)
             if "assistant_spans" not in row:
@@ -226,19 +235,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(
                 f"{where}: expected a JSON object with input_ids and prompt_length or assistant_spans, "
                 f"got {line.strip()[:60]!r}"
-            ) from None
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rt", encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path.name}, line {number}", line
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"data: expected JSON lines (gzipped if named .gz) in {path.name}, got: {error}"
             ) from None
 
 
@@ -275,54 +271,6 @@ def _checked(row: dict, where: str, vocab_size: int) -> Conversation:
 
 
 # --- chats -------------------------------------------------------------------------------------------------------
-
-
-def read_chats(path) -> Iterator[list[dict]]:
-    """Chats of a JSON-lines file as lists of `{"role": ..., "content": ...}`.
-
-    Understood, line by line: `messages`; ShareGPT's `conversations` with `from` and `value`; Alpaca's `instruction`
-    with `input` and `output`; `prompt`, `turns` (user turns) or `text` with plain text.
-
-    Args:
-        path (`str` or path): JSON lines, gzipped if named .gz.
-    Raises:
-        ValueError: if a line has none of these forms.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts: expected a JSON-lines file, got {path.name!r}, which is not there")
-    for where, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}") from None
-        yield chat_of(row, where)
-
-
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-def chat_of(row: dict, where: str) -> list[dict]:
-    """One row of a data set as messages; see [`read_chats`]."""
-    try:
-        if "messages" in row:
-            return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in row["messages"]]
-        if "conversations" in row:
-            return [
-                {"role": _SHAREGPT_ROLES[turn["from"]], "content": str(turn["value"])} for turn in row["conversations"]
-            ]
-        if "instruction" in row:
-            user = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-            answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") else []
-            return [{"role": "user", "content": user}, *answer]
-        if "turns" in row:
-            return [{"role": "user", "content": str(turn)} for turn in row["turns"]]
-        text = next(row[name] for name in ("prompt", "text") if isinstance(row.get(name), str))
-        return [{"role": "user", "content": text}]
-    except (KeyError, TypeError, StopIteration):
-        raise ValueError(
-            f"{where}: expected messages, conversations, instruction, turns, prompt or text, got {sorted(row)[:8]}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -388,15 +336,22 @@ def masked_conversation(tokenizer, chat: list[dict], where: str = "chat") -> Con
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the target, with character offsets (a fast one).
-        chat (`list[dict]`): messages, at least one by the assistant.
+        chat (`list[dict]`): messages, at least one by the assistant; answers whose `weight` is 0 are not marked.
         where (`str`): named in errors.
+    Returns:
+        `Conversation`: with no spans at all if no answer is to be learnt.
     Raises:
         ValueError: if there is no assistant turn, if the mask is all ones or all zeros, or if the two ways disagree.
     """
-    answers = [turn["content"] for turn in chat if turn["role"] == "assistant"]
-    if not answers:
+    turns = [turn for turn in chat if turn["role"] == "assistant"]
+    if not turns:
         raise ValueError(f"{where}: expected a chat with at least one assistant turn, got {len(chat)} turns without")
-    input_ids, mask = _template_mask(tokenizer, chat) or _rendered_mask(tokenizer, chat, where)
+    answers = [turn["content"] for turn in turns if is_learnt(turn)]
+    if not answers:
+        return Conversation((), ())
+    # The template's own marks are at all answers.
+    own = _template_mask(tokenizer, chat) if len(answers) == len(turns) else None
+    input_ids, mask = own or _rendered_mask(tokenizer, chat, where)
     if not any(mask) or all(mask):
         found = "all ones" if all(mask) else "all zeros"
         raise ValueError(f"{where}: expected a mask with ones at assistant turns and zeros elsewhere, got {found}")
@@ -413,6 +368,11 @@ def masked_conversation(tokenizer, chat: list[dict], where: str = "chat") -> Con
     return Conversation(tuple(input_ids), tuple(spans))
 
 
+def is_learnt(turn: dict) -> bool:
+    """Whether a message, if it is an answer, is one to learn."""
+    return turn.get("weight") != 0
+
+
 def _template_mask(tokenizer, chat: list[dict]) -> tuple[list[int], list[int]] | None:
     if "{% generation" not in (tokenizer.chat_template or "") and "{%- generation" not in (tokenizer.chat_template or ""):
         return None
@@ -425,7 +385,7 @@ def _rendered_mask(tokenizer, chat: list[dict], where: str) -> tuple[list[int], 
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
     for index, turn in enumerate(chat):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or not is_learnt(turn):
             continue
         before = render(tokenizer, chat[:index], add_generation_prompt=True)
         through = render(tokenizer, chat[: index + 1])
@@ -445,14 +405,6 @@ def _runs(mask: list[int]) -> list[tuple[int, int]]:
     starts = [i for i in range(len(mask) + 1) if not edges[i] and edges[i + 1]]
     ends = [i for i in range(len(mask) + 1) if edges[i] and not edges[i + 1]]
     return list(zip(starts, ends, strict=True))
-
-
-def read_data_set(name: str, split: str = "train") -> Iterator[list[dict]]:
-    """Chats of a data set on the Hub, or of a folder or file that `datasets` reads, row by row as [`read_chats`]."""
-    import datasets
-
-    for number, row in enumerate(datasets.load_dataset(name, split=split, streaming=True), start=1):
-        yield chat_of(row, f"{name}, row {number}")
 
 
 def preview(conversation: Conversation, tokenizer):

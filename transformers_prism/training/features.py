@@ -17,6 +17,7 @@ import torch
 
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.whole_files import whole_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -216,15 +217,17 @@ def _check_disk(store: FeatureStore, missing: list[int]):
 
 def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation]):
     online = OnlineFeatures(target, conversations, store.layer_ids)
-    values = torch.cat([online.states(index).cpu() for index in store.members(shard)])  # [tokens of the shard, C * D]
-    with whole_file(store.shard_path(shard)) as unfinished:
-        values.view(torch.int16).numpy().tofile(unfinished)
+    with whole_file(store.shard_path(shard)) as unfinished, open(unfinished, "wb") as file:
+        for index in store.members(shard):
+            states = online.states(index).cpu()  # [T, C * hidden_size]
+            states.view(torch.int16).numpy().tofile(file)
 
 
 @torch.no_grad()
 def target_states(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> torch.Tensor:
     """Hidden states of one conversation at `layer_ids` side by side: bfloat16 of shape `(T, C * hidden_size)`."""
-    output = target.base_model(
-        input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False
-    )
+    with in_eval_mode(target):
+        output = target.base_model(
+            input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False
+        )
     return torch.cat([output.hidden_states[layer][0] for layer in layer_ids], dim=-1).to(torch.bfloat16)

@@ -6,12 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import TRAINING, find_file
 from transformers_prism.training.conversations import Conversation
-from transformers_prism.training.recipes import TrainConfig
+from transformers_prism.training.recipes import TrainConfig, has_own_num_modules, plan_stages
 from transformers_prism.training.warm_start import warm_start, with_modules
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,15 @@ def _answer_tokens(conversations: list[Conversation]) -> Counter[int]:
     return counts
 
 
+def source_config(config: TrainConfig) -> PrismConfig | None:
+    """The architecture of the draft that a run starts from, if there is one; reads no weights."""
+    return PrismConfig.from_pretrained(config.init_from) if config.init_from else None
+
+
 def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     """The architecture of the finished draft.
+
+    Without stage split a draft keeps the modules that it starts with, whatever the recipe would split them into.
 
     Args:
         config (`TrainConfig`): of the run.
@@ -61,12 +69,17 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, for the fingerprint.
     Returns:
         `PrismConfig`: with the target's fingerprint.
+    Raises:
+        ValueError: if the draft to start from has more modules than the finished one, if the run asks for more modules
+            than its stages make, or for an architecture that contradicts itself.
     """
+    source = source_config(config)
+    num_modules = _num_modules(config, source)
     overrides = {
         "module_form": config.module_form,
         # EAGLE-3 learns a head of its own.
         "share_target_head": config.module_form != "eagle3",
-        "num_processing_modules": config.num_modules,
+        "num_processing_modules": num_modules,
         "num_layers_per_module": config.num_layers_per_module,
         "context_kv": config.context_kv,
         "target_fingerprint": target_fingerprint(getattr(target, "config", target), tokenizer),
@@ -76,7 +89,28 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     for name in ("target_layer_ids", "draft_step_to_module"):
         if getattr(config, name):
             overrides[name] = config.numbers(name)
-    return PrismConfig.from_target(target, **overrides)
+    if source is not None and source.num_processing_modules == num_modules and not config.draft_step_to_module:
+        overrides["draft_step_to_module"] = list(source.draft_step_to_module)
+    try:
+        return PrismConfig.from_target(target, **overrides)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
+
+
+def _num_modules(config: TrainConfig, source: PrismConfig | None) -> int:
+    """Modules of the finished draft."""
+    first = 1 if source is None else source.num_processing_modules
+    if first > config.num_modules:
+        raise ValueError(
+            f"num_modules: expected at least the {first} of {Path(config.init_from or '').name}, got {config.num_modules}"
+        )
+    made = plan_stages(config, first)[-1].num_modules
+    if made < config.num_modules and has_own_num_modules(config):
+        raise ValueError(
+            f"num_modules: expected {made}, since only stage split makes more and its split_epochs are 0, got "
+            f"{config.num_modules}"
+        )
+    return made
 
 
 def first_draft(
@@ -90,18 +124,18 @@ def first_draft(
         training (`list[Conversation]`): their answers choose the draft vocabulary.
         report (`dict`): gets the draft vocabulary's coverage, and what was started from, with its own training record.
     Raises:
-        ValueError: if the draft to start from has more modules than the finished one, or cannot be started from.
+        ValueError: if the draft to start from cannot be started from.
     """
     torch.manual_seed(config.seed)
     source = None
     if config.init_from:
         source = PrismDraftModel.from_pretrained(config.init_from, dtype=torch.float32)
     num_modules = 1 if source is None else source.config.num_processing_modules
-    if num_modules > config.num_modules:
-        raise ValueError(
-            f"num_modules: expected at least the {num_modules} of {Path(config.init_from).name}, got {config.num_modules}"
-        )
-    draft = PrismDraftModel(with_modules(draft_config, num_modules))
+    own_config = with_modules(draft_config, num_modules)
+    if source is not None and num_modules < draft_config.num_processing_modules:
+        # Modules are paired by the draft steps that they serve.
+        own_config.draft_step_to_module = list(source.config.draft_step_to_module)
+    draft = PrismDraftModel(own_config)
     if draft_config.draft_vocab_size is not None:
         tokens, coverage = frequent_tokens(training, config.draft_vocab_size)
         if source is not None and source.config.draft_vocab_size == config.draft_vocab_size:

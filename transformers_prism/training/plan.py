@@ -11,7 +11,7 @@ from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
 from transformers_prism.training.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
-from transformers_prism.training.first_draft import make_draft_config
+from transformers_prism.training.first_draft import make_draft_config, source_config
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import with_modules
 
@@ -48,12 +48,14 @@ def stage_costs(config: TrainConfig, draft_config, lengths: list[int], num_proce
         lengths (`list[int]`): tokens of the conversations that are trained on.
         num_processes (`int`): that share each update.
     """
-    return [_stage_cost(stage, config, draft_config, lengths, num_processes) for stage in plan_stages(config)]
+    source = source_config(config)
+    stages = plan_stages(config, 1 if source is None else source.num_processing_modules)
+    return [_stage_cost(stage, config, draft_config, lengths, num_processes) for stage in stages]
 
 
 def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[int], num_processes: int) -> StageCost:
-    num_updates, per_epoch = count_updates(stage, config, len(lengths), num_processes)
-    num_tokens = round(sum(lengths) * num_updates / per_epoch)
+    num_updates, num_epochs = count_updates(stage, config, len(lengths), num_processes)
+    num_tokens = round(sum(lengths) * num_epochs)
     module = _num_parameters(draft_config, 1)
     vocabulary = (draft_config.draft_vocab_size or draft_config.vocab_size) * draft_config.hidden_size
     # Every weight takes part in one product and sum per token, and twice as much in the backward pass; the head runs

@@ -16,7 +16,7 @@ import torch
 from transformers_prism.training.losses import LossWeights
 
 # Options that differ between recipes, with the values of each.
-RECIPES = MappingProxyType(
+RECIPES: MappingProxyType[str, dict] = MappingProxyType(
     {
         # Source: PRISM (arXiv:2602.01762), with a first stretch of one step that is ours.
         "prism": {"num_modules": 2, "single_step_epochs": 1.0, "warm_up_epochs": 2.0, "split_epochs": 1.0},
@@ -74,7 +74,9 @@ class TrainConfig:
     module_form: str | None = _by_recipe("prism or eagle3.")
     num_modules: int | None = _by_recipe("Processing modules M.")
     num_layers_per_module: int | None = _by_recipe("Decoder layers of a module.")
-    draft_step_to_module: str = _option("", "Module of each draft step, such as 0,1,1; 0,1,...,M-1 if left out.")
+    draft_step_to_module: str = _option(
+        "", "Module of each draft step, such as 0,1,1; if left out, that of --init_from with as many modules, or 0,1,...,M-1."
+    )
     target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
     draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0 is the whole vocabulary.")
     text_tokens: bool = _option(True, "Let the draft also propose the tokens of the text that it is given.")
@@ -127,8 +129,15 @@ class TrainConfig:
         for name in ("batch_size", "accumulation", "num_modules", "warm_up_steps", "split_steps", "save_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not plan_stages(self):
+        stages = plan_stages(self)
+        if not stages:
             raise ValueError("expected at least one stage with more than 0 epochs, got none")
+        for stage in stages:
+            if not (stage.loss.of_vocabulary or stage.loss.hidden):
+                raise ValueError(
+                    f"token_weight: expected a loss with a weight above 0 in stage {stage.name}, got none (hidden_weight "
+                    "counts before stage split only)"
+                )
         if self.patience and not (self.num_acceptance_prompts and self.validation_updates):
             raise ValueError("patience: expected num_acceptance_prompts and validation_updates with it, got 0")
         if self.chooses_by_tau and self.save_updates % self.validation_updates:
@@ -178,18 +187,23 @@ class Stage:
     is_detached: bool
 
 
-def plan_stages(config: TrainConfig) -> list[Stage]:
-    """The stages of a recipe in order, those of 0 epochs left out."""
+def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
+    """The stages of a recipe in order, those of 0 epochs left out.
+
+    Args:
+        config (`TrainConfig`): of the run.
+        num_modules (`int`): of the draft that the run starts with; no stage has fewer.
+    """
     rate = config.learning_rate
     loss = LossWeights(
         config.token_weight, config.acceptance_weight, config.hidden_weight, tuple(config.numbers("step_weights", float))
     )
     stages = [
-        Stage("single_step", 1, 1, config.single_step_epochs, rate, loss, False),
-        Stage("warm_up", 1, config.warm_up_steps, config.warm_up_epochs, rate, loss, config.is_detached),
+        Stage("single_step", num_modules, 1, config.single_step_epochs, rate, loss, False),
+        Stage("warm_up", num_modules, config.warm_up_steps, config.warm_up_epochs, rate, loss, config.is_detached),
         Stage(
             "split",
-            config.num_modules,
+            max(num_modules, config.num_modules),
             config.split_steps,
             config.split_epochs,
             config.split_learning_rate,
@@ -200,11 +214,20 @@ def plan_stages(config: TrainConfig) -> list[Stage]:
     return [stage for stage in stages if stage.num_epochs > 0]
 
 
-def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num_processes: int) -> tuple[int, int]:
-    """Updates of a stage, and of one epoch, as the Trainer counts them: a last batch may be smaller."""
+def has_own_num_modules(config: TrainConfig) -> bool:
+    """Whether the run asks for another number of modules than its recipe, or for steps that share modules in its own way."""
+    by_recipe = {**_PLAIN, **RECIPES[config.recipe]}["num_modules"]
+    return config.num_modules != by_recipe or bool(config.draft_step_to_module)
+
+
+def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num_processes: int) -> tuple[int, float]:
+    """Updates of a stage, and the epochs that they make, as the Trainer counts them: a last batch may be smaller, and the
+    last update of an epoch may have fewer batches."""
     num_batches = math.ceil(num_conversations / (config.batch_size * num_processes))
     per_epoch = math.ceil(num_batches / config.accumulation)
-    return max(1, math.ceil(stage.num_epochs * per_epoch)), per_epoch
+    num_updates = max(1, math.ceil(stage.num_epochs * per_epoch))
+    whole_epochs, rest = divmod(num_updates, per_epoch)
+    return num_updates, whole_epochs + rest * config.accumulation / num_batches
 
 
-__all__ = ["BY_RECIPE", "RECIPES", "Stage", "TrainConfig", "count_updates", "plan_stages"]
+__all__ = ["BY_RECIPE", "RECIPES", "Stage", "TrainConfig", "count_updates", "has_own_num_modules", "plan_stages"]

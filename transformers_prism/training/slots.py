@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_prism.attention import lent_sdpa
 from transformers_prism.target_support import layer_windows, takes_tree_mask
+from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import attention_name, cache_argument
 from transformers_prism.tree import attention_mask
 
@@ -64,7 +65,7 @@ class Slots:
     """A target that decodes up to `num_slots` rows at once.
 
     Args:
-        target (`PreTrainedModel`): with full or sliding attention layers.
+        target (`PreTrainedModel`): with full or sliding attention layers; read in eval mode whatever mode it is in.
         num_slots (`int`): B.
         max_length (`int`): positions of a slot; allocated at once.
     Raises:
@@ -100,7 +101,8 @@ class Slots:
         if read is None:
             cache = DynamicCache()
             ids = torch.tensor([token_ids], device=self.target.device)
-            logits = self.target(ids, **cache_argument(self.target, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
+            with in_eval_mode(self.target):
+                logits = self.target(ids, **cache_argument(self.target, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
             read = logits, [(layer.keys, layer.values) for layer in cache.layers]
             if is_shared and len(self._read) < _MAX_REMEMBERED:
                 self._read[tuple(token_ids)] = read
@@ -126,7 +128,7 @@ class Slots:
         device = self.target.device
         self.positions = torch.tensor(self.lengths, device=device)
         self.width = max(self.lengths[slot] for slot in token_ids) + 1
-        with lent_sdpa(slot_attention):
+        with in_eval_mode(self.target), lent_sdpa(slot_attention):
             logits = self.target(
                 input_ids.to(device),
                 attention_mask=self._masks(),

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
@@ -29,12 +28,11 @@ from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import CURVES, TRAINING
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
-from transformers_prism.training.alignment import aligned_forward, history_mask
+from transformers_prism.training.aligned_training import AlignedTraining, reaches_all_weights
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.conversations import Conversation, Part, read_parts
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
-from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
 from transformers_prism.training.plan import describe_plan
 from transformers_prism.training.progress import LiveView, UpdateClock, plot_curves
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
@@ -44,92 +42,7 @@ from transformers_prism.whole_files import write_json
 logger = logging.getLogger(__name__)
 
 
-# --- the step ----------------------------------------------------------------------------------------------------
-
-
-class AlignedTraining(nn.Module):
-    """What the Trainer trains: the draft's aligned forwards with the loss of one stage on top.
-
-    Args:
-        draft (`PrismDraftModel`): bound to its target.
-        target (`PreTrainedModel`): for evaluation.
-        stage (`Stage`): number of forwards and loss.
-        text_tokens (`bool`): whether the tokens of a batch's texts join the draft vocabulary.
-        options (`dict`): further arguments of [`aligned_forward`].
-    """
-
-    def __init__(self, draft: PrismDraftModel, target, stage: Stage, text_tokens: bool = True, **options):
-        super().__init__()
-        self.draft, self.stage, self.text_tokens, self.options = draft, stage, text_tokens, options
-        # Behind a function, the target is neither trained nor saved with the draft.
-        self.target = lambda: target
-
-    def forward(self, input_ids, features, label_features, mask):
-        """Loss of a batch of [`collate`].
-
-        Returns:
-            `dict`: `loss`, and without gradients its `parts`: `(3, S)`, of token, acceptance and hidden state.
-        """
-        predictions = self.predict(input_ids, features, self.stage.num_steps, self.stage.is_detached)
-        history = history_mask(input_ids.shape[1], self.stage.num_steps, input_ids.device)
-        loss = aligned_loss(
-            self.draft,
-            predictions,
-            label_features[..., -self.draft.config.target_hidden_size :],
-            mask[None] & history[:, None],
-            self.stage.loss,
-            text=self._text_rows(input_ids),
-        )
-        return {"loss": loss.total, "parts": torch.stack((loss.token, loss.acceptance, loss.hidden))}
-
-    def _text_rows(self, input_ids):
-        return self.draft.text_rows(input_ids) if self.text_tokens else None
-
-    def predict(self, input_ids, features, num_steps: int, is_detached: bool = False):
-        """The aligned forwards; features hold the fused layers first and the last, normed state last."""
-        fused = features[..., : self.draft.config.fused_hidden_size]
-        return aligned_forward(self.draft, input_ids, fused, num_steps, is_detached, **self.options)
-
-    @torch.no_grad()
-    def count_agreements(self, input_ids, features, label_features, mask, num_steps: int) -> torch.Tensor:
-        """How close each step comes to the target: `(S, 3)` sums over rows.
-
-        They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
-        token drawn from the draft is accepted, sum min(p, q) over what the draft can propose; and the number of rows.
-        """
-        predictions = self.predict(input_ids, features, num_steps)
-        history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
-        counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
-        label = label_features[..., -self.draft.config.target_hidden_size :]
-        # One text at a time, whose own tokens can be proposed, so that nothing depends on what else is in the batch.
-        for row, positions in enumerate(mask):
-            rows = positions.nonzero()[:, 0]
-            text = self._text_rows(input_ids[row, : int(rows.max()) + 1]) if len(rows) else None
-            for chunk in rows.split(ROWS_PER_CHUNK):
-                outputs = [prediction[row, chunk] for prediction in predictions]
-                counts += self._closeness(outputs, label[row, chunk], history[:, chunk], text)
-        return counts
-
-    def _closeness(self, predictions, label, is_valid, text) -> torch.Tensor:
-        """The sums of some rows of one text."""
-        names = self.draft.draft_to_target if text is None else text.token_ids
-        expected = self._target_choice(label)
-        target = torch.softmax(self.draft.compute_target_logits(label, text).float(), dim=-1)
-        sums = []
-        for prediction, valid in zip(predictions, is_valid, strict=True):
-            logits = self.draft.compute_logits(prediction, text)
-            choice = logits.argmax(dim=-1)
-            if names is not None:
-                choice = names[choice]
-            accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
-            found = ((choice == expected) & valid, accepted * valid, valid)
-            sums.append(torch.stack([one.sum(dtype=torch.float64) for one in found]))
-        return torch.stack(sums)
-
-    def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
-        # Scaling and capping logits as the target does keeps their order.
-        head = self.target().get_output_embeddings()
-        return head(label.to(head.weight.device, head.weight.dtype)).argmax(dim=-1).to(self.draft.device)
+# --- the Trainer --------------------------------------------------------------------------------------------------
 
 
 class AlignedTrainer(Trainer):
@@ -180,9 +93,9 @@ class AlignedTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs, start_time=None):
-        """Add the mean of each step's losses since the last line."""
+        """Add the mean of each step's losses since the last line, over the batches of all processes."""
         if self._parts and "loss" in logs:
-            means = torch.stack(self._parts).mean(dim=0)
+            means = self.accelerator.reduce(torch.stack(self._parts).mean(dim=0), reduction="mean")
             self._parts.clear()
             weights = self.accelerator.unwrap_model(self.model).stage.loss
             for name, values in zip(("token", "acceptance", "hidden"), means, strict=True):
@@ -199,10 +112,12 @@ class AlignedTrainer(Trainer):
         order = sorted(range(len(dataset)), key=lambda item: dataset.lengths[item])
         own = order[self.args.process_index :: self.args.world_size]
         training.eval()
-        for batch in DataLoader([dataset[item] for item in own], self.args.eval_batch_size, collate_fn=collate):
+        for batch in DataLoader(dataset, self.args.eval_batch_size, sampler=own, collate_fn=collate):
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 inputs = self._prepare_inputs(batch)
                 counts += training.count_agreements(**inputs, num_steps=num_steps)
+            # The states of one batch are gone before those of the next are made.
+            del batch, inputs
         training.train()
         counts = self.accelerator.reduce(counts)
         metrics = {}
@@ -269,8 +184,7 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         ConversationDataset(validation_part.conversations, validation_store, validation_part.indices),
     ]
     results = report["stages"] = []
-    for stage in plan_stages(config):
-        stage = dataclasses.replace(stage, num_modules=max(stage.num_modules, draft.config.num_processing_modules))
+    for stage in plan_stages(config, draft.config.num_processing_modules):
         if stage.num_modules > draft.config.num_processing_modules:
             draft = expand_modules(draft, with_modules(draft_config, stage.num_modules))
         draft.generation_config.tree_text_tokens = config.text_tokens
@@ -339,7 +253,9 @@ def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[Fe
     return stores
 
 
-def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_updates: int, is_begun: bool) -> TrainingArguments:
+def _training_arguments(
+    stage: Stage, config: TrainConfig, draft: PrismDraftModel, folder: Path, num_updates: int, is_begun: bool
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
@@ -378,8 +294,8 @@ def _training_arguments(stage: Stage, config: TrainConfig, folder: Path, num_upd
         # States that were computed online are on the device already.
         dataloader_pin_memory=not config.online_features,
         seed=config.seed,
-        # With more modules than forwards, the last ones are not reached.
-        ddp_find_unused_parameters=stage.num_modules > stage.num_steps,
+        # Without being told, DDP would wait for the gradients of the others.
+        ddp_find_unused_parameters=not reaches_all_weights(draft, stage),
         ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
     )
 
@@ -410,7 +326,7 @@ def _run_stage(
             checkpoint_activations=config.checkpoint_activations,
             unmasked_softmax=config.unmasked_softmax,
         ),
-        args=_training_arguments(stage, config, folder, num_updates, is_begun=checkpoint is not None),
+        args=_training_arguments(stage, config, draft, folder, num_updates, is_begun=checkpoint is not None),
         train_dataset=train_set,
         eval_dataset=validation_set,
         data_collator=collate,
@@ -515,7 +431,6 @@ def main(argv: list[str]):
 
 __all__ = [
     "AlignedTrainer",
-    "AlignedTraining",
     "main",
     "train",
 ]

@@ -57,7 +57,8 @@ class WarmStartReport:
 
 
 def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
-    """The same architecture with `num_modules` processing modules, one for each of the first draft steps.
+    """The same architecture with `num_modules` processing modules: as it is if it has so many, else one for each of the
+    first draft steps.
 
     Args:
         config (`PrismConfig`): of any number of modules; not changed.
@@ -65,7 +66,9 @@ def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
     Returns:
         `PrismConfig`: new.
     """
-    changes = {"num_processing_modules": num_modules, "draft_step_to_module": list(range(num_modules))}
+    changes: dict = {}
+    if num_modules != config.num_processing_modules:
+        changes = {"num_processing_modules": num_modules, "draft_step_to_module": list(range(num_modules))}
     return PrismConfig.from_dict({**config.to_dict(), **changes})
 
 

@@ -1,0 +1,105 @@
+"""What the Trainer trains: the aligned forwards of a draft with the loss of a stage on top."""
+
+import torch
+from torch import nn
+
+from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.training.alignment import aligned_forward, history_mask
+from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
+from transformers_prism.training.recipes import Stage
+
+
+class AlignedTraining(nn.Module):
+    """What the Trainer trains: the draft's aligned forwards with the loss of one stage on top.
+
+    Args:
+        draft (`PrismDraftModel`): bound to its target.
+        target (`PreTrainedModel`): for evaluation.
+        stage (`Stage`): number of forwards and loss.
+        text_tokens (`bool`): whether the tokens of a batch's texts join the draft vocabulary.
+        options (`dict`): further arguments of [`aligned_forward`].
+    """
+
+    def __init__(self, draft: PrismDraftModel, target, stage: Stage, text_tokens: bool = True, **options):
+        super().__init__()
+        self.draft, self.stage, self.text_tokens, self.options = draft, stage, text_tokens, options
+        # Behind a function, the target is neither trained nor saved with the draft.
+        self.target = lambda: target
+
+    def forward(self, input_ids, features, label_features, mask):
+        """Loss of a batch of [`collate`].
+
+        Returns:
+            `dict`: `loss`, and without gradients its `parts`: `(3, S)`, of token, acceptance and hidden state.
+        """
+        predictions = self.predict(input_ids, features, self.stage.num_steps, self.stage.is_detached)
+        history = history_mask(input_ids.shape[1], self.stage.num_steps, input_ids.device)
+        loss = aligned_loss(
+            self.draft,
+            predictions,
+            label_features[..., -self.draft.config.target_hidden_size :],
+            mask[None] & history[:, None],
+            self.stage.loss,
+            text=self._text_rows(input_ids),
+        )
+        return {"loss": loss.total, "parts": torch.stack((loss.token, loss.acceptance, loss.hidden))}
+
+    def _text_rows(self, input_ids):
+        return self.draft.text_rows(input_ids) if self.text_tokens else None
+
+    def predict(self, input_ids, features, num_steps: int, is_detached: bool = False):
+        """The aligned forwards; features hold the fused layers first and the last, normed state last."""
+        fused = features[..., : self.draft.config.fused_hidden_size]
+        return aligned_forward(self.draft, input_ids, fused, num_steps, is_detached, **self.options)
+
+    @torch.no_grad()
+    def count_agreements(self, input_ids, features, label_features, mask, num_steps: int) -> torch.Tensor:
+        """How close each step comes to the target: `(S, 3)` sums over rows.
+
+        They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
+        token drawn from the draft is accepted, sum min(p, q) over what the draft can propose; and the number of rows.
+        """
+        predictions = self.predict(input_ids, features, num_steps)
+        history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
+        counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
+        label = label_features[..., -self.draft.config.target_hidden_size :]
+        # One text at a time, whose own tokens can be proposed, so that nothing depends on what else is in the batch.
+        for row, positions in enumerate(mask):
+            rows = positions.nonzero()[:, 0]
+            text = self._text_rows(input_ids[row, : int(rows.max()) + 1]) if len(rows) else None
+            for chunk in rows.split(ROWS_PER_CHUNK):
+                outputs = [prediction[row, chunk] for prediction in predictions]
+                counts += self._closeness(outputs, label[row, chunk], history[:, chunk], text)
+        return counts
+
+    def _closeness(self, predictions, label, is_valid, text) -> torch.Tensor:
+        """The sums of some rows of one text."""
+        names = self.draft.draft_to_target if text is None else text.token_ids
+        expected = self._target_choice(label)
+        target = torch.softmax(self.draft.compute_target_logits(label, text).float(), dim=-1)
+        sums = []
+        for prediction, valid in zip(predictions, is_valid, strict=True):
+            logits = self.draft.compute_logits(prediction, text)
+            choice = logits.argmax(dim=-1)
+            if names is not None:
+                choice = names[choice]
+            accepted = torch.minimum(target, torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
+            found = ((choice == expected) & valid, accepted * valid, valid)
+            sums.append(torch.stack([one.sum(dtype=torch.float64) for one in found]))
+        return torch.stack(sums)
+
+    def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
+        # Scaling and capping logits as the target does keeps their order.
+        head = self.target().get_output_embeddings()
+        return head(label.to(head.weight.device, head.weight.dtype)).argmax(dim=-1).to(self.draft.device)
+
+
+def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:
+    """Whether the loss of a stage has a gradient for every weight of a draft: a module of which no forward of the stage is,
+    or a head of its own without a loss over the vocabulary, gets none."""
+    modules = {draft.config.module_of_step(step) for step in range(stage.num_steps)}
+    has_head_loss = bool(stage.loss.of_vocabulary) or not draft.head_parameters()
+    return len(modules) == draft.config.num_processing_modules and has_head_loss
+
+
+__all__ = ["AlignedTraining", "reaches_all_weights"]
