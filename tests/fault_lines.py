@@ -19,13 +19,16 @@ from pathlib import Path
 import torch
 import transformers
 from fitted_pairs import text_of
-from soak import Pair, cache_key, fit_pair
-from transformers import DynamicCache, GenerationMixin, StaticCache
+from soak import Pair, fit_pair
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_prism
 from transformers_prism import auto_trees, generation
 from transformers_prism.planned_trees import PlannedTrees
 from transformers_prism.round_costs import RoundCosts
+from transformers_prism.transformers_names import CACHE_KEYWORD, assisted_decoding
 from transformers_prism.verification import OutputRows
 
 PACKAGE = str(Path(transformers_prism.__file__).parent)
@@ -86,7 +89,7 @@ class Call:
         self.inputs, self.cache = {"input_ids": self.prompts}, None
         if self.scenario.make_cache is not None:
             self.cache = self.scenario.make_cache(self.pair.target.config)
-            self.inputs[cache_key(self.pair.target)] = self.cache
+            self.inputs[CACHE_KEYWORD] = self.cache
             texts = self._generate(draft, {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0})
             self.inputs["input_ids"] = torch.cat((texts, self.said), dim=1)
         mask = torch.ones_like(self.inputs["input_ids"])
@@ -122,7 +125,8 @@ class Call:
 
 def state_of(pair: Pair, cache) -> dict:
     """What a call must leave as it was, by name."""
-    state: dict = {"grad mode": torch.is_grad_enabled(), "hook": GenerationMixin._assisted_decoding}
+    state: dict = {"grad mode": torch.is_grad_enabled(), "hook": assisted_decoding()}
+    state["lent attention"] = dict(vars(ALL_ATTENTION_FUNCTIONS["sdpa"].prism_lent))
     for owner, model in (("target", pair.target), ("draft", pair.draft)):
         state[f"{owner} generation_config"] = str(model.generation_config)
         for name, module in model.named_modules():
@@ -138,7 +142,12 @@ def state_of(pair: Pair, cache) -> dict:
         state["cache layers"] = [id(layer) for layer in cache.layers]
         state["cache kind"] = (type(cache), cache.layer_class_to_replicate, int(cache.get_seq_length()))
         for index, layer in enumerate(cache.layers):
-            state |= {f"cache layer {index} {name}": _kept(value) for name, value in vars(layer).items()}
+            values = dict(vars(layer))
+            if isinstance(layer, StaticLayer) and layer.is_initialized:
+                # Behind what is stored anything may stand.
+                end = int(layer.cumulative_length)
+                values |= {name: values[name][:, :, :end] for name in ("keys", "values")}
+            state |= {f"cache layer {index} {name}": _kept(value) for name, value in values.items()}
             state[f"cache layer {index} type"] = type(layer)
     return state
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,21 +29,34 @@ import torch
 import transformers
 from fault_lines import LENGTH, SCENARIOS, Call, changes, check_lines, pairs_for, state_of
 from fitted_pairs import text_of
-from soak import Pair, cache_key, fit_pair
+from soak import Pair, fit_pair
 
 from transformers_prism import auto_trees, round_costs
+from transformers_prism.transformers_names import CACHE_KEYWORD
+
+_PROMPT_LENGTH = 9
 
 
 def _prompts(pair: Pair, seed: int) -> dict:
-    text = text_of(pair.chain, 2, 9, torch.Generator().manual_seed(seed))
+    text = text_of(pair.chain, 2, _PROMPT_LENGTH, torch.Generator().manual_seed(seed))
     return {"input_ids": text, "attention_mask": torch.ones_like(text), **LENGTH}
+
+
+@torch.no_grad()
+def _can_be_drawn(target, sequences: torch.Tensor) -> bool:
+    """Whether each new token is one of the three that the target finds likeliest there, or as likely."""
+    start = _PROMPT_LENGTH - 1
+    logits = target(sequences).logits[:, start:-1]
+    chosen = logits.gather(-1, sequences[:, start + 1 :, None])[..., 0]
+    return bool((chosen >= logits.topk(3, dim=-1).values[..., 2] - 1e-3).all())
 
 
 def check_threads(pair: Pair, num_threads: int = 4, num_calls: int = 6, is_shared: bool = False) -> list[str]:
     """Threads that decode at once, greedily and sampled, each with models of its own, or all with the same.
 
-    Greedy text must be plain decoding's. Threads share the generator, so that sampled text is any; with `top_k=1` it is
-    the greedy one. An error counts as wrong unless models are shared and it is a ValueError, which says why.
+    Greedy text must be plain decoding's. Threads share the generator, so that sampled text may be any that can be drawn:
+    each token one of the likeliest three. An error counts as wrong unless models are shared and it is a ValueError, which
+    says why.
     """
     copies = [pair if is_shared else copy.deepcopy(pair) for _ in range(num_threads)]
     expected = [pair.target.generate(**_prompts(pair, seed), do_sample=False) for seed in range(num_calls)]
@@ -51,10 +65,12 @@ def check_threads(pair: Pair, num_threads: int = 4, num_calls: int = 6, is_share
     def work(number: int) -> None:
         own = copies[number]
         for seed in range(num_calls):
-            chosen = {"do_sample": False} if (seed + number) % 2 else {"do_sample": True, "top_k": 1}
+            is_sampled = (seed + number) % 2 == 1
+            chosen = {"do_sample": True, "top_k": 3} if is_sampled else {"do_sample": False}
             try:
                 output = own.target.generate(**_prompts(pair, seed), assistant_model=own.draft, **chosen)
-                if not torch.equal(output, expected[seed]):
+                is_right = _can_be_drawn(own.target, output) if is_sampled else torch.equal(output, expected[seed])
+                if not is_right:
                     problems.append(f"thread {number}, call {seed}: wrong output")
             except Exception as error:
                 if not (is_shared and type(error) is ValueError):
@@ -78,7 +94,9 @@ def check_fork(pair: Pair) -> list[str]:
     """A child process goes on decoding with what its parent has used."""
     expected = pair.target.generate(**_prompts(pair, 0), assistant_model=pair.draft)
     read, write = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # where the process has threads, as under pytest
+        child = os.fork()
     if child == 0:
         status = 1
         with contextlib.suppress(BaseException):
@@ -95,36 +113,35 @@ def check_fork(pair: Pair) -> list[str]:
     return [] if json.loads(found) == expected.tolist() else ["the child's output is wrong"]
 
 
+def _pickled(one):
+    return pickle.loads(pickle.dumps(one))
+
+
 def check_copies(pair: Pair) -> list[str]:
     """Copies and pickles of models, and of a chat's cache, made between calls."""
     problems = []
     target, draft = pair.target, pair.draft
     expected = target.generate(**_prompts(pair, 0), assistant_model=draft)
-    for how, copied in (("deepcopy", copy.deepcopy), ("pickle", lambda one: pickle.loads(pickle.dumps(one)))):
-        for name, models in (
-            ("both", lambda: copied((target, draft))),
-            ("target", lambda: (copied(target), draft)),
-            ("draft", lambda: (target, copied(draft))),
-        ):
+    chat = Call(next(one for one in SCENARIOS if one.name == "chat"), pair)
+    for copied in (copy.deepcopy, _pickled):
+        for which in ("both", "target", "draft"):
             try:
-                a_target, a_draft = models()
-                if not torch.equal(a_target.generate(**_prompts(pair, 0), assistant_model=a_draft), expected):
-                    problems.append(f"{how} of {name}: wrong output")
+                models = copied((target, draft)) if which == "both" else (target, draft)
+                models = (copied(target), draft) if which == "target" else models
+                models = (target, copied(draft)) if which == "draft" else models
+                if not torch.equal(models[0].generate(**_prompts(pair, 0), assistant_model=models[1]), expected):
+                    problems.append(f"{copied.__name__} of {which}: wrong output")
             except Exception as error:
-                problems.append(f"{how} of {name}: {error!r}")
+                problems.append(f"{copied.__name__} of {which}: {error!r}")
+        with chat.settings():
+            chat.prepare(draft)
+            for cache in (copied(chat.cache), chat.cache):
+                chat.inputs[CACHE_KEYWORD] = cache
+                if not torch.equal(chat.run(draft), chat.expected):
+                    problems.append(f"{copied.__name__} of a cache: wrong output")
     num_bytes = sum(one.numel() * one.element_size() for one in (*draft.parameters(), *draft.buffers()))
     if len(pickle.dumps(draft)) > 2 * num_bytes + 200_000:
         problems.append(f"the pickle of a draft of {num_bytes} bytes has {len(pickle.dumps(draft))}")
-    scenario = next(one for one in SCENARIOS if one.name == "chat")
-    for how, copied in (("deepcopy", copy.deepcopy), ("pickle", lambda one: pickle.loads(pickle.dumps(one)))):
-        call = Call(scenario, pair)
-        with call.settings():
-            call.prepare(draft)
-            original, call.cache = call.cache, copied(call.cache)
-            for cache in (call.cache, original):
-                call.inputs[cache_key(target)] = cache
-                if not torch.equal(call.run(draft), call.expected):
-                    problems.append(f"{how} of a cache: wrong output")
     return problems
 
 

@@ -11,7 +11,6 @@ on. The exit status is 1 if anything differed, or if memory grew by more than 1 
 """
 
 import argparse
-import inspect
 import json
 import os
 import random
@@ -38,6 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers_prism import auto_trees, generation
 from transformers_prism.planned_trees import PlannedTrees
 from transformers_prism.round_costs import RoundCosts
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 from transformers_prism.verification import OutputRows
 
 # Targets, and what their drafts are; between them every form of draft.
@@ -104,16 +104,6 @@ class NearTie(Exception):
     """Rounding decides what plain decoding does."""
 
 
-def cache_key(target) -> str:
-    """The keyword that caches go by, which depends on the release of transformers."""
-    return "cache" if "cache" in inspect.signature(target.forward).parameters else "past_key_values"
-
-
-def cached_of(output):
-    """The cache that a call returned."""
-    return output.get("cache", output.get("past_key_values"))
-
-
 def run_call(pair: Pair, inputs: dict, settings: Settings, seed: int, draft=None, cache=None, **extra) -> Outcome:
     """One call of generate(), with the draft or without."""
     streamer = Recorder() if extra.pop("is_streamed") else None
@@ -121,7 +111,7 @@ def run_call(pair: Pair, inputs: dict, settings: Settings, seed: int, draft=None
     if streamer is not None:
         arguments["streamer"] = streamer
     if cache is not None:
-        arguments[cache_key(pair.target)] = cache
+        arguments[CACHE_KEYWORD] = cache
     if draft is not None:
         arguments["assistant_model"] = draft
     torch.manual_seed(seed)
@@ -222,8 +212,8 @@ def compare(plain: Outcome, ours: Outcome, settings: Settings, mask: torch.Tenso
     mask = torch.cat((mask, is_real.to(mask.dtype)), dim=1)
     if plain.cache is not None:
         compare_caches(plain.cache, ours.cache, mask)
-    elif returns_dict and cached_of(plain.output) is not None:
-        compare_caches(cached_of(plain.output), cached_of(ours.output), mask)
+    elif returns_dict and cache_of(plain.output) is not None:
+        compare_caches(cache_of(plain.output), cache_of(ours.output), mask)
     expect(plain.puts == ours.puts, f"streamer {plain.puts[1:]} became {ours.puts[1:]}")
     return mask
 
