@@ -47,15 +47,17 @@ ARCHITECTURES = {
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
-    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),  # which its static caches go by
     "mixtral": ("MixtralConfig", _EXPERTS),
     "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "head_dim": 16}),
 }
+# Whose states roll back along a chain, not across a tree.
+CHAIN_ARCHITECTURES = {"lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2})}
 
 
 def tiny_target(architecture: str = "llama", seed: int = 0, attn_implementation: str | None = None, **overrides):
     """A random target in float32; `seed` draws its weights without touching the global generator."""
-    name, settings = ARCHITECTURES[architecture]
+    name, settings = {**ARCHITECTURES, **CHAIN_ARCHITECTURES}[architecture]
     arguments = {**_SMALL, **settings, **overrides}
     if architecture == "gpt2":
         shared = (
