@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import transformers
 from compatibility_models import all_types, build
+from compatibility_page import page, read_results, tried_file
 from compatibility_runs import BAD, Case, run_case
 from compatibility_variants import variants
 
@@ -58,7 +59,7 @@ def run_in_time(case: Case, seconds: float) -> dict:
     theirs.close()
     try:
         if not ours.poll(seconds):
-            return {"outcome": "not built", "detail": f"took more than {seconds} seconds"}
+            return {"outcome": "unproven", "detail": f"took more than {seconds:.0f} seconds"}
         return ours.recv()
     except EOFError:
         process.join()
@@ -69,6 +70,23 @@ def run_in_time(case: Case, seconds: float) -> dict:
         if process.is_alive():
             process.kill()
         process.join()
+
+
+def written_files() -> dict[Path, str]:
+    """What `--update` writes: text by path."""
+    results = read_results(RESULTS)
+    return {
+        ROOT / "docs" / "compatibility.md": page(results),
+        ROOT / "transformers_prism" / "tried_targets.py": tried_file(results),
+    }
+
+
+def _write_results(path: Path, results: dict) -> None:
+    """One line for each case, so that changes can be read."""
+    lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
+    head = f'{{"transformers": "{transformers.__version__}", "results": {{\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
 def sweep(cases: list[Case], path: Path | None, seconds: float = SECONDS_PER_CASE, again: bool = False) -> dict:
@@ -83,11 +101,10 @@ def sweep(cases: list[Case], path: Path | None, seconds: float = SECONDS_PER_CAS
         results[case.name] = result
         left = (time.monotonic() - start) / (index + 1) * (len(todo) - index - 1)
         took = time.monotonic() - began
-        say(f"{index + 1}/{len(todo)} {case.name}: {result['outcome']} {result.get('tokens_per_round', '')} "
-            f"{result.get('detail', '')} ({took:.0f} s, {left / 60:.0f} min left)")
+        what = " ".join(str(result[key]) for key in ("outcome", "tokens_per_round", "detail") if key in result)
+        say(f"{index + 1}/{len(todo)} {case.name}: {what} ({took:.0f} s, {left / 60:.0f} min left)")
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"transformers": transformers.__version__, "results": results}, indent=1) + "\n")
+            _write_results(path, results)
     return {case.name: results[case.name] for case in cases}
 
 
@@ -103,10 +120,15 @@ def main(argv=None) -> int:
     parser.add_argument("--only", action="append", default=[], help="name of a case, or of a model with its variants")
     parser.add_argument("--outcome", action="append", default=[], help="cases that had this outcome in the results")
     parser.add_argument("--quick", action="store_true", help="a part that takes two minutes")
+    parser.add_argument("--update", action="store_true", help="write the page and the list of tried types, run nothing")
     parser.add_argument("--again", action="store_true", help="also cases that have a result")
     parser.add_argument("--json", type=Path, default=None, help="the file of results")
     parser.add_argument("--seconds", type=float, default=SECONDS_PER_CASE, help="time of a case")
     arguments = parser.parse_args(argv)
+    if arguments.update:
+        for path, text in written_files().items():
+            path.write_text(text, encoding="utf-8")
+        return 0
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     cases = all_cases()

@@ -52,7 +52,9 @@ _TEXT = {
     "qk_nope_head_dim v_head_dim swa_head_dim swa_v_head_dim index_head_dim linear_key_head_dim": 16,
     "linear_value_head_dim linear_head_dim global_head_dim": 16,
     "qk_head_dim": 24,
-    "index_n_heads linear_num_heads linear_num_value_heads swa_num_attention_heads num_sliding_attention_heads": 4,
+    # Scores of a key are 0 where no head has a positive one, and which of several zeros is chosen is a matter of chance.
+    "index_n_heads indexer_n_heads": 16,
+    "linear_num_heads linear_num_value_heads swa_num_attention_heads num_sliding_attention_heads": 4,
     "linear_num_key_heads swa_num_key_value_heads num_global_key_value_heads": 2,
     "query_pre_attn_scalar": 16,
     "sliding_window_pattern global_attn_every_n_layers no_rope_layer_interval": 2,
@@ -104,7 +106,7 @@ _COMPASS = {
     "rope_parameters": {"full_attention": _PLAIN_ROPE, "sliding_attention": _PLAIN_ROPE},
 }
 _QWEN4 = {
-    "indexer_n_heads": 4,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
     "indexer_budget": WINDOW,
@@ -131,6 +133,7 @@ SETTINGS: dict[str, dict] = {
     "deepseek_ocr2": {"text_config.mlp_layer_types": _MLP_TYPES},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {"text_config.num_experts": 4, "text_config.moe_intermediate_size": 32, "text_config.top_k_experts": 2},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32], "text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 2, 4]}},

@@ -6,7 +6,6 @@ a mask that is off by one and keys that moved to a wrong place, show in the text
 proves nothing.
 """
 
-import inspect
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 
 from transformers_prism import PrismConfig
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.
 DRAFTED = ("tree", "chain")
@@ -68,11 +68,15 @@ class Case:
         if self.prepare is not None:
             self.prepare(target)
         scale = _DRAWS[seed % len(_DRAWS)]
-        if scale is not None:
-            generator = torch.Generator().manual_seed(seed)
-            for parameter in target.parameters():
-                if parameter.dim() >= 2 and parameter.is_floating_point():
-                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in target.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter.data += 0.1 * noise  # what starts as zeros or ones would hide what it is for
+            elif scale is not None:
+                parameter.data.copy_(noise * scale)
         return target
 
 
@@ -104,14 +108,6 @@ def prompt(num_rows: int, length: int, dtype=torch.long):
         mask[row, : 2 * row] = 0
         input_ids[row, : 2 * row] = PAD_ID
     return input_ids, mask
-
-
-def cache_keyword() -> str:
-    """What generate() calls the cache in this release of transformers."""
-    from transformers import LlamaForCausalLM
-
-    names = inspect.signature(inspect.unwrap(LlamaForCausalLM.forward)).parameters
-    return "cache" if "cache" in names else "past_key_values"
 
 
 def _generate(target, input_ids, mask, draft=None, **arguments):
@@ -155,7 +151,7 @@ def _calls(target, case: Case, run: str, drafts):
     yield first.sequences, length
     question, _ = prompt(2, 4, case.dtype)
     input_ids = torch.cat((first.sequences, question[:1]), dim=1)
-    arguments[cache_keyword()] = first[cache_keyword()]
+    arguments[CACHE_KEYWORD] = first[CACHE_KEYWORD]
     second = _generate(target, input_ids, torch.ones_like(input_ids), next(drafts), **arguments)
     yield second.sequences, input_ids.shape[1]
 
@@ -237,7 +233,7 @@ def broken(target, error: str):
 
     def spoil(module, args, kwargs):
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = cache_of(kwargs)
         if input_ids is None or input_ids.shape[1] < 2 or cache is None:
             return None
         mask = kwargs.get("attention_mask")
@@ -278,9 +274,8 @@ def _hidden_by(target, case: Case, run: str) -> tuple[str | None, _Texts]:
     """Why the text of plain decoding would prove nothing, or None, and that text."""
     arguments = {**case.arguments, "output_logits": True, "return_dict_in_generate": True}
     extended = Case(**{**vars(case), "arguments": arguments})
-    sequences, logits, length = None, None, 0
-    for output, length in _calls(target, extended, run, iter([None])):
-        sequences, logits = output.sequences, torch.stack(output.logits, dim=1)  # [B, T', V]
+    (output, length), *_ = _calls(target, extended, run, iter([None]))
+    sequences, logits = output.sequences, torch.stack(output.logits, dim=1)  # [B, T', V]
     best = logits.float().topk(2, dim=-1).values
     gap = ((best[..., 0] - best[..., 1]) / best.abs().amax().clamp(min=1e-6)).min().item()
     plain = _Texts([sequences], [length])
@@ -336,7 +331,13 @@ def _all_runs(target, case: Case, plain: _Texts, greedy: dict, seed: int) -> dic
         if not torch.equal(again.sequences[0], plain.sequences[0]):
             runs["plain again"] = {"outcome": "different", "detail": "plain decoding after drafting"}
     bad = next((name for name, result in runs.items() if result["outcome"] in BAD), None)
-    result = {**runs[bad or "greedy"], "seed": seed, "runs": runs, "thresholds": thresholds(target.config)}
+    result = {
+        **runs[bad or "greedy"],
+        "model_type": target.config.model_type,
+        "seed": seed,
+        "runs": runs,
+        "thresholds": thresholds(target.config),
+    }
     if bad is not None:
         result["detail"] = f"{bad}: {result.get('detail', '')}"
     elif result["outcome"] in DRAFTED:
