@@ -1,0 +1,160 @@
+"""`docs/compatibility.md` and the list of types that were tried, from the results of one sweep for each release."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from compatibility_runs import BAD, DRAFTED
+
+_HEADINGS = {
+    "different": "Different from plain decoding",
+    "crash": "Crashes",
+    "unproven": "Nothing proven",
+    "tree": "Trees",
+    "chain": "Chains",
+    "plain": "Decoded plainly, with a warning that says why",
+    "refused": "Refused with an error",
+    "fails": "Plain decoding with text alone fails",
+    "not built": "Not built",
+}
+_INTRODUCTION = """# Compatibility
+
+Every type of model that transformers {releases} can generate text with, as a tiny random model in float32, with a draft
+and without one. Made by
+
+    python -m tests.compatibility            # once with each release of transformers; it goes on where it was stopped
+    python -m tests.compatibility --update   # writes this page and transformers_prism/tried_targets.py
+
+A type counts as drafted if its text was the same token for token, greedy and sampled with the same seed, and a round
+committed {rate:.0f} tokens and more, at lengths beyond every window, top-k, chunk and original length of its configuration
+(8 tokens, and 24 for rotary tables). Drafts are scripted to be right most of the time. Every target that counts was
+shown to give a different text when the mask of a round is off by one, or when keys are moved to a wrong place: an error
+of that kind could not have hidden. Image and audio models get text alone.
+
+The numbers are tokens a round. "batch" is three rows with left padding, "static" `cache_implementation="static"`, "chat"
+a second call with the cache of the first; there "tree" and "chain" mean the same, "plain" means plain decoding with a
+warning, "-" that plain decoding fails there too.
+"""
+
+
+def tried_types(results: dict[str, dict]) -> dict[str, list[str]]:
+    """The model types whose trees, or chains, were the same text on every release that has them.
+
+    Args:
+        results: by release, the results of its sweep by name of the case.
+    Returns:
+        `dict` with the sorted lists "tree" and "chain"; a type with several cases counts as its weakest.
+    """
+    outcomes: dict[str, set] = {}
+    for of_release in results.values():
+        for name, result in of_release.items():
+            if ":" not in name and "model_type" in result:
+                outcomes.setdefault(result["model_type"], set()).add(result["outcome"])
+    trees = sorted(kind for kind, found in outcomes.items() if found == {"tree"})
+    chains = sorted(kind for kind, found in outcomes.items() if found <= set(DRAFTED) and "chain" in found)
+    return {"tree": trees, "chain": chains}
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """Results by release, the oldest first."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("transformers-*.json")]
+    files.sort(key=lambda file: [int(part) for part in file["transformers"].split(".")[:2]])
+    return {file["transformers"]: file["results"] for file in files}
+
+
+def page(results: dict[str, dict]) -> str:
+    """The page as text."""
+    releases = list(results)
+    newest = results[releases[-1]]
+    text = _INTRODUCTION.format(releases=" and ".join(releases), rate=2)
+    types = [name for name in _names(results) if ":" not in name]
+    text += "\n## Counts\n\n" + _counts(results, types)
+    variants = [name for name in _names(results) if ":" in name]
+    for outcome, heading in _HEADINGS.items():
+        names = [name for name in types if _outcome(results, name) == outcome]
+        if names:
+            text += f"\n## {heading}\n\n" + _table(outcome, names, results, newest)
+    return text + "\n## Variants\n\n" + _variant_table(variants, results)
+
+
+def _names(results: dict[str, dict]) -> list[str]:
+    return list(dict.fromkeys(name for of_release in reversed(list(results.values())) for name in of_release))
+
+
+def _outcome(results: dict[str, dict], name: str) -> str:
+    """Of the newest release that has the type; what must not be comes first."""
+    found = [of_release[name]["outcome"] for of_release in results.values() if name in of_release]
+    return next((outcome for outcome in found if outcome in BAD), found[-1])
+
+
+def _counts(results: dict[str, dict], types: list[str]) -> str:
+    rows = []
+    for outcome, heading in _HEADINGS.items():
+        cells = []
+        for of_release in results.values():
+            kinds = [
+                Counter(result["outcome"] for name, result in of_release.items() if (":" in name) == is_variant)
+                for is_variant in (False, True)
+            ]
+            cells.append(f"{kinds[0][outcome]} types, {kinds[1][outcome]} variants")
+        rows.append([heading, *cells])
+    return _markdown(["outcome", *results], rows)
+
+
+def _cell(of_release: dict, name: str, with_rate: bool = True) -> str:
+    result = of_release.get(name)
+    if result is None:
+        return "no such type"
+    rate = result.get("tokens_per_round")
+    return f"{result['outcome']} {rate}" if rate is not None and result["outcome"] in DRAFTED else result["outcome"]
+
+
+def _run_cell(result: dict, run: str) -> str:
+    outcome = result.get("runs", {}).get(run, {}).get("outcome", "")
+    return {"fails": "-", "refused": "refused"}.get(outcome, outcome)
+
+
+def _table(outcome: str, names: list[str], results: dict[str, dict], newest: dict) -> str:
+    latest = {name: next(of[name] for of in reversed(list(results.values())) if name in of) for name in names}
+    if outcome in DRAFTED:
+        columns = ["type", *results, "batch", "static", "chat"]
+        runs = ("padded", "static", "chat")
+        rows = [
+            [f"`{name}`", *(_cell(of, name) for of in results.values()), *(_run_cell(latest[name], run) for run in runs)]
+            for name in names
+        ]
+        return _markdown(columns, rows)
+    rows = [
+        [f"`{name}`", *(_cell(of, name) for of in results.values()), _shown(latest[name].get("detail", ""))]
+        for name in names
+    ]
+    return _markdown(["type", *results, "why"], rows)
+
+
+def _variant_table(names: list[str], results: dict[str, dict]) -> str:
+    rows = []
+    for name in sorted(names):
+        detail = next((of[name].get("detail") for of in reversed(list(results.values())) if name in of), None)
+        rows.append([name, *(_cell(of, name) for of in results.values()), _shown(detail or "")])
+    return _markdown(["variant", *results, "why"], rows)
+
+
+def _shown(detail: str) -> str:
+    return detail.replace("|", "\\|")[:160]
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [columns, ["---"] * len(columns), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def tried_file(results: dict[str, dict]) -> str:
+    """The text of `transformers_prism/tried_targets.py`."""
+    tried = tried_types(results)
+    text = '"""Types of targets whose output was tried to be that of plain decoding; written by `tests/compatibility.py`.\n\n'
+    text += f'Tried with transformers {" and ".join(results)}: see docs/compatibility.md.\n"""\n'
+    for name, kind, what in (("TREE_TYPES", "tree", "trees"), ("CHAIN_TYPES", "chain", "chains")):
+        text += f"\n# `config.model_type` of targets that verify {what}.\n{name} = frozenset(\n    (\n"
+        text += "".join(f'        "{model_type}",\n' for model_type in tried[kind])
+        text += "    )\n)\n"
+    return text
