@@ -170,7 +170,7 @@ def install_lending() -> None:
         # What is compiled outlives the loan.
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        return getattr(lent, "function", original)(*args, **kwargs)
+        return (getattr(lent, "function", None) or original)(*args, **kwargs)
 
     sdpa.prism_lent, sdpa.prism_original = lent, original  # type: ignore[attr-defined]
     AttentionInterface.register("sdpa", sdpa)
@@ -186,13 +186,12 @@ def lent_sdpa(function) -> Iterator[None]:
     """Compute the "sdpa" of every model in this thread by another attention function of transformers."""
     install_lending()
     lent = ALL_ATTENTION_FUNCTIONS["sdpa"].prism_lent  # of whichever copy of this code came first
-    before = vars(lent).copy()
-    lent.function = function
+    before = getattr(lent, "function", None)
     try:
+        lent.function = function
         yield
     finally:
-        vars(lent).clear()
-        vars(lent).update(before)
+        lent.function = before
 
 
 @contextmanager

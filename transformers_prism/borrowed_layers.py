@@ -8,7 +8,6 @@ Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lack
 
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -138,35 +137,84 @@ class BorrowedLayers:
         return type(None), ()
 
 
-@dataclass
 class TextRows:
     """The head's rows for tokens of a text that the draft vocabulary lacks; logits over both have the text's last.
 
+    A text grows, so its rows lie in several layers, each at least twice as long as the next: what a new token costs does
+    not grow with the text.
+
     Args:
         draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
+        draft_head (`nn.Linear`): its rows.
         text_ids (`torch.LongTensor` of shape `(K,)`): the tokens that it lacks.
-        draft_head, head (`nn.Linear`): the rows of either.
+        rows (`nn.Linear`): theirs.
     """
 
-    draft_to_target: torch.Tensor
-    text_ids: torch.Tensor
-    draft_head: nn.Linear
-    head: nn.Linear
+    def __init__(self, draft_to_target: torch.Tensor, draft_head: nn.Linear, text_ids: torch.Tensor, rows: nn.Linear):
+        self.draft_to_target, self.draft_head = draft_to_target, draft_head
+        self.text_ids = text_ids
+        self.parts = [rows]
+        self._token_ids: torch.Tensor | None = None
+        self._weight: torch.Tensor | None = None  # with room for more
 
-    @cached_property
+    def add(self, token_ids: torch.Tensor, rows: nn.Linear) -> None:
+        """Append tokens `(n,)` that are not among these, and their rows."""
+        self.text_ids = torch.cat((self.text_ids, token_ids.to(self.text_ids.device)))
+        self._token_ids = None
+        if self._weight is not None:
+            self._append_weight(rows.weight.detach())
+        self.parts.append(rows)
+        while len(self.parts) > 1 and 2 * self.parts[-1].out_features > self.parts[-2].out_features:
+            self.parts[-2:] = [_joined(*self.parts[-2:])]
+
+    def logits(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of the text's tokens, `(..., n)` of each layer, in the order of `text_ids`."""
+        return [part(hidden_states) for part in self.parts]
+
+    @property
     def token_ids(self) -> torch.Tensor:
         """Ids in the target's vocabulary of all W + K tokens."""
-        return torch.cat((self.draft_to_target, self.text_ids.to(self.draft_to_target.device)))
+        if self._token_ids is None:
+            self._token_ids = torch.cat((self.draft_to_target, self.text_ids.to(self.draft_to_target.device)))
+        return self._token_ids
 
-    @cached_property
+    @property
     def weight(self) -> torch.Tensor:
         """All rows in one piece, `(W + K, D)`, for kernels."""
-        return torch.cat((self.draft_head.weight.detach(), self.head.weight.detach()))
+        if self._weight is None:
+            self._weight = torch.cat([part.weight.detach() for part in (self.draft_head, *self.parts)])
+        return self._weight[: len(self.draft_to_target) + len(self.text_ids)]
 
-    @cached_property
+    @property
     def bias(self) -> torch.Tensor | None:
         """All biases in one piece, `(W + K,)`; None for a head without."""
-        return None if self.head.bias is None else torch.cat((self.draft_head.bias.detach(), self.head.bias.detach()))
+        parts = (self.draft_head, *self.parts)
+        return None if self.parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+
+    def _append_weight(self, new: torch.Tensor) -> None:
+        end = len(self.draft_to_target) + len(self.text_ids)
+        if end > len(self._weight):
+            room = self._weight.new_empty((end // 8, new.shape[1]))
+            self._weight = torch.cat((self._weight[: end - len(new)], new, room))
+        else:
+            self._weight[end - len(new) : end] = new
+
+
+def _joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """Rows of two layers as one, packed as they are."""
+    kind = type(first) if isinstance(first, PackedLinear) else None
+    with torch.inference_mode(False), torch.no_grad():
+        bias = None if first.bias is None else torch.cat((first.bias, second.bias))
+        return _frozen(torch.cat((first.weight, second.weight)), bias, kind)
+
+
+def _frozen(weight: torch.Tensor, bias: torch.Tensor | None, kind: type[PackedLinear] | None) -> nn.Linear:
+    """A layer without gradients."""
+    rows = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    rows.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        rows.bias = nn.Parameter(bias, requires_grad=False)
+    return rows if kind is None else pack(rows, kind)
 
 
 def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLinear] | None) -> nn.Linear:
@@ -177,15 +225,12 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
         token_ids (`torch.LongTensor` of shape `(n,)`): the rows.
         kind (`type`, *optional*): how it is to be packed for a CPU.
     """
-    weight, bias = head.weight, getattr(head, "bias", None)
-    token_ids = token_ids.to(weight.device)
-    rows = nn.Linear(weight.shape[1], len(token_ids), bias=bias is not None, device="meta")
+    bias = getattr(head, "bias", None)
+    token_ids = token_ids.to(head.weight.device)
     # Rows that were gathered in inference mode serve a training step later, too.
     with torch.inference_mode(False), torch.no_grad():
-        rows.weight = nn.Parameter(weight.detach()[token_ids.clone()], requires_grad=False)
-        if bias is not None:
-            rows.bias = nn.Parameter(bias.detach()[token_ids.clone()], requires_grad=False)
-        return rows if kind is None else pack(rows, kind)
+        token_ids = token_ids.clone()
+        return _frozen(head.weight.detach()[token_ids], None if bias is None else bias.detach()[token_ids], kind)
 
 
 def float_weight(layer: nn.Module) -> torch.Tensor | None:

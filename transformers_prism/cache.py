@@ -364,7 +364,8 @@ class AdoptedLayers:
         lent = self.cache.layers
         self.put_back()
         while len(self.cache.layers) < len(lent):
-            self.cache.layers.append(self.layer_class())
+            # A model may have added layers of its own to the first forward.
+            self.cache.layers.append((self.layer_class or DynamicLayer)())
         for original, layer in zip(self.cache.layers, lent, strict=True):
             if not layer.is_initialized:
                 continue

@@ -99,7 +99,7 @@ class Drafter:
             return
         new = token_ids[~is_own].unique()
         self.can_propose[new] = True
-        self.text = self.draft.rows_beside(new if self.text is None else torch.cat((self.text.text_ids, new)))
+        self.text = self.draft.rows_beside(new, self.text)
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
         """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""

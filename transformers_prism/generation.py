@@ -236,6 +236,30 @@ class _FixedTrees:
         """None is indexed."""
 
 
+class _PlainSteps:
+    """No trees: for a target that turned out to compute them otherwise than single steps."""
+
+    depth = 0
+
+    def __init__(self, rows: OutputRows, estimates: dict | None):
+        self.rows, self.last_estimates = rows, estimates
+
+    def propose(self, drafter, unread: list[NewPositions], active: list[int], max_depth: int, max_nodes: int):
+        """The last token of each row."""
+        return root_tree(torch.tensor([self.rows.new_tokens[row][-1] for row in active]))
+
+    def observe(self, tree, kept: list[list[int]], verify_seconds: float) -> RoundTree:
+        """What the round was."""
+        return RoundTree(0, 0)
+
+    def estimates(self) -> dict | None:
+        """What choices rested on before."""
+        return self.last_estimates
+
+    def text_of(self, row: int) -> None:
+        """None is indexed."""
+
+
 def _trees_for(settings: TreeSettings, target, draft, rows: OutputRows, text: NgramIndex | None):
     """Where trees come from; choosing within a round needs tensors that can be looked at without waiting."""
     if settings.tree != "auto":
@@ -283,7 +307,7 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
         if check.differs(tree, logits, steps):
             # Nothing of this round was emitted, and no later one has a tree.
             target_side.give_up_drafting()
-            speculation.stopped_drafting = check.finding
+            trees, speculation.stopped_drafting = _PlainSteps(rows, trees.estimates()), check.finding
             continue
         with speculation.timed("commit"):
             kept = _walk_rows(rows, active, tree, logits, trees.depth)

@@ -241,12 +241,20 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size, num_head_rows)
         return self.rows_beside(outside) if len(outside) else None
 
-    def rows_beside(self, token_ids: torch.Tensor) -> TextRows:
-        """The same of tokens `(K,)` that are known to be outside the draft vocabulary, each once; reads nothing back."""
+    def rows_beside(self, token_ids: torch.Tensor, text: TextRows | None = None) -> TextRows:
+        """The same of tokens `(K,)` that are known to be outside the draft vocabulary, each once; reads nothing back.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(K,)`): such tokens.
+            text (`TextRows`, *optional*): of others, to which these are added; else new rows are made.
+        """
         borrowed = self._require_target()
         self._gather_head_rows()
         rows = rows_of_head(borrowed.head, token_ids, borrowed.kind_of_rows(self._speaking_layer))
-        return TextRows(self.draft_to_target, token_ids, borrowed.draft_head, rows)
+        if text is None:
+            return TextRows(self.draft_to_target, borrowed.draft_head, token_ids, rows)
+        text.add(token_ids, rows)
+        return text
 
     def own_tokens(self) -> torch.Tensor:
         """Which tokens of the target's vocabulary a draft vocabulary holds, or no head has logits of, `(V,)` bool on the
@@ -379,7 +387,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         head = borrowed.draft_head
         hidden_states = hidden_states.to(*place_of(head, borrowed.target, hidden_states.dtype))
         logits = head(hidden_states)
-        return (logits if text is None else torch.cat((logits, text.head(hidden_states)), dim=-1)).to(self.device)
+        return (logits if text is None else torch.cat((logits, *text.logits(hidden_states)), dim=-1)).to(self.device)
 
     def _require_target(self) -> BorrowedLayers:
         if self._borrowed is None:

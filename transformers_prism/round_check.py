@@ -37,7 +37,7 @@ def lengths_named(text_config) -> list[int]:
         for name, value in values.items():
             if isinstance(value, dict):
                 collect(value)
-            elif any(word in name for word in _LENGTH_WORDS) and type(value) is int and value > 1:
+            elif any(word in str(name) for word in _LENGTH_WORDS) and type(value) is int and value > 1:
                 found.add(value)
 
     collect(text_config.to_dict())
@@ -68,6 +68,9 @@ class RoundCheck:
     def plain_steps(self, tree: Tree) -> torch.Tensor | None:
         """The target's logits `(B, 2, V)` at each root and its likeliest child by single steps; None if nothing is due."""
         if not self.is_needed or self.finding or tree.num_nodes == 1 or not self._is_due(min(self.side.next_position)):
+            return None
+        # Nodes that a row has no room for are given positions that it has.
+        if any(position >= limit for position, limit in zip(self.side.next_position, self.side.position_limit, strict=True)):
             return None
         children = _likeliest_children(tree)
         return self.side.plain_steps(torch.stack((tree.token_ids[:, 0], tree.token_ids.gather(1, children)[:, 0]), dim=1))

@@ -25,6 +25,7 @@ from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
 from .target_support import (
     Declined,
+    hidden_state,
     inputs_of_next_step,
     layer_windows,
     reason_against_batch_positions,
@@ -259,7 +260,7 @@ class _Target:
                 f"expected a target that returns hidden states {self.layer_ids}, got none from "
                 f"{type(self.target).__name__}"
             )
-        return [outputs.hidden_states[layer] for layer in self.layer_ids]
+        return [hidden_state(outputs, layer, self.target.config) for layer in self.layer_ids]
 
     def prompt_for_draft(self, rows) -> NewPositions:
         """The prompt as far as its hidden states are known: not what a cache already held, and of a chunked prefill

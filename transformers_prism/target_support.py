@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from .attention import PRISM_TREE
 from .cache import is_adoptable
-from .transformers_names import CACHE_NAMES, attention_name
+from .transformers_names import CACHE_NAMES, attention_name, keeps_no_activations
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # Configuration fields that name a local window or a number of keys to attend to, other than those that masks are made for.
@@ -46,6 +46,12 @@ class RotarySwitch(NamedTuple):
         if position < self.length:
             return self.length - 1 - position
         return math.inf if self.is_drafted_beyond else 0
+
+
+def hidden_state(outputs, layer: int, config) -> torch.Tensor:
+    """A hidden state `(B, T, D)` of a target's output; where a model keeps several streams, the one that it goes on with."""
+    state = outputs.hidden_states[layer]
+    return state if state.dim() == 3 else state[getattr(config.get_text_config(), "altup_active_idx", 0)]
 
 
 def rotary_switches(text_config) -> list[RotarySwitch]:
@@ -134,7 +140,7 @@ def reason_against_training(target) -> str | None:
     """Why a target in train mode cannot be served; None if it can."""
     if not target.training:
         return None
-    if target.is_gradient_checkpointing:
+    if keeps_no_activations(target):
         return "gradient checkpointing in train mode keeps no cache; call target.eval()"
     rates = vars(target.config.get_text_config()).items()
     if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in rates):

@@ -102,6 +102,12 @@ def attention_name(config) -> str:
     return config.get_text_config()._attn_implementation
 
 
+def keeps_no_activations(model) -> bool:
+    """Whether a model's layers compute their activations anew in training, and so keep no cache in train mode."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return getattr(model, next(name for name in names if hasattr(type(model), name)))
+
+
 def pad_token(generation_config):
     """The padding token of a prepared generation configuration, a tensor, or None."""
     return generation_config._pad_token_tensor

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from transformers_prism.configuration_prism import target_fingerprint
+from transformers_prism.target_support import hidden_state
 from transformers_prism.training.conversations import Conversation
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.whole_files import whole_file, write_json
@@ -230,4 +231,5 @@ def target_states(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> t
         output = target.base_model(
             input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False
         )
-    return torch.cat([output.hidden_states[layer][0] for layer in layer_ids], dim=-1).to(torch.bfloat16)
+    states = [hidden_state(output, layer, target.config)[0] for layer in layer_ids]
+    return torch.cat(states, dim=-1).to(torch.bfloat16)

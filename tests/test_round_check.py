@@ -1,0 +1,123 @@
+"""Targets that nobody has tried: their rounds are compared with single steps, and what differs is noticed before a token."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from tiny_models import PAD_ID, prompts, scripted_draft, tiny_target
+from transformers import LlamaConfig
+
+from transformers_prism import round_check
+from transformers_prism.round_check import is_tried, lengths_named
+
+LENGTH = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": PAD_ID}
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """No type was tried."""
+    monkeypatch.setattr(round_check, "TRIED_TYPES", frozenset())
+
+
+def counted(monkeypatch, target):
+    """How many tokens each forward of a target is over, as it runs."""
+    widths: list[int] = []
+    forward = target.forward
+
+    @functools.wraps(forward)
+    def count(*args, **kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(target, "forward", count)
+    return widths
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("tree", ["static", "chain"])
+def test_checked_rounds_change_nothing(untried, architecture, num_rows, tree):
+    """Text of plain decoding, and drafting goes on."""
+    target = tiny_target(architecture, 3)
+    input_ids, mask = prompts(num_rows)
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1], tree=tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+    assert torch.equal(found, plain)
+    assert draft.last_speculation.stopped_drafting is None
+    assert draft.last_speculation.acceptance_length > 1.3
+
+
+def test_a_target_is_checked_at_doubled_lengths_once(untried, monkeypatch):
+    """Two steps at the first tree, at twice the length, and behind the window; none in the next call."""
+    target = tiny_target("mistral", 3, sliding_window=20)
+    input_ids, _ = prompts(1)
+    plain = target.generate(input_ids, **LENGTH)
+    widths = counted(monkeypatch, target)
+    numbers = []
+    for _ in range(2):
+        widths.clear()
+        draft = scripted_draft(target, plain, input_ids.shape[1])
+        target.generate(input_ids, assistant_model=draft, **LENGTH)
+        numbers.append(widths[1:].count(1) - sum(tree.num_nodes == 0 for tree in draft.last_speculation.trees))
+    # At 9 tokens, from 18 on, beyond 20, from 36 on.
+    assert numbers == [8, 0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("tree", ["static", "chain"])
+@pytest.mark.parametrize("from_length", [0, 20])
+def test_a_target_that_computes_trees_otherwise_is_decoded_plainly(untried, monkeypatch, num_rows, tree, from_length):
+    """From the first tree on, or once its text is longer than a length that the configuration names; told once."""
+    if tree == "chain" and num_rows == 3:
+        pytest.skip("a batch has no chain")
+    target = tiny_target("llama", 3)
+    target.config.some_window = 20
+    input_ids, mask = prompts(num_rows)
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    forward = target.forward
+
+    @functools.wraps(forward)
+    def broken(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        positions = kwargs.get("position_ids")
+        if kwargs["input_ids"].shape[1] > 1 and output.logits.shape[1] > 1 and int(positions.max()) >= from_length:
+            output.logits[:, 1:] = output.logits[:, 1:].roll(1, dims=-1)
+        return output
+
+    monkeypatch.setattr(target, "forward", broken)
+    draft = scripted_draft(target, plain, input_ids.shape[1], tree=tree, is_strict=False)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM over several tokens differ from single steps") as caught:
+        found = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+    assert len([one for one in caught if "single steps" in str(one.message)]) == 1
+    assert "single steps" in draft.last_speculation.stopped_drafting
+    if not from_length:
+        assert torch.equal(found, plain)
+        assert {found.num_nodes for found in draft.last_speculation.trees} == {0}
+
+
+def test_what_was_tried_is_not_checked(monkeypatch):
+    """By the type, in transformers' own code only."""
+    target = tiny_target("llama", 3)
+    assert is_tried(target)
+
+    class Remote(type(target)):
+        pass
+
+    target.__class__ = Remote
+    assert not is_tried(target)
+
+
+def test_lengths_that_a_configuration_names():
+    """Nested ones, too; sizes of other things do not count."""
+    config = LlamaConfig(
+        max_position_embeddings=128,
+        sliding_window=6,
+        index_topk=17,
+        hidden_size=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 48},
+    )
+    assert lengths_named(config) == [6, 17, 48, 128]
