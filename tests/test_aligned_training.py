@@ -42,3 +42,17 @@ def assert_foreseen(draft, num_steps: int, is_reached: bool, **weights):
     input_ids, mask = torch.randint(0, VOCAB_SIZE, (2, 8)), torch.ones(2, 8, dtype=torch.bool)
     training(input_ids, torch.randn(2, 8, width), torch.randn(2, 8, width), mask)["loss"].backward()
     assert all(parameter.grad is not None for parameter in training.parameters()) == is_reached
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+@pytest.mark.parametrize("made", ["bound", "decoded"])
+def test_a_draft_that_was_used_in_inference_mode_trains(made, draft_vocab_size):
+    """The head's rows that were gathered there could not be saved for a backward pass."""
+    target = tiny_target("llama", seed=3)
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size)
+    with torch.inference_mode():
+        draft.bind(target)
+        if made == "decoded":
+            target.generate(torch.tensor([[5, 6, 7]]), assistant_model=draft, max_new_tokens=8, do_sample=False)
+    draft.bind(target)
+    assert_foreseen(draft, 2, True)
