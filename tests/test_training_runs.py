@@ -136,7 +136,7 @@ def test_two_processes_equal_one_with_accumulation(folders):
         found = losses(folders / name)
         assert len(found) == len(expected) == 24
         assert found == pytest.approx(expected, rel=1e-4)
-        # Of all processes; those of the first one alone differ by several percent.
+        # Of all processes; those of the first one alone differ by two percent.
         assert step_losses(folders / name) == pytest.approx(step_losses(folders / "one"), rel=1e-3)
         assert validations[name] == pytest.approx(validations["one"], rel=1e-3)
         for key, tensor in states["one"].items():
