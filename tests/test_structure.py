@@ -22,6 +22,7 @@ ALLOWED = {
         "kernels.",
     },
     "borrowed_layers": {"cpu"},
+    "cpu": {"transformers_names"},
     "configuration_prism": {"transformers_names"},
     "processing_module": {"configuration_prism", "transformers_names"},
     "generation": {
@@ -32,7 +33,7 @@ ALLOWED = {
     },
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
     "planned_trees": {"auto_trees", "speculation", "target_rounds", "tree", "tree_policy"},
-    "round_costs": {"drafting", "target_rounds"},
+    "round_costs": {"cpu", "drafting", "target_rounds"},
     "target_rounds": {"tree", "attention", "cache", "transformers_names", "kernels."},
     "tree": {"kernels."},
     "drafting": {"tree", "attention", "cache", "sampling_noise", "transformers_names", "kernels."},
