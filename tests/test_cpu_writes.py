@@ -20,6 +20,7 @@ from transformers_prism.cpu import (
     refresh_packed_weights,
     trusting_packed_weights,
 )
+from transformers_prism.transformers_names import cache_argument
 
 pytestmark = [
     pytest.mark.quick,
@@ -160,14 +161,14 @@ def test_when_whole_weights_are_compared(busy, monkeypatch):
 
     with prepare_for_cpu(target):
         cache = DynamicCache(config=target.config)
-        assert num_checks(input_ids, past_key_values=cache) == 1
-        assert num_checks(input_ids[:, :1], past_key_values=cache) == 0
+        assert num_checks(input_ids, **cache_argument(target, cache)) == 1
+        assert num_checks(input_ids[:, :1], **cache_argument(target, cache)) == 0
         assert num_checks(input_ids[:, :1], None, None, cache) == 0
         assert num_checks(input_ids[:, :1], None, None, DynamicCache(config=target.config)) == 1
         assert num_checks(input_ids) == 1
         cache = StaticCache(config=target.config, max_cache_len=32)
-        assert num_checks(input_ids, past_key_values=cache) == 1
-        assert num_checks(input_ids[:, :1], past_key_values=cache) == 0
+        assert num_checks(input_ids, **cache_argument(target, cache)) == 1
+        assert num_checks(input_ids[:, :1], **cache_argument(target, cache)) == 0
         checks.clear()
         target.generate(input_ids, **GREEDY)
         assert len(checks) == 1
@@ -182,7 +183,7 @@ def test_when_whole_weights_are_compared(busy, monkeypatch):
         round_costs.measure(target, tiny_draft(target).bind(target), 1)
         assert not checks
         monkeypatch.setattr(cpu, "_IDLE_SECONDS", 0.0)
-        assert num_checks(input_ids[:, :1], past_key_values=cache) == 1
+        assert num_checks(input_ids[:, :1], **cache_argument(target, cache)) == 1
     assert num_checks(input_ids) == 0
 
 

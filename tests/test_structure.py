@@ -23,6 +23,7 @@ ALLOWED = {
     },
     "transformers_names": {"tried_releases"},
     "borrowed_layers": {"cpu"},
+    "cpu": {"transformers_names"},
     "configuration_prism": {"transformers_names"},
     "processing_module": {"configuration_prism", "transformers_names"},
     "generation": {
@@ -33,7 +34,7 @@ ALLOWED = {
     },
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
     "planned_trees": {"auto_trees", "speculation", "target_rounds", "tree", "tree_policy"},
-    "round_costs": {"drafting", "target_rounds"},
+    "round_costs": {"cpu", "drafting", "target_rounds"},
     "target_rounds": {"tree", "attention", "cache", "target_support", "transformers_names", "kernels."},
     "target_support": {"attention", "cache", "transformers_names"},
     "round_check": {"tree", "tried_targets"},

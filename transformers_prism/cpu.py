@@ -30,6 +30,8 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from .transformers_names import cache_of
+
 # The default product re-packs the weight from four rows on, or from two.
 _MOST_UNPACKED_ROWS = 3
 # No tree has so many nodes; whatever has is a prompt.
@@ -42,9 +44,17 @@ _NUM_REPEATS = 5
 _NUM_SAMPLES, _SUMMED_WEIGHTS = 16, 2**18
 # A prepared model that has not run for so many seconds, or for so many times what a check takes, is checked again.
 _IDLE_SECONDS, _IDLE_CHECKS = 1.0, 10
-# What a model's own kind of cache is called in a forward.
-_CACHE_NAMES = ("past_key_values", "cache", "cache_params", "state")
-_trust = threading.local()
+# What a model's own kind of past is called in a forward, beside the names of transformers' caches.
+_OTHER_PAST = "state"
+
+
+class _Trust(threading.local):
+    """Of this thread: how many blocks of [`trusting_packed_weights`] it is in."""
+
+    depth = 0
+
+
+_trust = _Trust()
 
 
 def weight_version(weight: torch.Tensor) -> int | None:
@@ -77,7 +87,7 @@ def _sampled(weight: torch.Tensor) -> memoryview:
     num_rows, num_columns = weight.shape
     count = min(_NUM_SAMPLES, max(num_rows, num_columns))
     step = num_rows // count * weight.stride(0) + num_columns // count * weight.stride(1)
-    return memoryview(weight.detach().view(torch.int32).as_strided((count,), (step,)).numpy())
+    return weight.detach().view(torch.int32).as_strided((count,), (step,)).numpy().data
 
 
 @torch.no_grad()
@@ -192,7 +202,7 @@ class WeightCheck:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Check all weights if no or an empty cache is given, or the model has been idle."""
         # The copies serve forwards without gradients only.
-        if torch.is_grad_enabled() or getattr(_trust, "depth", 0):
+        if torch.is_grad_enabled() or _trust.depth:
             return
         now = time.monotonic()
         idle_seconds, self.last_call = now - self.last_call, now
@@ -212,7 +222,7 @@ def _begins_sequence(args: tuple, kwargs: dict) -> bool:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             return _is_empty(value)
-    return all(kwargs.get(name) is None for name in _CACHE_NAMES)
+    return cache_of(kwargs) is None and kwargs.get(_OTHER_PAST) is None
 
 
 def _is_empty(cache: Cache) -> bool:
@@ -234,7 +244,7 @@ def refresh_packed_weights(*models: nn.Module) -> int:
 @contextlib.contextmanager
 def trusting_packed_weights() -> Iterator[None]:
     """No checks of whole weights before forwards of this thread, for whoever measures their time."""
-    _trust.depth = getattr(_trust, "depth", 0) + 1
+    _trust.depth += 1
     try:
         yield
     finally:
