@@ -18,13 +18,14 @@ ALLOWED = {
     "__init__": {"configuration_prism", "cpu", "generation", "modeling_prism", "tried_releases"},
     "modeling_prism": {
         *("configuration_prism", "cpu", "generation", "drafting", "speculation", "tree_policy"),
-        *("borrowed_layers", "processing_module", "publishing", "transformers_names", "tried_releases"),
+        *("borrowed_layers", "loading", "processing_module", "publishing", "transformers_names", "tried_releases"),
         "kernels.",
     },
     "transformers_names": {"tried_releases"},
     "borrowed_layers": {"cpu"},
     "cpu": {"transformers_names"},
     "configuration_prism": {"transformers_names"},
+    "loading": {"publishing", "transformers_names", "tree_policy"},
     "processing_module": {"configuration_prism", "transformers_names"},
     "generation": {
         "attention",
