@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
 from transformers_prism.drafting import Drafter
+from transformers_prism.ngrams import NgramIndex
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 pytestmark = pytest.mark.quick
@@ -322,6 +323,78 @@ def test_a_chat_continues_on_a_given_cache(architecture, only_new_ids):
         histories.append(history)
     assert torch.equal(*histories)
     assert type(cache.layers[0]) is type(DynamicCache(config=target.config).layers[0])
+
+
+def chat_cache(target, draft, input_ids, **settings):
+    """A first turn: its cache, and the text of the second turn."""
+    cache = DynamicCache(config=target.config)
+    draft.generation_config.update(**settings)
+    first = target.generate(input_ids, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH)
+    return cache, torch.cat((first, torch.tensor([[20, 30, 40]])), dim=1)
+
+
+def test_a_chat_follows_settings_that_change(monkeypatch):
+    """What a text adds to the draft vocabulary leaves with the setting, and comes back with it."""
+    input_ids, _ = prompts(1)
+    target = varied_target("llama", input_ids, None, **LENGTH)
+    draft = tiny_draft(target, draft_vocab_size=20)
+    cache, chat = chat_cache(target, draft, input_ids)
+    texts = []
+    original = Drafter.grow
+    monkeypatch.setattr(Drafter, "grow", lambda self, *args: texts.append(self.text) or original(self, *args))
+    for is_wanted in (False, True):
+        draft.generation_config.tree_text_tokens = is_wanted
+        chat = target.generate(chat, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH)
+        assert all((text is not None) == is_wanted for text in texts)
+        texts.clear()
+
+
+def test_a_chat_follows_another_head():
+    """A head that the target was given between two turns is the draft's, too, and the text is plain decoding's."""
+    input_ids, _ = prompts(1)
+    target = varied_target("llama", input_ids, None, **LENGTH)
+    draft = tiny_draft(target, draft_vocab_size=20)
+    cache, chat = chat_cache(target, draft, input_ids)
+    head = torch.nn.Linear(32, 97, bias=False)
+    target.set_output_embeddings(head)
+    plain = target.generate(chat, do_sample=False, **LENGTH)
+    assert torch.equal(
+        target.generate(chat, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH), plain
+    )
+    assert torch.equal(draft.target_head.weight, head.weight[draft.draft_to_target])
+
+
+def test_a_chat_indexes_only_what_is_new(monkeypatch, cheap_rounds):
+    """Copies of a long text are looked up in the index of the turn before."""
+    input_ids, _ = prompts(1)
+    target = varied_target("llama", input_ids, None, **LENGTH)
+    draft = tiny_draft(target)
+    cache, chat = chat_cache(target, draft, input_ids, tree="auto")
+    indexed: list[int] = []
+    original = NgramIndex.extend
+    monkeypatch.setattr(NgramIndex, "extend", lambda self, ids: indexed.append(len(ids)) or original(self, ids))
+    plain = target.generate(chat, do_sample=False, **LENGTH)
+    found = target.generate(chat, **{CACHE_KEYWORD: cache}, do_sample=False, assistant_model=draft, **LENGTH)
+    assert torch.equal(found, plain)
+    assert sum(indexed) < found.shape[1] - input_ids.shape[1]
+
+
+@pytest.mark.parametrize("ends", [{"eos_token_id": None}, {}])
+def test_a_streamer_beside_a_batch_gets_each_step_of_all_rows(ends):
+    """As plain decoding gives it: padding for rows that have ended, and nothing of a step that a row has not reached."""
+    target, _, input_ids, mask = scripted(3)
+    plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH)
+    if not ends:
+        ends = {"eos_token_id": [int(plain[0, 14]), int(plain[1, 24])]}
+    arguments = {"attention_mask": mask, "do_sample": False, **LENGTH, **ends}
+    plain = target.generate(input_ids, **arguments)
+    draft = scripted_draft(target, plain, input_ids.shape[1], is_strict=False)
+    calls = []
+    for assistant in ({}, {"assistant_model": draft}):
+        streamer = RecordingStreamer()
+        target.generate(input_ids, streamer=streamer, **assistant, **arguments)
+        calls.append(streamer.calls)
+    assert calls[0] == calls[1]
 
 
 def test_streamer_gets_what_plain_gives_it():

@@ -1,6 +1,7 @@
 """The draft model: shapes, borrowing from the target, saving and loading."""
 
 import copy
+import itertools
 import json
 import pickle
 import warnings
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
-from transformers_prism import PrismConfig, PrismDraftModel, prepare_for_cpu
+from transformers_prism import PrismConfig, PrismDraftModel, modeling_prism, prepare_for_cpu
 from transformers_prism.transformers_names import cache_of
 
 pytestmark = pytest.mark.quick
@@ -113,6 +114,29 @@ def test_tokens_of_a_text_are_proposed_as_if_the_vocabulary_held_them(architectu
         expected_ids, expected_log_probs = large.propose(states, 12)
         torch.testing.assert_close(log_probs, expected_log_probs, **near)
         assert is_prepared or torch.equal(token_ids, expected_ids)
+
+
+def test_rows_of_a_growing_text_are_gathered_once(monkeypatch):
+    """Each token's row, and merged into longer layers seldom: logits as of all rows at once, in whatever order they come."""
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target, draft_vocab_size=20).bind(target)
+    gathered: list[int] = []
+    original = modeling_prism.rows_of_head
+    monkeypatch.setattr(
+        modeling_prism, "rows_of_head", lambda head, ids, kind: gathered.append(len(ids)) or original(head, ids, kind)
+    )
+    token_ids, text = torch.arange(20, 90), None
+    hidden = torch.randn(2, 3, 32)
+    for new in token_ids.split([5, 1, 1, 2, 1, 7, 1, 1, 30, 21]):
+        text = draft.rows_beside(new, text)
+        whole = draft.rows_beside(text.text_ids)
+        gathered.pop()
+        torch.testing.assert_close(draft.compute_logits(hidden, text), draft.compute_logits(hidden, whole))
+        assert torch.equal(text.weight, whole.weight)
+        assert torch.equal(text.token_ids, whole.token_ids)
+        sizes = [part.out_features for part in text.parts]
+        assert all(2 * after <= before for before, after in itertools.pairwise(sizes))
+    assert sum(gathered) == len(token_ids)
 
 
 def test_texts_that_add_nothing():

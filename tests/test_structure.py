@@ -30,7 +30,7 @@ ALLOWED = {
     "generation": {
         "attention",
         *("tree", "tree_policy", "auto_trees", "planned_trees", "verification", "target_rounds", "speculation"),
-        *("cache", "drafting", "transformers_names", "ngrams", "round_check", "target_support"),
+        *("cache", "drafting", "transformers_names", "ngrams", "round_check", "target_support", "borrowed_layers"),
         "kernels.",
     },
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},

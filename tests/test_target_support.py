@@ -132,6 +132,17 @@ def test_a_model_without_a_cache_is_decoded_plainly():
     assert len(messages) == 1
 
 
+def test_activations_scaled_over_a_forward_are_decoded_plainly():
+    """torch's dynamic quantization: what a token gets depends on the others beside it."""
+    target = torch.ao.quantization.quantize_dynamic(tiny_target("llama", 3), {torch.nn.Linear})
+    input_ids, mask = prompts(1)
+    arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "pad_token_id": PAD_ID}
+    plain = target.generate(input_ids, **arguments)
+    draft = tiny_draft(target)
+    with pytest.warns(UserWarning, match="scales its inputs by all tokens of a forward"):
+        assert torch.equal(target.generate(input_ids, assistant_model=draft, **arguments), plain)
+
+
 def test_embeddings_narrower_than_states_draft():
     """As opt-350m's."""
     target = small_model(OPTConfig, **WIDTHS, ffn_dim=64, word_embed_proj_dim=16, max_position_embeddings=128)

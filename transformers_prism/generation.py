@@ -20,6 +20,7 @@ import torch
 
 from .attention import install_lending, lent_attention, uninstall_lending
 from .auto_trees import AutoTrees
+from .borrowed_layers import reason_against_target
 from .ngrams import NgramIndex
 from .planned_trees import PlannedTrees
 from .round_check import RoundCheck
@@ -394,7 +395,7 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
         generation_config.output_attentions or generation_config.output_hidden_states
     ):
         raise Declined("attentions and hidden states of every step were asked for")
-    reason = reason_against_training(target)
+    reason = reason_against_target(target) or reason_against_training(target)
     if reason is None and input_ids.shape[0] > 1:
         reason = _reason_against_batch(plain_arguments)
     if reason is not None:
