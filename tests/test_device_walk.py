@@ -28,7 +28,7 @@ from transformers.generation import (
 
 from transformers_prism import PrismDraftModel, generation, target_rounds
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
-from transformers_prism.verification import OutputRows, warper_settings
+from transformers_prism.verification import OutputRows, walking_as_accelerators_do, warper_settings
 
 pytestmark = pytest.mark.quick
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
@@ -193,6 +193,27 @@ def test_an_accelerator_walks_on_the_device_by_itself(monkeypatch):
         monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", devices)
         target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
         assert draft.last_speculation.walk == walk
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_cpu_may_walk_as_accelerators_do(do_sample):
+    """In a block, and where the call allows it; the statistics say which way was taken."""
+    settings = {"do_sample": do_sample, "top_k": None}
+    target, draft, input_ids, _ = scripted(1, settings)
+    draft.is_strict = False
+    for penalty, walk in ((1.0, "device"), (1.2, "host")):
+        arguments = {**settings, **LENGTH, "repetition_penalty": penalty}
+        with walking_as_accelerators_do():
+            plain, speculative, same_state = generate_twice(target, draft, input_ids, **arguments)
+        assert torch.equal(plain, speculative)
+        assert same_state
+        speculation = draft.last_speculation
+        assert (speculation.walk, speculation.target) == (walk, "tree")
+        assert speculation.coupled == (do_sample and walk == "device")
+        draft.generation_config.tree_coupled = False
+        generate_twice(target, draft, input_ids, **arguments)
+        assert (draft.last_speculation.walk, draft.last_speculation.coupled) == ("host", False)
+        draft.generation_config.tree_coupled = True
 
 
 def test_warper_settings_are_read_from_stock_warpers_only():

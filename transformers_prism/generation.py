@@ -281,7 +281,8 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
         `tuple`: the statistics, and what the draft has not read at the end.
     """
     speculation = Speculation.empty(rows.num_rows)
-    speculation.walk = "device" if rows.walks_on_device else "host"
+    speculation.target = "chain" if isinstance(target_side, ChainTarget) else "tree"
+    speculation.walk, speculation.coupled = "device" if rows.walks_on_device else "host", rows.is_coupled
     active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
     stream = _Stream(streamer, rows)
     first_logits = target_side.prefill(input_ids)

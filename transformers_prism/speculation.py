@@ -32,6 +32,9 @@ class Speculation:
         trees: the tree of each round, for the whole batch.
         estimates: with `tree="auto"`, what its choices rest on at the end: seconds of a round's parts, probability of
             acceptance by class of draft probability and depth; None otherwise.
+        target: how the target verified: "tree", on layers lent to its cache, or "chain", on its own cache, rolled back;
+            None if the draft was not used.
+        coupled: whether the draft saw the random numbers that the target sampled with.
         walk: where next tokens were chosen: "device", with one read per round, or "host", node by node; None if the
             draft was not used.
         declined: why the draft was not used and plain decoding ran instead; None if it was used.
@@ -50,6 +53,8 @@ class Speculation:
     )
     trees: list[RoundTree] = field(default_factory=list)
     estimates: dict | None = None
+    target: str | None = None
+    coupled: bool = False
     walk: str | None = None
     declined: str | None = None
     verification: str | None = None

@@ -11,7 +11,10 @@ with exactly the ids that plain decoding would have shown them: everything else,
 Source: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the draft's distribution a point mass.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from transformers.generation import (
@@ -31,6 +34,20 @@ from .tree import Tree
 
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
 _CRITERIA_OF_IDS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
+
+# Devices whose calls walk on the device where they can.
+_walking_devices: ContextVar[tuple[str, ...]] = ContextVar("walking_devices", default=())
+
+
+@contextlib.contextmanager
+def walking_as_accelerators_do() -> Iterator[None]:
+    """Let generate() calls on a CPU choose tokens as those on accelerators do: by the walk on the device, where processors,
+    criteria and outputs allow it."""
+    token = _walking_devices.set(("cpu",))
+    try:
+        yield
+    finally:
+        _walking_devices.reset(token)
 
 
 def warper_settings(logits_processor: LogitsProcessorList) -> dict | None:
@@ -75,8 +92,8 @@ class OutputRows:
         generation_config (`GenerationConfig`): prepared by generate().
         is_coupled (`bool`): whether the draft may see the random numbers of sampling, where nothing else could draw in
             between: with stock warpers and criteria.
-        walk (`str`): "auto", "device" or "host". "auto" is the device's where the ids are on an accelerator and
-            processors, criteria and outputs allow it.
+        walk (`str`): "auto", "device" or "host". "auto" is the device's where the ids are on an accelerator, or in a block
+            of [`walking_as_accelerators_do`], and processors, criteria and outputs allow it.
     Raises:
         ValueError: if the walk is asked for on the device, which it cannot be.
     """
@@ -108,7 +125,9 @@ class OutputRows:
         self.warpers = warper_settings(logits_processor)
         if walk == "device":
             expect(self.fits_device, "walk", "host, for these processors, criteria or outputs", walk)
-        is_there = walk == "device" or (walk == "auto" and self.device.type in TRITON_DEVICES)
+        is_there = walk == "device" or (
+            walk == "auto" and self.device.type in (*TRITON_DEVICES, *_walking_devices.get())
+        )
         self.walks_on_device = is_there and self.fits_device
         capacity = max(self.max_length, self.prompt_length) + 1
         # Criteria that look at ids on the host read nothing from the device.
