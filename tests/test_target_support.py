@@ -106,7 +106,7 @@ def test_local_attention_over_places_is_a_chain():
     settings = {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 12}
     target = small_model(GPTNeoConfig, hidden_size=32, intermediate_size=64, max_position_embeddings=128, **settings)
     speculation, messages = decoded(target, length=20)
-    assert speculation.verification == "chain"
+    assert speculation.target == "chain"
     assert "local attention" in speculation.why_no_tree
     assert len(messages) == 1
     assert speculation.acceptance_length > 1.3
@@ -119,9 +119,9 @@ def test_alibi_is_a_chain():
     """Falcon makes its biases of a mask of two dimensions, whatever positions it is given."""
     target = small_model(FalconConfig, **WIDTHS, alibi=True, new_decoder_architecture=False)
     speculation, _ = decoded(target)
-    assert speculation.verification == "chain"
+    assert speculation.target == "chain"
     assert "alibi" in speculation.why_no_tree
-    assert decoded(small_model(FalconConfig, **WIDTHS, alibi=False))[0].verification == "tree"
+    assert decoded(small_model(FalconConfig, **WIDTHS, alibi=False))[0].target == "tree"
 
 
 def test_a_model_without_a_cache_is_decoded_plainly():
@@ -192,7 +192,7 @@ def test_attention_without_tree_masks_is_told_once():
     target.set_attn_implementation("other_attention")
     assert not takes_tree_mask(target)
     speculation, messages = decoded(target)
-    assert speculation.verification == "chain"
+    assert speculation.target == "chain"
     assert "other_attention" in speculation.why_no_tree
     assert [message for message in messages if 'attn_implementation="sdpa"' in message]
     assert not decoded(target)[1]

@@ -176,8 +176,6 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, target_side, pl
         raise
     finally:
         draft.train(was_training)
-    speculation.verification, speculation.why_no_tree = "chain" if is_chain else "tree", target_side.why_no_tree
-    speculation.coupled = rows.is_coupled
     draft.last_speculation = speculation
     if streamer is not None:
         streamer.end()
@@ -282,6 +280,7 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
     """
     speculation = Speculation.empty(rows.num_rows)
     speculation.target = "chain" if isinstance(target_side, ChainTarget) else "tree"
+    speculation.why_no_tree = target_side.why_no_tree
     speculation.walk, speculation.coupled = "device" if rows.walks_on_device else "host", rows.is_coupled
     active = list(range(rows.num_rows))  # which sequence each row of the caches belongs to
     stream = _Stream(streamer, rows)

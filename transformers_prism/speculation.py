@@ -38,9 +38,7 @@ class Speculation:
         walk: where next tokens were chosen: "device", with one read per round, or "host", node by node; None if the
             draft was not used.
         declined: why the draft was not used and plain decoding ran instead; None if it was used.
-        verification: "tree", "chain", or None if the draft was not used.
         why_no_tree: why a chain stood in for trees; None where trees were verified.
-        coupled: whether the draft saw the random numbers of sampling.
         stopped_drafting: what a check of a target that nobody has tried found, from where on plain steps went on; None if
             nothing was found.
     """
@@ -57,9 +55,7 @@ class Speculation:
     coupled: bool = False
     walk: str | None = None
     declined: str | None = None
-    verification: str | None = None
     why_no_tree: str | None = None
-    coupled: bool = False
     stopped_drafting: str | None = None
 
     @classmethod
