@@ -67,13 +67,10 @@ def test_a_target_is_checked_at_doubled_lengths_once(untried, monkeypatch):
     assert numbers == [8, 0]
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("tree", ["static", "chain"])
+@pytest.mark.parametrize(("num_rows", "tree"), [(1, "static"), (1, "chain"), (3, "static")])
 @pytest.mark.parametrize("from_length", [0, 20])
 def test_a_target_that_computes_trees_otherwise_is_decoded_plainly(untried, monkeypatch, num_rows, tree, from_length):
     """From the first tree on, or once its text is longer than a length that the configuration names; told once."""
-    if tree == "chain" and num_rows == 3:
-        pytest.skip("a batch has no chain")
     target = tiny_target("llama", 3)
     target.config.some_window = 20
     input_ids, mask = prompts(num_rows)
@@ -97,6 +94,49 @@ def test_a_target_that_computes_trees_otherwise_is_decoded_plainly(untried, monk
     if not from_length:
         assert torch.equal(found, plain)
         assert {found.num_nodes for found in draft.last_speculation.trees} == {0}
+
+
+def test_no_tree_spans_a_length_that_was_not_seen(untried, monkeypatch):
+    """A target whose attention changes beyond 20 keys for several tokens at once never emits a token of such a tree."""
+    target = tiny_target("llama", 3)
+    target.config.keep_window_size = 20
+    input_ids, _ = prompts(1)
+    plain = target.generate(input_ids, **LENGTH)
+    forward = target.forward
+
+    @functools.wraps(forward)
+    def broken(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if output.logits.shape[1] > 1 and int(kwargs["position_ids"].max()) >= 20:
+            output.logits[:] = output.logits.roll(1, dims=-1)
+        return output
+
+    monkeypatch.setattr(target, "forward", broken)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    with pytest.warns(UserWarning, match="single steps"):
+        assert torch.equal(target.generate(input_ids, assistant_model=draft, **LENGTH), plain)
+    assert draft.last_speculation.acceptance_length > 1
+
+
+def test_a_batch_is_checked_with_the_masks_of_plain_decoding(untried, monkeypatch):
+    """A target that reads a padding mask of its own, and a ready mask as it is, is noticed."""
+    target = tiny_target("llama", 3)
+    input_ids, mask = prompts(3)
+    forward = target.forward
+
+    @functools.wraps(forward)
+    def own(*args, **kwargs):
+        mask = kwargs["attention_mask"]
+        if mask is not None and mask.dim() == 2:
+            kwargs["attention_mask"] = torch.ones_like(mask)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(target, "forward", own)
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    with pytest.warns(UserWarning, match="single steps"):
+        target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH)
+    assert draft.last_speculation.stopped_drafting
 
 
 def test_what_was_tried_is_not_checked(monkeypatch):

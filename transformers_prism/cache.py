@@ -298,11 +298,15 @@ class CacheSnapshot:
         self.layers = list(getattr(cache, "layers", ()))
         self.classes = [type(layer) for layer in self.layers]
         self.lengths = [int(layer.get_seq_length()) if type(layer) in _ADOPTABLE_LAYERS else 0 for layer in self.layers]
-        # Layers of keys and values make new tensors, or write behind their length; other states are written in place.
-        self.states = [
-            vars(layer).copy() if type(layer) in _ADOPTABLE_LAYERS else _copied(vars(layer)) for layer in self.layers
-        ]
+        # Layers of keys and values make new tensors, or write behind their length; others are written to in place.
+        self.states = [vars(layer).copy() for layer in self.layers]
+        self.copies = [_copied(vars(layer)) if self._is_overwritten(layer) else None for layer in self.layers]
         self.layer_class = getattr(cache, "layer_class_to_replicate", None)
+
+    @staticmethod
+    def _is_overwritten(layer) -> bool:
+        """Whether a layer's states do not stay where they are: of static windows they roll, others are no keys and values."""
+        return type(layer) not in _ADOPTABLE_LAYERS or type(layer) is StaticSlidingWindowLayer
 
     def restore(self) -> None:
         """Make the cache what it was."""
@@ -310,12 +314,22 @@ class CacheSnapshot:
             return
         self.cache.layers = list(self.layers)
         self.cache.layer_class_to_replicate = self.layer_class
-        for layer, kind, state, length in zip(self.layers, self.classes, self.states, self.lengths, strict=True):
+        parts = (self.layers, self.classes, self.states, self.copies, self.lengths)
+        for layer, kind, state, copy, length in zip(*parts, strict=True):
             layer.__class__ = kind
             vars(layer).clear()
-            vars(layer).update(state)
+            vars(layer).update(state if copy is None else _restored(state, copy))
             if isinstance(layer, StaticLayer):
                 layer.cumulative_length.fill_(length)
+
+
+def _restored(state, copy):
+    """States as they were copied, tensors in their old places, which a compiled forward may know."""
+    if isinstance(state, torch.Tensor) and isinstance(copy, torch.Tensor) and state.shape == copy.shape:
+        return state.copy_(copy)
+    if isinstance(state, dict):
+        return {name: _restored(state.get(name), part) for name, part in copy.items()}
+    return copy
 
 
 def _copied(states):

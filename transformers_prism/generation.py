@@ -171,25 +171,21 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, target_side, pl
                 length = int(target_side.cache.get_seq_length())
                 context = _ChatContext(drafter, unread, length, draft.target_head, trees.text_of(0))
                 _chat_contexts[target_side.cache] = context
+            if streamer is not None:
+                streamer.end()
+            draft.last_speculation = speculation
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            num_steps = sequences.shape[1] - rows.prompt_length
+            kept = {name: rows.stacked(getattr(rows, name), num_steps) for name in ("scores", "logits")}
+            output = decoder_only_output(cache_of(model_kwargs), sequences=sequences, **kept)
+            output.speculation = speculation
+            return output
     except BaseException:
         target_side.abandon()
         raise
     finally:
         draft.train(was_training)
-    draft.last_speculation = speculation
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    num_steps = sequences.shape[1] - rows.prompt_length
-    output = decoder_only_output(
-        cache_of(model_kwargs),
-        sequences=sequences,
-        scores=rows.stacked(rows.scores, num_steps),
-        logits=rows.stacked(rows.logits, num_steps),
-    )
-    output.speculation = speculation
-    return output
 
 
 def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:
@@ -297,8 +293,8 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
             return speculation, unread
         with speculation.timed("draft"):
             # A node can only be emitted if there is room for the token behind it.
-            max_depth = min(max(rows.remaining(row) for row in active) - 1, target_side.max_depth)
-            tree = trees.propose(drafter, unread, active, int(max_depth), target_side.max_nodes)
+            max_depth = min(max(rows.remaining(row) for row in active) - 1, target_side.max_depth, check.max_depth())
+            tree = trees.propose(drafter, unread, active, max(int(max_depth), 0), target_side.max_nodes)
         with speculation.timed("check"):
             steps = check.plain_steps(tree)
         start = time.perf_counter()

@@ -7,6 +7,7 @@ length that its configuration names. What was seen holds for the target object: 
 Shape letters: B rows that still decode, N tree nodes, V vocabulary.
 """
 
+import math
 import warnings
 from weakref import WeakKeyDictionary
 
@@ -24,9 +25,9 @@ _checked: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def is_tried(target) -> bool:
-    """Whether the package was tried on this model's type, in transformers' own code."""
+    """Whether the package was tried on this model's type, and on that of its text part, in transformers' own code."""
     is_stock = type(target).__module__.startswith("transformers.models.")
-    return is_stock and target.config.get_text_config().model_type in TRIED_TYPES
+    return is_stock and {target.config.model_type, target.config.get_text_config().model_type} <= TRIED_TYPES
 
 
 def lengths_named(text_config) -> list[int]:
@@ -63,7 +64,16 @@ class RoundCheck:
         """Whether the next tree is the first that lies wholly behind twice the checked length, or a length with a name."""
         if not self.seen or length >= 2 * self.seen[-1]:
             return True
-        return any(self.seen[-1] <= named < length for named in self.lengths)
+        return any(self.seen[-1] < named <= length for named in self.lengths)
+
+    def max_depth(self) -> float:
+        """Draft steps of the next tree, so that it does not span a length with a name, which no check would be like."""
+        if not self.is_needed:
+            return math.inf
+        length = min(self.side.next_position)
+        longest = max(self.side.next_position)
+        # The deepest node's text is as long as the next such length at most, of every row.
+        return min((named - 1 - longest for named in self.lengths if named > length), default=math.inf)
 
     def plain_steps(self, tree: Tree) -> torch.Tensor | None:
         """The target's logits `(B, 2, V)` at each root and its likeliest child by single steps; None if nothing is due."""

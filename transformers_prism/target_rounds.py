@@ -398,16 +398,18 @@ class TreeTarget(_Target):
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.
 
-        A single row takes the inputs of plain decoding, so that no mask of ours is part of it.
+        Rows of one length take the inputs of plain decoding, so that no mask of ours is part of it.
         """
         self.committed.close_holes()
         state, position = vars(self.committed).copy(), list(self.next_position)
         steps = []
         for token in token_ids.split(1, dim=1):
-            if len(position) == 1 and self.capacity is None:
-                committed = self.committed.committed
-                mask = None if committed.all() else torch.nn.functional.pad(committed, (0, 1), value=True).long()
-                steps.append(self._forward(root_tree(token[:, 0]), mask, torch.tensor([self.next_position]))[0])
+            if min(self.committed.lengths) == self.committed.width and self.capacity is None:
+                # generate() hands over no mask where nothing is padded.
+                is_padded = self.model_kwargs.get("attention_mask") is not None
+                mask = pad(self.committed.committed, (0, 1), value=True).long() if is_padded else None
+                position_ids = torch.tensor(self.next_position)[:, None]
+                steps.append(self._forward(root_tree(token[:, 0]), mask, position_ids)[0])
             else:
                 steps.append(self.verify(root_tree(token[:, 0]))[0])
             self.commit([[0]] * len(position))
