@@ -115,6 +115,16 @@ _QWEN4 = {
     "split_ngram_parts": 1,
 }
 
+_DOTS3 = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
+
 
 def _of_text(settings: dict) -> dict:
     return {f"text_config.{name}": value for name, value in settings.items()}
@@ -133,6 +143,8 @@ SETTINGS: dict[str, dict] = {
     "deepseek_ocr2": {"text_config.mlp_layer_types": _MLP_TYPES},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {"text_config.num_experts": 4, "text_config.moe_intermediate_size": 32, "text_config.top_k_experts": 2},
+    "dots3_note_text": _DOTS3,
+    "roc_bert": {"shape_vocab_size": 97, "pronunciation_vocab_size": 97},
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
@@ -164,7 +176,7 @@ SETTINGS: dict[str, dict] = {
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "dots3_note": {"vision_config.adapter_in_dim": 64, "vision_config.adapter_out_dim": 64, "vision_config.per_layer_config": {}, "audio_config.adapter_input_size": 64, "audio_config.adapter_out_dim": 64},
+    "dots3_note": {**_of_text(_DOTS3), "vision_config.adapter_in_dim": 64, "vision_config.adapter_out_dim": 64, "vision_config.per_layer_config": {}, "audio_config.adapter_input_size": 64, "audio_config.adapter_out_dim": 64},
     "florence2": {"vision_config.patch_size": [7, 3, 3, 3], "vision_config.embed_dim": [16, 16, 16, 64], "vision_config.num_heads": [2, 2, 2, 2], "vision_config.num_groups": [2, 2, 2, 2], "vision_config.depths": [1, 1, 1, 1]},
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 4, "backbone_hidden_size": 64},
     "molmo2": {"vision_config.image_size": [32, 32], "adapter_config.vision_feature_layer": [0], "adapter_config.text_hidden_size": 64},

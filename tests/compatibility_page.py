@@ -1,11 +1,13 @@
 """`docs/compatibility.md` and the list of types that were tried, from the results of one sweep for each release."""
 
 import json
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 from compatibility_runs import BAD, DRAFTED
 
+ROOT = Path(__file__).resolve().parent.parent
 _HEADINGS = {
     "different": "Different from plain decoding",
     "crash": "Crashes",
@@ -37,22 +39,21 @@ warning, "-" that plain decoding fails there too.
 """
 
 
-def tried_types(results: dict[str, dict]) -> dict[str, list[str]]:
-    """The model types whose trees, or chains, were the same text on every release that has them.
+def tried_types(results: dict[str, dict]) -> list[str]:
+    """The model types whose trees or chains had the text of plain decoding on every release, sorted.
+
+    A composite model has two types, its own and its text part's; both count. A type with several cases counts only if all
+    of them do.
 
     Args:
         results: by release, the results of its sweep by name of the case.
-    Returns:
-        `dict` with the sorted lists "tree" and "chain"; a type with several cases counts as its weakest.
     """
     outcomes: dict[str, set] = {}
     for of_release in results.values():
         for name, result in of_release.items():
-            if ":" not in name and "model_type" in result:
-                outcomes.setdefault(result["model_type"], set()).add(result["outcome"])
-    trees = sorted(kind for kind, found in outcomes.items() if found == {"tree"})
-    chains = sorted(kind for kind, found in outcomes.items() if found <= set(DRAFTED) and "chain" in found)
-    return {"tree": trees, "chain": chains}
+            for model_type in result.get("model_types", ()) if ":" not in name else ():
+                outcomes.setdefault(model_type, set()).add(result["outcome"])
+    return sorted(model_type for model_type, found in outcomes.items() if found <= set(DRAFTED))
 
 
 def read_results(folder: Path) -> dict[str, dict]:
@@ -117,10 +118,11 @@ def _run_cell(result: dict, run: str) -> str:
 def _table(outcome: str, names: list[str], results: dict[str, dict], newest: dict) -> str:
     latest = {name: next(of[name] for of in reversed(list(results.values())) if name in of) for name in names}
     if outcome in DRAFTED:
-        columns = ["type", *results, "batch", "static", "chat"]
+        columns = ["type", *results, "batch", "static", "chat"] + ["why no tree"] * (outcome == "chain")
         runs = ("padded", "static", "chat")
         rows = [
             [f"`{name}`", *(_cell(of, name) for of in results.values()), *(_run_cell(latest[name], run) for run in runs)]
+            + [_shown(latest[name].get("detail", ""))] * (outcome == "chain")
             for name in names
         ]
         return _markdown(columns, rows)
@@ -150,11 +152,6 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 def tried_file(results: dict[str, dict]) -> str:
     """The text of `transformers_prism/tried_targets.py`."""
-    tried = tried_types(results)
-    text = '"""Types of targets whose output was tried to be that of plain decoding; written by `tests/compatibility.py`.\n\n'
-    text += f'Tried with transformers {" and ".join(results)}: see docs/compatibility.md.\n"""\n'
-    for name, kind, what in (("TREE_TYPES", "tree", "trees"), ("CHAIN_TYPES", "chain", "chains")):
-        text += f"\n# `config.model_type` of targets that verify {what}.\n{name} = frozenset(\n    (\n"
-        text += "".join(f'        "{model_type}",\n' for model_type in tried[kind])
-        text += "    )\n)\n"
-    return text
+    head = (ROOT / "transformers_prism" / "tried_targets.py").read_text(encoding="utf-8").partition("TRIED_TYPES")[0]
+    types = textwrap.fill(" ".join(tried_types(results)), 115, break_long_words=False, break_on_hyphens=False)
+    return f'{head}TRIED_TYPES = frozenset(\n    """\n{textwrap.indent(types, "    ")}\n    """.split()\n)\n'

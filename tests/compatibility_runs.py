@@ -9,13 +9,13 @@ proves nothing.
 import traceback
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 
-from transformers_prism import PrismConfig
+from transformers_prism import PrismConfig, round_check
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.
@@ -27,8 +27,9 @@ MIN_TOKENS_PER_ROUND = 2.0
 # Logits of tiny models differ by about 1e-6 of the largest between one token at a time and several.
 _MIN_GAP = 1e-4
 _NUM_DISTINCT = 6
+_NUM_NEW_OF_CONTROL = 14
 # How targets are drawn, in this order: as their class does it, or with matrices of this standard deviation.
-_DRAWS = (None, None, None, 0.1, 0.2, 0.3, 0.15, 0.4, 0.2, 0.3, 0.6, 0.1)
+_DRAWS = (None, None, None, 0.1, 0.2, 0.3, 0.15, 0.4, 0.2, 0.3, 0.6, 0.1, 0.2, 0.3, 0.15, 0.1, 0.4, 0.1, 0.15, 0.2)
 # Sizes from which on a model computes something else than before.
 _THRESHOLDS = (
     "sliding_window sliding_window_size window_size attention_chunk_size index_topk keep_window_size local_attention "
@@ -134,7 +135,7 @@ def _calls(target, case: Case, run: str, drafts):
     arguments = {"do_sample": False, "max_new_tokens": case.num_new, **case.arguments}
     num_rows, length = 1, case.prompt_length
     if run != "greedy":
-        arguments["max_new_tokens"] = case.num_new * 2 // 3
+        arguments["max_new_tokens"] = max(case.num_new // 2, 12)
     if run == "padded":
         num_rows, length = 3, case.prompt_length + 7
     elif run == "sampled":
@@ -142,7 +143,7 @@ def _calls(target, case: Case, run: str, drafts):
     elif run == "static":
         arguments["cache_implementation"] = "static"
     elif run == "chat":
-        arguments.update(return_dict_in_generate=True, max_new_tokens=case.num_new // 3)
+        arguments.update(return_dict_in_generate=True, max_new_tokens=max(case.num_new // 3, 10))
     input_ids, mask = prompt(num_rows, length, case.dtype)
     if run != "chat":
         yield _generate(target, input_ids, mask, next(drafts), **arguments), length
@@ -170,8 +171,33 @@ def _drafts(target, plain: _Texts, used: list):
         yield used[-1]
 
 
+@contextmanager
+def _rounds_checked(are_checked: bool):
+    """Whether rounds are compared with single steps, as for types that nobody has tried."""
+    original, round_check.is_tried = round_check.is_tried, lambda target: not are_checked
+    try:
+        yield
+    finally:
+        round_check.is_tried = original
+
+
 def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
-    """Run with a draft and without one; returns the outcome, with "detail" and "tokens_per_round"."""
+    """Run with a draft and without one, rounds unchecked; returns the outcome, with "detail" and "tokens_per_round".
+
+    Where the text differs, the check of rounds that untried types get has a go: if it stops the draft in time, the type is
+    "plain", and stays off the list of tried types.
+    """
+    with _rounds_checked(False):
+        result = compare_once(target, case, run, plain)
+    if result["outcome"] == "different":
+        with _rounds_checked(True):
+            checked = compare_once(target, case, run, plain)
+        result = checked if checked["outcome"] == "plain" else result
+    return result
+
+
+def compare_once(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
+    """As [`compare`], with rounds checked or not as the package does it."""
     with warnings.catch_warnings(record=True) as of_plain:
         warnings.simplefilter("always")
         try:
@@ -204,9 +230,14 @@ def _of_texts(plain: _Texts, sequences: list, drafts: list) -> dict:
     reasons = [speculation.declined for speculation in statistics if speculation.declined is not None]
     if reasons:
         return {"outcome": "plain", "detail": reasons[0]}
+    stopped = [speculation.stopped_drafting for speculation in statistics if speculation.stopped_drafting is not None]
+    if stopped:
+        return {"outcome": "plain", "detail": f"the check stopped the draft: {stopped[0]}"}
     rate = sum(sum(s.num_committed) for s in statistics) / max(sum(sum(s.num_rounds) for s in statistics), 1)
-    is_tree = any(tree.num_nodes > tree.num_steps for s in statistics for tree in s.trees)
-    return {"outcome": "tree" if is_tree else "chain", "tokens_per_round": round(rate, 2)}
+    result = {"outcome": statistics[0].verification, "tokens_per_round": round(rate, 2)}
+    if statistics[0].why_no_tree is not None:
+        result["detail"] = statistics[0].why_no_tree
+    return result
 
 
 def _line(error: BaseException) -> str:
@@ -262,9 +293,12 @@ def _off_by_one(mask):
 
 def _controls_show(target, case: Case, plain: _Texts, outcome: str) -> str | None:
     """The deliberate error that did not show, or None."""
+    num_new = min(case.num_new, _NUM_NEW_OF_CONTROL)
+    short = replace(case, num_new=num_new)
+    plain = _Texts([plain.sequences[0][:, : case.prompt_length + num_new]], plain.prompt_lengths)
     for error in ("mask", "rows") if outcome == "tree" else ("rows",):
-        with broken(target, error):
-            got = compare(target, case, "greedy", plain)["outcome"]
+        with broken(target, error), _rounds_checked(False):
+            got = compare_once(target, short, "greedy", plain)["outcome"]
         if got not in ("different", "crash"):
             return error
     return None
@@ -273,8 +307,7 @@ def _controls_show(target, case: Case, plain: _Texts, outcome: str) -> str | Non
 def _hidden_by(target, case: Case, run: str) -> tuple[str | None, _Texts]:
     """Why the text of plain decoding would prove nothing, or None, and that text."""
     arguments = {**case.arguments, "output_logits": True, "return_dict_in_generate": True}
-    extended = Case(**{**vars(case), "arguments": arguments})
-    (output, length), *_ = _calls(target, extended, run, iter([None]))
+    (output, length), *_ = _calls(target, replace(case, arguments=arguments), run, iter([None]))
     sequences, logits = output.sequences, torch.stack(output.logits, dim=1)  # [B, T', V]
     best = logits.float().topk(2, dim=-1).values
     gap = ((best[..., 0] - best[..., 1]) / best.abs().amax().clamp(min=1e-6)).min().item()
@@ -311,29 +344,30 @@ def run_case(case: Case) -> dict:
         if result["outcome"] in DRAFTED:
             error = _controls_show(target, case, plain, result["outcome"])
             reason = None if error is None else f"an error of the {error} did not show"
+        padded = None
         if reason is None and result["outcome"] in DRAFTED and "padded" in case.runs:
             try:
-                reason, _ = _hidden_by(target, case, "padded")
+                reason, padded = _hidden_by(target, case, "padded")
             except Exception:  # what plain decoding cannot do is said by the run itself
                 reason = None
         if reason is None:
-            return _all_runs(target, case, plain, result, seed)
+            return _all_runs(target, case, {"greedy": plain, "padded": padded}, result, seed)
     return {"outcome": "unproven", "detail": f"no target in {len(_DRAWS)} draws: {reason}"}
 
 
-def _all_runs(target, case: Case, plain: _Texts, greedy: dict, seed: int) -> dict:
+def _all_runs(target, case: Case, plain: dict, greedy: dict, seed: int) -> dict:
     runs = {"greedy": greedy}
     if greedy["outcome"] not in ("refused",):
         for run in case.runs:
             if run not in runs:
-                runs[run] = compare(target, case, run)
-        again = _plain(target, case, "greedy")
-        if not torch.equal(again.sequences[0], plain.sequences[0]):
+                runs[run] = compare(target, case, run, plain.get(run))
+        again = _plain(target, replace(case, num_new=_NUM_NEW_OF_CONTROL), "greedy").sequences[0]
+        if not torch.equal(again, plain["greedy"].sequences[0][:, : again.shape[1]]):
             runs["plain again"] = {"outcome": "different", "detail": "plain decoding after drafting"}
     bad = next((name for name, result in runs.items() if result["outcome"] in BAD), None)
     result = {
         **runs[bad or "greedy"],
-        "model_type": target.config.model_type,
+        "model_types": sorted({target.config.model_type, target.config.get_text_config().model_type}),
         "seed": seed,
         "runs": runs,
         "thresholds": thresholds(target.config),
@@ -341,7 +375,7 @@ def _all_runs(target, case: Case, plain: _Texts, greedy: dict, seed: int) -> dic
     if bad is not None:
         result["detail"] = f"{bad}: {result.get('detail', '')}"
     elif result["outcome"] in DRAFTED:
-        length = plain.sequences[0].shape[1]
+        length = plain["greedy"].sequences[0].shape[1]
         not_passed = [name for name, value in result["thresholds"].items() if length <= value + 8]
         if not_passed:
             result.update(outcome="unproven", detail=f"{length} tokens are not beyond {not_passed[0]}")
