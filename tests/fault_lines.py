@@ -62,6 +62,7 @@ SCENARIOS = (
     Scenario("batch's chat", "mistral", 2, make_cache=lambda config: DynamicCache(config=config)),
     Scenario("static", "llama", 2, {"do_sample": False, "cache_implementation": "static"}),
     Scenario("static chat", "llama", 1, make_cache=lambda config: StaticCache(config, max_cache_len=60)),
+    Scenario("static windows", "mistral", 1, make_cache=lambda config: StaticCache(config, max_cache_len=60)),
     Scenario("device", "llama", 2, _SAMPLED, {"tree": "auto"}, on_device=True),
     Scenario("chain", "lfm2", 1, make_cache=lambda config: DynamicCache(config=config)),
 )
