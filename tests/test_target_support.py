@@ -65,11 +65,17 @@ ROTARY = {
 }
 
 
-@pytest.mark.parametrize("kind", list(ROTARY))
+@pytest.mark.parametrize(
+    ("config", "kind"), [(LlamaConfig, "dynamic"), (LlamaConfig, "longrope"), (Phi3Config, "longrope")]
+)
 @pytest.mark.parametrize("length", [9, 22, 23, 24, 25, 30])
-def test_frequencies_of_the_longest_position(kind, length):
-    """Across their switch at 24 tokens and on either side of it, with trees where all nodes see plain decoding's."""
-    target = small_model(LlamaConfig, **WIDTHS, num_key_value_heads=2, intermediate_size=64, **ROTARY[kind])
+def test_frequencies_of_the_longest_position(config, kind, length):
+    """Across their switch at 24 tokens and on either side of it, with trees where all nodes see plain decoding's; phi3 reads
+    its whole text anew there."""
+    settings = dict(ROTARY[kind])
+    if config is Phi3Config:
+        settings["original_max_position_embeddings"] = 24
+    target = small_model(config, **WIDTHS, num_key_value_heads=2, intermediate_size=64, **settings)
     speculation, _ = decoded(target, length=length)
     assert speculation.declined is None
     depths = [tree.num_steps for tree in speculation.trees]
@@ -95,7 +101,7 @@ def test_rotary_switches_say_how_deep_trees_may_be():
     """The deepest node's text may be as long as the switch, and no longer."""
     longrope = rotary_switches(LlamaConfig(**WIDTHS, **ROTARY["longrope"]))
     assert longrope == [RotarySwitch(24, True)]
-    assert [longrope[0].max_depth(position) for position in (0, 22, 23, 24)] == [23, 1, 0, math.inf]
+    assert [longrope[0].max_depth(position) for position in (0, 22, 23, 24, 25)] == [23, 1, 0, 0, math.inf]
     assert rotary_switches(LlamaConfig(**WIDTHS, **ROTARY["dynamic"])) == [RotarySwitch(24, False)]
     assert RotarySwitch(24, False).max_depth(24) == 0
     assert rotary_switches(LlamaConfig(**WIDTHS)) == []

@@ -223,6 +223,11 @@ class CommittedCache:
             padding = self.committed.new_zeros((len(new_ends), width - self.width))
             self.committed = torch.cat((self.committed, padding), dim=1) | is_new
 
+    def forget_all(self) -> None:
+        """Drop all keys, to read a text anew; what is committed stays noted."""
+        self.close_holes()
+        self._set_length(0)
+
     def places(self) -> torch.Tensor:
         """The index of each key in its row, holes not counted, `(B, P)`."""
         index = torch.arange(self.width, device=self.committed.device).expand(len(self.lengths), -1)
@@ -364,6 +369,14 @@ class AdoptedLayers:
         ]
         if self.layer_class is not None:
             cache.layer_class_to_replicate = lent_class
+
+    def fill(self, cache: Cache) -> None:
+        """Take the states of another cache into the lent layers, which are empty."""
+        if self.cache.layer_class_to_replicate is not None:
+            while len(self.cache.layers) < len(cache.layers):
+                self.cache.layers.append(self.cache.layer_class_to_replicate())
+        for lent, layer in zip(self.cache.layers, cache.layers, strict=False):
+            _with_states_of(layer, lent)
 
     def put_back(self) -> None:
         """Restore the layers, without what the loop has committed."""

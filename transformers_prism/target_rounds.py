@@ -28,13 +28,16 @@ from .target_support import (
     hidden_state,
     inputs_of_next_step,
     layer_windows,
+    reads_whole_text,
     reason_against_batch_positions,
     reason_against_inputs,
+    reason_against_switch,
     rotary_switches,
     why_no_chain,
     why_no_tree,
 )
 from .transformers_names import (
+    CACHE_KEYWORD,
     CACHE_NAMES,
     attention_name,
     cache_argument,
@@ -199,6 +202,8 @@ class _Target:
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
         outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
+        if not int(self.cache.get_seq_length()):
+            self.take_over(cache_of(outputs))
         width = int(self.cache.get_seq_length())
         if width < input_ids.shape[1] and not self.num_cached_at_first:
             raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
@@ -214,15 +219,26 @@ class _Target:
         self.prompt_positions = position_ids.expand(input_ids.shape[0], -1)
         self.next_position = [position + 1 for position in self.prompt_positions[:, -1].tolist()]
         num_new_tokens = self.generation_config.max_length - input_ids.shape[1]
+        reason = None
         if len(self.next_position) > 1:
             reason = reason_against_batch_positions(self.rotary_switches, self.next_position, num_new_tokens)
-            if reason is not None:
-                raise Declined(reason)
+        elif not self.can_read_anew:
+            reason = reason_against_switch(self.rotary_switches, self.next_position[0], num_new_tokens)
+        if reason is not None:
+            raise Declined(reason)
         self.position_limit = [position + max(num_new_tokens - 2, 0) for position in self.next_position]
         if num_positions is not None:
             self.position_limit = [min(limit, num_positions - 1) for limit in self.position_limit]
         self.after_prefill()
         return outputs.logits[:, -1]
+
+    @property
+    def can_read_anew(self) -> bool:
+        """Whether the cache can be filled with the whole text once more."""
+        return False
+
+    def take_over(self, cache) -> None:
+        """Take what the model has read into a cache of its own."""
 
     @property
     def max_nodes(self) -> int:
@@ -265,6 +281,7 @@ class _Target:
     def prompt_for_draft(self, rows) -> NewPositions:
         """The prompt as far as its hidden states are known: not what a cache already held, and of a chunked prefill
         only the last chunk."""
+        self.rows = rows
         length = self.prompt_hidden.shape[1]
         last = rows.prompt_length + 1
         new = NewPositions(
@@ -380,6 +397,11 @@ class TreeTarget(_Target):
     def verify(self, tree: Tree):
         """The target's logits `(B, N, V)` at each node of a tree, and the states that the draft reads."""
         num_nodes = tree.num_nodes
+        if self.can_read_anew and any(switch.length == self.next_position[0] for switch in self.rotary_switches):
+            self.committed.close_holes()  # the model asks the cache how long it is
+            inputs = inputs_of_next_step(self.target, self.rows.ids[:, : self.rows.lengths[0]], self._kwargs_so_far())
+            if reads_whole_text(inputs):
+                return self._read_anew(inputs)
         if self.capacity is not None:
             tree = _padded(tree, static_size(num_nodes))
         device = self.committed.committed.device
@@ -390,6 +412,35 @@ class TreeTarget(_Target):
         position_ids = (first + depths).minimum(limit)
         logits, states = self._forward(tree, self._masks(tree, depths), position_ids)
         return logits[:, :num_nodes], states
+
+    @property
+    def can_read_anew(self) -> bool:
+        """Whether the cache can be filled with the whole text once more: one row's own, which grows."""
+        return self.capacity is None and len(self.next_position) == 1 and not is_callers_cache(self.cache)
+
+    def take_over(self, cache) -> None:
+        """Take what the model has read into a cache of its own, as some do behind a rotary switch."""
+        if cache is not None and cache is not self.cache and hasattr(cache, "layers"):
+            self.adopted.fill(cache)
+
+    def _kwargs_so_far(self) -> dict:
+        """What generate() would hand on for the next step."""
+        so_far = {name: value for name, value in self.model_kwargs.items() if name not in CACHE_NAMES}
+        mask, position_ids = so_far.get("attention_mask"), so_far.get("position_ids")
+        if mask is not None:
+            so_far["attention_mask"] = pad(mask, (0, self.rows.lengths[0] - mask.shape[1]), value=1)
+        if position_ids is not None:
+            following = torch.arange(int(position_ids[0, -1]) + 1, self.next_position[0] + 1, device=position_ids.device)
+            so_far["position_ids"] = torch.cat((position_ids, following[None]), dim=1)
+        return {**so_far, CACHE_KEYWORD: self.cache}
+
+    def _read_anew(self, inputs: dict):
+        """Read the whole text into the cache, the root last, as plain decoding does where a rotary switch makes it."""
+        self.committed.forget_all()
+        own = {**cache_argument(self.target, self.cache), "output_hidden_states": self.layer_ids, "return_dict": True}
+        outputs = self.target(**{**inputs, **own})
+        assert int(self.cache.get_seq_length()) == self.committed.width + 1, "the text is what was committed, and the root"
+        return outputs.logits[:, -1:], [state[:, -1:] for state in self._states(outputs)]
 
     def forget_appended(self) -> None:
         """Drop the keys and values of nodes that are not committed."""
@@ -550,7 +601,7 @@ def make_target(target, layer_ids, generation_config, model_kwargs, input_ids):
     """
     cache = cache_of(model_kwargs)
     inputs = inputs_of_next_step(target, input_ids, model_kwargs)
-    reason = reason_against_inputs(inputs)
+    reason = reason_against_inputs(inputs, rotary_switches(target.config.get_text_config()))
     if reason is not None:
         raise Declined(reason)
     why_chain = why_no_tree(target, cache, inputs)

@@ -45,7 +45,8 @@ class RotarySwitch(NamedTuple):
         """Draft steps behind a root at `position` that see the frequencies of plain decoding."""
         if position < self.length:
             return self.length - 1 - position
-        return math.inf if self.is_drafted_beyond else 0
+        # At the switch itself some models read the whole text anew.
+        return math.inf if self.is_drafted_beyond and position > self.length else 0
 
 
 def hidden_state(outputs, layer: int, config) -> torch.Tensor:
@@ -122,12 +123,17 @@ def inputs_of_next_step(target, input_ids: torch.LongTensor, model_kwargs: dict)
         return None
 
 
-def reason_against_inputs(inputs: dict | None) -> str | None:
+def reads_whole_text(inputs: dict | None) -> bool:
+    """Whether a step with these inputs reads more than one token."""
+    return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
+
+
+def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> str | None:
     """Why a step with these inputs cannot be verified for several tokens at once; None if it can."""
     if inputs is None:
         return None
-    input_ids = inputs.get("input_ids")
-    if input_ids is None or input_ids.shape[1] != 1:
+    # Behind a rotary switch a model may ask for the whole text as long as its cache is empty.
+    if reads_whole_text(inputs) and not switches:
         return "the model reads the whole text in every step and not the cache"
     position_ids = inputs.get("position_ids")
     if position_ids is not None and position_ids.dim() != 2:
@@ -145,6 +151,17 @@ def reason_against_training(target) -> str | None:
     rates = vars(target.config.get_text_config()).items()
     if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in rates):
         return "dropout in train mode draws anew in every forward; call target.eval()"
+    return None
+
+
+def reason_against_switch(switches: list[RotarySwitch], position: int, max_new_tokens: int) -> str | None:
+    """Why a single row cannot be served whose cache cannot be read anew; the arguments are those of a batch."""
+    for switch in switches:
+        if switch.is_drafted_beyond and position <= switch.length < position + max_new_tokens:
+            return (
+                f"rotary frequencies change at {switch.length} tokens, where a model may read its text into another cache, "
+                "and this call's cache is the caller's, static or rolled back"
+            )
     return None
 
 
