@@ -336,7 +336,7 @@ def test_tokens_of_an_answer_that_join_the_draft_vocabulary_are_not_read_back(mo
     joined = []
     rows_beside = PrismDraftModel.rows_beside
     monkeypatch.setattr(
-        PrismDraftModel, "rows_beside", lambda draft, ids: joined.append(len(ids)) or rows_beside(draft, ids)
+        PrismDraftModel, "rows_beside", lambda draft, ids, *text: joined.append(len(ids)) or rows_beside(draft, ids, *text)
     )
     _, *rounds = reads_by_round(monkeypatch, input_ids, mask, draft_vocab_size=8, tree=CHAIN, do_sample=False, **LENGTH)
     assert len(joined) > 3

@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
 
-# Numbers of a weight that are compared to notice writes that do not raise its version.
-_NUM_SAMPLES = 64
 # Layers that scale their inputs by the largest of all tokens in a forward.
 _DYNAMIC_QUANTIZATION = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
@@ -31,7 +29,6 @@ class BorrowedLayers:
     sizes: tuple  # of the vocabulary, the embedding and the head, which can be resized in place
     head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
     rows_version: tuple = ()
-    rows_sample: torch.Tensor | None = None  # of the head's weight when they were gathered
 
     @classmethod
     def of(cls, target: PreTrainedModel) -> "BorrowedLayers":
@@ -98,7 +95,7 @@ class BorrowedLayers:
             draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
             draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
             looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
-                `.data`, which reads a few numbers back.
+                `.data`, by a comparison that waits for the device.
         Raises:
             ValueError: if there are no such rows.
         """
@@ -112,7 +109,7 @@ class BorrowedLayers:
         kind = self.kind_of_rows(draft_layer)
         version = (weight.data_ptr(), weight.device, weight.dtype, _version(weight), _version(draft_to_target), kind)
         is_same = self.rows_version[1:] == version and self.rows_version[0]() is weight
-        if is_same and not (looks_closely and not torch.equal(_sample(weight), self.rows_sample)):
+        if is_same and not (looks_closely and not _has_rows_of(self.head_rows, self.head, draft_to_target)):
             return
         if draft_to_target.max() >= weight.shape[0]:
             raise ValueError(
@@ -120,7 +117,7 @@ class BorrowedLayers:
                 f"{int(draft_to_target.max())}"
             )
         self.head_rows = rows_of_head(self.head, draft_to_target, kind)
-        self.rows_version, self.rows_sample = (weakref.ref(weight), *version), _sample(weight)
+        self.rows_version = (weakref.ref(weight), *version)
 
     def kind_of_rows(self, draft_layer: nn.Linear) -> type[PackedLinear] | None:
         """How rows of the head are packed: as the draft is, for which one layer speaks, else as the head is."""
@@ -275,12 +272,11 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """Some numbers of a matrix, `(n,)`, spread over its rows and columns."""
-    num_rows, num_columns = weight.shape
-    index = torch.arange(min(_NUM_SAMPLES, num_rows), device=weight.device)
-    with torch.inference_mode(False), torch.no_grad():
-        return weight.detach()[index * num_rows // len(index), index * 7919 % num_columns]
+def _has_rows_of(rows: nn.Linear, head: nn.Linear, token_ids: torch.Tensor) -> bool:
+    """Whether a layer that [`rows_of_head`] made of these tokens still holds what the head does."""
+    token_ids, bias = token_ids.to(head.weight.device), getattr(head, "bias", None)
+    is_same = torch.equal(rows.weight, head.weight.detach()[token_ids])
+    return is_same and (bias is None or torch.equal(rows.bias, bias.detach()[token_ids]))
 
 
 def tokens_outside(
