@@ -1,6 +1,9 @@
 """What rounds cost: measured, kept on disk, corrected by rounds."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +123,108 @@ def test_round_costs_of_large_batches_are_measured_in_small_forwards(pair, monke
     assert measure(*pair, num_rows=32).num_tokens == [32, 64, 128]
     assert max(sizes) == 4
     assert measure(*pair, num_rows=200).num_tokens == [200, 400]
+
+
+WRONG_CONTENTS = {
+    "a list": "[]",
+    "a number": "3",
+    "null": "null",
+    "deep": "[" * 9000,
+    "long": '{"num_tokens": [' + "1, " * 9000 + "1]}",
+    "no text": b"\xff\xfe\x00",
+    "strings": {"num_tokens": ["1"] * 7},
+    "a string": {"verify_seconds": "1234567"},
+    "nested": {"verify_seconds": [[1.0]] * 7},
+    "zeros": {"verify_seconds": [0.0] * 7},
+    "zero step": {"step_seconds": 0.0},
+    "negative": {"verify_seconds": [-1.0] * 7},
+    "NaN": {"verify_seconds": [float("nan")] * 7},
+    "infinite step": {"step_seconds": float("inf")},
+    "text step": {"step_seconds": "0.1"},
+    "true": {"step_seconds": True},
+    "large": {"num_tokens": [1, 2, 4, 100_000, 200_000, 400_000, 800_000]},
+    "other tokens": {"num_tokens": [1, 2, 4, 8, 16, 32, 65]},
+    "few": {"num_tokens": [1], "verify_seconds": [1.0]},
+    "empty": {"num_tokens": [], "verify_seconds": []},
+    "other length": {"verify_seconds": [1.0] * 6},
+    "falling": {"verify_seconds": [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]},
+    "unknown key": {"colour": 1},
+}
+
+
+@pytest.mark.parametrize("content", WRONG_CONTENTS.values(), ids=WRONG_CONTENTS)
+def test_round_costs_of_wrong_content_are_measured_anew(pair, tmp_path, monkeypatch, content):
+    """Nothing of the file is used, not even for a forward that tries it; the new costs take its place."""
+    monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path))
+    sizes = []
+    monkeypatch.setattr(round_costs, "_time_target", lambda *arguments: sizes.append(arguments[3]) or 0.01)
+    good = load_or_measure(*pair, 1)
+    (path,) = tmp_path.rglob("*.json")
+    if isinstance(content, dict):
+        content = json.dumps({**vars(good), **content})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    sizes.clear()
+    assert load_or_measure(*pair, 1).num_tokens == list(round_costs.MEASURED_TOKENS)
+    assert sizes == list(round_costs.MEASURED_TOKENS) * 4
+    assert json.loads(path.read_text())["verify_seconds"] == [0.01] * 7
+
+
+def test_round_costs_on_a_full_disk_leave_nothing_behind(pair, tmp_path, monkeypatch):
+    """And are measured, as without a disk."""
+    monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path))
+    write = Path.write_text
+
+    def write_half(self, text, *args, **kwargs):
+        write(self, text[: len(text) // 2], *args, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    assert load_or_measure(*pair, 1).verify(1) > 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+ROTARY = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 24,
+        "factor": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROTARY)
+@pytest.mark.parametrize("length", [8, 30, 90])
+def test_round_costs_measuring_leaves_rotary_frequencies_alone(rope_type, length):
+    """They depend on the longest text or on the last one, so a target in the middle of its work must find its own again."""
+    target = tiny_target("llama", seed=3, rope_parameters=ROTARY[rope_type], max_position_embeddings=24)
+    draft = tiny_draft(target, rope_parameters=ROTARY["dynamic"], max_position_embeddings=24)
+    draft.bind(target)
+    with torch.no_grad():
+        target(torch.arange(3, 3 + length)[None] % 90)
+    rotary = target.model.rotary_emb
+    state = {name: value for name, value in vars(rotary).items() if not name.startswith("_")}
+    frequencies, buffer = rotary.inv_freq.clone(), rotary.inv_freq
+    measure(target, draft, 1)
+    assert rotary.inv_freq is buffer
+    assert torch.equal(rotary.inv_freq, frequencies)
+    assert {name: value for name, value in vars(rotary).items() if not name.startswith("_")} == state
+
+
+def test_round_costs_measuring_leaves_training_alone(pair):
+    """Timed without dropout and checkpointing; afterwards every module is in the mode that it was in."""
+    target, draft = pair
+    target.gradient_checkpointing_enable()
+    target.train()
+    target.model.layers[1].eval()
+    draft.processing_modules[0].train()
+    before = [module.training for model in pair for module in model.modules()]
+    seen = set()
+    handle = target.model.layers[0].register_forward_hook(lambda module, *_: seen.add(module.training))
+    measure(target, draft, 1)
+    handle.remove()
+    assert seen == {False}
+    assert [module.training for model in pair for module in model.modules()] == before

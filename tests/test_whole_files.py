@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -34,4 +37,21 @@ def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"step": object()})
     assert json.loads(path.read_text()) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_write_the_same_file_beside_each_other(tmp_path):
+    """Each in a file of its own until it is whole."""
+    path = tmp_path / "state.json"
+    barrier = threading.Barrier(8)
+
+    def write(number: int) -> Path:
+        with whole_file(path) as unfinished:
+            unfinished.write_text(str(number))
+            barrier.wait()
+            assert unfinished.read_text() == str(number)
+        return unfinished
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(write, range(8)))) == 8
     assert list(tmp_path.iterdir()) == [path]

@@ -8,20 +8,23 @@ process believes it: a machine that was busy then makes trees look dearer than t
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from torch import nn
 
 from .cpu import trusting_packed_weights
 from .drafting import Drafter
 from .target_rounds import is_compiled
+from .whole_files import write_json
 
 # Tokens of one row in a target forward that are measured; between them costs are interpolated.
 MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -36,6 +39,8 @@ _MAX_SURPRISE = 2.0
 # How far the cost of a small tree, over that of a plain step, may be from what was kept.
 _MAX_DRIFT = 1.3
 _FORMAT = 1
+# No file of ours is longer.
+_MOST_BYTES = 10_000
 
 
 @dataclass
@@ -98,19 +103,41 @@ def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
         `RoundCosts`: new, for the caller to correct.
     """
     path = _folder() / f"{_key(target, draft, num_rows)}.json"
-    kept = None
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        kept = RoundCosts(**json.loads(path.read_text()))
+    kept = _read(path, num_rows)
     if kept is not None and _still_holds(kept, target, draft, num_rows):
         return kept
     costs = measure(target, draft, num_rows)
     # A folder that cannot be written to costs a measurement in every process, nothing else.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(vars(costs)) + "\n")
-        unfinished.replace(path)
+        write_json(path, vars(costs))
     return costs
+
+
+def _read(path: Path, num_rows: int) -> RoundCosts | None:
+    """The costs in a file, or None if it is not one that [`load_or_measure`] wrote for so many rows."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or set(found) != {field.name for field in fields(RoundCosts)}:
+        return None
+    costs = RoundCosts(**found)
+    seconds = costs.verify_seconds
+    if costs.num_tokens != [count * num_rows for count in _counts_of_one_row(num_rows)]:
+        return None
+    if not isinstance(seconds, list) or len(seconds) != len(costs.num_tokens):
+        return None
+    are_times = all(type(one) is float and 0 < one < math.inf for one in (*seconds, costs.step_seconds))
+    return costs if are_times and seconds == sorted(seconds) else None
+
+
+def _counts_of_one_row(num_rows: int) -> list[int]:
+    """Tokens of one row in the forwards that are measured, at least two counts."""
+    counts = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS]
+    return counts if len(counts) > 1 else [1, 2]
 
 
 @torch.no_grad()
@@ -118,19 +145,67 @@ def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
     """Whether a forward over a small tree costs as much more than a plain step as was kept."""
     index = min(3, len(costs.num_tokens) - 1)
     counts = [costs.num_tokens[one] // num_rows for one in (0, index)]
-    with _undisturbed(target):
+    with _undisturbed(target, draft):
         now = [min(_time_target(target, draft, num_rows, count) for _ in range(3)) for count in counts]
     drift = now[1] / now[0] / (costs.verify_seconds[index] / costs.verify_seconds[0])
     return 1 / _MAX_DRIFT <= drift <= _MAX_DRIFT
 
 
 @contextlib.contextmanager
-def _undisturbed(target) -> Iterator[None]:
-    """Nothing is compiled, and the random generators stay as they are."""
+def _undisturbed(target, draft) -> Iterator[None]:
+    """Nothing is compiled or dropped out, and random generators and models are left as they are."""
     devices = [target.device] if target.device.type == "cuda" else []
     uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
     with torch.random.fork_rng(devices=devices), uncompiled, trusting_packed_weights():
+        with in_eval_mode(target, draft), kept_frequencies(target, draft):
+            yield
+
+
+@contextlib.contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode; afterwards each of their modules is in the mode that it was in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
         yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def kept_frequencies(*models: nn.Module) -> Iterator[None]:
+    """Rotary embeddings are left as they are: those of the types "dynamic" and "longrope" keep what they computed for the
+    longest text, or for the last one, and serve the next with it."""
+    found = {module for model in models for module in model.modules() if _is_rotary(module)}
+    kept = [(module, _public_state(module), dict(module._buffers), _copies(module._buffers)) for module in found]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, state, buffers, copies in kept:
+                for name in _public_state(module).keys() - state.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(state)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                for name, copy in copies.items():
+                    if not torch.equal(buffers[name], copy):  # written to in place
+                        buffers[name].copy_(copy)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return hasattr(module, "rope_type") or any(name.endswith("inv_freq") for name in module._buffers)
+
+
+def _public_state(module: nn.Module) -> dict:
+    """Attributes of a module itself, without its parts and hooks."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+
+
+def _copies(buffers: dict) -> dict:
+    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None and not buffer.is_meta}
 
 
 def _folder() -> Path:
@@ -168,12 +243,10 @@ def measure(target, draft, num_rows: int) -> RoundCosts:
     Args:
         target, draft, num_rows: as for [`load_or_measure`].
     """
-    per_row = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS] or [1]
-    if len(per_row) == 1:
-        per_row.append(2)
+    per_row = _counts_of_one_row(num_rows)
     verify = {count: float("inf") for count in per_row}
     step = float("inf")
-    with _undisturbed(target):
+    with _undisturbed(target, draft):
         for repeat in range(1 + _NUM_REPEATS):
             for count in per_row:
                 seconds = _time_target(target, draft, num_rows, count)

@@ -1,24 +1,26 @@
 """Files that are whole or not there, whatever interrupts their writing."""
 
+import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; what is written there takes its place at the end, and is gone after an error.
 
-    Processes that write the same file do not get into each other's way.
+    Processes and threads that write the same file do not get into each other's way.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield unfinished
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that lets nothing be removed; the first error is the one to see
+            unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
