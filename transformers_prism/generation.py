@@ -118,6 +118,8 @@ def speculative_generate(
     }
     try:
         with _tensors_that_last(cache_of(model_kwargs)):
+            if (reason := reason_against_target(target)) is not None:  # whose head may be one that no draft can borrow
+                raise Declined(reason)
             draft.bind(target, tokenizer)
             if assistant_tokenizer is not None:
                 raise Declined("an assistant tokenizer was given, but a draft shares its target's; leave it out")
@@ -391,7 +393,7 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
         generation_config.output_attentions or generation_config.output_hidden_states
     ):
         raise Declined("attentions and hidden states of every step were asked for")
-    reason = reason_against_target(target) or reason_against_training(target)
+    reason = reason_against_training(target)
     if reason is None and input_ids.shape[0] > 1:
         reason = _reason_against_batch(plain_arguments)
     if reason is not None:
