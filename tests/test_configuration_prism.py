@@ -1,15 +1,22 @@
 """PrismConfig: its rules, and what it takes over from a target."""
 
 import json
+import re
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from tiny_models import ARCHITECTURES, tiny_target
-from transformers import AutoConfig, T5Config
+from tiny_models import ARCHITECTURES, generate_twice, prompts, tiny_draft, tiny_target
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, T5Config
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.configuration_prism import (
     default_target_layer_ids,
+    num_target_layers,
     target_fingerprint,
     target_numerics,
     tokenizer_hash,
@@ -151,3 +158,174 @@ def test_a_tokenizer_hash_depends_on_words_and_ids_alone():
 
     assert tokenizer_hash(Words(a=0, b=1)) == tokenizer_hash(Words(b=1, a=0))
     assert tokenizer_hash(Words(a=0, b=1)) != tokenizer_hash(Words(a=1, b=0))
+
+
+def decoder_only_configs():
+    """A configuration with default values of every type that a causal or an image-text model of transformers has."""
+    for model_type in sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}):
+        try:
+            yield model_type, CONFIG_MAPPING[model_type]()
+        except (ValueError, StrictDataclassClassValidationError):  # none by default
+            continue
+
+
+def test_from_target_knows_every_type_of_transformers():
+    """Or says what was expected and found; the drafts can be built, and have as many weights as was counted."""
+    refused = {}
+    num_types = 0
+    for model_type, target_config in decoder_only_configs():
+        num_types += 1
+        try:
+            config = PrismConfig.from_target(target_config)
+        except ValueError as error:
+            refused[model_type] = str(error)
+            continue
+        with torch.device("meta"):
+            draft = PrismDraftModel(config)
+        assert config.num_matrix_weights == sum(weight.numel() for weight in draft.parameters() if weight.dim() == 2)
+    assert num_types > 250
+    assert all(re.fullmatch("(?s).*expected .* got .*", message) for message in refused.values())
+    # None of these has one decoder for text.
+    others = {name for name, message in refused.items() if "the encoder-decoder model type" not in message}
+    assert others == {"blt", "pi0"}
+
+
+def test_from_target_counts_the_weights_of_either_form():
+    """With modules of several layers, a head and an embedding of its own, and a draft vocabulary."""
+    for form in ("prism", "eagle3"):
+        own = {"share_target_embedding": False, "share_target_head": False, "draft_vocab_size": 50}
+        config = PrismConfig.from_target(tiny_target().config, module_form=form, num_layers_per_module=3, **own)
+        draft = PrismDraftModel(config)
+        numbers = sum(weight.numel() for weight in draft.parameters() if weight.dim() == 2) + 50
+        assert config.num_matrix_weights == numbers
+
+
+def test_from_target_of_layers_that_differ():
+    """What the first one has: gemma 4's head dimension is another one where attention is global."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    target_config = CONFIG_MAPPING["gemma4_text"](head_dim=16, global_head_dim=32, **layers)
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        _ = target_config.head_dim
+    assert PrismConfig.from_target(target_config).head_dim == 16
+
+
+def test_from_target_without_special_tokens():
+    """They are the target's, and may be none."""
+    config = PrismConfig.from_target(CONFIG_MAPPING["molmo2"]())
+    assert (config.bos_token_id, config.pad_token_id) == (None, None)
+
+
+def small_config(model_type: str, **sizes):
+    """A configuration that a model can be built of at once."""
+    common = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 2}
+    return CONFIG_MAPPING[model_type](**{**common, "eos_token_id": None, **sizes})
+
+
+LAYERS = {
+    "longcat_flash": {
+        **{"num_layers": 3, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "moe_topk": 2},
+        **{"zero_expert_num": 0, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+        **{"v_head_dim": 8, "head_dim": 8, "qk_head_dim": 16},
+    },
+    "bart": {"encoder_layers": 1, "decoder_layers": 3, "decoder_ffn_dim": 64, "is_encoder_decoder": False},
+    "prophetnet": {
+        **{"num_encoder_layers": 1, "num_decoder_layers": 3, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+        **{"num_encoder_attention_heads": 4, "encoder_ffn_dim": 64, "is_encoder_decoder": False, "is_decoder": True},
+    },
+    "opt": {"num_hidden_layers": 3, "ffn_dim": 64, "word_embed_proj_dim": 16},
+    "llama": {"num_hidden_layers": 3, "intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_layers_are_counted_as_the_target_returns_them(model_type):
+    """Not as attentions, two in each layer of longcat, nor as layers of an encoder that is not there."""
+    target = AutoModelForCausalLM.from_config(small_config(model_type, **LAYERS[model_type])).eval()
+    with torch.no_grad():
+        states = target(torch.tensor([[5, 6, 7]]), output_hidden_states=True, use_cache=False).hidden_states
+    assert num_target_layers(target.config.get_text_config()) == len(states) - 1 == 3
+    config = PrismConfig.from_target(target)
+    assert config.target_fingerprint["num_hidden_layers"] == 3
+    assert config.target_layer_ids == default_target_layer_ids(3)
+
+
+def test_looped_layers_are_counted_at_every_pass():
+    """A target that runs some of its layers several times returns a state of each."""
+    target_config = PreTrainedConfig()
+    target_config.num_hidden_layers, target_config.total_num_hidden_layers = 6, 10
+    assert num_target_layers(target_config) == 10
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+@pytest.mark.parametrize("draft_vocab_size", [None, 50])
+def test_targets_with_narrow_embeddings_are_drafted_for(num_layers, draft_vocab_size):
+    """The draft is as narrow as the embedding and the head that it shares."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": num_layers, "word_embed_proj_dim": 16, "ffn_dim": 64, "init_std": 0.3}
+    target = AutoModelForCausalLM.from_config(small_config("opt", **sizes)).eval()
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size)
+    config = draft.config
+    assert (config.hidden_size, config.target_hidden_size, config.target_embedding_size) == (16, 32, 16)
+    assert draft.lm_head is draft.embed_tokens is None
+    assert PrismConfig.from_target(target.config).to_dict() == PrismConfig.from_target(target).to_dict()
+    ids, _ = prompts(1)
+    plain, drafted, _ = generate_twice(target, draft, ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(plain, drafted)
+    assert draft.last_speculation.declined is None
+
+
+def test_targets_with_embeddings_of_two_widths_share_the_head_alone():
+    """The draft is as wide as the head."""
+    sizes = {"num_hidden_layers": 3, "intermediate_size": 64, "is_decoder": True}
+    sizes |= {"input_embedding_size": 16, "output_embedding_size": 48}
+    target = AutoModelForCausalLM.from_config(small_config("rembert", **sizes)).eval()
+    draft = tiny_draft(target)
+    assert (draft.config.hidden_size, draft.config.share_target_embedding) == (48, False)
+    ids, _ = prompts(1)
+    plain, drafted, _ = generate_twice(target, draft, ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_processing_modules": 10**9},
+        {"num_processing_modules": 10**9, "draft_step_to_module": [0]},
+        {"num_layers_per_module": 10**9},
+        {"hidden_size": 10**9},
+        {"intermediate_size": 10**12},
+        {"num_attention_heads": 10**9},
+        {"head_dim": 10**12},
+        {"vocab_size": 10**15, "share_target_head": False},
+        {"vocab_size": 10**15, "draft_vocab_size": 10**15},
+    ],
+)
+def test_sizes_of_no_draft_are_refused(sizes):
+    """Without a list or a tensor of that size."""
+    with pytest.raises(StrictDataclassClassValidationError, match="expected .* at most .* got "):
+        PrismConfig(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("[]", "got a list"),
+        ('"x"', "got a str"),
+        ("null", "got content of another form"),
+        ("7", "got content of another form"),
+        ("{", "got no JSON"),
+        ("", "got no JSON"),
+        ("[" * 100_000, "got content of another form"),
+        ("{}", "got None"),
+        ('{"model_type": "llama"}', "got 'llama'"),
+        ('{"model_type": ["prism"]}', r"got \['prism'\]"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(tmp_path, content, found):
+    """By what it is."""
+    (tmp_path / "config.json").write_text(content)
+    for kind in (PrismConfig, PrismDraftModel):
+        with pytest.raises(ValueError, match=f"expected a config.json of model type 'prism', {found}"):
+            kind.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="config.json"):
+        PrismConfig.from_pretrained(tmp_path / "nowhere")

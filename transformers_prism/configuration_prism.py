@@ -1,5 +1,6 @@
 """Architecture of a PRISM draft: every number that its weights depend on, checked when it is set."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import field
@@ -125,8 +126,9 @@ def _widths(target_config, model=None) -> dict:
     embedding_size = _read_size(target_config, "input_embedding_size") or both
     head_size = _read_size(target_config, "output_embedding_size") or both
     if model is not None:
-        embedding_size = _read_size(model.get_input_embeddings(), "embedding_dim") or embedding_size
-        head_size = _read_size(model.get_output_embeddings(), "in_features") or head_size
+        with contextlib.suppress(NotImplementedError):  # bind() says what such a target lacks
+            embedding_size = _read_size(model.get_input_embeddings(), "embedding_dim") or embedding_size
+            head_size = _read_size(model.get_output_embeddings(), "in_features") or head_size
     layer_ids = default_target_layer_ids(num_target_layers(target_config))
     if head_size != hidden_size and len(layer_ids) == 1:
         layer_ids = [0, *layer_ids]  # a fusion layer joins the widths
