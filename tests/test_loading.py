@@ -137,7 +137,7 @@ def test_a_draft_that_was_saved_earlier_loads_unchanged(tmp_path):
     assert weights.keys() == loaded.keys()
     assert all(torch.equal(weight.to(loaded[name].dtype), loaded[name]) for name, weight in weights.items())
     assert draft.config.target_embedding_size is None
-    assert inspect_draft(source).config.to_dict() == known
+    assert {**inspect_draft(source).config.to_dict(), "_name_or_path": ""} == {**known, "_name_or_path": ""}
 
 
 def test_a_config_without_younger_fields_drafts_as_before(folder, tmp_path):

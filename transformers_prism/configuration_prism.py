@@ -245,7 +245,7 @@ class PrismConfig(PreTrainedConfig):
         try:
             found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            if not isinstance(error.__context__, ValueError):
+            if not isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                 raise
             raise ValueError(f"{expected}, got no JSON: {error.__context__}") from error
         except (TypeError, AttributeError, KeyError, RecursionError) as error:
