@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def results_file() -> Path:
 
 def _work(case: Case, pipe) -> None:
     torch.set_num_threads(1)
-    pipe.send(run_case(case))
+    try:
+        pipe.send(run_case(case))
+    except Exception:
+        pipe.send({"outcome": "crash", "detail": "of the sweep: " + " ".join(traceback.format_exc(limit=-2).split())})
 
 
 def run_in_time(case: Case, seconds: float) -> dict:
