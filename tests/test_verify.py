@@ -53,6 +53,8 @@ def checks(pair):
     with pytest.MonkeyPatch.context() as patch:
         costs = RoundCosts([1, 64], [1.0, 2.0], 0.02)
         patch.setattr(auto_trees, "_known_costs", lambda target, draft, num_rows: costs)
+        for name in ("observe_verify", "observe_step"):
+            patch.setattr(RoundCosts, name, lambda self, *observed: None)
         return verify(target, draft, inputs, max_new_tokens=20)
 
 
@@ -147,7 +149,8 @@ def test_a_lost_draw_fails(pair, monkeypatch):
 def test_a_target_that_no_path_fits_does_not_pass(pair, monkeypatch):
     """Plain decoding on every path proves nothing, and what generate() itself refuses is said."""
     monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.name in ("greedy", "static cache")])
-    monkeypatch.setattr(generation, "make_target", lambda *args: None)
+    monkeypatch.setattr(target_rounds, "why_no_tree", lambda *args: "no tree")
+    monkeypatch.setattr(target_rounds, "why_no_chain", lambda *args: "no chain")
     target, draft, inputs = pair
     generate = type(target).generate
 
@@ -157,26 +160,28 @@ def test_a_target_that_no_path_fits_does_not_pass(pair, monkeypatch):
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(type(target), "generate", refuse)
-    checks = verify(target, draft, inputs, max_new_tokens=8)
+    with pytest.warns(UserWarning, match="decoding without the draft: no tree, and no chain"):
+        checks = verify(target, draft, inputs, max_new_tokens=8)
     assert [check.name for check in checks] == ["greedy", "greedy", "static cache"]
-    assert "neither by a tree nor by a chain" in checks[0].path["declined"]
+    assert checks[0].path["declined"] == "no tree, and no chain"
     assert checks[-1].path["declined"] == "generate() without a draft refuses, too: no static cache"
     assert all(check.holds for check in checks)
     assert not as_json(checks)["holds"]
     assert check_table(checks).row_count == 4
-    assert target_rounds.takes_tree_mask(target)
 
 
 def test_the_draft_is_left_as_it_was(pair, monkeypatch):
     """Its settings, and the layers of both; after an error, too."""
     target, draft, inputs = pair
     settings, kinds = draft.generation_config, [type(module) for module in target.modules()]
-    monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.name == "prepared"])
+    experience = auto_trees._experiences.get(draft)
+    monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.is_prepared])
     verify(target, draft, inputs, max_new_tokens=6)
     monkeypatch.setattr(generation, "walk", None)
     with pytest.raises(TypeError):
         verify(target, draft, inputs, max_new_tokens=6)
     assert draft.generation_config is settings
+    assert auto_trees._experiences.get(draft) is experience
     assert [type(module) for module in target.modules()] == kinds
 
 

@@ -89,7 +89,7 @@ def verify(
 ):
     """Check that a draft is lossless here, on every path of generate(), with a broken verifier that each must catch.
 
-    Takes about three minutes with the shipped draft.
+    Takes a few minutes with the shipped draft.
 
     Exits with 0 only if all of it holds.
     """
