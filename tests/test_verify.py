@@ -1,6 +1,7 @@
 """The check that users run: it passes for a sound loop, and fails for broken ones."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -8,18 +9,27 @@ import torch
 from tiny_models import prompts, tiny_draft, varied_target
 from typer.testing import CliRunner
 
-from transformers_prism import generation
+from transformers_prism import auto_trees, generation, target_rounds
+from transformers_prism.benchmark import verify as verify_module
 from transformers_prism.benchmark.verify import (
+    CONTROL,
+    PATHS,
     Check,
     _explain,
+    _first_differences,
     _noise,
+    _Turn,
     as_json,
     careless_walk,
+    careless_walk_on_device,
     check_table,
     left_padded,
+    path_in_words,
     verify,
 )
 from transformers_prism.cli import app
+from transformers_prism.hub.card import verify_rows
+from transformers_prism.round_costs import RoundCosts
 
 pytestmark = pytest.mark.quick
 
@@ -35,34 +45,98 @@ def pair():
     return target, tiny_draft(target), inputs
 
 
-def test_a_sound_loop_passes_and_its_control_is_caught(pair):
-    """Every kind of run is there, and the report can be written and printed."""
+@pytest.fixture(scope="module")
+def checks(pair):
+    """All checks of a sound loop; every round drafts, whatever it costs here."""
     target, draft, inputs = pair
-    checks = verify(target, draft, inputs, max_new_tokens=20)
-    assert [check.name for check in checks] == [
-        *["greedy", "sampled"] * 2,
-        *["batched greedy", "batched sampled", "automatic trees", "automatic trees", "negative control"],
-    ]
-    assert all(check.is_identical and check.has_same_generator for check in checks[:-1])
-    assert not checks[-1].is_identical
+    draft = tiny_draft(target, draft_vocab_size=60).bind(target)
+    with pytest.MonkeyPatch.context() as patch:
+        costs = RoundCosts([1, 64], [1.0, 2.0], 0.02)
+        patch.setattr(auto_trees, "_known_costs", lambda target, draft, num_rows: costs)
+        for name in ("observe_verify", "observe_step"):
+            patch.setattr(RoundCosts, name, lambda self, *observed: None)
+        return verify(target, draft, inputs, max_new_tokens=20)
+
+
+def test_a_sound_loop_passes_on_every_path(checks):
+    """Every kind of run is there, and the report can be written and printed."""
+    names = [check.name for check in checks if check.name != CONTROL]
+    assert list(dict.fromkeys(names)) == [path.name for path in PATHS]
+    assert names[:6] == ["greedy", "greedy", "sampled", "sampled", "automatic trees", "automatic trees"]
+    assert all(check.is_identical and check.has_same_generator for check in checks if check.name != CONTROL)
     report = json.loads(json.dumps(as_json(checks)))
     assert report["holds"]
     assert report["num_near_ties"] == 0
-    assert check_table(checks).row_count == 9
+    assert check_table(checks).row_count == len(names) + 1
     assert generation.walk is not careless_walk
+
+
+def test_the_control_is_caught_on_every_path(checks):
+    """Where one is not, the command fails."""
+    controls = [check for check in checks if check.name == CONTROL]
+    assert [check.control_of for check in controls] == [path.name for path in PATHS]
+    assert all(check.is_caught for check in controls)
+    for broken in controls:
+        others = [check for check in checks if check is not broken]
+        assert not as_json([*others, dataclasses.replace(broken, is_identical=True)])["holds"]
+    assert not as_json([check for check in checks if check not in controls])["holds"]
+
+
+def test_the_report_says_which_path_each_run_took(checks):
+    """All that generate() can take: as the names promise, and every combination that matters."""
+    taken = {check.name: check.path for check in checks if check.name != CONTROL}
+    assert all(path["declined"] is None for path in taken.values())
+    assert all(path["drafted"] > 0 for path in taken.values())
+    for name, path in taken.items():
+        is_penalized, is_sampled = "processors" in name, PATHS[list(taken).index(name)].settings["do_sample"]
+        assert path["target"] == ("chain" if "target's cache" in name else "tree"), name
+        assert path["walk"] == ("device" if "device" in name else "host"), name
+        assert path["coupled"] == (is_sampled and not is_penalized and "not coupled" not in name), name
+        assert path["tree"] == PATHS[list(taken).index(name)].tree["tree"]
+    assert {path["tree"] for path in taken.values()} == {"static", "chain", "auto"}
+    assert path_in_words(taken["sampled"]) == "tree, host's walk, coupled"
+    assert path_in_words(taken["chain on the target's cache"]) == "chain, host's walk"
+    assert path_in_words({**taken["greedy"], "copied": 3}) == "tree, host's walk, copies"
+    assert path_in_words({**taken["greedy"], "declined": "no cache"}) == "plain decoding: no cache"
+
+
+def test_reports_of_earlier_drafts_can_still_be_read():
+    """They tell of no path and have one control."""
+    old = {"prompt": 0, "num_tokens": 9, "is_identical": True, "is_near_tie": False, "position": None}
+    record = {"checks": [{**old, "name": "greedy"}, {**old, "name": CONTROL, "is_identical": False, "position": 3}]}
+    greedy, control = verify_rows(record)
+    assert (greedy["path"], greedy["runs"]) == ("", 1)
+    assert (control["position"], control["identical"], control["runs"]) == (3, 0, 1)
+
+
+FEW_PATHS = [path for path in PATHS if path.name in ("greedy", "sampled, device", "batched sampled")]
 
 
 def test_a_broken_loop_fails(pair, monkeypatch):
     """With the control's own fault in every run."""
+    monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
     monkeypatch.setattr(generation, "walk", careless_walk)
+    monkeypatch.setattr(generation, "walk_on_device", careless_walk_on_device)
     target, draft, inputs = pair
     checks = verify(target, draft, inputs, max_new_tokens=20)
     assert not as_json(checks)["holds"]
     assert all(not check.is_identical for check in checks)
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path.over in ("prompt", "chat")][::3], ids=lambda path: path.name)
+def test_a_fault_of_one_path_is_found(path, pair, monkeypatch):
+    """The walk of that path alone is broken."""
+    monkeypatch.setattr(verify_module, "PATHS", [path])
+    name = "walk_on_device" if path.walks_on_device else "walk"
+    monkeypatch.setattr(generation, name, {"walk": careless_walk, "walk_on_device": careless_walk_on_device}[name])
+    target, draft, inputs = pair
+    (check, _) = verify(target, draft, inputs, max_new_tokens=20)
+    assert not check.holds or check.path["drafted"] == 0
+
+
 def test_a_lost_draw_fails(pair, monkeypatch):
     """Text that happens to agree does not excuse a generator left in another state."""
+    monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
     target, draft, inputs = pair
     grow = type(draft.make_drafter()).grow
     monkeypatch.setattr(
@@ -70,6 +144,45 @@ def test_a_lost_draw_fails(pair, monkeypatch):
     )
     checks = verify(target, draft, inputs, max_new_tokens=20)
     assert not as_json(checks)["holds"]
+
+
+def test_a_target_that_no_path_fits_does_not_pass(pair, monkeypatch):
+    """Plain decoding on every path proves nothing, and what generate() itself refuses is said."""
+    monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.name in ("greedy", "static cache")])
+    monkeypatch.setattr(target_rounds, "why_no_tree", lambda *args: "no tree")
+    monkeypatch.setattr(target_rounds, "why_no_chain", lambda *args: "no chain")
+    target, draft, inputs = pair
+    generate = type(target).generate
+
+    def refuse(self, *args, **kwargs):
+        if "cache_implementation" in kwargs:
+            raise ValueError("no static cache")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(target), "generate", refuse)
+    with pytest.warns(UserWarning, match="decoding without the draft: no tree, and no chain"):
+        checks = verify(target, draft, inputs, max_new_tokens=8)
+    assert [check.name for check in checks] == ["greedy", "greedy", "static cache"]
+    assert checks[0].path["declined"] == "no tree, and no chain"
+    assert checks[-1].path["declined"] == "generate() without a draft refuses, too: no static cache"
+    assert all(check.holds for check in checks)
+    assert not as_json(checks)["holds"]
+    assert check_table(checks).row_count == 4
+
+
+def test_the_draft_is_left_as_it_was(pair, monkeypatch):
+    """Its settings, and the layers of both; after an error, too."""
+    target, draft, inputs = pair
+    settings, kinds = draft.generation_config, [type(module) for module in target.modules()]
+    experience = auto_trees._experiences.get(draft)
+    monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.is_prepared])
+    verify(target, draft, inputs, max_new_tokens=6)
+    monkeypatch.setattr(generation, "walk", None)
+    with pytest.raises(TypeError):
+        verify(target, draft, inputs, max_new_tokens=6)
+    assert draft.generation_config is settings
+    assert auto_trees._experiences.get(draft) is experience
+    assert [type(module) for module in target.modules()] == kinds
 
 
 def test_rounding_excuses_only_a_gap_that_small():
@@ -86,7 +199,11 @@ def test_rounding_excuses_only_a_gap_that_small():
     assert tie.holds
     assert not Check("greedy", **different, row=0, position=3, gap=1e-3, rounding=2e-6).holds
     assert not Check("greedy", **different).holds
-    assert not Check("negative control", **{**different, "is_identical": True}).holds
+    control = Check("negative control", **{**different, "is_identical": True}, path={"drafted": 5})
+    assert not control.holds
+    control.path = {"drafted": 0}
+    assert control.holds
+    assert not control.is_caught
 
 
 def test_a_near_tie_in_one_row_does_not_excuse_another_row(pair):
@@ -97,20 +214,23 @@ def test_a_near_tie_in_one_row_does_not_excuse_another_row(pair):
     plain = target.generate(**batch, **settings, do_sample=False, pad_token_id=0)
     other = copy.deepcopy(plain)
     other.sequences[:, -1] += 1
+    turn = _Turn(batch, plain.sequences, None)
+    steps = _first_differences(plain.sequences, other.sequences, turn.start)
+    assert steps == {0: 7, 1: 7}
     # Without a processor they are the logits themselves.
     plain.scores = tuple(scores.clone() for scores in plain.scores)
     found = {"prompt": None, "num_tokens": 16, "is_identical": False, "has_same_generator": True, "acceptance_length": 1.0}
     plain.scores[-1][0, :2] = plain.scores[-1][0].max() + 1
     check = Check("batched greedy", **found)
-    _explain(check, target, batch, plain, other, None)
+    _explain(check, target, turn, plain, steps, None)
     assert (check.row, check.position, check.is_near_tie, check.holds) == (1, 7, False, False)
     plain.scores[-1][1, :2] = plain.scores[-1][1].max() + 1
     check = Check("batched greedy", **found)
     plain.logits[-1].add_(1e-5)
-    _explain(check, target, batch, plain, other, None)
+    _explain(check, target, turn, plain, steps, None)
     assert (check.is_near_tie, check.gap) == (True, 0.0)
     check = Check("batched sampled", **found)
-    _explain(check, target, batch, plain, other, 0)
+    _explain(check, target, turn, plain, steps, 0)
     assert check.gap > 1e-3
     assert not check.is_near_tie
 
@@ -130,6 +250,7 @@ def test_the_noise_is_what_sampling_draws(pair):
 def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):
     """0 and a report, or 1."""
     target, draft, inputs = pair
+    monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
     monkeypatch.setattr("transformers_prism.demo.load_pair", lambda *names: (target, None, draft))
     monkeypatch.setattr("transformers_prism.demo.chat_inputs", lambda tokenizer, question, device: inputs[0])
     arguments = ["verify", "--max-new-tokens", "12", "--json", str(tmp_path / "report.json")]

@@ -162,18 +162,21 @@ def _agreements(validation: dict) -> list[float]:
 
 
 def verify_rows(record: dict) -> list[dict]:
-    """Checks of one name of a verify report, added up."""
+    """Checks of one name of a verify report, added up; "path" is empty where an earlier release wrote it."""
     rows: dict[str, dict] = {}
     for check in record["checks"]:
         row = rows.setdefault(
-            check["name"], {"name": check["name"], "runs": 0, "tokens": 0, "identical": 0, "ties": 0}
+            check["name"],
+            {"name": check["name"], "runs": 0, "tokens": 0, "identical": 0, "ties": 0, "caught": 0, "paths": {}},
         )
         row["runs"] += 1
         row["tokens"] += check["num_tokens"]
         row["identical"] += check["is_identical"]
         row["ties"] += check["is_near_tie"]
+        row["caught"] += not check["is_identical"] and not check["is_near_tie"]
         row["position"] = check["position"]
-    return list(rows.values())
+        row["paths"][check.get("path_in_words", "")] = None
+    return [{**row, "path": "; ".join(row.pop("paths"))} for row in rows.values()]
 
 
 def step_shares(metrics: dict) -> list[dict]:
