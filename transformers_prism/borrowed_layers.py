@@ -100,7 +100,7 @@ class BorrowedLayers:
             ValueError: if there are no such rows.
         """
         weight = float_weight(self.head)
-        if weight is None or weight.device.type == "meta":
+        if weight is None or (weight.is_meta and hasattr(self.head, "_hf_hook")):
             found = type(self.head).__name__ + ("" if weight is None else " that is offloaded")
             raise ValueError(
                 "draft_vocab_size: expected a target whose vocabulary head has floating point weights in memory to take "
@@ -111,7 +111,7 @@ class BorrowedLayers:
         is_same = self.rows_version[1:] == version and self.rows_version[0]() is weight
         if is_same and not (looks_closely and not _has_rows_of(self.head_rows, self.head, draft_to_target)):
             return
-        if draft_to_target.max() >= weight.shape[0]:
+        if looks_closely and draft_to_target.max() >= weight.shape[0]:
             raise ValueError(
                 f"draft_to_target: expected tokens of the target's vocabulary head, which has {weight.shape[0]}, got "
                 f"{int(draft_to_target.max())}"

@@ -60,7 +60,8 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
         return
     where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None}
     config = kwargs.get("config")
-    if not isinstance(config, draft_class.config_class):
+    # One that is given may be of another copy of this code.
+    if config is None or isinstance(config, (str, os.PathLike)):
         config = draft_class.config_class.from_pretrained(source if config is None else config, **where)
     if getattr(config, "quantization_config", None) is not None:
         return

@@ -117,8 +117,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         source = kwargs.get("pretrained_model_name_or_path", args[0] if args else None) or ""
         # Sizes are compared here, so that the error itself names them.
         ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        check_headers(cls, source, ignores_sizes, **kwargs)
         with errors_tell_of_untried_release():
+            check_headers(cls, source, ignores_sizes, **kwargs)
             draft, info = super().from_pretrained(
                 *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
