@@ -66,8 +66,10 @@ def test_rows_are_gathered_once(target):
     draft = bound_draft(target, draft_vocab_size=50)
     rows = draft._borrowed.head_rows
     assert draft.bind(target)._borrowed.head_rows is rows
-    target.lm_head.weight.data[7, 7] += 1e-3  # one number among thousands is not looked at
+    target.lm_head.weight.data[60, 7] += 1e-3  # of a token that is not among them
     assert draft.bind(target)._borrowed.head_rows is rows
+    target.lm_head.weight.data[7, 7] += 1e-3
+    assert draft.bind(target)._borrowed.head_rows is not rows
 
 
 @pytest.mark.parametrize("new_size", [VOCAB_SIZE - 7, VOCAB_SIZE + 7])
