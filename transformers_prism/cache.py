@@ -324,7 +324,7 @@ class CacheSnapshot:
             layer.__class__ = kind
             vars(layer).clear()
             vars(layer).update(state if copy is None else _restored(state, copy))
-            if isinstance(layer, StaticLayer):
+            if type(layer) is StaticLayer:
                 layer.cumulative_length.fill_(length)
 
 
