@@ -14,7 +14,10 @@ OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_rounds transformers_names hub renewal published_set reference)
 
-.PHONY: demo test test-oldest lint quick
+# Of `make test-python`.
+OTHER := .venv-$(notdir $(PYTHON))
+
+.PHONY: demo test test-oldest test-python lint quick
 
 demo: $(INSTALLED)
 	$(BIN)/transformers-prism demo
@@ -25,6 +28,13 @@ test: lint
 # What differs between releases: losslessness, caches, loading and saving, and the reference vectors.
 test-oldest: $(OLDEST_INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal $(OLDEST_TESTS)
+
+# Losslessness on another Python: make test-python PYTHON=python3.13
+test-python:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal tests/test_lossless.py
 
 quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTEST) -m quick

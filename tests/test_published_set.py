@@ -31,8 +31,11 @@ class Block:
         if name.split(".")[0] in ("transformers_prism", "triton"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
+import warnings
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
+warnings.simplefilter("error", FutureWarning)
+warnings.simplefilter("error", DeprecationWarning)
 target = AutoModelForCausalLM.from_pretrained(TARGET)
 inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}
 """
@@ -266,10 +269,12 @@ def test_the_weights_hash_knows_bits_and_not_files(saved, tmp_path):
     assert len(hashes) == 3
 
 
-def test_with_the_package_its_own_classes_win(saved):
-    """Whatever trust_remote_code says."""
+def test_with_the_package_its_own_classes_win(saved, tmp_path):
+    """Whatever trust_remote_code says, and though the folder's code be of a release that no longer runs."""
+    folder = shutil.copytree(saved[0], tmp_path / "draft")
+    (folder / "modeling_prism.py").write_text("raise ImportError('of a release that is gone')")
     for trust in (None, False, True):
-        draft = AutoModel.from_pretrained(saved[0], trust_remote_code=trust)
+        draft = AutoModel.from_pretrained(folder, trust_remote_code=trust)
         assert type(draft) is transformers_prism.PrismDraftModel
 
 
