@@ -34,7 +34,7 @@ def text_of(chain: torch.LongTensor, num_rows: int, length: int, generator: torc
 
 
 def fitted_target(architecture: str, chain: torch.LongTensor, seed: int = 0, num_updates: int = 120, **overrides):
-    """A tiny target that has learnt to write like `chain`."""
+    """A tiny target that has learnt to write like `chain`, a random one after no updates."""
     target = tiny_target(architecture, seed, **{"initializer_range": 0.08, **overrides})
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,7 +47,7 @@ def fitted_target(architecture: str, chain: torch.LongTensor, seed: int = 0, num
 
 
 def fitted_draft(target, chain: torch.LongTensor, seed: int = 0, num_updates: int = 100, **overrides):
-    """A draft that has learnt to foresee `target` on such text."""
+    """A draft that has learnt to foresee `target` on such text, a random one after no updates."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         draft = PrismDraftModel(PrismConfig.from_target(target, **overrides)).float().bind(target)
@@ -75,7 +75,7 @@ def fitted_draft(target, chain: torch.LongTensor, seed: int = 0, num_updates: in
 def _fit(model, loss, num_updates: int):
     """The model after so many updates of all its own weights; the global generator stays as it is."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_updates)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, max(num_updates, 1))
     with torch.random.fork_rng(), torch.enable_grad():
         for _ in range(num_updates):
             optimizer.zero_grad()

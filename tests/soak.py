@@ -66,11 +66,20 @@ class Pair(NamedTuple):
     chain: torch.Tensor
 
 
-def fit_pair(architecture: str, seed: int = 0, num_updates: int = 120) -> Pair:
-    """A target and draft of `PAIRS`."""
-    chain = chain_of(seed)
+def fit_pair(architecture: str, seed: int = 0, num_updates: int = 120, folder: Path | None = None) -> Pair:
+    """A target and draft of `PAIRS`; with a folder their weights are kept there, and read from there."""
+    chain, path = chain_of(seed), None if folder is None else folder / f"{architecture}-{seed}-{num_updates}.pt"
+    is_kept = path is not None and path.exists()
+    num_updates = 0 if is_kept else num_updates
     target = fitted_target(architecture, chain, seed, num_updates)
-    return Pair(target, fitted_draft(target, chain, seed, num_updates, **PAIRS[architecture]), chain)
+    draft = fitted_draft(target, chain, seed, num_updates, **PAIRS[architecture])
+    if is_kept:
+        for model, weights in zip((target, draft), torch.load(path), strict=True):
+            model.load_state_dict(weights)
+    elif path is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save((target.state_dict(), draft.state_dict()), path)
+    return Pair(target, draft, chain)
 
 
 class Recorder(BaseStreamer):
@@ -452,6 +461,7 @@ def main(argv=None) -> int:
     parser.add_argument("--generations", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--json", type=Path, help="where the tally is kept, and read from where it exists")
+    parser.add_argument("--pairs", type=Path, help="a folder that keeps the fitted models from one run to the next")
     parser.add_argument("--only", type=int, help="run the case of this seed, and print what it is")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -459,14 +469,14 @@ def main(argv=None) -> int:
     if args.only is not None:
         architecture = names[args.only % len(names)]
         tally = Tally()
-        run_case(fit_pair(architecture), args.only, tally, is_told=True)
+        run_case(fit_pair(architecture, folder=args.pairs), args.only, tally, is_told=True)
         return report(tally)
     state = json.loads(args.json.read_text()) if args.json is not None and args.json.exists() else None
     tally = Tally(state)
     pairs = {}
     for name in names:
         print(f"fitting {name}", flush=True)
-        pairs[name] = fit_pair(name)
+        pairs[name] = fit_pair(name, folder=args.pairs)
     soak(pairs, args.generations, args.seed, tally, Progress(args.generations, args.json, tally))
     return report(tally)
 

@@ -163,7 +163,7 @@ def draw_settings(rng: random.Random, num_rows: int, length: int) -> Settings:
     values["do_sample"] = rng.random() < 0.6
     values["max_new_tokens"] = rng.choice((1, 2, rng.randint(3, 20), rng.randint(15, 40), rng.randint(25, 40)))
     values["pad_token_id"] = 0
-    if rng.random() < 0.8:
+    if rng.random() < 0.7:
         _draw_processors(rng, settings, num_rows, length)
     _draw_stops(rng, settings, num_rows, length)
     if rng.random() < 0.4:
@@ -180,7 +180,7 @@ def _draw_processors(rng: random.Random, settings: Settings, num_rows: int, leng
     values = settings.values
     is_sampled = values["do_sample"]
     # Rare settings on purpose: of many at once, each makes the text less like what the draft has learnt.
-    chance = rng.choice((0.03, 0.06, 0.12))
+    chance = rng.choice((0.02, 0.05, 0.1))
     for name, draw in (_WARPERS if is_sampled else {}).items():
         if rng.random() < 2 * chance:
             values[name] = draw(rng, length)
