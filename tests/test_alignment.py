@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.unmasked_softmax import unmasked_softmax
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.kernels.context_alignment_attention import context_alignment_attention_reference
 from transformers_prism.training.alignment import aligned_forward, history_mask
@@ -177,8 +178,6 @@ def test_forwards_say_what_they_expect():
     hidden, starts = torch.zeros(1, 4, draft.config.fused_hidden_size), torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"starts: expected shape \(1, 4\), got \(1, 3\)"):
         aligned_forward(draft, input_ids, hidden, 1, starts=starts)
-    with pytest.raises(ValueError, match=r"unmasked_softmax: expected neither starts nor Triton's"):
-        aligned_forward(draft, input_ids, hidden, 1, unmasked_softmax=True, implementation="triton")
 
 
 def test_loss_in_chunks_equals_the_plain_loss(monkeypatch):
@@ -338,8 +337,8 @@ def test_unmasked_softmax_repeats_the_authors_training(name, prism_data):
     recorded = {key: torch.tensor(arrays[key]) for key in arrays.files if key.startswith("train.")}
     batch = {key.removeprefix("train.batch."): value for key, value in recorded.items() if ".batch." in key}
     draft = reference_draft(name)
-    options = {"unmasked_softmax": True}
-    predictions = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, True, **options)
+    with unmasked_softmax():
+        predictions = aligned_forward(draft, batch["input_ids"], batch["hidden_states"], 3, True)
     rows = batch["attention_mask"].bool()
     for step, prediction in enumerate(predictions):
         close(prediction[rows], recorded[f"train.predict_f{step}"][rows])
@@ -379,7 +378,7 @@ def test_a_cpu_makes_no_score_matrix(monkeypatch):
         raise AssertionError("expected no scores")
 
     monkeypatch.setattr("transformers_prism.training.alignment.context_alignment_attention_reference", refuse)
-    monkeypatch.setattr("transformers_prism.training.alignment.context_alignment_scores", refuse)
+    monkeypatch.setattr("transformers_prism.kernels.context_alignment_attention.context_alignment_scores", refuse)
     _, draft = make_pair()
     input_ids = torch.arange(NUM_TOKENS)[None]
     states = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size)

@@ -8,10 +8,17 @@ import torch
 from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism.benchmark import roofline
-from transformers_prism.benchmark.page import levers, write_page
+from benchmarks import training
+from benchmarks.page import levers, write_page
 from transformers_prism.benchmark.rounds import PARTS, profile_rounds, watched, weight_bytes
-from transformers_prism.benchmark.scaling import Point, bench_scaling, num_calls
+from transformers_prism.benchmark.scaling import (
+    Point,
+    bench_scaling,
+    bootstrap_median,
+    modules_ratio,
+    modules_text,
+    num_calls,
+)
 from transformers_prism.cli import app
 
 pytestmark = pytest.mark.quick
@@ -45,11 +52,10 @@ def measured(tiny_folders, tmp_path_factory):
     run("bench", "rounds", *source, *sizes, "--json", root / "rounds.json")
     sizes = "--modules 1 --modules 2 --nodes 5 --num-rounds 5 --tree-top-k 4 --tree-depth 4".split()
     run("bench", "scaling", "--target", target, *sizes, "--json", root / "scaling.json")
-    sizes = "--num-rounds 3 --tree-top-k 2 --tree-depth 3 --tree-num-nodes 4".split()
-    run("bench", "modules", "--target", target, *sizes, "--json", root / "modules.json")
     sizes = "--repeat 2 --length 16 --most-steps 3 --no-memory".split()
-    run("bench", "training", "--target", target, *sizes, "--json", root / "training.json")
-    names = ("greedy", "batch", "acceptance", "rounds", "scaling", "modules", "training")
+    result = CliRunner().invoke(training.app, ["--target", target, *sizes, "--json", str(root / "training.json")])
+    assert result.exit_code == 0, result.output
+    names = ("greedy", "batch", "acceptance", "rounds", "scaling", "training")
     return [root / f"{name}.json" for name in names]
 
 
@@ -74,6 +80,42 @@ def test_scaling_times_rounds_of_the_sizes_that_were_asked_for():
         assert one["step_ms"]
         low, high = one["round_quartiles"]
         assert low <= one["round_median"] <= high
+
+
+def test_scaling_uses_every_module_of_a_deep_tree():
+    """With eight draft steps a round runs all eight modules of the larger draft, and drafts full trees."""
+    target = tiny_target("llama", seed=3)
+    used = set()
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: used.add(module) if type(module).__name__ == "PrismProcessingModule" else None
+    ):
+        axes, base = {"modules": [1, 8]}, Point(modules=1, nodes=9, context=5, batch=1)
+        figures = bench_scaling(target, axes, base, 2, 8, num_rounds=5, use_packed_weights=False)
+    assert len(used) == 1 + 8
+    assert all(len(one["round_ms"]) == 5 for one in figures["modules"])
+
+
+def test_scaling_says_what_many_modules_cost():
+    """Pairs of rounds: a machine that doubles every time for a while changes no ratio; the bar decides on the interval."""
+    few = [100.0 * (1 + index % 2) for index in range(40)]
+    axes = {"modules": [{"value": 1, "round_ms": few}, {"value": 8, "round_ms": [1.01 * one for one in few]}]}
+    assert modules_ratio(axes["modules"]) == pytest.approx((1.01, 1.01, 1.01))
+    text = "M = 8 over M = 1: median ratio of pairs 1.0100, 95 % interval 1.0100 to 1.0100; bar 1.03: met"
+    assert modules_text(axes) == text
+    axes["modules"][1]["round_ms"] = [1.04 * one for one in few]
+    assert modules_text(axes).endswith("not met")
+    assert modules_text({"modules": axes["modules"][:1]}) is None
+    assert modules_text({"nodes": axes["modules"]}) is None
+
+
+def test_scaling_bootstrap_interval_covers_the_median():
+    """Equal values leave no interval; noise opens one around the median, narrower with more values."""
+    assert bootstrap_median([2.0] * 70) == (2.0, 2.0)
+    noise = [1.0 + 0.01 * (index % 7 - 3) for index in range(70)]
+    low, high = bootstrap_median(noise)
+    assert low < 1.0 < high
+    narrow = bootstrap_median(noise * 10)
+    assert narrow[1] - narrow[0] < high - low
 
 
 @pytest.mark.parametrize("tree", ["static", "auto"])
@@ -153,7 +195,8 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     rows = json.loads(measured[2].read_text())["rows"]
     assert "| tau | 5/2/3 T = 0 | 5/2/3 T = 0.8 | 2/2/1 T = 0 | 2/2/1 T = 0.8 |" in text
     assert f"| all | {' | '.join(format(row['tau'], '.2f') for row in rows)} |" in text
-    assert "Nothing in this section was measured" in text
+    members = json.loads(measured[4].read_text())["axes"]["modules"]
+    assert f"M = 2 over M = 1: median ratio of pairs {modules_ratio(members)[0]:.4f}" in text
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert pictures == [path.relative_to(tmp_path).as_posix() for path in written[1:]]
     assert "performance/batch_size_0.png" in pictures
@@ -164,8 +207,8 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     assert {path: path.read_bytes() for path in written} == before
 
 
-def test_page_figures_are_in_the_files_but_for_the_model(measured, tmp_path):
-    """Every number of a table before the model is one of the files', at the precision in which it is printed."""
+def test_page_figures_are_in_the_files(measured, tmp_path):
+    """Every number of a table is one of the files', at the precision in which it is printed."""
     page = tmp_path / "performance.md"
     write_page(measured, page)
     known: set[float] = set()
@@ -192,9 +235,8 @@ def test_page_figures_are_in_the_files_but_for_the_model(measured, tmp_path):
         for method in record.get("methods", {}).values():
             if method["summary"]["round_ms"]:
                 gather([ratio for _, ratio in levers(method["summary"])])
-    tables = page.read_text().split("## A model")[0]
     cells = [
-        cell.strip() for line in tables.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")
+        cell.strip() for line in page.read_text().splitlines() if line.startswith("|") for cell in line.strip("|").split("|")
     ]
     numbers = [cell for cell in cells if re.fullmatch(r"\d+(\.\d+)?", cell)]
     assert len(numbers) > 60
@@ -211,16 +253,3 @@ def test_page_refuses_other_files(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="expected the JSON file of a measurement"):
         write_page([tmp_path / "list.json"], tmp_path / "page.md")
-
-
-def test_roofline_reads_weights_once_and_is_bound_by_operations_later():
-    """LLaMA-3-8B has the parameters that it has; bandwidth bounds one token, the peak bounds very many."""
-    model, gpu = roofline.MODELS[0], roofline.GPUS[1]
-    assert model.weights + model.vocab * model.hidden == pytest.approx(8.03e9, rel=0.001)
-    assert roofline.forward_seconds(model, gpu, 1, context=0) == pytest.approx(2 * model.weights / gpu.bandwidth)
-    many = roofline.forward_seconds(model, gpu, 4096, context=0)
-    assert many == pytest.approx(4096 * 2 * model.weights / gpu.operations)
-    assert roofline.num_gpus(roofline.MODELS[1], gpu) == 2
-    free = roofline.free_nodes(model, gpu)
-    step = roofline.forward_seconds(model, gpu, 1)
-    assert roofline.forward_seconds(model, gpu, free + 1) == step < roofline.forward_seconds(model, gpu, free + 2)

@@ -7,8 +7,7 @@ import torch
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism.benchmark.training import TrainingStep, authors_forward, peak_memory
-from transformers_prism.cli import app
+from benchmarks.training import TrainingStep, app, authors_forward, peak_memory
 from transformers_prism.training.alignment import aligned_forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,9 +37,9 @@ def test_memory_grows_with_the_text_as_it_does_not_with_its_square():
 
 
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers_prism.target.load_target", lambda *_, **__: (tiny_target(), None))
+    monkeypatch.setattr("benchmarks.training.load_target", lambda *_, **__: (tiny_target(), None))
     options = ["--repeat", "2", "--length", "16", "--batch-size", "1", "--most-steps", "3", "--no-memory"]
-    result = CliRunner().invoke(app, ["bench", "training", *options, "--json", str(tmp_path / "out.json")])
+    result = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["ratio"] > 0

@@ -182,26 +182,6 @@ def test_a_chain_of_training_runs_is_told_from_its_beginning(draft_folder):
     assert [run["init_from"] for run in training_runs(record)] == [None, "the first"]
 
 
-@pytest.mark.parametrize(
-    "sentence", ["It reaches tau 9.87.", "It is 4.56 times as fast.", "Accepts 77.7 % of tokens."]
-)
-def test_a_figure_without_a_source_is_refused(draft_folder, sentence):
-    """In what a person says beside the measurements; nothing is written."""
-    before = (draft_folder / "README.md").read_bytes()
-    (draft_folder / "about.json").write_text(json.dumps({"limits": [sentence]}))
-    with pytest.raises(ValueError, match=re.search(r"\d+\.\d+", sentence).group()):
-        write_card(draft_folder)
-    assert (draft_folder / "README.md").read_bytes() == before
-
-
-def test_a_figure_with_a_source_may_be_repeated(measured, draft_folder):
-    """At the precision in which it is told."""
-    tau = gather(*measured)["generate"][0]["summary"]["acceptance_length_pooled"]
-    (draft_folder / "about.json").write_text(json.dumps({"limits": [f"tau is {tau:.2f} only."]}))
-    write_card(draft_folder, measured[1])
-    assert f"tau is {tau:.2f} only." in (draft_folder / "README.md").read_text()
-
-
 def test_a_missing_figure_is_refused(measured, draft_folder):
     """A measurement whose summary lost a figure gives no card with a hole in it."""
     metrics = gather(*measured)

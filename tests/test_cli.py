@@ -8,7 +8,6 @@ from tiny_models import scripted_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import demo
-from transformers_prism.benchmark.modules import bench_modules, bootstrap_median
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
 from transformers_prism.cli import app
 
@@ -109,44 +108,23 @@ def test_cli_streamer_tells_accepted_from_bonus(tiny_folders):
     assert "".join(text for text, _ in printed) == tokenizer.decode(plain[0, 3:], skip_special_tokens=True)
 
 
-def test_cli_bench_modules_measures_rounds(tiny_folders, tmp_path):
-    """Both drafts, as many rounds as asked for, and an interval around the ratio."""
-    result_file = tmp_path / "result.json"
-    arguments = ("--target", tiny_folders[0], "--num-rounds", 5, "--context-length", 9, "--json", result_file)
-    output = run("bench", "modules", *arguments, "--tree-top-k", 2, "--tree-depth", 8, "--tree-num-nodes", 9)
-    assert "M = 1" in output
-    assert "M = 8" in output
-    result = json.loads(result_file.read_text())
-    assert [len(rounds) for rounds in result["round_ms"]] == [5, 5]
-    low, high = result["interval"]
-    assert low <= result["median_ratio"] <= high
-
-
-def test_cli_bench_modules_uses_every_module_of_a_deep_tree():
-    """With eight draft steps a round runs all eight modules of the larger draft, and drafts full trees."""
-    target = tiny_target("llama", seed=3)
-    used = set()
-
-    def note(module, args, output):
-        used.add(module)
-
-    with torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: (
-            note(module, args, output) if type(module).__name__ == "PrismProcessingModule" else None
-        )
-    ):
-        bench_modules(target, {"tree_top_k": 2, "tree_depth": 8, "tree_num_nodes": 9}, num_rounds=2, context_length=5)
-    assert len(used) == 1 + 8
-
-
-def test_cli_bootstrap_interval_covers_the_median():
-    """Equal values leave no interval; noise opens one around the median, narrower with more values."""
-    assert bootstrap_median([2.0] * 70) == (2.0, 2.0)
-    noise = [1.0 + 0.01 * (index % 7 - 3) for index in range(70)]
-    low, high = bootstrap_median(noise)
-    assert low < 1.0 < high
-    narrow = bootstrap_median(noise * 10)
-    assert narrow[1] - narrow[0] < high - low
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (("study", "--data", "x", "--plan"), "python -m benchmarks.study"),
+        (("bench", "page", "x.json"), "python -m benchmarks.page"),
+        (("bench", "training", "--help"), "python -m benchmarks.training"),
+        (("bench", "synthesize"), "python -m benchmarks.synthesize"),
+        (("bench", "modules", "--packed"), "transformers-prism bench scaling --modules 1 --modules 8"),
+        (("bench", "scaling", "--plot", "x.png"), "python -m benchmarks.page"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_cli_commands_that_moved_say_where(words, place):
+    """Commands and options of the last release: status 2, and what took their place."""
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert place in result.stderr
 
 
 def test_cli_bench_prompts_are_spread_over_tasks(prompt_file):

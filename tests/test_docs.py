@@ -32,8 +32,8 @@ def map_entries() -> list[tuple[str, str]]:
 
 @pytest.mark.quick
 def test_docs_file_map_is_the_tree():
-    """Every Python file of the package and the examples is in the map, once, with a phrase; nothing else is."""
-    files = [path for folder in ("transformers_prism", "examples") for path in (ROOT / folder).rglob("*.py")]
+    """Every Python file of the package, the benchmarks and the examples is in the map, once, with a phrase; nothing else is."""
+    files = [path for folder in ("transformers_prism", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
     entries = map_entries()
     assert sorted(path for path, _ in entries) == sorted(path.relative_to(ROOT).as_posix() for path in files)
     assert all(phrase for _, phrase in entries)
@@ -75,6 +75,9 @@ def test_docs_commands_exist():
         words = line.split()
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line
+            continue
+        if words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), line
             continue
         assert words[0] == "transformers-prism", line
         command = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word)]

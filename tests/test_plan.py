@@ -127,7 +127,7 @@ RUNS = {
         "compute_dtype": "bfloat16",
         "context_kv": "own_module",
     },
-    "form": {"recipe": "hass", "module_form": "eagle3", "unmasked_softmax": True, "acceptance_weight": 0.1, "hidden_weight": 0.5},
+    "form": {"recipe": "hass", "module_form": "eagle3", "acceptance_weight": 0.1, "hidden_weight": 0.5},
     "features": {**ONE_STAGE, "num_modules": 2, "draft_step_to_module": "1,0", "features": "states", "is_detached": True},
     "default": {"split_epochs": 0.0},
     "carried_on": {"num_modules": 3, "split_epochs": 0.0, "init_from": "first/draft"},
@@ -208,7 +208,6 @@ def test_a_run_does_what_its_plan_shows(folder, trained, name):
     assert saved.draft_step_to_module == expected.get(name, [0])
     for trainer in trained:
         assert trainer.model.options["checkpoint_activations"] == config.checkpoint_activations
-        assert trainer.model.options["unmasked_softmax"] == config.unmasked_softmax
         assert trainer.args.gradient_accumulation_steps == config.accumulation
         assert trainer.args.bf16 == (config.compute_dtype == "bfloat16")
 

@@ -1,6 +1,7 @@
 """The JSON file of a measurement says what its figures belong to."""
 
 import json
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny_models import tiny_target
 
 from transformers_prism.benchmark.generate import count_steps
 from transformers_prism.benchmark.record import hardware, write_record
-from transformers_prism.command_line import command_line
+from transformers_prism.command_line import command_line, this_command
 from transformers_prism.speculation import RoundTree, Speculation
 
 pytestmark = pytest.mark.quick
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.quick
 
 def test_a_record_names_machine_weights_and_command(tmp_path, monkeypatch):
     """Without folders of this machine in the command."""
+    monkeypatch.setattr("__main__.__spec__", None, raising=False)
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/transformers-prism", "bench", "--prompts", "/home/me/p.jsonl"])
     path = tmp_path / "record.json"
     write_record(path, "generate", tiny_target(), {"tree": "auto"}, {"summary": {}}, "00ff")
@@ -55,3 +57,10 @@ def test_commands_are_told_without_folders():
     argv = ["/opt/bin/transformers-prism", "train", "--data", "a/b/old,/data/new.jsonl.gz", "--features=run/features"]
     assert command_line(argv) == "transformers-prism train --data old,new.jsonl.gz --features=features"
     assert command_line(["bench", "--tree", "59/6/10", "--tree=15/4/4", "user/name"]) == "bench --tree 59/6/10 --tree=15/4/4 name"
+
+
+def test_a_module_is_recorded_as_it_was_started(monkeypatch):
+    """Not as the file that Python found for it."""
+    monkeypatch.setattr("__main__.__spec__", ModuleSpec("benchmarks.training", None), raising=False)
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/training.py", "--json", "/home/me/training.json"])
+    assert this_command() == "python -m benchmarks.training --json training.json"

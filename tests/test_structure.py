@@ -111,6 +111,13 @@ def test_structure_imports_follow_the_arrows(path):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_structure_package_does_not_import_benchmarks(path):
+    """They are not installed with it."""
+    assert not re.search(r"^\s*(from|import) benchmarks\b", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_structure_folders_import_absolutely(path):
     """In a subfolder, files of ours are imported by their whole name (kernels excepted, which are published)."""
     if path.parent in (PACKAGE, PACKAGE / "kernels"):

@@ -6,18 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_training import write_data
 from tiny_models import chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
+from benchmarks.study import RECIPES, StudyConfig, app, plan_runs
+from benchmarks.study_figures import ratio_interval, tau_after, tau_interval
+from benchmarks.study_page import CLAIMS, verdict
 from transformers_prism import PrismDraftModel
 from transformers_prism.benchmark.acceptance import tree_settings
-from transformers_prism.benchmark.study import RECIPES, StudyConfig, plan_runs
-from transformers_prism.benchmark.study_figures import ratio_interval, tau_after, tau_interval
-from transformers_prism.benchmark.study_page import CLAIMS, verdict
-from transformers_prism.cli import app
 from transformers_prism.publishing import weights_sha256
 from transformers_prism.training.conversations import read_conversations
 from transformers_prism.training.recipes import TrainConfig
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 def arguments(folder, *more) -> list[str]:
     return [
-        *("study", "--data", str(folder / "data.jsonl"), "--target", str(folder / "target")),
+        *("--data", str(folder / "data.jsonl"), "--target", str(folder / "target")),
         *("--prompts", str(folder / "prompts.jsonl"), "--output", str(folder / "runs")),
         *("--records", str(folder / "records"), "--draft_vocab_size", "40", "--batch_size", "4", "--use_cpu"),
         *("--num_prompts", "3", "--max_new_tokens", "8", "--trees", "7/3/3", "--temperatures", "0"),
@@ -111,7 +111,7 @@ def test_study_goes_on_where_it_stopped(folder, monkeypatch):
     def refuse(config):
         raise AssertionError("expected no training")
 
-    monkeypatch.setattr("transformers_prism.benchmark.study.train", refuse)
+    monkeypatch.setattr("benchmarks.study.train", refuse)
     output = invoke(folder, *options)
     assert output.count("tau ") == 1
     assert records_of(folder) == before
@@ -128,12 +128,13 @@ def test_study_goes_on_where_it_stopped(folder, monkeypatch):
 def test_study_killed_in_training_ends_with_the_same_draft(folder):
     """SIGKILL behind a checkpoint; what goes on from there has the bits of a study that was never killed."""
     options = ("--recipes", "eagle2", "--tokens_seen", "4000")
-    command = [sys.executable, "-m", "transformers_prism.cli", *arguments(folder, *options)]
+    command = [sys.executable, "-m", "benchmarks.study", *arguments(folder, *options)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent.parent,
     )
     deadline = time.monotonic() + 120
     while not list((folder / "runs").glob("eagle2_*/single_step/checkpoint-6")):

@@ -325,7 +325,7 @@ def test_commands(tmp_path, target, monkeypatch):
 
 
 def test_bench_compares_equal_answers(tmp_path, target, monkeypatch):
-    from transformers_prism.benchmark.synthesize import bench_synthesize
+    from benchmarks.synthesize import bench_synthesize
 
     figures = bench_synthesize(target, chat_tokenizer(), chats(6), batch_size=3, max_new_tokens=8, repeat=1)
     assert figures["num_identical"] == figures["num_prompts"] == 6

@@ -15,6 +15,7 @@ from transformers_prism.command_options import (
     TargetOption,
     TemperatureOption,
     TopPOption,
+    add_moved,
     report_file,
     sampling_settings,
     user_errors,
@@ -233,14 +234,7 @@ def train(context: typer.Context):
         train_main(context.args)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def study(context: typer.Context):
-    """Train recipes on equal terms and measure their drafts; `study --help` lists every setting with its unit."""
-    from transformers_prism.benchmark.study import main as study_main
-    from transformers_prism.demo import chat_inputs
-
-    with user_errors():
-        study_main(context.args, chat_inputs, typer.echo)
+add_moved(app, "study", "python -m benchmarks.study")
 
 
 @app.command()
@@ -298,7 +292,7 @@ def card(
         ),
     ] = None,
 ):
-    """Write a draft's card, README.md, from its measurements and training record; figures not in them are refused."""
+    """Write a draft's card, README.md, from its measurements and training record."""
     from transformers_prism.hub.card import write_card
 
     with user_errors():

@@ -1,6 +1,7 @@
 """The command behind a figure or a draft, as their records tell it."""
 
 import re
+import sys
 from pathlib import Path
 
 _TREE = re.compile(r"\d+(/\d+)+")
@@ -13,4 +14,10 @@ def command_line(argv: list[str]) -> str:
     return " ".join(_PART.sub(lambda part: part[0] if _TREE.fullmatch(part[0]) else Path(part[0]).name, word) for word in argv)
 
 
-__all__ = ["command_line"]
+def this_command() -> str:
+    """The command of this process: [`command_line`], with `python -m` in front of a module that was started so."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return command_line([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
+
+
+__all__ = ["command_line", "this_command"]

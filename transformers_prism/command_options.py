@@ -53,3 +53,15 @@ def report_file(path: Path | None) -> None:
     """Say that a file was written, if it was asked for."""
     if path is not None:
         typer.echo(f"wrote {path}")
+
+
+def add_moved(app: typer.Typer, name: str, command: str) -> None:
+    """A command of the last release that is gone: it says what took its place, and ends with status 2."""
+
+    @app.command(
+        name, hidden=True, add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    )
+    def moved():
+        place = ", in a clone of the repository" if command.startswith("python") else ""
+        typer.echo(f"error: `{name}` has moved: use `{command}`{place}", err=True)
+        raise typer.Exit(2)

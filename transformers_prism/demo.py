@@ -15,7 +15,7 @@ from transformers.generation import BaseStreamer
 
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.speculation import Speculation
+from transformers_prism.speculation import Speculation, acceptance_length
 from transformers_prism.target import load_target
 from transformers_prism.transformers_names import name_of
 
@@ -81,7 +81,7 @@ class Comparison:
     num_tokens: int
     is_identical: bool
     num_rounds: int
-    acceptance_length: float
+    num_committed: int
     plain_seconds: float
     draft_seconds: float
 
@@ -193,7 +193,7 @@ def compare(target, draft, inputs: dict, settings: dict, prompt: str = "") -> Co
         num_tokens=speculated.shape[1] - inputs["input_ids"].shape[1],
         is_identical=torch.equal(plain, speculated),
         num_rounds=sum(speculation.num_rounds),
-        acceptance_length=speculation.acceptance_length,
+        num_committed=sum(speculation.num_committed),
         plain_seconds=plain_seconds,
         draft_seconds=draft_seconds,
     )
@@ -215,8 +215,6 @@ def comparison_table(comparisons: list[Comparison], how: str = "") -> Table:
         table.add_column(name, justify="right", no_wrap=True, min_width=max(len(line) for line in name.splitlines()))
     for comparison in comparisons:
         table.add_row(*_cells(comparison))
-    num_rounds = sum(comparison.num_rounds for comparison in comparisons)
-    committed = sum(c.acceptance_length * c.num_rounds for c in comparisons if c.num_rounds)
     table.add_section()
     table.add_row(
         *_cells(
@@ -224,8 +222,8 @@ def comparison_table(comparisons: list[Comparison], how: str = "") -> Table:
                 prompt="all (pooled)",
                 num_tokens=sum(comparison.num_tokens for comparison in comparisons),
                 is_identical=all(comparison.is_identical for comparison in comparisons),
-                num_rounds=num_rounds,
-                acceptance_length=committed / num_rounds if num_rounds else float("nan"),
+                num_rounds=sum(comparison.num_rounds for comparison in comparisons),
+                num_committed=sum(comparison.num_committed for comparison in comparisons),
                 plain_seconds=sum(comparison.plain_seconds for comparison in comparisons),
                 draft_seconds=sum(comparison.draft_seconds for comparison in comparisons),
             )
@@ -236,12 +234,13 @@ def comparison_table(comparisons: list[Comparison], how: str = "") -> Table:
 
 def _cells(comparison: Comparison) -> list[str]:
     plain, draft = (comparison.num_tokens / s for s in (comparison.plain_seconds, comparison.draft_seconds))
+    tau = acceptance_length(comparison.num_committed, comparison.num_rounds)
     return [
         comparison.prompt,
         "yes" if comparison.is_identical else "NO",
         str(comparison.num_tokens),
         str(comparison.num_rounds),
-        f"{comparison.acceptance_length:.2f}",
+        "" if tau is None else f"{tau:.2f}",
         f"{plain:.1f}",
         f"{draft:.1f}",
         f"{draft / plain:.2f}",

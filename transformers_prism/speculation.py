@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
+def acceptance_length(num_committed: float, num_rounds: float) -> float | None:
+    """tau: committed tokens per round, the bonus included; None without a round."""
+    return num_committed / num_rounds if num_rounds else None
+
+
 class RoundTree(NamedTuple):
     """The tree of one round: draft steps run (0: the draft was not used), drafted nodes that each row verified, how
     many of them were copied from the text, and tokens that the round was expected to commit per row, of a batch by
@@ -66,8 +71,8 @@ class Speculation:
     @property
     def acceptance_length(self) -> float:
         """tau, pooled: committed tokens per round over all rows, the bonus included; NaN without a round."""
-        rounds = sum(self.num_rounds)
-        return sum(self.num_committed) / rounds if rounds else float("nan")
+        tau = acceptance_length(sum(self.num_committed), sum(self.num_rounds))
+        return float("nan") if tau is None else tau
 
     @property
     def conditional_acceptance(self) -> list[float]:

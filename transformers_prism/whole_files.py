@@ -23,10 +23,15 @@ def whole_file(path: Path) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, with the line ends of Unix on every system."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file as a whole, so that an interruption leaves the one that was there."""
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["whole_file", "write_json"]
+__all__ = ["whole_file", "write_json", "write_text"]

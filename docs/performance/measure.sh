@@ -11,6 +11,7 @@ prompts=$(realpath "${1:?expected a file of prompts in the form of Spec-Bench}")
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PATH="$PWD/../../.venv/bin:$PATH"
+export PYTHONPATH="$PWD/../.."
 draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 methods untrained adversarial
@@ -74,13 +75,13 @@ measure() {
     scaling)
       transformers-prism bench scaling --modules 1 --modules 2 --modules 4 --modules 8 --nodes 3 --nodes 15 --nodes 63 \
         --context 256 --context 2048 --context 7936 --json "$step.json" ;;
-    modules) transformers-prism bench modules --packed --json "$step.json" ;;
+    modules) transformers-prism bench scaling --modules 1 --modules 8 --num-rounds 200 --json "$step.json" ;;
     accepted_greedy) transformers-prism bench acceptance --prompts "$prompts" --temperature 0 --json "$step.json" ;;
     accepted_sampled) transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --json "$step.json" ;;
     uncoupled)
       transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --tree 15/4/4 --no-coupled --json "$step.json" ;;
-    training) transformers-prism bench training --repeat 4 --json "$step.json" ;;
-    synthesize) transformers-prism bench synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
+    training) python -m benchmarks.training --repeat 4 --json "$step.json" ;;
+    synthesize) python -m benchmarks.synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
     *) echo "expected steps among ${steps[*]}, got $step" >&2; return 1 ;;
   esac
 }
@@ -93,4 +94,4 @@ files=()
 for step in "${steps[@]}"; do
   [ ! -f "$step.json" ] || files+=("$step.json")
 done
-transformers-prism bench page "${files[@]}" --output ../performance.md
+python -m benchmarks.page "${files[@]}" --output ../performance.md

@@ -12,6 +12,7 @@ import torch
 
 from transformers_prism.benchmark.record import finished_part, record_head
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
+from transformers_prism.speculation import acceptance_length
 from transformers_prism.training.conversations import loop_period
 from transformers_prism.whole_files import write_json
 
@@ -93,10 +94,11 @@ def acceptance_figures(answers: list[dict]) -> dict:
         `share_of_answers_in_a_loop`, which flatters tau.
     """
     num_rounds, num_committed = (sum(one[name] for one in answers) for name in ("num_rounds", "num_committed"))
+    tau = acceptance_length(num_committed, num_rounds)
     return {
         "num_rounds": num_rounds,
         "num_committed": num_committed,
-        "tau": round(num_committed / num_rounds, 4) if num_rounds else None,
+        "tau": tau and round(tau, 4),
         "share_of_answers_in_a_loop": round(sum(one["ends_in_a_loop"] for one in answers) / len(answers), 4),
     }
 

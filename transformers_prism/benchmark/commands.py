@@ -13,6 +13,7 @@ from transformers_prism.command_options import (
     TargetOption,
     TemperatureOption,
     TopPOption,
+    add_moved,
     report_file,
     sampling_settings,
     user_errors,
@@ -29,7 +30,18 @@ MeasuredDraftOption = Annotated[
 UpdateCardOption = Annotated[
     Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
 ]
-PlotOption = Annotated[Path | None, typer.Option(help="PNG file to draw.", show_default=False)]
+
+
+def _no_plot(path: Path | None) -> None:
+    if path is not None:
+        raise typer.BadParameter("pictures are drawn from --json files: `python -m benchmarks.page`, in a clone of the repository")
+
+
+# The spelling of the last release, which says where it went.
+PlotOption = Annotated[Path | None, typer.Option("--plot", hidden=True, callback=_no_plot)]
+add_moved(bench_app, "modules", "transformers-prism bench scaling --modules 1 --modules 8")
+for _name in ("page", "training", "synthesize"):
+    add_moved(bench_app, _name, f"python -m benchmarks.{_name}")
 
 
 def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
@@ -40,8 +52,8 @@ def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) 
 
 def _load_draft(name: str | None, target):
     """A draft by name, the shipped one without, and the hash of its weights; "random" is an untrained one."""
-    from transformers_prism.benchmark.modules import random_draft
     from transformers_prism.benchmark.record import UNTRAINED
+    from transformers_prism.benchmark.scaling import random_draft
     from transformers_prism.demo import SHIPPED_DRAFT, load_draft
     from transformers_prism.publishing import weights_sha256
 
@@ -61,42 +73,6 @@ def _update_card(folder: Path | None, measurement: Path | None) -> None:
     with user_errors():
         for name in add_to_card(folder, measurement):
             typer.echo(f"wrote {folder / name}")
-
-
-@bench_app.command("synthesize")
-def bench_synthesize_command(
-    prompts: Annotated[Path, typer.Option(help="JSON lines of chats, or in Spec-Bench's form.")],
-    target: TargetOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once, for both ways.")] = 64,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 128,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer at most.")] = 128,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn; medians count.")] = 3,
-    json_file: JsonOption = None,
-):
-    """Tokens per second of `synthesize` over those of generate() in batches, greedy, on the same prompts, in turn."""
-    from transformers.utils import logging
-
-    from transformers_prism.benchmark.record import write_record
-    from transformers_prism.benchmark.synthesize import bench_synthesize
-    from transformers_prism.target import load_target
-    from transformers_prism.training.chats import read_chats
-
-    logging.disable_progress_bar()
-    with user_errors():
-        model, tokenizer = load_target(target)
-        users = ([turn for turn in chat if turn["role"] == "user"] for chat in read_chats(prompts))
-        chats = [turns[:1] for turns in users if turns][:num_prompts]
-        if not chats:
-            raise ValueError(f"prompts: expected at least one chat with a user turn in {Path(prompts).name}, got none")
-        figures = bench_synthesize(model, tokenizer, chats, batch_size, max_new_tokens, repeat)
-    typer.echo(
-        f"generate {figures['generate_tokens_per_second']:.1f} tokens/s, synthesize "
-        f"{figures['synthesize_tokens_per_second']:.1f} tokens/s, ratio {figures['ratio']:.2f}; "
-        f"identical answers: {figures['num_identical']} of {figures['num_prompts']}"
-    )
-    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "repeat": repeat}
-    write_record(json_file, "synthesize", model, settings, figures)
-    report_file(json_file)
 
 
 @bench_app.command("generate")
@@ -257,87 +233,6 @@ def bench_acceptance_command(
     _update_card(update_card, json_file)
 
 
-@bench_app.command("modules")
-def bench_modules_command(
-    target: TargetOption = None,
-    num_rounds: Annotated[int, typer.Option(min=2, help="Rounds of each draft.")] = 200,
-    context_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
-    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
-    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps; 8 use all modules of the larger draft.")] = 8,
-    tree_num_nodes: Annotated[int, typer.Option(min=1, help="Drafted nodes that the target verifies.")] = 59,
-    packed: PackedOption = False,
-    json_file: JsonOption = None,
-):
-    """Latency of a round with 8 processing modules over that with 1, on the target's sizes, with random drafts."""
-    from transformers.utils import logging
-
-    from transformers_prism.benchmark.modules import MAX_RATIO, bench_modules
-    from transformers_prism.benchmark.record import write_record
-    from transformers_prism.target import load_target
-
-    logging.disable_progress_bar()
-    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth, "tree_num_nodes": tree_num_nodes}
-    with user_errors():
-        target_model, _ = load_target(target)
-        result = bench_modules(
-            target_model, tree, num_rounds=num_rounds, context_length=context_length, use_packed_weights=packed
-        )
-    figures = result.as_json()
-    for count, median in zip(result.num_modules, figures["median_ms"], strict=True):
-        typer.echo(f"M = {count}: median of {num_rounds} rounds {median:.2f} ms")
-    low, high = result.interval
-    typer.echo(
-        f"median ratio of pairs {result.median_ratio:.4f}, 95 % interval {low:.4f} to {high:.4f}; bar {MAX_RATIO}: "
-        + ("met" if result.is_within_bar else "not met")
-    )
-    write_record(json_file, "modules", target_model, {"num_rounds": num_rounds, "packed": packed, **tree}, figures)
-    report_file(json_file)
-
-
-@bench_app.command("training")
-def bench_training_command(
-    target: TargetOption = None,
-    num_steps: Annotated[int, typer.Option(min=1, help="Aligned forwards S of the comparison.")] = 3,
-    most_steps: Annotated[int, typer.Option(min=2, help="S is timed from 1 to this.")] = 6,
-    repeat: Annotated[int, typer.Option(min=2, help="Steps of each kind; medians count.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in a step.")] = 1,
-    length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation.")] = 2048,
-    memory: Annotated[bool, typer.Option(help="Measure the peak memory of a step with 2048 tokens and S = 5.")] = True,
-    json_file: JsonOption = None,
-):
-    """Training steps, ours and with the authors' way of aligning, in turn; how they grow with S; peak memory."""
-    from transformers.utils import logging
-
-    from transformers_prism.benchmark.record import write_record
-    from transformers_prism.benchmark.training import bench_training, peak_memory
-    from transformers_prism.target import load_target
-
-    logging.disable_progress_bar()
-    with user_errors():
-        model, _ = load_target(target)
-        figures = bench_training(model, num_steps, most_steps, repeat, batch_size, length)
-    speeds, (low, high) = figures["tokens_per_second"], figures["interval"]
-    typer.echo(
-        f"S = {num_steps}: {speeds['ours']:.0f} tokens/s, the authors' way {speeds['authors']:.0f} tokens/s\n"
-        f"median ratio of pairs {figures['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
-    )
-    seconds = figures["seconds_by_steps"]
-    relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
-    typer.echo(f"seconds for S = 1 to {most_steps}, over those of S = 1: {relative}")
-    if memory:
-        figures["peak_bytes"] = {
-            name: peak_memory(model, checkpoint_activations=name == "checkpointed")
-            for name in ("kept", "checkpointed")
-        }
-        gib = {name: f"{value / 2**30:.2f} GiB" for name, value in figures["peak_bytes"].items()}
-        typer.echo(
-            f"peak memory of a step, 2048 tokens, S = 5: {gib['kept']}; with checkpointing {gib['checkpointed']}"
-        )
-    settings = {"num_steps": num_steps, "batch_size": batch_size, "length": length, "repeat": repeat}
-    write_record(json_file, "training", model, settings, figures)
-    report_file(json_file)
-
-
 @bench_app.command("kernels")
 def bench_kernels_command(
     compile_only: Annotated[
@@ -399,16 +294,22 @@ def bench_scaling_command(
 ):
     """Latency of a round against modules M, nodes of the tree, context and batch, each beside a plain step.
 
-    Where an axis is named, only those that are named are measured.
+    Where an axis is named, only those that are named are measured. Of several M, the last is compared with the first.
     """
     from rich.console import Console
     from transformers.utils import logging
 
     from transformers_prism.benchmark.figures import table_of
     from transformers_prism.benchmark.measurement import progress_bar
-    from transformers_prism.benchmark.plots import plot_scaling
     from transformers_prism.benchmark.record import write_record
-    from transformers_prism.benchmark.scaling import DEFAULT_AXES, Point, axis_rows, bench_scaling, num_calls
+    from transformers_prism.benchmark.scaling import (
+        DEFAULT_AXES,
+        Point,
+        axis_rows,
+        bench_scaling,
+        modules_text,
+        num_calls,
+    )
     from transformers_prism.target import load_target
 
     logging.disable_progress_bar()
@@ -424,13 +325,12 @@ def bench_scaling_command(
                 model, axes, base, tree_top_k, tree_depth, num_rounds, packed, lambda: bar.advance(task)
             )
         console.print(table_of(*axis_rows(figures), "random drafts"))
+        if (text := modules_text(figures)) is not None:
+            typer.echo(text)
         tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
         settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
         write_record(json_file, "scaling", model, settings, {"axes": figures})
         report_file(json_file)
-        if plot is not None:
-            plot_scaling(plot, figures)
-            report_file(plot)
 
 
 @bench_app.command("rounds")
@@ -456,7 +356,6 @@ def bench_rounds_command(
 
     from transformers_prism.benchmark.figures import table_of
     from transformers_prism.benchmark.methods import Contest, parse_methods
-    from transformers_prism.benchmark.plots import plot_rounds
     from transformers_prism.benchmark.prompts import choose_prompts, contexts_of, read_prompts
     from transformers_prism.benchmark.record import write_record
     from transformers_prism.benchmark.rounds import profile_rounds, profile_rows, weight_bytes
@@ -494,24 +393,3 @@ def bench_rounds_command(
         }
         write_record(json_file, "rounds", model, settings, figures, weights)
         report_file(json_file)
-        if plot is not None:
-            plot_rounds(plot, profiles, [f"context {one['context']}" for one in profiles])
-            report_file(plot)
-
-
-@bench_app.command("page")
-def bench_page_command(
-    files: Annotated[
-        list[Path],
-        typer.Argument(help="Files of bench generate, acceptance, rounds, scaling, modules, training, synthesize, in order."),
-    ],
-    output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
-        "docs/performance.md"
-    ),
-):
-    """Write a page of tables and pictures from the files of measurements, and a paper model of GPUs, marked as one."""
-    from transformers_prism.benchmark.page import write_page
-
-    with user_errors():
-        for path in write_page(files, output):
-            report_file(path)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from transformers_prism.benchmark.generate import ItemResult, Outcome
 from transformers_prism.benchmark.methods import Method
+from transformers_prism.speculation import acceptance_length
 
 _PHASES = ("draft", "verify", "commit", "other")
 # The pages and cards tell of one method; of those that were measured, the first of these.
@@ -49,7 +50,7 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
     """
     outcomes = [result.outcomes[method.name] for result in results]
     taus = [
-        committed / rounds
+        acceptance_length(committed, rounds)
         for one in outcomes
         for committed, rounds in zip(one.num_committed, one.num_rounds, strict=True)
         if rounds
@@ -63,7 +64,7 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
         "num_identical": sum(sum(one.is_identical) for one in outcomes),
         "num_declined": sum(one.declined is not None for one in outcomes),
         "num_new_tokens": _num_tokens(outcomes),
-        "acceptance_length_pooled": num_committed / num_rounds if num_rounds else None,
+        "acceptance_length_pooled": acceptance_length(num_committed, num_rounds),
         "acceptance_length_per_prompt_mean": statistics.mean(taus) if taus else None,
         "step_ms": _step_ms([result.outcomes[method.baseline] for result in results]),
         "round_ms": _round_ms(outcomes),

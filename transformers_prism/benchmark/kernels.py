@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from transformers_prism.benchmark import kernel_cases
+from transformers_prism.whole_files import write_text
 
 # Compute capabilities of the A100, H100 and B200, and the architecture of the MI300X.
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
@@ -420,4 +421,4 @@ def write_tables(readme: Path, compiled: list[dict], traffic: list[dict]) -> Non
         if not re.search(pattern, text, flags=re.DOTALL):
             raise ValueError(f"{readme}: expected the marks <!-- {name} --> and <!-- /{name} -->, got none")
         text = re.sub(pattern, rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)

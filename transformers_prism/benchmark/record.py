@@ -6,14 +6,13 @@
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
 import transformers
 
 import transformers_prism
-from transformers_prism.command_line import command_line
+from transformers_prism.command_line import this_command
 from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
@@ -32,7 +31,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
     """
     return {
         "kind": kind,
-        "command": command_line(sys.argv),
+        "command": this_command(),
         "target": name_of(target.config),
         "weights_sha256": weights,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -1,6 +1,6 @@
 """Where the time of a round goes: forwards of target and draft, selection, masks, walk, commit, and everything else.
 
-    transformers-prism bench rounds --prompts spec_bench.jsonl --json rounds.json --plot rounds.png
+    transformers-prism bench rounds --prompts spec_bench.jsonl --json rounds.json
     transformers-prism bench rounds --prompts spec_bench.jsonl --context 128 --num-rounds 10
 
 The loop runs as it is; the functions that belong to a part are wrapped by a stopwatch while it does, and each part's time
@@ -19,6 +19,7 @@ from transformers_prism.benchmark.generate import TokenClock
 from transformers_prism.cache import CommittedCache
 from transformers_prism.drafting import Drafter
 from transformers_prism.planned_trees import PlannedTrees
+from transformers_prism.speculation import acceptance_length
 from transformers_prism.target_rounds import ChainTarget, TreeTarget
 
 PARTS = ("target forward", "draft forwards", "selection", "masks", "walk", "commit", "other")
@@ -158,7 +159,7 @@ def profile_rounds(target, draft, items: list[dict], num_rounds: int, max_new_to
     round_ms = sum(parts.values())
     return {
         "num_rounds": len(watch.rounds),
-        "acceptance_length": num_committed / num_seen,
+        "acceptance_length": acceptance_length(num_committed, num_seen),
         "round_ms": round_ms,
         "parts_ms": parts,
         "rest_share": 1.0 - sum(parts[part] for part in FORWARDS) / round_ms,

@@ -1,9 +1,10 @@
 """How long a round takes as modules M, nodes of the tree, context and batch grow, each beside a plain step.
 
     transformers-prism bench scaling --json scaling.json
-    transformers-prism bench scaling --modules 1 --modules 8 --num-rounds 5
+    transformers-prism bench scaling --modules 1 --modules 8 --num-rounds 200
 
 Random drafts, random prompts: what is proposed does not matter, since every round drafts and verifies trees of one size.
+The second command is the check of PRISM's claim that a round with many modules takes no longer than one with a single one.
 """
 
 import statistics
@@ -15,11 +16,14 @@ import torch
 from transformers.generation import BaseStreamer
 
 from transformers_prism.benchmark.generate import TokenClock
-from transformers_prism.benchmark.modules import random_draft
+from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.modeling_prism import PrismDraftModel
 
 # Rounds of one generate() call; the first, which reads the prompt, is not timed.
 _ROUNDS_PER_CALL = 6
+# More than 3 % between many modules and one would be a cost that the method says it does not have.
+MAX_RATIO = 1.03
 DEFAULT_AXES = {
     "modules": [1, 2, 4, 8],
     "nodes": [3, 7, 15, 31, 63],
@@ -70,6 +74,21 @@ class RoundTimes(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to close."""
+
+
+def random_draft(target, num_modules: int, tree_settings: dict, seed: int = 0) -> PrismDraftModel:
+    """An untrained draft of the target's width whose step k is served by module k; what it proposes does not matter."""
+    config = PrismConfig.from_target(
+        target,
+        num_processing_modules=num_modules,
+        draft_step_to_module=list(range(num_modules)),
+        context_kv="prefill_module",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        draft = PrismDraftModel(config).to(device=target.device, dtype=target.dtype).eval()
+    draft.generation_config.update(tree="static", **tree_settings)
+    return draft
 
 
 def bench_scaling(
@@ -183,3 +202,41 @@ def axis_rows(axes: dict) -> tuple[list[str], list[list[str]]]:
                 ]
             )
     return heading, rows
+
+
+def modules_ratio(members: list[dict]) -> tuple[float, float, float]:
+    """What the last number of modules costs over the first: median ratio of pairs of rounds, and its 95 % interval.
+
+    Args:
+        members (`list[dict]`): of [`bench_scaling`]'s axis "modules". Rounds of one place in their lists were timed soon
+            after each other, so that a machine that slows down for a while slows both.
+    """
+    pairs = zip(members[0]["round_ms"], members[-1]["round_ms"], strict=False)
+    ratios = [many / few for few, many in pairs]
+    return statistics.median(ratios), *bootstrap_median(ratios)
+
+
+def modules_text(axes: dict) -> str | None:
+    """[`modules_ratio`] in words, and whether it keeps to [`MAX_RATIO`]; None where there are no two numbers of modules."""
+    members = axes.get("modules", [])
+    if len(members) < 2:
+        return None
+    ratio, low, high = modules_ratio(members)
+    return (
+        f"M = {members[-1]['value']} over M = {members[0]['value']}: median ratio of pairs {ratio:.4f}, 95 % interval "
+        f"{low:.4f} to {high:.4f}; bar {MAX_RATIO}: {'met' if high <= MAX_RATIO else 'not met'}"
+    )
+
+
+def bootstrap_median(values: list[float], num_resamples: int = 5000, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of a median.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    sample = torch.tensor(values, dtype=torch.float64)  # [n]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, len(values), (num_resamples, len(values)), generator=generator)
+    medians = sample[drawn].quantile(0.5, dim=-1)  # [num_resamples]
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = medians.quantile(tails).tolist()
+    return low, high

@@ -3,7 +3,6 @@
 Each form has a file of its own, which says what it expects of a draft and how weights and `config.json` are written.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers_prism.conversion.importing import (
 )
 from transformers_prism.conversion.llama_config import ROPE_TYPES
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.whole_files import write_json
 
 # What none of the servers' forms has a place for: field, value that it must have, why.
 _EXPECTED_BY_ALL = (
@@ -105,7 +105,7 @@ def export_draft(
 
     def save(folder: Path) -> None:
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", settings)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     write_whole(destination, save)

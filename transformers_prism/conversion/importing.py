@@ -4,7 +4,6 @@ Each form of checkpoint has a file of its own, which says how `config.json` and 
 here: a weight that is missing, unknown or of the wrong shape is an error that lists the names.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from transformers_prism.conversion.checkpoint import (
 )
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import ABOUT, CARD, card_license
+from transformers_prism.whole_files import write_json
 
 EXPERIMENTAL = (
     "experimental: no published file of this form could be tried; names and code were read, and round trips tested"
@@ -154,7 +154,7 @@ def import_draft(
 
     def save(folder: Path) -> None:
         folder.mkdir()
-        (folder / ABOUT).write_text(json.dumps(_about(name, source, theirs.notes), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / ABOUT, _about(name, source, theirs.notes))
         draft.eval().save_pretrained(folder)
 
     write_whole(destination, save)

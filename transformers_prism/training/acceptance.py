@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from transformers_prism.speculation import Speculation
+from transformers_prism.speculation import Speculation, acceptance_length
 from transformers_prism.training.conversations import Conversation, loop_period
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import cache_argument, cache_of
@@ -58,10 +58,11 @@ def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
         rounds there is none of them.
     """
     rounds, committed, round_seconds, plain_seconds, num_plain, num_answers, num_loops = counts[:7].tolist()
-    if not rounds:
+    tau = acceptance_length(committed, rounds)
+    if tau is None:
         return {}
     reached = counts[7:].tolist()
-    metrics = {f"{prefix}_tau": round(committed / rounds, 4)}
+    metrics = {f"{prefix}_tau": round(tau, 4)}
     for step, (here, next_one) in enumerate(zip(reached, reached[1:], strict=False)):
         if here:
             metrics[f"{prefix}_conditional_{step}"] = round(next_one / here, 4)

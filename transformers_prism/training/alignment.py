@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers_prism.kernels.context_alignment_attention import (
     context_alignment_attention,
     context_alignment_attention_reference,
-    context_alignment_scores,
 )
 from transformers_prism.kernels.dispatch import use_triton
 from transformers_prism.training.flash_alignment import flash_alignment_attention
@@ -32,7 +31,6 @@ def aligned_forward(
     num_steps: int,
     is_detached: bool = False,
     checkpoint_activations: bool = False,
-    unmasked_softmax: bool = False,
     starts: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> list[torch.Tensor]:
@@ -47,8 +45,6 @@ def aligned_forward(
         is_detached (`bool`): stop gradients between one step's prediction and the next step's input, as HASS does.
         checkpoint_activations (`bool`): keep no scores and no MLP activations, and compute them again in the backward
             pass.
-        unmasked_softmax (`bool`): repeat a mistake of the authors' training code, for comparisons: later rows and
-            padding count in every softmax with a score of 0, though decoding never sees them.
         starts (`torch.LongTensor` of shape `(B, T)`, *optional*): where rows hold several sequences one after the
             other, the first row of each row's own, which nothing reaches beyond; a row of padding starts after itself.
         implementation (`str`): of the attention: "auto", "triton" or "torch"; see [`context_alignment_attention`].
@@ -67,9 +63,7 @@ def aligned_forward(
         )
     if starts is not None and starts.shape != input_ids.shape:
         raise ValueError(f"starts: expected shape {tuple(input_ids.shape)}, got {tuple(starts.shape)}")
-    if unmasked_softmax and (starts is not None or implementation == "triton"):
-        raise ValueError("unmasked_softmax: expected neither starts nor Triton's implementation with it, got one of them")
-    passes = AlignedPasses(draft, input_ids, checkpoint_activations, unmasked_softmax, starts, implementation)
+    passes = AlignedPasses(draft, input_ids, checkpoint_activations, starts, implementation)
     stream = draft.fuse(target_hidden)
     predictions: list[torch.Tensor] = []
     for _ in range(num_steps):
@@ -93,7 +87,7 @@ class AlignedPasses:
     Args:
         draft (`PrismDraftModel`): its weights are used, not its forward.
         input_ids (`torch.LongTensor` of shape `(B, T)`): tokens, the same for every step.
-        checkpoint_activations, unmasked_softmax, starts, implementation: see [`aligned_forward`].
+        checkpoint_activations, starts, implementation: see [`aligned_forward`].
     """
 
     def __init__(
@@ -101,12 +95,11 @@ class AlignedPasses:
         draft,
         input_ids: torch.LongTensor,
         checkpoint_activations: bool = False,
-        unmasked_softmax: bool = False,
         starts: torch.Tensor | None = None,
         implementation: str = "auto",
     ):
         self.draft, self.starts, self.implementation = draft, starts, implementation
-        self.checkpoint_activations, self.unmasked_softmax = checkpoint_activations, unmasked_softmax
+        self.checkpoint_activations = checkpoint_activations
         self.embeddings = draft.embed(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=self.embeddings.device)[None]
         if starts is not None:
@@ -158,17 +151,17 @@ class AlignedPasses:
     def _attend(self, attention, attention_input, keys_values) -> torch.Tensor:
         """Attention of step k = len(keys_values) - 1, of shape `(B, T, H * E)`."""
         queries = self._rotate(self._heads(attention.q_proj(attention_input)))  # [B, H, T, E]
-        if len(keys_values) == 1 and self.starts is None and not self.unmasked_softmax:
+        if len(keys_values) == 1 and self.starts is None:
             keys, values = keys_values[0]
             output = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=attention.scaling, enable_gqa=True
             ).transpose(1, 2)
-        elif not self.unmasked_softmax and self._has_kernel(queries):
+        elif self._has_kernel(queries):
             keys, values = ([pair[one] for pair in keys_values] for one in range(2))
             output = context_alignment_attention(
                 queries, keys, values, self.starts, attention.scaling, self.implementation
             )
-        elif not self.unmasked_softmax and self.starts is None and queries.device.type == "cpu":
+        elif self.starts is None and queries.device.type == "cpu":
             keys, values = ([pair[one] for pair in keys_values] for one in range(2))
             output = flash_alignment_attention(queries, keys, values, attention.scaling)
         else:
@@ -180,28 +173,21 @@ class AlignedPasses:
 
     def _attend_by_group(self, queries: torch.Tensor, keys_values, scale: float) -> torch.Tensor:
         """A head group at a time, `(B, T, H, E)`, so that one group's scores are the most that is in the making."""
-        attend = _unmasked_attention if self.unmasked_softmax else context_alignment_attention_reference
         parts = []
         num_groups = keys_values[0][0].shape[1]
         for group, group_queries in enumerate(queries.chunk(num_groups, dim=1)):
             keys, values = ([pair[one][:, group : group + 1] for pair in keys_values] for one in range(2))
-            parts.append(self._maybe_again(attend, group_queries, keys, values, self.starts, scale))
+            parts.append(self._maybe_again(self._define, group_queries, keys, values, self.starts, scale))
         return torch.cat(parts, dim=2)
+
+    def _define(self, queries, keys, values, starts, scale: float) -> torch.Tensor:
+        return context_alignment_attention_reference(queries, keys, values, starts, scale)
 
     def _maybe_again(self, function, *args):
         """Call a function, and once more in the backward pass if activations are not to be kept."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
-
-
-def _unmasked_attention(query, keys, values, starts, scale: float) -> torch.Tensor:
-    """The definition of [`context_alignment_attention`], diluted by a score of 0 for every later row of the batch."""
-    output = context_alignment_attention_reference(query, keys, values, starts, scale)
-    log_sums = context_alignment_scores(query, keys, starts, scale).logsumexp(dim=-1).flatten(1, 2)  # [B, H, T]
-    num_later = torch.arange(query.shape[2] - 1, -1, -1, device=query.device)
-    share = torch.sigmoid(log_sums - num_later.log())
-    return output * share.transpose(1, 2)[..., None].to(output.dtype)
 
 
 def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.BoolTensor:

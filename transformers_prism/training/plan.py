@@ -85,14 +85,7 @@ def _activation_bytes(stage: Stage, config: TrainConfig, draft_config, length: i
         per_row = 6 * width + attention
     else:
         per_row = 10 * width + attention + 4 * draft_config.intermediate_size
-    kept = rows * stage.num_steps * draft_config.num_layers_per_module * per_row * value
-    if not config.unmasked_softmax:
-        return kept
-    # Only the compatibility mode makes scores, a head group's at a time, and keeps them unless told otherwise.
-    scores = rows * heads * (length + stage.num_steps) * (value + 4)
-    if config.checkpoint_activations:
-        return kept + 3 * scores // draft_config.num_key_value_heads
-    return kept + 2 * scores * stage.num_steps * draft_config.num_layers_per_module
+    return rows * stage.num_steps * draft_config.num_layers_per_module * per_row * value
 
 
 def describe_plan(config: TrainConfig) -> str:

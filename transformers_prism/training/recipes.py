@@ -102,7 +102,6 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
     compute_dtype: str = _option("float32", "float32 or bfloat16: of the target and, by autocast, of the draft.")
     checkpoint_activations: bool = _option(False, "Compute activations again in the backward pass: less memory.")
-    unmasked_softmax: bool = _option(False, "Repeat a mistake of the authors' training code, to compare with it.")
     use_cpu: bool = _option(False, "Stay on the CPU even if there is an accelerator.")
     fsdp: bool = _option(False, "Shard weights, gradients and AdamW's state among the accelerators (FSDP) that share a run.")
     logging_updates: int = _option(10, "Updates between two lines of the log.")

@@ -324,7 +324,6 @@ def _run_stage(
             stage,
             text_tokens=config.text_tokens,
             checkpoint_activations=config.checkpoint_activations,
-            unmasked_softmax=config.unmasked_softmax,
         ),
         args=_training_arguments(stage, config, draft, folder, num_updates, is_begun=checkpoint is not None),
         train_dataset=train_set,

@@ -1,14 +1,22 @@
 """How fast conversations are written: `synthesize` against generate() in batches of the same size, in turn.
 
-    transformers-prism bench synthesize --prompts spec_bench.jsonl --batch-size 64 --json result.json
+    python -m benchmarks.synthesize --prompts spec_bench.jsonl --batch-size 64 --json result.json
 """
 
 import statistics
 import time
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
+from transformers.utils import logging
 
+from transformers_prism.benchmark.record import write_record
+from transformers_prism.command_options import JsonOption, TargetOption, report_file, user_errors
 from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.target import load_target
+from transformers_prism.training.chats import read_chats
 from transformers_prism.training.conversations import opening, tokenize
 from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer
 
@@ -91,3 +99,39 @@ def _prompt(tokenizer, chat: list[dict]) -> list[int]:
     before = opening(tokenizer)
     words = chat[0]["content"]
     return tokenize(tokenizer, before) + tokenize(tokenizer, words) + tokenize(tokenizer, text[len(before) + len(words) :])
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    prompts: Annotated[Path, typer.Option(help="JSON lines of chats, or in Spec-Bench's form.")],
+    target: TargetOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded at once, for both ways.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer at most.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn; medians count.")] = 3,
+    json_file: JsonOption = None,
+):
+    """Tokens per second of `synthesize` over those of generate() in batches, greedy, on the same prompts, in turn."""
+    logging.disable_progress_bar()
+    with user_errors():
+        model, tokenizer = load_target(target)
+        users = ([turn for turn in chat if turn["role"] == "user"] for chat in read_chats(prompts))
+        chats = [turns[:1] for turns in users if turns][:num_prompts]
+        if not chats:
+            raise ValueError(f"prompts: expected at least one chat with a user turn in {Path(prompts).name}, got none")
+        figures = bench_synthesize(model, tokenizer, chats, batch_size, max_new_tokens, repeat)
+    typer.echo(
+        f"generate {figures['generate_tokens_per_second']:.1f} tokens/s, synthesize "
+        f"{figures['synthesize_tokens_per_second']:.1f} tokens/s, ratio {figures['ratio']:.2f}; "
+        f"identical answers: {figures['num_identical']} of {figures['num_prompts']}"
+    )
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "repeat": repeat}
+    write_record(json_file, "synthesize", model, settings, figures)
+    report_file(json_file)
+
+
+if __name__ == "__main__":
+    app()

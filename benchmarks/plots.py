@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers_prism.benchmark import roofline
 from transformers_prism.benchmark.rounds import PARTS
 
 _COLOURS = (
@@ -32,9 +31,7 @@ def _figure(path: Path, width: float = 7.2, height: float = 3.6, num_panels: int
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "expected matplotlib for the plots, got none; pip install 'transformers-prism[bench]'"
-        ) from error
+        raise ImportError("expected matplotlib for the plots, got none; pip install matplotlib") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     for axes in panels:
@@ -135,23 +132,3 @@ def plot_scaling(path: Path, axes_figures: dict) -> None:
             axes.set_ylim(bottom=0)
         panels[0].set_ylabel("milliseconds")
         panels[0].legend(fontsize=8, frameon=False)
-
-
-def plot_model(path: Path, context: int) -> None:
-    """The paper model: a forward over n tokens over one over a single token, per model and GPU."""
-    tokens = [2**exponent for exponent in range(11)]
-    with _figure(path) as (axes,):
-        for line, model in zip(("-", "--"), roofline.MODELS, strict=True):
-            for index, gpu in enumerate(roofline.GPUS):
-                one = roofline.forward_seconds(model, gpu, 1, context)
-                costs = [roofline.forward_seconds(model, gpu, count, context) / one for count in tokens]
-                axes.plot(tokens, costs, line, label=f"{model.name}, {gpu.name}", color=_COLOURS[index])
-        axes.axvline(roofline.NUM_NODES + 1, color=_GREY, linewidth=1)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(tokens, [str(count) for count in tokens])
-        axes.set_yticks((1, 2, 4, 8), ("1", "2", "4", "8"))
-        axes.text(roofline.NUM_NODES, 5, "the tree", rotation=90, ha="right", va="center", fontsize=8, color=_GREY)
-        axes.set(xlabel="tokens in one forward", ylabel="time, a single token = 1")
-        axes.set_title("A model, not a measurement", fontsize=10)
-        axes.legend(fontsize=7, frameon=False)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from transformers_prism.benchmark.page import markdown_table
-from transformers_prism.benchmark.study_figures import (
+from benchmarks.page import markdown_table
+from benchmarks.study_figures import (
     GROWING,
     at_common_volume,
     grouped,
@@ -14,6 +14,7 @@ from transformers_prism.benchmark.study_figures import (
     tau_after,
     tau_interval,
 )
+from transformers_prism.whole_files import write_text
 
 # What the PRISM paper says, what a mistake of its training code would cost, and what the acceptance-aware loss is worth:
 # the first accepts more than the second.
@@ -42,7 +43,7 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
         command (`str`): that made them.
     """
     path = folder / "README.md"
-    path.write_text("\n\n".join([*_introduction(records, command), *_ordering(records), *_growth(records)]) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join([*_introduction(records, command), *_ordering(records), *_growth(records)]) + "\n")
     return path
 
 
@@ -53,7 +54,7 @@ def _introduction(records: list[dict], command: str) -> list[str]:
     hidden = "" if one["coupled"] else ", the random numbers of sampling hidden from the draft"
     return [
         "# Recipes on equal terms",
-        f"Written by `transformers-prism study` from the files beside it. Each recipe was trained from random weights on the "
+        f"Written by `python -m benchmarks.study` from the files beside it. Each recipe was trained from random weights on the "
         f"first tokens of the same data, then decoded the same {one['num_prompts']} prompts, {one['max_new_tokens']} new "
         f"tokens each, with fixed trees (nodes/depth/top-k) and without n-grams{hidden}. Seeds: {', '.join(map(str, seeds))}; "
         f"{' and '.join(machines)}. tau is committed tokens per round, pooled over rounds, the mean of the seeds; intervals are of "

@@ -1,13 +1,14 @@
 """Recipes trained on equal terms, then measured: what a draft of each accepts, and how that grows with the data.
 
-    transformers-prism study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run
-    transformers-prism study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run --plan
+    python -m benchmarks.study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run
+    python -m benchmarks.study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run --plan
 
 Every run sees the same number of tokens, with all other settings of `train` alike, on features that are computed once.
 Each of its drafts decodes the same prompts, and each way of decoding leaves one JSON file in the folder of records. What
 lies there is not done again; a run that was cut off goes on from its last checkpoint.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,9 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+import typer
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from benchmarks.study_figures import GROWING
+from benchmarks.study_page import write_study_page
+from benchmarks.study_plots import plot_recipes, plot_volumes
+from benchmarks.unmasked_softmax import unmasked_softmax
 from transformers_prism.benchmark.acceptance import (
     TEMPERATURES,
     TREES,
@@ -30,10 +36,9 @@ from transformers_prism.benchmark.acceptance import (
 )
 from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
 from transformers_prism.benchmark.record import hardware
-from transformers_prism.benchmark.study_figures import GROWING
-from transformers_prism.benchmark.study_page import write_study_page
-from transformers_prism.benchmark.study_plots import plot_recipes, plot_volumes
 from transformers_prism.command_line import command_line
+from transformers_prism.command_options import user_errors
+from transformers_prism.demo import chat_inputs
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.publishing import TRAINING, weights_sha256
 from transformers_prism.target import load_target
@@ -42,6 +47,7 @@ from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
 from transformers_prism.training.train import train
 from transformers_prism.whole_files import write_json
 
+_COMMAND = "python -m benchmarks.study"
 # What is compared: settings of `train` beyond those that all share.
 RECIPES: Mapping[str, dict] = MappingProxyType(
     {
@@ -52,19 +58,15 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
         "prism-m2": {"recipe": "prism", "num_modules": 2},
         "prism-m3": {"recipe": "prism", "num_modules": 3},
         # As the authors train: no mask, and every module over keys and values of its own.
-        "prism-m2-compat": {
-            "recipe": "prism",
-            "num_modules": 2,
-            "unmasked_softmax": True,
-            "context_kv": "own_module",
-        },
+        "prism-m2-compat": {"recipe": "prism", "num_modules": 2, "context_kv": "own_module"},
         "prism-m2-acceptance": {"recipe": "prism", "num_modules": 2, "acceptance_weight": 0.1},
     }
 )
+_UNMASKED = ("prism-m2-compat",)
 _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
 # The study sets these for every run, so that nobody else may.
 _OWN = (
-    *("recipe", "seed", "num_conversations", "acceptance_weight", "unmasked_softmax", "context_kv", "init_from"),
+    *("recipe", "seed", "num_conversations", "acceptance_weight", "context_kv", "init_from"),
     *BY_RECIPE,
 )
 
@@ -109,9 +111,6 @@ class StudyConfig:
             raise ValueError(f"epochs: expected more than 0, got {self.epochs} ({self.tokens_seen} tokens seen)")
         if any(temperature < 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures: expected 0 or more, got {self.temperatures}")
-
-
-# --- the runs ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,16 +191,14 @@ def _train_config(run: Run, epochs: float) -> TrainConfig:
 def run_study(
     study: StudyConfig,
     base: TrainConfig,
-    make_inputs: Callable[..., dict],
     report: Callable[[str], None],
-    command: str = "transformers-prism study",
+    command: str = _COMMAND,
 ) -> list[dict]:
     """Train and measure whatever has no record yet; draw the plots and write the page from all records of the folder.
 
     Args:
         study (`StudyConfig`): what is compared.
         base (`TrainConfig`): settings that all runs share.
-        make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
         report: called with a line per run and way of decoding.
         command (`str`): that the page names.
     Returns:
@@ -220,7 +217,7 @@ def run_study(
         return []
     folder = Path(study.records)
     folder.mkdir(parents=True, exist_ok=True)
-    questions = [(task_of(one), make_inputs(tokenizer, one["turns"][0], target.device)) for one in prompts]
+    questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], target.device)) for one in prompts]
     for run in runs:
         ways = itertools.product(study.trees, study.temperatures)
         missing = [way for way in ways if _recorded(run, study, *way) is None]
@@ -266,7 +263,8 @@ def _trained(run: Run) -> dict:
     """Train a run, or go on with it; what its records say of the training."""
     draft = Path(run.config.output) / "draft"
     if not (draft / TRAINING).is_file() or not (draft / "config.json").is_file():
-        train(run.config)
+        with unmasked_softmax() if run.recipe in _UNMASKED else contextlib.nullcontext():
+            train(run.config)
     stages = json.loads((draft / TRAINING).read_text(encoding="utf-8"))["stages"]
     return {
         "recipe": run.recipe,
@@ -285,9 +283,6 @@ def _draft_to_measure(run: Run, target, tokenizer) -> PrismDraftModel:
     )
     draft.to(target.device).eval().bind(target, tokenizer)
     return draft
-
-
-# --- records -----------------------------------------------------------------------------------------------------
 
 
 def _figures(run: Run, study: StudyConfig, tree: str, temperature: float, answers: list[dict]) -> dict:
@@ -323,17 +318,19 @@ def _recorded(run: Run, study: StudyConfig, tree: str, temperature: float) -> di
     return record
 
 
-def main(argv: list[str], make_inputs: Callable[..., dict], report: Callable[[str], None]) -> None:
-    """The `study` command: options of [`StudyConfig`], and those of `train` that all runs share.
-
-    Args:
-        argv (`list[str]`): the command line after the command's name.
-        make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
-        report: called with each line of the output.
-    """
-    parser = HfArgumentParser((StudyConfig, TrainConfig), prog="transformers-prism study")
-    study, base = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    run_study(study, base, make_inputs, report, command_line(["transformers-prism", "study", *argv]))
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-__all__ = ["RECIPES", "Run", "StudyConfig", "main", "plan_runs", "run_study"]
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def main(context: typer.Context):
+    """Train recipes on equal terms and measure their drafts; `--help` lists every setting with its unit."""
+    parser = HfArgumentParser((StudyConfig, TrainConfig), prog=_COMMAND)
+    with user_errors():
+        study, base = parser.parse_args_into_dataclasses(context.args, look_for_args_file=False)
+        run_study(study, base, typer.echo, command_line([_COMMAND, *context.args]))
+
+
+__all__ = ["RECIPES", "Run", "StudyConfig", "app", "plan_runs", "run_study"]
+
+if __name__ == "__main__":
+    app()

@@ -6,6 +6,8 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 
+from transformers_prism.speculation import acceptance_length
+
 # Recipes whose growth with the data is told.
 GROWING = ("eagle2", "hass", "prism-m2")
 _NUM_RESAMPLES = 1000
@@ -77,7 +79,8 @@ def _bootstrap(draw: Callable[[random.Random], float], seed: int) -> tuple[float
 
 
 def _tau(answers: list[dict]) -> float:
-    return sum(one["num_committed"] for one in answers) / max(sum(one["num_rounds"] for one in answers), 1)
+    counts = (sum(one[name] for one in answers) for name in ("num_committed", "num_rounds"))
+    return acceptance_length(*counts) or 0.0
 
 
 def _by_seed(records: list[dict]) -> list[dict]:

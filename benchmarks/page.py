@@ -1,22 +1,26 @@
 """`docs/performance.md`: a page of measurements, written from their files and from nothing else.
 
-    transformers-prism bench page greedy.json sampled.json scaling.json rounds.json --output docs/performance.md
+    python -m benchmarks.page greedy.json sampled.json scaling.json rounds.json --output docs/performance.md
 
-Every figure is one of the files', but those of the last section, a paper model, which says so.
+Every figure is one of the files'.
 """
 
 import re
 from pathlib import Path
+from typing import Annotated
 
-from transformers_prism.benchmark import plots, roofline
+import typer
+
+from benchmarks import plots
 from transformers_prism.benchmark.acceptance import acceptance_rows
 from transformers_prism.benchmark.figures import glance_rows, method_rows, task_rows
 from transformers_prism.benchmark.record import UNTRAINED, read_record
 from transformers_prism.benchmark.rounds import profile_rows
-from transformers_prism.benchmark.scaling import axis_rows
+from transformers_prism.benchmark.scaling import axis_rows, modules_text
+from transformers_prism.command_options import report_file, user_errors
+from transformers_prism.whole_files import write_text
 
 KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize")
-_MODEL_CONTEXT = 2048
 
 
 def write_page(files: list[Path], output: Path) -> list[Path]:
@@ -53,8 +57,7 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
             page.add_scaling(stem, record)
         elif record["kind"] in _SECTIONS:
             page.add(*_SECTIONS[record["kind"]](record))
-    page.add_model()
-    output.write_text("\n\n".join(page.parts) + "\n", encoding="utf-8")
+    write_text(output, "\n\n".join(page.parts) + "\n")
     return [output, *page.pictures]
 
 
@@ -102,11 +105,10 @@ def _introduction(records: list[tuple[str, dict]]) -> str:
         [
             "# Performance",
             "",
-            "Written by `transformers-prism bench page` from the files of the measurements below; the last section is a",
-            "model. *plain* is `generate` of the target as loaded, *prepared* the same after `prepare_for_cpu`. Ratios are",
-            "tokens per second of whole calls, prefill included: all tokens over the sum of the prompts' median seconds. tau",
-            "is committed tokens per round. The ceiling is tau x t(plain step) / (t(verify) + t(draft)), and *share* the",
-            "part of it that was reached.",
+            "Written by `python -m benchmarks.page` from the files of the measurements below. *plain* is `generate` of the",
+            "target as loaded, *prepared* the same after `prepare_for_cpu`. Ratios are tokens per second of whole calls,",
+            "prefill included: all tokens over the sum of the prompts' median seconds. tau is committed tokens per round. The",
+            "ceiling is tau x t(plain step) / (t(verify) + t(draft)), and *share* the part of it that was reached.",
             "",
             "Measured on:",
             *(f"- {machine}" for machine in machines),
@@ -153,6 +155,7 @@ def _acceptance(record: dict) -> list[str]:
 
 
 def _modules(record: dict) -> list[str]:
+    # Records of `bench modules`, whose place `bench scaling --modules` has taken.
     pairs = zip(record["num_modules"], record["median_ms"], strict=True)
     rows = [[str(count), f"{milliseconds:.2f}"] for count, milliseconds in pairs]
     low, high = record["interval"]
@@ -348,24 +351,33 @@ class _Page:
     def add_scaling(self, stem: str, record: dict) -> None:
         """Round latency along each axis."""
         base = ", ".join(f"{name} {value}" for name, value in record["settings"]["base"].items())
-        self.add("## How a round grows", f"Random drafts; what does not vary: {base}.")
+        title = "Many modules against one" if set(record["axes"]) == {"modules"} else "How a round grows"
+        self.add(f"## {title}", f"Random drafts; what does not vary: {base}.")
         self.add(markdown_table(*axis_rows(record["axes"])))
+        if (text := modules_text(record["axes"])) is not None:
+            self.add(text + ".")
         plots.plot_scaling(self._picture(f"{stem}.png", "Milliseconds of a round along each axis"), record["axes"])
         self.add(_command_block(record))
 
-    def add_model(self) -> None:
-        """The paper model, marked as one."""
-        self.add(
-            "## A model of the same round on GPUs",
-            "**Nothing in this section was measured.** Seconds of a forward are the longer of bytes over bandwidth and "
-            "operations over the dense bfloat16 peak, both from data sheets; launches, communication between GPUs, "
-            "selection and walk are left out, so that these are bounds. A round verifies "
-            f"{roofline.NUM_NODES} drafted nodes after {roofline.NUM_STEPS} draft steps of {roofline.TOP_K} nodes each, "
-            f"with one decoder layer of the target's width and {roofline.DRAFT_VOCAB} draft tokens; context "
-            f"{_MODEL_CONTEXT}; tau is assumed. *Free nodes* are those that are verified in the time of a plain step; where "
-            "they are fewer than the tree's, a smaller tree would gain more. (`benchmark/roofline.py`)",
-            markdown_table(*roofline.model_rows(_MODEL_CONTEXT)),
-        )
-        plots.plot_model(
-            self._picture("model.png", "A model: a forward over n tokens over one over one token"), _MODEL_CONTEXT
-        )
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Of bench generate, acceptance, rounds, scaling and benchmarks.training, benchmarks.synthesize, in order."),
+    ],
+    output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
+        "docs/performance.md"
+    ),
+):
+    """Write a page of tables and pictures from the files of measurements."""
+    with user_errors():
+        for path in write_page(files, output):
+            report_file(path)
+
+
+if __name__ == "__main__":
+    app()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers_prism.benchmark.study_figures import GROWING, at_common_volume, grouped, pooled_tau, tau_interval
+from benchmarks.study_figures import GROWING, at_common_volume, grouped, pooled_tau, tau_interval
 
 
 def plot_recipes(records: list[dict], path) -> None:

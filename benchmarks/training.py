@@ -1,7 +1,7 @@
 """What a training step costs: against the authors' way of aligning, over the number of steps S, and in memory.
 
-    transformers-prism bench training --json result.json
-    transformers-prism bench training --repeat 2 --length 64 --batch-size 1 --no-memory
+    python -m benchmarks.training --json result.json
+    python -m benchmarks.training --repeat 2 --length 64 --batch-size 1 --no-memory
 
 Random weights and random data of the target's sizes; forward, loss and backward, without the optimizer.
 """
@@ -11,12 +11,18 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+import typer
+from transformers.utils import logging
 
-from transformers_prism.benchmark.modules import bootstrap_median
+from transformers_prism.benchmark.record import write_record
+from transformers_prism.benchmark.scaling import bootstrap_median
+from transformers_prism.command_options import JsonOption, TargetOption, report_file, user_errors
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.target import load_target
 from transformers_prism.training.alignment import AlignedPasses, aligned_forward, history_mask
 from transformers_prism.training.losses import LossWeights, aligned_loss
 
@@ -175,3 +181,48 @@ def peak_memory(target, length: int = 2048, num_steps: int = 5, checkpoint_activ
         step(num_steps)
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes))
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    target: TargetOption = None,
+    num_steps: Annotated[int, typer.Option(min=1, help="Aligned forwards S of the comparison.")] = 3,
+    most_steps: Annotated[int, typer.Option(min=2, help="S is timed from 1 to this.")] = 6,
+    repeat: Annotated[int, typer.Option(min=2, help="Steps of each kind; medians count.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in a step.")] = 1,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation.")] = 2048,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of a step with 2048 tokens and S = 5.")] = True,
+    json_file: JsonOption = None,
+):
+    """Training steps, ours and with the authors' way of aligning, in turn; how they grow with S; peak memory."""
+    logging.disable_progress_bar()
+    with user_errors():
+        model, _ = load_target(target)
+        figures = bench_training(model, num_steps, most_steps, repeat, batch_size, length)
+    speeds, (low, high) = figures["tokens_per_second"], figures["interval"]
+    typer.echo(
+        f"S = {num_steps}: {speeds['ours']:.0f} tokens/s, the authors' way {speeds['authors']:.0f} tokens/s\n"
+        f"median ratio of pairs {figures['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    )
+    seconds = figures["seconds_by_steps"]
+    relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
+    typer.echo(f"seconds for S = 1 to {most_steps}, over those of S = 1: {relative}")
+    if memory:
+        figures["peak_bytes"] = {
+            name: peak_memory(model, checkpoint_activations=name == "checkpointed")
+            for name in ("kept", "checkpointed")
+        }
+        gib = {name: f"{value / 2**30:.2f} GiB" for name, value in figures["peak_bytes"].items()}
+        typer.echo(
+            f"peak memory of a step, 2048 tokens, S = 5: {gib['kept']}; with checkpointing {gib['checkpointed']}"
+        )
+    settings = {"num_steps": num_steps, "batch_size": batch_size, "length": length, "repeat": repeat}
+    write_record(json_file, "training", model, settings, figures)
+    report_file(json_file)
+
+
+if __name__ == "__main__":
+    app()
