@@ -217,14 +217,15 @@ def modules_ratio(members: list[dict]) -> tuple[float, float, float]:
 
 
 def modules_text(axes: dict) -> str | None:
-    """[`modules_ratio`] in words, and whether it keeps to [`MAX_RATIO`]; None where there are no two numbers of modules."""
+    """[`modules_ratio`] in words, and whether the interval keeps to `MAX_RATIO`; None where there are no two numbers of modules."""
     members = axes.get("modules", [])
     if len(members) < 2:
         return None
     ratio, low, high = modules_ratio(members)
+    found = "met" if high <= MAX_RATIO else "not met" if low > MAX_RATIO else "undecided, for want of rounds"
     return (
         f"M = {members[-1]['value']} over M = {members[0]['value']}: median ratio of pairs {ratio:.4f}, 95 % interval "
-        f"{low:.4f} to {high:.4f}; bar {MAX_RATIO}: {'met' if high <= MAX_RATIO else 'not met'}"
+        f"{low:.4f} to {high:.4f}; bar {MAX_RATIO}: {found}"
     )
 
 
