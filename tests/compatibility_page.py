@@ -43,7 +43,7 @@ def tried_types(results: dict[str, dict]) -> list[str]:
     """The model types whose trees or chains had the text of plain decoding on every release, sorted.
 
     A composite model has two types, its own and its text part's; both count. A type with several cases counts only if all
-    of them do.
+    of them do, and none whose rounds a check had to stop in any run.
 
     Args:
         results: by release, the results of its sweep by name of the case.
@@ -52,7 +52,9 @@ def tried_types(results: dict[str, dict]) -> list[str]:
     for of_release in results.values():
         for name, result in of_release.items():
             for model_type in result.get("model_types", ()) if ":" not in name else ():
-                outcomes.setdefault(model_type, set()).add(result["outcome"])
+                runs = result.get("runs", {}).values()
+                is_stopped = any("the check stopped" in run.get("detail", "") for run in runs)
+                outcomes.setdefault(model_type, set()).add("stopped" if is_stopped else result["outcome"])
     return sorted(model_type for model_type, found in outcomes.items() if found <= set(DRAFTED))
 
 

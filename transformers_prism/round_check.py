@@ -20,7 +20,7 @@ from .tried_targets import TRIED_TYPES
 _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_position", "block_size", "max_seq")
 # Differences of logits, as a share of the largest, that rounding explains: so many units in the last place, at most this.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
-# How far each target was checked: tokens, by kind of verification.
+# How far each target was checked: tokens, by kind of call.
 _checked: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -57,7 +57,9 @@ class RoundCheck:
         self.finding: str | None = None  # what differed
         self.is_needed = not is_tried(target)
         if self.is_needed:
-            self.seen = _checked.setdefault(target, {}).setdefault(type(target_side).__name__, [])
+            # What a forward gets differs between these.
+            kind = (type(target_side).__name__, len(target_side.next_position) > 1, target_side.is_padded)
+            self.seen = _checked.setdefault(target, {}).setdefault(kind, [])
             self.lengths = lengths_named(target.config.get_text_config())
 
     def _is_due(self, length: int) -> bool:
@@ -70,17 +72,17 @@ class RoundCheck:
         """Draft steps of the next tree, so that it does not span a length with a name, which no check would be like."""
         if not self.is_needed:
             return math.inf
-        length = min(self.side.next_position)
-        longest = max(self.side.next_position)
+        length, longest = min(self.side.next_position), max(self.side.next_position)
+        # Nodes that a row has no room for are given positions that it has, which no check would be like.
+        ends = zip(self.side.next_position, self.side.position_limit, strict=True)
+        if self._is_due(length) and any(position >= limit for position, limit in ends):
+            return 0
         # The deepest node's text is as long as the next such length at most, of every row.
         return min((named - 1 - longest for named in self.lengths if named > length), default=math.inf)
 
     def plain_steps(self, tree: Tree) -> torch.Tensor | None:
         """The target's logits `(B, 2, V)` at each root and its likeliest child by single steps; None if nothing is due."""
         if not self.is_needed or self.finding or tree.num_nodes == 1 or not self._is_due(min(self.side.next_position)):
-            return None
-        # Nodes that a row has no room for are given positions that it has.
-        if any(position >= limit for position, limit in zip(self.side.next_position, self.side.position_limit, strict=True)):
             return None
         children = _likeliest_children(tree)
         return self.side.plain_steps(torch.stack((tree.token_ids[:, 0], tree.token_ids.gather(1, children)[:, 0]), dim=1))

@@ -31,6 +31,7 @@ from .target_support import (
     reads_whole_text,
     reason_against_batch_positions,
     reason_against_inputs,
+    reason_against_masks,
     reason_against_switch,
     rotary_switches,
     why_no_chain,
@@ -255,6 +256,11 @@ class _Target:
         depths = (switch.max_depth(self.next_position[0]) for switch in self.rotary_switches)
         return min(depths, default=math.inf)
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether a prompt was padded: generate() hands over no mask where nothing is."""
+        return self.model_kwargs.get("attention_mask") is not None
+
     def give_up_drafting(self) -> None:
         """Forget what was appended since the last commit; the next rounds are plain steps."""
         self.has_given_up = True
@@ -397,6 +403,8 @@ class TreeTarget(_Target):
     def verify(self, tree: Tree):
         """The target's logits `(B, N, V)` at each node of a tree, and the states that the draft reads."""
         num_nodes = tree.num_nodes
+        if self.has_given_up and (step := self._plain_step(tree)) is not None:
+            return step
         if self.can_read_anew and any(switch.length == self.next_position[0] for switch in self.rotary_switches):
             self.committed.close_holes()  # the model asks the cache how long it is
             inputs = inputs_of_next_step(self.target, self.rows.ids[:, : self.rows.lengths[0]], self._kwargs_so_far())
@@ -446,6 +454,13 @@ class TreeTarget(_Target):
         """Drop the keys and values of nodes that are not committed."""
         self.committed.forget_appended()
 
+    def _plain_step(self, tree: Tree):
+        """What [`~TreeTarget.verify`] returns, by the inputs of plain decoding; None where rows differ in length."""
+        if min(self.committed.lengths) != self.committed.width or self.capacity is not None:
+            return None
+        mask = pad(self.committed.committed, (0, 1), value=True).long() if self.is_padded else None
+        return self._forward(tree, mask, torch.tensor(self.next_position)[:, None])
+
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.
 
@@ -455,14 +470,7 @@ class TreeTarget(_Target):
         state, position = vars(self.committed).copy(), list(self.next_position)
         steps = []
         for token in token_ids.split(1, dim=1):
-            if min(self.committed.lengths) == self.committed.width and self.capacity is None:
-                # generate() hands over no mask where nothing is padded.
-                is_padded = self.model_kwargs.get("attention_mask") is not None
-                mask = pad(self.committed.committed, (0, 1), value=True).long() if is_padded else None
-                position_ids = torch.tensor(self.next_position)[:, None]
-                steps.append(self._forward(root_tree(token[:, 0]), mask, position_ids)[0])
-            else:
-                steps.append(self.verify(root_tree(token[:, 0]))[0])
+            steps.append((self._plain_step(root_tree(token[:, 0])) or self.verify(root_tree(token[:, 0])))[0])
             self.commit([[0]] * len(position))
         vars(self.committed).update(state)
         self.next_position = position
@@ -601,7 +609,8 @@ def make_target(target, layer_ids, generation_config, model_kwargs, input_ids):
     """
     cache = cache_of(model_kwargs)
     inputs = inputs_of_next_step(target, input_ids, model_kwargs)
-    reason = reason_against_inputs(inputs, rotary_switches(target.config.get_text_config()))
+    config = target.config.get_text_config()
+    reason = reason_against_masks(config) or reason_against_inputs(inputs, rotary_switches(config))
     if reason is not None:
         raise Declined(reason)
     why_chain = why_no_tree(target, cache, inputs)

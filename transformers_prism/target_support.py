@@ -50,9 +50,13 @@ class RotarySwitch(NamedTuple):
 
 
 def hidden_state(outputs, layer: int, config) -> torch.Tensor:
-    """A hidden state `(B, T, D)` of a target's output; where a model keeps several streams, the one that it goes on with."""
+    """A hidden state `(B, T, D)` of a target's output; of several streams the one that the model goes on with (gemma3n,
+    `(streams, B, T, D)`) or their mean (hyper-connections, `(B, T, streams, D)`)."""
     state = outputs.hidden_states[layer]
-    return state if state.dim() == 3 else state[getattr(config.get_text_config(), "altup_active_idx", 0)]
+    if state.dim() == 3:
+        return state
+    active = getattr(config.get_text_config(), "altup_active_idx", None)
+    return state.mean(dim=2) if active is None else state[active]
 
 
 def rotary_switches(text_config) -> list[RotarySwitch]:
@@ -121,6 +125,13 @@ def inputs_of_next_step(target, input_ids: torch.LongTensor, model_kwargs: dict)
     # Whatever a model's own code may fail with on a cache that is still empty.
     except Exception:
         return None
+
+
+def reason_against_masks(text_config) -> str | None:
+    """Why no number of tokens at once gets the attention that single steps get; None if it does."""
+    if getattr(text_config, "keep_window_size", None) is not None:
+        return "its dynamic mask keeps other keys for several tokens at once than for single ones (keep_window_size)"
+    return None
 
 
 def reads_whole_text(inputs: dict | None) -> bool:
