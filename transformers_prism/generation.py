@@ -316,7 +316,7 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
                 unread.append(target_side.committed_for_draft(rows, active, kept, states))
         with speculation.timed("other"):
             speculation.trees.append(trees.observe(tree, kept, verify_seconds))
-        stream.put(num_drafted=len(kept[0]) - 1)
+        stream.put(num_drafted=max(map(len, kept)) - 1)
 
 
 def _walk_rows(rows: OutputRows, active: list[int], tree, logits, depth: int) -> list[list[int]]:
@@ -345,7 +345,8 @@ def _drop_finished(rows: OutputRows, active: list[int], unread: list[NewPosition
 class _Stream:
     """Hands tokens to a streamer one step at a time, as plain decoding does: of a batch when every row has that step's.
 
-    A streamer with a method `put_round` is told before each round of a single row how many of its tokens were drafted.
+    A streamer with a method `put_round` is told at each round how many of its tokens were drafted,
+    in a batch those of the row that went furthest.
     """
 
     def __init__(self, streamer, rows: OutputRows):
@@ -356,7 +357,7 @@ class _Stream:
         if self.streamer is None:
             return
         rows = self.rows
-        if num_drafted is not None and rows.num_rows == 1 and hasattr(self.streamer, "put_round"):
+        if num_drafted is not None and hasattr(self.streamer, "put_round"):
             self.streamer.put_round(num_drafted)
         going = [length for row, length in enumerate(rows.lengths) if not rows.is_done(row)]
         end = min(going) if going else max(rows.lengths)

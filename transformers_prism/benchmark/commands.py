@@ -326,7 +326,7 @@ def bench_scaling_command(
             )
         console.print(table_of(*axis_rows(figures), "random drafts"))
         if (text := modules_text(figures)) is not None:
-            typer.echo(text)
+            console.print(text, highlight=False)
         tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
         settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
         write_record(json_file, "scaling", model, settings, {"axes": figures})

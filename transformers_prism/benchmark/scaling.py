@@ -222,7 +222,7 @@ def modules_text(axes: dict) -> str | None:
     if len(members) < 2:
         return None
     ratio, low, high = modules_ratio(members)
-    found = "met" if high <= MAX_RATIO else "not met" if low > MAX_RATIO else "undecided, for want of rounds"
+    found = "met" if high <= MAX_RATIO else "not met" if low > MAX_RATIO else "undecided"
     return (
         f"M = {members[-1]['value']} over M = {members[0]['value']}: median ratio of pairs {ratio:.4f}, 95 % interval "
         f"{low:.4f} to {high:.4f}; bar {MAX_RATIO}: {found}"
