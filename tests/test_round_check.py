@@ -99,7 +99,7 @@ def test_a_target_that_computes_trees_otherwise_is_decoded_plainly(untried, monk
 def test_no_tree_spans_a_length_that_was_not_seen(untried, monkeypatch):
     """A target whose attention changes beyond 20 keys for several tokens at once never emits a token of such a tree."""
     target = tiny_target("llama", 3)
-    target.config.keep_window_size = 20
+    target.config.some_window = 20
     input_ids, _ = prompts(1)
     plain = target.generate(input_ids, **LENGTH)
     forward = target.forward

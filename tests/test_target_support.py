@@ -8,17 +8,26 @@ import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     DynamicCache,
     FalconConfig,
     GPTNeoConfig,
     Lfm2Config,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     StaticCache,
+    XGLMConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_prism.target_support import RotarySwitch, layer_windows, rotary_switches, takes_tree_mask
 from transformers_prism.transformers_names import CACHE_KEYWORD
@@ -139,6 +148,7 @@ def test_a_model_without_a_cache_is_decoded_plainly():
     assert len(messages) == 1
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 def test_activations_scaled_over_a_forward_are_decoded_plainly():
     """torch's dynamic quantization: what a token gets depends on the others beside it."""
     target = torch.ao.quantization.quantize_dynamic(tiny_target("llama", 3), {torch.nn.Linear})
@@ -182,16 +192,97 @@ def test_train_mode():
     with pytest.warns(UserWarning, match=r"gradient checkpointing .* call target.eval\(\)"):
         target.generate(input_ids, assistant_model=draft, **arguments)
     target = tiny_target("llama", 3, attention_dropout=0.5).train()
-    with pytest.warns(UserWarning, match=r"dropout .* call target.eval\(\)"):
+    with pytest.warns(UserWarning, match=r"dropout or jitter .* call target.eval\(\)"):
         target.generate(input_ids, assistant_model=tiny_draft(target), **arguments)
+
+
+def test_parts_in_train_mode():
+    """A submodule's dropout draws although the target itself is in eval mode; so does a router's jitter."""
+    target = tiny_target("llama", 3, attention_dropout=0.5).eval()
+    target.model.layers[0].self_attn.train()
+    input_ids, _ = prompts(1)
+    arguments = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID}
+    with pytest.warns(UserWarning, match=r"dropout or jitter .* call target.eval\(\)"):
+        target.generate(input_ids, assistant_model=tiny_draft(target), **arguments)
+
+
+def test_an_own_function_called_sdpa_computes_rounds_too():
+    """Who registered one wants its results."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    own = sdpa_attention_forward
+    AttentionInterface.register("sdpa", lambda module, query, *args, **kwargs: own(module, 1.5 * query, *args, **kwargs))
+    try:
+        decoded(tiny_target("llama", 3))
+    finally:
+        AttentionInterface.register("sdpa", before)
+
+
+def test_positions_without_a_table():
+    """Sinusoids grow with the text, beyond max_position_embeddings."""
+    settings = {"num_layers": 2, "attention_heads": 4, "max_position_embeddings": 20, "init_std": 0.3}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        settings |= {"vocab_size": 97, "d_model": 32, "ffn_dim": 64, "pad_token_id": PAD_ID, "eos_token_id": None}
+        config = XGLMConfig(**settings, tie_word_embeddings=False)
+        target = AutoModelForCausalLM.from_config(config).float().eval()
+    assert decoded(target)[0].declined is None
+    decoded(target, length=30)
+
+
+def test_padding_is_no_position():
+    """A prompt may have more columns than a table has positions, as long as its tokens fit."""
+    target = tiny_target("gpt2", 3, n_positions=20)
+    input_ids, mask = prompts(1)
+    pads = torch.zeros(1, 15, dtype=torch.long)
+    arguments = {"attention_mask": torch.cat((pads, mask), dim=1), "do_sample": False, "pad_token_id": PAD_ID}
+    padded = torch.cat((pads, input_ids), dim=1)
+    plain = target.generate(padded, max_new_tokens=6, **arguments)
+    draft = tiny_draft(target)
+    assert torch.equal(target.generate(padded, max_new_tokens=6, assistant_model=draft, **arguments), plain)
+
+
+def test_a_window_of_one_is_decoded_plainly():
+    """Caches of transformers keep all positions for it."""
+    assert "sliding window of 1" in decoded(tiny_target("mistral", 3, sliding_window=1))[0].declined
+
+
+def test_images_belong_to_the_prompt():
+    """They reach the prefill and no round."""
+    text = {**SMALL, **WIDTHS, "num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": False}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+        text_config=LlamaConfig(**text),
+        image_token_index=96,
+        vision_feature_layer=-1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        target = LlavaForConditionalGeneration(config).float().eval()
+    input_ids, _ = prompts(1)
+    input_ids = torch.cat((input_ids[:, :3], torch.full((1, 4), 96), input_ids[:, 3:]), dim=1)
+    arguments = {"pixel_values": torch.randn(1, 3, 28, 28), "do_sample": False, "pad_token_id": PAD_ID}
+    arguments |= {"max_new_tokens": 16, "suppress_tokens": [96], "attention_mask": torch.ones_like(input_ids)}
+    plain = target.generate(input_ids, **arguments)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **arguments), plain)
+    assert draft.last_speculation.declined is None
+
+
+def test_a_caller_s_static_cache_that_is_too_short_is_refused():
+    """As plain decoding does, beside a batch, too."""
+    target = tiny_target("llama", 3)
+    input_ids, mask = prompts(3)
+    cache = StaticCache(config=target.config, max_cache_len=input_ids.shape[1] + 5)
+    arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "pad_token_id": PAD_ID}
+    draft = tiny_draft(target)
+    with pytest.raises(ValueError, match="room for the next token"):
+        target.generate(input_ids, assistant_model=draft, **{CACHE_KEYWORD: cache}, **arguments)
+    assert int(cache.get_seq_length()) == 0
 
 
 def test_attention_without_tree_masks_is_told_once():
     """A chain is drafted, and the warning says which attention would take trees."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register("other_attention", sdpa_attention_forward)
     AttentionMaskInterface.register("other_attention", sdpa_mask)
     target = tiny_target("llama", 3)

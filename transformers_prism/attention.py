@@ -185,7 +185,12 @@ def uninstall_lending() -> None:
 def lent_sdpa(function) -> Iterator[None]:
     """Compute the "sdpa" of every model in this thread by another attention function of transformers."""
     install_lending()
-    lent = ALL_ATTENTION_FUNCTIONS["sdpa"].prism_lent  # of whichever copy of this code came first
+    shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    # Who has registered another function of this name wants its results.
+    if shared.prism_original is not sdpa_attention_forward:
+        yield
+        return
+    lent = shared.prism_lent  # of whichever copy of this code came first
     before = getattr(lent, "function", None)
     try:
         lent.function = function

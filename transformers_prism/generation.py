@@ -17,6 +17,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from .attention import install_lending, lent_attention, uninstall_lending
 from .auto_trees import AutoTrees
@@ -133,15 +134,24 @@ def speculative_generate(
     return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
 
 
+def _tensors_of(states) -> Iterator[torch.Tensor]:
+    """Tensors in dictionaries and lists."""
+    if isinstance(states, torch.Tensor):
+        yield states
+    elif isinstance(states, (dict, list, tuple)):
+        for state in states.values() if isinstance(states, dict) else states:
+            yield from _tensors_of(state)
+
+
 @contextmanager
 def _tensors_that_last(cache) -> Iterator[None]:
-    """Leave `torch.inference_mode`, whose tensors no later call could write to outside of it; a static cache that was
-    filled in it can only be written to in it."""
+    """Leave `torch.inference_mode`, whose tensors no later call could write to outside of it; states that are
+    written in place (static layers, recurrent ones) and were made in it can only be written to in it."""
     is_bound = any(
-        isinstance(state, torch.Tensor) and state.is_inference()
+        state.is_inference()
         for layer in getattr(cache, "layers", ())
-        if getattr(layer, "is_compileable", False)
-        for state in vars(layer).values()
+        if not isinstance(layer, DynamicLayer)
+        for state in _tensors_of(vars(layer))
     )
     with torch.inference_mode(torch.is_inference_mode_enabled() and is_bound), torch.no_grad():
         yield

@@ -61,8 +61,8 @@ _prepared: WeakSet = WeakSet()
 # What generate() prepares and a verification forward replaces.
 _REPLACED_INPUTS = (
     *CACHE_NAMES,
-    *"attention_mask cache_position logits_to_keep output_attentions output_hidden_states position_ids".split(),
-    *"return_dict use_cache".split(),
+    *"attention_mask cache_position input_ids inputs_embeds logits_to_keep output_attentions".split(),
+    *"output_hidden_states position_ids return_dict use_cache".split(),
 )
 
 
@@ -124,10 +124,13 @@ def _fused(states: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([state.to(states[0].device) for state in states], dim=-1)
 
 
-def _num_learned_positions(text_config) -> int | None:
+def _num_learned_positions(target) -> int | None:
     """How many positions a target without rotary embedding has; None where any position can be computed."""
+    text_config = target.config.get_text_config()
+    # Sinusoidal tables grow with the text: they have a method for it.
+    grows = any(hasattr(module, "make_weights") for module in target.modules())
     is_rotary = getattr(text_config, "rope_parameters", None) is not None
-    return None if is_rotary else getattr(text_config, "max_position_embeddings", None)
+    return None if is_rotary or grows else getattr(text_config, "max_position_embeddings", None)
 
 
 def is_compiled(target) -> bool:
@@ -166,9 +169,10 @@ class _Target:
         target (`PreTrainedModel`): the model to decode.
         layer_ids (`list[int]`): indices into its hidden states, which the draft reads.
         generation_config (`GenerationConfig`), model_kwargs (`dict`): as generate() prepared them.
+        inputs (`dict`, *optional*): of a step behind the prompt, as plain decoding makes them.
     """
 
-    def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict):
+    def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict, inputs: dict | None = None):
         self.target, self.device = target, target.device
         self.layer_ids = list(layer_ids)
         self.generation_config = generation_config
@@ -183,7 +187,9 @@ class _Target:
         self.keeps_rows = self.returns_cache  # finished rows stay in the batch
         self.model_forward = target
         self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters
-        self.forward_kwargs = {key: value for key, value in model_kwargs.items() if key not in _REPLACED_INPUTS}
+        # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
+        kept = model_kwargs if inputs is None else inputs
+        self.forward_kwargs = {key: value for key, value in kept.items() if key not in _REPLACED_INPUTS}
         if takes_logits_to_keep(target):
             self.forward_kwargs["logits_to_keep"] = 0
 
@@ -193,11 +199,12 @@ class _Target:
         Raises:
             ValueError: if the prompt has more tokens than the target has learned positions.
         """
-        num_positions = _num_learned_positions(self.target.config.get_text_config())
-        if num_positions is not None and input_ids.shape[1] > num_positions:
+        num_positions = _num_learned_positions(self.target)
+        num_tokens = self._most_tokens(input_ids)
+        if num_positions is not None and num_tokens > num_positions:
             raise ValueError(
                 f"input_ids: expected at most {num_positions} tokens (the target's max_position_embeddings), "
-                f"got {input_ids.shape[1]}"
+                f"got {num_tokens}"
             )
         self.before_prefill()
         # A copy, since transformers' chunked prefill writes to it.
@@ -232,6 +239,13 @@ class _Target:
             self.position_limit = [min(limit, num_positions - 1) for limit in self.position_limit]
         self.after_prefill()
         return outputs.logits[:, -1]
+
+    def _most_tokens(self, input_ids: torch.LongTensor) -> int:
+        """Tokens of the longest prompt, padding not counted."""
+        position_ids, mask = self.model_kwargs.get("position_ids"), self.model_kwargs.get("attention_mask")
+        if position_ids is not None or mask is None:
+            return int(position_ids.max()) + 1 if position_ids is not None else input_ids.shape[1]
+        return int(mask.bool().sum(dim=1).max())
 
     @property
     def can_read_anew(self) -> bool:
@@ -348,10 +362,14 @@ class _Target:
 class TreeTarget(_Target):
     """A target that verifies trees for a batch, on layers lent to its cache while the loop runs."""
 
-    def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict, num_rows: int):
-        super().__init__(target, layer_ids, generation_config, model_kwargs)
+    def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict, inputs, num_rows: int):
+        super().__init__(target, layer_ids, generation_config, model_kwargs, inputs)
         self.capacity = self._static_capacity(num_rows)  # None: layers and masks grow
         self.keeps_rows = self.returns_cache or self.capacity is not None
+        # Layers of more positions may be lent to the caller's cache, which plain decoding could not go on with.
+        is_callers = is_callers_cache(self.cache)
+        whole = [layer.max_cache_len for layer in self.cache.layers if is_callers and type(layer) is StaticLayer]
+        self.callers_capacity = min(whole, default=sys.maxsize)
 
     def _static_capacity(self, num_rows: int) -> int | None:
         """Positions of the layers, if they are to be static: those of the caller's own if they can be used as they are."""
@@ -500,7 +518,17 @@ class TreeTarget(_Target):
         return masks[None] if None in masks else masks
 
     def commit(self, kept: list[list[int]]) -> None:
-        """Keep the keys and values of these nodes in each row."""
+        """Keep the keys and values of these nodes in each row.
+
+        Raises:
+            ValueError: if a caller's static cache has no room for them.
+        """
+        lengths = [length + len(nodes) for length, nodes in zip(self.committed.lengths, kept, strict=True) if nodes]
+        if max(lengths, default=0) > self.callers_capacity:
+            raise ValueError(
+                f"past_key_values: expected a static cache with room for the next token, got one of "
+                f"{self.callers_capacity} positions that is full"
+            )
         self.committed.commit(kept)
         self._advance(kept)
 
@@ -614,7 +642,7 @@ def make_target(target, layer_ids, generation_config, model_kwargs, input_ids):
     if reason is not None:
         raise Declined(reason)
     why_chain = why_no_tree(target, cache, inputs)
-    arguments = (target, layer_ids, generation_config, model_kwargs)
+    arguments = (target, layer_ids, generation_config, model_kwargs, inputs)
     if why_chain is None:
         return TreeTarget(*arguments, input_ids.shape[0])
     reason = why_no_chain(cache, input_ids.shape[0])

@@ -131,6 +131,9 @@ def reason_against_masks(text_config) -> str | None:
     """Why no number of tokens at once gets the attention that single steps get; None if it does."""
     if getattr(text_config, "keep_window_size", None) is not None:
         return "its dynamic mask keeps other keys for several tokens at once than for single ones (keep_window_size)"
+    # `DynamicSlidingWindowLayer` keeps the last `window - 1` positions, which for 1 are all of them in Python.
+    if getattr(text_config, "sliding_window", None) == 1:
+        return "caches of transformers keep all positions for a sliding window of 1, and single steps attend to them"
     return None
 
 
@@ -155,13 +158,14 @@ def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> 
 
 def reason_against_training(target) -> str | None:
     """Why a target in train mode cannot be served; None if it can."""
-    if not target.training:
+    # `target.model.train()` leaves the target's own flag alone.
+    if not any(module.training for module in target.modules()):
         return None
-    if keeps_no_activations(target):
+    if target.training and keeps_no_activations(target):
         return "gradient checkpointing in train mode keeps no cache; call target.eval()"
     rates = vars(target.config.get_text_config()).items()
-    if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in rates):
-        return "dropout in train mode draws anew in every forward; call target.eval()"
+    if any(("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0 for name, rate in rates):
+        return "dropout or jitter in train mode draws anew in every forward; call target.eval()"
     return None
 
 
