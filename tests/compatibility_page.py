@@ -53,7 +53,7 @@ def tried_types(results: dict[str, dict]) -> list[str]:
         for name, result in of_release.items():
             for model_type in result.get("model_types", ()) if ":" not in name else ():
                 runs = result.get("runs", {}).values()
-                is_stopped = any("the check stopped" in run.get("detail", "") for run in runs)
+                is_stopped = any("unchecked" in run or "the check stopped" in run.get("detail", "") for run in runs)
                 outcomes.setdefault(model_type, set()).add("stopped" if is_stopped else result["outcome"])
     return sorted(model_type for model_type, found in outcomes.items() if found <= set(DRAFTED))
 

@@ -198,10 +198,10 @@ def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
     """
     with _rounds_checked(False):
         result = compare_once(target, case, run, plain)
-    if result["outcome"] == "different":
+    if result["outcome"] in ("different", "crash"):
         with _rounds_checked(True):
             checked = compare_once(target, case, run, plain)
-        result = checked if checked["outcome"] == "plain" else result
+        result = {**checked, "unchecked": "different"} if checked["outcome"] == "plain" else result
     return result
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "auto_trees": {"tree", "tree_policy", "ngrams", "round_costs", "speculation", "target_rounds"},
     "planned_trees": {"auto_trees", "speculation", "target_rounds", "tree", "tree_policy"},
     "round_costs": {"cpu", "drafting", "target_rounds", "whole_files"},
-    "target_rounds": {"tree", "attention", "cache", "target_support", "transformers_names", "kernels."},
+    "target_rounds": {"tree", "attention", "cache", "round_check", "target_support", "transformers_names", "kernels."},
     "target_support": {"attention", "cache", "transformers_names"},
     "round_check": {"tree", "tried_targets"},
     "tree": {"kernels."},

@@ -297,6 +297,7 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
     _walk_rows(rows, active, root_tree(input_ids[:, -1]), first_logits[:, None], depth=0)
     stream.put()
     unread.append(target_side.prompt_for_draft(rows))
+    logits = states = None
     while True:
         with speculation.timed("other"):
             active, unread = _drop_finished(rows, active, unread, target_side, drafter)
@@ -310,10 +311,10 @@ def _decode(drafter, unread: list[NewPositions], target_side, rows: OutputRows, 
         with speculation.timed("check"):
             steps = check.plain_steps(tree)
         start = time.perf_counter()
-        with speculation.timed("verify"):
+        with speculation.timed("verify"), check.failing_forwards(tree):
             logits, states = target_side.verify(tree)
         verify_seconds = time.perf_counter() - start
-        if check.differs(tree, logits, steps):
+        if not target_side.has_given_up and (check.finding or check.differs(tree, logits, steps)):
             # Nothing of this round was emitted, and no later one has a tree.
             target_side.give_up_drafting()
             trees, speculation.stopped_drafting = _PlainSteps(rows, trees.estimates()), check.finding

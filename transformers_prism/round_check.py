@@ -9,6 +9,8 @@ Shape letters: B rows that still decode, N tree nodes, V vocabulary.
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,6 +88,18 @@ class RoundCheck:
             return None
         children = _likeliest_children(tree)
         return self.side.plain_steps(torch.stack((tree.token_ids[:, 0], tree.token_ids.gather(1, children)[:, 0]), dim=1))
+
+    @contextmanager
+    def failing_forwards(self, tree: Tree) -> Iterator[None]:
+        """Take an error of a forward over several tokens for a finding, told in a warning: single steps may go on."""
+        try:
+            yield
+        except Exception as error:
+            if not self.is_needed or self.finding or tree.num_nodes == 1:
+                raise
+            name = type(self.side.target).__name__
+            self.finding = f"{name} refuses several tokens behind its cache ({type(error).__name__}: {error})"
+            warnings.warn(f"decoding goes on without the draft: {self.finding}", stacklevel=7)
 
     def differs(self, tree: Tree, logits: torch.Tensor, steps: torch.Tensor | None) -> bool:
         """Whether a tree's logits `(B, N, V)` are not those of the single steps, which is told in a warning."""

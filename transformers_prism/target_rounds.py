@@ -23,6 +23,7 @@ from .attention import PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CacheSnapshot, CommittedCache, round_up
 from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
+from .round_check import is_tried
 from .target_support import (
     Declined,
     hidden_state,
@@ -33,6 +34,7 @@ from .target_support import (
     reason_against_inputs,
     reason_against_masks,
     reason_against_switch,
+    reason_against_untried_chat,
     rotary_switches,
     why_no_chain,
     why_no_tree,
@@ -580,7 +582,7 @@ class ChainTarget(_Target):
 
     def verify(self, tree: Tree):
         """The target's logits `(1, N, V)` along a chain, and the states that the draft reads."""
-        self.num_nodes = tree.num_nodes
+        self.num_nodes, self.num_committed = tree.num_nodes, int(self.cache.get_seq_length())
         mask = self.model_kwargs.get("attention_mask")
         if mask is not None:
             width = int(self.cache.get_seq_length()) + self.num_nodes
@@ -590,7 +592,10 @@ class ChainTarget(_Target):
 
     def forget_appended(self) -> None:
         """Drop the keys and values of nodes that are not committed."""
-        self.cache.crop(-self.num_nodes)
+        for layer in self.cache.layers:
+            # A forward that failed may have come to some layers only.
+            if int(layer.get_seq_length()) > self.num_committed:
+                layer.crop(self.num_committed - int(layer.get_seq_length()))
 
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """Logits `(1, A, V)` of single steps over tokens `(1, A)` behind what is committed, which stays as it is."""
@@ -639,6 +644,8 @@ def make_target(target, layer_ids, generation_config, model_kwargs, input_ids):
     inputs = inputs_of_next_step(target, input_ids, model_kwargs)
     config = target.config.get_text_config()
     reason = reason_against_masks(config) or reason_against_inputs(inputs, rotary_switches(config))
+    if reason is None and not is_tried(target):
+        reason = reason_against_untried_chat(cache)
     if reason is not None:
         raise Declined(reason)
     why_chain = why_no_tree(target, cache, inputs)

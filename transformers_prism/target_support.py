@@ -137,6 +137,14 @@ def reason_against_masks(text_config) -> str | None:
     return None
 
 
+def reason_against_untried_chat(cache) -> str | None:
+    """Why a target that nobody has tried cannot go on with a caller's cache; None if it can."""
+    # Its own masks, which read what follows, may rest on a window's cache holding the window only.
+    if cache.get_seq_length() and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return "nobody has tried this model with a cache of sliding windows that holds a text already"
+    return None
+
+
 def reads_whole_text(inputs: dict | None) -> bool:
     """Whether a step with these inputs reads more than one token."""
     return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
