@@ -13,12 +13,14 @@ from test_training import write_data
 from tiny_models import chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
-from benchmarks.study import RECIPES, StudyConfig, app, plan_runs
+from benchmarks.study import RECIPES, StudyConfig, _trained, app, plan_runs
 from benchmarks.study_figures import ratio_interval, tau_after, tau_interval
 from benchmarks.study_page import CLAIMS, verdict
+from benchmarks.unmasked_softmax import UnmaskedPasses
 from transformers_prism import PrismDraftModel
 from transformers_prism.benchmark.acceptance import tree_settings
 from transformers_prism.publishing import weights_sha256
+from transformers_prism.training import alignment
 from transformers_prism.training.conversations import read_conversations
 from transformers_prism.training.recipes import TrainConfig
 
@@ -196,6 +198,25 @@ def test_study_follows_few_recipes_over_the_data():
         volumes = [(run.seed, run.num_data_tokens) for run in runs if run.recipe == recipe]
         growing = recipe in ("eagle2", "hass", "prism-m2")
         assert volumes == [(seed, volume) for seed in (0, 1) for volume in ((60, 10, 30) if growing else (60,))]
+
+
+@pytest.mark.quick
+def test_study_repeats_the_mistake_for_one_recipe_alone(tmp_path, monkeypatch):
+    """Its training runs with the unmasked softmax, which is gone afterwards, also where training fails."""
+    found = {}
+
+    def note(config):
+        found[Path(config.output).name] = alignment.AlignedPasses
+        raise InterruptedError
+
+    monkeypatch.setattr("benchmarks.study.train", note)
+    for run in plan_runs(StudyConfig(), TrainConfig(output=str(tmp_path)), [10]):
+        with pytest.raises(InterruptedError):
+            _trained(run)
+    unmasked = [name for name, passes in found.items() if passes is UnmaskedPasses]
+    assert len(found) == len(RECIPES)
+    assert unmasked == ["prism-m2-compat_10_seed0"]
+    assert alignment.AlignedPasses is not UnmaskedPasses
 
 
 @pytest.mark.quick
