@@ -188,6 +188,7 @@ SETTINGS: dict[str, dict] = {
     "qwen2_5_omni_thinker": {**_TEXT_MROPE, "vision_start_token_id": 5},
     "qwen3_omni_moe_thinker": {**_TEXT_MROPE, "vision_start_token_id": 5},
     "step3p7": {"text_config.sliding_window": WINDOW},
+    **{name: {"original_max_position_embeddings": ORIGINAL_NUM_POSITIONS} for name in ("phi3", "phi4_multimodal")},
     "fast_vlm": {"vision_config": _SIGLIP},
     "perception_lm": {"vision_config": _SIGLIP},
     "zaya": {"num_experts_per_tok": 1},

@@ -229,6 +229,20 @@ def test_positions_without_a_table():
     decoded(target, length=30)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_positions_that_a_model_shifts(num_rows, monkeypatch):
+    """As paligemma does, which counts them from 1; told apart on a table of positions."""
+    target = tiny_target("gpt2", 3)
+    prepare = target.prepare_inputs_for_generation
+
+    def shifted(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        return {**inputs, "position_ids": inputs["position_ids"] + 1}
+
+    monkeypatch.setattr(target, "prepare_inputs_for_generation", shifted)
+    assert decoded(target, num_rows=num_rows)[0].acceptance_length > 1.3
+
+
 def test_padding_is_no_position():
     """A prompt may have more columns than a table has positions, as long as its tokens fit."""
     target = tiny_target("gpt2", 3, n_positions=20)

@@ -29,6 +29,7 @@ from .target_support import (
     hidden_state,
     inputs_of_next_step,
     layer_windows,
+    position_offset,
     reads_whole_text,
     reason_against_batch_positions,
     reason_against_inputs,
@@ -192,6 +193,7 @@ class _Target:
         # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
         kept = model_kwargs if inputs is None else inputs
         self.forward_kwargs = {key: value for key, value in kept.items() if key not in _REPLACED_INPUTS}
+        self.position_offset = position_offset(inputs, model_kwargs)
         if takes_logits_to_keep(target):
             self.forward_kwargs["logits_to_keep"] = 0
 
@@ -226,7 +228,7 @@ class _Target:
         position_ids = self.model_kwargs.get("position_ids")
         if position_ids is None:
             position_ids = (self.prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
-        self.prompt_positions = position_ids.expand(input_ids.shape[0], -1)
+        self.prompt_positions = position_ids.expand(input_ids.shape[0], -1) + self.position_offset
         self.next_position = [position + 1 for position in self.prompt_positions[:, -1].tolist()]
         num_new_tokens = self.generation_config.max_length - input_ids.shape[1]
         reason = None

@@ -164,6 +164,21 @@ def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> 
     return f"the model input {extra[0]} cannot be carried along a tree" if extra else None
 
 
+def position_offset(inputs: dict | None, model_kwargs: dict) -> int:
+    """What a model adds to the positions that generate() prepares, as paligemma does, which counts from 1.
+
+    Raises:
+        Declined: if that differs from row to row.
+    """
+    given, made = model_kwargs.get("position_ids"), (inputs or {}).get("position_ids")
+    if given is None or made is None:
+        return 0
+    offsets = set((made[:, -1] - given[:, -1]).tolist())
+    if len(offsets) > 1:
+        raise Declined(f"the model changes positions by {sorted(offsets)}, other rows otherwise")
+    return offsets.pop()
+
+
 def reason_against_training(target) -> str | None:
     """Why a target in train mode cannot be served; None if it can."""
     # `target.model.train()` leaves the target's own flag alone.
