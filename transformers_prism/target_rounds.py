@@ -25,6 +25,7 @@ from .kernels.grow_tree import ancestor_bits
 from .kernels.tree_attention import unpack_ancestors
 from .round_check import is_tried
 from .target_support import (
+    LOSES_TEXT,
     Declined,
     hidden_state,
     inputs_of_next_step,
@@ -214,8 +215,11 @@ class _Target:
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
         outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
+        made = cache_of(outputs)
         if not int(self.cache.get_seq_length()):
-            self.take_over(cache_of(outputs))
+            self.take_over(made)
+        elif made is not None and made is not self.cache:
+            raise Declined("the model reads the whole text into another cache than the caller's, as behind a rotary switch")
         width = int(self.cache.get_seq_length())
         if width < input_ids.shape[1] and not self.num_cached_at_first:
             raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
@@ -446,7 +450,8 @@ class TreeTarget(_Target):
     @property
     def can_read_anew(self) -> bool:
         """Whether the cache can be filled with the whole text once more: one row's own, which grows."""
-        return self.capacity is None and len(self.next_position) == 1 and not is_callers_cache(self.cache)
+        is_own = self.capacity is None and len(self.next_position) == 1 and not is_callers_cache(self.cache)
+        return is_own and self.target.config.get_text_config().model_type not in LOSES_TEXT
 
     def take_over(self, cache) -> None:
         """Take what the model has read into a cache of its own, as some do behind a rotary switch."""

@@ -71,6 +71,10 @@ def rotary_switches(text_config) -> list[RotarySwitch]:
             switches.append(RotarySwitch(kind.get("original_max_position_embeddings") or length, True))
         elif "dynamic" in str(kind.get("rope_type")):
             switches.append(RotarySwitch(length, False))
+    # Models of the phi family read their text anew there, whatever their frequencies do.
+    original = getattr(text_config, "original_max_position_embeddings", None)
+    if original and RotarySwitch(original, True) not in switches:
+        switches.append(RotarySwitch(original, True))
     return switches
 
 
@@ -192,13 +196,17 @@ def reason_against_training(target) -> str | None:
     return None
 
 
+# Types whose plain decoding goes on at a rotary switch without the text before it, as if its cache had been emptied.
+LOSES_TEXT = ("phi4_multimodal",)
+
+
 def reason_against_switch(switches: list[RotarySwitch], position: int, max_new_tokens: int) -> str | None:
     """Why a single row cannot be served whose cache cannot be read anew; the arguments are those of a batch."""
     for switch in switches:
         if switch.is_drafted_beyond and position <= switch.length < position + max_new_tokens:
             return (
                 f"rotary frequencies change at {switch.length} tokens, where a model may read its text into another cache, "
-                "and this call's cache is the caller's, static or rolled back"
+                "and this call's cache cannot follow it there"
             )
     return None
 
