@@ -12,6 +12,7 @@ The exit code is 1 where a text differs, a call crashes, or a type proves nothin
 import argparse
 import json
 import multiprocessing
+import signal
 import sys
 import time
 import traceback
@@ -67,6 +68,8 @@ def run_in_time(case: Case, seconds: float) -> dict:
         return ours.recv()
     except EOFError:
         process.join()
+        if process.exitcode == -signal.SIGKILL:
+            return {"outcome": "not built", "detail": "the system ended the process, as it does where memory runs out"}
         return {"outcome": "crash", "detail": f"the process ended with {process.exitcode}"}
     finally:
         if process.is_alive():

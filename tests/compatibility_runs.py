@@ -16,7 +16,7 @@ import torch
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 
-from transformers_prism import PrismConfig, round_check
+from transformers_prism import PrismConfig, round_check, target_rounds
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.
@@ -183,11 +183,13 @@ def _drafts(target, plain: _Texts, used: list):
 @contextmanager
 def _rounds_checked(are_checked: bool):
     """Whether rounds are compared with single steps, as for types that nobody has tried."""
-    original, round_check.is_tried = round_check.is_tried, lambda target: not are_checked
+    original = round_check.is_tried
+    for module in (round_check, target_rounds):
+        module.is_tried = lambda target: not are_checked
     try:
         yield
     finally:
-        round_check.is_tried = original
+        round_check.is_tried = target_rounds.is_tried = original
 
 
 def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
@@ -201,7 +203,7 @@ def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
     if result["outcome"] in ("different", "crash"):
         with _rounds_checked(True):
             checked = compare_once(target, case, run, plain)
-        result = {**checked, "unchecked": "different"} if checked["outcome"] == "plain" else result
+        result = checked if checked["outcome"] == "plain" else result
     return result
 
 

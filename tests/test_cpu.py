@@ -18,6 +18,16 @@ pytestmark = [
 ]
 
 
+def test_autocast_computes_as_without_packed_weights():
+    """In bfloat16, as plain decoding does there."""
+    linear = torch.nn.Linear(64, 64)
+    input = torch.randn(8, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = linear(input)
+        with prepare_for_cpu(linear):
+            assert torch.equal(linear(input), expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_rows", [1, 2, 8, 31, 32, 200])
 @pytest.mark.parametrize("has_bias", [False, True])

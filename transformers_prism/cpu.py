@@ -127,7 +127,8 @@ class PackedLinear(nn.Linear):
 
     def takes(self, input: torch.Tensor) -> bool:
         """Whether the packed copy can serve this input."""
-        return not torch.is_grad_enabled() and input.dtype == torch.float32 and input.device.type == "cpu"
+        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        return is_plain and input.dtype == torch.float32 and input.device.type == "cpu"
 
     def packed_product(self, input: torch.Tensor) -> torch.Tensor:
         """The product with the packed copy."""

@@ -394,7 +394,7 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None beside a draft, got {generation_config.dola_layers!r}")
     if not model_kwargs.get("use_cache"):
-        raise Declined("use_cache=False leaves nothing to verify a draft against; leave it out")
+        raise Declined("use_cache=False leaves nothing to verify a draft against; pass use_cache=True")
     if cache_of(model_kwargs) is None:
         raise Declined(f"{type(target).__name__} keeps its state in no cache of transformers that could be rolled back")
     if plain_arguments["synced_gpus"]:
