@@ -202,7 +202,6 @@ def test_prompts_of_benchmarks_are_read_alike(tmp_path):
         ("synthesize", "--num-tokens", "10", "--output", "{out}", "--exclude"),
         ("data", "preview", "--data"),
         ("bench", "generate", "--prompts"),
-        ("bench", "synthesize", "--prompts"),
         ("verify", "--prompts"),
     ],
     ids=lambda words: " ".join(word for word in words if "{" not in word),
