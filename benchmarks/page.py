@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 
 from benchmarks import plots
-from transformers_prism.benchmark.acceptance import acceptance_rows
-from transformers_prism.benchmark.figures import glance_rows, method_rows, task_rows
-from transformers_prism.benchmark.record import UNTRAINED, read_record
-from transformers_prism.benchmark.rounds import profile_rows
-from transformers_prism.benchmark.scaling import axis_rows, modules_text
-from transformers_prism.command_options import report_file, user_errors
+from transformers_prism.bench.acceptance import acceptance_rows
+from transformers_prism.bench.figures import glance_rows, method_rows, task_rows
+from transformers_prism.bench.record import UNTRAINED, read_record
+from transformers_prism.bench.rounds import profile_rows
+from transformers_prism.bench.scaling import axis_rows, modules_text
+from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
 KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize")

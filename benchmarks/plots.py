@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers_prism.benchmark.rounds import PARTS
+from transformers_prism.bench.rounds import PARTS
 
 _COLOURS = (
     "#33658a",

@@ -26,7 +26,7 @@ from benchmarks.study_figures import GROWING
 from benchmarks.study_page import write_study_page
 from benchmarks.study_plots import plot_recipes, plot_volumes
 from benchmarks.unmasked_softmax import unmasked_softmax
-from transformers_prism.benchmark.acceptance import (
+from transformers_prism.bench.acceptance import (
     TEMPERATURES,
     TREES,
     acceptance_figures,
@@ -34,13 +34,13 @@ from transformers_prism.benchmark.acceptance import (
     packed_for_cpu,
     tree_settings,
 )
-from transformers_prism.benchmark.prompts import choose_prompts, read_prompts, task_of
-from transformers_prism.benchmark.record import hardware
+from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
+from transformers_prism.bench.record import hardware
+from transformers_prism.cli.demo import chat_inputs
+from transformers_prism.cli.options import user_errors
 from transformers_prism.command_line import command_line
-from transformers_prism.command_options import user_errors
-from transformers_prism.demo import chat_inputs
+from transformers_prism.hub.files import TRAINING, weights_sha256
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.publishing import TRAINING, weights_sha256
 from transformers_prism.target import load_target
 from transformers_prism.training.conversations import read_parts
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 
-from transformers_prism.speculation import acceptance_length
+from transformers_prism.decoding.speculation import acceptance_length
 
 # Recipes whose growth with the data is told.
 GROWING = ("eagle2", "hass", "prism-m2")

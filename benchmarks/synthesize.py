@@ -12,8 +12,8 @@ import torch
 import typer
 from transformers.utils import logging
 
-from transformers_prism.benchmark.record import write_record
-from transformers_prism.command_options import JsonOption, TargetOption, report_file, user_errors
+from transformers_prism.bench.record import write_record
+from transformers_prism.cli.options import JsonOption, TargetOption, report_file, user_errors
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.target import load_target
 from transformers_prism.training.chats import read_chats

@@ -17,9 +17,9 @@ import torch
 import typer
 from transformers.utils import logging
 
-from transformers_prism.benchmark.record import write_record
-from transformers_prism.benchmark.scaling import bootstrap_median
-from transformers_prism.command_options import JsonOption, TargetOption, report_file, user_errors
+from transformers_prism.bench.record import write_record
+from transformers_prism.bench.scaling import bootstrap_median
+from transformers_prism.cli.options import JsonOption, TargetOption, report_file, user_errors
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target

@@ -52,7 +52,7 @@ def publish(draft_folder: Path, target_folder: Path) -> str:
     """Steps 2 and 3 with the package's own commands; returns the commit."""
     from huggingface_hub import HfApi
 
-    from transformers_prism.cli import app
+    from transformers_prism.cli.main import app
 
     def command(*words) -> None:
         app([str(word) for word in words], standalone_mode=False)

@@ -16,7 +16,9 @@ import torch
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 
-from transformers_prism import PrismConfig, round_check, target_rounds
+from transformers_prism import PrismConfig
+from transformers_prism.decoding import round_check
+from transformers_prism.decoding import target_side as target_rounds
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.

@@ -14,8 +14,8 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import constants
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
 
-from transformers_prism import auto_trees
-from transformers_prism.round_costs import RoundCosts
+from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy.costs import RoundCosts
 
 ROOT = Path(__file__).resolve().parent.parent
 

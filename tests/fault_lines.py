@@ -25,11 +25,12 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_prism
-from transformers_prism import auto_trees, generation
-from transformers_prism.planned_trees import PlannedTrees
-from transformers_prism.round_costs import RoundCosts
+from transformers_prism import generation
+from transformers_prism.decoding.sequences import OutputRows
+from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy.costs import RoundCosts
+from transformers_prism.policy.planned import PlannedTrees
 from transformers_prism.transformers_names import CACHE_KEYWORD, assisted_decoding
-from transformers_prism.verification import OutputRows
 
 PACKAGE = str(Path(transformers_prism.__file__).parent)
 _TRANSFORMERS = str(Path(transformers.__file__).parent)

@@ -31,7 +31,8 @@ from fault_lines import LENGTH, SCENARIOS, Call, changes, check_lines, pairs_for
 from fitted_pairs import text_of
 from soak import Pair, fit_pair
 
-from transformers_prism import auto_trees, round_costs
+from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy import costs as round_costs
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
 _PROMPT_LENGTH = 9

@@ -15,4 +15,4 @@ def _initialise_as_accelerated(self, *args, **kwargs):
 
 
 PartialState.__init__ = _initialise_as_accelerated
-runpy.run_module("transformers_prism.cli", run_name="__main__")
+runpy.run_module("transformers_prism.cli.main", run_name="__main__")

@@ -34,11 +34,13 @@ from fitted_pairs import chain_of, fitted_draft, fitted_target, text_of
 from soak_settings import Settings, draw_cache, draw_settings, draw_tree
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_prism import auto_trees, generation, round_check
-from transformers_prism.planned_trees import PlannedTrees
-from transformers_prism.round_costs import RoundCosts
+from transformers_prism import generation
+from transformers_prism.decoding import round_check
+from transformers_prism.decoding.sequences import OutputRows
+from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy.costs import RoundCosts
+from transformers_prism.policy.planned import PlannedTrees
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
-from transformers_prism.verification import OutputRows
 
 # Targets, and what their drafts are; between them every form of draft.
 PAIRS = {

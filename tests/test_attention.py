@@ -8,8 +8,8 @@ from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import transformers_prism.attention as attention
-from transformers_prism.attention import TreeMask, attach_tree
+import transformers_prism.decoding.attention as attention
+from transformers_prism.decoding.attention import TreeMask, attach_tree
 from transformers_prism.kernels.tree_attention import pack_ancestors
 
 pytestmark = pytest.mark.quick

@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from transformers_prism.benchmark.acceptance import acceptance_figures, decode_prompts, tree_settings
-from transformers_prism.cli import app
+from transformers_prism.bench.acceptance import acceptance_figures, decode_prompts, tree_settings
+from transformers_prism.cli.main import app
 
 pytestmark = pytest.mark.quick
 
@@ -58,7 +58,7 @@ def test_acceptance_goes_on_where_it_was_interrupted(command, tmp_path, monkeypa
         decoded.append(args[3:5])
         return decode_prompts(*args, **kwargs)
 
-    monkeypatch.setattr("transformers_prism.benchmark.acceptance.decode_prompts", counted)
+    monkeypatch.setattr("transformers_prism.bench.acceptance.decode_prompts", counted)
     result = CliRunner().invoke(app, [*command, "--resume"])
     assert result.exit_code == 0, result.output
     assert decoded == [("2/2/1", 0.8)]
@@ -77,7 +77,7 @@ def test_draft_sees_the_draws_unless_told_otherwise(command, tmp_path, monkeypat
         seen.append(draft.generation_config.tree_coupled)
         return answers
 
-    monkeypatch.setattr("transformers_prism.benchmark.acceptance.decode_prompts", watched)
+    monkeypatch.setattr("transformers_prism.bench.acceptance.decode_prompts", watched)
     result = CliRunner().invoke(app, [*command, *options])
     assert result.exit_code == 0, result.output
     assert seen == [expected] * 4

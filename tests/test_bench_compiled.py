@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
 
-from transformers_prism.benchmark.generate import bench_generate, make_items
-from transformers_prism.benchmark.methods import Contest, parse_methods
-from transformers_prism.demo import chat_inputs
+from transformers_prism.bench.generate import bench_generate, make_items
+from transformers_prism.bench.methods import Contest, parse_methods
+from transformers_prism.cli.demo import chat_inputs
 
 
 @pytest.mark.slow

@@ -8,16 +8,16 @@ import torch
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
 from typer.testing import CliRunner
 
-from transformers_prism.benchmark import measurement
-from transformers_prism.benchmark.figures import as_json, main_method, result_tables, summarize
-from transformers_prism.benchmark.generate import ItemResult, Outcome, bench_generate, make_items
-from transformers_prism.benchmark.methods import Contest, load_assistant, parse_methods
-from transformers_prism.benchmark.prompts import ContextFiller, batch_rows
-from transformers_prism.cli import app
+from transformers_prism.bench import measurement
+from transformers_prism.bench.figures import as_json, main_method, result_tables, summarize
+from transformers_prism.bench.generate import ItemResult, Outcome, bench_generate, make_items
+from transformers_prism.bench.methods import Contest, load_assistant, parse_methods
+from transformers_prism.bench.prompts import ContextFiller, batch_rows
+from transformers_prism.cli.demo import chat_inputs
+from transformers_prism.cli.main import app
 from transformers_prism.cpu import PackedLinear
-from transformers_prism.demo import chat_inputs
+from transformers_prism.hub.files import weights_sha256
 from transformers_prism.hub.metrics import read_metrics
-from transformers_prism.publishing import weights_sha256
 
 pytestmark = pytest.mark.quick
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from benchmarks import training
 from benchmarks.page import levers, write_page
-from transformers_prism.benchmark.rounds import PARTS, profile_rounds, watched, weight_bytes
-from transformers_prism.benchmark.scaling import (
+from transformers_prism.bench.rounds import PARTS, profile_rounds, watched, weight_bytes
+from transformers_prism.bench.scaling import (
     Point,
     bench_scaling,
     bootstrap_median,
@@ -20,7 +20,7 @@ from transformers_prism.benchmark.scaling import (
     modules_text,
     num_calls,
 )
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 
 pytestmark = pytest.mark.quick
 

@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from transformers_prism import cache as cache_module
-from transformers_prism.cache import (
+from transformers_prism.decoding import cache as cache_module
+from transformers_prism.decoding.cache import (
     AdoptedLayers,
     CommittedCache,
     TreeLayer,

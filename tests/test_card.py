@@ -13,7 +13,7 @@ from tiny_models import tiny_draft
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.hub.card import label_of, render_card, step_shares, training_runs, write_card
 from transformers_prism.hub.metrics import gather, read_metrics
 from transformers_prism.target import load_target

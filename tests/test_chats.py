@@ -6,8 +6,8 @@ import pytest
 from tiny_models import VOCAB_SIZE, chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism.benchmark.prompts import read_prompts
-from transformers_prism.cli import app
+from transformers_prism.bench.prompts import read_prompts
+from transformers_prism.cli.main import app
 from transformers_prism.training.chats import chat_of, read_chats, read_data_set
 from transformers_prism.training.conversations import read_conversations
 
@@ -210,7 +210,7 @@ def test_prompts_of_benchmarks_are_read_alike(tmp_path):
 def test_every_command_refuses_what_is_no_text(tmp_path, monkeypatch, command, content):
     """In one line, with the file and the line."""
     target, tokenizer = tiny_target("llama"), chat_tokenizer()
-    for place in ("target", "training.train", "training.plan", "demo"):
+    for place in ("target", "training.train", "training.plan", "cli.demo"):
         monkeypatch.setattr(f"transformers_prism.{place}.load_target", lambda *names, **kwargs: (target, tokenizer))
     row = {"category": "math", "messages": [{"role": "user", "content": content}, CHAT[1]]}
     path = write_lines(tmp_path / "chats.jsonl", [{"category": "math", "messages": CHAT}, row])

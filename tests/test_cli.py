@@ -7,9 +7,9 @@ import torch
 from tiny_models import scripted_draft, tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism import demo
-from transformers_prism.benchmark.prompts import choose_prompts, read_prompts
-from transformers_prism.cli import app
+from transformers_prism.bench.prompts import choose_prompts, read_prompts
+from transformers_prism.cli import demo
+from transformers_prism.cli.main import app
 
 pytestmark = pytest.mark.quick
 

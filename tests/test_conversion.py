@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.conversion.prism_artifact import convert
 
 pytestmark = pytest.mark.quick

@@ -13,7 +13,7 @@ from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang
 
 pytestmark = pytest.mark.quick

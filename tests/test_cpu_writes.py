@@ -11,7 +11,7 @@ from tiny_models import PAD_ID, prompts, tiny_draft, tiny_target
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from transformers_prism import cpu, prepare_for_cpu, round_costs
+from transformers_prism import cpu, prepare_for_cpu
 from transformers_prism.cpu import (
     HalfLinear,
     PackedLinear,
@@ -20,6 +20,7 @@ from transformers_prism.cpu import (
     refresh_packed_weights,
     trusting_packed_weights,
 )
+from transformers_prism.policy import costs as round_costs
 from transformers_prism.transformers_names import cache_argument
 
 pytestmark = [

@@ -27,9 +27,10 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from transformers_prism import PrismDraftModel, generation, target_rounds
+from transformers_prism import PrismDraftModel, generation
+from transformers_prism.decoding import target_side as target_rounds
+from transformers_prism.decoding.sequences import OutputRows, walking_as_accelerators_do, warper_settings
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
-from transformers_prism.verification import OutputRows, walking_as_accelerators_do, warper_settings
 
 pytestmark = pytest.mark.quick
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
@@ -179,7 +180,7 @@ def test_other_calls_cannot_walk_on_the_device(settings, monkeypatch):
     draft.is_strict = False
     target.generate(input_ids, **arguments)
     assert draft.last_speculation.walk == "host"
-    monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", ("cpu",))
+    monkeypatch.setattr("transformers_prism.decoding.sequences.TRITON_DEVICES", ("cpu",))
     target.generate(input_ids, **arguments)
     assert draft.last_speculation.walk == "host"
     monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="device"))
@@ -191,7 +192,7 @@ def test_an_accelerator_walks_on_the_device_by_itself(monkeypatch):
     """And a CPU on the host."""
     target, draft, input_ids, _ = scripted(1, {"do_sample": False})
     for devices, walk in ((("cuda", "xpu"), "host"), (("cpu",), "device")):
-        monkeypatch.setattr("transformers_prism.verification.TRITON_DEVICES", devices)
+        monkeypatch.setattr("transformers_prism.decoding.sequences.TRITON_DEVICES", devices)
         target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
         assert draft.last_speculation.walk == walk
 
@@ -258,7 +259,7 @@ def move_to_accelerator(monkeypatch, target, draft, walk="auto"):
     monkeypatch.setattr(draft, "bind", lambda target, tokenizer: draft)  # refuses weights on such a device
     move_model(target)
     move_model(draft)
-    for module in ("verification", "sampling_noise"):
+    for module in ("decoding.sequences", "decoding.sampling_noise"):
         monkeypatch.setattr(f"transformers_prism.{module}.TRITON_DEVICES", (DEVICE.type,))
     generator = types.SimpleNamespace(
         get_rng_state=lambda device: torch.get_rng_state(),
@@ -321,7 +322,7 @@ def test_a_round_reads_the_device_once(attn_implementation, kind, tree, num_rows
     for reads in rounds:
         assert len(reads) == 1, reads
         assert reads[0].startswith("_to_copy at")
-        assert "verification.py" in reads[0]
+        assert "sequences.py" in reads[0]
 
 
 def test_a_round_of_a_padded_batch_reads_the_device_once(monkeypatch):

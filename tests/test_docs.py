@@ -1,4 +1,4 @@
-"""The README against the tree: its file map, its code, its commands; figures name the command behind them."""
+"""The README and CONTRIBUTING against the tree: its code, its commands; figures name the command behind them."""
 
 import importlib.util
 import re
@@ -10,33 +10,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def map_entries() -> list[tuple[str, str]]:
-    """Paths of the README's file map, with the phrase of each."""
-    block = next(text for language, text in BLOCKS if not language and text.startswith("transformers_prism/"))
-    entries, folders = [], []
-    for line in block.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, _, phrase = line.strip().partition(" ")
-        folders[depth:] = [name]
-        if not name.endswith("/"):
-            entries.append(("".join(folders), phrase.strip()))
-    return entries
-
-
 @pytest.mark.quick
-def test_docs_file_map_is_the_tree():
-    """Every Python file of the package, the benchmarks and the examples is in the map, once, with a phrase; nothing else is."""
-    files = [path for folder in ("transformers_prism", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
-    entries = map_entries()
-    assert sorted(path for path, _ in entries) == sorted(path.relative_to(ROOT).as_posix() for path in files)
-    assert all(phrase for _, phrase in entries)
+def test_docs_layout_names_every_room():
+    """Every folder of the package and every file in its root has a row in CONTRIBUTING's table, once; nothing else has."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(\w+(?:/|\.py))` \| ", text, flags=re.MULTILINE)
+    package = ROOT / "transformers_prism"
+    folders = [f"{path.parent.name}/" for path in package.glob("*/*.py")]
+    files = [path.name for path in package.glob("*.py")]
+    assert sorted(rooms) == sorted({*folders, *files} - {"__init__.py"})
 
 
 @pytest.mark.quick
@@ -56,7 +45,7 @@ def test_docs_python_blocks_run(tiny_folders, capsys):
 def test_docs_settings_of_the_tree_are_read(tiny_folders):
     """The line of the README that sets the tree names settings that the loop reads."""
     from transformers_prism import PrismDraftModel
-    from transformers_prism.tree_policy import TreeSettings
+    from transformers_prism.policy.settings import TreeSettings
 
     draft = PrismDraftModel.from_pretrained(tiny_folders[1])
     line = re.search(r"`(draft\.generation_config\.update\(.*?\))`", README).group(1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from fault_lines import SCENARIOS, Call, Tracer, check_lines, lines_of
 
-from transformers_prism.cache import AdoptedLayers
-from transformers_prism.target_rounds import ChainTarget
+from transformers_prism.decoding.cache import AdoptedLayers
+from transformers_prism.decoding.target_side import ChainTarget
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 BY_NAME = {one.name: one for one in SCENARIOS}
@@ -36,7 +36,7 @@ def test_state_is_as_before_wherever_a_call_fails(name, pairs):
 def test_lines_of_a_call_are_those_of_the_package_and_of_models_below_it(pairs):
     call = Call(BY_NAME["chat"], pairs["mistral"])
     files = {place[0].rsplit("/", 1)[-1] for place in lines_of(call)}
-    assert {"generation.py", "target_rounds.py", "drafting.py", "modeling_mistral.py", "cache_utils.py"} <= files
+    assert {"generation.py", "target_side.py", "draft_side.py", "modeling_mistral.py", "cache_utils.py"} <= files
     assert "test_faults.py" not in files
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_put_back_is_seen(name, owner, method, pairs, monkeypatch):
 def test_an_error_that_is_swallowed_must_leave_the_output_right(pairs, monkeypatch):
     """A call that goes well although a line raised is compared with plain decoding."""
     call = Call(BY_NAME["chat"], pairs["mistral"])
-    place = next(place for place in lines_of(call) if place[0].endswith("drafting.py"))
+    place = next(place for place in lines_of(call) if place[0].endswith("draft_side.py"))
     monkeypatch.setattr(call, "run", lambda draft: _run_to_the_end(call, place))
     assert fault_lines.raise_at(call, place, RuntimeError)[0] == ["was swallowed, and the output is wrong"]
 

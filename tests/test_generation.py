@@ -30,8 +30,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
-from transformers_prism.drafting import Drafter
-from transformers_prism.ngrams import NgramIndex
+from transformers_prism.decoding.draft_side import Drafter
+from transformers_prism.policy.ngrams import NgramIndex
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 pytestmark = pytest.mark.quick

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.hub.card import write_card
+from transformers_prism.hub.files import upload, weights_sha256
 from transformers_prism.hub.inspection import inspect_draft, verify_files
 from transformers_prism.hub.weight_headers import read_weight_headers
-from transformers_prism.publishing import upload, weights_sha256
 
 pytestmark = pytest.mark.quick
 

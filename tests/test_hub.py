@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.hub.card import write_card
-from transformers_prism.publishing import OPEN_LICENSES, published_files, published_name
+from transformers_prism.hub.files import OPEN_LICENSES, published_files, published_name
 
 NAME = "me/tiny-PRISM"
 

@@ -10,7 +10,7 @@ from test_published_set import run_without_package
 
 from transformers_prism import PrismDraftModel
 from transformers_prism.hub.card import write_card
-from transformers_prism.publishing import published_code, published_files, published_name, weights_sha256
+from transformers_prism.hub.files import published_code, published_files, published_name, weights_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("hub_cards/*/config.json"))

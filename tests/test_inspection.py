@@ -12,7 +12,7 @@ from tiny_models import tiny_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.hub.inspection import draft_folder, inspect_draft, verify_files
 from transformers_prism.hub.weight_headers import read_weight_headers
 

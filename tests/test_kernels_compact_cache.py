@@ -192,8 +192,8 @@ def test_operator_is_registered_properly():
 @pytest.mark.kernel
 def test_bench_refuses_to_time_a_failing_kernel():
     """A right result passes; a wrong one, or one that is not a number, ends without a time."""
-    from transformers_prism.benchmark.kernel_cases.compact_cache import cases
-    from transformers_prism.benchmark.kernels import bench_case, relative_error
+    from transformers_prism.bench.kernel_cases.compact_cache import cases
+    from transformers_prism.bench.kernels import bench_case, relative_error
 
     case = cases()[1]
     assert relative_error(case, DEVICE) == 0.0

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from transformers_prism.benchmark import kernels as bench
-from transformers_prism.cli import app
+from transformers_prism.bench import kernels as bench
+from transformers_prism.cli.main import app
 from transformers_prism.kernels import context_alignment_attention, top_k_log_prob, tree_attention
 
 KERNELS = sorted(bench.kernel_modules())

@@ -15,10 +15,10 @@ from kernel_checks import DEVICE, run_interpreted
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 
 from transformers_prism import PrismConfig, generation
+from transformers_prism.decoding.sequences import OutputRows
 from transformers_prism.kernels import dispatch
 from transformers_prism.kernels.dispatch import operator_namespace, use_triton
 from transformers_prism.training.alignment import aligned_forward
-from transformers_prism.verification import OutputRows
 
 pytestmark = pytest.mark.quick
 

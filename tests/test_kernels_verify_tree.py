@@ -343,8 +343,8 @@ def test_bench_cases_pass_and_wrong_ones_do_not():
     import dataclasses
     from functools import partial
 
-    from transformers_prism.benchmark.kernel_cases.verify_tree import cases
-    from transformers_prism.benchmark.kernels import Inputs, relative_error
+    from transformers_prism.bench.kernel_cases.verify_tree import cases
+    from transformers_prism.bench.kernels import Inputs, relative_error
 
     for case in cases():
         small = dataclasses.replace(case, make=partial(case.make, num_nodes=7, vocab_size=97))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import generate_twice, prompts, tiny_draft, tiny_target
 from transformers import AutoModel
 
-from transformers_prism import PrismConfig, PrismDraftModel, loading
+from transformers_prism import PrismConfig, PrismDraftModel
+from transformers_prism.hub import loading
 from transformers_prism.hub.inspection import inspect_draft
 
 pytestmark = pytest.mark.quick

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import PAD_ID, prompts, tiny_draft, tiny_target
 
+from transformers_prism.decoding.target_side import TreeTarget
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.target_rounds import TreeTarget
 
 pytestmark = pytest.mark.quick
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "memory.md").read_text(encoding="utf-8")

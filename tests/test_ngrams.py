@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformers_prism.ngrams import NgramIndex
+from transformers_prism.policy.ngrams import NgramIndex
 
 pytestmark = pytest.mark.quick
 

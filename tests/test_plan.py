@@ -10,7 +10,7 @@ from tiny_models import chat_tokenizer, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.training.plan import describe_plan
 from transformers_prism.training.recipes import TrainConfig
 from transformers_prism.training.train import AlignedTrainer, train

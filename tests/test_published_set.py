@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.import_utils import split_package_version
 
 import transformers_prism
-from transformers_prism.publishing import published_code, published_files, published_name, weights_sha256
+from transformers_prism.hub.files import published_code, published_files, published_name, weights_sha256
 
 pytestmark = pytest.mark.quick
 PACKAGE = Path(transformers_prism.__file__).parent
@@ -84,11 +84,10 @@ def test_published_code_is_the_packages_code(saved):
             if ours == published:
                 continue
             num_rewritten += 1
-            assert path.parent != PACKAGE or b"from .kernels." in ours
-            assert published in (
-                ours.replace(b"from .kernels.", b"from .kernels_"),
-                ours.replace(b"from .", b"from .kernels_"),
-            )
+            indent, dots, module, rest = re.fullmatch(rb"( *from )(\.+)([\w.]+)( import .*\n)", ours).groups()
+            folders = path.relative_to(PACKAGE).parts[: -len(dots)]
+            flat = "_".join([*folders, *module.decode().split(".")])
+            assert published == indent + b"." + flat.encode() + rest
     assert num_rewritten > 0
     name = "custom_generate/generate.py"
     assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes()
@@ -96,11 +95,15 @@ def test_published_code_is_the_packages_code(saved):
 
 def test_published_imports_of_a_folder_are_flattened():
     """In a file beside the folder, in one inside it, and nowhere but in import lines."""
-    cache, kernel = PACKAGE / "cache.py", PACKAGE / "kernels" / "compact_cache.py"
-    assert "\nfrom .kernels_compact_cache import compact_cache\n" in published_code(cache)
+    walk, kernel = PACKAGE / "decoding" / "sequences.py", PACKAGE / "kernels" / "verify_tree.py"
+    loop = PACKAGE / "generation.py"
+    assert "\nfrom .kernels_verify_tree import " in published_code(walk)
+    assert "\nfrom .decoding_tree import " in published_code(walk)
+    assert "\nfrom .transformers_names import " in published_code(walk)
     assert "\nfrom .kernels_dispatch import " in published_code(kernel)
-    assert published_name(kernel) == "kernels_compact_cache.py"
-    assert published_name(cache) == "cache.py"
+    assert "\nfrom .decoding_sequences import " in published_code(loop)
+    assert published_name(kernel) == "kernels_verify_tree.py"
+    assert published_name(loop) == "generation.py"
 
 
 def test_published_code_imports_only_torch_and_transformers():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import tiny_target
 
-from transformers_prism.benchmark.generate import count_steps
-from transformers_prism.benchmark.record import hardware, write_record
+from transformers_prism.bench.generate import count_steps
+from transformers_prism.bench.record import hardware, write_record
 from transformers_prism.command_line import command_line, this_command
-from transformers_prism.speculation import RoundTree, Speculation
+from transformers_prism.decoding.speculation import RoundTree, Speculation
 
 pytestmark = pytest.mark.quick
 

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from transformers_prism.conversion.prism_artifact import convert
-from transformers_prism.drafting import Drafter
+from transformers_prism.decoding.draft_side import Drafter
+from transformers_prism.decoding.sequences import OutputRows, walk
+from transformers_prism.decoding.tree import Tree
+from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.transformers_names import cache_of
-from transformers_prism.tree import Tree
-from transformers_prism.tree_policy import TreeSettings
-from transformers_prism.verification import OutputRows, walk
 
 pytestmark = pytest.mark.quick
 

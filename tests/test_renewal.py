@@ -10,9 +10,9 @@ from test_published_set import LENGTH, run_without_package
 from tiny_models import prompts, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
+from transformers_prism.hub.files import AUTO_MAP, code_files
 from transformers_prism.hub.renewal import renew_code
-from transformers_prism.publishing import AUTO_MAP, code_files
 
 NAME = "me/tiny-PRISM"
 # What an earlier release left: code that no longer runs, code that nothing imports any more, and a user's own file.

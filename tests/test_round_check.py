@@ -8,8 +8,8 @@ import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_target
 from transformers import LlamaConfig
 
-from transformers_prism import round_check
-from transformers_prism.round_check import is_tried, lengths_named
+from transformers_prism.decoding import round_check
+from transformers_prism.decoding.round_check import is_tried, lengths_named
 
 LENGTH = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": PAD_ID}
 

@@ -19,10 +19,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from transformers_prism import drafting, generation, verification
+from transformers_prism import generation
+from transformers_prism.decoding import draft_side as drafting
+from transformers_prism.decoding import sequences as verification
+from transformers_prism.decoding.sampling_noise import MAX_NOISE_BYTES, StepNoise
+from transformers_prism.decoding.sequences import OutputRows
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.sampling_noise import MAX_NOISE_BYTES, StepNoise
-from transformers_prism.verification import OutputRows
 
 VOCABULARY = 50
 NUM_STEPS = 40

@@ -6,9 +6,9 @@ import pytest
 import soak
 import torch
 
-from transformers_prism import verification
-from transformers_prism.sampling_noise import StepNoise
-from transformers_prism.verification import OutputRows
+from transformers_prism.decoding import sequences as verification
+from transformers_prism.decoding.sampling_noise import StepNoise
+from transformers_prism.decoding.sequences import OutputRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

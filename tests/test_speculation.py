@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from transformers_prism.speculation import Speculation
+from transformers_prism.decoding.speculation import Speculation
 
 pytestmark = pytest.mark.quick
 

@@ -18,8 +18,8 @@ from benchmarks.study_figures import ratio_interval, tau_after, tau_interval
 from benchmarks.study_page import CLAIMS, verdict
 from benchmarks.unmasked_softmax import UnmaskedPasses
 from transformers_prism import PrismDraftModel
-from transformers_prism.benchmark.acceptance import tree_settings
-from transformers_prism.publishing import weights_sha256
+from transformers_prism.bench.acceptance import tree_settings
+from transformers_prism.hub.files import weights_sha256
 from transformers_prism.training import alignment
 from transformers_prism.training.conversations import read_conversations
 from transformers_prism.training.recipes import TrainConfig

@@ -11,7 +11,7 @@ from pretend_accelerator import PretendedAccelerator, move_model
 from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.training.conversations import Contamination, read_conversations
 from transformers_prism.training.slots import Slots
 from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer, synthesize
@@ -229,7 +229,7 @@ def test_the_command_shares_the_work(tmp_path, target):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(40)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "transformers_prism.cli", "synthesize", "--output", str(tmp_path / "data")]
+    command = [*launcher, "-m", "transformers_prism.cli.main", "synthesize", "--output", str(tmp_path / "data")]
     command += ["--target", str(tmp_path / "target"), "--prompts", str(prompts), "--num-tokens", "400"]
     command += ["--batch-size", "4", "--max-user-tokens", "20", "--max-answer-tokens", "12", "--no-packed"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

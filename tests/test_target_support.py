@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_prism.target_support import RotarySwitch, layer_windows, rotary_switches, takes_tree_mask
+from transformers_prism.decoding.target_support import RotarySwitch, layer_windows, rotary_switches, takes_tree_mask
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
 SMALL = {"vocab_size": 97, "pad_token_id": PAD_ID, "bos_token_id": 2, "eos_token_id": None, "initializer_range": 0.3}

@@ -15,7 +15,7 @@ from tiny_models import scripted_draft, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate

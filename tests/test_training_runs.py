@@ -40,7 +40,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-def command(folder, name, *more, processes=1, program=("-m", "transformers_prism.cli"), **options):
+def command(folder, name, *more, processes=1, program=("-m", "transformers_prism.cli.main"), **options):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

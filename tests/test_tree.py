@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from transformers_prism.kernels.grow_tree import ancestor_bits, stable_top_k
-from transformers_prism.kernels.tree_attention import unpack_ancestors
-from transformers_prism.tree import (
+from transformers_prism.decoding.tree import (
     CandidatePool,
     Tree,
     ancestor_mask,
@@ -15,6 +13,8 @@ from transformers_prism.tree import (
     visible_keys,
     within_window,
 )
+from transformers_prism.kernels.grow_tree import ancestor_bits, stable_top_k
+from transformers_prism.kernels.tree_attention import unpack_ancestors
 
 pytestmark = pytest.mark.quick
 

@@ -88,7 +88,7 @@ import transformers
 transformers.__version__ = VERSION
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import transformers_prism, transformers_prism.cli
+    import transformers_prism, transformers_prism.cli.main
 print([str(one.message) for one in caught if "tried" in str(one.message)])
 """
 

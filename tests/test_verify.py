@@ -9,9 +9,9 @@ import torch
 from tiny_models import prompts, tiny_draft, varied_target
 from typer.testing import CliRunner
 
-from transformers_prism import auto_trees, generation, target_rounds
-from transformers_prism.benchmark import verify as verify_module
-from transformers_prism.benchmark.verify import (
+from transformers_prism import generation
+from transformers_prism.bench import verify as verify_module
+from transformers_prism.bench.verify import (
     CONTROL,
     PATHS,
     Check,
@@ -27,9 +27,11 @@ from transformers_prism.benchmark.verify import (
     path_in_words,
     verify,
 )
-from transformers_prism.cli import app
+from transformers_prism.cli.main import app
+from transformers_prism.decoding import target_side as target_rounds
 from transformers_prism.hub.card import verify_rows
-from transformers_prism.round_costs import RoundCosts
+from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy.costs import RoundCosts
 
 pytestmark = pytest.mark.quick
 
@@ -251,8 +253,8 @@ def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):
     """0 and a report, or 1."""
     target, draft, inputs = pair
     monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
-    monkeypatch.setattr("transformers_prism.demo.load_pair", lambda *names: (target, None, draft))
-    monkeypatch.setattr("transformers_prism.demo.chat_inputs", lambda tokenizer, question, device: inputs[0])
+    monkeypatch.setattr("transformers_prism.cli.demo.load_pair", lambda *names: (target, None, draft))
+    monkeypatch.setattr("transformers_prism.cli.demo.chat_inputs", lambda tokenizer, question, device: inputs[0])
     arguments = ["verify", "--max-new-tokens", "12", "--json", str(tmp_path / "report.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

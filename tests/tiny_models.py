@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transformers_prism import PrismConfig, PrismDraftModel
-from transformers_prism.tree import CandidatePool, Tree
+from transformers_prism.decoding.tree import CandidatePool, Tree
 
 VOCAB_SIZE = 97
 PAD_ID = 0

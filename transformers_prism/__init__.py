@@ -8,6 +8,15 @@ from .generation import install, uninstall
 from .modeling_prism import PrismDraftModel
 from .tried_releases import warn_of_untried_release
 
+
+def _write_card(folder):
+    from .hub.card import write_card  # needs what nothing else of the package does: only when a draft is saved
+
+    write_card(folder, [], with_plot=False)
+
+
+PrismDraftModel.write_card = staticmethod(_write_card)
+
 __version__ = "0.1.0"
 
 warn_of_untried_release()

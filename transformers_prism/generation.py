@@ -19,15 +19,18 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .attention import install_lending, lent_attention, uninstall_lending
-from .auto_trees import AutoTrees
 from .borrowed_layers import reason_against_target
-from .ngrams import NgramIndex
-from .planned_trees import PlannedTrees
-from .round_check import RoundCheck
-from .speculation import RoundTree, Speculation
-from .target_rounds import ChainTarget, NewPositions, make_target, read_all
-from .target_support import Declined, reason_against_training
+from .decoding.attention import install_lending, lent_attention, uninstall_lending
+from .decoding.round_check import RoundCheck
+from .decoding.sequences import OutputRows, walk, walk_on_device
+from .decoding.speculation import RoundTree, Speculation
+from .decoding.target_side import ChainTarget, NewPositions, make_target, read_all
+from .decoding.target_support import Declined, reason_against_training
+from .decoding.tree import root_tree
+from .policy.automatic import AutoTrees
+from .policy.ngrams import NgramIndex
+from .policy.planned import PlannedTrees
+from .policy.settings import TreeSettings
 from .transformers_names import (
     assisted_decoding,
     cache_of,
@@ -36,9 +39,6 @@ from .transformers_names import (
     decoding_experts,
     set_assisted_decoding,
 )
-from .tree import root_tree
-from .tree_policy import TreeSettings
-from .verification import OutputRows, walk, walk_on_device
 
 # Processors that keep one state for a whole batch, so that rows cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")

@@ -6,6 +6,7 @@ Source: PRISM (arXiv:2602.01762) and its artifact.
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,17 +20,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
 from .cpu import refresh_packed_weights
-from .drafting import Drafter
+from .decoding.draft_side import Drafter
+from .decoding.speculation import Speculation
 from .generation import install, speculative_generate
+from .hub.files import AUTO_MAP, upload, write_published_files
+from .hub.loading import check_headers, check_memory, check_names_and_shapes, check_values, complete_tree_settings
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
-from .loading import check_headers, check_memory, check_names_and_shapes, check_values, complete_tree_settings
+from .policy.settings import default_tree_settings
 from .processing_module import PrismProcessingModule
-from .publishing import AUTO_MAP, upload, write_published_files
-from .speculation import Speculation
 from .transformers_names import CACHE_KEYWORD, CACHE_NAMES, cache_of, mark_as_own, name_of, revision_of
-from .tree_policy import default_tree_settings
 from .tried_releases import errors_tell_of_untried_release, warn_of_untried_release
 
 # What save_pretrained() hands on to push_to_hub().
@@ -69,6 +70,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     Args:
         config ([`PrismConfig`]): the architecture.
     """
+
+    # Of a folder whose weights are new; the package sets it, a draft's own copy of the code cannot write cards.
+    write_card: Callable[[Path], object] | None = None
 
     def __init__(self, config: PrismConfig):
         check_memory(config)
@@ -143,7 +147,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         if is_main_process:
             target_name = (self.config.target_fingerprint or {}).get("name")
             revision = revision_of(self.config)
-            write_published_files(save_directory, name_of(self.config), revision, target_name)
+            write_published_files(save_directory, name_of(self.config), revision, target_name, self.write_card)
         if push_to_hub and is_main_process:
             repo_id = hub_arguments.pop("repo_id", None) or Path(save_directory).name
             self.push_to_hub(repo_id, max_shard_size=kwargs.get("max_shard_size", "50GB"), **hub_arguments)

@@ -20,8 +20,8 @@ from transformers_prism.conversion.checkpoint import (
     read_weight_ending_with,
     read_weights,
 )
+from transformers_prism.hub.files import ABOUT, CARD, card_license
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.publishing import ABOUT, CARD, card_license
 from transformers_prism.whole_files import write_json
 
 EXPERIMENTAL = (

@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from transformers_prism.hub.files import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
 from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
-from transformers_prism.publishing import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
 from transformers_prism.whole_files import write_text
 
 # In a clone, and in an installed package.

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import cached_file
 
 from transformers_prism.configuration_prism import PrismConfig
+from transformers_prism.hub.files import METRICS, weights_sha256
 from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.publishing import METRICS, weights_sha256
 from transformers_prism.target import read_target_config
 
 

@@ -9,7 +9,7 @@ dtype, tree, batch, baseline and command stay with every figure.
 import json
 from pathlib import Path
 
-from transformers_prism.publishing import METRICS, weights_sha256
+from transformers_prism.hub.files import METRICS, weights_sha256
 from transformers_prism.whole_files import write_json
 
 KINDS = ("generate", "acceptance", "verify")

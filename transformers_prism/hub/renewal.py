@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import StrictDataclassError
 
 from transformers_prism.configuration_prism import PrismConfig
-from transformers_prism.publishing import AUTO_MAP, code_files
+from transformers_prism.hub.files import AUTO_MAP, code_files
 
 CONFIG = "config.json"
 # Code of an earlier release that a later one may no longer have. What lies in other folders is not ours.

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from transformers_prism.publishing import DRAFT_VOCABULARY, shard_names
+from transformers_prism.hub.files import DRAFT_VOCABULARY, shard_names
 
 
 @dataclass(frozen=True)

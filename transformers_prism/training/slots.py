@@ -12,11 +12,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from transformers_prism.attention import lent_sdpa
-from transformers_prism.target_support import layer_windows, takes_tree_mask
+from transformers_prism.decoding.attention import lent_sdpa
+from transformers_prism.decoding.target_support import layer_windows, takes_tree_mask
+from transformers_prism.decoding.tree import attention_mask
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import attention_name, cache_argument
-from transformers_prism.tree import attention_mask
 
 # Prompts of which several conversations begin alike are read once; so many are remembered.
 _MAX_REMEMBERED = 16

@@ -24,8 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 
 import transformers_prism
 from transformers_prism.command_line import command_line
+from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.publishing import CURVES, TRAINING
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining, reaches_all_weights

@@ -1,0 +1,127 @@
+"""`tree="auto"` on accelerators, on CPU tensors: lossless, planned before the round, and learnt from what came of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_automatic import ARGUMENTS, LENGTH, PerfectDraft
+from tiny_models import generate_twice, prompts, scripted_draft, tiny_draft, varied_target
+
+from transformers_prism import generation
+from transformers_prism.policy.planned import PlannedTrees
+from transformers_prism.policy.settings import TreeSettings
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(autouse=True)
+def planned(monkeypatch):
+    """The road that accelerators take, which a CPU does not take by itself."""
+    monkeypatch.setattr(generation, "_trees_for", PlannedTrees)
+
+
+def scripted(num_rows, **settings):
+    """Target, draft and prompts; the draft is right and wrong about plain decoding's text."""
+    input_ids, mask = prompts(num_rows)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+    return target, scripted_draft(target, plain, input_ids.shape[1], tree="auto", **settings), input_ids, mask
+
+
+def make_trees(cheap_rounds, **settings):
+    """Planned trees for one row, before their first round."""
+    target, draft, *_ = scripted(1)
+    rows = SimpleNamespace(num_rows=1, do_sample=False)
+    return PlannedTrees(
+        TreeSettings(**{"tree": "auto", "top_k": 10, "depth": 8, "num_nodes": 63, **settings}), target, draft, rows
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_planned_trees_are_lossless(num_rows, cheap_rounds):
+    """In several calls, which share what was learnt, with trees of more than one size."""
+    cheap_rounds.verify_seconds[1] = 6.0
+    target, draft, input_ids, mask = scripted(num_rows, tree_depth=8, tree_num_nodes=63)
+    sizes = set()
+    for _ in range(3):
+        plain, speculative, same_state = generate_twice(target, draft, input_ids, mask, **ARGUMENTS)
+        assert torch.equal(plain, speculative)
+        assert same_state
+        sizes |= {(tree.num_steps, tree.num_nodes) for tree in draft.last_speculation.trees}
+    assert len(sizes) > 1
+
+
+def test_planned_a_draft_that_is_always_right_gets_deep_trees(cheap_rounds, monkeypatch):
+    """After a few calls rounds commit nearly as many tokens as the largest tree allows."""
+    target, draft, input_ids, mask = scripted(1, tree_depth=6)
+    make_drafter = type(draft).make_drafter
+
+    def perfect(self):
+        drafter = make_drafter(self)
+        drafter.random = PerfectDraft()
+        return drafter
+
+    monkeypatch.setattr(type(draft), "make_drafter", perfect)
+    for _ in range(5):
+        target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS)
+    assert draft.last_speculation.acceptance_length > 4
+    assert draft.last_speculation.estimates["advantage"] > 2
+
+
+def test_planned_a_useless_draft_is_left_alone(cheap_rounds):
+    """It is tried a few times, later calls wait before they try it; in between copies of the text still join."""
+    input_ids, mask = prompts(1)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto")
+    cheap_rounds.step_seconds = 0.2
+    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+    tried = []
+    for _ in range(3):
+        assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
+        tried.append([index for index, tree in enumerate(draft.last_speculation.trees) if tree.num_steps])
+    assert tried[0][0] == 0
+    assert len(tried[0]) <= 20
+    assert tried[2][0] >= 4
+    assert 1 <= len(tried[2]) <= 4
+    assert any(tree.num_copied for tree in draft.last_speculation.trees)
+
+
+def test_planned_tokens_that_cost_much_get_small_trees(cheap_rounds):
+    """And steps that cost much get shallow ones."""
+    trees = make_trees(cheap_rounds)
+    usual = trees._plan(1, 8, 63)
+    assert usual.depth > 1
+    assert usual.num_nodes > 1
+    cheap_rounds.verify_seconds[1] = 64.0
+    assert trees._plan(1, 8, 63).num_nodes == 1
+    cheap_rounds.verify_seconds[1] = 2.0
+    cheap_rounds.step_seconds = 10.0
+    assert trees._plan(1, 8, 63).depth == 1
+
+
+@pytest.mark.parametrize(("limit", "max_nodes", "top_k"), [(1, 63, 10), (8, 2, 10), (3, 63, 1), (8, 63, 2)])
+def test_plans_keep_to_their_bounds(cheap_rounds, limit, max_nodes, top_k):
+    """Depth, nodes, and what so many steps can draw."""
+    trees = make_trees(cheap_rounds, top_k=top_k)
+    trees.experience.first_value, trees.experience.step_gain = 1.0, 1.0
+    trees.experience.rank_values[:] = 0.9
+    plan = trees._plan(2, limit, max_nodes)
+    assert 1 <= plan.depth <= min(limit, max_nodes)
+    assert 1 <= plan.num_nodes <= min(max_nodes, plan.pool_size(plan.depth), 63)
+
+
+def test_planned_values_follow_rounds_and_drift_back(cheap_rounds):
+    """Ranks that a small tree does not reach, and the gain of steps that it does not run, return to their beginning."""
+    trees = make_trees(cheap_rounds)
+    experience, prior = trees.experience, trees.experience.rank_values.clone()
+    experience.rank_values[:] = 0.0
+    experience.step_gain = 0.0
+    trees.plan = TreeSettings("static", 10, 1, 3)
+    for _ in range(300):
+        trees._note_values(torch.tensor([[0.9, 0.05, 0.02]], dtype=torch.float64), torch.tensor([[1, 1, 1]]))
+    assert experience.rank_values[0] > 0.8
+    assert experience.rank_values[2] < 0.1
+    torch.testing.assert_close(experience.rank_values[3:], prior[3:], atol=1e-3, rtol=0.01)
+    assert experience.step_gain == pytest.approx(0.7, abs=0.01)
+    assert experience.first_value == pytest.approx(0.97, abs=0.01)

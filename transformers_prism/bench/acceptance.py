@@ -1,0 +1,182 @@
+"""What a draft accepts: tau of fixed trees on benchmark prompts, greedy and sampled. Nothing is timed.
+
+    transformers-prism bench acceptance --prompts spec_bench.jsonl --json acceptance.json
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from transformers_prism.bench.record import finished_part, record_head
+from transformers_prism.cpu import PreparedModels, prepare_for_cpu
+from transformers_prism.decoding.speculation import acceptance_length
+from transformers_prism.training.conversations import loop_period
+from transformers_prism.whole_files import write_json
+
+# Nodes/depth/top-k; the first is the tree of the EAGLE and PRISM papers.
+TREES = ("59/6/10", "15/4/4", "5/5/1")
+TEMPERATURES = (0.0, 0.8)
+
+
+def tree_settings(tree: str) -> dict:
+    """Generation settings of a tree written as nodes/depth/top-k.
+
+    Raises:
+        ValueError: if it is written in another way.
+    """
+    parts = tree.split("/")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"trees: expected nodes/depth/top-k such as 59/6/10, got {tree!r}")
+    num_nodes, depth, top_k = map(int, parts)
+    kind = "chain" if top_k == 1 else "static"
+    return {"tree": kind, "tree_num_nodes": num_nodes, "tree_depth": depth, "tree_top_k": top_k}
+
+
+def packed_for_cpu(target, draft, packed: bool) -> PreparedModels:
+    """The models with their weights packed while this lasts, if that is asked for and they are on a CPU."""
+    return prepare_for_cpu(*(target, draft) if packed and target.device.type == "cpu" else ())
+
+
+@torch.no_grad()
+def decode_prompts(
+    target,
+    draft,
+    questions: Iterable[tuple[str, dict]],
+    tree: str,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    is_coupled: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """Decode prompts with a draft, one by one.
+
+    Args:
+        target, draft: the models, bound to each other; the draft's tree settings are changed.
+        questions: task and generate()'s inputs of each prompt.
+        tree (`str`): nodes/depth/top-k.
+        temperature (`float`): 0 is greedy.
+        max_new_tokens, seed (`int`): of each answer.
+        is_coupled (`bool`): whether the draft sees the random numbers of sampling.
+        advance: called after each answer.
+    Returns:
+        `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, and whether it `ends_in_a_loop`.
+    """
+    draft.generation_config.update(**tree_settings(tree), tree_coupled=is_coupled)
+    settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    if temperature > 0:
+        settings["temperature"] = temperature
+    answers = []
+    for task, inputs in questions:
+        torch.manual_seed(seed)
+        output = target.generate(**inputs, **settings, assistant_model=draft)
+        speculation = draft.last_speculation
+        answers.append(
+            {
+                "task": task,
+                "num_rounds": sum(speculation.num_rounds),
+                "num_committed": sum(speculation.num_committed),
+                "ends_in_a_loop": loop_period(output[0, inputs["input_ids"].shape[1] :].tolist()) is not None,
+            }
+        )
+        advance()
+    return answers
+
+
+def acceptance_figures(answers: list[dict]) -> dict:
+    """What [`decode_prompts`] found, summed up.
+
+    Returns:
+        `dict`: `num_rounds`, `num_committed`, their quotient `tau` (None without rounds), and
+        `share_of_answers_in_a_loop`, which flatters tau.
+    """
+    num_rounds, num_committed = (sum(one[name] for one in answers) for name in ("num_rounds", "num_committed"))
+    tau = acceptance_length(num_committed, num_rounds)
+    return {
+        "num_rounds": num_rounds,
+        "num_committed": num_committed,
+        "tau": tau and round(tau, 4),
+        "share_of_answers_in_a_loop": round(sum(one["ends_in_a_loop"] for one in answers) / len(answers), 4),
+    }
+
+
+def bench_acceptance(
+    target,
+    draft,
+    questions: list[tuple[str, dict]],
+    settings: dict,
+    weights: str,
+    path: Path | None = None,
+    resume: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """Measure a draft with every tree at every temperature; the file is written after each of them.
+
+    Args:
+        target, draft: the models, bound to each other.
+        questions: task and generate()'s inputs of each prompt.
+        settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `coupled`, `packed`, and what else the file is
+            to say; `text_tokens` is the draft's own setting.
+        weights (`str`): [`weights_sha256`] of the draft.
+        path (`Path`, *optional*): of the measurement's file.
+        resume (`bool`): keep what the file holds already.
+        advance: called after each answer.
+    Returns:
+        `list[dict]`: per tree and temperature [`acceptance_figures`], those of each task in `tasks`, and the `answers`.
+    Raises:
+        ValueError: for a tree that cannot be read, or a file of another measurement.
+    """
+    ways = list(itertools.product(settings["trees"], settings["temperatures"]))
+    for tree, _ in ways:
+        tree_settings(tree)
+    head = record_head("acceptance", target, settings, weights)
+    found = finished_part(path, head) if path is not None and resume else None
+    rows = found["rows"] if found else []
+    with packed_for_cpu(target, draft, settings["packed"]):
+        for tree, temperature in ways[len(rows) :]:
+            how = {"max_new_tokens": settings["max_new_tokens"], "seed": settings["seed"], "is_coupled": settings["coupled"]}
+            answers = decode_prompts(target, draft, questions, tree, temperature, advance=advance, **how)
+            by_task = defaultdict(list)
+            for answer in answers:
+                by_task[answer["task"]].append(answer)
+            tasks = {task: acceptance_figures(members) for task, members in by_task.items()}
+            rows.append(
+                {
+                    "tree": tree,
+                    "temperature": temperature,
+                    "num_prompts": len(answers),
+                    **acceptance_figures(answers),
+                    "tasks": tasks,
+                    "answers": answers,
+                }
+            )
+            if path is not None:
+                write_json(path, {**head, "rows": rows})
+    return rows
+
+
+def acceptance_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of a table: a column per tree and temperature, tau of all prompts and of each task below it."""
+
+    def taus(figures: list[dict]) -> list[str]:
+        return ["" if one["tau"] is None else f"{one['tau']:.2f}" for one in figures]
+
+    heading = ["tau", *(f"{row['tree']}\nT = {row['temperature']:g}" for row in rows)]
+    lines = [[task, *taus([row["tasks"][task] for row in rows])] for task in rows[0]["tasks"]]
+    loops = [f"{row['share_of_answers_in_a_loop']:.2f}" for row in rows]
+    return heading, [*lines, ["all", *taus(rows)], ["share of answers in a loop", *loops]]
+
+
+__all__ = [
+    "TEMPERATURES",
+    "TREES",
+    "acceptance_figures",
+    "acceptance_rows",
+    "bench_acceptance",
+    "decode_prompts",
+    "packed_for_cpu",
+    "tree_settings",
+]

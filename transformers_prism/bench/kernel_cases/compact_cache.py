@@ -1,0 +1,52 @@
+"""Calls of `compact_cache`: keys and values of many layers after a round."""
+
+from functools import partial
+
+import torch
+
+from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.kernels.compact_cache import _compact_cache_fwd, compact_cache
+
+
+def _make(inputs: Inputs, num_layers=2, num_heads=8, length=4224, head_dim=128, num_moves=6, dtype=torch.bfloat16):
+    buffers = [inputs.normal(1, num_heads, length, head_dim, dtype=dtype) for _ in range(2 * num_layers)]
+    step = torch.arange(num_moves, device=inputs.device)[None]
+    start = length - 2 * num_moves
+    return buffers, start + 2 * step, start + step
+
+
+def cases() -> list[KernelCase]:
+    """Every dtype, every size of tile, and a head dimension that is no power of two."""
+    sizes: dict[str, dict] = {
+        "bf16 E128 A6": {},
+        "fp16 E64 A1": {"head_dim": 64, "num_moves": 1, "dtype": torch.float16},
+        "fp32 E80 A16": {"head_dim": 80, "num_moves": 16, "dtype": torch.float32},
+        "fp32 E256 A64": {"head_dim": 256, "num_moves": 64, "dtype": torch.float32},
+        "bf16 E128 A1024": {"num_moves": 1024},
+    }
+    return [
+        KernelCase(
+            config,
+            partial(_make, **size),
+            compact_cache,
+            _compact_cache_fwd,
+            tolerance=0.0,
+            results=lambda arguments, returned: arguments[0],
+        )
+        for config, size in sizes.items()
+    ]
+
+
+def traffic(num_nodes: int) -> Traffic:
+    """32 layers, 6 accepted rows whatever N is."""
+    arguments = _make(Inputs("meta"), num_layers=32)
+    with recorded_launches() as launches:
+        _compact_cache_fwd(*arguments)
+    (launch,) = launches
+    buffer = arguments[0][0]
+    num_moves, block_a, block_e = arguments[1].shape[1], launch.kwargs["BLOCK_A"], launch.kwargs["BLOCK_E"]
+    # Rows of a tile beyond the moves are masked and not loaded.
+    per_program = min(num_moves, block_a) * min(block_e, buffer.shape[3]) * buffer.element_size()
+    moved = len(arguments[0]) * buffer.shape[1] * num_moves * buffer.shape[3] * buffer.element_size()
+    loaded = launch.num_programs * per_program
+    return Traffic(num_nodes, num_moves, launch.num_programs, {"accepted rows": (loaded, moved)}, other=loaded)

@@ -1,0 +1,110 @@
+"""Calls of `context_alignment_attention`: steps of a training batch, every dtype, head dimension and tile."""
+
+from functools import partial
+
+import torch
+
+from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.kernels.context_alignment_attention import (
+    _context_alignment_attention_bwd,
+    _context_alignment_attention_fwd,
+    context_alignment_attention,
+)
+
+
+def _make(
+    inputs: Inputs,
+    step=2,
+    num_rows=2048,
+    num_heads=32,
+    num_groups=8,
+    head_dim=128,
+    num_sequences=None,
+    dtype=torch.bfloat16,
+):
+    def heads(count):
+        # As a linear layer's output lies in memory.
+        return inputs.normal(1, num_rows, count, head_dim, dtype=dtype).transpose(1, 2)
+
+    keys, values = ([heads(num_groups) for _ in range(step + 1)] for _ in range(2))
+    starts = None
+    if num_sequences is not None:
+        rows = torch.arange(num_rows, device=inputs.device)[None]
+        starts = rows - rows % (num_rows // num_sequences)
+    return heads(num_heads), keys, values, starts, head_dim**-0.5
+
+
+def _call(query, keys, values, starts, scale, implementation):
+    """Output and every gradient, of the output's own square."""
+    query, *states = (one.detach().requires_grad_() for one in (query, *keys, *values))
+    keys, values = states[: len(keys)], states[len(keys) :]
+    output = context_alignment_attention(query, keys, values, starts, scale, implementation)
+    return output.detach(), *torch.autograd.grad(output, [query, *states], output.detach())
+
+
+def _launch(query, keys, values, starts, scale):
+    output, log_sums = _context_alignment_attention_fwd(query, keys, values, starts, scale)
+    _context_alignment_attention_bwd(output, output, log_sums, query, keys, values, starts, scale)
+
+
+def cases() -> list[KernelCase]:
+    """Each size of tile, with and without a path and packed sequences."""
+    sizes: dict[str, dict] = {
+        "bf16 E128 k2": {},
+        "bf16 E64 k4 packed": {"head_dim": 64, "num_heads": 9, "num_groups": 3, "step": 4, "num_sequences": 4},
+        "bf16 E128 k0 packed": {"step": 0, "num_sequences": 4},
+        "fp16 E80 k1": {"head_dim": 80, "num_groups": 32, "step": 1, "dtype": torch.float16},
+        "fp16 E256 k2": {"head_dim": 256, "num_heads": 8, "num_groups": 4, "dtype": torch.float16},
+        "fp32 E64 k2": {"head_dim": 64, "dtype": torch.float32},
+        "fp32 E128 k2": {"dtype": torch.float32},
+        "fp32 E256 k1": {"head_dim": 256, "num_heads": 8, "num_groups": 4, "step": 1, "dtype": torch.float32},
+    }
+    # Products of 16-bit numbers are exact in float32; weights and their gradients are rounded to 16 bits before the
+    # second products.
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+    return [
+        KernelCase(
+            config, partial(_make, **size), _call, _launch, tolerance=tolerance[size.get("dtype", torch.bfloat16)]
+        )
+        for config, size in sizes.items()
+    ]
+
+
+def every_tile() -> list[KernelCase]:
+    """A call for each tile that the launcher may choose, forward and backward, in packed sequences with a short path and a
+    long one."""
+    return [
+        KernelCase(
+            f"{dtype} E{head_dim} k{step}",
+            partial(_make, step=step, head_dim=head_dim, num_sequences=4, dtype=dtype),
+            _call,
+            _launch,
+            tolerance=0.0,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (32, 64, 128, 256)
+        for step in (2, 7)
+    ]
+
+
+def traffic(num_nodes: int) -> Traffic:
+    """The forward pass of draft step 2 over 2048 rows, whatever N is: 32 heads, 8 of keys, head dimension 128."""
+    query, keys, values, starts, scale = _make(Inputs("meta"))
+    with recorded_launches() as launches:
+        _context_alignment_attention_fwd(query, keys, values, starts, scale)
+    (launch,) = launches
+    size, step = query.element_size(), len(keys) - 1
+    num_heads, num_rows, head_dim = query.shape[1:]
+    num_groups, block_m, block_k = keys[0].shape[1], launch.kwargs["BLOCK_M"], launch.kwargs["BLOCK_K"]
+    # A program reads whole tiles up to the last row that it sees.
+    ends = [min(tile * block_m + block_m, num_rows) - step for tile in range(launch.grid[0])]
+    seen = sum(min(-(-end // block_k) * block_k, num_rows) for end in ends)
+    loaded = num_heads * seen * head_dim * size
+    own = keys[0].numel() * size
+    path = 2 * step * own
+    again = (num_heads // num_groups - 1) * path
+    streams = {"keys of step 0": (loaded, own), "values of step 0": (loaded, own)}
+    other = 2 * query.numel() * size + path + num_heads * num_rows * 4
+    return Traffic(
+        num_nodes, num_rows * num_heads // num_groups, launch.num_programs, streams, other=other, cached=again
+    )

@@ -1,0 +1,56 @@
+"""Calls of `fused_input_projection`: the frontier of a draft step, every dtype and width of tile."""
+
+from functools import partial
+
+import torch
+
+from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.kernels.fused_input_projection import _fused_input_projection_fwd, fused_input_projection
+
+
+def _make(inputs: Inputs, num_rows=10, hidden_size=4096, num_tokens=32000, has_bias=True, dtype=torch.bfloat16):
+    token_ids = inputs.integers(0, num_tokens, num_rows)
+    hidden = inputs.normal(num_rows, hidden_size, dtype=dtype)
+    embedding = inputs.normal(num_tokens, hidden_size, dtype=dtype)
+    weight = inputs.normal(hidden_size, 2 * hidden_size, dtype=dtype, scale=hidden_size**-0.5)
+    bias = inputs.normal(hidden_size, dtype=dtype) if has_bias else None
+    return token_ids, hidden, embedding, weight, bias, 1.0
+
+
+def cases() -> list[KernelCase]:
+    """Both widths of tile, and a width that is no multiple of any."""
+    sizes: dict[str, dict] = {
+        "bf16 D4096 N10": {},
+        "bf16 D576 N1": {"hidden_size": 576, "num_rows": 1},
+        "fp16 D16384 N16": {"hidden_size": 16384, "num_rows": 16, "num_tokens": 1000, "dtype": torch.float16},
+        "fp16 D90 N16": {"hidden_size": 90, "num_rows": 16, "has_bias": False, "dtype": torch.float16},
+        "fp32 D2048 N10": {"hidden_size": 2048, "dtype": torch.float32},
+    }
+    # Sums in float32 of exact products, in another order; the output is rounded to its dtype.
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+    return [
+        KernelCase(
+            config,
+            partial(_make, **size),
+            fused_input_projection,
+            _fused_input_projection_fwd,
+            tolerance=tolerance[size.get("dtype", torch.bfloat16)],
+        )
+        for config, size in sizes.items()
+    ]
+
+
+def traffic(num_nodes: int) -> Traffic:
+    """A draft step over the 16 rows that the kernel takes at most, whatever N is."""
+    arguments = _make(Inputs("meta"), num_rows=16)
+    with recorded_launches() as launches:
+        _fused_input_projection_fwd(*arguments)
+    (launch,) = launches
+    _, hidden, _, weight, bias, _ = arguments
+    size = hidden.element_size()
+    # Columns of a last tile beyond the width are masked and not loaded.
+    num_columns = min(launch.num_programs * launch.kwargs["BLOCK_D"], weight.shape[0])
+    streams = {"weight": (num_columns * weight.shape[1] * size, weight.numel() * size)}
+    inputs = 2 * hidden.numel() * size
+    other = inputs + hidden.numel() * size + bias.numel() * size
+    return Traffic(num_nodes, 16, launch.num_programs, streams, other=other, cached=(launch.num_programs - 1) * inputs)

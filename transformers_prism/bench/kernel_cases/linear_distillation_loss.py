@@ -1,0 +1,95 @@
+"""Calls of `linear_distillation_loss`: rows of a training batch, every dtype and set of losses."""
+
+from functools import partial
+
+import torch
+
+from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.kernels.linear_distillation_loss import (
+    LOSSES,
+    _linear_distillation_loss_bwd,
+    _linear_distillation_loss_fwd,
+    linear_distillation_loss,
+)
+
+
+def _make(
+    inputs: Inputs,
+    num_steps=3,
+    num_rows=1024,
+    hidden_size=4096,
+    num_tokens=32000,
+    losses=("cross_entropy",),
+    softcap=None,
+    dtype=torch.bfloat16,
+):
+    student = inputs.normal(num_steps, num_rows, hidden_size, dtype=dtype)
+    teacher = inputs.normal(num_rows, hidden_size, dtype=dtype)
+    # Logits of the size that a model's are.
+    head = inputs.normal(num_tokens, hidden_size, dtype=dtype, scale=2 * hidden_size**-0.5)
+    return student, teacher, head, losses, 1.0, softcap, 1.0, softcap
+
+
+def _call(student, *rest, implementation):
+    """Each loss of each row, and the student's gradient of their sum."""
+    student = student.detach().requires_grad_()
+    losses = linear_distillation_loss(student, *rest, implementation=implementation)
+    return losses.detach(), *torch.autograd.grad(losses.sum(), [student])
+
+
+def _launch(student, teacher, head, losses, *rest):
+    arguments = (student.flatten(0, 1), teacher, head, ",".join(losses), *rest)
+    values, statistics = _linear_distillation_loss_fwd(*arguments)
+    # The launches of one part of the vocabulary are those of all of them.
+    _linear_distillation_loss_bwd(values, statistics, *arguments)
+
+
+def cases() -> list[KernelCase]:
+    """Each dtype, each part of the losses, and a vocabulary and a width that are multiples of nothing."""
+    acceptance = ("cross_entropy", "negative_log_acceptance")
+    few = {"hidden_size": 90, "num_tokens": 50257, "num_rows": 5, "num_steps": 1}
+    wide = {"hidden_size": 2048, "num_rows": 256, "softcap": 30.0}
+    sizes: dict[str, dict] = {
+        "bf16 D4096 V32000": {},
+        "bf16 D4096 V128256 acceptance": {"num_tokens": 128256, "num_steps": 1, "losses": acceptance},
+        "bf16 D2304 V262144 softcap": {"hidden_size": 2304, "num_tokens": 262144, "num_rows": 256, "softcap": 30.0},
+        "fp16 D576 V8192 all": {"hidden_size": 576, "num_tokens": 8192, "losses": LOSSES, "dtype": torch.float16},
+        "fp16 D90 V50257 R5 all softcap": {**few, "losses": LOSSES, "softcap": 30.0, "dtype": torch.float16},
+        "fp32 D90 V50257 R5 all": {**few, "losses": LOSSES, "dtype": torch.float32},
+        "fp32 D2048 V32000 all softcap": {**wide, "losses": LOSSES, "dtype": torch.float32},
+    }
+    # Losses are differences of sums in float32; gradients of logits are rounded to 16 bits before the second product, and
+    # the result again.
+    tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+    return [
+        KernelCase(
+            config, partial(_make, **size), _call, _launch, tolerance=tolerance[size.get("dtype", torch.bfloat16)]
+        )
+        for config, size in sizes.items()
+    ]
+
+
+def traffic(num_nodes: int) -> Traffic:
+    """The forward pass of three draft steps over 1024 rows and a draft vocabulary of 32000, whatever N is."""
+    student, teacher, head, losses, *rest = _make(Inputs("meta"))
+    rows = student.flatten(0, 1)
+    with recorded_launches() as launches:
+        _linear_distillation_loss_fwd(rows, teacher, head, ",".join(losses), *rest)
+    launch = launches[0]
+    size = rows.element_size()
+    row_tiles, num_splits = launch.grid
+    # Each part ends where the next begins; masked rows of its last tile are not loaded.
+    loaded = row_tiles * head.numel() * size
+    partials = launch.args[3].numel() * 4
+    tiles_of_tokens = -(-head.shape[0] // launch.kwargs["BLOCK_V"])
+    states = 2 * rows.numel() * size
+    own = rows.numel() * size + teacher.numel() * size
+    return Traffic(
+        num_nodes,
+        len(rows),
+        launch.num_programs,
+        {"head": (loaded, head.numel() * size)},
+        partials,
+        other=own,
+        cached=tiles_of_tokens * states - own,
+    )

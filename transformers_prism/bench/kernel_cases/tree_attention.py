@@ -1,0 +1,118 @@
+"""Calls of `tree_attention`: drafts and verification, every dtype, head dimension and tile."""
+
+from functools import partial
+
+import torch
+
+from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.kernels.tree_attention import _tree_attention_fwd, pack_ancestors, tree_attention
+
+
+def _make(
+    inputs: Inputs,
+    num_nodes=64,
+    num_prefix=4096,
+    num_heads=32,
+    num_groups=8,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    sliding_window=None,
+    softcap=None,
+):
+    num_keys = num_prefix + num_nodes
+    query = inputs.normal(1, num_heads, num_nodes, head_dim, dtype=dtype)
+    key = inputs.normal(1, num_groups, num_keys, head_dim, dtype=dtype)
+    value = inputs.normal(1, num_groups, num_keys, head_dim, dtype=dtype)
+    nodes = torch.arange(num_nodes, device=inputs.device)
+    # Node n descends from nodes n // 2, n // 4, ...: as deep and as wide as a drafted tree.
+    ancestors = torch.stack([nodes == nodes[:, None] >> shift for shift in range(7)]).any(0) & (
+        nodes <= nodes[:, None]
+    )
+    depths = torch.stack([nodes >> shift > 0 for shift in range(7)]).sum(0)
+    committed = torch.ones((1, num_prefix), dtype=torch.bool, device=inputs.device)
+    node_index = None if sliding_window is None else (num_prefix + depths)[None]
+    return (
+        query,
+        key,
+        value,
+        pack_ancestors(ancestors[None]),
+        committed,
+        node_index,
+        sliding_window,
+        softcap,
+        head_dim**-0.5,
+    )
+
+
+def cases() -> list[KernelCase]:
+    """Each size of tile, so that whatever the launcher may choose is compiled."""
+    sizes: dict[str, dict] = {
+        "bf16 E128 N64": {},
+        "bf16 E128 N10": {"num_nodes": 10},
+        "bf16 E64 N4 window": {
+            **{"num_nodes": 4, "head_dim": 64, "num_heads": 9, "num_groups": 3, "sliding_window": 1024},
+        },
+        "fp16 E80 N16 short prefix": {
+            **{"dtype": torch.float16, "num_nodes": 16, "head_dim": 80, "num_groups": 32, "num_prefix": 64},
+        },
+        "fp16 E256 N64 window softcap": {
+            **{"dtype": torch.float16, "head_dim": 256, "num_heads": 16, "sliding_window": 1024, "softcap": 50.0},
+        },
+        "fp32 E128 N64": {"dtype": torch.float32},
+        "fp32 E256 N10": {"dtype": torch.float32, "num_nodes": 10, "head_dim": 256, "num_heads": 8, "num_groups": 4},
+    }
+    # Products of 16-bit numbers are exact in float32; weights are rounded to 16 bits before the second product.
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    return [
+        KernelCase(
+            config,
+            partial(_make, **size),
+            tree_attention,
+            _tree_attention_fwd,
+            tolerance=tolerance[size.get("dtype", torch.bfloat16)],
+        )
+        for config, size in sizes.items()
+    ]
+
+
+def every_tile() -> list[KernelCase]:
+    """A call for each tile that the launcher may choose, with everything that takes registers."""
+    return [
+        KernelCase(
+            f"{dtype} E{head_dim} M{num_rows}",
+            partial(
+                _make, num_nodes=num_rows // 4, head_dim=head_dim, dtype=dtype, sliding_window=1024, softcap=50.0
+            ),
+            tree_attention,
+            _tree_attention_fwd,
+            tolerance=0.0,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (32, 64, 128, 256)
+        for num_rows in (16, 32, 64, 128)
+    ]
+
+
+def traffic(num_nodes: int) -> Traffic:
+    """One layer of the target's verification over a prefix of 4096: 32 heads, 8 of keys, head dimension 128."""
+    query, key, value, ancestors, committed, *rest = _make(Inputs("meta"), num_nodes=num_nodes)
+    with recorded_launches() as launches:
+        _tree_attention_fwd(query, key, value, ancestors, committed, *rest)
+    attention = launches[0]
+    num_row_tiles, num_heads, num_splits = attention.grid
+    size = key.element_size()
+    num_rows = num_nodes * query.shape[1] // key.shape[1]
+    split_length = dict(zip(attention.function.arg_names, attention.args, strict=False))["split_length"]
+    num_prefix = committed.shape[1]
+    # Each part ends where the next begins; masked keys of its last tile are not loaded.
+    lengths = [max(0, min(split_length, num_prefix - part * split_length)) for part in range(num_splits)]
+    loaded = num_row_tiles * num_heads * sum(lengths) * key.shape[3] * size
+    own = num_heads * num_prefix * key.shape[3] * size
+    parts = 0
+    if num_splits > 1:
+        parts = sum(tensor.numel() * tensor.element_size() for tensor in attention.args[6:8])
+    tree = 2 * num_heads * num_nodes * key.shape[3] * size
+    other = 2 * query.numel() * size + tree + ancestors.numel() * 8 + committed.numel()
+    again = (num_splits - 1) * query.numel() * size + (num_row_tiles - 1) * tree
+    streams = {"prefix keys": (loaded, own), "prefix values": (loaded, own)}
+    return Traffic(num_nodes, num_rows, attention.num_programs, streams, parts, other, again)

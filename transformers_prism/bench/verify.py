@@ -1,0 +1,486 @@
+"""Is decoding with this draft lossless on this machine? Every path that generate() can take, against plain decoding, and a
+negative control on each: a verifier that is broken on purpose must be caught, or the check would prove nothing.
+
+    transformers-prism verify
+    transformers-prism verify --target some/target --draft some/draft --json report.json
+
+With the shipped draft it takes a few minutes on two cores: some 85 calls of 64 tokens.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+from unittest import mock
+from weakref import WeakKeyDictionary
+
+import torch
+from rich import box
+from rich.table import Table
+from transformers import DynamicCache
+
+from transformers_prism import generation
+from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.decoding import target_side as target_rounds
+from transformers_prism.decoding.sequences import OutputRows, walking_as_accelerators_do
+from transformers_prism.decoding.speculation import Speculation
+from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.transformers_names import CACHE_KEYWORD
+
+# Two ways of computing the same logits differ by rounding; a gap within ten times that difference is a near-tie.
+TIE_FACTOR = 10.0
+CONTROL = "negative control"
+TREE = {"tree": "static", "tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 15}
+CHAIN = {"tree": "chain", "tree_depth": 4}
+AUTO = {"tree": "auto"}
+# Whatever the target's own settings are: a penalty is a processor, and processors rule some paths out.
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.0}
+PENALIZED = {**SAMPLING, "repetition_penalty": 1.1}
+STATIC_CACHE = {"cache_implementation": "static"}
+
+
+class DecodingPath(NamedTuple):
+    """A way through generate() that is checked.
+
+    Args:
+        name: of its checks.
+        settings: of generate().
+        tree: the draft's tree settings.
+        over: "prompts": each of them; "prompt": the first; "batch": all in one; "chat": two turns on one cache.
+        walks_on_device: choose tokens as on an accelerator.
+        is_chain: let the target verify on its own cache, as one does that takes no tree mask.
+        is_prepared: with weights packed for a CPU.
+        keeps_scores: ask for scores and logits, which the host's walk collects.
+    """
+
+    name: str
+    settings: dict
+    tree: dict
+    over: str = "prompt"
+    walks_on_device: bool = False
+    is_chain: bool = False
+    is_prepared: bool = False
+    keeps_scores: bool = False
+
+
+PATHS = (
+    DecodingPath("greedy", GREEDY, TREE, "prompts"),
+    DecodingPath("sampled", SAMPLING, TREE, "prompts"),
+    DecodingPath("automatic trees", GREEDY, AUTO, "prompts"),
+    DecodingPath("automatic trees, sampled", SAMPLING, AUTO),
+    DecodingPath("automatic trees, no copies", GREEDY, {**AUTO, "tree_ngrams": False}),
+    DecodingPath("automatic trees, device", SAMPLING, AUTO, walks_on_device=True),
+    DecodingPath("own vocabulary only", GREEDY, {**TREE, "tree_text_tokens": False}),
+    DecodingPath("sampled, not coupled", SAMPLING, {**TREE, "tree_coupled": False}),
+    DecodingPath("sampled, processors", PENALIZED, TREE, keeps_scores=True),
+    DecodingPath("greedy, device", GREEDY, TREE, walks_on_device=True),
+    DecodingPath("sampled, device", SAMPLING, TREE, walks_on_device=True),
+    DecodingPath("sampled, device, not coupled", SAMPLING, {**TREE, "tree_coupled": False}, walks_on_device=True),
+    DecodingPath("chain", GREEDY, CHAIN),
+    DecodingPath("chain, sampled", SAMPLING, CHAIN),
+    DecodingPath("chain on the target's cache", GREEDY, CHAIN, is_chain=True),
+    DecodingPath("chain on the target's cache, sampled", SAMPLING, CHAIN, is_chain=True),
+    DecodingPath("static cache", {**GREEDY, **STATIC_CACHE}, TREE),
+    DecodingPath("static cache, sampled", {**SAMPLING, **STATIC_CACHE}, TREE),
+    DecodingPath("chat", GREEDY, TREE, "chat"),
+    DecodingPath("chat, sampled", SAMPLING, TREE, "chat"),
+    DecodingPath("prepared", GREEDY, TREE, is_prepared=True),
+    DecodingPath("prepared, sampled", SAMPLING, AUTO, is_prepared=True),
+    DecodingPath("batched greedy", GREEDY, TREE, "batch"),
+    DecodingPath("batched sampled", SAMPLING, TREE, "batch"),
+    DecodingPath("batched, automatic trees", GREEDY, AUTO, "batch"),
+    DecodingPath("batched, chain", SAMPLING, CHAIN, "batch"),
+    DecodingPath("batched, processors", PENALIZED, TREE, "batch", keeps_scores=True),
+    DecodingPath("batched, device", SAMPLING, TREE, "batch", walks_on_device=True),
+    DecodingPath("batched, static cache", {**SAMPLING, **STATIC_CACHE}, TREE, "batch"),
+)
+
+
+@dataclass
+class Check:
+    """One comparison with plain decoding.
+
+    Args:
+        name: of its path in `PATHS`, or "negative control".
+        prompt: index of the prompt; None for a batch of all of them.
+        num_tokens: tokens compared, all rows together.
+        is_identical: whether every token is the same.
+        row, position: where a row that differs does so first, in new tokens: the first row that rounding does not excuse,
+            else the last one; None if none differs.
+        gap: there, what separates the two best choices of plain decoding: their scores, or in sampled runs their log
+            probabilities with the noise that was drawn.
+        rounding: there, the largest difference between its logits and those of one forward over all tokens: what two
+            sound ways of computing them differ by, the draft not asked.
+        has_same_generator: whether the random generator was left in the state that plain decoding leaves.
+        acceptance_length: tau of the run with the draft, its last call where it has several.
+        path: what that call did, as its statistics say: "target", "walk" and "coupled" of [`Speculation`], the kind of
+            "tree", nodes "drafted", how many of them "copied", and why it "declined" or "stopped" drafting, if it did.
+        control_of: for the negative control, the path that was broken.
+    """
+
+    name: str
+    prompt: int | None
+    num_tokens: int
+    is_identical: bool
+    has_same_generator: bool
+    acceptance_length: float
+    row: int | None = None
+    position: int | None = None
+    gap: float | None = None
+    rounding: float | None = None
+    path: dict = field(default_factory=dict)
+    control_of: str | None = None
+
+    @property
+    def is_near_tie(self) -> bool:
+        """Whether rounding decides at the first difference, so that either token is plain decoding's."""
+        return not self.is_identical and self.gap is not None and self.gap <= TIE_FACTOR * self.rounding
+
+    @property
+    def is_caught(self) -> bool:
+        """Whether the text is not plain decoding's, and rounding is no excuse."""
+        return not self.is_identical and not self.is_near_tie
+
+    @property
+    def holds(self) -> bool:
+        """For the negative control: it was caught, unless no node was drafted. Else: identical, or parted at a near-tie."""
+        if self.name == CONTROL:
+            return self.is_caught or self.path.get("drafted") == 0
+        return (self.is_identical and self.has_same_generator) or self.is_near_tie
+
+
+class _Run(NamedTuple):
+    """One run of a path: the turns that are decoded, and how."""
+
+    path: DecodingPath
+    prompt: int | None
+    turns: list[dict]
+    settings: dict
+    seed: int
+
+    @property
+    def plain_key(self) -> tuple:
+        """Runs that agree in it have the same plain run."""
+        return self.path.over, self.prompt, self.path.is_prepared, str(self.path.settings)
+
+
+def verify(
+    target, draft, prompts: list[dict], max_new_tokens: int = 64, seed: int = 0, report: Callable = lambda check: None
+) -> list[Check]:
+    """Compare decoding with and without a draft, on every path of generate() that this target and device have.
+
+    Trees are of one fixed size where nothing else is said, so that every round drafts.
+
+    Args:
+        target, draft: the models.
+        prompts: inputs of generate(), one row each, without padding.
+        max_new_tokens: of every run; of both turns of a chat together.
+        seed: set before every run.
+        report: called with each [`Check`] as it is done.
+    Returns:
+        `list[Check]`: the checks of all paths, then the negative control of each. All is well if every one of them
+        `holds` and one control was caught: see [`as_json`].
+    """
+    checks: list[Check] = []
+    controls: list[Check] = []
+    plain_runs: dict = {}
+    for path in PATHS:
+        if path.is_prepared and (target.device.type != "cpu" or target.dtype != torch.float32):
+            continue
+        # What is prepared for one path is undone behind it.
+        with prepare_for_cpu(target, draft) if path.is_prepared else contextlib.nullcontext():
+            for run in _runs(path, target, prompts, max_new_tokens, seed):
+                check = _compare(run, target, draft, plain_runs)
+                checks.append(check)
+                report(check)
+            if check.path["declined"] is None:
+                controls.append(_control(run, target, draft, plain_runs))
+    for control in controls:
+        report(control)
+    return checks + controls
+
+
+def _runs(path: DecodingPath, target, prompts: list[dict], max_new_tokens: int, seed: int) -> list[_Run]:
+    """The runs of a path, the first prompt's last: its control is compared with it."""
+    settings = {**path.settings, "max_new_tokens": max_new_tokens, "pad_token_id": _pad_token_id(target)}
+    if path.over == "batch":
+        return [_Run(path, None, [left_padded(prompts, settings["pad_token_id"])], settings, seed)]
+    if path.over == "chat":
+        settings["max_new_tokens"] = max(max_new_tokens // 2, 2)
+        return [_Run(path, 0, [prompts[0], prompts[-1]], settings, seed)]
+    chosen = range(len(prompts)) if path.over == "prompts" else (0,)
+    return [_Run(path, index, [prompts[index]], settings, seed) for index in reversed(chosen)]
+
+
+@contextlib.contextmanager
+def _on_path(path: DecodingPath, draft) -> Iterator[None]:
+    """Calls with the draft take this path."""
+    configured = draft.generation_config
+    draft.generation_config = copy.deepcopy(configured)
+    draft.generation_config.update(**path.tree)
+    with contextlib.ExitStack() as stack:
+        # Automatic trees begin as in a first call, and a draft does not learn from what a broken verifier accepts.
+        stack.enter_context(mock.patch.object(auto_trees, "_experiences", WeakKeyDictionary()))
+        if path.walks_on_device:
+            stack.enter_context(walking_as_accelerators_do())
+        if path.is_chain:
+            stack.enter_context(mock.patch.object(target_rounds, "why_no_tree", return_value="it was asked for"))
+        try:
+            yield
+        finally:
+            draft.generation_config = configured
+
+
+def _control(run: _Run, target, draft, plain_runs: dict) -> Check:
+    """The same run with a verifier that asks for nothing, which has to be caught."""
+    with (
+        mock.patch.object(generation, "walk", careless_walk),
+        mock.patch.object(generation, "walk_on_device", careless_walk_on_device),
+    ):
+        check = _compare(run, target, draft, plain_runs)
+    check.name, check.control_of = CONTROL, run.path.name
+    return check
+
+
+def careless_walk(rows: OutputRows, row: int, tree, tree_row: int, logits) -> list[int]:
+    """What a broken verifier does: it follows the tree without asking the target, as long as there are children."""
+    parents, token_ids = tree.parents[tree_row].tolist(), tree.token_ids[tree_row].tolist()
+    node, nodes = 0, [0]
+    while True:
+        children = [child for child in range(1, tree.num_nodes) if parents[child] == node]
+        token = token_ids[children[-1]] if children else rows.choose(row, logits[node])
+        rows.append(row, token)
+        if rows.is_done(row) or not children:
+            return nodes
+        node = children[-1]
+        nodes.append(node)
+
+
+def careless_walk_on_device(rows: OutputRows, active: list[int], tree, logits, depth: int) -> list[list[int]]:
+    """The same in the place of the walk on the device."""
+    return [
+        [] if rows.is_done(row) else careless_walk(rows, row, tree, index, logits[index])
+        for index, row in enumerate(active)
+    ]
+
+
+def left_padded(prompts: list[dict], pad_token_id: int) -> dict:
+    """Prompts of one row each as one batch with padding on the left."""
+    longest = max(inputs["input_ids"].shape[1] for inputs in prompts)
+    device = prompts[0]["input_ids"].device
+    input_ids = torch.full((len(prompts), longest), pad_token_id, device=device)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, inputs in enumerate(prompts):
+        length = inputs["input_ids"].shape[1]
+        input_ids[row, longest - length :] = inputs["input_ids"][0]
+        attention_mask[row, longest - length :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _pad_token_id(target) -> int:
+    config = target.generation_config
+    candidates = (config.pad_token_id, config.eos_token_id, 0)
+    found = next(candidate for candidate in candidates if candidate is not None)
+    return found[0] if isinstance(found, list) else found
+
+
+def _compare(run: _Run, target, draft, plain_runs: dict) -> Check:
+    """Decode with the draft, and plainly unless that was done; compare turn by turn."""
+    plain = _plain(run, target, plain_runs)
+    if isinstance(plain, str):
+        nothing = Speculation.empty(1)
+        nothing.declined = plain
+        return Check(run.path.name, run.prompt, 0, True, True, 1.0, path=_path_taken(nothing, run.path))
+    with _on_path(run.path, draft):
+        speculative = _decode(run, target, draft)
+    pairs = list(zip(plain, speculative, strict=True))
+    check = Check(
+        name=run.path.name,
+        prompt=run.prompt,
+        num_tokens=sum(turn.sequences[:, turn.start :].numel() for turn in plain),
+        is_identical=all(torch.equal(one.sequences, other.sequences) for one, other in pairs),
+        has_same_generator=all(torch.equal(one.state, other.state) for one, other in pairs),
+        acceptance_length=draft.last_speculation.acceptance_length,
+        path=_path_taken(draft.last_speculation, run.path),
+    )
+    if not check.is_identical:
+        # A turn behind it went on from another text.
+        turn, other = next(pair for pair in pairs if not torch.equal(pair[0].sequences, pair[1].sequences))
+        steps = _first_differences(turn.sequences, other.sequences, turn.start)
+        if steps:
+            scored = _plain_scores(run, target, turn, max(steps.values()) + 1)
+            _explain(check, target, turn, scored, steps, run.seed if run.settings["do_sample"] else None)
+    return check
+
+
+def _plain(run: _Run, target, plain_runs: dict) -> list["_Turn"] | str:
+    """The run without a draft, decoded once; or why the target's own generate() refuses it."""
+    if run.plain_key not in plain_runs:
+        try:
+            plain_runs[run.plain_key] = _decode(run, target, None)
+        except ValueError as error:
+            # Not every target can use a static cache; the other settings are for all.
+            if "cache_implementation" not in run.settings:
+                raise
+            plain_runs[run.plain_key] = f"generate() without a draft refuses, too: {error}"
+    return plain_runs[run.plain_key]
+
+
+class _Turn(NamedTuple):
+    """One call of generate() that was made."""
+
+    inputs: dict
+    sequences: torch.Tensor
+    state: torch.Tensor  # of the generator behind it
+
+    @property
+    def start(self) -> int:
+        """Tokens of the inputs."""
+        return self.inputs["input_ids"].shape[1]
+
+
+def _decode(run: _Run, target, draft) -> list[_Turn]:
+    """The turns of a run, plainly if no draft is given."""
+    settings = dict(run.settings)
+    if draft is not None:
+        settings.update(assistant_model=draft, return_dict_in_generate=run.path.keeps_scores)
+        settings.update(output_logits=run.path.keeps_scores, output_scores=run.path.keeps_scores)
+    if run.path.over == "chat":
+        settings[CACHE_KEYWORD] = DynamicCache(config=target.config.get_text_config())
+    turns: list[_Turn] = []
+    for inputs in run.turns:
+        if turns:
+            input_ids = torch.cat((turns[-1].sequences, inputs["input_ids"]), dim=1)
+            inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        torch.manual_seed(run.seed)
+        output = target.generate(**inputs, **settings)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        turns.append(_Turn(inputs, sequences, _generator_state(sequences.device)))
+    return turns
+
+
+def _plain_scores(run: _Run, target, turn: _Turn, num_tokens: int):
+    """Plain decoding of a turn once more, as far as it matters, with the scores and logits that tokens were chosen from."""
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    torch.manual_seed(run.seed)
+    return target.generate(**turn.inputs, **{**run.settings, **wanted, "max_new_tokens": num_tokens})
+
+
+def _first_differences(sequences: torch.Tensor, others: torch.Tensor, start: int) -> dict[int, int]:
+    """Of each row that differs, the first new token that does; none where one is the other's beginning."""
+    shared = min(sequences.shape[1], others.shape[1])
+    differs = sequences[:, start:shared] != others[:, start:shared]
+    return {row: int(differs[row].nonzero()[0]) for row in differs.any(dim=1).nonzero().flatten().tolist()}
+
+
+def _path_taken(speculation, path: DecodingPath) -> dict:
+    """See [`Check`]."""
+    return {
+        "target": speculation.target,
+        "walk": speculation.walk,
+        "coupled": speculation.coupled,
+        "tree": path.tree["tree"],
+        "drafted": sum(tree.num_nodes for tree in speculation.trees),
+        "copied": sum(tree.num_copied for tree in speculation.trees),
+        "declined": speculation.declined,
+        "stopped": speculation.stopped_drafting,
+    }
+
+
+def _generator_state(device: torch.device) -> torch.Tensor:
+    """Of the generator that sampling on this device draws from."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+@torch.no_grad()
+def _explain(check: Check, target, turn: _Turn, plain, steps: dict[int, int], noise_seed: int | None) -> None:
+    """Note where rows differ first, and whether rounding can have decided there; stops at the first row that it cannot
+    excuse.
+
+    Args:
+        check: written to.
+        turn: as it was decoded plainly.
+        plain: output of generate() with scores and logits of these steps.
+        steps: the first difference of each row that differs.
+        noise_seed: of sampling; None where nothing was drawn.
+    """
+    for row, step in steps.items():
+        choices = plain.scores[step]
+        if noise_seed is not None:
+            choices = choices.log_softmax(dim=-1) - _noise(choices, step, noise_seed).log()
+        best = choices[row].topk(2).values
+        check.row, check.position = row, step
+        check.gap = float(best[0] - best[1])
+        first = int(turn.inputs["attention_mask"][row].argmax())  # behind the padding
+        logits = target(turn.sequences[row : row + 1, first : turn.start + step]).logits[0, -1]
+        check.rounding = float((plain.logits[step][row] - logits.float()).abs().max())
+        if not check.is_near_tie:
+            return
+
+
+def _noise(scores: torch.Tensor, step: int, seed: int) -> torch.Tensor:
+    """What plain decoding drew at a step: `multinomial(p, 1)` is the argmax of p / noise, drawn once for every token."""
+    torch.manual_seed(seed)
+    for _ in range(step + 1):
+        noise = torch.empty_like(scores).exponential_(1)
+    return noise
+
+
+def as_json(checks: list[Check]) -> dict:
+    """What the JSON file holds beside the run's settings."""
+    return {
+        "holds": all(check.holds for check in checks) and any(check.is_caught for check in checks if check.name == CONTROL),
+        "num_near_ties": sum(check.is_near_tie for check in checks),
+        "tie_factor": TIE_FACTOR,
+        "checks": [
+            {
+                **asdict(check),
+                "path_in_words": path_in_words(check.path),
+                "is_near_tie": check.is_near_tie,
+                "holds": check.holds,
+            }
+            for check in checks
+        ],
+    }
+
+
+def check_table(checks: list[Check]) -> Table:
+    """A row per check; controls that were caught share one."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("check", "prompt", "path", "tokens", "tau", "result"):
+        table.add_column(name, justify="right" if name in ("prompt", "tokens", "tau") else "left")
+    caught = [check for check in checks if check.name == CONTROL and check.is_caught]
+    for check in checks:
+        if check not in caught:
+            name = check.name if check.control_of is None else f"{CONTROL}: {check.control_of}"
+            prompt = "all" if check.prompt is None else str(check.prompt)
+            tau = f"{check.acceptance_length:.2f}"
+            table.add_row(name, prompt, path_in_words(check.path), str(check.num_tokens), tau, _result(check))
+    num_controls = sum(check.name == CONTROL for check in checks)
+    table.add_row(CONTROL, "", "", "", "", f"caught on {len(caught)} of {num_controls} paths")
+    return table
+
+
+def path_in_words(path: dict) -> str:
+    """What a run did, as "tree, host's walk, coupled"; nothing for reports that do not say."""
+    if not path:
+        return ""
+    if path["declined"] is not None:
+        return f"plain decoding: {path['declined']}"
+    words = [path["target"], f"{path['walk']}'s walk"]
+    words += ["coupled"] * path["coupled"] + ["copies"] * (path["copied"] > 0)
+    words += [] if path["stopped"] is None else [f"then plain decoding: {path['stopped']}"]
+    return ", ".join(words)
+
+
+def _result(check: Check) -> str:
+    if check.name == CONTROL:
+        return "nothing was drafted" if check.holds else "NOT CAUGHT"
+    if check.is_identical:
+        return "identical" if check.has_same_generator else "identical, BUT THE GENERATOR'S STATE DIFFERS"
+    if check.position is None:
+        return "DIFFERS in length"
+    verdict = "near-tie" if check.is_near_tie else "DIFFERS"
+    return f"{verdict} at row {check.row}, token {check.position}: gap {check.gap:.1e}, rounding {check.rounding:.1e}"

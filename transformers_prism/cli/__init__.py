@@ -1,0 +1,1 @@
+"""The transformers-prism command."""

@@ -1,0 +1,395 @@
+"""The commands of `transformers-prism bench`. Each imports what it needs when it runs, so that `--help` is quick."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformers_prism.cli.options import (
+    JsonOption,
+    PackedOption,
+    RepetitionPenaltyOption,
+    TargetOption,
+    TemperatureOption,
+    TopPOption,
+    add_moved,
+    report_file,
+    sampling_settings,
+    user_errors,
+)
+from transformers_prism.whole_files import write_json
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
+
+PromptsOption = Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")]
+MeasuredDraftOption = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False),
+]
+UpdateCardOption = Annotated[
+    Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
+]
+
+
+def _no_plot(path: Path | None) -> None:
+    if path is not None:
+        raise typer.BadParameter("pictures are drawn from --json files: `python -m benchmarks.page`, in a clone of the repository")
+
+
+# The spelling of the last release, which says where it went.
+PlotOption = Annotated[Path | None, typer.Option("--plot", hidden=True, callback=_no_plot)]
+add_moved(bench_app, "modules", "transformers-prism bench scaling --modules 1 --modules 8")
+for _name in ("page", "training", "synthesize"):
+    add_moved(bench_app, _name, f"python -m benchmarks.{_name}")
+
+
+def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
+    """Refuse to go on with, or to put into a card, what is in no file."""
+    if (resume or update_card) and json_file is None:
+        raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+
+
+def _load_draft(name: str | None, target):
+    """A draft by name, the shipped one without, and the hash of its weights; "random" is an untrained one."""
+    from transformers_prism.bench.record import UNTRAINED
+    from transformers_prism.bench.scaling import random_draft
+    from transformers_prism.cli.demo import SHIPPED_DRAFT, load_draft
+    from transformers_prism.hub.files import weights_sha256
+
+    if name == UNTRAINED:
+        draft = random_draft(target, num_modules=2, tree_settings={}).bind(target)
+        draft.generation_config.update(tree="auto")
+        return draft, name
+    return load_draft(name or SHIPPED_DRAFT, target), weights_sha256(name or SHIPPED_DRAFT)
+
+
+def _update_card(folder: Path | None, measurement: Path | None) -> None:
+    """Put a measurement into the card of a draft's folder, if there is one to be updated."""
+    from transformers_prism.hub.card import add_to_card
+
+    if folder is None or measurement is None:
+        return
+    with user_errors():
+        for name in add_to_card(folder, measurement):
+            typer.echo(f"wrote {folder / name}")
+
+
+@bench_app.command("generate")
+def bench_generate_command(
+    prompts: PromptsOption,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, prepared, compiled, lookup[:N], assisted, draft, auto, auto-no-ngrams, chain[:DEPTH], "
+            "static[:TOP_K,DEPTH,NODES]; repeat it for several. The plain ones are added; the draft if absent.",
+            show_default=False,
+        ),
+    ] = None,
+    target: TargetOption = None,
+    draft: MeasuredDraftOption = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(help="For assisted: Hub id or folder, or 'random' for a tiny one.", show_default=False),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bring prompts to so many tokens, by text of other prompts.", show_default=False),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each method per prompt, in turn; medians count.")] = 3,
+    warm_up: Annotated[int, typer.Option(min=0, help="Short runs of each method beforehand.")] = 1,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the prompts that the file lacks.")] = False,
+    update_card: UpdateCardOption = None,
+):
+    """Decode prompts in several ways, in turn: identity, acceptance length, milliseconds of a round, rates.
+
+    The file is written after every prompt; an interrupted measurement goes on with --resume.
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.bench.figures import result_tables
+    from transformers_prism.bench.measurement import GenerateMeasurement
+    from transformers_prism.bench.methods import parse_methods
+    from transformers_prism.bench.prompts import choose_prompts, read_prompts
+    from transformers_prism.cli.demo import chat_inputs
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    with user_errors():
+        _check_file(json_file, resume, update_card)
+        methods = parse_methods(method or ["draft"], packed, batch_size)
+        records = read_prompts(prompts)
+        chosen = choose_prompts(records, num_prompts)
+        target_model, tokenizer = load_target(target)
+        measured_draft, weights = _load_draft(draft, target_model)
+        measurement = GenerateMeasurement(
+            methods=methods,
+            generate=sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty),
+            prompts=prompts.name,
+            batch_size=batch_size,
+            context=context,
+            repeat=repeat,
+            warm_up=warm_up,
+            seed=seed,
+            assistant=assistant,
+        )
+        figures = measurement.run(
+            target_model,
+            tokenizer,
+            measured_draft,
+            weights,
+            chat_inputs,
+            chosen,
+            records,
+            json_file,
+            resume,
+            console,
+        )
+    for table in result_tables(figures["methods"], f"median of {repeat}, batch {batch_size}"):
+        console.print(table)
+    report_file(json_file)
+    _update_card(update_card, json_file)
+
+
+@bench_app.command("acceptance")
+def bench_acceptance_command(
+    prompts: PromptsOption,
+    target: TargetOption = None,
+    draft: MeasuredDraftOption = None,
+    tree: Annotated[
+        list[str] | None,
+        typer.Option(help="Nodes/depth/top-k; repeat it for several. 59/6/10, 15/4/4 and 5/5/1 (a chain) if absent."),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="0 is greedy; repeat it for several. 0 and 0.8 if absent.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
+    seed: Annotated[int, typer.Option(help="Set before every answer.")] = 0,
+    coupled: Annotated[
+        bool, typer.Option("--coupled/--no-coupled", help="Let the draft see the random numbers of sampling.")
+    ] = True,
+    text_tokens: Annotated[
+        bool | None,
+        typer.Option("--text-tokens/--no-text-tokens", help="Let the text's tokens join the draft vocabulary; as the draft says."),
+    ] = None,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trees that the file lacks.")] = False,
+    update_card: UpdateCardOption = None,
+):
+    """Acceptance length of fixed trees, greedy and sampled; nothing is timed, and n-grams take no part."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.bench.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
+    from transformers_prism.bench.figures import table_of
+    from transformers_prism.bench.measurement import progress_bar
+    from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
+    from transformers_prism.cli.demo import chat_inputs
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    settings: dict = {
+        "prompts": prompts.name,
+        "num_prompts": num_prompts,
+        "trees": tree or list(TREES),
+        "temperatures": temperature or list(TEMPERATURES),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "coupled": coupled,
+        "packed": packed,
+    }
+    with user_errors():
+        _check_file(json_file, resume, update_card)
+        chosen = choose_prompts(read_prompts(prompts), num_prompts)
+        model, tokenizer = load_target(target)
+        model_draft, weights = _load_draft(draft, model)
+        if text_tokens is not None:
+            model_draft.generation_config.tree_text_tokens = text_tokens
+        settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
+        questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
+        with progress_bar(console) as bar:
+            task = bar.add_task(
+                "answers", total=len(questions) * len(settings["trees"]) * len(settings["temperatures"])
+            )
+            rows = bench_acceptance(
+                model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
+            )
+    console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"))
+    report_file(json_file)
+    _update_card(update_card, json_file)
+
+
+@bench_app.command("kernels")
+def bench_kernels_command(
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile for GPUs that need not be here, and count traffic.")
+    ] = False,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Only this kernel; may be repeated.", show_default=False)
+    ] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file whose tables are replaced.")] = None,
+    json_file: JsonOption = None,
+):
+    """Triton kernels: registers, spills and shared memory; on a GPU checked against PyTorch and timed.
+
+    Not yet run on a GPU. Exits with 1 if a kernel's check fails; such a kernel is not timed.
+    """
+    import torch
+
+    from transformers_prism.bench import kernels as bench
+
+    with user_errors():
+        bench.check_choice(kernel, arch)
+        if compile_only:
+            rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
+            traffic = bench.traffic_rows(kernel)
+            typer.echo(bench.compiled_table(rows) + "\n\n" + bench.traffic_table(traffic))
+            if readme is not None:
+                bench.write_tables(readme, rows, traffic)
+            figures: dict = {"rows": rows, "traffic": traffic}
+        else:
+            accelerator = torch.accelerator.current_accelerator()
+            timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
+            typer.echo(bench.timing_table(timings))
+            figures = bench.timings_as_json(timings, accelerator)
+    if json_file is not None:
+        write_json(json_file, figures)
+        report_file(json_file)
+    if not compile_only and not all(timing.is_right for timing in timings):
+        raise typer.Exit(1)
+
+
+@bench_app.command("scaling")
+def bench_scaling_command(
+    target: TargetOption = None,
+    modules: Annotated[
+        list[int] | None, typer.Option(min=1, help="M; several. 1, 2, 4, 8 if no axis is named.")
+    ] = None,
+    nodes: Annotated[list[int] | None, typer.Option(min=1, help="Drafted nodes; several. 3 to 63.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of the prompt; several. 128 to 2048.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; several. 1, 2, 4, 8.")] = None,
+    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
+    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps of every tree.")] = 8,
+    num_rounds: Annotated[int, typer.Option(min=5, help="Timed rounds of each point.")] = 60,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+):
+    """Latency of a round against modules M, nodes of the tree, context and batch, each beside a plain step.
+
+    Where an axis is named, only those that are named are measured. Of several M, the last is compared with the first.
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.bench.figures import table_of
+    from transformers_prism.bench.measurement import progress_bar
+    from transformers_prism.bench.record import write_record
+    from transformers_prism.bench.scaling import (
+        DEFAULT_AXES,
+        Point,
+        axis_rows,
+        bench_scaling,
+        modules_text,
+        num_calls,
+    )
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    named = {"modules": modules, "nodes": nodes, "context": context, "batch": batch}
+    axes = {name: values for name, values in named.items() if values} or DEFAULT_AXES
+    base = Point(modules=4, nodes=31, context=128, batch=1)
+    with user_errors():
+        model, _ = load_target(target)
+        with progress_bar(console) as bar:
+            task = bar.add_task("calls", total=num_calls(axes, base, num_rounds))
+            figures = bench_scaling(
+                model, axes, base, tree_top_k, tree_depth, num_rounds, packed, lambda: bar.advance(task)
+            )
+        console.print(table_of(*axis_rows(figures), "random drafts"))
+        if (text := modules_text(figures)) is not None:
+            console.print(text, highlight=False)
+        tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
+        settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
+        write_record(json_file, "scaling", model, settings, {"axes": figures})
+        report_file(json_file)
+
+
+@bench_app.command("rounds")
+def bench_rounds_command(
+    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form.")],
+    target: TargetOption = None,
+    draft: MeasuredDraftOption = None,
+    method: Annotated[
+        str, typer.Option(help="draft, auto, auto-no-ngrams, chain[:DEPTH] or static[:TOP_K,DEPTH,NODES].")
+    ] = "auto",
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens that prompts are brought to; several. 128 and 4096.")
+    ] = None,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Rounds at each context.")] = 60,
+    label: Annotated[str | None, typer.Option(help="What the page calls this profile.", show_default=False)] = None,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+):
+    """Where the time of a round goes: forwards of target and draft, selection, masks, walk, commit, other."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from transformers_prism.bench.figures import table_of
+    from transformers_prism.bench.methods import Contest, parse_methods
+    from transformers_prism.bench.prompts import choose_prompts, contexts_of, read_prompts
+    from transformers_prism.bench.record import write_record
+    from transformers_prism.bench.rounds import profile_rounds, profile_rows, weight_bytes
+    from transformers_prism.cli.demo import chat_inputs
+    from transformers_prism.target import load_target
+
+    logging.disable_progress_bar()
+    console = Console()
+    with user_errors():
+        (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
+        if not chosen.uses_draft:
+            raise ValueError(f"method: expected one with a draft, got {method!r}")
+        records = read_prompts(prompts)
+        measured = choose_prompts(records, min(12, len(records) // 2))
+        model, tokenizer = load_target(target)
+        measured_draft, weights = _load_draft(draft, model)
+        contest = Contest(model, measured_draft, None, [chosen], max_length=1)
+        contest.enter(chosen)
+        profiles = []
+        for length in context or [128, 4096]:
+            inputs = contexts_of(
+                tokenizer, records, measured, length, lambda text: chat_inputs(tokenizer, text, model.device)
+            )
+            profile = profile_rounds(model, contest.drafts[method], inputs, num_rounds)
+            profiles.append({"context": length, **profile})
+        figures = {"profiles": profiles, "bytes": weight_bytes(model, contest.drafts[method])}
+        contest.close()
+        console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"))
+        settings = {
+            "method": method,
+            "label": label,
+            "prompts": prompts.name,
+            "num_rounds": num_rounds,
+            "packed": packed,
+        }
+        write_record(json_file, "rounds", model, settings, figures, weights)
+        report_file(json_file)

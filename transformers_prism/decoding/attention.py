@@ -1,0 +1,239 @@
+"""Attention over trees: `prism_tree` on a kernel, and grouped attention, which is SDPA without repeated keys.
+
+`prism_tree`: trees go to the tree attention kernel, everything else to SDPA.
+
+`model.set_attn_implementation("prism_tree")` gives a model whose prefill and ordinary calls are those of "sdpa", and
+whose forwards over a tree run on the kernel. The mask of such a forward is the dense one that SDPA would take, with the
+tree's compact form attached to it; a model that hands on something else than this very tensor gets the dense mask's
+result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
+this code was registered last.
+
+Grouped attention is SDPA as transformers calls it, but for two things. Transformers repeats keys and values that several
+query heads share whenever there is a mask, which copies the whole context in every layer; on a CPU that takes longer
+than attending to it. And over a long context the few queries of a round go through one matrix product over all keys
+instead of SDPA's blocks, which are too small to fill a CPU's matrix product.
+
+While the loop runs, it lends models on "sdpa" what suits their device: grouped attention on a CPU, and `prism_tree`
+to a draft where Triton computes.
+"""
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..kernels.dispatch import use_triton
+from ..kernels.tree_attention import MAX_HEAD_DIM, tree_attention
+from ..transformers_names import attention_name
+
+PRISM_TREE = "prism_tree"
+# Inputs of some models' attention that neither the kernel nor SDPA takes into account.
+_UNKNOWN_INPUTS = ("s_aux", "position_bias")
+# Where products over all keys were seen to beat SDPA on CPUs (9 heads of 64 in groups of 3, float32): from so many keys
+# on, for up to so many queries. `bench scaling --context` shows what it is worth.
+_LONG_CONTEXT = 4096
+_FEW_QUERIES = 64
+
+
+@dataclass
+class TreeMask:
+    """What tree nodes see, in the form that the kernel takes; see [`tree_attention`].
+
+    Args:
+        ancestors (`torch.LongTensor` of shape `(B, N, W)`): bits over the uncommitted keys.
+        committed (`torch.BoolTensor` of shape `(B, P)`).
+        node_index (`torch.LongTensor` of shape `(B, R)`, *optional*), sliding_window (`int`, *optional*): of a window.
+    """
+
+    ancestors: torch.Tensor
+    committed: torch.Tensor
+    node_index: torch.Tensor | None = None
+    sliding_window: int | None = None
+
+    def attend(self, query, key, value, scale: float, softcap: float | None) -> torch.Tensor:
+        """Attention output `(B, N, H, E)`; arguments as an attention implementation of transformers gets them."""
+        return tree_attention(
+            query,
+            key,
+            value,
+            self.ancestors.to(query.device),
+            self.committed.to(query.device),
+            None if self.node_index is None else self.node_index.to(query.device),
+            self.sliding_window,
+            softcap,
+            scale,
+        )
+
+
+def attach_tree(
+    mask: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor, node_index=None, sliding_window=None
+):
+    """Give a dense mask `(B, 1, N, P + R)` the tree's compact form; returns the same tensor.
+
+    Args:
+        mask (`torch.BoolTensor`): what each node sees.
+        ancestors, committed, node_index, sliding_window: see [`TreeMask`].
+    """
+    mask.prism_tree = TreeMask(ancestors, committed, node_index, sliding_window)  # type: ignore[attr-defined]
+    return mask
+
+
+def prism_tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+    """An attention function of transformers.
+
+    Returns:
+        `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
+    Raises:
+        ValueError: for a model whose attention has inputs that this implementation would have to ignore.
+    """
+    unknown = [name for name in _UNKNOWN_INPUTS if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{PRISM_TREE}: expected attention without {unknown[0]}, got {type(module).__name__} with it")
+    tree = getattr(attention_mask, "prism_tree", None)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if tree is not None and value.shape == key.shape and query.shape[3] <= MAX_HEAD_DIM:
+        return tree.attend(query, key, value, scale, softcap), None
+    if softcap is not None:
+        return _capped_attention(query, key, value, attention_mask, scale, softcap), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """SDPA for few queries over many keys: an attention function of transformers.
+
+    Returns:
+        `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
+    """
+    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    if attention_mask is None or query.shape[1] == key.shape[1] or not is_plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if _is_long(query, key) and attention_mask.dtype == torch.bool and not dropout:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return _long_attention(query, key, value, attention_mask, scale), None
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _is_long(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether few queries meet many keys, on a CPU, in numbers whose scores need no wider ones."""
+    return (
+        key.shape[2] >= _LONG_CONTEXT
+        and query.shape[2] <= _FEW_QUERIES
+        and query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and not query.requires_grad
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _long_attention(query, key, value, mask, scale: float) -> torch.Tensor:
+    """Attention of N nodes over K keys, `(B, N, H, E)`; the scores of one group of heads, `(R * N, K)`, live at a time."""
+    num_rows, num_heads, num_nodes, head_dim = query.shape
+    num_groups, num_keys = key.shape[1:3]
+    grouped = (query * scale).reshape(num_rows, num_groups, -1, head_dim)  # [B, G, R * N, E]
+    output = query.new_empty((*grouped.shape[:3], value.shape[3]))
+    scores = query.new_empty((grouped.shape[2], num_keys))
+    for row in range(num_rows):
+        # Nearly all keys are seen by all nodes; only from the first that is not on is there something to mask.
+        first = int(mask[row, 0].numpy().all(axis=0).argmin())
+        hidden = ~mask[row, 0, :, first:]
+        for group in range(num_groups):
+            torch.mm(grouped[row, group], key[row, group].T, out=scores)
+            masked = scores.view(-1, num_nodes, num_keys)[..., first:]
+            masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+            torch.softmax(scores, -1, out=scores)
+            torch.mm(scores, value[row, group], out=output[row, group])
+    return output.view(num_rows, num_heads, num_nodes, -1).transpose(1, 2).contiguous()
+
+
+def install_lending() -> None:
+    """Let "sdpa" be computed by what a thread has lent it; without that it is what it was. Doing it twice changes nothing.
+
+    A model that is given another attention implementation for a while may choose its masks by the name, so names stay.
+    """
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if hasattr(original, "prism_lent"):
+        return
+    lent = threading.local()
+
+    @functools.wraps(original)
+    def sdpa(*args, **kwargs):
+        # What is compiled outlives the loan.
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        return (getattr(lent, "function", None) or original)(*args, **kwargs)
+
+    sdpa.prism_lent, sdpa.prism_original = lent, original  # type: ignore[attr-defined]
+    AttentionInterface.register("sdpa", sdpa)
+
+
+def uninstall_lending() -> None:
+    """Undo [`install_lending`]."""
+    AttentionInterface.register("sdpa", getattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "prism_original", sdpa_attention_forward))
+
+
+@contextmanager
+def lent_sdpa(function) -> Iterator[None]:
+    """Compute the "sdpa" of every model in this thread by another attention function of transformers."""
+    install_lending()
+    shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    # Who has registered another function of this name wants its results.
+    if shared.prism_original is not sdpa_attention_forward:
+        yield
+        return
+    lent = shared.prism_lent  # of whichever copy of this code came first
+    before = getattr(lent, "function", None)
+    try:
+        lent.function = function
+        yield
+    finally:
+        lent.function = before
+
+
+@contextmanager
+def lent_attention(target, draft) -> Iterator[None]:
+    """Lend a target and a draft on "sdpa" the attention that suits their device.
+
+    On a CPU that is grouped attention, since keys and values would be repeated. Where Triton computes, the draft gets
+    `prism_tree`; a target gets that from who owns it, since its ordinary forwards are not only ours.
+
+    Args:
+        target, draft (`PreTrainedModel`): the draft gets back what it had.
+    """
+    takes_kernel = use_triton("auto", draft.device) and attention_name(draft.config) == "sdpa"
+    try:
+        if takes_kernel:
+            draft.set_attn_implementation(PRISM_TREE)
+        with lent_sdpa(grouped_attention) if target.device.type == "cpu" else nullcontext():
+            yield
+    finally:
+        if takes_kernel:
+            draft.set_attn_implementation("sdpa")
+
+
+def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> torch.Tensor:
+    """Attention with bounded scores, which SDPA lacks, `(B, N, H, E)`; without a mask it is causal."""
+    num_nodes, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        index = torch.arange(num_keys, device=query.device)
+        mask = index <= index[num_keys - num_nodes :, None]
+    num_repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(num_repeats, dim=1) for states in (key, value))
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap  # [B, H, N, K]
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+# An implementation without a mask function of its name would get no mask, padding included.
+AttentionInterface.register(PRISM_TREE, prism_tree_attention)
+AttentionMaskInterface.register(PRISM_TREE, sdpa_mask)

@@ -1,0 +1,444 @@
+"""Key and value caches that can be committed to a path: append N rows, keep some of them, per row of the batch.
+
+Layout: new keys are appended behind the longest row of the batch. Committing keeps those that were accepted and forgets
+the rest, in one of two ways. A dense cache moves each row's accepted keys to that row's own end, behind its left padding
+and all it holds. A cache that may have holes moves them to the end of the longest row, where most of them are already, and
+those of a single row not at all; what was not accepted and rows that accepted fewer leave holes, which the masks leave out,
+and once there are too many, all rows are moved together.
+
+There are two kinds of layers with the same few methods: `TreeLayer` grows, `StaticTreeLayer` keeps its shapes, so that a
+compiled forward is never compiled anew.
+"""
+
+import functools
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from ..kernels.compact_cache import compact_cache
+
+_ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# Positions that a mask is made longer by than is needed at once.
+_MASK_ROOM = 256
+
+
+class TreeLayer(DynamicLayer):
+    """A cache layer that writes in place into a buffer which grows by half, and whose rows can be moved.
+
+    It keeps every position: a sliding window is a matter of the mask, since rows that lag behind in a batch still
+    need keys that the window of the longest row has left.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.length = 0
+        self.key_buffer: torch.Tensor | None = None
+        self.value_buffer: torch.Tensor | None = None
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All that is stored, a view; setting it, as the stock layer does, changes nothing."""
+        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length]
+
+    @keys.setter
+    def keys(self, states) -> None:
+        """Nothing: what is stored is what counts."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As `keys`."""
+        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
+
+    @values.setter
+    def values(self, states) -> None:
+        """Nothing, too."""
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """Take dtype and device from the first keys and values."""
+        super().lazy_initialization(key_states, value_states)
+        self.length = 0
+        self.key_buffer = self.value_buffer = None
+
+    def reserve(self, key_states, value_states, length: int) -> None:
+        """Make room for `length` positions; what is stored is copied only when the buffer grows."""
+        capacity = 0 if self.key_buffer is None else self.key_buffer.shape[2]
+        if length <= capacity:
+            return
+        capacity = max(length + 64, capacity + capacity // 2)
+        for name, states in (("key_buffer", key_states), ("value_buffer", value_states)):
+            buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
+            if self.length:
+                buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
+            setattr(self, name, buffer)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append keys and values of shape `(B, G, N, E)`; returns views of all that is stored."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self.reserve(key_states, value_states, end)
+        self.key_buffer[:, :, self.length : end] = key_states
+        self.value_buffer[:, :, self.length : end] = value_states
+        self.set_length(end)
+        return self.keys, self.values
+
+    def set_length(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.length = length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` positions."""
+        if self.is_initialized:
+            self.set_length(self.length - abs(tokens_to_remove))
+
+    def get_seq_length(self) -> int:
+        """Positions stored, holes included."""
+        return self.length
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
+        for place, row in enumerate(rows):
+            if place != row:
+                self.keys[place] = self.keys[row]
+                self.values[place] = self.values[row]
+        self.key_buffer, self.value_buffer = self.key_buffer[: len(rows)], self.value_buffer[: len(rows)]
+
+
+class StaticTreeLayer(StaticLayer):
+    """A static layer that keeps some of the keys appended and forgets the rest: its tensors stay where they are, and
+    every update returns all `max_cache_len` positions.
+
+    It adds no state, so that a user's own static layer becomes one, and a `StaticLayer` again, by its class alone.
+    """
+
+    @property
+    def key_buffer(self) -> torch.Tensor:
+        """All positions, written or not, `(B, G, C, E)`."""
+        return self.keys
+
+    @property
+    def value_buffer(self) -> torch.Tensor:
+        """All positions, written or not, `(B, G, C, E)`."""
+        return self.values
+
+    def set_length(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.cumulative_length.fill_(length)
+
+
+class CommittedCache:
+    """A cache of `TreeLayer`s or `StaticTreeLayer`s with what is committed in each row.
+
+    Args:
+        cache (`Cache`): holds such layers.
+        committed (`torch.BoolTensor` of shape `(B, P)`): True where a key takes part in attention.
+        max_holes (`int`): positions by which P may come to exceed the longest row before rows are moved together; 0: every
+            row is dense at all times.
+    """
+
+    def __init__(self, cache: Cache, committed: torch.Tensor, max_holes: int = 0):
+        self.cache = cache
+        self.committed = committed
+        self.max_holes = max_holes
+        self.lengths = [committed.shape[1]] * committed.shape[0]  # of each row, left padding included, without holes
+        self.num_dense = committed.shape[1]  # positions before which no row has a hole
+        # A mask with more positions, all committed, and the part of it that is `committed`, where one was made.
+        self.longer = self.part_of_longer = committed
+
+    @property
+    def width(self) -> int:
+        """P: positions in use, holes included."""
+        return self.committed.shape[1]
+
+    def commit(self, accepted: list[list[int]]) -> None:
+        """Keep some of the keys appended since the last commit and forget the others.
+
+        Args:
+            accepted: for each row the offsets, rising, among the appended keys.
+        """
+        if self.max_holes and len(accepted) == 1:
+            self._commit_in_place(accepted[0])
+            return
+        width = self.width
+        ends = [width] * len(accepted) if self.max_holes else self.lengths
+        new_ends = [end + len(offsets) for end, offsets in zip(ends, accepted, strict=True)]
+        moves = [
+            [(width + offset, end + i) for i, offset in enumerate(offsets) if width + offset != end + i]
+            for end, offsets in zip(ends, accepted, strict=True)
+        ]
+        num_moves = max(len(row) for row in moves)
+        if num_moves:
+            # -1 moves nothing.
+            table = torch.tensor([row + [(-1, -1)] * (num_moves - len(row)) for row in moves])  # [B, A, 2]
+            self._move(table)
+        self._set_length(max(new_ends))
+        self._grow_mask(ends, new_ends)
+        self.lengths = [length + len(offsets) for length, offsets in zip(self.lengths, accepted, strict=True)]
+        self._close_too_many_holes()
+
+    def _commit_in_place(self, offsets: list[int]) -> None:
+        """Of a single row: accepted keys stay where they are, and what lies between them becomes holes."""
+        width, num_new = self.width, offsets[-1] + 1 if offsets else 0
+        self._set_length(width + num_new)
+        if num_new == len(offsets):
+            self._grow_mask([width], [width + num_new])
+        else:
+            is_kept = torch.tensor([[offset in offsets for offset in range(num_new)]], device=self.committed.device)
+            self.committed = torch.cat((self.committed, is_kept), dim=1)
+        self.lengths = [self.lengths[0] + len(offsets)]
+        self._close_too_many_holes()
+
+    def _layers(self) -> list:
+        return [layer for layer in self.cache.layers if layer.is_initialized]
+
+    def _set_length(self, length: int) -> None:
+        for layer in self._layers():
+            layer.set_length(length)
+
+    def _move(self, table: torch.Tensor) -> None:
+        """Move keys and values of all layers, from and to positions `(B, A, 2)`; -1 moves nothing."""
+        buffers: dict = {}
+        for layer in self._layers():
+            buffers.setdefault(layer.key_buffer.device, []).extend((layer.key_buffer, layer.value_buffer))
+        for device, on_device in buffers.items():
+            source, destination = table.to(device).unbind(-1)  # [B, A] each
+            compact_cache(on_device, source, destination)
+
+    def _grow_mask(self, ends: list[int], new_ends: list[int]) -> None:
+        width = max(new_ends)
+        if len(set(ends)) == len(set(new_ends)) == 1:
+            if self.committed is not self.part_of_longer or width > self.longer.shape[1]:
+                self.longer = torch.nn.functional.pad(self.committed, (0, width - self.width + _MASK_ROOM), value=True)
+            self.committed = self.part_of_longer = self.longer[:, :width]
+        else:
+            index = torch.arange(width, device=self.committed.device)
+            limits = torch.tensor([ends, new_ends], device=self.committed.device)[..., None]  # [2, B, 1]
+            is_new = (index >= limits[0]) & (index < limits[1])
+            padding = self.committed.new_zeros((len(new_ends), width - self.width))
+            self.committed = torch.cat((self.committed, padding), dim=1) | is_new
+
+    def forget_all(self) -> None:
+        """Drop all keys, to read a text anew; what is committed stays noted."""
+        self.close_holes()
+        self._set_length(0)
+
+    def places(self) -> torch.Tensor:
+        """The index of each key in its row, holes not counted, `(B, P)`."""
+        index = torch.arange(self.width, device=self.committed.device).expand(len(self.lengths), -1)
+        if min(self.lengths) == self.width:
+            return index
+        behind = self.committed[:, self.num_dense :].cumsum(dim=1) + (self.num_dense - 1)
+        return torch.cat((index[:, : self.num_dense], behind), dim=1)
+
+    def _close_too_many_holes(self) -> None:
+        if self.width - max(self.lengths) > self.max_holes:
+            self.close_holes()
+
+    def close_holes(self) -> None:
+        """Make every row dense, and P the length of the longest; moves what was committed since that was so last."""
+        if min(self.lengths) == self.width:
+            return
+        start, end = self.num_dense, max(self.lengths)
+        device = self.committed.device
+        index = torch.arange(end - start, device=device)
+        is_key = index < (torch.tensor(self.lengths, device=device) - start)[:, None]
+        if self.max_holes and end > start:
+            # False sorts before True: the keys of each row in order, then its holes.
+            order = (~self.committed[:, start:]).sort(dim=1, stable=True).indices[:, : end - start]
+            table = torch.stack((order, index.expand_as(order)), dim=-1) + start
+            self._move(torch.where(is_key[..., None], table, -1))
+        self._set_length(end)
+        self.committed = torch.cat((self.committed[:, :start], is_key), dim=1)
+        self.num_dense = min(self.lengths)
+
+    def forget_appended(self) -> None:
+        """Drop all keys appended since the last commit."""
+        self._set_length(self.width)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.committed = self.committed[torch.tensor(rows, device=self.committed.device)]
+        for layer in self._layers():
+            layer.keep_rows(rows)
+        self._close_too_many_holes()
+
+
+def round_up(number: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `number`."""
+    return -(-number // step) * step
+
+
+def new_tree_cache() -> DynamicCache:
+    """An empty cache whose layers are `TreeLayer`s, made as they are needed."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = TreeLayer
+    return cache
+
+
+def is_adoptable(cache) -> bool:
+    """Whether [`AdoptedLayers`] can serve this cache: full and sliding attention, dynamic or static, not offloaded."""
+    return (
+        type(cache) in (DynamicCache, StaticCache)
+        and not cache.offloading
+        and all(type(layer) in _ADOPTABLE_LAYERS for layer in cache.layers)
+    )
+
+
+class CacheSnapshot:
+    """A cache as it is now, to come back to where a call fails; what is stored is copied only where forwards write to it.
+
+    Args:
+        cache (`Cache`): of any kind.
+    """
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.layers = list(getattr(cache, "layers", ()))
+        self.classes = [type(layer) for layer in self.layers]
+        self.lengths = [int(layer.get_seq_length()) if type(layer) in _ADOPTABLE_LAYERS else 0 for layer in self.layers]
+        # Layers of keys and values make new tensors, or write behind their length; others are written to in place.
+        self.states = [vars(layer).copy() for layer in self.layers]
+        self.copies = [_copied(vars(layer)) if self._is_overwritten(layer) else None for layer in self.layers]
+        self.layer_class = getattr(cache, "layer_class_to_replicate", None)
+
+    @staticmethod
+    def _is_overwritten(layer) -> bool:
+        """Whether a layer's states do not stay where they are: of static windows they roll, others are no keys and values."""
+        return type(layer) not in _ADOPTABLE_LAYERS or type(layer) is StaticSlidingWindowLayer
+
+    def restore(self) -> None:
+        """Make the cache what it was."""
+        if not hasattr(self.cache, "layers"):
+            return
+        self.cache.layers = list(self.layers)
+        self.cache.layer_class_to_replicate = self.layer_class
+        parts = (self.layers, self.classes, self.states, self.copies, self.lengths)
+        for layer, kind, state, copy, length in zip(*parts, strict=True):
+            layer.__class__ = kind
+            vars(layer).clear()
+            vars(layer).update(state if copy is None else _restored(state, copy))
+            if type(layer) is StaticLayer:
+                layer.cumulative_length.fill_(length)
+
+
+def _restored(state, copy):
+    """States as they were copied, tensors in their old places, which a compiled forward may know."""
+    if isinstance(state, torch.Tensor) and isinstance(copy, torch.Tensor) and state.shape == copy.shape:
+        return state.copy_(copy)
+    if isinstance(state, dict):
+        return {name: _restored(state.get(name), part) for name, part in copy.items()}
+    return copy
+
+
+def _copied(states):
+    """A copy of states in dictionaries and lists, tensors included."""
+    if isinstance(states, torch.Tensor):
+        return states.detach().clone()
+    if isinstance(states, dict):
+        return {name: _copied(state) for name, state in states.items()}
+    return [_copied(state) for state in states] if type(states) is list else states
+
+
+class AdoptedLayers:
+    """Lends a cache layers whose rows can be moved while a loop runs, and puts its own layers back afterwards.
+
+    Args:
+        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed. Only static
+            layers of exactly `capacity` positions are used as they are, behind what they hold.
+        capacity (`int`, *optional*): positions of `StaticTreeLayer`s; without it `TreeLayer`s are lent.
+    """
+
+    def __init__(self, cache: Cache, capacity: int | None = None):
+        self.cache = cache
+        self.originals = list(cache.layers)
+        self.layer_class = cache.layer_class_to_replicate
+        lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
+        for layer in self.originals:
+            if type(layer) is StaticLayer and layer.max_cache_len == capacity:
+                layer.__class__ = StaticTreeLayer
+        cache.layers = [
+            layer if type(layer) is StaticTreeLayer else _with_states_of(layer, lent_class())
+            for layer in self.originals
+        ]
+        if self.layer_class is not None:
+            cache.layer_class_to_replicate = lent_class
+
+    def fill(self, cache: Cache) -> None:
+        """Take the states of another cache into the lent layers, which are empty."""
+        if self.cache.layer_class_to_replicate is not None:
+            while len(self.cache.layers) < len(cache.layers):
+                self.cache.layers.append(self.cache.layer_class_to_replicate())
+        for lent, layer in zip(self.cache.layers, cache.layers, strict=False):
+            _with_states_of(layer, lent)
+
+    def put_back(self) -> None:
+        """Restore the layers, without what the loop has committed."""
+        for layer in self.originals:
+            if type(layer) is StaticTreeLayer:
+                layer.__class__ = StaticLayer
+        self.cache.layers = self.originals
+        self.cache.layer_class_to_replicate = self.layer_class
+
+    def put_back_with_new_states(self) -> None:
+        """Restore the layers and give them what the loop has committed; all rows must have one length."""
+        lent = self.cache.layers
+        self.put_back()
+        while len(self.cache.layers) < len(lent):
+            # A model may have added layers of its own to the first forward.
+            self.cache.layers.append((self.layer_class or DynamicLayer)())
+        for original, layer in zip(self.cache.layers, lent, strict=True):
+            if not layer.is_initialized:
+                continue
+            length = int(layer.get_seq_length())
+            if layer is original:
+                layer.keys[:, :, length:] = 0
+                layer.values[:, :, length:] = 0
+            else:
+                _write_states(original, layer.key_buffer[:, :, :length], layer.value_buffer[:, :, :length])
+
+
+def _with_states_of(layer, lent):
+    """`lent` with the stored positions of `layer`; those that a window has dropped are zeros, which masks leave out."""
+    length = int(layer.get_seq_length())
+    if layer.is_initialized and length > 0:
+        kept = min(length, layer.keys.shape[2])
+        lent.update(_as_full_length(layer.keys, length, kept), _as_full_length(layer.values, length, kept))
+    return lent
+
+
+def _as_full_length(states: torch.Tensor, length: int, kept: int) -> torch.Tensor:
+    """The first `kept` positions of `(B, G, _, E)` states at the end of `length` positions."""
+    full = states.new_zeros((states.shape[0], states.shape[1], length, states.shape[3]))
+    full[:, :, length - kept :] = states[:, :, :kept]
+    return full
+
+
+def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Store `(B, G, T, E)` keys and values in a stock layer the way that layer would have stored them."""
+    length = keys.shape[2]
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    if isinstance(layer, StaticLayer):
+        kept = min(length, layer.max_cache_len)
+        # What was there before is written as it was, so that an interruption leaves it.
+        for stored, states in ((layer.keys, keys), (layer.values, values)):
+            stored[:, :, :kept] = states[:, :, length - kept :]
+            stored[:, :, kept:] = 0
+        layer.cumulative_length.fill_(length if type(layer) is StaticLayer else kept)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int = length
+        return
+    start = 0
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        start = max(0, length - layer.sliding_window + 1)
+        layer.cumulative_length = length
+        layer.record_past = False
+    layer.keys = keys[:, :, start:].clone()
+    layer.values = values[:, :, start:].clone()

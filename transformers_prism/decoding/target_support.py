@@ -1,0 +1,248 @@
+"""Which way of verifying a target, its cache and its inputs allow: trees, a chain, or neither, with the reason.
+
+Plain decoding asks the model itself for the inputs of every step; so do we, once per call, before the prompt is read. What
+the answer leaves out (positions) or adds (inputs that nobody could extend along a tree) decides, not a list of models.
+"""
+
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from ..transformers_names import CACHE_NAMES, attention_name, keeps_no_activations
+from .attention import PRISM_TREE
+from .cache import is_adoptable
+
+_TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
+# Configuration fields that name a local window or a number of keys to attend to, other than those that masks are made for.
+_OWN_WINDOWS = ("window_size", "attention_window", "local_window_size", "attention_window_size", "local_attention_window")
+# Inputs of a step that are made anew in every round, or that are no tensors of the text.
+_KNOWN_INPUTS = {
+    *CACHE_NAMES,
+    *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "inputs_embeds"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+}
+
+
+class Declined(Exception):
+    """The loop cannot serve this call, and plain decoding has to; the message says why."""
+
+
+class RotarySwitch(NamedTuple):
+    """Rotary frequencies of a whole forward that depend on its longest position.
+
+    Args:
+        length: tokens from which on a longer text has other frequencies.
+        is_drafted_beyond: whether they are the same for all longer texts; else they change with every token.
+    """
+
+    length: int
+    is_drafted_beyond: bool
+
+    def max_depth(self, position: int) -> float:
+        """Draft steps behind a root at `position` that see the frequencies of plain decoding."""
+        if position < self.length:
+            return self.length - 1 - position
+        # At the switch itself some models read the whole text anew.
+        return math.inf if self.is_drafted_beyond and position > self.length else 0
+
+
+def hidden_state(outputs, layer: int, config) -> torch.Tensor:
+    """A hidden state `(B, T, D)` of a target's output; of several streams the one that the model goes on with (gemma3n,
+    `(streams, B, T, D)`) or their mean (hyper-connections, `(B, T, streams, D)`)."""
+    state = outputs.hidden_states[layer]
+    if state.dim() == 3:
+        return state
+    active = getattr(config.get_text_config(), "altup_active_idx", None)
+    return state.mean(dim=2) if active is None else state[active]
+
+
+def rotary_switches(text_config) -> list[RotarySwitch]:
+    """Lengths at which a target's frequencies change: `dynamic` and `longrope` rotary embeddings."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    switches = []
+    for kind in kinds:
+        # Dynamic frequencies follow the longest text from `max_position_embeddings` on, whatever else is written there.
+        length = text_config.max_position_embeddings
+        if kind.get("rope_type") == "longrope":
+            switches.append(RotarySwitch(kind.get("original_max_position_embeddings") or length, True))
+        elif "dynamic" in str(kind.get("rope_type")):
+            switches.append(RotarySwitch(length, False))
+    # Models of the phi family read their text anew there, whatever their frequencies do.
+    original = getattr(text_config, "original_max_position_embeddings", None)
+    if original and RotarySwitch(original, True) not in switches:
+        switches.append(RotarySwitch(original, True))
+    return switches
+
+
+def layer_windows(text_config) -> dict[str | None, int | None] | None:
+    """The sliding window (None: full attention) of each kind of layer, keyed as the target's forward takes its masks;
+    a single key None where it takes one tensor. None if a kind of layer has no tree mask.
+
+    Source: `create_masks_for_generate` of transformers, whose cases these are.
+    """
+    window = getattr(text_config, "sliding_window", None)
+    if hasattr(text_config, "layer_types"):
+        kinds = set(text_config.layer_types)
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            return None
+        return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+    if window is None and getattr(text_config, "attention_chunk_size", None) is not None:
+        return None
+    return {None: window}
+
+
+def takes_tree_mask(target) -> bool:
+    """Whether the target's forward accepts a tree's mask and positions."""
+    return why_no_tree_mask(target) is None
+
+
+def why_no_tree_mask(target) -> str | None:
+    """Why a target's forward takes no tree; None if it does."""
+    config = target.config.get_text_config()
+    name = attention_name(config)
+    if name not in _TREE_ATTENTION:
+        return f'its attention, {name}, takes no tree mask; load it with attn_implementation="sdpa"'
+    if layer_windows(config) is None:
+        return "its layers are neither all full nor sliding attention"
+    if "position_ids" not in inspect.signature(target.forward).parameters:
+        return "its forward takes no positions"
+    if getattr(config, "alibi", False):
+        return "its alibi biases follow places in the cache, not positions"
+    # Where a configuration lists its layers, it may have no local one.
+    kinds = getattr(config, "attention_layers", None)
+    has_local = not isinstance(kinds, (list, tuple)) or "local" in kinds
+    if has_local and any(isinstance(getattr(config, name, None), int) for name in _OWN_WINDOWS):
+        return "its local attention follows places in the cache, not positions"
+    return None
+
+
+def inputs_of_next_step(target, input_ids: torch.LongTensor, model_kwargs: dict) -> dict | None:
+    """What plain decoding would hand the target's forward for one more token; None if the model does not say beforehand."""
+    try:
+        return target.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1, is_first_iteration=False, **model_kwargs
+        )
+    # Whatever a model's own code may fail with on a cache that is still empty.
+    except Exception:
+        return None
+
+
+def reason_against_masks(text_config) -> str | None:
+    """Why no number of tokens at once gets the attention that single steps get; None if it does."""
+    if getattr(text_config, "keep_window_size", None) is not None:
+        return "its dynamic mask keeps other keys for several tokens at once than for single ones (keep_window_size)"
+    # `DynamicSlidingWindowLayer` keeps the last `window - 1` positions, which for 1 are all of them in Python.
+    if getattr(text_config, "sliding_window", None) == 1:
+        return "caches of transformers keep all positions for a sliding window of 1, and single steps attend to them"
+    return None
+
+
+def reason_against_untried_chat(cache) -> str | None:
+    """Why a target that nobody has tried cannot go on with a caller's cache; None if it can."""
+    # Its own masks, which read what follows, may rest on a window's cache holding the window only.
+    if cache.get_seq_length() and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return "nobody has tried this model with a cache of sliding windows that holds a text already"
+    return None
+
+
+def reads_whole_text(inputs: dict | None) -> bool:
+    """Whether a step with these inputs reads more than one token."""
+    return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
+
+
+def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> str | None:
+    """Why a step with these inputs cannot be verified for several tokens at once; None if it can."""
+    if inputs is None:
+        return None
+    # Behind a rotary switch a model may ask for the whole text as long as its cache is empty.
+    if reads_whole_text(inputs) and not switches:
+        return "the model reads the whole text in every step and not the cache"
+    position_ids = inputs.get("position_ids")
+    if position_ids is not None and position_ids.dim() != 2:
+        return f"position_ids has {position_ids.dim()} dimensions instead of 2"
+    extra = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in _KNOWN_INPUTS]
+    return f"the model input {extra[0]} cannot be carried along a tree" if extra else None
+
+
+def position_offset(inputs: dict | None, model_kwargs: dict) -> int:
+    """What a model adds to the positions that generate() prepares, as paligemma does, which counts from 1.
+
+    Raises:
+        Declined: if that differs from row to row.
+    """
+    given, made = model_kwargs.get("position_ids"), (inputs or {}).get("position_ids")
+    if given is None or made is None:
+        return 0
+    offsets = set((made[:, -1] - given[:, -1]).tolist())
+    if len(offsets) > 1:
+        raise Declined(f"the model changes positions by {sorted(offsets)}, other rows otherwise")
+    return offsets.pop()
+
+
+def reason_against_training(target) -> str | None:
+    """Why a target in train mode cannot be served; None if it can."""
+    # `target.model.train()` leaves the target's own flag alone.
+    if not any(module.training for module in target.modules()):
+        return None
+    if target.training and keeps_no_activations(target):
+        return "gradient checkpointing in train mode keeps no cache; call target.eval()"
+    rates = vars(target.config.get_text_config()).items()
+    if any(("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0 for name, rate in rates):
+        return "dropout or jitter in train mode draws anew in every forward; call target.eval()"
+    return None
+
+
+# Types whose plain decoding goes on at a rotary switch without the text before it, as if its cache had been emptied.
+LOSES_TEXT = ("phi4_multimodal",)
+
+
+def reason_against_switch(switches: list[RotarySwitch], position: int, max_new_tokens: int) -> str | None:
+    """Why a single row cannot be served whose cache cannot be read anew; the arguments are those of a batch."""
+    for switch in switches:
+        if switch.is_drafted_beyond and position <= switch.length < position + max_new_tokens:
+            return (
+                f"rotary frequencies change at {switch.length} tokens, where a model may read its text into another cache, "
+                "and this call's cache cannot follow it there"
+            )
+    return None
+
+
+def reason_against_batch_positions(switches: list[RotarySwitch], positions: list[int], max_new_tokens: int) -> str | None:
+    """Why several rows cannot be served: rotary frequencies follow the longest row, which rows reach at different times.
+
+    Args:
+        switches (`list[RotarySwitch]`): of the target.
+        positions (`list[int]`): of each row's next token.
+        max_new_tokens (`int`): tokens that a row may still get.
+    """
+    for switch in switches:
+        stays_below = max(positions) + max_new_tokens < switch.length
+        if not stays_below and not (switch.is_drafted_beyond and min(positions) >= switch.length):
+            return f"rotary frequencies change at {switch.length} tokens, which rows of a batch reach at different times"
+    return None
+
+
+def why_no_chain(cache, num_rows: int) -> str | None:
+    """Why a target's own cache cannot be rolled back; None if it can, which some layers only tell once they hold something."""
+    if num_rows > 1:
+        return "without trees a batch cannot be verified, only one row"
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        return f"{kind} cannot be rolled back"
+    if not (cache.is_croppable or cache.get_seq_length() == 0):
+        return "a layer's state cannot be rolled back"
+    return None
+
+
+def why_no_tree(target, cache, inputs: dict | None) -> str | None:
+    """Why trees cannot be verified with this target and cache; None if they can."""
+    if not is_adoptable(cache):
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
+        return f"the cache keeps states that cannot be moved ({type(cache).__name__} of {', '.join(kinds) or 'no layers'})"
+    if inputs is not None and inputs.get("position_ids") is None:
+        return "the model counts positions by itself"
+    return why_no_tree_mask(target)

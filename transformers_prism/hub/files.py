@@ -1,0 +1,331 @@
+"""What a saved draft needs besides weights and configuration, so that it loads where this package is not installed.
+
+A draft's folder holds the code itself: every file of this package that `modeling_prism.py` reaches by relative imports,
+and `custom_generate/generate.py`. transformers runs them with `trust_remote_code=True`. It follows relative imports
+within one folder only, so that `kernels/x.py` is published as `kernels_x.py`; the import lines that name it, as
+`from ..kernels.x import y` does, change with it, and nothing else does.
+
+Licence, card, metrics and the target's tokenizer lie beside the code. A draft that was loaded without this package takes
+them along from where it was loaded.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, metadata_load
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ..transformers_names import NO_ERROR_AT_ALL, NO_ERROR_IF_ABSENT
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_prism.PrismConfig",
+    "AutoModel": "modeling_prism.PrismDraftModel",
+    "AutoModelForCausalLM": "modeling_prism.PrismDraftModel",
+}
+CARD, METRICS, TRAINING, ABOUT, LICENSE = "README.md", "metrics.json", "training.json", "about.json", "LICENSE"
+DRAFT_VOCABULARY = "draft_to_target"  # a draft's list of token ids, the only one of its tensors that is no weight
+PLOT, CURVES = "conditional_acceptance.png", "curves.png"
+# The folder of all code: the package, in which this file lies one folder down, or a draft's own, which has no subfolders.
+_CODE = next(folder for folder in Path(__file__).parents if (folder / "modeling_prism.py").is_file())
+# Not reached by imports: they travel from the package, or from where a draft was loaded.
+_PACKAGE_FILES = (LICENSE, "custom_generate/generate.py", "custom_generate/requirements.txt")
+# They describe certain weights.
+_WEIGHT_FILES = (CARD, METRICS, TRAINING, PLOT, CURVES)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+# Licences under which a target's tokenizer may be given away with a draft.
+OPEN_LICENSES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "unlicense")
+# Stands in a card for whoever pushes the draft.
+PLACEHOLDER_USER = "user"
+# What a repository may hold of an earlier push and a later one may not.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "custom_generate/*"]
+_RELATIVE_IMPORT = re.compile(r"^([ \t]*from )(\.+)([\w.]+)( import )", flags=re.MULTILINE)
+
+
+def published_files() -> list[Path]:
+    """The code files of a draft, in the folder that this copy of the code lives in."""
+    found, waiting = set(), [_CODE / "modeling_prism.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += [_imported(path, line) for line in _RELATIVE_IMPORT.finditer(path.read_text(encoding="utf-8"))]
+    return sorted(found)
+
+
+def _imported(path: Path, line: re.Match) -> Path:
+    """The file that a relative import in a file names: one dot is its own folder, two are the one above."""
+    return path.parents[len(line[2]) - 1] / f"{line[3].replace('.', '/')}.py"
+
+
+def published_name(path: Path) -> str:
+    """What a code file is called in a draft's folder, where there are no subfolders: `kernels_x.py` for `kernels/x.py`."""
+    return "_".join(path.relative_to(_CODE).parts)
+
+
+def published_code(path: Path) -> str:
+    """A code file as it is published: its own text, with the names of flattened files in its import lines."""
+
+    def flattened(line: re.Match) -> str:
+        return f"{line[1]}.{published_name(_imported(path, line)).removesuffix('.py')}{line[4]}"
+
+    return _RELATIVE_IMPORT.sub(flattened, path.read_text(encoding="utf-8"))
+
+
+def code_files() -> dict[str, bytes]:
+    """What a draft's repository holds of code and its requirements, by name: only the package has all of it.
+
+    Raises:
+        OSError: if this is the copy of the code that a draft carries.
+    """
+    files = {published_name(path): published_code(path).encode() for path in published_files()}
+    return files | {name: (_CODE / name).read_bytes() for name in _PACKAGE_FILES if name != LICENSE}
+
+
+def write_published_files(
+    folder: str | Path,
+    loaded_from: str,
+    revision: str | None,
+    target_name: str | None,
+    write_card: Callable[[Path], object] | None = None,
+) -> None:
+    """Complete a draft's folder, in which weights and configurations lie, to a whole repository.
+
+    A warning names what could not be had.
+
+    Args:
+        folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
+        loaded_from (`str`): folder or repository that the draft was loaded from, for what this copy of the code does
+            not have; may be empty.
+        revision (`str`, *optional*): of that repository.
+        target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
+            a licence that allows it.
+        write_card (`Callable`, *optional*): writes card and metrics into a folder whose weights are new, or raises
+            ValueError; only the package has it.
+    """
+    folder = Path(folder)
+    for path in published_files():
+        destination = folder / published_name(path)
+        if path.resolve() != destination.resolve():
+            destination.write_text(published_code(path), encoding="utf-8", newline="\n")
+    absent = []
+    for name in _PACKAGE_FILES:
+        if not _copy(_package_file(name) or find_file(loaded_from, name, revision), folder / name):
+            absent.append(name)
+    _copy(find_file(loaded_from, ABOUT, revision), folder / ABOUT)
+    if not _copy_tokenizer(loaded_from, revision, folder) and target_name:
+        _add_tokenizer_of(target_name, folder)
+    absent += _describe(folder, loaded_from, revision, write_card)
+    if absent:
+        warnings.warn(
+            f"the saved draft lacks {', '.join(absent)}: where this draft was loaded from they are absent or describe "
+            "other weights",
+            stacklevel=3,
+        )
+
+
+def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: Callable | None) -> list[str]:
+    """Add card and metrics: those of where the draft was loaded if its weights are still the same, else new ones, which
+    only the package can write. Returns the names of those that could not be had."""
+    try:
+        weights = weights_sha256(folder)
+    except OSError:  # saved as a variant, under other names
+        return [CARD, METRICS]
+    found = {name: find_file(loaded_from, name, revision) for name in _WEIGHT_FILES}
+    metrics = json.loads(found[METRICS].read_text(encoding="utf-8")) if found[METRICS] else {}
+    if metrics.get("weights_sha256") == weights:
+        return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
+    if write_card is None:
+        return [CARD, METRICS]
+    try:
+        write_card(folder)
+    except ValueError as error:  # files beside the weights that no card can be made of
+        return [f"{CARD} ({error})", METRICS]
+    return [f"the measurements of {METRICS}"] if metrics.get("generate") or metrics.get("verify") else []
+
+
+def _package_file(name: str) -> Path | None:
+    """A file of the package, whose licence lies one folder up in a clone."""
+    candidates = [_CODE / name]
+    if name == LICENSE and (_CODE / "hub").is_dir():
+        candidates.append(_CODE.parent / name)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or repository on this machine, downloaded if need be; None if it is not to be had."""
+    if not str(source):
+        return None
+    try:
+        found = cached_file(
+            str(source),
+            name,
+            revision=revision,
+            **NO_ERROR_AT_ALL,
+        )
+    except (OSError, ValueError):  # the folder or repository is gone
+        return None
+    return None if found is None else Path(found)
+
+
+def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
+    copied = [_copy(find_file(source, name, revision), folder / name) for name in TOKENIZER_FILES]
+    return any(copied)
+
+
+def _add_tokenizer_of(target_name: str, folder: Path) -> None:
+    """Copy the target's tokenizer if the target's card names a licence that allows it; else say how it could travel."""
+    # A GGUF file has no card.
+    name = None if target_name.endswith(".gguf") else card_license(find_file(target_name, CARD))
+    if name not in OPEN_LICENSES:
+        warnings.warn(
+            f"left out the tokenizer of {target_name}: "
+            + (f"its licence is {name}" if name else "no licence of it is known")
+            + ". If you may give it away, put it beside the draft with tokenizer.save_pretrained(FOLDER); it travels with "
+            "a draft that is loaded from there",
+            stacklevel=4,
+        )
+    elif not _copy_tokenizer(target_name, None, folder):
+        warnings.warn(f"left out the tokenizer of {target_name}: no files of one were found there", stacklevel=4)
+
+
+def card_license(card: Path | None) -> str | None:
+    """The licence that a card's metadata names; None if there is none, or no card that can be read."""
+    # The errors of YAML come from a package that need not be imported here.
+    with contextlib.suppress(Exception):
+        name = metadata_load(card)["license"]
+        return name if isinstance(name, str) else None
+    return None
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    tags: list[str] | None,
+    private: bool | None,
+    token,
+    loaded_from: str = "",
+    **commit,
+) -> CommitInfo:
+    """Upload a draft's folder to the Hub in one commit; the repository is made if it is not there.
+
+    Args:
+        folder (`str` or `Path`): what [`write_published_files`] completed; the code in its card is given the
+            repository's name.
+        repo_id (`str`): "user/name".
+        tags (`list[str]`, *optional*): added to those of the card.
+        private (`bool`, *optional*): of a new repository.
+        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
+        loaded_from (`str`): folder or repository that the draft was loaded from, whose name its card may have.
+        commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
+    Returns:
+        `CommitInfo`: of the commit.
+    Raises:
+        HfHubHTTPError: if the Hub refuses; the repository then holds what it held before.
+        OSError: if the weights cannot be uploaded, with the reason; as above.
+        ValueError: if the Hub does not take the card's metadata.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if commit.get("revision") and not commit["revision"].startswith("refs/pr"):
+        api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
+    path = Path(folder) / CARD
+    if path.is_file():
+        text = _renamed(path.read_text(encoding="utf-8"), loaded_from, repo_id)
+        path.write_text(_with_tags(text, tags) if tags else text, encoding="utf-8", newline="\n")
+    # One commit, whatever the number of files: whoever loads the repository meanwhile gets the old draft or the new one.
+    files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+    there = set() if commit.get("create_pr") else set(api.list_repo_files(repo_id, revision=commit.get("revision")))
+    left_over = [name for name in sorted(there - set(files)) if any(fnmatch(name, one) for one in _REPLACED)]
+    operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    try:
+        return api.create_commit(repo_id, [*operations, *map(CommitOperationDelete, left_over)], **commit)
+    except RuntimeError as error:  # of the upload of a large file, whose reason the client puts behind it
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OSError(f"{repo_id} holds what it held before. {error} {reason}") from error
+
+
+def _renamed(text: str, loaded_from: str, repo_id: str) -> str:
+    """A card whose code loads the draft from `repo_id`, and no longer from a placeholder or from where it was before."""
+    # Only as an argument: prose may tell of a "user/assistant" pair, or of the repository that the draft was made from.
+    arguments = rf'(?<=[(=])"({PLACEHOLDER_USER}/[^"/]+|{re.escape(loaded_from or repo_id)})"'
+    return re.sub(arguments, f'"{repo_id}"', text)
+
+
+def _with_tags(text: str, tags: list[str]) -> str:
+    """A card with more tags in its metadata."""
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # the errors of YAML come from a package that need not be imported here
+        raise ValueError(f"expected a card with metadata in YAML, got {error}") from error
+    card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *tags])]
+    return str(card)
+
+
+def weights_sha256(source: str | Path, revision: str | None = None) -> str:
+    """What a draft's weights are, bit for bit, in however many files they lie.
+
+    Args:
+        source (`str` or `Path`): the draft's folder or repository.
+        revision (`str`, *optional*): of the repository.
+    Returns:
+        `str`: sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
+    Raises:
+        OSError: if there are no safetensors weights.
+        ValueError: if a file is damaged, or an index names files elsewhere.
+    """
+
+    def find(name: str, is_needed: bool = True) -> str | None:
+        return cached_file(str(source), name, revision=revision, **({} if is_needed else NO_ERROR_IF_ABSENT))
+
+    index = find(SAFE_WEIGHTS_INDEX_NAME, is_needed=False)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in [SAFE_WEIGHTS_NAME] if index is None else shard_names(index):
+        file = find(name)
+        try:
+            tensors.update(load_state_dict(file))
+        # The reader's errors come from a package that need not be imported here.
+        except Exception as error:
+            raise ValueError(f"{file}: expected a whole safetensors file, got {error}") from error
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def shard_names(index: str | Path) -> list[str]:
+    """The files that an index of safetensors shards names, in order.
+
+    Raises:
+        ValueError: if it is no such index, or names anything but safetensors files beside it.
+    """
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        are_safe = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected a weight_map that names files, got {error!r}") from error
+    if not names or not are_safe:
+        raise ValueError(f"{index}: expected the names of safetensors files beside it, got {sorted(names)}")
+    return sorted(names)
+
+
+def _copy(source: Path | None, destination: Path) -> bool:
+    """Copy a file if there is one; returns whether there was."""
+    if source is None:
+        return False
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != destination.resolve():
+        shutil.copyfile(source, destination)
+    return True

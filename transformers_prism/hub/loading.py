@@ -1,0 +1,175 @@
+"""Checks around the loading of a draft: that its files are those of a draft, fit each other, and ask for no more memory than
+they fill. What is absurd is refused before memory is taken for it."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ..policy.settings import default_tree_settings
+from ..transformers_names import NO_ERROR_AT_ALL, is_made_up
+from .files import shard_names
+
+# Of from_pretrained(): where on the Hub, and how.
+_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Weights in one error.
+_MOST_NAMED = 100
+
+
+def check_memory(config) -> None:
+    """Refuse to make a draft that this machine's memory cannot hold.
+
+    Args:
+        config (`PrismConfig`): of the draft, about to be made on torch's default device.
+    Raises:
+        ValueError: if its weights alone take more than there is.
+    """
+    if torch.get_default_device().type != "cpu":
+        return
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return
+    needed = config.num_matrix_weights * torch.get_default_dtype().itemsize
+    if needed > memory:
+        raise ValueError(
+            f"expected a configuration whose weights fit this machine's memory of {memory / 1e9:.0f} GB, got one of "
+            f"{needed / 1e9:.0f} GB: num_processing_modules={config.num_processing_modules}, "
+            f"num_layers_per_module={config.num_layers_per_module}, hidden_size={config.hidden_size}, "
+            f"intermediate_size={config.intermediate_size}, vocab_size={config.vocab_size}"
+        )
+
+
+def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, **kwargs) -> None:
+    """Compare the shapes in safetensors files with a configuration before anything is made from either.
+
+    Args:
+        draft_class (`type`): the class that is about to be loaded.
+        source (`str` or path): folder or repository.
+        ignores_sizes (`bool`): whether other shapes will do.
+        kwargs: further arguments of `from_pretrained`.
+    Raises:
+        ValueError: as [`check_names_and_shapes`]; also if an index of shards names files elsewhere.
+    """
+    if str(source) and (index := Path(source, kwargs.get("subfolder") or "", SAFE_WEIGHTS_INDEX_NAME)).is_file():
+        shard_names(index)  # transformers would follow it out of the folder
+    if any(kwargs.get(name) for name in ("state_dict", "force_download", "variant", "gguf_file", "quantization_config")):
+        return
+    where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None}
+    config = kwargs.get("config")
+    # One that is given may be of another copy of this code.
+    if config is None or isinstance(config, (str, os.PathLike)):
+        config = draft_class.config_class.from_pretrained(source if config is None else config, **where)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    found = _shapes_of(source, where)
+    if found is None:  # weights of another form, or none: the loader knows what to say
+        return
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in draft_class(config).state_dict().items()}
+    same = expected.keys() & found.keys()
+    check_names_and_shapes(
+        expected.keys() - same,
+        found.keys() - same,
+        [] if ignores_sizes else [(name, found[name], expected[name]) for name in same if found[name] != expected[name]],
+    )
+
+
+def check_names_and_shapes(missing, unknown, other_shapes) -> None:
+    """Refuse weights that are not exactly those which a configuration describes: a module left random would show only as
+    poor acceptance.
+
+    Args:
+        missing, unknown: names of weights.
+        other_shapes: of name, found and expected shape.
+    Raises:
+        ValueError: listing all of them.
+    """
+    wrong = [f"{name} is missing" for name in sorted(missing)]
+    wrong += [f"{name} is unknown" for name in sorted(unknown)]
+    wrong += [
+        f"{name} has shape {tuple(found)} instead of {tuple(expected)}" for name, found, expected in sorted(other_shapes)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
+        raise ValueError(
+            f"expected exactly the weights that the configuration describes, got: {'; '.join(wrong[:_MOST_NAMED])}{more}"
+        )
+
+
+def check_values(draft, source: str | os.PathLike) -> None:
+    """Refuse weights that are no numbers, and a draft vocabulary that is none.
+
+    Args:
+        draft (`PrismDraftModel`): just loaded.
+        source (`str` or path): from where.
+    Raises:
+        ValueError: naming the first such tensor.
+    """
+    for name, tensor in draft.state_dict().items():
+        if tensor.device.type == "meta" or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            continue
+        # A sum is one pass and takes no memory; one that overflows is looked at again.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not (is_finite := tensor.isfinite()).all():
+            raise ValueError(
+                f"{name}: expected finite numbers, got NaN or infinity in {int((~is_finite).sum())} of {tensor.numel()} "
+                f"(loaded from {source} in {tensor.dtype})"
+            )
+    ids = draft.draft_to_target
+    if ids is not None and ids.device.type != "meta":
+        size = draft.config.vocab_size
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise ValueError(
+                f"draft_to_target: expected token ids of 0..{size - 1} (vocab_size={size}), got {int(ids.min())}.."
+                f"{int(ids.max())} (loaded from {source})"
+            )
+
+
+def complete_tree_settings(draft, source: str | os.PathLike, **kwargs) -> None:
+    """Give a loaded draft the trees of its generation_config.json, and those settings that are younger than it.
+
+    Args:
+        draft (`PrismDraftModel`): just loaded.
+        source (`str` or path): from where.
+        kwargs: further arguments of `from_pretrained`.
+    Raises:
+        OSError: if that file cannot be had.
+    """
+    if is_made_up(draft.generation_config) and "generation_config" not in kwargs:
+        # transformers makes one up where the file is absent or its download fails; asked again, it says which.
+        where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
+        draft.generation_config = GenerationConfig.from_pretrained(source, **where)
+    for name, value in default_tree_settings().items():
+        # `update` would ignore what is not there.
+        if getattr(draft.generation_config, name, None) is None:
+            setattr(draft.generation_config, name, value)
+
+
+def _shapes_of(source, where: dict) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of weights by name from the headers of a draft's safetensors files; None where there are no whole ones."""
+
+    def find(name: str) -> str | None:
+        try:
+            return cached_file(str(source), name, **NO_ERROR_AT_ALL, **where)
+        except OSError:
+            raise
+        except Exception as error:  # of the client, half-way through a download
+            raise OSError(f"Can't load the model from {source}: expected the whole of {name}, got {error!r}") from error
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    single = find(SAFE_WEIGHTS_NAME)
+    index = find(SAFE_WEIGHTS_INDEX_NAME) if single is None else None
+    files = [single] if index is None else [find(name) for name in shard_names(index)]
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as stream:
+                shapes.update({name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()})
+    except (OSError, TypeError, SafetensorError):
+        return None
+    return shapes
+
+
+__all__ = ["check_headers", "check_memory", "check_names_and_shapes", "check_values", "complete_tree_settings"]

@@ -1,0 +1,1 @@
+"""Which tree to draft: settings, measured costs, and the automatic choice."""

@@ -1,0 +1,293 @@
+"""What the parts of a round cost here: a target forward over so many tokens, and a draft step.
+
+Measured once for a target, a draft, a device, a number of threads and a batch size, kept on disk, and corrected by
+every round that runs, since contexts grow and machines slow down. What was kept is tried by a few forwards before a
+process believes it: a machine that was busy then makes trees look dearer than they are.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from torch import nn
+
+from ..cpu import trusting_packed_weights
+from ..decoding.draft_side import Drafter
+from ..decoding.target_side import is_compiled
+from ..whole_files import write_json
+
+# Tokens of one row in a target forward that are measured; between them costs are interpolated.
+MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# In one forward, all rows together: beyond the last point measured the line goes on.
+_MAX_TOKENS = 128
+_NUM_REPEATS = 3
+# A round moves the estimate a tenth of the way to what it measured, and its neighbours' a twentieth.
+_RATE = 0.1
+_SPREAD = 0.5
+# One round that was interrupted does not count for more than this.
+_MAX_SURPRISE = 2.0
+# How far the cost of a small tree, over that of a plain step, may be from what was kept.
+_MAX_DRIFT = 1.3
+_FORMAT = 1
+# No file of ours is longer.
+_MOST_BYTES = 10_000
+
+
+@dataclass
+class RoundCosts:
+    """Seconds of the parts of a round for a batch.
+
+    Args:
+        num_tokens: tokens in a target forward, all rows together, increasing.
+        verify_seconds: of a target forward over that many tokens.
+        step_seconds: of one draft step with its proposals and its share of choosing nodes.
+    """
+
+    num_tokens: list[int]
+    verify_seconds: list[float]
+    step_seconds: float
+
+    def verify(self, num_tokens: int) -> float:
+        """Seconds of a target forward over `num_tokens` tokens, all rows together."""
+        left, share = self._between(num_tokens)
+        low, high = self.verify_seconds[left], self.verify_seconds[left + 1]
+        # Beyond the last point the line goes on; before the first, where rows have ended, fewer tokens cost at least their
+        # share, since a line that is steep would end below nothing.
+        return max(low + share * (high - low), low * min(num_tokens / self.num_tokens[left], 1.0))
+
+    def _between(self, num_tokens: int) -> tuple[int, float]:
+        """The measured point to the left, and how far towards the next one this number lies."""
+        points = self.num_tokens
+        left = min(max(bisect_right(points, num_tokens) - 1, 0), len(points) - 2)
+        return left, (num_tokens - points[left]) / (points[left + 1] - points[left])
+
+    def observe_verify(self, num_tokens: int, seconds: float) -> None:
+        """Correct the estimates by a forward that took `seconds`: near its number of tokens more than far from it."""
+        surprise = _bounded(seconds / self.verify(num_tokens))
+        left, share = self._between(num_tokens)
+        for index in range(len(self.num_tokens)):
+            nearness = {left: 1 - share, left + 1: share}.get(index, 0.0)
+            weight = _SPREAD + (1 - _SPREAD) * min(max(nearness, 0.0), 1.0)
+            self.verify_seconds[index] *= surprise ** (_RATE * weight)
+        # More tokens never cost less, so that noise does not make a tree look cheaper than plain decoding.
+        for index in range(1, len(self.num_tokens)):
+            self.verify_seconds[index] = max(self.verify_seconds[index], self.verify_seconds[index - 1])
+
+    def observe_step(self, seconds: float) -> None:
+        """Correct the cost of a draft step."""
+        self.step_seconds *= _bounded(seconds / self.step_seconds) ** _RATE
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / _MAX_SURPRISE), _MAX_SURPRISE)
+
+
+def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
+    """The costs of rounds with `num_rows` rows, from the disk or measured, which takes a few dozen target forwards.
+
+    Args:
+        target (`PreTrainedModel`): left as it is; its random generator too.
+        draft (`PrismDraftModel`): bound to it.
+        num_rows (`int`): B.
+    Returns:
+        `RoundCosts`: new, for the caller to correct.
+    """
+    path = _folder() / f"{_key(target, draft, num_rows)}.json"
+    kept = _read(path, num_rows)
+    if kept is not None and _still_holds(kept, target, draft, num_rows):
+        return kept
+    costs = measure(target, draft, num_rows)
+    # A folder that cannot be written to costs a measurement in every process, nothing else.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, vars(costs))
+    return costs
+
+
+def _read(path: Path, num_rows: int) -> RoundCosts | None:
+    """The costs in a file, or None if it is not one that [`load_or_measure`] wrote for so many rows."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or set(found) != {field.name for field in fields(RoundCosts)}:
+        return None
+    costs = RoundCosts(**found)
+    seconds = costs.verify_seconds
+    if costs.num_tokens != [count * num_rows for count in _counts_of_one_row(num_rows)]:
+        return None
+    if not isinstance(seconds, list) or len(seconds) != len(costs.num_tokens):
+        return None
+    are_times = all(type(one) is float and 0 < one < math.inf for one in (*seconds, costs.step_seconds))
+    return costs if are_times and seconds == sorted(seconds) else None
+
+
+def _counts_of_one_row(num_rows: int) -> list[int]:
+    """Tokens of one row in the forwards that are measured, at least two counts."""
+    counts = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS]
+    return counts if len(counts) > 1 else [1, 2]
+
+
+@torch.no_grad()
+def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
+    """Whether a forward over a small tree costs as much more than a plain step as was kept."""
+    index = min(3, len(costs.num_tokens) - 1)
+    counts = [costs.num_tokens[one] // num_rows for one in (0, index)]
+    with _undisturbed(target, draft):
+        now = [min(_time_target(target, draft, num_rows, count) for _ in range(3)) for count in counts]
+    drift = now[1] / now[0] / (costs.verify_seconds[index] / costs.verify_seconds[0])
+    return 1 / _MAX_DRIFT <= drift <= _MAX_DRIFT
+
+
+@contextlib.contextmanager
+def _undisturbed(target, draft) -> Iterator[None]:
+    """Nothing is compiled or dropped out, and random generators and models are left as they are."""
+    devices = [target.device] if target.device.type == "cuda" else []
+    uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), uncompiled, trusting_packed_weights():
+        with in_eval_mode(target, draft), kept_frequencies(target, draft):
+            yield
+
+
+@contextlib.contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode; afterwards each of their modules is in the mode that it was in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def kept_frequencies(*models: nn.Module) -> Iterator[None]:
+    """Rotary embeddings are left as they are: those of the types "dynamic" and "longrope" keep what they computed for the
+    longest text, or for the last one, and serve the next with it."""
+    found = {module for model in models for module in model.modules() if _is_rotary(module)}
+    kept = [(module, _public_state(module), dict(module._buffers), _copies(module._buffers)) for module in found]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, state, buffers, copies in kept:
+                for name in _public_state(module).keys() - state.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(state)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                for name, copy in copies.items():
+                    if not torch.equal(buffers[name], copy):  # written to in place
+                        buffers[name].copy_(copy)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return hasattr(module, "rope_type") or any(name.endswith("inv_freq") for name in module._buffers)
+
+
+def _public_state(module: nn.Module) -> dict:
+    """Attributes of a module itself, without its parts and hooks."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+
+
+def _copies(buffers: dict) -> dict:
+    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None and not buffer.is_meta}
+
+
+def _folder() -> Path:
+    return Path(constants.HF_HOME) / "prism" / "round_costs"
+
+
+def _key(target, draft, num_rows: int) -> str:
+    """What the costs depend on, as a file name."""
+    layers = Counter(type(module).__name__ for module in target.modules())
+    layers.update(type(module).__name__ for module in draft.modules())
+    device = target.device
+    parts = [
+        _FORMAT,
+        type(target).__name__,
+        sorted(layers.items()),  # packed and quantised layers have classes of their own
+        [list(parameter.shape) for parameter in target.parameters()],
+        [list(parameter.shape) for parameter in draft.parameters()],
+        [str(target.dtype), str(draft.dtype)],
+        device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
+        [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
+        target.config.get_text_config()._attn_implementation,
+        is_compiled(target),
+        num_rows,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@torch.no_grad()
+def measure(target, draft, num_rows: int) -> RoundCosts:
+    """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
+
+    A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
+    correct that.
+
+    Args:
+        target, draft, num_rows: as for [`load_or_measure`].
+    """
+    per_row = _counts_of_one_row(num_rows)
+    verify = {count: float("inf") for count in per_row}
+    step = float("inf")
+    with _undisturbed(target, draft):
+        for repeat in range(1 + _NUM_REPEATS):
+            for count in per_row:
+                seconds = _time_target(target, draft, num_rows, count)
+                step_seconds = _time_draft(target, draft, num_rows)
+                if repeat > 0:  # the first time pays for what is made once
+                    verify[count], step = min(verify[count], seconds), min(step, step_seconds)
+    measured = list(verify.values())
+    for index in range(1, len(measured)):
+        measured[index] = max(measured[index], measured[index - 1])
+    return RoundCosts([count * num_rows for count in per_row], measured, step)
+
+
+def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
+    input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=target.device)
+    start = _now(target.device)
+    outputs = target(input_ids, use_cache=False, output_hidden_states=draft.config.target_layer_ids)
+    del outputs
+    return _now(target.device) - start
+
+
+def _time_draft(target, draft, num_rows: int) -> float:
+    """Seconds of a draft step over a frontier of four, after step 0 over two new positions."""
+    drafter = Drafter(draft)
+    config = draft.config
+    width = len(config.target_layer_ids) * config.target_hidden_size
+    ids = torch.zeros((num_rows, 2), dtype=torch.long, device=draft.device)
+    hidden = torch.ones((num_rows, 2, width), dtype=target.dtype, device=target.device)
+    positions = torch.arange(2, device=draft.device).expand(num_rows, -1)
+    top_k = min(4, config.num_draft_tokens)
+    times = []
+
+    def note(log_probs) -> int:
+        times.append(_now(draft.device))
+        return top_k
+
+    drafter.prefill(ids, hidden, positions, [2] * num_rows)
+    drafter.draw(top_k, 3, note)
+    return (_now(draft.device) - times[0]) / 2
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()
