@@ -1,0 +1,69 @@
+"""A target that verifies a chain for one sequence on its own cache, which is rolled back to what was accepted.
+
+A chain needs neither a mask nor positions of its own, so this also serves convolution layers and attention implementations
+that take no tree mask.
+"""
+
+import torch
+
+from .target_side import TargetSide
+from .target_support import Declined
+from .tree import Tree, root_tree
+
+
+class ChainTarget(TargetSide):
+    """Verifies chains; arguments as for [`TargetSide`]."""
+
+    kind = "chain"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_committed = 0  # tokens in the cache that stay
+        # Layers that record already what they would forget, so that the caller finds them doing it.
+        self.recording = [layer for layer in self.cache.layers if getattr(layer, "record_past", False)]
+
+    def _after_prefill(self, mask: torch.BoolTensor) -> None:
+        """Let layers that forget keep enough to be rolled back."""
+        if not self.cache.is_croppable:
+            raise Declined(f"{type(self.target).__name__} keeps recurrent states, which cannot be rolled back")
+        self.cache.activate_past_recording()
+        self.num_committed = int(self.cache.get_seq_length())
+
+    def _verify(self, tree: Tree):
+        mask = self.model_kwargs.get("attention_mask")
+        if mask is not None:
+            width = self.num_committed + tree.num_nodes
+            mask = torch.cat((mask, mask.new_ones((1, width - mask.shape[1]))), dim=1)
+        return self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
+
+    def forget_appended(self) -> None:
+        """Drop what was appended since the last commit."""
+        for layer in self.cache.layers:
+            # A forward that failed may have come to some layers only.
+            num_appended = int(layer.get_seq_length()) - self.num_committed
+            if num_appended > 0:
+                layer.crop(-num_appended)
+
+    def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Logits `(1, A, V)` of single steps over tokens `(1, A)` behind what is committed, which stays as it is."""
+        before, steps = (self.num_committed, self.next_position), []
+        for token in token_ids.split(1, dim=1):
+            steps.append(self.verify(root_tree(token[:, 0])).logits)
+            # Not a commit, with which layers would forget what the roll back below needs.
+            self.num_committed, self.next_position = self.num_committed + 1, [self.next_position[0] + 1]
+        self.num_committed, self.next_position = before
+        self.cache.crop(-token_ids.shape[1])
+        return torch.cat(steps, dim=1)
+
+    def commit(self, kept: list[list[int]]) -> None:
+        """Roll back what was not accepted; layers also forget here what they no longer need."""
+        num_appended = int(self.cache.get_seq_length()) - self.num_committed
+        self.cache.crop(len(kept[0]) - num_appended)
+        self.num_committed += len(kept[0])
+        super().commit(kept)
+
+    def finish(self, sequences: torch.LongTensor) -> None:
+        """Let the cache forget again as plain decoding does."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = any(layer is one for one in self.recording)

@@ -1,0 +1,32 @@
+"""What outlives a generate() call: kept with the object that it is about, for as long as that object lives.
+
+    of a cache    what a draft has read of the chat in it (`chat.py`)
+    of a draft    how often its nodes were accepted
+    of a target   costs of rounds, sizes that its compiled forwards know, warnings given, how far it was checked
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+# The only state of this package at module level. Attributes of the objects themselves would be saved, copied and compared
+# with them; a model's owner should find it as it was.
+_memories: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def kept_with(owner, name: str, make: Callable[[], Any]) -> Any:
+    """What is kept with an object under a name; made when it is first asked for."""
+    memory = _memories.setdefault(owner, {})
+    if name not in memory:
+        memory[name] = make()
+    return memory[name]
+
+
+def keep_with(owner, name: str, value) -> None:
+    """Keep a value with an object, in place of an earlier one of this name."""
+    _memories.setdefault(owner, {})[name] = value
+
+
+def take_from(owner, name: str) -> Any:
+    """What is kept with an object under a name, which is then kept no longer; None if there is nothing."""
+    return _memories.get(owner, {}).pop(name, None)

@@ -1,0 +1,124 @@
+"""What the parts of a round hand to each other: values that nobody changes once they are made.
+
+    prompt = target_side.prefill(input_ids)             Prompt, once
+    proposal = policy.propose(draft_side, sequences)    Proposal
+    verified = target_side.verify(proposal.tree)        Verified
+    kept = walk(sequences, sampler, proposal, verified) nodes of each sequence at which a token was emitted
+    draft_side.commit(sequences, kept, verified.states) NewPositions, which the draft reads when it is needed next
+
+Shape letters: B sequences that still decode, T prompt positions, A new positions, N tree nodes, L target layers that the
+draft reads, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .tree import Tree
+
+
+class Prompt(NamedTuple):
+    """What the prompt's forward gave, of a chunked prefill its last chunk.
+
+    Args:
+        logits: `(B, V)`, at the last position.
+        hidden: `(B, T, L * target_hidden_size)`, what the draft reads.
+        position_ids: `(B, T)`.
+        mask: `(B, T)`, False at padding; None where nothing is padded.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The tree of a round, and what was thought of it.
+
+    Args:
+        tree: what the target shall verify; the root alone makes the round a plain step.
+        depth: of its deepest node, or more.
+        num_steps: draft steps that were run for it.
+        num_copied: nodes of each sequence that were copied from its text, on average.
+        expected_tokens: that the round should commit in all sequences together, by what they count; None: no estimate.
+        lesson: what the policy that proposed it learns from, with what becomes of it.
+    """
+
+    tree: Tree
+    depth: int = 0
+    num_steps: int = 0
+    num_copied: int = 0
+    expected_tokens: float | None = None
+    lesson: Any = None
+
+
+class Verified(NamedTuple):
+    """What the target says about a tree.
+
+    Args:
+        logits: `(B, N, V)`, at each node.
+        states: the states that the draft reads, `(B, N, target_hidden_size)` of each of L layers.
+        seconds: of the forward, on the host.
+    """
+
+    logits: torch.Tensor
+    states: list[torch.Tensor]
+    seconds: float
+
+
+class NewPositions(NamedTuple):
+    """Committed positions that the draft has to read: see `Drafter.prefill`, whose arguments these are but for the last.
+
+    Args:
+        token_ids: `(B, A)`, the token after each position, on the host.
+        target_hidden: `(B, A, L * target_hidden_size)`.
+        position_ids: `(B, A)`, on the host.
+        num_new: how many of the A positions of each sequence are real.
+        padding_mask: `(B, A)`, False at padding; None without any.
+        is_prompt: whether they are a prompt, which is read by itself.
+    """
+
+    token_ids: torch.Tensor
+    target_hidden: torch.Tensor
+    position_ids: torch.Tensor
+    num_new: list[int]
+    padding_mask: torch.Tensor | None = None
+    is_prompt: bool = False
+
+    def select(self, places: list[int]) -> "NewPositions":
+        """These sequences of the batch."""
+        padding_mask = None if self.padding_mask is None else self.padding_mask[places]
+        num_new = [self.num_new[place] for place in places]
+        states = (self.token_ids[places], self.target_hidden[places], self.position_ids[places])
+        return NewPositions(*states, num_new, padding_mask, self.is_prompt)
+
+
+def joined(parts: list[NewPositions]) -> NewPositions:
+    """Positions of several rounds as one, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    token_ids = torch.cat([part.token_ids for part in parts], dim=1)
+    target_hidden = torch.cat([part.target_hidden for part in parts], dim=1)
+    position_ids = torch.cat([part.position_ids for part in parts], dim=1)
+    widths = [part.token_ids.shape[1] for part in parts]
+    starts = [sum(widths[:index]) for index in range(len(widths))]
+    # Sequences may have committed different numbers of positions in each round: gather the real ones to the left.
+    real = [
+        [start + offset for start, part in zip(starts, parts, strict=True) for offset in range(part.num_new[place])]
+        for place in range(token_ids.shape[0])
+    ]
+    num_new = [len(indices) for indices in real]
+    longest = max(num_new)
+    index = torch.tensor([indices + [0] * (longest - len(indices)) for indices in real])  # [B, longest]
+    of_states = index[..., None].expand(-1, -1, target_hidden.shape[-1]).to(target_hidden.device)
+    return NewPositions(
+        token_ids.gather(1, index), target_hidden.gather(1, of_states), position_ids.gather(1, index), num_new
+    )
+
+
+def joined_states(states: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of the states of several layers, one after the other, `(B, T, L * target_hidden_size)`."""
+    return torch.cat([state.to(states[0].device) for state in states], dim=-1)

@@ -1,0 +1,201 @@
+"""Which token plain decoding chooses next: processors, sampling with plain decoding's random numbers, and what is kept.
+
+One random draw per emitted token, in order, makes sampled text equal to plain `generate` with the same seed; drawn a little
+ahead, the draft can see it, too (`sampling_noise.py`).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from ..kernels.dispatch import TRITON_DEVICES
+from ..kernels.verify_tree import WARPERS
+from .sampling_noise import Coupling, StepNoise
+from .sequences import Sequences
+
+# Criteria that look at nothing but the ids, which the device's walk keeps on the host.
+_CRITERIA_OF_IDS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
+
+# Devices that calls treat as accelerators, although they are none.
+_treated_as_accelerators: ContextVar[tuple[str, ...]] = ContextVar("treated_as_accelerators", default=())
+
+
+@contextlib.contextmanager
+def treating_cpus_as_accelerators() -> Iterator[None]:
+    """Let generate() calls on a CPU do what those on accelerators do: walk trees on the device where processors, criteria
+    and outputs allow it, and plan automatic trees ahead of their rounds."""
+    token = _treated_as_accelerators.set(("cpu",))
+    try:
+        yield
+    finally:
+        _treated_as_accelerators.reset(token)
+
+
+def is_treated_as_accelerator(device: torch.device) -> bool:
+    """Whether this is a block of [`treating_cpus_as_accelerators`] that holds for a device."""
+    return device.type in _treated_as_accelerators.get()
+
+
+def warper_settings(logits_processor: LogitsProcessorList) -> dict | None:
+    """Arguments by which `verify_tree` does what these processors do; None if it cannot.
+
+    It can if they are stock warpers in transformers' order, each at most once and with its default options.
+    """
+    settings: dict = {}
+    for processor in logits_processor:
+        name = next((name for name, warper in WARPERS.items() if type(processor) is warper), None)
+        if name is None or any(list(WARPERS).index(earlier) >= list(WARPERS).index(name) for earlier in settings):
+            return None
+        value = vars(processor)["mass" if name == "typical_p" else name]
+        if vars(WARPERS[name](value)) != vars(processor):
+            return None
+        settings[name] = value
+    return settings
+
+
+class Sampler:
+    """Chooses next tokens as plain decoding does.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(B, T)`): the prompts.
+        logits_processor (`LogitsProcessorList`): called once per emitted token, in order, with the ids so far.
+        stopping_criteria (`StoppingCriteriaList`): looked at for whether they could draw random numbers.
+        generation_config (`GenerationConfig`): prepared by generate().
+        is_coupled (`bool`): whether the draft may see the random numbers of sampling, where nothing else could draw in
+            between: with stock warpers and criteria.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config,
+        is_coupled: bool = False,
+    ):
+        self.num_sequences, self.device = len(input_ids), input_ids.device
+        self.logits_processor = logits_processor
+        self.do_sample = generation_config.do_sample
+        returns = generation_config.return_dict_in_generate
+        # For each sequence what every emitted token was chosen from, where that was asked for.
+        self.scores = self._lists() if returns and generation_config.output_scores else None
+        self.logits = self._lists() if returns and generation_config.output_logits else None
+        self.warpers = warper_settings(logits_processor)
+        has_stock_criteria = all(type(one) in _CRITERIA_OF_IDS for one in stopping_criteria)
+        self.is_coupled = is_coupled and self.do_sample and self.warpers is not None and has_stock_criteria
+        # On the device no processor is called and nothing is kept of what tokens were chosen from.
+        is_there = self.device.type in TRITON_DEVICES or is_treated_as_accelerator(self.device)
+        chooses = self.warpers is not None if self.do_sample else not len(logits_processor)
+        self.walks_on_device = is_there and chooses and has_stock_criteria and self.scores is None and self.logits is None
+        needs_noise = self.do_sample and (self.num_sequences > 1 or self.walks_on_device or self.is_coupled)
+        self.noise = StepNoise(self.device) if needs_noise else None
+
+    def _lists(self) -> list[list[torch.Tensor]]:
+        return [[] for _ in range(self.num_sequences)]
+
+    def new_sequences(self, input_ids, stopping_criteria, generation_config, streamer=None) -> Sequences:
+        """The sequences that tokens are chosen for; arguments as for [`Sequences`]."""
+        # Criteria that look at ids on the host read nothing from the device.
+        device = torch.device("cpu") if self.walks_on_device else self.device
+        scores = self.scores[0] if self.scores is not None and self.num_sequences == 1 else None
+        return Sequences(input_ids, stopping_criteria, generation_config, device, scores, streamer)
+
+    def choose(self, sequences: Sequences, index: int, logits: torch.Tensor) -> int:
+        """The token that plain decoding emits next in a sequence, given the target's logits `(V,)` there.
+
+        Raises:
+            ValueError: if the processed logits hold NaN.
+        """
+        # Processors may write to what they get, and kept logits would keep those of the whole tree alive.
+        copies = len(self.logits_processor) > 0 or self.scores is not None or self.logits is not None
+        raw = logits.to(copy=copies, dtype=torch.float32, device=sequences.ids.device)[None]  # [1, V]
+        scores = self._process(sequences, index, raw)
+        if self.scores is not None:
+            self.scores[index].append(scores)
+        if self.logits is not None:
+            self.logits[index].append(raw)
+        if not self.do_sample:
+            token = int(torch.argmax(scores, dim=-1))
+            # Which takes NaN for the largest.
+            if math.isnan(scores[0, token]):
+                refuse_nan(sequences, index)
+            return token
+        probs = torch.nn.functional.softmax(scores, dim=-1)
+        if torch.isnan(probs).any():
+            refuse_nan(sequences, index)
+        if self.noise is None:
+            return int(torch.multinomial(probs, num_samples=1))
+        # Equal to torch.multinomial of the whole batch, bit for bit, whichever sequence comes to this step first.
+        noise = self.noise.of_step(index, sequences.num_new(index), (self.num_sequences, probs.shape[-1]))
+        return int(torch.argmax(probs / noise, dim=-1))
+
+    def _process(self, sequences: Sequences, index: int, raw: torch.Tensor) -> torch.Tensor:
+        if not self.logits_processor:
+            return raw
+        ids = sequences.ids[index : index + 1, : sequences.lengths[index]]
+        # Stock warpers look at nothing but the sequence's own scores.
+        if self.num_sequences == 1 or self.warpers is not None:
+            return self.logits_processor(ids, raw)
+        # Some processors keep state for each sequence of the batch, so each is shown in its own place of a whole batch.
+        batch_ids = ids.repeat(self.num_sequences, 1)
+        return self.logits_processor(batch_ids, raw.repeat(self.num_sequences, 1))[index : index + 1]
+
+    def coupling(self, sequences: Sequences, num_steps: int) -> Coupling | None:
+        """The draws of the next `num_steps` tokens of the active sequences, for the draft to see; None if it shall not."""
+        if not self.is_coupled or num_steps == 0:
+            return None
+        noise, steps, rows = self.noise_of_next(sequences, num_steps, self.noise.buffer.shape[2])
+        return Coupling(noise, steps, rows, self.logits_processor)
+
+    def noise_of_next(self, sequences: Sequences, num_steps: int, vocab_size: int):
+        """Noise of each active sequence's next steps, and where in it each one's next step and row are."""
+        active = sequences.active
+        steps = [None if sequences.is_done(index) else sequences.num_new(index) for index in active]
+        ends = {index: step + num_steps for index, step in zip(active, steps, strict=True) if step is not None}
+        noise = self.noise.fill(ends, (self.num_sequences, vocab_size))
+        places = [
+            0 if step is None else step - self.noise.starts[index] for index, step in zip(active, steps, strict=True)
+        ]
+        return noise, torch.tensor(places, device=self.device), torch.tensor(active, device=self.device)
+
+    def forget_passed_noise(self, sequences: Sequences) -> None:
+        """Free the sampling noise of steps that sequences have passed, and of those that have ended."""
+        if self.noise is not None:
+            needed: list[int | None] = [None] * self.num_sequences
+            for index in sequences.active:
+                needed[index] = None if sequences.is_done(index) else sequences.num_new(index)
+            self.noise.forget_before(needed)
+
+    def finish(self, num_steps: int) -> None:
+        """Leave the random generator as plain decoding of `num_steps` tokens does."""
+        if self.noise is not None:
+            self.noise.rewind_to(num_steps)
+
+    def outputs(self, num_steps: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
+        """Scores and logits as plain decoding returns them: for each emitted token `(B, V)`, zeros behind an end."""
+
+        def stacked(kept):
+            if kept is None:
+                return None
+            zeros = torch.zeros_like(kept[0][0])
+            return tuple(torch.cat([one[step] if step < len(one) else zeros for one in kept]) for step in range(num_steps))
+
+        return {"scores": stacked(self.scores), "logits": stacked(self.logits)}
+
+
+def refuse_nan(sequences: Sequences, index: int):
+    """Stop before a token is chosen from NaN."""
+    raise ValueError(
+        f"expected finite logits from the target, got NaN for token {sequences.lengths[index]} of row {index}"
+    )

@@ -1,0 +1,46 @@
+"""Which kind of target side serves a call: trees if they can be verified, else a chain, else none."""
+
+from ..transformers_names import cache_of
+from .chain_target import ChainTarget
+from .round_check import is_tried
+from .sequences import Sequences
+from .target_side import TargetSide
+from .target_support import (
+    Declined,
+    inputs_of_next_step,
+    reason_against_inputs,
+    reason_against_masks,
+    reason_against_untried_chat,
+    rotary_switches,
+    why_no_chain,
+    why_no_tree,
+)
+from .tree_target import TreeTarget
+
+
+def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_ids, sequences: Sequences) -> TargetSide:
+    """The way to verify drafts with this target and cache.
+
+    Args:
+        target, layer_ids, generation_config, model_kwargs, sequences: see [`TargetSide`].
+        input_ids (`torch.LongTensor` of shape `(B, T)`): the prompts.
+    Raises:
+        Declined: if there is none, with the reason.
+    """
+    cache = cache_of(model_kwargs)
+    # Plain decoding asks the model itself for the inputs of every step; so do we, once.
+    inputs = inputs_of_next_step(target, input_ids, model_kwargs)
+    config = target.config.get_text_config()
+    reason = reason_against_masks(config) or reason_against_inputs(inputs, rotary_switches(config))
+    if reason is None and not is_tried(target):
+        reason = reason_against_untried_chat(cache)
+    if reason is not None:
+        raise Declined(reason)
+    why_chain = why_no_tree(target, cache, inputs)
+    arguments = (target, layer_ids, generation_config, model_kwargs, inputs, sequences, why_chain)
+    if why_chain is None:
+        return TreeTarget(*arguments)
+    reason = why_no_chain(cache, input_ids.shape[0])
+    if reason is not None:
+        raise Declined(f"{why_chain}, and {reason}")
+    return ChainTarget(*arguments)

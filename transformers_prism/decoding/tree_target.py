@@ -1,0 +1,297 @@
+"""A target that verifies trees for a batch, on layers lent to its cache while the loop runs.
+
+It serves every cache whose layers can be lent (full and sliding attention, dynamic or static). Where the cache is static or
+the target is compiled, no shape changes from round to round: the layers are static, masks as wide as they are, trees padded
+to one of a few sizes, and sequences that have ended stay.
+Shape letters: B sequences that still decode, P committed positions, N tree nodes.
+"""
+
+import sys
+
+import torch
+from torch.nn.functional import pad
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from ..kernels.grow_tree import ancestor_bits
+from ..kernels.tree_attention import unpack_ancestors
+from ..transformers_names import (
+    CACHE_KEYWORD,
+    CACHE_NAMES,
+    attention_name,
+    cache_argument,
+    compiled_forward,
+    is_callers_cache,
+)
+from .attention import PRISM_TREE, attach_tree
+from .cache import AdoptedLayers, CommittedCache, round_up
+from .memory import keep_with, kept_with
+from .target_side import TargetSide
+from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text
+from .tree import Tree, ancestor_mask, attention_mask, root_tree, visible_keys, within_window
+
+# Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
+_STATIC_SIZES = (1, 8, 16, 32, 64)
+_CAPACITY_STEP = 256
+# Positions of a batch's cache that may be left out: more cost attention, fewer are closed more often.
+_MAX_HOLES = 32
+
+
+class TreeTarget(TargetSide):
+    """Verifies trees; arguments as for [`TargetSide`]."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.capacity = self._static_capacity(len(self.sequences))  # None: layers and masks grow
+        self.keeps_finished = self.returns_cache or self.capacity is not None
+        # Layers of more positions may be lent to the caller's cache, which plain decoding could not go on with.
+        is_callers = is_callers_cache(self.cache)
+        whole = [layer.max_cache_len for layer in self.cache.layers if is_callers and type(layer) is StaticLayer]
+        self.callers_capacity = min(whole, default=sys.maxsize)
+        config = self.target.config.get_text_config()
+        self.windows = layer_windows(config)
+        self.attn_implementation = attention_name(self.target.config)
+        # Static layers have no room for holes, and the kernel takes a key's place for its index in a window.
+        has_window = any(window is not None for window in self.windows.values())
+        is_dense = self.capacity is not None or (has_window and self.attn_implementation == PRISM_TREE)
+        self.adopted = AdoptedLayers(self.cache, self.capacity)
+        nothing = torch.zeros((len(self.sequences), 0), dtype=torch.bool)
+        self.committed = CommittedCache(self.cache, nothing, 0 if is_dense else _MAX_HOLES)
+
+    def _static_capacity(self, num_sequences: int) -> int | None:
+        """Positions of the layers, if they are to be static: those of the caller's own if they can be used as they are."""
+        is_static = type(self.cache) is StaticCache
+        if not is_static and not is_compiled(self.target):
+            return None
+        whole = [layer.max_cache_len for layer in self.cache.layers if type(layer) is StaticLayer]
+        # Where the last sequence ends, the others may still need room behind it; one alone needs none.
+        if is_static and self.returns_cache and num_sequences == 1 and whole:
+            return min(whole)
+        length = max(self.generation_config.max_length + int(self.cache.get_seq_length()), *whole, 0)
+        wanted = round_up(length + _STATIC_SIZES[-1], _CAPACITY_STEP)
+        # It only grows, so that calls share what is compiled.
+        capacity = max(wanted, kept_with(self.target, "capacity", int))
+        keep_with(self.target, "capacity", capacity)
+        return capacity
+
+    @property
+    def max_nodes(self) -> int:
+        """Drafted nodes that the next tree may have: without static layers any number.
+
+        Raises:
+            ValueError: if a caller's static cache is full.
+        """
+        if self.capacity is None:
+            return sys.maxsize
+        if self.capacity <= self.committed.width:
+            raise _full(self.capacity)
+        return _static_size_within(self.capacity - self.committed.width) - 1
+
+    def _before_prefill(self) -> None:
+        """Lend the cache layers whose sequences can be moved."""
+        if self.capacity is not None:
+            _prepare_compiled(self.target, self.layer_ids)
+        self.adopted.lend()
+
+    def _after_prefill(self, mask: torch.BoolTensor) -> None:
+        """Note what is committed in each sequence, and which forward runs from here on."""
+        self.committed = CommittedCache(self.cache, mask, self.committed.max_holes)
+        self.model_forward = compiled_forward(self.target, self.model_kwargs, self.generation_config) or self.target
+
+    def _verify(self, tree: Tree):
+        if self.has_given_up and (step := self._plain_step(tree)) is not None:
+            return step
+        if self.can_read_anew and any(switch.length == self.next_position[0] for switch in self.rotary_switches):
+            self.committed.close_holes()  # the model asks the cache how long it is
+            ids = self.sequences.ids[:, : self.sequences.lengths[0]]
+            inputs = inputs_of_next_step(self.target, ids, self._kwargs_so_far())
+            if reads_whole_text(inputs):
+                return self._read_anew(inputs)
+        num_nodes = tree.num_nodes
+        if self.capacity is not None:
+            tree = _padded(tree, static_size(num_nodes))
+        device = self.committed.committed.device
+        depths = tree.depths.to(device)
+        # Sequences near their end cannot use the deepest nodes; the target may not even have positions for them.
+        limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
+        first, limit = torch.tensor([self.next_position, limits], device=device)[..., None]  # [B, 1] each
+        position_ids = (first + depths).minimum(limit)
+        logits, states = self._forward(tree, self._masks(tree, depths), position_ids)
+        return logits[:, :num_nodes], states
+
+    def _masks(self, tree: Tree, depths: torch.Tensor):
+        """What each node sees, as the target's forward takes it: a mask, or one of each kind of layer by name."""
+        committed = self.committed.committed
+        parents = tree.parents.to(committed.device)
+        takes_bits = self.attn_implementation == PRISM_TREE and self.capacity is None
+        bits = ancestor_bits(parents) if takes_bits else None
+        ancestors = ancestor_mask(parents) if bits is None else unpack_ancestors(bits, tree.num_nodes)
+        visible = visible_keys(committed, ancestors)  # [B, N, P + N]
+        masks = {}
+        for kind, window in self.windows.items():
+            seen, node_index = visible, None
+            if window is not None:
+                # A window counts keys of the text, so holes and nodes beside the path do not use it up.
+                lengths = torch.tensor(self.committed.lengths, device=committed.device)[:, None]
+                node_index = lengths + depths
+                places = torch.cat((self.committed.places(), node_index), dim=1)
+                seen = visible & within_window(node_index, places, window)
+            if self.capacity is not None:
+                seen = pad(seen, (0, self.capacity - seen.shape[2]))
+            masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
+            if bits is not None:
+                masks[kind] = attach_tree(masks[kind], bits, committed, node_index, window)
+        return masks[None] if None in masks else masks
+
+    @property
+    def can_read_anew(self) -> bool:
+        """Whether the cache can be filled with the whole text once more: one sequence's own, which grows."""
+        is_own = self.capacity is None and len(self.next_position) == 1 and not is_callers_cache(self.cache)
+        return is_own and self.target.config.get_text_config().model_type not in LOSES_TEXT
+
+    def _fill_cache(self, made) -> None:
+        if made is not None and made is not self.cache and hasattr(made, "layers"):
+            self.adopted.fill(made)
+
+    def _kwargs_so_far(self) -> dict:
+        """What generate() would hand on for the next step."""
+        so_far = {name: value for name, value in self.model_kwargs.items() if name not in CACHE_NAMES}
+        mask, position_ids = so_far.get("attention_mask"), so_far.get("position_ids")
+        if mask is not None:
+            so_far["attention_mask"] = pad(mask, (0, self.sequences.lengths[0] - mask.shape[1]), value=1)
+        if position_ids is not None:
+            following = torch.arange(int(position_ids[0, -1]) + 1, self.next_position[0] + 1, device=position_ids.device)
+            so_far["position_ids"] = torch.cat((position_ids, following[None]), dim=1)
+        return {**so_far, CACHE_KEYWORD: self.cache}
+
+    def _read_anew(self, inputs: dict):
+        """Read the whole text into the cache, the root last, as plain decoding does where a rotary switch makes it."""
+        self.committed.forget_all()
+        own = {**cache_argument(self.target, self.cache), "output_hidden_states": self.layer_ids, "return_dict": True}
+        outputs = self.target(**{**inputs, **own})
+        assert int(self.cache.get_seq_length()) == self.committed.width + 1, "the text is what was committed, and the root"
+        return outputs.logits[:, -1:], [state[:, -1:] for state in self._states(outputs)]
+
+    def forget_appended(self) -> None:
+        """Drop the keys and values of nodes that are not committed."""
+        self.committed.forget_appended()
+
+    def _plain_step(self, tree: Tree):
+        """What [`_verify`] returns, by the inputs of plain decoding; None where sequences differ in length."""
+        if min(self.committed.lengths) != self.committed.width or self.capacity is not None:
+            return None
+        mask = pad(self.committed.committed, (0, 1), value=True).long() if self.is_padded else None
+        return self._forward(tree, mask, torch.tensor(self.next_position)[:, None])
+
+    def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.
+
+        Sequences of one length take the inputs of plain decoding, so that no mask of ours is part of it.
+        """
+        self.committed.close_holes()
+        state, position = vars(self.committed).copy(), self.next_position
+        steps = []
+        for token in token_ids.split(1, dim=1):
+            root = root_tree(token[:, 0])
+            steps.append((self._plain_step(root) or self.verify(root))[0])
+            self.commit([[0]] * len(position))
+        vars(self.committed).update(state)
+        self.next_position = position
+        self.forget_appended()
+        return torch.cat(steps, dim=1)
+
+    def commit(self, kept: list[list[int]]) -> None:
+        """Keep the keys and values of these nodes.
+
+        Raises:
+            ValueError: if a caller's static cache has no room for them.
+        """
+        lengths = [length + len(nodes) for length, nodes in zip(self.committed.lengths, kept, strict=True) if nodes]
+        if max(lengths, default=0) > self.callers_capacity:
+            raise _full(self.callers_capacity)
+        self.committed.commit(kept)
+        super().commit(kept)
+
+    def keep_sequences(self, places: list[int]) -> None:
+        """Go on with the sequences at these places of the batch only."""
+        self.committed.keep_sequences(places)
+        super().keep_sequences(places)
+
+    def finish(self, sequences: torch.LongTensor) -> None:
+        """Give the cache its own layers back, holding what plain decoding would have left in them."""
+        if not self.returns_cache:
+            self.abandon()
+            return
+        self._even_out(sequences)
+        self.adopted.put_back_with_new_states()
+
+    def _even_out(self, sequences: torch.LongTensor) -> None:
+        """Bring all to the length that plain decoding stops at; it runs padding through sequences that have ended."""
+        self.committed.close_holes()
+        self.committed.max_holes = 0
+        goal = sequences.shape[1] - 1 + self.num_cached_before
+        while max(missing := [goal - length for length in self.committed.lengths]) > 0:
+            longest = min(max(missing), self.max_nodes + 1)
+            missing = [min(count, longest) for count in missing]
+            token_ids = sequences.new_zeros((len(missing), longest))
+            for row, (count, length) in enumerate(zip(missing, self.committed.lengths, strict=True)):
+                if count > 0:
+                    start = length - self.num_cached_before
+                    token_ids[row, :count] = sequences[row, start : start + count]
+            index = torch.arange(longest, device=sequences.device).expand(len(missing), -1)
+            self.position_limit = [position + longest for position in self.next_position]
+            self.verify(Tree(token_ids, (index - 1).clamp(min=0), index, torch.zeros(index.shape)))
+            self.commit([list(range(max(count, 0))) for count in missing])
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.set_length(goal)
+
+
+def is_compiled(target) -> bool:
+    """Whether torch.compile was applied to the target's forward or to one of its modules."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
+
+
+def _prepare_compiled(target, layer_ids: list[int]) -> None:
+    """Let a compiled target return hidden states: the first forward that does installs hooks, which breaks a graph."""
+    if not is_compiled(target):
+        return
+
+    def run() -> bool:
+        token = torch.zeros((1, 1), dtype=torch.long, device=target.device)
+        with torch.compiler.set_stance("force_eager"):
+            target(token, use_cache=False, output_hidden_states=layer_ids)
+        return True
+
+    kept_with(target, "returns hidden states", run)
+
+
+def _full(capacity: int) -> ValueError:
+    return ValueError(
+        f"past_key_values: expected a static cache with room for the next token, got one of {capacity} positions that is full"
+    )
+
+
+def static_size(num_nodes: int) -> int:
+    """The size that a tree of `num_nodes` nodes, root included, is padded to."""
+    return next((size for size in _STATIC_SIZES if size >= num_nodes), round_up(num_nodes, _STATIC_SIZES[-1]))
+
+
+def _static_size_within(room: int) -> int:
+    """The largest of these sizes that is at most `room`, 1 or more."""
+    largest = _STATIC_SIZES[-1]
+    return max(size for size in (*_STATIC_SIZES, room // largest * largest) if size <= room)
+
+
+def _padded(tree: Tree, num_nodes: int) -> Tree:
+    """The tree with further children of the root, which nobody walks to, up to `num_nodes` nodes."""
+    extra = (0, num_nodes - tree.num_nodes)
+    return Tree(
+        pad(tree.token_ids, extra),
+        pad(tree.parents, extra),
+        pad(tree.depths, extra, value=1),
+        pad(tree.log_probs, extra),
+    )

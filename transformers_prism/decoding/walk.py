@@ -1,0 +1,103 @@
+"""How far plain decoding goes along a drafted tree, which is what a round emits.
+
+A tree has no say in what is emitted, so nothing has to be corrected for: each next token is chosen from the target's
+processed logits at the current node exactly as plain decoding chooses it, and the walk goes on while a child of that
+node holds the chosen token.
+
+There are two ways. On the device one operator walks all trees and one read brings what they emit: greedy without
+processors, and sampling under stock warpers. On the host processors are called node by node, with exactly the ids that plain
+decoding would have shown them: everything else, and everything on a CPU.
+Source: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the draft's distribution a point mass.
+"""
+
+import torch
+
+from ..kernels.verify_tree import verify_tree
+from .round_values import Proposal, Verified
+from .sampler import Sampler, refuse_nan
+from .sequences import Sequences
+from .tree import Tree
+
+
+def walk(sequences: Sequences, sampler: Sampler, proposal: Proposal, verified: Verified) -> list[list[int]]:
+    """Emit what plain decoding would in every active sequence, as far as its tree goes along.
+
+    Args:
+        sequences (`Sequences`): tokens are appended to them.
+        sampler (`Sampler`): chooses them.
+        proposal (`Proposal`), verified (`Verified`): of this round.
+    Returns:
+        `list[list[int]]`: for each active sequence the nodes that a token was emitted at, the root first; [] for those
+        that are done. Keys and values of these nodes stay; the last token emitted has none yet. So the number of nodes is
+        the number of tokens.
+    """
+    tree, logits = proposal.tree, verified.logits
+    if sampler.walks_on_device:
+        kept = walk_on_device(sequences, sampler, tree, logits, proposal.depth)
+    else:
+        kept = [
+            [] if sequences.is_done(index) else walk_on_host(sequences, sampler, index, tree, place, logits[place])
+            for place, index in enumerate(sequences.active)
+        ]
+    sampler.forget_passed_noise(sequences)
+    return kept
+
+
+def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, depth: int) -> list[list[int]]:
+    """[`walk`] with one read of the device.
+
+    Args:
+        tree (`Tree`): N nodes of each active sequence.
+        logits (`torch.Tensor` of shape `(B, N, V)`): the target's logits at each node.
+        depth (`int`): of the deepest node, or more.
+    """
+    num_steps, drawn = depth + 1, {}
+    if sampler.noise is not None:
+        names = ("noise", "noise_steps", "noise_rows")
+        noise = sampler.noise_of_next(sequences, num_steps, logits.shape[-1])
+        drawn = dict(zip(names, noise, strict=True)) | sampler.warpers
+    # As plain decoding does, which chooses from float32.
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    parts = (logits, tree.token_ids, tree.parents, tree.depths)
+    walks = verify_tree(*(part.to(sampler.device) for part in parts), num_steps, **drawn).tolist()
+    kept: list[list[int]] = []
+    for index, (num_emitted, *walked) in zip(sequences.active, walks, strict=True):
+        kept.append([])
+        for node, token in zip(walked[:num_emitted], walked[num_steps:], strict=False):
+            if sequences.is_done(index):
+                break
+            if token < 0:
+                refuse_nan(sequences, index)
+            sequences.append(index, token)
+            kept[-1].append(node)
+    return kept
+
+
+def walk_on_host(sequences: Sequences, sampler: Sampler, index: int, tree: Tree, place: int, logits) -> list[int]:
+    """[`walk`] of one sequence, node by node.
+
+    Args:
+        index (`int`): of the sequence.
+        tree (`Tree`): N nodes; `place` is the tree's row for this sequence.
+        logits (`torch.Tensor` of shape `(N, V)`): the target's logits at each node.
+    """
+    children = _children(tree, place)
+    node, nodes = 0, [0]
+    while True:
+        token = sampler.choose(sequences, index, logits[node])
+        sequences.append(index, token)
+        following = children.get((node, token))
+        if sequences.is_done(index) or following is None:
+            return nodes
+        node = following
+        nodes.append(node)
+
+
+def _children(tree: Tree, place: int) -> dict[tuple[int, int], int]:
+    """(parent, token) -> node; of twins the first."""
+    table: dict[tuple[int, int], int] = {}
+    pairs = zip(tree.parents[place].tolist(), tree.token_ids[place].tolist(), strict=True)
+    for node, pair in enumerate(pairs):
+        if node > 0:
+            table.setdefault(pair, node)
+    return table
