@@ -17,8 +17,7 @@ from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 
 from transformers_prism import PrismConfig
-from transformers_prism.decoding import round_check
-from transformers_prism.decoding import target_side as target_rounds
+from transformers_prism.decoding import round_check, target_choice
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.
@@ -186,12 +185,12 @@ def _drafts(target, plain: _Texts, used: list):
 def _rounds_checked(are_checked: bool):
     """Whether rounds are compared with single steps, as for types that nobody has tried."""
     original = round_check.is_tried
-    for module in (round_check, target_rounds):
+    for module in (round_check, target_choice):
         module.is_tried = lambda target: not are_checked
     try:
         yield
     finally:
-        round_check.is_tried = target_rounds.is_tried = original
+        round_check.is_tried = target_choice.is_tried = original
 
 
 def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:

@@ -14,7 +14,7 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import constants
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
 
-from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy import automatic
 from transformers_prism.policy.costs import RoundCosts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,7 @@ def one_thread():
 def cheap_rounds(monkeypatch) -> RoundCosts:
     """Costs of rounds that do not depend on the machine: verifying 64 tokens costs twice as much as one."""
     costs = RoundCosts([1, 64], [1.0, 2.0], 0.02)
-    monkeypatch.setattr(auto_trees, "_known_costs", lambda target, draft, num_rows: costs)
+    monkeypatch.setattr(automatic, "known_costs", lambda target, draft, num_rows: costs)
     # What rounds really take does not count.
     monkeypatch.setattr(RoundCosts, "observe_verify", lambda self, num_tokens, seconds: None)
     monkeypatch.setattr(RoundCosts, "observe_step", lambda self, seconds: None)

@@ -25,11 +25,9 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_prism
-from transformers_prism import generation
-from transformers_prism.decoding.sequences import OutputRows
-from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
+from transformers_prism.policy import automatic
 from transformers_prism.policy.costs import RoundCosts
-from transformers_prism.policy.planned import PlannedTrees
 from transformers_prism.transformers_names import CACHE_KEYWORD, assisted_decoding
 
 PACKAGE = str(Path(transformers_prism.__file__).parent)
@@ -112,16 +110,13 @@ class Call:
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """Costs of rounds that do not depend on the machine, and the roads that the scenario wants."""
+        """Costs of rounds that do not depend on the machine, and the paths that the scenario wants."""
         costs = RoundCosts([1, 64], [1.0, 2.0], 0.02)
-        places = {(auto_trees, "_known_costs"): lambda *arguments: costs}
-        if self.scenario.on_device:
-            places[generation, "OutputRows"] = functools.partial(OutputRows, walk="device")
-            places[generation, "AutoTrees"] = PlannedTrees
         with contextlib.ExitStack() as stack:
-            for (module, name), value in places.items():
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, value)
+            stack.callback(setattr, automatic, "known_costs", automatic.known_costs)
+            automatic.known_costs = lambda *arguments: costs
+            if self.scenario.on_device:
+                stack.enter_context(treating_cpus_as_accelerators())
             yield
 
 

@@ -31,7 +31,7 @@ from fault_lines import LENGTH, SCENARIOS, Call, changes, check_lines, pairs_for
 from fitted_pairs import text_of
 from soak import Pair, fit_pair
 
-from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.decoding.memory import take_from
 from transformers_prism.policy import costs as round_costs
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
@@ -176,7 +176,7 @@ def check_disk(pair: Pair) -> list[str]:
         "unreadable": {"read_text": _refuse, "read_bytes": _refuse},
     }
     for name, methods in faults.items():
-        auto_trees._costs.clear()
+        take_from(pair.target, "round costs")
         with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
             folder = Path(scratch) / "costs"
             for owner, attribute, value in [
@@ -194,7 +194,7 @@ def check_disk(pair: Pair) -> list[str]:
             left = [one.name for one in folder.iterdir()] if folder.is_dir() else []
             if left and name != "unreadable":
                 problems.append(f"disk {name}: left {left} behind")
-    auto_trees._costs.clear()
+    take_from(pair.target, "round costs")
     return problems
 
 

@@ -22,7 +22,7 @@ import traceback
 import types
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +34,11 @@ from fitted_pairs import chain_of, fitted_draft, fitted_target, text_of
 from soak_settings import Settings, draw_cache, draw_settings, draw_tree
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_prism import generation
-from transformers_prism.decoding import round_check
-from transformers_prism.decoding.sequences import OutputRows
-from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.decoding import round_check, target_side
+from transformers_prism.decoding.memory import take_from
+from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
+from transformers_prism.policy import automatic, planners
 from transformers_prism.policy.costs import RoundCosts
-from transformers_prism.policy.planned import PlannedTrees
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Targets, and what their drafts are; between them every form of draft.
@@ -241,34 +240,29 @@ def left_padded(texts: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, 
 
 @contextmanager
 def made_reproducible(rng: random.Random, pair: Pair):
-    """Trees that depend on the seed alone: costs and clocks are drawn; now and then the roads of accelerators run."""
+    """Trees that depend on the seed alone: costs and clocks are drawn; now and then the paths of accelerators run."""
     clock = types.SimpleNamespace(now=0.0)
 
     def tick() -> float:
         clock.now += rng.expovariate(1000)
         return clock.now
 
-    def on_device(*arguments):
-        try:
-            return OutputRows(*arguments, walk="device")
-        except ValueError:
-            return OutputRows(*arguments)
-
     costs = RoundCosts([1, 64], [1e-3, 1e-3 * rng.choice((1.2, 2, 8))], 1e-3 * rng.choice((0.02, 0.3)))
     fake_time = types.SimpleNamespace(perf_counter=tick)
-    places = {(auto_trees, "_known_costs"): lambda *arguments: costs}
-    places |= {(module, "time"): fake_time for module in (auto_trees, generation) if hasattr(module, "time")}
-    if rng.random() < 0.25:
-        places |= {(generation, "OutputRows"): on_device, (generation, "AutoTrees"): PlannedTrees}
+    places = {(automatic, "known_costs"): lambda *arguments: costs}
+    places |= {(module, "time"): fake_time for module in (automatic, planners, target_side)}
+    as_accelerators = treating_cpus_as_accelerators() if rng.random() < 0.25 else nullcontext()
     if rng.random() < 0.25:  # rounds are compared with single steps, as of models that nobody has tried
         places[round_check, "TRIED_TYPES"] = frozenset()
     before = {place: getattr(*place) for place in places}
-    auto_trees._experiences.pop(pair.draft, None)
-    round_check._checked.pop(pair.target, None)
+    for do_sample in (False, True):
+        take_from(pair.draft, f"experience, do_sample={do_sample}")
+    take_from(pair.target, "checked lengths")
     try:
         for place, value in places.items():
             setattr(*place, value)
-        yield
+        with as_accelerators:
+            yield
     finally:
         for place, value in before.items():
             setattr(*place, value)

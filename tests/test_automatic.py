@@ -1,13 +1,19 @@
 """`tree="auto"`: what it chooses, what it learns, and that it costs little where it cannot help."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from transformers_prism.policy.automatic import AutoTrees, Proposal, _Candidates, _Table
+from transformers_prism.decoding.round_values import plain_step
+from transformers_prism.decoding.sampler import Sampler
+from transformers_prism.decoding.sequences import Sequences
+from transformers_prism.policy.automatic import AutomaticTrees
+from transformers_prism.policy.candidates import Candidates
+from transformers_prism.policy.experience import AcceptanceTable
+from transformers_prism.policy.planners import Lesson
 from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
@@ -94,82 +100,86 @@ def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
         assert draft.last_speculation.trees[0].num_steps > 0
 
 
-def batch_trees(lengths: list[int], ends=(), **settings) -> AutoTrees:
-    """Trees for rows of these lengths, of which some have ended, before their first round."""
+def batch_trees(lengths: list[int], ends=(), **settings) -> tuple[AutomaticTrees, Sequences]:
+    """Trees for sequences of these lengths, of which some have ended, before their first round."""
     target = varied_target("llama", *prompts(1), **LENGTH)
-    rows = SimpleNamespace(
-        num_rows=len(lengths),
-        do_sample=False,
-        prompt_length=4,
-        lengths=lengths,
-        ids=torch.zeros((len(lengths), 4), dtype=torch.long),
-        new_tokens=[[3]] * len(lengths),
-        is_done=lambda row: row in ends,
-    )
-    return AutoTrees(TreeSettings("auto", 4, 4, 15, **settings), target, tiny_draft(target), rows)
+    config = GenerationConfig(max_length=1000, do_sample=False)
+    config._pad_token_tensor = torch.tensor(PAD_ID)
+    input_ids = torch.zeros((len(lengths), 4), dtype=torch.long)
+    sampler = Sampler(input_ids, LogitsProcessorList(), StoppingCriteriaList(), config)
+    sequences = sampler.new_sequences(input_ids, StoppingCriteriaList(), config)
+    sequences.lengths, sequences.new_tokens = lengths, [[3]] * len(lengths)
+    sequences.is_done = lambda index: index in ends
+    settings = TreeSettings(**{"tree": "auto", "top_k": 4, "depth": 4, "num_nodes": 15, **settings})
+    return AutomaticTrees(settings, target, tiny_draft(target), sequences, sampler), sequences
 
 
-def test_auto_tokens_count_less_in_rows_that_are_ahead(cheap_rounds):
-    """Half after a few tokens, not at all in rows that have ended, and in one row as in several that are even."""
-    trees = batch_trees([20, 24, 9, 20], ends=(2,))
-    trees._begin_round([0, 1, 2, 3])
-    assert trees.weights == pytest.approx([1.2, 0.6, 0.0, 1.2])
-    trees._begin_round([1])
-    assert trees.weights == [1.0]
-    trees._begin_round([2])
-    assert trees.weights == [0.0]
+def observe(trees: AutomaticTrees, sequences: Sequences, expected: float, kept: list[list[int]]) -> None:
+    """A round of one draft step, from which this many tokens were expected."""
+    outlook = trees.begin_round(sequences)
+    lesson = Lesson(outlook.weights, 0.0, [], [])
+    trees.observe_payoff(plain_step(sequences.last_tokens(), num_steps=1, expected_tokens=expected, lesson=lesson), kept)
 
 
-def test_auto_rows_that_gain_do_not_hide_one_that_gains_nothing(cheap_rounds):
-    """Two rows of three commit three tokens a round at the cost of 1.3 plain steps: once they are ahead, drafting stops."""
+def test_auto_tokens_count_less_in_sequences_that_are_ahead(cheap_rounds):
+    """Half after a few tokens, not at all in those that have ended, and in one sequence as in several that are even."""
+    trees, sequences = batch_trees([20, 24, 9, 20], ends=(2,))
+    assert trees.begin_round(sequences).weights == pytest.approx([1.2, 0.6, 0.0, 1.2])
+    sequences.active = [1]
+    assert trees.begin_round(sequences).weights == [1.0]
+    sequences.active = [2]
+    assert trees.begin_round(sequences).weights == [0.0]
+
+
+def test_auto_sequences_that_gain_do_not_hide_one_that_gains_nothing(cheap_rounds):
+    """Two of three commit three tokens a round at the cost of 1.3 plain steps: once they are ahead, drafting stops."""
     cheap_rounds.step_seconds = 0.3
-    trees = batch_trees(lengths := [9, 9, 9])
+    trees, sequences = batch_trees(lengths := [9, 9, 9])
     for _ in range(40):
-        trees._begin_round([0, 1, 2])
-        if trees.num_rounds <= trees.next_try:
+        weights = trees.begin_round(sequences).weights
+        if not trees.trials.is_draft_due:
             break
-        trees._note_rate(Proposal([], [], 1, 3 + 2 * sum(trees.weights[::2])), [[0, 1, 2], [0], [0, 1, 2]], 1)
-        for row in (0, 2):
-            lengths[row] += 3
+        observe(trees, sequences, 3 + 2 * sum(weights[::2]), [[0, 1, 2], [0], [0, 1, 2]])
+        for index in (0, 2):
+            lengths[index] += 3
         lengths[1] += 1
     assert lengths[0] - lengths[1] >= 4
-    assert trees.payoff.advantage < 1.03
-    # The same rounds pay where no row lags behind.
-    trees = batch_trees([9, 9, 9])
+    assert trees.trials.payoff.advantage < 1.03
+    # The same rounds pay where no sequence lags behind.
+    trees, sequences = batch_trees([9, 9, 9])
     for _ in range(40):
-        trees._begin_round([0, 1, 2])
-        trees._note_rate(Proposal([], [], 1, 9.0), [[0, 1, 2]] * 3, 1)
-    assert trees.payoff.advantage > 2
+        observe(trees, sequences, 9.0, [[0, 1, 2]] * 3)
+    assert trees.trials.payoff.advantage > 2
 
 
 def test_auto_a_batch_is_tried_again_when_a_try_costs_a_hundredth(cheap_rounds):
-    """A try that loses half a plain step waits for fifty; a gain of a hundredth is not worth it. One row waits for less."""
+    """A try that loses half a plain step waits for fifty; a gain of a hundredth is not worth it. One sequence waits less."""
     cheap_rounds.step_seconds = 0.5
-    for num_rows, pause in ((4, 50), (1, 4)):
-        trees = batch_trees([9] * num_rows)
-        trees._begin_round(list(range(num_rows)))
-        trees._note_rate(Proposal([], [], 1, float(num_rows)), [[0]] * num_rows, 1)
-        assert trees.next_try - trees.num_rounds == pytest.approx(pause, abs=2)
+    for num_sequences, pause in ((4, 50), (1, 4)):
+        trees, sequences = batch_trees([9] * num_sequences)
+        observe(trees, sequences, float(num_sequences), [[0]] * num_sequences)
+        assert trees.trials.next_try - trees.trials.num_rounds == pytest.approx(pause, abs=2)
     # Two tokens for 1.98 plain steps.
-    for num_rows, is_left_alone in ((2, True), (1, False)):
-        trees = batch_trees([9] * num_rows)
-        trees._begin_round(list(range(num_rows)))
-        cheap_rounds.step_seconds = 0.98 * cheap_rounds.verify(num_rows)
-        trees._note_rate(Proposal([], [], 1, 2.0 * num_rows), [[0, 1]] * num_rows, 1)
-        assert (trees.next_try > trees.num_rounds) == is_left_alone
+    for num_sequences, is_left_alone in ((2, True), (1, False)):
+        trees, sequences = batch_trees([9] * num_sequences)
+        cheap_rounds.step_seconds = 0.98 * cheap_rounds.verify(num_sequences)
+        observe(trees, sequences, 2.0 * num_sequences, [[0, 1]] * num_sequences)
+        assert (trees.trials.next_try > trees.trials.num_rounds) == is_left_alone
 
 
-def test_auto_few_rows_that_are_left_are_judged_anew(cheap_rounds):
-    """Drafting that did not pay for five rows is tried at once for two."""
-    trees = batch_trees([9] * 5)
-    trees._begin_round([0, 1, 2, 3, 4])
-    trees.payoff.pause, trees.next_try = 64, 1000
-    trees._begin_round([0, 1, 2, 3, 4])
-    assert trees.next_try == 1000
-    trees._begin_round([0, 3])
-    assert trees.next_try < trees.num_rounds
-    assert trees.payoff.pause == 4
-    assert {bits: payoff.pause for bits, payoff in trees.experience.payoffs.items()} == {3: 64, 1: 4}
+def test_auto_few_sequences_that_are_left_are_judged_anew(cheap_rounds):
+    """Drafting that did not pay for five sequences is tried at once for two."""
+    trees, sequences = batch_trees([9] * 5)
+    trials = trees.trials
+    trees.begin_round(sequences)
+    trials.payoff.pause, trials.next_try = 64, 1000
+    trees.begin_round(sequences)
+    assert trials.next_try == 1000
+    sequences.active = [0, 3]
+    trees.begin_round(sequences)
+    assert trials.is_draft_due
+    assert trials.payoff.pause == 4
+    assert {bits: payoff.pause for bits, payoff in trials.payoffs.items()} == {3: 64, 1: 4}
 
 
 def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):
@@ -193,17 +203,14 @@ def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):
 
 
 def test_auto_looks_at_plain_steps_where_drafting_hardly_pays(cheap_rounds):
-    """Once in so many rounds; where it clearly pays or does not, never."""
-    target = varied_target("llama", *prompts(1), **LENGTH)
-    trees = AutoTrees(
-        TreeSettings("auto", 4, 4, 15), target, tiny_draft(target), SimpleNamespace(num_rows=1, do_sample=False)
-    )
-    trees.payoff.advantage, trees.num_unchecked = 1.1, 15
-    assert not trees._is_check()
-    trees.num_unchecked = 16
-    assert trees._is_check()
-    trees.payoff.advantage = 1.5
-    assert not trees._is_check()
+    """Once in a number of rounds; where it clearly pays or does not, never."""
+    trials = batch_trees([9])[0].trials
+    trials.payoff.advantage, trials.num_unchecked = 1.1, 15
+    assert not trials.is_check_due
+    trials.num_unchecked = 16
+    assert trials.is_check_due
+    trials.payoff.advantage = 1.5
+    assert not trials.is_check_due
 
 
 def test_auto_expensive_verification_leads_to_plain_decoding(cheap_rounds):
@@ -251,7 +258,7 @@ def test_auto_chat_goes_on_after_plain_rounds(cheap_rounds, num_rows):
 
 def test_auto_tables_start_from_the_prior_and_follow_observations():
     """Cells that were not seen keep the prior; old observations fade."""
-    table = _Table(torch.tensor([[0.5, 0.25]], dtype=torch.float64))
+    table = AcceptanceTable(torch.tensor([[0.5, 0.25]], dtype=torch.float64))
     table.observe([1] * 200 + [-1], [True] * 200 + [False])
     assert table.chances[0] == 0.5
     assert table.rows()[0][1] > 0.95
@@ -260,7 +267,7 @@ def test_auto_tables_start_from_the_prior_and_follow_observations():
     assert table.chances[1] < 0.2
 
 
-def random_candidates(chances: list[float]) -> _Candidates:
+def random_candidates(chances: list[float]) -> Candidates:
     """Five draft steps over random parents, as a draft draws them: 4 children of the root, then 16 a step."""
     generator = random.Random(0)
     parents, depths = [-1] * 4, [1] * 4
@@ -270,10 +277,10 @@ def random_candidates(chances: list[float]) -> _Candidates:
         depths += [depth] * 16
     cells = [generator.randrange(len(chances)) for _ in parents]
     tokens = [generator.randrange(97) for _ in parents]
-    return _Candidates.drafted(tokens, parents, depths, [-1.0] * len(cells), cells, chances)
+    return Candidates.drafted(tokens, parents, depths, [-1.0] * len(cells), cells, chances)
 
 
-def check_path(nodes: _Candidates) -> None:
+def check_path(nodes: Candidates) -> None:
     """Nodes of a tree stand behind their parents, one deeper and worth no more."""
     for node, parent in enumerate(nodes.parents, start=1):
         assert parent < node
@@ -322,7 +329,7 @@ def test_auto_of_equal_candidates_the_first_are_chosen():
 def test_auto_the_likeliest_path_comes_first():
     """Each node is followed by all that lies below it, the better child first, so that a path down the first ones is
     already where a commit wants it."""
-    candidates = _Candidates.drafted(
+    candidates = Candidates.drafted(
         token_ids=[10, 11, 12, 13, 14], parents=[-1, -1, 1, 1, 2], depths=[1, 1, 2, 2, 3], log_probs=[-1.0] * 5,
         cells=[0, 1, 2, 3, 4], chances=[0.3, 0.9, 0.5, 0.8, 0.4],
     )  # fmt: skip

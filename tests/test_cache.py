@@ -111,7 +111,7 @@ def test_rows_with_holes_keep_their_own_accepted_keys(max_holes):
             expected[row] += [100 * row + start + offset for offset in accepted[-1]]
         committed.commit(accepted)
         if start == 20000:
-            committed.keep_rows([0, 3, 2])
+            committed.keep_sequences([0, 3, 2])
             rows = [0, 3, 2]
         assert committed.lengths == [len(expected[row]) for row in rows]
         assert committed.width - max(committed.lengths) <= max_holes
@@ -183,7 +183,7 @@ def test_rows_that_leave_are_replaced_by_the_last_in_place():
     append(cache, 4, 0, 3)
     committed = CommittedCache(cache, torch.ones(4, 3, dtype=torch.bool), 8)
     addresses = [layer.key_buffer.data_ptr() for layer in cache.layers]
-    committed.keep_rows([0, 3, 2])
+    committed.keep_sequences([0, 3, 2])
     assert [layer.key_buffer.data_ptr() for layer in cache.layers] == addresses
     assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[0, 1, 2], [300, 301, 302], [200, 201, 202]]
     assert cache.layers[1].values[:, 1, 2, 3].tolist() == [-2, -302, -202]
@@ -199,7 +199,7 @@ def test_dropping_rows_keeps_the_others():
     committed = CommittedCache(cache, torch.ones(3, 2, dtype=torch.bool))
     append(cache, 3, 10, 4)
     committed.commit([[0, 1, 2, 3], [1], [0, 3]])
-    committed.keep_rows([1, 2])
+    committed.keep_sequences([1, 2])
     assert committed.width == cache.get_seq_length() == 4
     assert cache.layers[0].keys[:, 0, :, 0].tolist()[1] == [200, 201, 210, 213]
     assert cache.layers[0].keys[0, 0, :3, 0].tolist() == [100, 101, 111]
@@ -242,7 +242,7 @@ def test_lent_layers_leave_what_the_stock_layers_would_hold(kind, length_before)
     for cache in (stock, ours):
         if length_before:
             append(cache, 2, 0, length_before)
-    adopted = AdoptedLayers(ours)
+    adopted = AdoptedLayers(ours).lend()
     for start in range(length_before, length_before + 6):
         append(stock, 2, start, 1)
     append(ours, 2, length_before, 6)
@@ -261,7 +261,7 @@ def test_a_failed_loop_leaves_the_cache_untouched():
     cache = DynamicCache(config=mistral_config())
     append(cache, 2, 0, 6)
     layers, keys = list(cache.layers), cache.layers[0].keys.clone()
-    adopted = AdoptedLayers(cache)
+    adopted = AdoptedLayers(cache).lend()
     append(cache, 2, 50, 3)
     adopted.put_back()
     assert cache.layers == layers

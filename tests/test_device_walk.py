@@ -1,7 +1,7 @@
 """The walk on the device, on CPU tensors: lossless as the host's, which calls it takes, and one read per round."""
 
 import types
-from functools import partial
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ from transformers.generation import (
 )
 
 from transformers_prism import PrismDraftModel, generation
-from transformers_prism.decoding import target_side as target_rounds
-from transformers_prism.decoding.sequences import OutputRows, walking_as_accelerators_do, warper_settings
+from transformers_prism.decoding import draft_side
+from transformers_prism.decoding.sampler import treating_cpus_as_accelerators, warper_settings
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 pytestmark = pytest.mark.quick
@@ -51,9 +51,10 @@ SETTINGS = {
 
 
 @pytest.fixture
-def device_walk(monkeypatch):
-    """The road that accelerators take, which a CPU does not take by itself."""
-    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="device"))
+def device_walk():
+    """What accelerators do, which a CPU does not do by itself."""
+    with treating_cpus_as_accelerators():
+        yield
 
 
 def scripted(num_rows, settings, architecture="llama"):
@@ -126,18 +127,18 @@ def test_device_walk_with_automatic_trees(num_rows, do_sample, device_walk, chea
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_device_walk_and_host_walk_do_the_same(num_rows, monkeypatch):
+def test_device_walk_and_host_walk_do_the_same(num_rows):
     """Token by token and round by round, with a real draft that is seldom right."""
     input_ids, mask = prompts(num_rows)
     target = tiny_target("llama", 3)
     rounds = []
     for walk in ("device", "host"):
-        monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
         draft = tiny_draft(target)
         torch.manual_seed(1)
-        output = target.generate(
-            input_ids, attention_mask=mask, do_sample=True, temperature=0.4, assistant_model=draft, **LENGTH
-        )
+        with treating_cpus_as_accelerators() if walk == "device" else nullcontext():
+            output = target.generate(
+                input_ids, attention_mask=mask, do_sample=True, temperature=0.4, assistant_model=draft, **LENGTH
+            )
         assert draft.last_speculation.walk == walk
         rounds.append((output.tolist(), draft.last_speculation.accepted_per_round))
     assert rounds[0] == rounds[1]
@@ -174,25 +175,22 @@ class EveryTenth(StoppingCriteria):
     ids=lambda settings: next(iter(reversed(settings))),
 )
 def test_other_calls_cannot_walk_on_the_device(settings, monkeypatch):
-    """Asked for, it is an error before any token; by itself, an accelerator takes the host's walk."""
+    """An accelerator takes the host's walk."""
     target, draft, input_ids, _ = scripted(1, {"do_sample": False})
     arguments = {"do_sample": False, "top_k": None, "assistant_model": draft, **LENGTH, **settings}
     draft.is_strict = False
     target.generate(input_ids, **arguments)
     assert draft.last_speculation.walk == "host"
-    monkeypatch.setattr("transformers_prism.decoding.sequences.TRITON_DEVICES", ("cpu",))
+    monkeypatch.setattr("transformers_prism.decoding.sampler.TRITON_DEVICES", ("cpu",))
     target.generate(input_ids, **arguments)
     assert draft.last_speculation.walk == "host"
-    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="device"))
-    with pytest.raises(ValueError, match="walk: expected host, for these processors, criteria or outputs, got device"):
-        target.generate(input_ids, **arguments)
 
 
 def test_an_accelerator_walks_on_the_device_by_itself(monkeypatch):
     """And a CPU on the host."""
     target, draft, input_ids, _ = scripted(1, {"do_sample": False})
     for devices, walk in ((("cuda", "xpu"), "host"), (("cpu",), "device")):
-        monkeypatch.setattr("transformers_prism.decoding.sequences.TRITON_DEVICES", devices)
+        monkeypatch.setattr("transformers_prism.decoding.sampler.TRITON_DEVICES", devices)
         target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
         assert draft.last_speculation.walk == walk
 
@@ -205,7 +203,7 @@ def test_a_cpu_may_walk_as_accelerators_do(do_sample):
     draft.is_strict = False
     for penalty, walk in ((1.0, "device"), (1.2, "host")):
         arguments = {**settings, **LENGTH, "repetition_penalty": penalty}
-        with walking_as_accelerators_do():
+        with treating_cpus_as_accelerators():
             plain, speculative, same_state = generate_twice(target, draft, input_ids, **arguments)
         assert torch.equal(plain, speculative)
         assert same_state
@@ -245,32 +243,23 @@ def test_warper_settings_are_read_from_stock_warpers_only():
         assert warper_settings(LogitsProcessorList(others)) is None
 
 
-def test_walk_says_what_is_wrong(monkeypatch):
-    """A name that is no road."""
-    target, draft, input_ids, _ = scripted(1, {"do_sample": False})
-    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="gpu"))
-    with pytest.raises(ValueError, match="walk: expected auto, device or host, got gpu"):
-        target.generate(input_ids, do_sample=False, assistant_model=draft, **LENGTH)
-
-
-def move_to_accelerator(monkeypatch, target, draft, walk="auto"):
-    """Move both there, and take the road that accelerators take."""
+def move_to_accelerator(monkeypatch, target, draft):
+    """Move both there, and do what accelerators do."""
     draft.bind(target)
     monkeypatch.setattr(draft, "bind", lambda target, tokenizer: draft)  # refuses weights on such a device
     move_model(target)
     move_model(draft)
-    for module in ("decoding.sequences", "decoding.sampling_noise"):
+    for module in ("decoding.sampler", "decoding.sampling_noise"):
         monkeypatch.setattr(f"transformers_prism.{module}.TRITON_DEVICES", (DEVICE.type,))
     generator = types.SimpleNamespace(
         get_rng_state=lambda device: torch.get_rng_state(),
         set_rng_state=lambda state, device: torch.set_rng_state(state),
     )
     monkeypatch.setattr(torch, DEVICE.type, generator, raising=False)
-    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
 
 
 def reads_by_round(
-    monkeypatch, input_ids, mask, walk="auto", attn_implementation=None, tree=None, draft_vocab_size=None, **settings
+    monkeypatch, input_ids, mask, walk="device", attn_implementation=None, tree=None, draft_vocab_size=None, **settings
 ):
     """What the host waited for in each round of a call on the pretended accelerator, whose output is plain's."""
     target = tiny_target("llama", 3, attn_implementation)
@@ -278,7 +267,7 @@ def reads_by_round(
     draft.generation_config.update(**{"tree_top_k": 30, "tree_depth": 2, "tree_num_nodes": 150, **(tree or {})})
     torch.manual_seed(5)
     plain = target.generate(input_ids, attention_mask=mask, **settings)
-    move_to_accelerator(monkeypatch, target, draft, walk)
+    move_to_accelerator(monkeypatch, target, draft)
     accelerator, starts = PretendedAccelerator(), []
     drop_finished = generation._drop_finished
     # The first thing that a round does.
@@ -290,8 +279,8 @@ def reads_by_round(
         output = target.generate(OnDevice(input_ids), attention_mask=OnDevice(mask), assistant_model=draft, **settings)
     assert torch.equal(output.host, plain)
     assert tree is not None or draft.last_speculation.acceptance_length > 1
-    assert draft.last_speculation.walk == ("device" if walk == "auto" else walk)
-    # The last start is that of the round that finds nothing left to do.
+    assert draft.last_speculation.walk == walk
+    # What follows the last round is not told apart from it.
     return [accelerator.reads[start:end] for start, end in zip(starts, starts[1:], strict=False)]
 
 
@@ -322,7 +311,7 @@ def test_a_round_reads_the_device_once(attn_implementation, kind, tree, num_rows
     for reads in rounds:
         assert len(reads) == 1, reads
         assert reads[0].startswith("_to_copy at")
-        assert "sequences.py" in reads[0]
+        assert "walk.py" in reads[0]
 
 
 def test_a_round_of_a_padded_batch_reads_the_device_once(monkeypatch):
@@ -364,9 +353,9 @@ def test_a_chat_goes_on_on_the_device(monkeypatch):
 
     plain, spoken = chat(), []
     move_to_accelerator(monkeypatch, target, draft)
-    join = target_rounds._joined
+    join = draft_side.joined
     monkeypatch.setattr(
-        target_rounds, "_joined", lambda parts: spoken.append([part.is_prompt for part in parts]) or join(parts)
+        draft_side, "joined", lambda parts: spoken.append([part.is_prompt for part in parts]) or join(parts)
     )
     with PretendedAccelerator():
         assert torch.equal(chat(OnDevice, assistant_model=draft), plain)
@@ -417,7 +406,7 @@ def test_calls_of_all_kinds_keep_host_and_device_apart(settings, overrides, tree
 def test_the_hosts_walk_reads_more(monkeypatch):
     """So that the count above can fail."""
     input_ids, mask = prompts(1)
-    arguments = {"walk": "host", "do_sample": True, "top_k": 0}
+    arguments = {"walk": "host", "do_sample": True, "repetition_penalty": 1.1}
     assert all(len(reads) > 1 for reads in reads_by_round(monkeypatch, input_ids, mask, **arguments, **LENGTH))
 
 

@@ -7,7 +7,7 @@ import torch
 from fault_lines import SCENARIOS, Call, Tracer, check_lines, lines_of
 
 from transformers_prism.decoding.cache import AdoptedLayers
-from transformers_prism.decoding.target_side import ChainTarget
+from transformers_prism.decoding.chain_target import ChainTarget
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 BY_NAME = {one.name: one for one in SCENARIOS}

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
-from transformers_prism.decoding.draft_side import Drafter
+from transformers_prism.decoding.drafter import Drafter
 from transformers_prism.policy.ngrams import NgramIndex
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 

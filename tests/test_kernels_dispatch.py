@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ import transformers
 from kernel_checks import DEVICE, run_interpreted
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 
-from transformers_prism import PrismConfig, generation
-from transformers_prism.decoding.sequences import OutputRows
+from transformers_prism import PrismConfig
+from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
 from transformers_prism.kernels import dispatch
 from transformers_prism.kernels.dispatch import operator_namespace, use_triton
 from transformers_prism.training.alignment import aligned_forward
@@ -216,8 +215,8 @@ def test_model_loop_and_training_use_every_kernel_by_themselves(monkeypatch, lau
     assert not launched
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", (DEVICE.type,))
     # What an accelerator's generator asks for is not pretended.
-    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk="device"))
-    found = generate_and_train(target, draft)
+    with treating_cpus_as_accelerators():
+        found = generate_and_train(target, draft)
     assert launched == {name for names in OPERATORS.values() for name in names}
     for one, other in zip(found, expected, strict=True):
         # Sums in another order, of numbers as large as the largest result.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import PAD_ID, prompts, tiny_draft, tiny_target
 
-from transformers_prism.decoding.target_side import TreeTarget
+from transformers_prism.decoding.tree_target import TreeTarget
 from transformers_prism.modeling_prism import PrismDraftModel
 
 pytestmark = pytest.mark.quick

@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from transformers_prism.conversion.prism_artifact import convert
-from transformers_prism.decoding.draft_side import Drafter
-from transformers_prism.decoding.sequences import OutputRows, walk
+from transformers_prism.decoding.drafter import Drafter
+from transformers_prism.decoding.sampler import Sampler
 from transformers_prism.decoding.tree import Tree
+from transformers_prism.decoding.walk import walk_on_host
 from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.transformers_names import cache_of
 
@@ -238,17 +239,15 @@ def tree_of_case(vectors, case):
     return Tree(token_ids, parents, depths, torch.zeros(parents.shape))
 
 
-def output_rows(tree, logits_processor=None, do_sample=False):
-    """One sequence that ends in the tree's root, with room for every path."""
+def walk_once(tree, logits, logits_processor=None, do_sample=False):
+    """Nodes kept and tokens emitted for one sequence that ends in the tree's root, with room for every path."""
     generation_config = GenerationConfig(max_length=tree.num_nodes + 2, do_sample=do_sample)
     generation_config._pad_token_tensor = torch.tensor(0)
     processors = LogitsProcessorList(logits_processor or [])
-    return OutputRows(tree.token_ids[:, :1], processors, StoppingCriteriaList(), generation_config)
-
-
-def emitted_by(rows):
-    """Tokens that a walk wrote behind the root."""
-    return rows.ids[0, 1 : rows.lengths[0]].tolist()
+    arguments = (StoppingCriteriaList(), generation_config)
+    sampler = Sampler(tree.token_ids[:, :1], processors, *arguments)
+    sequences = sampler.new_sequences(tree.token_ids[:, :1], *arguments)
+    return walk_on_host(sequences, sampler, 0, tree, 0, logits), sequences.new_tokens[0]
 
 
 @pytest.mark.parametrize(
@@ -261,11 +260,10 @@ def test_greedy_verification(case):
     num_accepted = int(vectors[f"{case}.accept_length"])
     row = vectors[f"{case}.retrieve_indices"][int(vectors[f"{case}.best_candidate"])]
     path = row[: num_accepted + 1].tolist()
-    rows = output_rows(tree)
-    kept = walk(rows, 0, tree, 0, logits)
+    kept, emitted = walk_once(tree, logits)
     assert kept == path
     tokens = tree.token_ids[0, path[1:]].tolist()
-    assert emitted_by(rows) == [*tokens, int(vectors[f"{case}.bonus_token"])]
+    assert emitted == [*tokens, int(vectors[f"{case}.bonus_token"])]
 
 
 @pytest.mark.parametrize(
@@ -291,8 +289,8 @@ def test_sampled_verification_rejects_to_the_same_distribution(case, processors)
     torch.manual_seed(0)
     counts = torch.zeros_like(expected)
     while counts.sum() < 1000:
-        rows = output_rows(tree, processors, do_sample=True)
-        if walk(rows, 0, tree, 0, logits) == [0]:
-            counts[emitted_by(rows)[0]] += 1
+        kept, emitted = walk_once(tree, logits, processors, do_sample=True)
+        if kept == [0]:
+            counts[emitted[0]] += 1
     assert (counts[expected == 0] == 0).all()
     assert (counts / counts.sum() - expected).abs().sum() / 2 < 0.1

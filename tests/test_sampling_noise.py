@@ -1,6 +1,7 @@
 """A draft that sees the random numbers of sampling: it guesses better, and what is emitted does not change."""
 
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -19,11 +20,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from transformers_prism import generation
-from transformers_prism.decoding import draft_side as drafting
-from transformers_prism.decoding import sequences as verification
+from transformers_prism.decoding import drafter as drafting
+from transformers_prism.decoding import sampler as sampler_module
+from transformers_prism.decoding.sampler import Sampler, treating_cpus_as_accelerators
 from transformers_prism.decoding.sampling_noise import MAX_NOISE_BYTES, StepNoise
-from transformers_prism.decoding.sequences import OutputRows
+from transformers_prism.decoding.sequences import Sequences
 from transformers_prism.modeling_prism import PrismDraftModel
 
 VOCABULARY = 50
@@ -37,12 +38,13 @@ class Impatient(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def output_rows(num_rows: int, processors=(), criteria=(), is_coupled: bool = True) -> OutputRows:
+def started(num_rows: int, processors=(), criteria=(), is_coupled: bool = True) -> tuple[Sequences, Sampler]:
     config = GenerationConfig(do_sample=True, max_length=100)
     config._pad_token_tensor = torch.tensor(PAD_ID)
     criteria = StoppingCriteriaList([MaxLengthCriteria(100), *criteria])
     input_ids = torch.zeros((num_rows, 3), dtype=torch.long)
-    return OutputRows(input_ids, LogitsProcessorList(processors), criteria, config, is_coupled)
+    sampler = Sampler(input_ids, LogitsProcessorList(processors), criteria, config, is_coupled)
+    return sampler.new_sequences(input_ids, criteria, config), sampler
 
 
 WARPERS = {
@@ -57,18 +59,18 @@ WARPERS = {
 def test_a_draft_that_knows_the_distribution_knows_the_token(num_rows, warpers):
     """With the target's own log-probabilities the first proposal is what will be chosen, at every depth and in every row."""
     torch.manual_seed(3)
-    rows = output_rows(num_rows, WARPERS[warpers])
+    sequences, sampler = started(num_rows, WARPERS[warpers])
     logits = 2 * torch.randn(NUM_STEPS, num_rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
     for row in range(num_rows):
-        rows.append(row, rows.choose(row, logits[0, row]))
+        sequences.append(row, sampler.choose(sequences, row, logits[0, row]))
     # Rows are not equally far.
     for row in range(1, num_rows):
         for step in range(1, 1 + row):
-            rows.append(row, rows.choose(row, logits[step, row]))
+            sequences.append(row, sampler.choose(sequences, row, logits[step, row]))
     num_chosen = 0
-    while rows.lengths[0] - 3 < NUM_STEPS - 10:
-        coupling = rows.coupling(list(range(num_rows)), 4)
-        starts = [length - 3 for length in rows.lengths]
+    while sequences.lengths[0] - 3 < NUM_STEPS - 10:
+        coupling = sampler.coupling(sequences, 4)
+        starts = [length - 3 for length in sequences.lengths]
         for depth in range(4):
             log_probs, token_ids = (
                 torch.stack([torch.log_softmax(logits[start + depth, row], -1) for row, start in enumerate(starts)])
@@ -78,21 +80,21 @@ def test_a_draft_that_knows_the_distribution_knows_the_token(num_rows, warpers):
             assert (chances.diff(dim=-1) <= 0).all()
             assert (chances.exp().sum(-1) <= 1 + 1e-6).all()
             for row in range(num_rows):
-                token = rows.choose(row, logits[starts[row] + depth, row])
+                token = sampler.choose(sequences, row, logits[starts[row] + depth, row])
                 assert int(found[row, 0, 0]) == token
-                rows.append(row, token)
+                sequences.append(row, token)
                 num_chosen += token != int(token_ids[row, 0])
-        rows.forget_passed_noise(list(range(num_rows)))
+        sampler.forget_passed_noise(sequences)
     assert num_chosen > 10, "expected draws that the distribution alone does not tell"
 
 
 def test_log_probabilities_of_nan_are_numbers_again():
     """A draft's NaN, which is minus infinity in all its proposals, does not spread to its choice of nodes."""
-    rows = output_rows(1, WARPERS["all"])
-    rows.append(0, rows.choose(0, torch.randn(VOCABULARY)))
+    sequences, sampler = started(1, WARPERS["all"])
+    sequences.append(0, sampler.choose(sequences, 0, torch.randn(VOCABULARY)))
     nothing = torch.full((1, 2, VOCABULARY), -torch.inf)
     token_ids = torch.arange(VOCABULARY).expand(1, 2, -1)
-    tokens, chances = rows.coupling([0], 1).likeliest(0, token_ids, nothing, 5)
+    tokens, chances = sampler.coupling(sequences, 1).likeliest(0, token_ids, nothing, 5)
     assert chances.isfinite().all()
     assert all(len(set(row)) == 5 for row in tokens[0].tolist())
 
@@ -133,16 +135,16 @@ def test_text_is_the_same_and_more_of_it_is_foreseen(even_pair, tree, num_rows):
     assert lengths[True] > 4
 
 
-def test_planned_and_automatic_trees_see_them_too(even_pair, monkeypatch, cheap_rounds):
+def test_planned_and_automatic_trees_see_them_too(even_pair, cheap_rounds):
     """Trees of the round's own choice, as on a CPU and as on an accelerator."""
     target, draft = even_pair
     input_ids = prompts(1)[0] % VOCABULARY
     arguments = {"do_sample": True, "max_new_tokens": 80, "pad_token_id": PAD_ID}
     draft.generation_config.update(tree="auto", tree_ngrams=False)
-    for kind in (generation.AutoTrees, generation.PlannedTrees):
-        monkeypatch.setattr(generation, "AutoTrees", kind)
+    for treat in (nullcontext, treating_cpus_as_accelerators):
         for _ in range(3):
-            plain, speculative, same_state = generate_twice(target, draft, input_ids, None, seed=5, **arguments)
+            with treat():
+                plain, speculative, same_state = generate_twice(target, draft, input_ids, None, seed=5, **arguments)
             assert torch.equal(plain, speculative)
             assert same_state
         assert draft.last_speculation.acceptance_length > 2.5
@@ -150,16 +152,17 @@ def test_planned_and_automatic_trees_see_them_too(even_pair, monkeypatch, cheap_
 
 def test_what_might_draw_in_between_is_not_overtaken():
     """Nothing is drawn ahead where a processor or criterion is not transformers' own stock, nor where it is not wanted."""
-    assert output_rows(1).coupling([0], 0) is None
+    sequences, sampler = started(1)
+    assert sampler.coupling(sequences, 0) is None
     for processors, criteria, is_coupled in (
         ([RepetitionPenaltyLogitsProcessor(1.3)], (), True),
         ([], [Impatient()], True),
         ([], (), False),
     ):
-        rows = output_rows(1, processors, criteria, is_coupled)
-        rows.append(0, rows.choose(0, torch.randn(VOCABULARY)))
-        assert rows.noise is None
-        assert rows.coupling([0], 4) is None
+        sequences, sampler = started(1, processors, criteria, is_coupled)
+        sequences.append(0, sampler.choose(sequences, 0, torch.randn(VOCABULARY)))
+        assert sampler.noise is None
+        assert sampler.coupling(sequences, 4) is None
 
 
 @pytest.mark.parametrize(("num_competing", "expected"), [(64, 20), (16, 16), (2, 3)])
@@ -242,20 +245,20 @@ def test_rows_far_apart_are_plain_samplings_with_a_small_buffer(walk, is_coupled
     monkeypatch.setattr(
         StepNoise, "_make_room", lambda noise, *args: make_room(noise, *args) or windows.append(len(noise.buffer))
     )
-    forget = OutputRows.forget_passed_noise
+    forget = Sampler.forget_passed_noise
     monkeypatch.setattr(
-        OutputRows,
+        Sampler,
         "forget_passed_noise",
-        lambda rows, active: lead.append(max(rows.lengths) - min(rows.lengths)) or forget(rows, active),
+        lambda sampler, all: lead.append(max(all.lengths) - min(all.lengths)) or forget(sampler, all),
     )
-    monkeypatch.setattr(generation, "OutputRows", partial(OutputRows, walk=walk))
-    monkeypatch.setattr(verification, "StepNoise", partial(StepNoise, max_bytes=0))
+    monkeypatch.setattr(sampler_module, "StepNoise", partial(StepNoise, max_bytes=0))
     draft = scripted_draft(target, plain, input_ids.shape[1], tree_coupled=is_coupled)
     for row in (1, 2):
         draft.script[row] = [(token + 1) % 97 for token in draft.script[row]]
     draft.is_strict = False
     torch.manual_seed(5)
-    output = target.generate(input_ids, assistant_model=draft, **arguments)
+    with treating_cpus_as_accelerators() if walk == "device" else nullcontext():
+        output = target.generate(input_ids, assistant_model=draft, **arguments)
     state = torch.get_rng_state()
     assert torch.equal(output, plain)
     torch.manual_seed(5)

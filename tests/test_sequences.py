@@ -1,4 +1,4 @@
-"""The walk through a verified tree."""
+"""Sequences, the sampler that continues them, and the walk through a verified tree."""
 
 import pytest
 import torch
@@ -11,22 +11,26 @@ from transformers.generation import (
     TemperatureLogitsWarper,
 )
 
-from transformers_prism.decoding.sequences import OutputRows, walk
+from transformers_prism.decoding.sampler import Sampler
+from transformers_prism.decoding.sequences import Sequences
 from transformers_prism.decoding.tree import Tree
+from transformers_prism.decoding.walk import walk_on_host
 
 pytestmark = pytest.mark.quick
 V = 11
 
 
-def output_rows(num_rows=1, max_length=30, eos=None, processors=(), **settings) -> OutputRows:
-    """Rows with a prompt of three tokens."""
+def started(num_rows=1, max_length=30, eos=None, processors=(), **settings) -> tuple[Sequences, Sampler]:
+    """Sequences with a prompt of three tokens."""
     config = GenerationConfig(max_length=max_length, **settings)
     config._pad_token_tensor = torch.tensor(0)
     criteria = [MaxLengthCriteria(max_length)]
     if eos is not None:
         criteria.append(EosTokenCriteria(eos))
     input_ids = torch.tensor([[3, 4, 5]]).repeat(num_rows, 1)
-    return OutputRows(input_ids, LogitsProcessorList(processors), StoppingCriteriaList(criteria), config)
+    criteria = StoppingCriteriaList(criteria)
+    sampler = Sampler(input_ids, LogitsProcessorList(processors), criteria, config)
+    return sampler.new_sequences(input_ids, criteria, config), sampler
 
 
 def a_tree() -> Tree:
@@ -50,12 +54,12 @@ def test_criteria_are_asked_where_they_may_have_a_say():
     config._pad_token_tensor = torch.tensor(0)
 
     def emit(tokens, *criteria):
-        rows = OutputRows(torch.tensor([[3, 4, 5]]), LogitsProcessorList(), StoppingCriteriaList(criteria), config)
-        asked = []
-        rows.stopping_criteria = lambda ids, scores: asked.append(ids.shape[1]) or StoppingCriteriaList(criteria)(ids, scores)
+        sequences = Sequences(torch.tensor([[3, 4, 5]]), StoppingCriteriaList(criteria), config)
+        stopping, asked = sequences.stopping, []
+        stopping.criteria = lambda ids, scores: asked.append(ids.shape[1]) or StoppingCriteriaList(criteria)(ids, scores)
         for token in tokens:
-            rows.append(0, token)
-        return asked, rows.end_lengths[0]
+            sequences.append(0, token)
+        return asked, sequences.end_lengths[0]
 
     assert emit([1, 2, 9, 1], MaxLengthCriteria(30), EosTokenCriteria([8, 9])) == ([6], 6)
     assert emit([1, 2, 6, 1], MaxLengthCriteria(30), EosTokenCriteria([8, 9])) == ([], None)
@@ -77,28 +81,28 @@ def test_criteria_are_asked_where_they_may_have_a_say():
 def test_the_walk_follows_the_targets_choices(choices, nodes, emitted, do_sample):
     """Whatever lies off their way."""
     logits = logits_choosing(choices)
-    rows = output_rows(do_sample=do_sample)
-    assert walk(rows, 0, a_tree(), 0, logits) == nodes
-    assert rows.ids[0, 3 : rows.lengths[0]].tolist() == emitted
+    sequences, sampler = started(do_sample=do_sample)
+    assert walk_on_host(sequences, sampler, 0, a_tree(), 0, logits) == nodes
+    assert sequences.ids[0, 3 : sequences.lengths[0]].tolist() == emitted
 
 
 def test_the_walk_ends_where_the_row_ends():
     """At EOS, and at the length limit; what is emitted counts, what lies deeper does not."""
     logits = logits_choosing([6, 8, 1, 9, 2])
-    rows = output_rows(eos=8)
-    assert walk(rows, 0, a_tree(), 0, logits) == [0, 1]
-    assert rows.is_done(0)
-    assert rows.finish().tolist() == [[3, 4, 5, 6, 8]]
-    rows = output_rows(max_length=6)
-    assert walk(rows, 0, a_tree(), 0, logits) == [0, 1, 3]
-    assert rows.is_done(0)
+    sequences, sampler = started(eos=8)
+    assert walk_on_host(sequences, sampler, 0, a_tree(), 0, logits) == [0, 1]
+    assert sequences.is_done(0)
+    assert sequences.finished().tolist() == [[3, 4, 5, 6, 8]]
+    sequences, sampler = started(max_length=6)
+    assert walk_on_host(sequences, sampler, 0, a_tree(), 0, logits) == [0, 1, 3]
+    assert sequences.is_done(0)
 
 
 def test_of_twins_either_may_be_taken():
     """Two children with one token: the walk does not stop between them."""
     tree = a_tree()
     tree.token_ids[0, 2] = 6
-    assert walk(output_rows(), 0, tree, 0, logits_choosing([6, 8, 8, 9, 2])) == [0, 1, 3, 4]
+    assert walk_on_host(*started(), 0, tree, 0, logits_choosing([6, 8, 8, 9, 2])) == [0, 1, 3, 4]
 
 
 def test_draws_equal_multinomial_of_the_batch_in_any_order():
@@ -108,28 +112,29 @@ def test_draws_equal_multinomial_of_the_batch_in_any_order():
     plain = [torch.multinomial(step.softmax(-1), 1)[:, 0].tolist() for step in logits]
     state = torch.get_rng_state()
     torch.manual_seed(7)
-    rows = output_rows(num_rows=3, max_length=9, do_sample=True)
+    sequences, sampler = started(num_rows=3, max_length=9, do_sample=True)
     for row, steps in ((2, 4), (0, 6), (1, 1), (2, 2), (1, 5)):
         for _ in range(steps):
-            rows.append(row, rows.choose(row, logits[rows.lengths[row] - 3, row]))
-    assert rows.finish()[:, 3:].T.tolist() == plain
+            sequences.append(row, sampler.choose(sequences, row, logits[sequences.num_new(row), row]))
+    assert sequences.finished()[:, 3:].T.tolist() == plain
+    sampler.finish(6)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_noise_is_freed_once_every_row_has_passed():
     """One noise matrix of the whole vocabulary per step would fill the memory."""
-    rows = output_rows(num_rows=2, max_length=40, do_sample=True)
+    sequences, sampler = started(num_rows=2, max_length=40, do_sample=True)
     for row, steps in ((0, 10), (1, 8)):
         for _ in range(steps):
-            rows.append(row, rows.choose(row, torch.zeros(V)))
-    rows.forget_passed_noise([0, 1])
+            sequences.append(row, sampler.choose(sequences, row, torch.zeros(V)))
+    sampler.forget_passed_noise(sequences)
     for _ in range(500):
         for row in (0, 1):
-            rows.noise.of_step(row, rows.lengths[row] - 3, (2, V))
-            rows.lengths[row] += 1
-        rows.max_length += 1
-        rows.forget_passed_noise([0, 1])
-    assert len(rows.noise.buffer) < 20
+            sampler.noise.of_step(row, sequences.num_new(row), (2, V))
+            sequences.lengths[row] += 1
+        sequences.max_length += 1
+        sampler.forget_passed_noise(sequences)
+    assert len(sampler.noise.buffer) < 20
 
 
 def test_processors_see_each_row_in_its_own_place():
@@ -141,9 +146,9 @@ def test_processors_see_each_row_in_its_own_place():
             seen.append((tuple(input_ids.shape), tuple(scores.shape)))
             return scores
 
-    rows = output_rows(num_rows=2, processors=[Recorder(1.0)])
-    rows.append(1, rows.choose(1, torch.zeros(V)))
-    rows.choose(1, torch.zeros(V))
+    sequences, sampler = started(num_rows=2, processors=[Recorder(1.0)])
+    sequences.append(1, sampler.choose(sequences, 1, torch.zeros(V)))
+    sampler.choose(sequences, 1, torch.zeros(V))
     assert seen == [((2, 3), (2, V)), ((2, 4), (2, V))]
 
 
@@ -151,10 +156,24 @@ def test_nan_is_refused_only_where_the_walk_comes():
     """A node that is never reached may hold anything."""
     logits = logits_choosing([6, 1, 1, 1, 1])
     logits[4] = torch.nan
-    rows = output_rows()
-    assert walk(rows, 0, a_tree(), 0, logits) == [0, 1]
+    assert walk_on_host(*started(), 0, a_tree(), 0, logits) == [0, 1]
     logits[0] = torch.nan
     for do_sample in (False, True):
-        rows = output_rows(do_sample=do_sample)
         with pytest.raises(ValueError, match="got NaN for token 3 of row 0"):
-            walk(rows, 0, a_tree(), 0, logits)
+            walk_on_host(*started(do_sample=do_sample), 0, a_tree(), 0, logits)
+
+
+def test_sequences_at_the_end_take_the_places_of_those_that_leave():
+    """So that no others have to be moved; where none is left, or none has ended, all stay."""
+    sequences, _ = started(num_rows=4, eos=9)
+    assert sequences.places_to_keep() == [0, 1, 2, 3]
+    for index in (0, 2):
+        sequences.append(index, 9)
+    assert sequences.places_to_keep() == [3, 1]
+    sequences.keep_sequences([3, 1])
+    assert sequences.active == [3, 1]
+    assert sequences.places_to_keep() == [0, 1]
+    for index in (1, 3):
+        sequences.append(index, 9)
+    assert sequences.places_to_keep() == [0, 1]
+    assert sequences.are_done

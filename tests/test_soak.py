@@ -6,9 +6,9 @@ import pytest
 import soak
 import torch
 
-from transformers_prism.decoding import sequences as verification
+from transformers_prism.decoding import walk as walk_module
+from transformers_prism.decoding.sampler import Sampler
 from transformers_prism.decoding.sampling_noise import StepNoise
-from transformers_prism.decoding.sequences import OutputRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +44,7 @@ def any_child(tree, row):
     return Table(right_children(tree, row))
 
 
-right_children = verification._children
+right_children = walk_module._children
 right_noise = StepNoise.of_step
 
 
@@ -53,19 +53,19 @@ def shifted_noise(self, row, step, shape):
     return right_noise(self, row, step + 1, shape)
 
 
-right_finish = OutputRows.finish
+right_finish = Sampler.finish
 
 
-def finish_with_a_draw(self):
-    """The sequences, with one number more drawn from the generator."""
+def finish_with_a_draw(self, num_steps):
+    """One number more is drawn from the generator."""
     torch.rand(1)
-    return right_finish(self)
+    return right_finish(self, num_steps)
 
 
 BROKEN = {
-    "a wrong token is accepted": (verification, "_children", any_child),
+    "a wrong token is accepted": (walk_module, "_children", any_child),
     "draws are those of the next step": (StepNoise, "of_step", shifted_noise),
-    "the generator is left ahead": (OutputRows, "finish", finish_with_a_draw),
+    "the generator is left ahead": (Sampler, "finish", finish_with_a_draw),
 }
 
 

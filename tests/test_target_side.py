@@ -7,8 +7,8 @@ from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from transformers_prism.decoding import cache as cache_module
-from transformers_prism.decoding import target_side as target_rounds
-from transformers_prism.decoding.target_side import _static_size_within, is_compiled, static_size
+from transformers_prism.decoding import tree_target
+from transformers_prism.decoding.tree_target import _static_size_within, is_compiled, static_size
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
@@ -177,7 +177,7 @@ def test_a_full_static_cache_stops_with_an_error():
 @pytest.mark.parametrize("max_holes", [2, 1000])
 def test_caches_with_holes_give_plain_decodings_text_and_cache(architecture, max_holes, monkeypatch):
     """Whether they are closed every few rounds or at the end; windows count keys, not holes. Both go on alike."""
-    monkeypatch.setattr(target_rounds, "_MAX_HOLES", max_holes)
+    monkeypatch.setattr(tree_target, "_MAX_HOLES", max_holes)
     target, plain, draft, input_ids, mask = scripted(architecture, num_rows=3)
     outputs = []
     for assistant in ({}, {"assistant_model": draft}):
@@ -195,7 +195,7 @@ def test_caches_with_holes_give_plain_decodings_text_and_cache(architecture, max
 @pytest.mark.quick
 def test_rounds_of_chains_move_no_keys(monkeypatch):
     """However uneven rows are: what was accepted of a chain is in its place already."""
-    monkeypatch.setattr(target_rounds, "_MAX_HOLES", 1000)
+    monkeypatch.setattr(tree_target, "_MAX_HOLES", 1000)
     moved = []
     monkeypatch.setattr(cache_module, "compact_cache", lambda *arguments: moved.append(1))
     target, plain, draft, input_ids, mask = scripted(num_rows=3, tree="chain", tree_depth=4)

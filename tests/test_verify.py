@@ -9,7 +9,6 @@ import torch
 from tiny_models import prompts, tiny_draft, varied_target
 from typer.testing import CliRunner
 
-from transformers_prism import generation
 from transformers_prism.bench import verify as verify_module
 from transformers_prism.bench.verify import (
     CONTROL,
@@ -28,9 +27,10 @@ from transformers_prism.bench.verify import (
     verify,
 )
 from transformers_prism.cli.main import app
-from transformers_prism.decoding import target_side as target_rounds
+from transformers_prism.decoding import target_choice
+from transformers_prism.decoding import walk as walk_module
 from transformers_prism.hub.card import verify_rows
-from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy import automatic
 from transformers_prism.policy.costs import RoundCosts
 
 pytestmark = pytest.mark.quick
@@ -54,7 +54,7 @@ def checks(pair):
     draft = tiny_draft(target, draft_vocab_size=60).bind(target)
     with pytest.MonkeyPatch.context() as patch:
         costs = RoundCosts([1, 64], [1.0, 2.0], 0.02)
-        patch.setattr(auto_trees, "_known_costs", lambda target, draft, num_rows: costs)
+        patch.setattr(automatic, "known_costs", lambda target, draft, num_rows: costs)
         for name in ("observe_verify", "observe_step"):
             patch.setattr(RoundCosts, name, lambda self, *observed: None)
         return verify(target, draft, inputs, max_new_tokens=20)
@@ -70,7 +70,7 @@ def test_a_sound_loop_passes_on_every_path(checks):
     assert report["holds"]
     assert report["num_near_ties"] == 0
     assert check_table(checks).row_count == len(names) + 1
-    assert generation.walk is not careless_walk
+    assert walk_module.walk_on_host is not careless_walk
 
 
 def test_the_control_is_caught_on_every_path(checks):
@@ -117,8 +117,8 @@ FEW_PATHS = [path for path in PATHS if path.name in ("greedy", "sampled, device"
 def test_a_broken_loop_fails(pair, monkeypatch):
     """With the control's own fault in every run."""
     monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
-    monkeypatch.setattr(generation, "walk", careless_walk)
-    monkeypatch.setattr(generation, "walk_on_device", careless_walk_on_device)
+    monkeypatch.setattr(walk_module, "walk_on_host", careless_walk)
+    monkeypatch.setattr(walk_module, "walk_on_device", careless_walk_on_device)
     target, draft, inputs = pair
     checks = verify(target, draft, inputs, max_new_tokens=20)
     assert not as_json(checks)["holds"]
@@ -129,8 +129,8 @@ def test_a_broken_loop_fails(pair, monkeypatch):
 def test_a_fault_of_one_path_is_found(path, pair, monkeypatch):
     """The walk of that path alone is broken."""
     monkeypatch.setattr(verify_module, "PATHS", [path])
-    name = "walk_on_device" if path.walks_on_device else "walk"
-    monkeypatch.setattr(generation, name, {"walk": careless_walk, "walk_on_device": careless_walk_on_device}[name])
+    name = "walk_on_device" if path.walks_on_device else "walk_on_host"
+    monkeypatch.setattr(walk_module, name, {"walk_on_host": careless_walk, "walk_on_device": careless_walk_on_device}[name])
     target, draft, inputs = pair
     (check, _) = verify(target, draft, inputs, max_new_tokens=20)
     assert not check.holds or check.path["drafted"] == 0
@@ -151,8 +151,8 @@ def test_a_lost_draw_fails(pair, monkeypatch):
 def test_a_target_that_no_path_fits_does_not_pass(pair, monkeypatch):
     """Plain decoding on every path proves nothing, and what generate() itself refuses is said."""
     monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.name in ("greedy", "static cache")])
-    monkeypatch.setattr(target_rounds, "why_no_tree", lambda *args: "no tree")
-    monkeypatch.setattr(target_rounds, "why_no_chain", lambda *args: "no chain")
+    monkeypatch.setattr(target_choice, "why_no_tree", lambda *args: "no tree")
+    monkeypatch.setattr(target_choice, "why_no_chain", lambda *args: "no chain")
     target, draft, inputs = pair
     generate = type(target).generate
 
@@ -176,14 +176,14 @@ def test_the_draft_is_left_as_it_was(pair, monkeypatch):
     """Its settings, and the layers of both; after an error, too."""
     target, draft, inputs = pair
     settings, kinds = draft.generation_config, [type(module) for module in target.modules()]
-    experience = auto_trees._experiences.get(draft)
+    experience = copy.deepcopy(automatic.experience_of(draft, do_sample=True))
     monkeypatch.setattr(verify_module, "PATHS", [path for path in PATHS if path.is_prepared])
     verify(target, draft, inputs, max_new_tokens=6)
-    monkeypatch.setattr(generation, "walk", None)
+    monkeypatch.setattr(walk_module, "walk_on_host", None)
     with pytest.raises(TypeError):
         verify(target, draft, inputs, max_new_tokens=6)
     assert draft.generation_config is settings
-    assert auto_trees._experiences.get(draft) is experience
+    assert vars(automatic.experience_of(draft, do_sample=True).drafted) == vars(experience.drafted)
     assert [type(module) for module in target.modules()] == kinds
 
 
@@ -259,5 +259,5 @@ def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "report.json").read_text())["holds"]
-    monkeypatch.setattr(generation, "walk", careless_walk)
+    monkeypatch.setattr(walk_module, "walk_on_host", careless_walk)
     assert CliRunner().invoke(app, arguments).exit_code == 1

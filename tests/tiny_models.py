@@ -146,7 +146,10 @@ class ScriptedDrafter:
             self.num_emitted[row] += emitted
         self.root_ids = token_ids[torch.arange(len(num_new)), torch.tensor(num_new) - 1]
 
-    def keep_rows(self, rows):
+    def use_text_tokens(self, is_wanted):
+        """The script knows no vocabulary."""
+
+    def keep_sequences(self, rows):
         """Go on with these rows."""
         self.scripts = [self.scripts[row] for row in rows]
         self.num_emitted = [self.num_emitted[row] for row in rows]

@@ -16,11 +16,11 @@ from unittest import mock
 
 from transformers_prism.bench.generate import TokenClock
 from transformers_prism.decoding.cache import CommittedCache
-from transformers_prism.decoding.draft_side import Drafter
+from transformers_prism.decoding.chain_target import ChainTarget
+from transformers_prism.decoding.drafter import Drafter
 from transformers_prism.decoding.speculation import acceptance_length
-from transformers_prism.decoding.target_side import ChainTarget, TreeTarget
-from transformers_prism.policy.automatic import AutoTrees
-from transformers_prism.policy.planned import PlannedTrees
+from transformers_prism.decoding.tree_target import TreeTarget
+from transformers_prism.policy.automatic import AutomaticTrees
 
 PARTS = ("target forward", "draft forwards", "selection", "masks", "walk", "commit", "other")
 # Everything else is the round's own cost.
@@ -34,13 +34,12 @@ _FUNCTIONS = {
 _METHODS = {
     "masks": ((Drafter, "_mask"), (TreeTarget, "_masks")),
     "selection": (
-        *((Drafter, "grow"), (Drafter, "draw"), (AutoTrees, "propose"), (AutoTrees, "observe")),
-        (PlannedTrees, "observe"),
+        *((Drafter, "grow"), (Drafter, "draw"), (AutomaticTrees, "propose"), (AutomaticTrees, "learn")),
     ),
     "commit": ((CommittedCache, "commit"), (TreeTarget, "commit"), (ChainTarget, "commit")),
 }
 _DRAFT_FUNCTIONS = ("compute_logits", "fuse")
-_CALLING_FILES = ("generation", "decoding.draft_side", "decoding.target_side", "policy.automatic", "decoding.sequences")
+_CALLING_FILES = ("generation", "decoding.drafter", "decoding.round_values", "decoding.tree_target")
 
 
 class Stopwatch:

@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 from unittest import mock
-from weakref import WeakKeyDictionary
 
 import torch
 from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
-from transformers_prism import generation
 from transformers_prism.cpu import prepare_for_cpu
-from transformers_prism.decoding import target_side as target_rounds
-from transformers_prism.decoding.sequences import OutputRows, walking_as_accelerators_do
+from transformers_prism.decoding import target_choice
+from transformers_prism.decoding import walk as walk_module
+from transformers_prism.decoding.sampler import Sampler, treating_cpus_as_accelerators
+from transformers_prism.decoding.sequences import Sequences
 from transformers_prism.decoding.speculation import Speculation
-from transformers_prism.policy import automatic as auto_trees
+from transformers_prism.policy import automatic
+from transformers_prism.policy.experience import Experience
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
 # Two ways of computing the same logits differ by rounding; a gap within ten times that difference is a near-tie.
@@ -222,11 +223,12 @@ def _on_path(path: DecodingPath, draft) -> Iterator[None]:
     draft.generation_config.update(**path.tree)
     with contextlib.ExitStack() as stack:
         # Automatic trees begin as in a first call, and a draft does not learn from what a broken verifier accepts.
-        stack.enter_context(mock.patch.object(auto_trees, "_experiences", WeakKeyDictionary()))
+        fresh = {do_sample: Experience() for do_sample in (False, True)}
+        stack.enter_context(mock.patch.object(automatic, "experience_of", lambda draft, do_sample: fresh[do_sample]))
         if path.walks_on_device:
-            stack.enter_context(walking_as_accelerators_do())
+            stack.enter_context(treating_cpus_as_accelerators())
         if path.is_chain:
-            stack.enter_context(mock.patch.object(target_rounds, "why_no_tree", return_value="it was asked for"))
+            stack.enter_context(mock.patch.object(target_choice, "why_no_tree", return_value="it was asked for"))
         try:
             yield
         finally:
@@ -236,33 +238,33 @@ def _on_path(path: DecodingPath, draft) -> Iterator[None]:
 def _control(run: _Run, target, draft, plain_runs: dict) -> Check:
     """The same run with a verifier that asks for nothing, which has to be caught."""
     with (
-        mock.patch.object(generation, "walk", careless_walk),
-        mock.patch.object(generation, "walk_on_device", careless_walk_on_device),
+        mock.patch.object(walk_module, "walk_on_host", careless_walk),
+        mock.patch.object(walk_module, "walk_on_device", careless_walk_on_device),
     ):
         check = _compare(run, target, draft, plain_runs)
     check.name, check.control_of = CONTROL, run.path.name
     return check
 
 
-def careless_walk(rows: OutputRows, row: int, tree, tree_row: int, logits) -> list[int]:
+def careless_walk(sequences: Sequences, sampler: Sampler, index: int, tree, place: int, logits) -> list[int]:
     """What a broken verifier does: it follows the tree without asking the target, as long as there are children."""
-    parents, token_ids = tree.parents[tree_row].tolist(), tree.token_ids[tree_row].tolist()
+    parents, token_ids = tree.parents[place].tolist(), tree.token_ids[place].tolist()
     node, nodes = 0, [0]
     while True:
         children = [child for child in range(1, tree.num_nodes) if parents[child] == node]
-        token = token_ids[children[-1]] if children else rows.choose(row, logits[node])
-        rows.append(row, token)
-        if rows.is_done(row) or not children:
+        token = token_ids[children[-1]] if children else sampler.choose(sequences, index, logits[node])
+        sequences.append(index, token)
+        if sequences.is_done(index) or not children:
             return nodes
         node = children[-1]
         nodes.append(node)
 
 
-def careless_walk_on_device(rows: OutputRows, active: list[int], tree, logits, depth: int) -> list[list[int]]:
+def careless_walk_on_device(sequences: Sequences, sampler: Sampler, tree, logits, depth: int) -> list[list[int]]:
     """The same in the place of the walk on the device."""
     return [
-        [] if rows.is_done(row) else careless_walk(rows, row, tree, index, logits[index])
-        for index, row in enumerate(active)
+        [] if sequences.is_done(index) else careless_walk(sequences, sampler, index, tree, place, logits[place])
+        for place, index in enumerate(sequences.active)
     ]
 
 

@@ -101,7 +101,7 @@ class TreeLayer(DynamicLayer):
         """Positions stored, holes included."""
         return self.length
 
-    def keep_rows(self, rows: list[int]) -> None:
+    def keep_sequences(self, rows: list[int]) -> None:
         """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
         for place, row in enumerate(rows):
             if place != row:
@@ -114,7 +114,7 @@ class StaticTreeLayer(StaticLayer):
     """A static layer that keeps some of the keys appended and forgets the rest: its tensors stay where they are, and
     every update returns all `max_cache_len` positions.
 
-    It adds no state, so that a user's own static layer becomes one, and a `StaticLayer` again, by its class alone.
+    It adds no state, so that one may share the tensors of a user's own static layer (`_sharing`).
     """
 
     @property
@@ -261,12 +261,12 @@ class CommittedCache:
         """Drop all keys appended since the last commit."""
         self._set_length(self.width)
 
-    def keep_rows(self, rows: list[int]) -> None:
+    def keep_sequences(self, rows: list[int]) -> None:
         """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
         self.lengths = [self.lengths[row] for row in rows]
         self.committed = self.committed[torch.tensor(rows, device=self.committed.device)]
         for layer in self._layers():
-            layer.keep_rows(rows)
+            layer.keep_sequences(rows)
         self._close_too_many_holes()
 
 
@@ -301,7 +301,6 @@ class CacheSnapshot:
     def __init__(self, cache):
         self.cache = cache
         self.layers = list(getattr(cache, "layers", ()))
-        self.classes = [type(layer) for layer in self.layers]
         self.lengths = [int(layer.get_seq_length()) if type(layer) in _ADOPTABLE_LAYERS else 0 for layer in self.layers]
         # Layers of keys and values make new tensors, or write behind their length; others are written to in place.
         self.states = [vars(layer).copy() for layer in self.layers]
@@ -319,9 +318,8 @@ class CacheSnapshot:
             return
         self.cache.layers = list(self.layers)
         self.cache.layer_class_to_replicate = self.layer_class
-        parts = (self.layers, self.classes, self.states, self.copies, self.lengths)
-        for layer, kind, state, copy, length in zip(*parts, strict=True):
-            layer.__class__ = kind
+        parts = (self.layers, self.states, self.copies, self.lengths)
+        for layer, state, copy, length in zip(*parts, strict=True):
             vars(layer).clear()
             vars(layer).update(state if copy is None else _restored(state, copy))
             if type(layer) is StaticLayer:
@@ -347,28 +345,32 @@ def _copied(states):
 
 
 class AdoptedLayers:
-    """Lends a cache layers whose rows can be moved while a loop runs, and puts its own layers back afterwards.
+    """Lends a cache layers whose keys can be moved while a loop runs, and puts its own layers back afterwards.
 
     Args:
-        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed. Only static
-            layers of exactly `capacity` positions are used as they are, behind what they hold.
+        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed. Only the tensors of
+            static layers of exactly `capacity` positions are used as they are, behind what they hold.
         capacity (`int`, *optional*): positions of `StaticTreeLayer`s; without it `TreeLayer`s are lent.
     """
 
     def __init__(self, cache: Cache, capacity: int | None = None):
-        self.cache = cache
+        self.cache, self.capacity = cache, capacity
         self.originals = list(cache.layers)
         self.layer_class = cache.layer_class_to_replicate
-        lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
-        for layer in self.originals:
-            if type(layer) is StaticLayer and layer.max_cache_len == capacity:
-                layer.__class__ = StaticTreeLayer
-        cache.layers = [
-            layer if type(layer) is StaticTreeLayer else _with_states_of(layer, lent_class())
-            for layer in self.originals
-        ]
+        self.lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
+
+    def lend(self) -> "AdoptedLayers":
+        """Give the cache the layers that are lent."""
+        # All of them before the cache gets any, so that an error leaves it as it was.
+        self.cache.layers = [self._lent(layer) for layer in self.originals]
         if self.layer_class is not None:
-            cache.layer_class_to_replicate = lent_class
+            self.cache.layer_class_to_replicate = self.lent_class
+        return self
+
+    def _lent(self, layer):
+        if type(layer) is StaticLayer and layer.max_cache_len == self.capacity:
+            return _sharing(layer)
+        return _with_states_of(layer, self.lent_class())
 
     def fill(self, cache: Cache) -> None:
         """Take the states of another cache into the lent layers, which are empty."""
@@ -380,9 +382,9 @@ class AdoptedLayers:
 
     def put_back(self) -> None:
         """Restore the layers, without what the loop has committed."""
-        for layer in self.originals:
-            if type(layer) is StaticTreeLayer:
-                layer.__class__ = StaticLayer
+        for layer, lent in zip(self.originals, self.cache.layers, strict=False):
+            if type(layer) is StaticLayer and layer.max_cache_len == self.capacity:
+                vars(layer).update(vars(lent))  # tensors that were made only now
         self.cache.layers = self.originals
         self.cache.layer_class_to_replicate = self.layer_class
 
@@ -397,11 +399,18 @@ class AdoptedLayers:
             if not layer.is_initialized:
                 continue
             length = int(layer.get_seq_length())
-            if layer is original:
+            if layer.key_buffer is getattr(original, "keys", None):
                 layer.keys[:, :, length:] = 0
                 layer.values[:, :, length:] = 0
             else:
                 _write_states(original, layer.key_buffer[:, :, :length], layer.value_buffer[:, :, :length])
+
+
+def _sharing(layer: StaticLayer) -> StaticTreeLayer:
+    """A layer with the tensors of a static one: it is not copied, and a compiled forward finds them where they were."""
+    lent = StaticTreeLayer.__new__(StaticTreeLayer)
+    vars(lent).update(vars(layer))
+    return lent
 
 
 def _with_states_of(layer, lent):

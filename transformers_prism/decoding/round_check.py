@@ -11,19 +11,17 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ..tried_targets import TRIED_TYPES
+from .memory import kept_with
 from .tree import Tree
 
 # Fields of configurations whose numbers are lengths at which attention or positions may change.
 _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_position", "block_size", "max_seq")
 # Differences of logits, as a share of the largest, that rounding explains: so many units in the last place, at most this.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
-# How far each target was checked: tokens, by kind of call.
-_checked: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def is_tried(target) -> bool:
@@ -61,7 +59,7 @@ class RoundCheck:
         if self.is_needed:
             # What a forward gets differs between these.
             kind = (type(target_side).__name__, len(target_side.next_position) > 1, target_side.is_padded)
-            self.seen = _checked.setdefault(target, {}).setdefault(kind, [])
+            self.seen = kept_with(target, "checked lengths", dict).setdefault(kind, [])
             self.lengths = lengths_named(target.config.get_text_config())
 
     def _is_due(self, length: int) -> bool:
@@ -99,7 +97,7 @@ class RoundCheck:
                 raise
             name = type(self.side.target).__name__
             self.finding = f"{name} refuses several tokens behind its cache ({type(error).__name__}: {error})"
-            warnings.warn(f"decoding goes on without the draft: {self.finding}", stacklevel=7)
+            warnings.warn(f"decoding goes on without the draft: {self.finding}", stacklevel=8)
 
     def differs(self, tree: Tree, logits: torch.Tensor, steps: torch.Tensor | None) -> bool:
         """Whether a tree's logits `(B, N, V)` are not those of the single steps, which is told in a warning."""
@@ -119,7 +117,7 @@ class RoundCheck:
             f"logits of {type(target).__name__} over several tokens differ from single steps by {difference:.3g} at "
             f"{length} tokens (rounding explains {allowed:.1g})"
         )
-        warnings.warn(f"decoding goes on without the draft: {self.finding}; please report this model", stacklevel=7)
+        warnings.warn(f"decoding goes on without the draft: {self.finding}; please report this model", stacklevel=8)
         return True
 
 

@@ -1,10 +1,10 @@
 """What the parts of a round hand to each other: values that nobody changes once they are made.
 
-    prompt = target_side.prefill(input_ids)             Prompt, once
-    proposal = policy.propose(draft_side, sequences)    Proposal
-    verified = target_side.verify(proposal.tree)        Verified
-    kept = walk(sequences, sampler, proposal, verified) nodes of each sequence at which a token was emitted
-    draft_side.commit(sequences, kept, verified.states) NewPositions, which the draft reads when it is needed next
+    prompt = target_side.prefill(input_ids)                 Prompt, once
+    proposal = policy.propose(draft_side, sequences, limits)   Proposal
+    verified = target_side.verify(proposal.tree)            Verified
+    kept = walk(sequences, sampler, proposal, verified)     nodes of each sequence at which a token was emitted
+    draft_side.commit(sequences, kept, verified.states)     NewPositions, which the draft reads when it is next needed
 
 Shape letters: B sequences that still decode, T prompt positions, A new positions, N tree nodes, L target layers that the
 draft reads, V vocabulary.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .tree import Tree
+from .tree import Tree, root_tree
 
 
 class Prompt(NamedTuple):
@@ -32,6 +32,13 @@ class Prompt(NamedTuple):
     hidden: torch.Tensor
     position_ids: torch.Tensor
     mask: torch.Tensor | None
+
+
+class Limits(NamedTuple):
+    """What the next tree may be, 0 or more: its depth, and drafted nodes of each sequence."""
+
+    depth: int
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class Proposal:
     num_copied: int = 0
     expected_tokens: float | None = None
     lesson: Any = None
+
+
+def plain_step(last_tokens: list[int], **fields) -> Proposal:
+    """A round without a draft: the last token of each active sequence and no tree below it."""
+    return Proposal(root_tree(torch.tensor(last_tokens)), **fields)
 
 
 class Verified(NamedTuple):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .round_values import Proposal
+
 
 def acceptance_length(num_committed: float, num_rounds: float) -> float | None:
     """tau: committed tokens per round, the bonus included; None without a round."""
@@ -91,11 +93,16 @@ class Speculation:
         self.num_committed[row] += num_emitted
         self.accepted_per_round[row].append(num_emitted - 1)
 
-    def add_rounds(self, active: list[int], kept: list[list[int]]) -> None:
-        """Count a round in which each of these rows emitted as many tokens as nodes are kept; none where it was done."""
-        for row, nodes in zip(active, kept, strict=True):
+    def add_rounds(self, active: list[int], kept: list[list[int]], proposal: Proposal) -> None:
+        """Count a round in which each of these sequences emitted as many tokens as nodes are kept; 0 where it was done."""
+        for index, nodes in zip(active, kept, strict=True):
             if nodes:
-                self.add_round(row, num_emitted=len(nodes))
+                self.add_round(index, num_emitted=len(nodes))
+        expected = proposal.expected_tokens
+        expected = None if expected is None else expected / len(kept)
+        self.trees.append(
+            RoundTree(proposal.num_steps, proposal.tree.num_nodes - 1, proposal.num_copied, expected)
+        )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

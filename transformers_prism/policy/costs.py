@@ -22,8 +22,8 @@ from huggingface_hub import constants
 from torch import nn
 
 from ..cpu import trusting_packed_weights
-from ..decoding.draft_side import Drafter
-from ..decoding.target_side import is_compiled
+from ..decoding.drafter import Drafter
+from ..decoding.tree_target import is_compiled
 from ..whole_files import write_json
 
 # Tokens of one row in a target forward that are measured; between them costs are interpolated.
@@ -34,6 +34,7 @@ _NUM_REPEATS = 3
 # A round moves the estimate a tenth of the way to what it measured, and its neighbours' a twentieth.
 _RATE = 0.1
 _SPREAD = 0.5
+_OVERHEAD_RATE = 0.1
 # One round that was interrupted does not count for more than this.
 _MAX_SURPRISE = 2.0
 # How far the cost of a small tree, over that of a plain step, may be from what was kept.
@@ -86,6 +87,26 @@ class RoundCosts:
     def observe_step(self, seconds: float) -> None:
         """Correct the cost of a draft step."""
         self.step_seconds *= _bounded(seconds / self.step_seconds) ** _RATE
+
+
+class TreeOverhead:
+    """What rounds with a tree take longer outside their forwards than plain steps do: masks, walk and commit."""
+
+    def __init__(self):
+        self.plain: float | None = None  # seconds of rounds without a tree, and with one
+        self.with_tree: float | None = None
+
+    def observe(self, has_tree: bool, seconds: float) -> None:
+        """Follow the latest round."""
+        name = "with_tree" if has_tree else "plain"
+        known = getattr(self, name)
+        setattr(self, name, seconds if known is None else known + _OVERHEAD_RATE * (seconds - known))
+
+    @property
+    def seconds(self) -> float:
+        """The difference, 0 until both were seen."""
+        is_known = self.plain is not None and self.with_tree is not None
+        return max(self.with_tree - self.plain, 0.0) if is_known else 0.0
 
 
 def _bounded(ratio: float) -> float:

@@ -44,3 +44,33 @@ class NgramIndex:
             if start is not None:
                 return length, self.token_ids[start : start + max_tokens]
         return 0, []
+
+
+class Texts:
+    """The texts of a call's sequences, indexed when they are asked for.
+
+    Args:
+        sequences (`Sequences`): of the call.
+        text (`NgramIndex`, *optional*): the beginning of a single sequence, indexed by an earlier call.
+    """
+
+    def __init__(self, sequences, text: NgramIndex | None = None):
+        self.sequences = sequences
+        self.indexes: list[NgramIndex | None] = [text] + [None] * (len(sequences) - 1)
+        self.num_indexed: list[int | None] = [None] * len(sequences)  # new tokens that each index holds
+
+    def __getitem__(self, sequence: int) -> NgramIndex:
+        """The sequence's text so far."""
+        text, num_indexed = self.indexes[sequence], self.num_indexed[sequence]
+        if num_indexed is None:
+            prompt, num_indexed = self.sequences.ids[sequence, : self.sequences.prompt_length].tolist(), 0
+            if text is None or prompt[: len(text.token_ids)] != text.token_ids:
+                text = self.indexes[sequence] = NgramIndex([])
+            text.extend(prompt[len(text.token_ids) :])
+        text.extend(self.sequences.new_tokens[sequence][num_indexed:])
+        self.num_indexed[sequence] = len(self.sequences.new_tokens[sequence])
+        return text
+
+    def all_repeat(self) -> bool:
+        """Whether the text of every active sequence ends in a run that it had before."""
+        return all(self[sequence].continuation(1)[1] for sequence in self.sequences.active)

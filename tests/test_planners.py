@@ -1,23 +1,23 @@
-"""`tree="auto"` on accelerators, on CPU tensors: lossless, planned before the round, and learnt from what came of it."""
-
-from types import SimpleNamespace
+"""`tree="auto"` on accelerators, on CPU tensors: lossless, planned before the round, and learned from what came of it."""
 
 import pytest
 import torch
-from test_automatic import ARGUMENTS, LENGTH, PerfectDraft
+from test_automatic import ARGUMENTS, LENGTH, PerfectDraft, batch_trees
 from tiny_models import generate_twice, prompts, scripted_draft, tiny_draft, varied_target
 
-from transformers_prism import generation
-from transformers_prism.policy.planned import PlannedTrees
-from transformers_prism.policy.settings import TreeSettings
+from transformers_prism.decoding.round_values import plain_step
+from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
+from transformers_prism.policy.experience import PlanValues
+from transformers_prism.policy.planners import AheadOfRound, Lesson, Outlook
 
 pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(autouse=True)
-def planned(monkeypatch):
-    """The road that accelerators take, which a CPU does not take by itself."""
-    monkeypatch.setattr(generation, "_trees_for", PlannedTrees)
+def planned():
+    """What accelerators do, which a CPU does not do by itself."""
+    with treating_cpus_as_accelerators():
+        yield
 
 
 def scripted(num_rows, **settings):
@@ -28,13 +28,14 @@ def scripted(num_rows, **settings):
     return target, scripted_draft(target, plain, input_ids.shape[1], tree="auto", **settings), input_ids, mask
 
 
-def make_trees(cheap_rounds, **settings):
-    """Planned trees for one row, before their first round."""
-    target, draft, *_ = scripted(1)
-    rows = SimpleNamespace(num_rows=1, do_sample=False)
-    return PlannedTrees(
-        TreeSettings(**{"tree": "auto", "top_k": 10, "depth": 8, "num_nodes": 63, **settings}), target, draft, rows
-    )
+def make_planner(**settings) -> AheadOfRound:
+    """Planned trees, before their first round."""
+    return batch_trees([9], **settings)[0].planner
+
+
+def outlook_of(planner, num_sequences: int = 1) -> Outlook:
+    """Sequences that are even, where drafting brings nothing yet."""
+    return Outlook([1.0] * num_sequences, num_sequences / planner.known.costs.verify(num_sequences))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -89,39 +90,54 @@ def test_planned_a_useless_draft_is_left_alone(cheap_rounds):
 
 def test_planned_tokens_that_cost_much_get_small_trees(cheap_rounds):
     """And steps that cost much get shallow ones."""
-    trees = make_trees(cheap_rounds)
-    usual = trees._plan(1, 8, 63)
+    planner = make_planner(top_k=10, depth=8, num_nodes=63)
+    usual = planner.plan(outlook_of(planner), 8, 63)
     assert usual.depth > 1
     assert usual.num_nodes > 1
     cheap_rounds.verify_seconds[1] = 64.0
-    assert trees._plan(1, 8, 63).num_nodes == 1
+    assert planner.plan(outlook_of(planner), 8, 63).num_nodes == 1
     cheap_rounds.verify_seconds[1] = 2.0
     cheap_rounds.step_seconds = 10.0
-    assert trees._plan(1, 8, 63).depth == 1
+    assert planner.plan(outlook_of(planner), 8, 63).depth == 1
 
 
 @pytest.mark.parametrize(("limit", "max_nodes", "top_k"), [(1, 63, 10), (8, 2, 10), (3, 63, 1), (8, 63, 2)])
 def test_plans_keep_to_their_bounds(cheap_rounds, limit, max_nodes, top_k):
-    """Depth, nodes, and what so many steps can draw."""
-    trees = make_trees(cheap_rounds, top_k=top_k)
-    trees.experience.first_value, trees.experience.step_gain = 1.0, 1.0
-    trees.experience.rank_values[:] = 0.9
-    plan = trees._plan(2, limit, max_nodes)
+    """Depth, nodes, and what that many steps can draw."""
+    planner = make_planner(top_k=top_k, depth=8, num_nodes=63)
+    experience = planner.known.experience
+    experience.plan.first, experience.step_gain = 1.0, 1.0
+    experience.plan.ranks[:] = 0.9
+    plan = planner.plan(outlook_of(planner, 2), limit, max_nodes)
     assert 1 <= plan.depth <= min(limit, max_nodes)
     assert 1 <= plan.num_nodes <= min(max_nodes, plan.pool_size(plan.depth), 63)
 
 
 def test_planned_values_follow_rounds_and_drift_back(cheap_rounds):
     """Ranks that a small tree does not reach, and the gain of steps that it does not run, return to their beginning."""
-    trees = make_trees(cheap_rounds)
-    experience, prior = trees.experience, trees.experience.rank_values.clone()
-    experience.rank_values[:] = 0.0
+    planner = make_planner()
+    experience, prior = planner.known.experience, PlanValues()
+    experience.plan.ranks[:] = 0.0
     experience.step_gain = 0.0
-    trees.plan = TreeSettings("static", 10, 1, 3)
     for _ in range(300):
-        trees._note_values(torch.tensor([[0.9, 0.05, 0.02]], dtype=torch.float64), torch.tensor([[1, 1, 1]]))
-    assert experience.rank_values[0] > 0.8
-    assert experience.rank_values[2] < 0.1
-    torch.testing.assert_close(experience.rank_values[3:], prior[3:], atol=1e-3, rtol=0.01)
+        experience.plan.observe(torch.tensor([[0.9, 0.05, 0.02]], dtype=torch.float64), torch.tensor([[1, 1, 1]]))
+        experience.forget_step_gain()
+    assert experience.plan.ranks[0] > 0.8
+    assert experience.plan.ranks[2] < 0.1
+    torch.testing.assert_close(experience.plan.ranks[3:], prior.ranks[3:], atol=1e-3, rtol=0.01)
     assert experience.step_gain == pytest.approx(0.7, abs=0.01)
-    assert experience.first_value == pytest.approx(0.97, abs=0.01)
+    assert experience.plan.first == pytest.approx(0.97, abs=0.01)
+
+
+def test_planned_proposals_are_completed_by_what_was_drawn(cheap_rounds):
+    """Cells, and what was expected of the nodes by their chances; the proposal itself stays as it was."""
+    planner = make_planner()
+    drawn = torch.tensor([[[1.0, 1.0, 2.0]], [[-0.1, -3.0, -0.2]]])
+    proposal = plain_step([5], depth=2, num_steps=2, lesson=Lesson([1.0], 0.0, [], [], drawn=drawn))
+    completed = planner.completed(proposal)
+    assert proposal.expected_tokens is None
+    assert proposal.lesson.drafted_cells == []
+    (cells,) = completed.lesson.drafted_cells
+    chances = planner.known.experience.drafted.chances
+    assert completed.expected_tokens == pytest.approx(1 + sum(chances[cell] for cell in cells))
+    assert completed.lesson.copied_cells == [[-1, -1, -1]]

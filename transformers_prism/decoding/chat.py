@@ -1,0 +1,40 @@
+"""What a draft has read of a chat, kept with the cache that its user continues it with."""
+
+from typing import Any, NamedTuple
+
+from .draft_side import DraftSide
+from .memory import keep_with, take_from
+
+
+class Chat(NamedTuple):
+    """A draft in the middle of a text, or at its beginning.
+
+    Args:
+        draft_side: what was read, and what was committed and not read yet.
+        head: the target's, whose rows the drafter holds.
+        length: of the cache in tokens.
+        text: index of the text, if there is one.
+    """
+
+    draft_side: DraftSide
+    head: object
+    length: int = 0
+    text: Any = None
+
+    @classmethod
+    def of(cls, cache, draft, num_sequences: int) -> "Chat":
+        """The chat that a cache holds, if this draft has read it as it is now; else a new one."""
+        chat = take_from(cache, "chat")
+        if (
+            chat is not None
+            and num_sequences == 1
+            and chat.draft_side.drafter.draft is draft
+            and chat.head is draft.target_head
+            and chat.length == int(cache.get_seq_length())
+        ):
+            return chat
+        return cls(DraftSide(draft.make_drafter()), draft.target_head)
+
+    def keep(self, cache, text) -> None:
+        """Go on from here in a later call with this cache."""
+        keep_with(cache, "chat", self._replace(length=int(cache.get_seq_length()), text=text))

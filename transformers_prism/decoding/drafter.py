@@ -1,0 +1,267 @@
+"""Draft steps: read what was committed (step 0), then grow a tree (steps 1 and later).
+
+Step 0 runs its module over every newly committed position with the target's true hidden states. Step k >= 1 runs its
+module over the frontier: the token embedding of each node and, as hidden state, the output of the node's parent; it
+attends to the committed positions and to the node's own ancestors. With `context_kv="own_module"` a module first
+catches up on the nodes that other modules processed, so that it sees all of them through its own keys and values.
+Shape letters: B batch, D draft hidden size, K frontier nodes, R tree nodes processed so far.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ..kernels.grow_tree import grow_tree
+from ..kernels.tree_attention import pack_ancestors, unpack_ancestors
+from ..transformers_names import attention_name
+from .attention import PRISM_TREE, attach_tree
+from .cache import CommittedCache, new_tree_cache
+from .sampling_noise import NUM_COMPETING, Coupling
+from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
+
+# Positions that are seldom read at once, but for a prompt.
+_MANY_POSITIONS = 32
+
+
+def _causal_mask(length: int, device) -> torch.Tensor:
+    """Each position and those before it, `(A, A)` bool."""
+    return torch.ones((length, length), dtype=torch.bool, device=device).tril()
+
+
+class Drafter:
+    """Drafts trees for the rows of one generate() call.
+
+    Args:
+        draft (`PrismDraftModel`): bound to its target.
+    """
+
+    def __init__(self, draft):
+        self.text = None  # what the text so far adds to the draft vocabulary
+        self.can_propose: torch.Tensor | None = None  # [V], tokens of either, on the host
+        self.text_tokens = True
+        self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
+        config = draft.config
+        # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
+        self.prefill_steps = [0]
+        if config.context_kv == "own_module":
+            steps = (config.draft_step_to_module.index(module) for module in range(config.num_processing_modules))
+            self.prefill_steps = sorted(steps, reverse=True)
+        self.cache: CommittedCache | None = None
+        self.causal: torch.Tensor | None = None  # of many positions, once some were read after the prompt
+        self.last_hidden: torch.Tensor | None = None  # [B, D], step 0's output at the last committed position
+        self.last_position: torch.Tensor | None = None  # [B]
+        self.root_ids: torch.Tensor | None = None  # [B]
+
+    def prefill(self, token_ids, target_hidden, position_ids, num_new: list[int], padding_mask=None) -> None:
+        """Step 0: read newly committed positions and keep their keys and values.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position, best on the host.
+            target_hidden (`torch.Tensor` of shape `(B, A, L * target_hidden_size)`): the target's states there.
+            position_ids (`torch.LongTensor` of shape `(B, A)`): positions of those states.
+            num_new: how many of the A positions of each row are real; the rest, at the end, are ignored. In the first
+                call all of them are.
+            padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
+        """
+        if self.text_tokens and self.draft.takes_text_rows:
+            self._join_vocabulary(token_ids)
+        token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
+        if self.cache is None:
+            output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
+            self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
+            return
+        output = self._read_later(token_ids, target_hidden, position_ids)
+        self.cache.commit([list(range(count)) for count in num_new])
+        are_alike = len(set(num_new)) == 1
+        self._remember_last(
+            token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=self.device)
+        )
+
+    def use_text_tokens(self, is_wanted: bool) -> None:
+        """Whether tokens of the text that the draft vocabulary lacks join it; if not, those that did leave."""
+        self.text_tokens = is_wanted
+        if not is_wanted:
+            self.text = self.can_propose = None
+
+    def _join_vocabulary(self, token_ids) -> None:
+        """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""
+        if self.can_propose is None:
+            self.can_propose = self.draft.own_tokens()
+        token_ids = token_ids.flatten().cpu()
+        is_own = self.can_propose[token_ids]
+        if is_own.all():
+            return
+        new = token_ids[~is_own].unique()
+        self.can_propose[new] = True
+        self.text = self.draft.rows_beside(new, self.text)
+
+    def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
+        """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""
+        hidden, cache, mask = self.draft.fuse(target_hidden), new_tree_cache(), None
+        committed = torch.ones_like(token_ids, dtype=torch.bool)
+        if padding_mask is not None:
+            committed = padding_mask.to(hidden.device).bool()
+            # A mask of two dimensions would do, but transformers would look at its values.
+            visible = committed[:, None]  # what the last position sees
+            if self.draft.config.num_layers_per_module > 1:
+                # Padding sees itself, since a row that sees nothing may come out as NaN.
+                itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
+                visible = self._causal(token_ids) & visible | itself
+            mask = attention_mask(visible, attention_name(self.draft.config), hidden.dtype)
+        output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
+        self.cache = CommittedCache(cache, committed)
+        return output
+
+    def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
+        """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
+        hidden = self.draft.fuse(target_hidden)
+        mask = self._mask(self._causal(token_ids), hidden.dtype)
+        return self._step_0(token_ids, hidden, position_ids, mask, self.cache.cache)
+
+    def _causal(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Each position and those before it, `(B, A, A)` bool."""
+        num_rows, length = token_ids.shape
+        if length > _MANY_POSITIONS:
+            return _causal_mask(length, token_ids.device).expand(num_rows, -1, -1)
+        if self.causal is None:
+            self.causal = _causal_mask(_MANY_POSITIONS, token_ids.device)
+        return self.causal[:length, :length].expand(num_rows, -1, -1)
+
+    def _step_0(self, token_ids, hidden, position_ids, mask, cache, num_outputs: int | None = None) -> torch.Tensor:
+        """Step 0's output; the modules of other steps only keep their keys and values."""
+        for step in self.prefill_steps[:-1]:
+            self.draft(token_ids, hidden, step, mask, position_ids, cache, num_outputs=0)
+        last = self.prefill_steps[-1]
+        return self.draft(token_ids, hidden, last, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
+
+    def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor | int) -> None:
+        """Keep what the next tree begins with; `num_new` is of each row `(B,)`, or of all."""
+        rows = slice(None) if isinstance(num_new, int) else torch.arange(len(num_new), device=output.device)
+        last = (rows, num_new - 1)
+        # A copy: a view would keep the output at a whole prompt.
+        self.last_hidden = output[last].clone()
+        self.last_position = position_ids[last]
+        self.root_ids = token_ids[last]
+
+    def grow(self, settings, coupling: Coupling | None = None) -> Tree:
+        """Steps 0 to `settings.depth - 1`: draw a tree below each row's last committed token.
+
+        Args:
+            settings (`TreeSettings`): `depth` 0 gives the root alone.
+            coupling (`Coupling`, *optional*): see [`~Drafter.draw`].
+        Returns:
+            `Tree` with `settings.num_nodes` drafted nodes in every row.
+        """
+        if settings.depth == 0:
+            return root_tree(self.root_ids)
+        pool = self.draw(settings.top_k, settings.depth, coupling=coupling)
+        return select_nodes(self.root_ids, pool, settings.num_nodes)
+
+    def draw(
+        self,
+        top_k: int,
+        depth: int,
+        choose_width: Callable[[torch.Tensor], int] | None = None,
+        coupling: Coupling | None = None,
+    ) -> CandidatePool:
+        """Run draft steps 0 to `depth - 1` and return everything that they propose.
+
+        Args:
+            top_k (`int`): children of every node, and nodes that a step goes on with at most.
+            depth (`int`): steps at most, 1 or more.
+            choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
+                `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall go on with,
+                the best of them, 0 for no more steps. Without it, `top_k`.
+            coupling (`Coupling`, *optional*): the random numbers that the target will sample with. Nodes are then
+                proposed by how likely they are to be chosen with these.
+        """
+        num_rows, device = self.root_ids.shape[0], self.root_ids.device
+        frontier, steps = _Frontier(self), []
+        # The root: what it has drawn is what its output at the last committed position proposes.
+        output = self.last_hidden[:, None]
+        log_probs = torch.zeros((num_rows, 1), dtype=torch.float32, device=device)
+        candidates = torch.full((num_rows, 1), -1, dtype=torch.long, device=device)  # pool index of each node, -1 the root
+        ancestors = torch.zeros((num_rows, 1, -(-top_k * depth // 64)), dtype=torch.long, device=device)  # no bits
+        num_drawn = 0
+        for next_step in range(1, depth + 1):
+            child_ids, child_log_probs = self._propose(output, top_k, next_step - 1, coupling)  # [B, K, top_k]
+            width = top_k if next_step < depth else 0
+            if width > 0 and choose_width is not None:
+                width = choose_width(log_probs[..., None] + child_log_probs)
+            of_children = candidates[..., None].expand_as(child_ids).flatten(1)
+            if width == 0:
+                steps.append((child_ids.flatten(1), of_children, (log_probs[..., None] + child_log_probs).flatten(1)))
+                break
+            grown = grow_tree(child_ids, child_log_probs, log_probs, ancestors, width, frontier.num_nodes)
+            steps.append((child_ids.flatten(1), of_children, grown.all_log_probs))
+            candidates, log_probs, ancestors = grown.chosen + num_drawn, grown.log_probs, grown.ancestors
+            num_drawn += grown.all_log_probs.shape[1]
+            hidden = output.gather(1, grown.parents[..., None].expand(-1, -1, output.shape[-1]))
+            output = frontier.step(next_step, grown.token_ids, hidden, ancestors)  # [B, K, D]
+        self.cache.forget_appended()
+        return CandidatePool(steps)
+
+    def _propose(self, output, top_k: int, depth: int, coupling: Coupling | None):
+        """Children of nodes at a depth: the draft's likeliest, or the likeliest with the draws that are known."""
+        if coupling is None:
+            return self.draft.propose(output, top_k, self.text)
+        num_competing = min(max(NUM_COMPETING, top_k), self.draft.config.num_draft_tokens)
+        token_ids, log_probs = self.draft.propose(output, num_competing, self.text)
+        return coupling.likeliest(depth, token_ids, log_probs, top_k)
+
+    def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
+        """What new rows see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
+        implementation = attention_name(self.draft.config)
+        mask = attention_mask(visible_keys(self.cache.committed, ancestors), implementation, dtype)
+        if implementation != PRISM_TREE:
+            return mask
+        return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
+
+    def keep_sequences(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch only."""
+        if self.cache is None:
+            return
+        self.cache.keep_sequences(rows)
+        index = torch.tensor(rows, device=self.root_ids.device)
+        self.last_hidden = self.last_hidden[index]
+        self.last_position = self.last_position[index]
+        self.root_ids = self.root_ids[index]
+
+
+class _Frontier:
+    """Runs the modules over a growing tree, each over the nodes that its cache does not hold yet."""
+
+    def __init__(self, drafter: Drafter):
+        self.drafter = drafter
+        # In each cache: one shared by all modules, or one for each.
+        self.num_written = [0] * len(drafter.prefill_steps)
+        self.num_nodes = 0  # R
+        self.token_ids: torch.Tensor | None = None  # [B, R]
+        self.hidden: torch.Tensor | None = None  # [B, R, D]
+        self.position_ids: torch.Tensor | None = None  # [B, R]
+        self.ancestors: torch.Tensor | None = None  # [B, R, words], bits over the nodes
+
+    def step(self, step: int, token_ids, hidden, ancestors) -> torch.Tensor:
+        """Outputs `(B, K, D)` of a draft step over the frontier, given the ancestor bits `(B, K, words)` of its nodes."""
+        drafter, width = self.drafter, token_ids.shape[1]
+        self._append(step, token_ids, hidden, ancestors)
+        cache_index = drafter.draft.config.module_of_step(step) if len(self.num_written) > 1 else 0
+        start = self.num_written[cache_index]
+        bits = self.ancestors[:, start:]
+        output = drafter.draft(
+            self.token_ids[:, start:],
+            self.hidden[:, start:],
+            step,
+            drafter._mask(unpack_ancestors(bits, self.num_nodes), hidden.dtype, bits),
+            self.position_ids[:, start:],
+            drafter.cache.cache,
+        ).last_hidden_state
+        self.num_written[cache_index] = self.num_nodes
+        return output[:, -width:]
+
+    def _append(self, step, token_ids, hidden, ancestors) -> None:
+        position_ids = (self.drafter.last_position[:, None] + step).expand(-1, token_ids.shape[1])
+        new = {"token_ids": token_ids, "hidden": hidden, "position_ids": position_ids, "ancestors": ancestors}
+        for name, values in new.items():
+            setattr(self, name, values if self.num_nodes == 0 else torch.cat((getattr(self, name), values), dim=1))
+        self.num_nodes += token_ids.shape[1]
