@@ -7,10 +7,12 @@ proves nothing.
 """
 
 import copy
+import os
 import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
@@ -185,13 +187,15 @@ def _drafts(target, plain: _Texts, used: list):
 @contextmanager
 def _rounds_checked(are_checked: bool):
     """Whether rounds are compared with single steps, as for types that nobody has tried."""
-    original = round_check.is_tried
+    original, folder = round_check.is_tried, round_check._folder
     for module in (round_check, target_rounds):
         module.is_tried = lambda target: not are_checked
+    round_check._folder = lambda: Path(os.devnull) / "nothing"  # no check is kept for later runs
     try:
         yield
     finally:
         round_check.is_tried = target_rounds.is_tried = original
+        round_check._folder = folder
 
 
 def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
