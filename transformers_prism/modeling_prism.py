@@ -5,13 +5,14 @@ Source: PRISM (arXiv:2602.01762) and its artifact.
 """
 
 import warnings
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
@@ -93,12 +94,16 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def _gather_head_rows(self, looks_closely: bool = False) -> None:
         """Keep the head's rows of the draft vocabulary; see [`~BorrowedLayers.gather_rows`]."""
         if self.draft_to_target is not None:
-            self._borrowed.gather_rows(self.draft_to_target, self._speaking_layer, looks_closely)
+            self._require_target().gather_rows(self.draft_to_target, self._speaking_layer, looks_closely)
 
     @property
     def _speaking_layer(self) -> nn.Linear:
         """One layer speaks for all of the draft's."""
-        return self.processing_modules[0].layers[0].self_attn.o_proj
+        return self._first_attention(0).o_proj
+
+    def _first_attention(self, module: int) -> LlamaAttention:
+        """The attention of a processing module's first layer."""
+        return cast(PrismProcessingModule, self.processing_modules[module]).layers[0].self_attn
 
     @property
     def takes_text_rows(self) -> bool:
@@ -207,10 +212,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         if type(head) is nn.Linear and use_triton("auto", device) and head.weight.device == device:
             states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
             numerics = (self.config.logit_scale, self.config.logit_softcap)
-            rows = (head.weight, top_k, head.bias, self.draft_to_target)
             if text is not None:
-                rows = (text.weight, top_k, text.bias, text.token_ids)
-            return top_k_log_prob(states, *rows, *numerics)
+                return top_k_log_prob(states, text.weight, top_k, text.bias, text.token_ids, *numerics)
+            return top_k_log_prob(states, head.weight, top_k, head.bias, self.draft_to_target, *numerics)
         token_ids, log_probs = top_k_of_logits(self.compute_logits(hidden_states, text), top_k)
         names = self.draft_to_target if text is None else text.token_ids
         return token_ids if names is None else names.take(token_ids), log_probs
@@ -224,9 +228,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         Returns:
             `torch.Tensor` of shape `(..., draft_vocab_size or V)`, K wider with `text`, whether or not the draft has a head of its own.
         """
-        self._require_target()
+        borrowed = self._require_target()
         self._gather_head_rows()
-        numerics = target_numerics(self._borrowed.target.config.get_text_config())
+        numerics = target_numerics(borrowed.target.config.get_text_config())
         logits = self._borrowed_logits(hidden_states, text)
         return _scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
@@ -337,8 +341,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"num_outputs: expected 0 or 1 and a cache, got {num_outputs} and {type(cache).__name__}"
             )
-        module = self.processing_modules[self.config.module_of_step(draft_step)]
-        cache_layer = module.layers[0].self_attn.layer_idx
+        index = self.config.module_of_step(draft_step)
+        cache_layer = self._first_attention(index).layer_idx
         if position_ids is None:
             past = cache.get_seq_length(cache_layer) if cache is not None else 0
             position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]
@@ -346,6 +350,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             attention_mask = create_causal_mask(
                 self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer
             )
+        module = self.processing_modules[index]
         embeddings, stream = self._enter(module, input_ids, hidden_states)
         output = module(
             embeddings,
@@ -397,7 +402,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""
         with errors_tell_of_untried_release():
             output = speculative_generate(target, self, *args, **kwargs)
-        if self.last_speculation.declined is not None:
+        if self.last_speculation is not None and self.last_speculation.declined is not None:
             warn_of_untried_release(stacklevel=3)
         return output
 

@@ -125,22 +125,25 @@ def _ptxas_figures(ptx: str, arch: str) -> dict:
         command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file)]
         result = subprocess.run([*command, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
     log = result.stderr
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    static = re.search(r"(\d+) bytes smem", log)
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spill_bytes": int(spills[1]) + int(spills[2]),
-        "shared_bytes": int(static[1]) if static else 0,
+        "registers": _number(r"Used (\d+) registers", log),
+        "spill_bytes": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
+        "shared_bytes": _number(r"(\d+) bytes smem", log) if "bytes smem" in log else 0,
     }
+
+
+def _number(pattern: str, text: str) -> int:
+    """The number that the compiler tells in these words."""
+    found = re.search(pattern, text)
+    assert found is not None, f"expected {pattern} in {text}"
+    return int(found[1])
 
 
 def _amd_figures(assembly: str) -> dict:
     """Vector registers and scratch bytes of a thread, from the metadata of the assembly."""
 
-    def read(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
-
-    return {"registers": read("vgpr_count"), "spill_bytes": read("private_segment_fixed_size"), "shared_bytes": 0}
+    registers, scratch = (rf"\.{name}:\s*(\d+)" for name in ("vgpr_count", "private_segment_fixed_size"))
+    return {"registers": _number(registers, assembly), "spill_bytes": _number(scratch, assembly), "shared_bytes": 0}
 
 
 def check_choice(kernels: list[str] | None, architectures: list[str] | None) -> None:

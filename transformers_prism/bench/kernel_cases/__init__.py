@@ -27,7 +27,7 @@ class Inputs:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return (torch.randn(shape, generator=self.generator) * scale).to(self.device, dtype)
 
-    def integers(self, low: int, high: int, *shape: int) -> torch.LongTensor:
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
         """Integers from `low` to `high - 1`."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=torch.int64, device=self.device)
