@@ -345,7 +345,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         cache_layer = self._first_attention(index).layer_idx
         if position_ids is None:
             past = cache.get_seq_length(cache_layer) if cache is not None else 0
-            position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]  # type: ignore[assignment]
         if attention_mask is None or attention_mask.dim() == 2:
             attention_mask = create_causal_mask(
                 self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer
