@@ -102,8 +102,8 @@ class TrainingStep:
     def __call__(self, num_steps: int) -> float:
         """Seconds of forward, loss and backward."""
         self.draft.zero_grad(set_to_none=True)
-        mask = history_mask(self.input_ids.shape[1], num_steps, self.input_ids.device)
-        mask = mask[:, None].expand(-1, self.input_ids.shape[0], -1)
+        seen = history_mask(self.input_ids.shape[1], num_steps, self.input_ids.device)
+        mask = seen[:, None].expand(-1, self.input_ids.shape[0], -1)
         _wait(self.states.device)
         start = time.perf_counter()
         predictions = self.forward(self.draft, self.input_ids, self.states, num_steps)

@@ -67,7 +67,7 @@ def publish(draft_folder: Path, target_folder: Path) -> str:
     command("card", draft_folder, figures)
     command("push", draft_folder, REPOSITORY)
     command("inspect", REPOSITORY, "--target", target_folder, "--verify")
-    return HfApi().model_info(REPOSITORY).sha
+    return HfApi().model_info(REPOSITORY).sha or ""
 
 
 def use(target_folder: Path, revision: str) -> float:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import transformers
 from compatibility_models import all_types, build
-from compatibility_page import page, read_results, tried_file
+from compatibility_page import faults_section, page, read_results, soak_section, tried_file
 from compatibility_runs import BAD, Case, run_case
 from compatibility_variants import variants
 
@@ -82,8 +82,11 @@ def run_in_time(case: Case, seconds: float) -> dict:
 def written_files() -> dict[Path, str]:
     """What `--update` writes: text by path."""
     results = read_results(RESULTS)
+    sections = {"soak.json": soak_section, "faults.json": faults_section}
+    found = {RESULTS / name: section for name, section in sections.items() if (RESULTS / name).exists()}
+    others = "".join(section(json.loads(path.read_text(encoding="utf-8"))) for path, section in found.items())
     return {
-        ROOT / "docs" / "compatibility.md": page(results),
+        ROOT / "docs" / "compatibility.md": page(results) + others,
         ROOT / "transformers_prism" / "tried_targets.py": tried_file(results),
     }
 

@@ -8,6 +8,7 @@ Windows, top-k and chunk sizes are a few tokens, so that short runs go beyond th
 import dataclasses
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, SiglipVisionConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -35,7 +36,7 @@ _SIZES = {
 }
 _TEXT = {
     **_SIZES,
-    "vocab_size vocab_size_per_layer_input decoder_vocab_size": VOCAB_SIZE,
+    "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size": VOCAB_SIZE,
     "initializer_range": 0.2,
     "sliding_window sliding_window_size window_size attention_chunk_size index_topk keep_window_size": WINDOW,
     "local_attention local_attention_window_len attention_window_size swa_window_size": WINDOW,
@@ -51,6 +52,7 @@ _TEXT = {
     "qk_rope_head_dim rotary_dim swa_qk_rope_head_dim": 8,
     "qk_nope_head_dim v_head_dim swa_head_dim swa_v_head_dim index_head_dim linear_key_head_dim": 16,
     "linear_value_head_dim linear_head_dim global_head_dim": 16,
+    "original_max_position_embeddings": ORIGINAL_NUM_POSITIONS,
     "qk_head_dim": 24,
     # Scores of a key are 0 where no head has a positive one, and which of several zeros is chosen is a matter of chance.
     "index_n_heads indexer_n_heads": 16,
@@ -115,6 +117,7 @@ _QWEN4 = {
     "split_ngram_parts": 1,
 }
 
+_INKLING_VISION = {"vision_config.patch_size": 40, "vision_config.num_hidden_layers": 4}
 _DOTS3 = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,
@@ -160,8 +163,12 @@ SETTINGS: dict[str, dict] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "granitemoehybrid": {"layer_types": _ATTENTION_AND_LINEAR},
     "hunyuan_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
     "inkling2": {"vision_config.text_hidden_size": 64},
-    "inkling_mm_model": {"vision_config.text_hidden_size": 64},
+    "inkling2_loop": {"vision_config.text_hidden_size": 64},
+    "inkling_mm_model": {"vision_config.text_hidden_size": 64, **_INKLING_VISION},
+    "mistral4": {"qk_nope_head_dim": 8},
+    "apertus1p5": {"audio_config.codebook_dim": 64, "vision_tokenizer_config.codebook_dim": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _ATTENTION_AND_LINEAR},
     "lfm2": {"full_attn_idxs": [1, 3]},
@@ -193,6 +200,8 @@ SETTINGS: dict[str, dict] = {
     "perception_lm": {"vision_config": _SIGLIP},
     "zaya": {"num_experts_per_tok": 1},
 }
+# Models that the automatic classes do not make of their type's configuration, and the part of it that they take.
+_BY_CLASS = {"evolla": None, "musicgen": "decoder", "musicgen_melody": "decoder"}
 # Encoders that generate text when they are told to be decoders.
 for _encoder in (
     "bert big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta roberta-prelayernorm roc_bert "
@@ -280,5 +289,9 @@ def build(case: str, overrides: dict | None = None, seed: int = 0, attn_implemen
     auto_class = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto_class.from_config(config, attn_implementation=attn_implementation)
+        if model_type in _BY_CLASS:
+            config = getattr(config, _BY_CLASS[model_type]) if _BY_CLASS[model_type] else config
+            model = getattr(transformers, all_types()[case])(config)
+        else:
+            model = auto_class.from_config(config, attn_implementation=attn_implementation)
     return model.float().eval()

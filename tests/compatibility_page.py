@@ -85,6 +85,57 @@ def page(results: dict[str, dict]) -> str:
     return text + "\n## Variants\n\n" + _variant_table(variants, results)
 
 
+def soak_section(tally: dict) -> str:
+    """What random calls found.
+
+    Args:
+        tally: the file of `python -m tests.soak --json`.
+    """
+    counts = tally["counts"]
+    growth = "too few generations to tell" if tally["growth"] is None else f"{100 * (tally['growth'] - 1):+.1f} %"
+    text = f"""
+## Random settings
+
+    python -m tests.soak --generations {tally["num_generations"] // 500 * 500} --json docs/compatibility/soak.json
+
+Calls and chats with random settings of generate() (processors, stops, batches, caches, trees) on drafts that were fitted to
+tiny targets: sequences, scores and the generator's end state equal plain decoding's, or both raise. transformers
+{tally["transformers"]}, torch {tally["torch"]}.
+
+"""
+    rows = [
+        ["generations", tally["num_generations"]],
+        ["different from plain decoding", len(tally["differences"])],
+        ["with the draft", counts["drafted"]],
+        ["both raised", counts.get("both raised", 0)],
+        ["near ties, not compared", counts.get("near ties, not compared", 0)],
+        ["tokens a round", f"{tally['tokens_per_round']:.2f}"],
+        ["resident memory, last 500 against generations 500 to 1000", growth],
+    ]
+    return text + _markdown(["what", "figure"], rows)
+
+
+def faults_section(record: dict) -> str:
+    """What exceptions in the middle of a call left behind.
+
+    Args:
+        record: the file of `python -m tests.faults --json`.
+    """
+    every = f" --every {record['every']}" if record["every"] > 1 else ""
+    text = f"""
+## Faults
+
+    python -m tests.faults{every} --json docs/compatibility/faults.json
+
+Errors and interrupts at lines of a call that change something: afterwards models, caches and settings must be as before, and
+the next call right. transformers {record["transformers"]}, torch {record["torch"]}.
+
+"""
+    rows = [[name, one["places"], one["faults"], one["failed"]] for name, one in record["lines"].items()]
+    others = [[name, "", "", num_failed] for name, num_failed in record["others"].items()]
+    return text + _markdown(["call", "places", "faults", "failed"], [*rows, *others])
+
+
 def _names(results: dict[str, dict]) -> list[str]:
     return list(dict.fromkeys(name for of_release in reversed(list(results.values())) for name in of_release))
 
@@ -152,8 +203,8 @@ def _shown(detail: str) -> str:
     return detail.replace("|", "\\|")[:160]
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in [columns, ["---"] * len(columns), *rows]]
+def _markdown(columns: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [columns, ["---"] * len(columns), *rows]]
     return "\n".join(lines) + "\n"
 
 

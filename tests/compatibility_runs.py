@@ -7,10 +7,12 @@ proves nothing.
 """
 
 import copy
+import os
 import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
@@ -31,7 +33,7 @@ _NUM_DISTINCT = 6
 _NUM_NEW_OF_CONTROL = 14
 _PLAIN_STEPS = 1.2  # tokens a round at which nearly all rounds are plain steps, where no error of a round can show
 # How targets are drawn, in this order: as their class does it, or with matrices of this standard deviation.
-_DRAWS = (None, None, None, 0.1, 0.2, 0.3, 0.15, 0.4, 0.2, 0.3, 0.6, 0.1, 0.2, 0.3, 0.15, 0.1, 0.4, 0.1, 0.15, 0.2)
+_DRAWS = (None, None, None, 0.1, 0.2, 0.3, 0.15, 0.4, 0.2, 0.3, 0.6, 0.1, 0.2, 0.3, 0.15, 0.1, 0.4, 0.1, 0.05, 0.2, 0.05, 0.05, 0.05, 0.05)
 # Sizes from which on a model computes something else than before.
 _THRESHOLDS = (
     "sliding_window sliding_window_size window_size attention_chunk_size index_topk keep_window_size local_attention "
@@ -184,13 +186,15 @@ def _drafts(target, plain: _Texts, used: list):
 @contextmanager
 def _rounds_checked(are_checked: bool):
     """Whether rounds are compared with single steps, as for types that nobody has tried."""
-    original = round_check.is_tried
+    original, folder = round_check.is_tried, round_check._folder
     for module in (round_check, target_choice):
         module.is_tried = lambda target: not are_checked
+    round_check._folder = lambda: Path(os.devnull) / "nothing"  # no check is kept for later runs
     try:
         yield
     finally:
         round_check.is_tried = target_choice.is_tried = original
+        round_check._folder = folder
 
 
 def compare(target, case: Case, run: str, plain: _Texts | None = None) -> dict:
@@ -365,6 +369,10 @@ def run_case(case: Case) -> dict:
                 reason = None
         if reason is None:
             return _all_runs(target, case, {"greedy": plain, "padded": padded}, result, seed)
+    # Where no draft is used there is nothing to prove.
+    result = compare(target, case, "greedy", plain)
+    if result["outcome"] in ("plain", "refused"):
+        return _all_runs(target, case, {"greedy": plain}, result, seed)
     return {"outcome": "unproven", "detail": f"no target in {len(_DRAWS)} draws: {reason}"}
 
 

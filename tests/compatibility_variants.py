@@ -10,17 +10,22 @@ _DYNAMIC = {
     "max_position_embeddings": 48,
     "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 4.0},
 }
-_LONGROPE = {
-    "max_position_embeddings": 128,
-    "rope_parameters": {
-        **ROPE,
-        "rope_type": "longrope",
-        "short_factor": [1.0] * 8,
-        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0],
+def _longrope(rotary_dim: int) -> dict:
+    num_frequencies = rotary_dim // 2
+    return {
+        "max_position_embeddings": 128,
         "original_max_position_embeddings": 24,
-        "factor": 4.0,
-    },
-}
+        "rope_parameters": {
+            **ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0] * num_frequencies,
+            "long_factor": [1.0 + index for index in range(num_frequencies)],
+            "original_max_position_embeddings": 24,
+            "factor": 4.0,
+        },
+    }
+
+
 _YARN = {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}}
 _LLAMA3 = {
     "rope_parameters": {
@@ -76,7 +81,10 @@ def variants() -> list[Case]:
                     min_tokens_per_round=2.0 if name == "below its length" else 1.0,
                 )
             )
-    for model in ("phi3", "llama", "minicpm3"):
+    for model, rotary_dim in (("phi3", 16), ("llama", 16), ("minicpm3", 8)):
+        longrope = _longrope(rotary_dim)
+        if model == "llama":
+            del longrope["original_max_position_embeddings"]
         for name, length, num_new in (
             ("below its switch", 5, 14),
             ("across its switch", 9, 50),
@@ -86,7 +94,7 @@ def variants() -> list[Case]:
                 _case(
                     f"longrope {name}",
                     model,
-                    _LONGROPE,
+                    longrope,
                     prompt_length=length,
                     num_new=num_new,
                     passes_thresholds=name != "below its switch",

@@ -1,6 +1,6 @@
 """Faults: exceptions and interrupts at every line of a call, threads, forks, copies, full disks.
 
-python -m tests.faults                      everything, some tens of minutes
+python -m tests.faults --json docs/compatibility/faults.json    everything, some tens of minutes
 python -m tests.faults --part lines --every 10 --scenario chain
 
 After each fault models, caches and settings must be as they were, and the next call must be right (`fault_lines.py`). The
@@ -212,11 +212,13 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["lines", *OTHERS], help="only this")
     parser.add_argument("--scenario", choices=[one.name for one in SCENARIOS], help="of lines, only this")
-    parser.add_argument("--every", type=int, default=1, help="of lines, every so-manieth, with one error each")
+    parser.add_argument("--every", type=int, default=1, help="of lines, every N-th, with one error each")
+    parser.add_argument("--json", type=Path, help="where the counts are written")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}", flush=True)
-    num_failed = 0
+    record: dict = {"transformers": transformers.__version__, "torch": torch.__version__, "every": args.every}
+    record |= {"lines": {}, "others": {}}
     if args.part in (None, "lines"):
         scenarios = [one for one in SCENARIOS if args.scenario in (None, one.name)]
         pairs = pairs_for(scenarios)
@@ -226,14 +228,17 @@ def main(argv=None) -> int:
             for kind in ("failed", "in cleanup"):
                 for text, places in found[kind].items():
                     print(f"  {kind} {len(places)} times: {text}\n    {', '.join(places[:8])}", flush=True)
-            num_failed += sum(map(len, found["failed"].values()))
+            counts = {"places": found["places"], "faults": found["raised"]}
+            record["lines"][scenario.name] = counts | {"failed": sum(map(len, found["failed"].values()))}
     others = {name: check for name, check in OTHERS.items() if args.part in (None, name)}
     pair = fit_pair("mistral", num_updates=60) if others else None
     for name, check in others.items():
         problems = check(pair)
         print(f"{name}: {len(problems)} failed", *problems, sep="\n  ", flush=True)
-        num_failed += len(problems)
-    return int(num_failed > 0)
+        record["others"][name] = len(problems)
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return int(any(record["others"].values()) or any(counts["failed"] for counts in record["lines"].values()))
 
 
 class _Progress:

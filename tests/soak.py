@@ -32,6 +32,7 @@ import torch
 import transformers
 from fitted_pairs import chain_of, fitted_draft, fitted_target, text_of
 from soak_settings import Settings, draw_cache, draw_settings, draw_tree
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism.decoding import round_check, target_side
@@ -254,6 +255,7 @@ def made_reproducible(rng: random.Random, pair: Pair):
     as_accelerators = treating_cpus_as_accelerators() if rng.random() < 0.25 else nullcontext()
     if rng.random() < 0.25:  # rounds are compared with single steps, as of models that nobody has tried
         places[round_check, "TRIED_TYPES"] = frozenset()
+    places[round_check, "_folder"] = lambda: Path(os.devnull) / "nothing"  # no check is kept for later cases
     before = {place: getattr(*place) for place in places}
     for do_sample in (False, True):
         take_from(pair.draft, f"experience, do_sample={do_sample}")
@@ -339,8 +341,11 @@ def run_case(pair: Pair, seed: int, tally: Tally, is_told: bool = False) -> None
             if num_rows > 1 or turn > 0 or not mask.all() or rng.random() < 0.5:
                 inputs["attention_mask"] = mask
             extra["is_streamed"] = rng.random() < 0.3
-            # A static cache can be written to only in the mode that it was made in.
-            extra["in_inference_mode"] = rng.random() < 0.1 and cache_name != "own static"
+            # A static cache can be written to only in the mode that it was made in, and so can recurrent states: there
+            # plain decoding itself fails.
+            in_inference_mode = rng.random() < 0.1 and cache_name != "own static"
+            keeps_mode = turn > 0 and is_written_in_place(caches[0])
+            extra["in_inference_mode"] = extra["in_inference_mode"] if keeps_mode else in_inference_mode
             if is_told:
                 shown = (pair.draft.generation_config.to_diff_dict(), settings, cache_name, extra, inputs)
                 print(f"turn {turn}:", *shown, sep="\n  ")
@@ -350,6 +355,11 @@ def run_case(pair: Pair, seed: int, tally: Tally, is_told: bool = False) -> None
             input_ids = torch.cat((input_ids, new), dim=1)
             said = text_of(pair.chain, num_rows, rng.randint(1, 5), generator)
             input_ids, mask = torch.cat((input_ids, said), dim=1), torch.cat((mask, torch.ones_like(said)), dim=1)
+
+
+def is_written_in_place(cache) -> bool:
+    """Whether a cache keeps tensors that a step writes to, and not only some that it joins others to."""
+    return any(not isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", ()))
 
 
 def run_turn(pair, inputs, settings, caches, extra, mask, seed, tally):

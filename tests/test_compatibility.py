@@ -10,7 +10,7 @@ import compatibility
 import pytest
 import torch
 from compatibility_models import all_types, build, small_config
-from compatibility_page import page, tried_file, tried_types
+from compatibility_page import faults_section, page, soak_section, tried_file, tried_types
 from compatibility_runs import (
     DRAFTED,
     Case,
@@ -167,6 +167,22 @@ def test_compatibility_types_count_as_their_weakest_case():
     text = page(results)
     assert "| `b` | tree | plain |" in text
     assert "## Different from plain decoding" in text
+
+
+@pytest.mark.quick
+def test_compatibility_page_tells_of_soak_and_faults():
+    """Figures with the command that makes them; a difference is a figure, too."""
+    versions = {"transformers": "5.24.0", "torch": "2.13.0"}
+    tally = {**versions, "num_generations": 3002, "growth": 1.004, "tokens_per_round": 2.406, "differences": ["a"]}
+    text = soak_section(tally | {"counts": {"drafted": 2300, "both raised": 32}})
+    assert "--generations 3000" in text
+    assert "| different from plain decoding | 1 |" in text
+    assert "+0.4 %" in text
+    lines = {"chain": {"places": 1500, "faults": 500, "failed": 2}}
+    text = faults_section({**versions, "every": 3, "lines": lines, "others": {"fork": 0}})
+    assert "tests.faults --every 3 " in text
+    assert "| chain | 1500 | 500 | 2 |" in text
+    assert "| fork |  |  | 0 |" in text
 
 
 @pytest.mark.quick

@@ -15,9 +15,11 @@ LENGTH = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": PAD_ID}
 
 
 @pytest.fixture
-def untried(monkeypatch):
-    """No type was tried."""
+def untried(monkeypatch, tmp_path):
+    """No type was tried, and nothing is known of earlier checks."""
     monkeypatch.setattr(round_check, "TRIED_TYPES", frozenset())
+    monkeypatch.setattr(round_check, "_folder", lambda: tmp_path / "checked")
+    return tmp_path / "checked"
 
 
 def counted(monkeypatch, target):
@@ -65,6 +67,48 @@ def test_a_target_is_checked_at_doubled_lengths_once(untried, monkeypatch):
         numbers.append(widths[1:].count(1) - sum(tree.num_nodes == 0 for tree in draft.last_speculation.trees))
     # At 9 tokens, from 18 on, beyond 20, from 36 on.
     assert numbers == [8, 0]
+
+
+def test_checks_hold_for_the_same_code_and_configuration(untried, monkeypatch):
+    """A second model of the kind takes no single step for a check; one of another window does."""
+    numbers = []
+    for window in (20, 20, 24):
+        target = tiny_target("mistral", 3, sliding_window=window)
+        input_ids, _ = prompts(1)
+        plain = target.generate(input_ids, **LENGTH)
+        draft = scripted_draft(target, plain, input_ids.shape[1])
+        widths = counted(monkeypatch, target)
+        target.generate(input_ids, assistant_model=draft, **LENGTH)
+        numbers.append(widths[1:].count(1) - sum(tree.num_nodes == 0 for tree in draft.last_speculation.trees))
+        assert draft.last_speculation.acceptance_length > 1.3
+    # At 9, 18 and beyond 20, 36; none; at 9, 18 and beyond 24.
+    assert numbers == [8, 0, 6]
+    assert len(list(untried.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"TreeTarget, one, whole": [9, "18"]}', '{"TreeTarget, one, whole": 5}', "\xff"])
+def test_a_file_of_checks_that_is_none_is_not_believed(untried, monkeypatch, content):
+    """Checked as if it were not there."""
+    target = tiny_target("mistral", 3, sliding_window=20)
+    untried.mkdir()
+    (untried / f"{round_check._key(target)}.json").write_bytes(content.encode("latin-1"))
+    input_ids, _ = prompts(1)
+    plain = target.generate(input_ids, **LENGTH)
+    widths = counted(monkeypatch, target)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    target.generate(input_ids, assistant_model=draft, **LENGTH)
+    assert widths[1:].count(1) - sum(tree.num_nodes == 0 for tree in draft.last_speculation.trees) == 8
+
+
+def test_checks_go_on_where_nothing_can_be_written(untried, monkeypatch):
+    """A full or read-only disk costs later processes their check, and nothing else."""
+    untried.write_text("a file in the folder's place")
+    target = tiny_target("mistral", 3, sliding_window=20)
+    input_ids, _ = prompts(1)
+    plain = target.generate(input_ids, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **LENGTH), plain)
+    assert draft.last_speculation.stopped_drafting is None
 
 
 @pytest.mark.parametrize(("num_rows", "tree"), [(1, "static"), (1, "chain"), (3, "static")])

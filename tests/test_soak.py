@@ -29,7 +29,7 @@ def test_a_short_soak_equals_plain_decoding(pairs):
     tally = soak.soak(pairs, 60, 0, soak.Tally())
     assert not tally.differences
     assert tally.num_generations >= 60
-    assert tally.counts["drafted"] >= 30
+    assert tally.counts["drafted"] >= 25
     assert tally.tokens_per_round >= 2
     assert tally.counts["near ties, not compared"] + tally.counts["both raised"] <= 10
 

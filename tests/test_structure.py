@@ -20,7 +20,7 @@ FLOORS = (
     {"configuration_prism", "cpu", "target"},
     {"borrowed_layers", "decoding", "processing_module"},
     {"policy"},
-    {"generation", "hub.files", "hub.loading"},
+    {"generation", "hub.files", "hub.loading", "hub.pretrained"},
     {"modeling_prism"},
     {"conversion", "hub", "training"},
     {"bench"},

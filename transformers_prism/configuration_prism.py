@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from dataclasses import field
-from typing import Literal
+from typing import Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -348,7 +348,7 @@ class PrismConfig(PreTrainedConfig):
     @property
     def fused_hidden_size(self) -> int:
         """Width of the concatenated target states, L * target_hidden_size."""
-        return len(self.target_layer_ids) * self.target_hidden_size
+        return len(self.target_layer_ids) * cast(int, self.target_hidden_size)  # filled in at the start
 
     @property
     def num_draft_tokens(self) -> int:
@@ -359,12 +359,13 @@ class PrismConfig(PreTrainedConfig):
     def num_matrix_weights(self) -> int:
         """Numbers in all matrices of a draft, all that it has but for biases and norms; the draft vocabulary counts too."""
         width, modules = self.hidden_size, self.num_processing_modules
-        attention = 2 * width * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        head_dim, num_groups = cast(int, self.head_dim), cast(int, self.num_key_value_heads)  # filled in at the start
+        attention = 2 * width * head_dim * (self.num_attention_heads + num_groups)
         layers = modules * self.num_layers_per_module * (attention + 3 * width * self.intermediate_size)
         if self.module_form == "prism":
             inputs = 2 * width * width
         else:  # the first layer's queries, keys and values read twice the width
-            inputs = width * self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
+            inputs = width * head_dim * (self.num_attention_heads + 2 * num_groups)
         fusion = self.fused_hidden_size * width if self.has_fusion_layer else 0
         embedding = 0 if self.share_target_embedding else self.vocab_size * width
         head = 0 if self.share_target_head else self.num_draft_tokens * width

@@ -4,18 +4,15 @@ Shape letters: B batch, T positions, D draft hidden size, L fused target layers,
 Source: PRISM (arXiv:2602.01762) and its artifact.
 """
 
-import tempfile
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
@@ -23,45 +20,14 @@ from .cpu import refresh_packed_weights
 from .decoding.drafter import Drafter
 from .decoding.speculation import Speculation
 from .generation import install, speculative_generate
-from .hub.files import AUTO_MAP, upload, write_published_files
-from .hub.loading import check_headers, check_memory, check_names_and_shapes, check_values, complete_tree_settings
+from .hub.loading import check_memory
+from .hub.pretrained import PrismPreTrainedModel, default_generation_config
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
-from .policy.settings import default_tree_settings
 from .processing_module import PrismProcessingModule
-from .transformers_names import CACHE_KEYWORD, CACHE_NAMES, cache_of, mark_as_own, name_of, revision_of
+from .transformers_names import CACHE_KEYWORD, cache_of
 from .tried_releases import errors_tell_of_untried_release, warn_of_untried_release
-
-# What save_pretrained() hands on to push_to_hub().
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "token",
-    "private",
-    "revision",
-    "create_pr",
-    "commit_message",
-    "commit_description",
-    "tags",
-)
-
-
-class PrismPreTrainedModel(PreTrainedModel):
-    """Loading, saving and weight initialisation."""
-
-    config: PrismConfig
-    config_class = PrismConfig
-    base_model_prefix = ""
-    _no_split_modules = ["PrismProcessingModule"]
-    _skip_keys_device_placement = list(CACHE_NAMES)
-    _supports_sdpa = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, PrismDraftModel) and module.draft_to_target is not None:
-            init.copy_(module.draft_to_target, torch.arange(module.draft_to_target.shape[0]))
 
 
 class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
@@ -70,9 +36,6 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     Args:
         config ([`PrismConfig`]): the architecture.
     """
-
-    # Of a folder whose weights are new; the package sets it, a draft's own copy of the code cannot write cards.
-    write_card: Callable[[Path], object] | None = None
 
     def __init__(self, config: PrismConfig):
         check_memory(config)
@@ -95,98 +58,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.hidden_size, config.num_draft_tokens, bias=False)
         draft_to_target = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_to_target", draft_to_target)
-        self.generation_config = self._default_generation_config()
+        self.generation_config = default_generation_config(config)
         self.last_speculation: Speculation | None = None
         self._borrowed: BorrowedLayers | None = None
         self.post_init()
         install()
-
-    def _default_generation_config(self) -> GenerationConfig:
-        # Built afresh: a configuration that transformers derives from the model's loses its tree settings on reload.
-        ids = {name: getattr(self.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        generation_config = GenerationConfig(**ids, **default_tree_settings())
-        mark_as_own(generation_config)
-        return generation_config
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load a draft; as `PreTrainedModel.from_pretrained`, but every weight must be there, known, and a number.
-
-        Raises:
-            OSError: if any file cannot be had, generation_config.json included, which holds the draft's trees.
-            ValueError: if the configuration is not of a draft; listing the weights that are missing, unknown or of
-                another shape, before memory is taken for them; naming a weight that holds NaN or infinity. Also if an
-                index of shards names files elsewhere.
-        """
-        source = kwargs.get("pretrained_model_name_or_path", args[0] if args else None) or ""
-        # Sizes are compared here, so that the error itself names them.
-        ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        with errors_tell_of_untried_release():
-            check_headers(cls, source, ignores_sizes, **kwargs)
-            draft, info = super().from_pretrained(
-                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        other_shapes = [] if ignores_sizes else info["mismatched_keys"]
-        check_names_and_shapes(info["missing_keys"], info["unexpected_keys"], other_shapes)
-        check_values(draft, source)
-        complete_tree_settings(draft, source, **kwargs)
-        return (draft, info) if output_loading_info else draft
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """Save the whole repository: weights, configurations, the code that runs them, custom_generate, card, metrics,
-        licence; as `PreTrainedModel.save_pretrained`.
-
-        `AutoModel.from_pretrained(save_directory, trust_remote_code=True)` works without this package.
-        """
-        push_to_hub = kwargs.pop("push_to_hub", False)
-        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        self.config.auto_map = dict(AUTO_MAP)
-        # Loading may leave weights in another order; sorted, they fall into the same shards again.
-        kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            target_name = (self.config.target_fingerprint or {}).get("name")
-            revision = revision_of(self.config)
-            write_published_files(save_directory, name_of(self.config), revision, target_name, self.write_card)
-        if push_to_hub and is_main_process:
-            repo_id = hub_arguments.pop("repo_id", None) or Path(save_directory).name
-            self.push_to_hub(repo_id, max_shard_size=kwargs.get("max_shard_size", "50GB"), **hub_arguments)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: list[str] | None = None,
-    ):
-        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit; as `PreTrainedModel.push_to_hub`, but
-        the card is the draft's own.
-
-        Returns:
-            `CommitInfo`: of the commit.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            # The card calls the draft by the name of its folder.
-            folder = Path(scratch) / repo_id.split("/")[-1]
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(
-                folder,
-                repo_id,
-                tags,
-                private,
-                token,
-                loaded_from=name_of(self.config),
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or "Upload draft",
-                commit_description=commit_description,
-            )
 
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":
         """Borrow the target's embedding and vocabulary head: nothing is registered, copied, moved or saved, but for
@@ -218,12 +94,16 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def _gather_head_rows(self, looks_closely: bool = False) -> None:
         """Keep the head's rows of the draft vocabulary; see [`~BorrowedLayers.gather_rows`]."""
         if self.draft_to_target is not None:
-            self._borrowed.gather_rows(self.draft_to_target, self._speaking_layer, looks_closely)
+            self._require_target().gather_rows(self.draft_to_target, self._speaking_layer, looks_closely)
 
     @property
     def _speaking_layer(self) -> nn.Linear:
         """One layer speaks for all of the draft's."""
-        return self.processing_modules[0].layers[0].self_attn.o_proj
+        return self._first_attention(0).o_proj
+
+    def _first_attention(self, module: int) -> LlamaAttention:
+        """The attention of a processing module's first layer."""
+        return cast(PrismProcessingModule, self.processing_modules[module]).layers[0].self_attn
 
     @property
     def takes_text_rows(self) -> bool:
@@ -332,10 +212,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         if type(head) is nn.Linear and use_triton("auto", device) and head.weight.device == device:
             states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
             numerics = (self.config.logit_scale, self.config.logit_softcap)
-            rows = (head.weight, top_k, head.bias, self.draft_to_target)
             if text is not None:
-                rows = (text.weight, top_k, text.bias, text.token_ids)
-            return top_k_log_prob(states, *rows, *numerics)
+                return top_k_log_prob(states, text.weight, top_k, text.bias, text.token_ids, *numerics)
+            return top_k_log_prob(states, head.weight, top_k, head.bias, self.draft_to_target, *numerics)
         token_ids, log_probs = top_k_of_logits(self.compute_logits(hidden_states, text), top_k)
         names = self.draft_to_target if text is None else text.token_ids
         return token_ids if names is None else names.take(token_ids), log_probs
@@ -349,9 +228,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         Returns:
             `torch.Tensor` of shape `(..., draft_vocab_size or V)`, K wider with `text`, whether or not the draft has a head of its own.
         """
-        self._require_target()
+        borrowed = self._require_target()
         self._gather_head_rows()
-        numerics = target_numerics(self._borrowed.target.config.get_text_config())
+        numerics = target_numerics(borrowed.target.config.get_text_config())
         logits = self._borrowed_logits(hidden_states, text)
         return _scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
@@ -462,15 +341,16 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"num_outputs: expected 0 or 1 and a cache, got {num_outputs} and {type(cache).__name__}"
             )
-        module = self.processing_modules[self.config.module_of_step(draft_step)]
-        cache_layer = module.layers[0].self_attn.layer_idx
+        index = self.config.module_of_step(draft_step)
+        cache_layer = self._first_attention(index).layer_idx
         if position_ids is None:
             past = cache.get_seq_length(cache_layer) if cache is not None else 0
-            position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]  # type: ignore[assignment]
         if attention_mask is None or attention_mask.dim() == 2:
             attention_mask = create_causal_mask(
                 self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer
             )
+        module = self.processing_modules[index]
         embeddings, stream = self._enter(module, input_ids, hidden_states)
         output = module(
             embeddings,
@@ -522,7 +402,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""
         with errors_tell_of_untried_release():
             output = speculative_generate(target, self, *args, **kwargs)
-        if self.last_speculation.declined is not None:
+        if self.last_speculation is not None and self.last_speculation.declined is not None:
             warn_of_untried_release(stacklevel=3)
         return output
 

@@ -40,7 +40,7 @@ class PrismDecoderLayer(nn.Module):
 
     def attention_input(self, hidden_states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """What the attention of this layer reads, of shape `(B, T, D)` or, with the embeddings, `(B, T, 2 * D)`."""
-        if self.hidden_norm is not None:
+        if self.hidden_norm is not None and self.input_layernorm is not None:
             return torch.cat((self.input_layernorm(embeddings), self.hidden_norm(hidden_states)), dim=-1)
         return hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
 

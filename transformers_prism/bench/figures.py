@@ -50,10 +50,10 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
     """
     outcomes = [result.outcomes[method.name] for result in results]
     taus = [
-        acceptance_length(committed, rounds)
+        tau
         for one in outcomes
         for committed, rounds in zip(one.num_committed, one.num_rounds, strict=True)
-        if rounds
+        if (tau := acceptance_length(committed, rounds)) is not None
     ]
     num_rounds = sum(sum(one.num_rounds) for one in outcomes)
     num_committed = sum(sum(one.num_committed) for one in outcomes)

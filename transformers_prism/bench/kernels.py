@@ -1,16 +1,10 @@
-"""The Triton kernels: compiled without a GPU, their traffic counted, and on a GPU checked against PyTorch and timed.
+"""The Triton kernels: compiled without a GPU, and on a GPU checked against PyTorch and timed.
 
     transformers-prism bench kernels --compile-only --json compiled.json
     transformers-prism bench kernels --json timed.json
 
-Each file of `kernel_cases/` names the calls of one kernel:
-
-    cases()              a list of `KernelCase`
-    every_tile()         where tiles depend on shapes, one `KernelCase` for each choice of them, only to be compiled
-    traffic(num_nodes)   the `Traffic` of one call at LLaMA-3-8B's sizes, from the grid and the tiles of its launches
-
-Nothing about a kernel is written down twice: signatures, constants and grids are recorded from its own launcher, which
-runs on tensors of the meta device.
+Each file of `kernel_cases/` names the calls of one kernel. Nothing about a kernel is written down twice: signatures,
+constants and grids are recorded from its own launcher, which runs on tensors of the meta device.
 """
 
 import importlib
@@ -18,9 +12,9 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,92 +22,13 @@ from typing import Any
 import torch
 
 from transformers_prism.bench import kernel_cases
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.whole_files import write_text
 
 # Compute capabilities of the A100, H100 and B200, and the architecture of the MI300X.
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
 # Bytes of shared memory that one program may use.
 MAX_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-# Published memory bandwidths in bytes per second, and multiprocessors, of the 80 GB SXM A100, the SXM H100 and the H200.
-# Source: NVIDIA's data sheets of the three.
-GPUS = {"A100": (2.039e12, 108), "H100": (3.35e12, 132), "H200": (4.8e12, 132)}
-
-
-class Inputs:
-    """Makes arguments: random on a real device, without memory on the meta device; the same at every call.
-
-    Args:
-        device (`torch.device` or `str`): of the tensors.
-    """
-
-    def __init__(self, device):
-        self.device = torch.device(device)
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
-        """Normally distributed numbers."""
-        if self.device.type == "meta":
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, dtype)
-
-    def integers(self, low: int, high: int, *shape: int) -> torch.LongTensor:
-        """Integers from `low` to `high - 1`."""
-        if self.device.type == "meta":
-            return torch.empty(shape, dtype=torch.int64, device=self.device)
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
-
-
-@dataclass
-class KernelCase:
-    """One call of a kernel.
-
-    Args:
-        config: sizes and dtype, to read.
-        make: the arguments, from [`Inputs`]; called anew for each run, since an operation may write to them.
-        call: the public function; takes the arguments and `implementation`.
-        launch: the launcher of the Triton kernels; takes the arguments.
-        tolerance: largest difference from the PyTorch path, relative to its largest value.
-        results: the tensors to compare, from the arguments and what `call` returned.
-    """
-
-    config: str
-    make: Callable[[Inputs], tuple]
-    call: Callable
-    launch: Callable
-    tolerance: float
-    results: Callable = field(default=lambda arguments, returned: returned)
-
-
-@dataclass
-class Traffic:
-    """Bytes that one call moves between memory and the processor, counted from its launches.
-
-    Args:
-        num_nodes: N, tree nodes of the call.
-        num_rows: rows that a program's tile holds at most 128 of.
-        num_programs: of the launch that reads the streams.
-        streams: the large inputs: bytes that all programs together load of each, and its own bytes.
-        partials: bytes of a split's partial results, written once and read once.
-        other: bytes of the remaining inputs and of the outputs, each counted once.
-        cached: bytes loaded again by further programs, which find them in the second-level cache.
-    """
-
-    num_nodes: int
-    num_rows: int
-    num_programs: int
-    streams: dict[str, tuple[int, int]]
-    partials: int = 0
-    other: int = 0
-    cached: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that memory has to move."""
-        return sum(loaded for loaded, _ in self.streams.values()) + 2 * self.partials + self.other
-
-    def bound_us(self, gpu: str) -> float:
-        """Microseconds that a GPU's published bandwidth needs for these bytes: a bound, not a measurement."""
-        return 1e6 * self.num_bytes / GPUS[gpu][0]
 
 
 @dataclass
@@ -210,22 +125,25 @@ def _ptxas_figures(ptx: str, arch: str) -> dict:
         command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file)]
         result = subprocess.run([*command, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
     log = result.stderr
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    static = re.search(r"(\d+) bytes smem", log)
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spill_bytes": int(spills[1]) + int(spills[2]),
-        "shared_bytes": int(static[1]) if static else 0,
+        "registers": _number(r"Used (\d+) registers", log),
+        "spill_bytes": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
+        "shared_bytes": _number(r"(\d+) bytes smem", log) if "bytes smem" in log else 0,
     }
+
+
+def _number(pattern: str, text: str) -> int:
+    """The number that the compiler tells in these words."""
+    found = re.search(pattern, text)
+    assert found is not None, f"expected {pattern} in {text}"
+    return int(found[1])
 
 
 def _amd_figures(assembly: str) -> dict:
     """Vector registers and scratch bytes of a thread, from the metadata of the assembly."""
 
-    def read(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
-
-    return {"registers": read("vgpr_count"), "spill_bytes": read("private_segment_fixed_size"), "shared_bytes": 0}
+    registers, scratch = (rf"\.{name}:\s*(\d+)" for name in ("vgpr_count", "private_segment_fixed_size"))
+    return {"registers": _number(registers, assembly), "spill_bytes": _number(scratch, assembly), "shared_bytes": 0}
 
 
 def check_choice(kernels: list[str] | None, architectures: list[str] | None) -> None:
@@ -266,26 +184,6 @@ def compile_all(
 
 def _dtypes(launch: Launch) -> tuple:
     return tuple(arg.dtype for arg in launch.args if isinstance(arg, torch.Tensor))
-
-
-def traffic_rows(kernels=None, num_nodes=(16, 64)) -> list[dict]:
-    """The traffic model of every kernel, at LLaMA-3-8B's sizes.
-
-    Args:
-        kernels: names of kernels; all if absent.
-        num_nodes: N, tree nodes.
-    Returns:
-        `list` of `dict`: a row for each kernel and N, with the roofline bound of each GPU in microseconds.
-    """
-    rows = []
-    for name, module in kernel_modules().items():
-        if kernels is not None and name not in kernels:
-            continue
-        for count in num_nodes:
-            traffic = module.traffic(count)
-            bounds = {gpu: traffic.bound_us(gpu) for gpu in GPUS}
-            rows.append({"kernel": name, **asdict(traffic), "num_bytes": traffic.num_bytes, "bound_us": bounds})
-    return rows
 
 
 @dataclass
@@ -394,31 +292,18 @@ def compiled_table(rows: list[dict]) -> str:
     return "\n".join(table)
 
 
-def traffic_table(rows: list[dict]) -> str:
-    """Rows of [`traffic_rows`] as a Markdown table."""
-    table = [
-        f"| kernel | N | programs | streams, MB (times) | partials, MB | cached, MB | {' | '.join(f'{gpu}, us' for gpu in GPUS)} |",
-        "|---" * (6 + len(GPUS)) + "|",
-    ]
-    for row in rows:
-        streams = ", ".join(
-            f"{name} {loaded / 1e6:.2f} ({loaded / own:.2f})" for name, (loaded, own) in row["streams"].items()
-        )
-        streams = streams or f"none; {row['other'] / 1e6:.2f} in all"
-        bounds = " | ".join(f"{row['bound_us'][gpu]:.2f}" for gpu in GPUS)
-        table.append(
-            f"| `{row['kernel']}` | {row['num_nodes']} | {row['num_programs']} | {streams} "
-            f"| {row['partials'] / 1e6:.2f} | {row['cached'] / 1e6:.2f} | {bounds} |"
-        )
-    return "\n".join(table)
+def write_table(readme: Path, rows: list[dict]) -> None:
+    """Replace what stands between the marks `<!-- compiled -->` and `<!-- /compiled -->` of a Markdown file by a table.
 
-
-def write_tables(readme: Path, compiled: list[dict], traffic: list[dict]) -> None:
-    """Replace what stands between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a Markdown file by the tables."""
+    Args:
+        readme (`Path`): the file.
+        rows (`list[dict]`): of [`compile_all`].
+    Raises:
+        ValueError: if the marks are missing.
+    """
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("compiled", compiled_table(compiled)), ("traffic", traffic_table(traffic))):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        if not re.search(pattern, text, flags=re.DOTALL):
-            raise ValueError(f"{readme}: expected the marks <!-- {name} --> and <!-- /{name} -->, got none")
-        text = re.sub(pattern, rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
-    write_text(readme, text)
+    pattern = r"(<!-- compiled -->\n).*?(<!-- /compiled -->)"
+    if not re.search(pattern, text, flags=re.DOTALL):
+        raise ValueError(f"{readme}: expected the marks <!-- compiled --> and <!-- /compiled -->, got none")
+    table = compiled_table(rows)
+    write_text(readme, re.sub(pattern, lambda found: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL))

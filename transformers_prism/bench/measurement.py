@@ -91,7 +91,7 @@ class GenerateMeasurement:
         assistant = load_assistant(self.assistant, target)
         contest = Contest(target, draft, assistant, self.methods, longest + self.generate["max_new_tokens"])
         head = record_head("generate", target, self._settings(contest, draft, len(chosen)), weights)
-        found = finished_part(path, head) if is_resumed else None
+        found = finished_part(path, head) if is_resumed and path is not None else None
         results = [ItemResult.from_json(content) for content in found["prompts"]] if found else []
         if results:
             console.print(f"{len(results)} of {len(items)} were finished before", style="dim")

@@ -137,7 +137,9 @@ class Check:
     @property
     def is_near_tie(self) -> bool:
         """Whether rounding decides at the first difference, so that either token is plain decoding's."""
-        return not self.is_identical and self.gap is not None and self.gap <= TIE_FACTOR * self.rounding
+        if self.is_identical or self.gap is None or self.rounding is None:
+            return False
+        return self.gap <= TIE_FACTOR * self.rounding
 
     @property
     def is_caught(self) -> bool:

@@ -236,13 +236,13 @@ def bench_acceptance_command(
 @bench_app.command("kernels")
 def bench_kernels_command(
     compile_only: Annotated[
-        bool, typer.Option("--compile-only", help="Compile for GPUs that need not be here, and count traffic.")
+        bool, typer.Option("--compile-only", help="Compile for GPUs that need not be here.")
     ] = False,
     kernel: Annotated[
         list[str] | None, typer.Option(help="Only this kernel; may be repeated.", show_default=False)
     ] = None,
     arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.")] = None,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file whose tables are replaced.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file whose table is replaced.")] = None,
     json_file: JsonOption = None,
 ):
     """Triton kernels: registers, spills and shared memory; on a GPU checked against PyTorch and timed.
@@ -257,11 +257,10 @@ def bench_kernels_command(
         bench.check_choice(kernel, arch)
         if compile_only:
             rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
-            traffic = bench.traffic_rows(kernel)
-            typer.echo(bench.compiled_table(rows) + "\n\n" + bench.traffic_table(traffic))
+            typer.echo(bench.compiled_table(rows))
             if readme is not None:
-                bench.write_tables(readme, rows, traffic)
-            figures: dict = {"rows": rows, "traffic": traffic}
+                bench.write_table(readme, rows)
+            figures: dict = {"rows": rows}
         else:
             accelerator = torch.accelerator.current_accelerator()
             timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)

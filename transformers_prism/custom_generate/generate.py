@@ -6,6 +6,7 @@ transformers copies this file alone, so it imports nothing of its repository and
 """
 
 import sys
+from types import FrameType
 
 from transformers import AutoModel
 
@@ -48,7 +49,8 @@ def _own_draft(model, hub_arguments: dict):
 
 def _calling_repository() -> str:
     """The string that the calling generate() was given; transformers does not hand it over."""
-    frame = sys._getframe()
+    # No argument tells it: the repository stands in a local variable of generate() alone.
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         repository = frame.f_locals.get("custom_generate")
         if frame.f_code.co_name == "generate" and isinstance(repository, str):

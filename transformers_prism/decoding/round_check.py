@@ -3,18 +3,28 @@
 The package was tried on the types of `tried_targets.py`. Any other model (an architecture that is newer than this package,
 code from a repository) may mask, count positions or keep states in a way that several tokens at once do not see. So its
 first tree is compared with plain steps over the same tokens, and so is the first one at twice the length, and behind each
-length that its configuration names. What was seen holds for the target object: a later call does not look again.
+length that its configuration names. What was seen holds for all models of the same code and configuration on this machine:
+lengths are kept in Hugging Face's cache folder (`prism/checked_rounds`), so that only the first calls pay for it.
 Shape letters: B rows that still decode, N tree nodes, V vocabulary.
 """
 
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import transformers
+from huggingface_hub import constants
 
 from ..tried_targets import TRIED_TYPES
+from ..whole_files import write_json
 from .memory import kept_with
 from .tree import Tree
 
@@ -22,6 +32,64 @@ from .tree import Tree
 _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_position", "block_size", "max_seq")
 # Differences of logits, as a share of the largest, that rounding explains: so many units in the last place, at most this.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
+
+
+class _CheckedLengths:
+    """How far models of one code and configuration were checked: in tokens, rising, by kind of call; kept in a file.
+
+    Args:
+        target (`PreTrainedModel`): one of them.
+    """
+
+    def __init__(self, target):
+        self.path = _folder() / f"{_key(target)}.json"
+        self.by_kind: dict[str, list[int]] = {}
+        with contextlib.suppress(OSError, ValueError):  # none yet, or not one of ours
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                self.by_kind = {kind: lengths for kind, lengths in found.items() if _are_lengths(lengths)}
+
+    def of(self, kind: str) -> list[int]:
+        """Lengths at which this kind of call was checked."""
+        return self.by_kind.setdefault(kind, [])
+
+    def add(self, kind: str, length: int) -> None:
+        """Keep one more; where the file cannot be written, for this process only."""
+        self.of(kind).append(length)
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.by_kind)
+
+
+def _are_lengths(values) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value > 0 for value in values)
+
+
+def _folder() -> Path:
+    return Path(constants.HF_HOME) / "prism" / "checked_rounds"
+
+
+@functools.cache
+def _digest(path: str) -> str:
+    """Of a source file; empty where there is none, as in a session that was typed in."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _key(target) -> str:
+    """What a check's outcome depends on, as a file name: the model's code and ours, configuration, layers, device."""
+    own_code = [_digest(str(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    parts = [
+        f"{type(target).__module__}.{type(target).__qualname__}",
+        _digest(inspect.getsourcefile(type(target)) or ""),
+        sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in target.modules()}),
+        target.config.to_json_string(use_diff=False),
+        [str(target.dtype), target.device.type, target.config.get_text_config()._attn_implementation],
+        [transformers.__version__, torch.__version__, *own_code],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def is_tried(target) -> bool:
@@ -58,8 +126,10 @@ class RoundCheck:
         self.is_needed = not is_tried(target)
         if self.is_needed:
             # What a forward gets differs between these.
-            kind = (type(target_side).__name__, len(target_side.next_position) > 1, target_side.is_padded)
-            self.seen = kept_with(target, "checked lengths", dict).setdefault(kind, [])
+            is_batch, is_padded = len(target_side.next_position) > 1, target_side.is_padded
+            self.kind = f"{type(target_side).__name__}, {'batch' if is_batch else 'one'}, {'padded' if is_padded else 'whole'}"
+            self.checked = kept_with(target, "checked lengths", lambda: _CheckedLengths(target))
+            self.seen = self.checked.of(self.kind)
             self.lengths = lengths_named(target.config.get_text_config())
 
     def _is_due(self, length: int) -> bool:
@@ -110,7 +180,7 @@ class RoundCheck:
         allowed = scale * min(_ROUNDING * torch.finfo(logits.dtype).eps, _MOST_ROUNDING)
         length = min(self.side.next_position)
         if difference <= allowed:
-            self.seen.append(length)
+            self.checked.add(self.kind, length)
             return False
         target = self.side.target
         self.finding = (

@@ -625,8 +625,8 @@ def context_alignment_attention(
             expect(tensor.device == query.device, name, f"device {query.device}", tensor.device)
             expect(tensor.stride(3) == 1, name, "the last dimension contiguous", f"strides {tensor.stride()}")
     if starts is not None:
-        shape = (num_batch, num_rows)
-        expect(tuple(starts.shape) == shape, "starts", f"shape {shape}", tuple(starts.shape))
+        expected = (num_batch, num_rows)
+        expect(tuple(starts.shape) == expected, "starts", f"shape {expected}", tuple(starts.shape))
         expect(starts.dtype == torch.int64, "starts", "dtype torch.int64", starts.dtype)
         expect(starts.device == query.device, "starts", f"device {query.device}", starts.device)
         starts = starts.contiguous()

@@ -64,6 +64,7 @@ def tree_attention_reference(
     visible = unpack_ancestors(ancestors, key.shape[2] - num_prefix)
     visible = torch.cat((committed[:, None].expand(-1, num_nodes, -1), visible), dim=2)  # [B, N, P + R]
     if sliding_window is not None:
+        assert node_index is not None  # it comes with a window
         places = torch.arange(num_prefix, device=query.device).expand(len(query), -1)
         index = torch.cat((places, node_index), dim=1)  # [B, P + R]
         visible = visible & (index[:, None] > node_index[:, -num_nodes:, None] - sliding_window)
@@ -418,7 +419,7 @@ def tree_attention(
         expect(tuple(node_index.shape) == shape, "node_index", f"shape {shape}", tuple(node_index.shape))
         expect(node_index.dtype == torch.int64, "node_index", "dtype torch.int64", node_index.dtype)
         expect(node_index.device == query.device, "node_index", f"device {query.device}", node_index.device)
-        expect(sliding_window > 0, "sliding_window", "at least 1", sliding_window)
+        expect(sliding_window is not None and sliding_window > 0, "sliding_window", "at least 1", sliding_window)
         node_index = node_index.contiguous()
     expect(softcap is None or softcap > 0, "softcap", "more than 0", softcap)
     for name, tensor in (("key", key), ("value", value)):

@@ -69,6 +69,8 @@ def verify_tree_reference(
     """The definition; see [`verify_tree`]. The warpers are transformers' own."""
     scores = logits.float()
     if noise is not None:
+        assert noise_steps is not None, "expected noise_steps with noise"
+        assert noise_rows is not None, "expected noise_rows with noise"
         rows = scores.flatten(0, 1)  # [B * N, V]
         settings = (temperature, top_k, top_p, min_p, typical_p)
         for warper, setting in zip(WARPERS.values(), settings, strict=True):
@@ -462,7 +464,7 @@ if triton is not None:
             *logits.stride()[:2],
             num_nodes,
             vocab_size,
-            *(noise.shape[:2] if is_sampled else (0, 0)),
+            *(noise.shape[:2] if noise is not None else (0, 0)),
             scale,
             IS_SAMPLED=is_sampled,
             HAS_BOUNDS=has_bounds,
@@ -552,9 +554,8 @@ def verify_tree(
         expect(fits, "noise", f"shape {('W', 'R', vocab_size)}, contiguous", tuple(noise.shape))
         expect(noise.dtype == torch.float32, "noise", "dtype torch.float32", noise.dtype)
         expect(noise.device == logits.device, "noise", f"device {logits.device}", noise.device)
-        for name, tensor in (("noise_steps", noise_steps), ("noise_rows", noise_rows)):
-            expect(tensor is not None, name, "it with noise", None)
-            _expect_integers(name, tensor, (num_batch,), logits.device)
+        for name, indices in (("noise_steps", noise_steps), ("noise_rows", noise_rows)):
+            _expect_integers(name, indices, (num_batch,), logits.device)
         for warper, setting in zip(WARPERS.values(), settings, strict=True):
             if setting is not None:
                 warper(setting)  # refuses what makes no sense
@@ -569,7 +570,9 @@ def verify_tree(
     return run(logits, *tree, num_steps, *drawn, temperature, top_k, top_p, min_p, typical_p)
 
 
-def _expect_integers(name: str, tensor: torch.Tensor, shape: tuple, device: torch.device) -> None:
+def _expect_integers(name: str, tensor: torch.Tensor | None, shape: tuple, device: torch.device) -> None:
+    if tensor is None:
+        raise ValueError(f"{name}: expected it with noise, got None")
     expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
     expect(tensor.dtype == torch.int64, name, "dtype torch.int64", tensor.dtype)
     expect(tensor.device == device, name, f"device {device}", tensor.device)

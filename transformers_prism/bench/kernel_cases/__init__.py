@@ -1,1 +1,55 @@
-"""Calls of each kernel, one file a kernel: what `bench kernels` compiles, counts the traffic of, checks and times."""
+"""The calls of each kernel that are compiled, checked and timed: a file for each kernel.
+
+    cases()        a list of `KernelCase`
+    every_tile()   where tiles depend on shapes, one `KernelCase` for each choice of them, only to be compiled
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+class Inputs:
+    """Makes arguments: random on a real device, without memory on the meta device; the same at every call.
+
+    Args:
+        device (`torch.device` or `str`): of the tensors.
+    """
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
+        """Normally distributed numbers."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, dtype)
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """Integers from `low` to `high - 1`."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=torch.int64, device=self.device)
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+
+
+@dataclass
+class KernelCase:
+    """One call of a kernel.
+
+    Args:
+        config: sizes and dtype, to read.
+        make: the arguments, from [`Inputs`]; called anew for each run, since an operation may write to them.
+        call: the public function; takes the arguments and `implementation`.
+        launch: the launcher of the Triton kernels; takes the arguments.
+        tolerance: largest difference from the PyTorch path, relative to its largest value.
+        results: the tensors to compare, from the arguments and what `call` returned.
+    """
+
+    config: str
+    make: Callable[[Inputs], tuple]
+    call: Callable
+    launch: Callable
+    tolerance: float
+    results: Callable = field(default=lambda arguments, returned: returned)

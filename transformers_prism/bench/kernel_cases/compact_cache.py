@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.compact_cache import _compact_cache_fwd, compact_cache
 
 
@@ -35,18 +35,3 @@ def cases() -> list[KernelCase]:
         )
         for config, size in sizes.items()
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """32 layers, 6 accepted rows whatever N is."""
-    arguments = _make(Inputs("meta"), num_layers=32)
-    with recorded_launches() as launches:
-        _compact_cache_fwd(*arguments)
-    (launch,) = launches
-    buffer = arguments[0][0]
-    num_moves, block_a, block_e = arguments[1].shape[1], launch.kwargs["BLOCK_A"], launch.kwargs["BLOCK_E"]
-    # Rows of a tile beyond the moves are masked and not loaded.
-    per_program = min(num_moves, block_a) * min(block_e, buffer.shape[3]) * buffer.element_size()
-    moved = len(arguments[0]) * buffer.shape[1] * num_moves * buffer.shape[3] * buffer.element_size()
-    loaded = launch.num_programs * per_program
-    return Traffic(num_nodes, num_moves, launch.num_programs, {"accepted rows": (loaded, moved)}, other=loaded)

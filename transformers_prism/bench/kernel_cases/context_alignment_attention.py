@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.context_alignment_attention import (
     _context_alignment_attention_bwd,
     _context_alignment_attention_fwd,
@@ -85,26 +85,3 @@ def every_tile() -> list[KernelCase]:
         for head_dim in (32, 64, 128, 256)
         for step in (2, 7)
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """The forward pass of draft step 2 over 2048 rows, whatever N is: 32 heads, 8 of keys, head dimension 128."""
-    query, keys, values, starts, scale = _make(Inputs("meta"))
-    with recorded_launches() as launches:
-        _context_alignment_attention_fwd(query, keys, values, starts, scale)
-    (launch,) = launches
-    size, step = query.element_size(), len(keys) - 1
-    num_heads, num_rows, head_dim = query.shape[1:]
-    num_groups, block_m, block_k = keys[0].shape[1], launch.kwargs["BLOCK_M"], launch.kwargs["BLOCK_K"]
-    # A program reads whole tiles up to the last row that it sees.
-    ends = [min(tile * block_m + block_m, num_rows) - step for tile in range(launch.grid[0])]
-    seen = sum(min(-(-end // block_k) * block_k, num_rows) for end in ends)
-    loaded = num_heads * seen * head_dim * size
-    own = keys[0].numel() * size
-    path = 2 * step * own
-    again = (num_heads // num_groups - 1) * path
-    streams = {"keys of step 0": (loaded, own), "values of step 0": (loaded, own)}
-    other = 2 * query.numel() * size + path + num_heads * num_rows * 4
-    return Traffic(
-        num_nodes, num_rows * num_heads // num_groups, launch.num_programs, streams, other=other, cached=again
-    )

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.fused_input_projection import _fused_input_projection_fwd, fused_input_projection
 
 
@@ -38,19 +38,3 @@ def cases() -> list[KernelCase]:
         )
         for config, size in sizes.items()
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """A draft step over the 16 rows that the kernel takes at most, whatever N is."""
-    arguments = _make(Inputs("meta"), num_rows=16)
-    with recorded_launches() as launches:
-        _fused_input_projection_fwd(*arguments)
-    (launch,) = launches
-    _, hidden, _, weight, bias, _ = arguments
-    size = hidden.element_size()
-    # Columns of a last tile beyond the width are masked and not loaded.
-    num_columns = min(launch.num_programs * launch.kwargs["BLOCK_D"], weight.shape[0])
-    streams = {"weight": (num_columns * weight.shape[1] * size, weight.numel() * size)}
-    inputs = 2 * hidden.numel() * size
-    other = inputs + hidden.numel() * size + bias.numel() * size
-    return Traffic(num_nodes, 16, launch.num_programs, streams, other=other, cached=(launch.num_programs - 1) * inputs)

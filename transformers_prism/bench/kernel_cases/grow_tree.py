@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.grow_tree import (
     _ancestor_bits_fwd,
     _choose_nodes_fwd,
@@ -49,15 +49,3 @@ def cases() -> list[KernelCase]:
         bits("bits B1 N64", _make_parents),
         bits("bits B4 N128", partial(_make_parents, num_rows=4, num_nodes=128)),
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """The choice of N - 1 nodes among 710 candidates: kilobytes, in one program for each row of the batch, whose time is
-    that of a launch."""
-    arguments = _make_pool(Inputs("meta"), num_nodes=num_nodes - 1)
-    with recorded_launches() as launches:
-        chosen = _choose_nodes_fwd(*arguments)
-    (launch,) = launches
-    tensors = [one for one in (*arguments, *chosen) if isinstance(one, torch.Tensor)]
-    other = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return Traffic(num_nodes, num_nodes, launch.num_programs, {}, other=other)

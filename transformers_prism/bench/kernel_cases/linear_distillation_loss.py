@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.linear_distillation_loss import (
     LOSSES,
     _linear_distillation_loss_bwd,
@@ -67,29 +67,3 @@ def cases() -> list[KernelCase]:
         )
         for config, size in sizes.items()
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """The forward pass of three draft steps over 1024 rows and a draft vocabulary of 32000, whatever N is."""
-    student, teacher, head, losses, *rest = _make(Inputs("meta"))
-    rows = student.flatten(0, 1)
-    with recorded_launches() as launches:
-        _linear_distillation_loss_fwd(rows, teacher, head, ",".join(losses), *rest)
-    launch = launches[0]
-    size = rows.element_size()
-    row_tiles, num_splits = launch.grid
-    # Each part ends where the next begins; masked rows of its last tile are not loaded.
-    loaded = row_tiles * head.numel() * size
-    partials = launch.args[3].numel() * 4
-    tiles_of_tokens = -(-head.shape[0] // launch.kwargs["BLOCK_V"])
-    states = 2 * rows.numel() * size
-    own = rows.numel() * size + teacher.numel() * size
-    return Traffic(
-        num_nodes,
-        len(rows),
-        launch.num_programs,
-        {"head": (loaded, head.numel() * size)},
-        partials,
-        other=own,
-        cached=tiles_of_tokens * states - own,
-    )

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.top_k_log_prob import _top_k_log_prob_fwd, top_k_log_prob
 
 
@@ -77,22 +77,3 @@ def every_tile() -> list[KernelCase]:
         for num_rows in (16, 32, 64, 128)
         for k in (1, 10, 64)
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """LLaMA-3's head of 128256 rows over N hidden states, the ten best of each."""
-    arguments = _make(Inputs("meta"), num_rows=num_nodes, num_tokens=128256)
-    with recorded_launches() as launches:
-        returned = _top_k_log_prob_fwd(*arguments)
-    launch = launches[0]
-    hidden, weight = arguments[:2]
-    size, (num_row_tiles, num_splits) = hidden.element_size(), launch.grid
-    split_length = dict(zip(launch.function.arg_names, launch.args, strict=False))["split_length"]
-    # Rows of the head beyond a part's end are masked and not loaded.
-    lengths = [min(split_length, weight.shape[0] - part * split_length) for part in range(num_splits)]
-    streams = {"head": (num_row_tiles * sum(lengths) * weight.shape[1] * size, weight.numel() * size)}
-    partials = sum(tensor.numel() * tensor.element_size() for tensor in launch.args[3:6])
-    other = hidden.numel() * size + sum(tensor.numel() * tensor.element_size() for tensor in returned)
-    num_reads = sum(-(-length // launch.kwargs["BLOCK_V"]) for length in lengths)
-    cached = (num_reads - 1) * hidden.numel() * size
-    return Traffic(num_nodes, num_nodes, launch.num_programs, streams, partials, other, cached)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.tree_attention import _tree_attention_fwd, pack_ancestors, tree_attention
 
 
@@ -91,28 +91,3 @@ def every_tile() -> list[KernelCase]:
         for head_dim in (32, 64, 128, 256)
         for num_rows in (16, 32, 64, 128)
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """One layer of the target's verification over a prefix of 4096: 32 heads, 8 of keys, head dimension 128."""
-    query, key, value, ancestors, committed, *rest = _make(Inputs("meta"), num_nodes=num_nodes)
-    with recorded_launches() as launches:
-        _tree_attention_fwd(query, key, value, ancestors, committed, *rest)
-    attention = launches[0]
-    num_row_tiles, num_heads, num_splits = attention.grid
-    size = key.element_size()
-    num_rows = num_nodes * query.shape[1] // key.shape[1]
-    split_length = dict(zip(attention.function.arg_names, attention.args, strict=False))["split_length"]
-    num_prefix = committed.shape[1]
-    # Each part ends where the next begins; masked keys of its last tile are not loaded.
-    lengths = [max(0, min(split_length, num_prefix - part * split_length)) for part in range(num_splits)]
-    loaded = num_row_tiles * num_heads * sum(lengths) * key.shape[3] * size
-    own = num_heads * num_prefix * key.shape[3] * size
-    parts = 0
-    if num_splits > 1:
-        parts = sum(tensor.numel() * tensor.element_size() for tensor in attention.args[6:8])
-    tree = 2 * num_heads * num_nodes * key.shape[3] * size
-    other = 2 * query.numel() * size + tree + ancestors.numel() * 8 + committed.numel()
-    again = (num_splits - 1) * query.numel() * size + (num_row_tiles - 1) * tree
-    streams = {"prefix keys": (loaded, own), "prefix values": (loaded, own)}
-    return Traffic(num_nodes, num_rows, attention.num_programs, streams, parts, other, again)

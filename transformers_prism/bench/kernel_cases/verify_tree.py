@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from transformers_prism.bench.kernels import Inputs, KernelCase, Traffic, recorded_launches
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase
 from transformers_prism.kernels.verify_tree import _verify_tree_fwd, verify_tree, verify_tree_reference
 
 _ALL_WARPERS = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.9}
@@ -75,20 +75,3 @@ def cases() -> list[KernelCase]:
         KernelCase(config, partial(_make, **size), verify_tree, _verify_tree_fwd, tolerance=0.0)
         for config, size in sizes.items()
     ]
-
-
-def traffic(num_nodes: int) -> Traffic:
-    """A round sampled at a temperature, batch 1: logits and the noise of 7 steps."""
-    arguments = _make(Inputs("meta"), num_nodes=num_nodes, temperature=0.8)
-    with recorded_launches() as launches:
-        _verify_tree_fwd(*arguments)
-    choose, _ = launches
-    logits, noise = arguments[0], arguments[5]
-    # Tokens of a last tile beyond the vocabulary are masked and not loaded.
-    per_node = min(choose.grid[1] * choose.kwargs["BLOCK_V"], logits.shape[2])
-    own = logits.numel() * logits.element_size()
-    streams = {"logits": (choose.grid[0] * per_node * logits.element_size(), own)}
-    noise_bytes = noise.numel() * noise.element_size()
-    parts = sum(one.numel() * one.element_size() for one in launches[1].args[2:5])
-    again = choose.grid[0] * per_node * noise.element_size() - noise_bytes
-    return Traffic(num_nodes, num_nodes, choose.num_programs, streams, parts, noise_bytes, again)
