@@ -95,13 +95,14 @@ def test_published_code_is_the_packages_code(saved):
 
 def test_published_imports_of_a_folder_are_flattened():
     """In a file beside the folder, in one inside it, and nowhere but in import lines."""
-    walk, kernel = PACKAGE / "decoding" / "sequences.py", PACKAGE / "kernels" / "verify_tree.py"
+    walk, kernel = PACKAGE / "decoding" / "walk.py", PACKAGE / "kernels" / "verify_tree.py"
     loop = PACKAGE / "generation.py"
     assert "\nfrom .kernels_verify_tree import " in published_code(walk)
     assert "\nfrom .decoding_tree import " in published_code(walk)
-    assert "\nfrom .transformers_names import " in published_code(walk)
+    assert "\nfrom .decoding_sampler import " in published_code(walk)
+    assert "\nfrom .transformers_names import " in published_code(PACKAGE / "decoding" / "sequences.py")
     assert "\nfrom .kernels_dispatch import " in published_code(kernel)
-    assert "\nfrom .decoding_sequences import " in published_code(loop)
+    assert "\nfrom .decoding_walk import " in published_code(loop)
     assert published_name(kernel) == "kernels_verify_tree.py"
     assert published_name(loop) == "generation.py"
 

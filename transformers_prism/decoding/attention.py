@@ -36,8 +36,8 @@ from ..transformers_names import attention_name
 PRISM_TREE = "prism_tree"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
 _UNKNOWN_INPUTS = ("s_aux", "position_bias")
-# Where products over all keys were seen to beat SDPA on CPUs (9 heads of 64 in groups of 3, float32): from so many keys
-# on, for up to so many queries. `bench scaling --context` shows what it is worth.
+# Where products over all keys were seen to beat SDPA on CPUs (9 heads of 64 in groups of 3, float32): from this number of
+# keys on, for up to this number of queries. `bench scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
 
@@ -81,6 +81,8 @@ def attach_tree(
         mask (`torch.BoolTensor`): what each node sees.
         ancestors, committed, node_index, sliding_window: see [`TreeMask`].
     """
+    # An attribute of the tensor, since nothing else reaches the attention function of every model: many forwards hand on no
+    # keyword arguments to their layers, and a subclass of Tensor would be unwrapped by the first operation on the mask.
     mask.prism_tree = TreeMask(ancestors, committed, node_index, sliding_window)  # type: ignore[attr-defined]
     return mask
 

@@ -1,10 +1,9 @@
-"""Key and value caches that can be committed to a path: append N rows, keep some of them, per row of the batch.
+"""Key and value caches that can be committed to a path: append the keys of a tree, keep some of them, in each sequence.
 
-Layout: new keys are appended behind the longest row of the batch. Committing keeps those that were accepted and forgets
-the rest, in one of two ways. A dense cache moves each row's accepted keys to that row's own end, behind its left padding
-and all it holds. A cache that may have holes moves them to the end of the longest row, where most of them are already, and
-those of a single row not at all; what was not accepted and rows that accepted fewer leave holes, which the masks leave out,
-and once there are too many, all rows are moved together.
+Layout: new keys are appended behind the longest sequence of the batch. Committing keeps those that were accepted, in one
+of two ways. A dense cache moves them to the end of their own sequence. A cache that may have holes moves them to the end of
+the longest one, where most of them are already, and those of a single sequence not at all; what was not accepted leaves
+holes, which the masks leave out, and once there are too many, all are closed together.
 
 There are two kinds of layers with the same few methods: `TreeLayer` grows, `StaticTreeLayer` keeps its shapes, so that a
 compiled forward is never compiled anew.
@@ -29,10 +28,10 @@ _MASK_ROOM = 256
 
 
 class TreeLayer(DynamicLayer):
-    """A cache layer that writes in place into a buffer which grows by half, and whose rows can be moved.
+    """A cache layer that writes in place into a buffer which grows by half, and whose keys can be moved.
 
-    It keeps every position: a sliding window is a matter of the mask, since rows that lag behind in a batch still
-    need keys that the window of the longest row has left.
+    It keeps every position: a sliding window is a matter of the mask, since sequences that lag behind in a batch still
+    need keys that the window of the longest one has left.
     """
 
     def __init__(self, **kwargs):
@@ -48,16 +47,16 @@ class TreeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, states) -> None:
-        """Nothing: what is stored is what counts."""
+        """Ignored: `update` has stored them already."""
 
     @property
     def values(self) -> torch.Tensor | None:
-        """As `keys`."""
+        """All that is stored, a view, as `keys`."""
         return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
 
     @values.setter
     def values(self, states) -> None:
-        """Nothing, too."""
+        """Ignored, as for `keys`."""
 
     def lazy_initialization(self, key_states, value_states) -> None:
         """Take dtype and device from the first keys and values."""
@@ -101,13 +100,13 @@ class TreeLayer(DynamicLayer):
         """Positions stored, holes included."""
         return self.length
 
-    def keep_sequences(self, rows: list[int]) -> None:
-        """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
-        for place, row in enumerate(rows):
-            if place != row:
-                self.keys[place] = self.keys[row]
-                self.values[place] = self.values[row]
-        self.key_buffer, self.value_buffer = self.key_buffer[: len(rows)], self.value_buffer[: len(rows)]
+    def keep_sequences(self, places: list[int]) -> None:
+        """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
+        for to, place in enumerate(places):
+            if to != place:
+                self.keys[to] = self.keys[place]
+                self.values[to] = self.values[place]
+        self.key_buffer, self.value_buffer = self.key_buffer[: len(places)], self.value_buffer[: len(places)]
 
 
 class StaticTreeLayer(StaticLayer):
@@ -133,21 +132,21 @@ class StaticTreeLayer(StaticLayer):
 
 
 class CommittedCache:
-    """A cache of `TreeLayer`s or `StaticTreeLayer`s with what is committed in each row.
+    """A cache of `TreeLayer`s or `StaticTreeLayer`s with what is committed in each sequence.
 
     Args:
         cache (`Cache`): holds such layers.
         committed (`torch.BoolTensor` of shape `(B, P)`): True where a key takes part in attention.
-        max_holes (`int`): positions by which P may come to exceed the longest row before rows are moved together; 0: every
-            row is dense at all times.
+        max_holes (`int`): positions by which P may exceed the longest sequence before holes are closed; 0: every
+            sequence is dense at all times.
     """
 
     def __init__(self, cache: Cache, committed: torch.Tensor, max_holes: int = 0):
         self.cache = cache
         self.committed = committed
         self.max_holes = max_holes
-        self.lengths = [committed.shape[1]] * committed.shape[0]  # of each row, left padding included, without holes
-        self.num_dense = committed.shape[1]  # positions before which no row has a hole
+        self.lengths = [committed.shape[1]] * committed.shape[0]  # left padding included, without holes
+        self.num_dense = committed.shape[1]  # positions before which no sequence has a hole
         # A mask with more positions, all committed, and the part of it that is `committed`, where one was made.
         self.longer = self.part_of_longer = committed
 
@@ -160,7 +159,7 @@ class CommittedCache:
         """Keep some of the keys appended since the last commit and forget the others.
 
         Args:
-            accepted: for each row the offsets, rising, among the appended keys.
+            accepted: for each sequence the offsets, rising, among the appended keys.
         """
         if self.max_holes and len(accepted) == 1:
             self._commit_in_place(accepted[0])
@@ -172,10 +171,10 @@ class CommittedCache:
             [(width + offset, end + i) for i, offset in enumerate(offsets) if width + offset != end + i]
             for end, offsets in zip(ends, accepted, strict=True)
         ]
-        num_moves = max(len(row) for row in moves)
+        num_moves = max(map(len, moves))
         if num_moves:
             # -1 moves nothing.
-            table = torch.tensor([row + [(-1, -1)] * (num_moves - len(row)) for row in moves])  # [B, A, 2]
+            table = torch.tensor([one + [(-1, -1)] * (num_moves - len(one)) for one in moves])  # [B, A, 2]
             self._move(table)
         self._set_length(max(new_ends))
         self._grow_mask(ends, new_ends)
@@ -183,7 +182,7 @@ class CommittedCache:
         self._close_too_many_holes()
 
     def _commit_in_place(self, offsets: list[int]) -> None:
-        """Of a single row: accepted keys stay where they are, and what lies between them becomes holes."""
+        """Of a single sequence: accepted keys stay where they are, and what lies between them becomes holes."""
         width, num_new = self.width, offsets[-1] + 1 if offsets else 0
         self._set_length(width + num_new)
         if num_new == len(offsets):
@@ -229,7 +228,7 @@ class CommittedCache:
         self._set_length(0)
 
     def places(self) -> torch.Tensor:
-        """The index of each key in its row, holes not counted, `(B, P)`."""
+        """The index of each key in its sequence, holes not counted, `(B, P)`."""
         index = torch.arange(self.width, device=self.committed.device).expand(len(self.lengths), -1)
         if min(self.lengths) == self.width:
             return index
@@ -241,7 +240,7 @@ class CommittedCache:
             self.close_holes()
 
     def close_holes(self) -> None:
-        """Make every row dense, and P the length of the longest; moves what was committed since that was so last."""
+        """Make every sequence dense, and P the length of the longest."""
         if min(self.lengths) == self.width:
             return
         start, end = self.num_dense, max(self.lengths)
@@ -249,7 +248,7 @@ class CommittedCache:
         index = torch.arange(end - start, device=device)
         is_key = index < (torch.tensor(self.lengths, device=device) - start)[:, None]
         if self.max_holes and end > start:
-            # False sorts before True: the keys of each row in order, then its holes.
+            # False sorts before True: the keys of each sequence in order, then its holes.
             order = (~self.committed[:, start:]).sort(dim=1, stable=True).indices[:, : end - start]
             table = torch.stack((order, index.expand_as(order)), dim=-1) + start
             self._move(torch.where(is_key[..., None], table, -1))
@@ -261,12 +260,12 @@ class CommittedCache:
         """Drop all keys appended since the last commit."""
         self._set_length(self.width)
 
-    def keep_sequences(self, rows: list[int]) -> None:
-        """Keep these rows of the batch, in place, each of which stands where it was or further behind."""
-        self.lengths = [self.lengths[row] for row in rows]
-        self.committed = self.committed[torch.tensor(rows, device=self.committed.device)]
+    def keep_sequences(self, places: list[int]) -> None:
+        """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
+        self.lengths = [self.lengths[place] for place in places]
+        self.committed = self.committed[torch.tensor(places, device=self.committed.device)]
         for layer in self._layers():
-            layer.keep_sequences(rows)
+            layer.keep_sequences(places)
         self._close_too_many_holes()
 
 
@@ -384,12 +383,12 @@ class AdoptedLayers:
         """Restore the layers, without what the loop has committed."""
         for layer, lent in zip(self.originals, self.cache.layers, strict=False):
             if type(layer) is StaticLayer and layer.max_cache_len == self.capacity:
-                vars(layer).update(vars(lent))  # tensors that were made only now
+                layer.__dict__.update(vars(lent))  # tensors that were made only now
         self.cache.layers = self.originals
         self.cache.layer_class_to_replicate = self.layer_class
 
     def put_back_with_new_states(self) -> None:
-        """Restore the layers and give them what the loop has committed; all rows must have one length."""
+        """Restore the layers and give them what the loop has committed; all sequences must have one length."""
         lent = self.cache.layers
         self.put_back()
         while len(self.cache.layers) < len(lent):

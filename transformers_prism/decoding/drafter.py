@@ -29,7 +29,7 @@ def _causal_mask(length: int, device) -> torch.Tensor:
 
 
 class Drafter:
-    """Drafts trees for the rows of one generate() call.
+    """Runs the draft steps of a batch of sequences.
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
@@ -59,7 +59,7 @@ class Drafter:
             token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position, best on the host.
             target_hidden (`torch.Tensor` of shape `(B, A, L * target_hidden_size)`): the target's states there.
             position_ids (`torch.LongTensor` of shape `(B, A)`): positions of those states.
-            num_new: how many of the A positions of each row are real; the rest, at the end, are ignored. In the first
+            num_new: how many of the A positions of each sequence are real; others, at the end, are ignored. In the first
                 call all of them are.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
@@ -104,7 +104,7 @@ class Drafter:
             # A mask of two dimensions would do, but transformers would look at its values.
             visible = committed[:, None]  # what the last position sees
             if self.draft.config.num_layers_per_module > 1:
-                # Padding sees itself, since a row that sees nothing may come out as NaN.
+                # Padding sees itself, since a query that sees nothing may come out as NaN.
                 itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
                 visible = self._causal(token_ids) & visible | itself
             mask = attention_mask(visible, attention_name(self.draft.config), hidden.dtype)
@@ -135,22 +135,22 @@ class Drafter:
         return self.draft(token_ids, hidden, last, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
 
     def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor | int) -> None:
-        """Keep what the next tree begins with; `num_new` is of each row `(B,)`, or of all."""
-        rows = slice(None) if isinstance(num_new, int) else torch.arange(len(num_new), device=output.device)
-        last = (rows, num_new - 1)
+        """Keep what the next tree begins with; `num_new` is of each sequence `(B,)`, or of all."""
+        places = slice(None) if isinstance(num_new, int) else torch.arange(len(num_new), device=output.device)
+        last = (places, num_new - 1)
         # A copy: a view would keep the output at a whole prompt.
         self.last_hidden = output[last].clone()
         self.last_position = position_ids[last]
         self.root_ids = token_ids[last]
 
     def grow(self, settings, coupling: Coupling | None = None) -> Tree:
-        """Steps 0 to `settings.depth - 1`: draw a tree below each row's last committed token.
+        """Steps 0 to `settings.depth - 1`: draw a tree below each sequence's last committed token.
 
         Args:
             settings (`TreeSettings`): `depth` 0 gives the root alone.
             coupling (`Coupling`, *optional*): see [`~Drafter.draw`].
         Returns:
-            `Tree` with `settings.num_nodes` drafted nodes in every row.
+            `Tree` with `settings.num_nodes` drafted nodes in every sequence.
         """
         if settings.depth == 0:
             return root_tree(self.root_ids)
@@ -167,10 +167,10 @@ class Drafter:
         """Run draft steps 0 to `depth - 1` and return everything that they propose.
 
         Args:
-            top_k (`int`): children of every node, and nodes that a step goes on with at most.
+            top_k (`int`): children of every node, and nodes that a step expands at most.
             depth (`int`): steps at most, 1 or more.
             choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
-                `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall go on with,
+                `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall expand,
                 the best of them, 0 for no more steps. Without it, `top_k`.
             coupling (`Coupling`, *optional*): the random numbers that the target will sample with. Nodes are then
                 proposed by how likely they are to be chosen with these.
@@ -210,19 +210,19 @@ class Drafter:
         return coupling.likeliest(depth, token_ids, log_probs, top_k)
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
-        """What new rows see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
+        """What new nodes see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
         implementation = attention_name(self.draft.config)
         mask = attention_mask(visible_keys(self.cache.committed, ancestors), implementation, dtype)
         if implementation != PRISM_TREE:
             return mask
         return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
 
-    def keep_sequences(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch only."""
+    def keep_sequences(self, places: list[int]) -> None:
+        """Go on with the sequences at these places of the batch only."""
         if self.cache is None:
             return
-        self.cache.keep_sequences(rows)
-        index = torch.tensor(rows, device=self.root_ids.device)
+        self.cache.keep_sequences(places)
+        index = torch.tensor(places, device=self.root_ids.device)
         self.last_hidden = self.last_hidden[index]
         self.last_position = self.last_position[index]
         self.root_ids = self.root_ids[index]

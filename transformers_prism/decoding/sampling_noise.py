@@ -1,11 +1,11 @@
-"""The random numbers of sampling: one draw per decoding step, known before the draft proposes.
+"""The random numbers of sampling, which target and draft share (Gumbel coupling): known before the draft proposes.
 
 Plain decoding samples the token `argmax p / e`, with e drawn anew from the exponential distribution for each step and
 p the target's processed distribution; `torch.multinomial` does that, bit for bit. Nothing but the step decides on e. So
 it can be drawn a few steps ahead, in order, and the draft may look at it: where q is near p, `argmax q / e` is more
 often the token that will be chosen than `argmax q`, and the most probable nodes of a tree change with e. The target's
-choice does not look at the tree, so the text stays plain decoding's.
-Shape letters: B rows of the tree or call, K nodes of a draft step, M tokens that compete, W steps, V vocabulary.
+choice does not look at the tree, so the text stays plain decoding's. The setting `tree_coupled` turns this off.
+Shape letters: B sequences, K nodes of a draft step, M tokens that compete, W steps, V vocabulary.
 Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978), Gumbel sampling with random numbers that both sides share.
 """
 
@@ -19,18 +19,18 @@ from ..kernels.dispatch import TRITON_DEVICES
 # Tokens after a node that compete for being proposed, its likeliest: more than are proposed, since a draw may lift any of
 # them, and no more than `top_k_log_prob` finds in one go.
 NUM_COMPETING = 64
-# Of sampling noise that is held for rows that are not equally far: one step of 8 rows over a vocabulary of 152k takes 5 MB.
+# Of sampling noise held for sequences that are not equally far: a step of 8 of them over a vocabulary of 152k takes 5 MB.
 MAX_NOISE_BYTES = 2**28
 # Score of a token that a warper rules out: small, but a number.
 _RULED_OUT = -100.0
 
 
 class StepNoise:
-    """The exponential noise of each decoding step for a whole batch, drawn in order when a row first needs it.
+    """The exponential noise of each decoding step for a whole batch, drawn in order when a sequence first needs it.
 
-    Each row has a window of its own steps. A draw, `(B, V)`, goes to every row whose window it continues. Rows far ahead
-    of others would need a buffer as long as their lead, so windows have a size at which they stop to grow: what a row
-    that lags has no room for is dropped, and drawn once more from the generator's state before that step when the row
+    Each sequence, a row of the noise, has a window of its own steps. A draw, `(B, V)`, goes to every one whose window it
+    continues. One far ahead of others would need a buffer as long as its lead, so windows have a largest size: what does not
+    fit into the window of one that lags is dropped, and drawn once more from the generator's state before that step when it
     comes to it. A state takes 5 kB on a CPU and 16 bytes on a GPU.
 
     Args:

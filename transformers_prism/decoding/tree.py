@@ -26,7 +26,7 @@ from ..kernels.tree_attention import unpack_ancestors
 
 @dataclass
 class Tree:
-    """Drafted tokens of a batch of rows, all of shape `(B, N)`.
+    """Drafted tokens of a batch of sequences, all of shape `(B, N)`.
 
     Args:
         token_ids (`torch.LongTensor`): ids in the target's vocabulary; node 0 is the last committed token.
@@ -46,7 +46,7 @@ class Tree:
         return self.token_ids.shape[1]
 
     def ancestors(self) -> torch.Tensor:
-        """`(B, N, N)` bool: True where the column is the row's node or one of its ancestors."""
+        """`(B, N, N)` bool: [b, i, j] is True where j is i or one of its ancestors."""
         return ancestor_mask(self.parents)
 
 
@@ -83,7 +83,7 @@ class CandidatePool:
         return torch.cat([log_probs for _, _, log_probs in self.steps], dim=1)
 
     def rows(self) -> list[tuple[list[int], list[int], list[int], list[float]]]:
-        """Token ids, parents, depths and log-probabilities of each row."""
+        """Token ids, parents, depths and log-probabilities of each sequence."""
         parts = [[part.tolist() for part in step] for step in self.steps]
         rows: list[tuple] = []
         for row in range(len(parts[0][0])):
@@ -114,7 +114,7 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
 
 
 def _ancestors_of_row(parents: list[int]) -> list[list[bool]]:
-    """For each node of a row whether each node is the node itself or an ancestor."""
+    """For each node of a sequence whether each node is the node itself or an ancestor."""
     num_nodes = len(parents)
     ancestors = [[True] + [False] * (num_nodes - 1)]
     for node, parent in enumerate(parents[1:], start=1):
@@ -130,7 +130,7 @@ def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) ->
     and parents precede their children in the pool.
 
     Args:
-        root_ids (`torch.LongTensor` of shape `(B,)`): last committed token of each row.
+        root_ids (`torch.LongTensor` of shape `(B,)`): last committed token of each sequence.
         pool (`CandidatePool`): C candidates.
         num_nodes (`int`): drafted nodes to keep, the root not counted; at most C.
     Returns:
@@ -140,7 +140,7 @@ def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) ->
 
 
 def visible_keys(committed: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-    """What each new row may attend to: all committed keys and its own ancestors among the new ones.
+    """What each new node may attend to: all committed keys and its own ancestors among the new ones.
 
     Args:
         committed (`torch.BoolTensor` of shape `(B, P)`): False at padding and at holes.

@@ -58,8 +58,8 @@ def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, d
         drawn = dict(zip(names, noise, strict=True)) | sampler.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits
-    parts = (logits, tree.token_ids, tree.parents, tree.depths)
-    walks = verify_tree(*(part.to(sampler.device) for part in parts), num_steps, **drawn).tolist()
+    token_ids, parents, depths = (part.to(sampler.device) for part in (tree.token_ids, tree.parents, tree.depths))
+    walks = verify_tree(logits.to(sampler.device), token_ids, parents, depths, num_steps, **drawn).tolist()
     kept: list[list[int]] = []
     for index, (num_emitted, *walked) in zip(sequences.active, walks, strict=True):
         kept.append([])

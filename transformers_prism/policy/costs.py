@@ -1,4 +1,4 @@
-"""What the parts of a round cost here: a target forward over so many tokens, and a draft step.
+"""What the parts of a round cost here: a target forward over N tokens, and a draft step.
 
 Measured once for a target, a draft, a device, a number of threads and a batch size, kept on disk, and corrected by
 every round that runs, since contexts grow and machines slow down. What was kept is tried by a few forwards before a
@@ -26,9 +26,9 @@ from ..decoding.drafter import Drafter
 from ..decoding.tree_target import is_compiled
 from ..whole_files import write_json
 
-# Tokens of one row in a target forward that are measured; between them costs are interpolated.
+# Tokens of one sequence in a target forward that are measured; between them costs are interpolated.
 MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-# In one forward, all rows together: beyond the last point measured the line goes on.
+# In one forward, all sequences together: beyond the last point measured the line is continued.
 _MAX_TOKENS = 128
 _NUM_REPEATS = 3
 # A round moves the estimate a tenth of the way to what it measured, and its neighbours' a twentieth.
@@ -49,7 +49,7 @@ class RoundCosts:
     """Seconds of the parts of a round for a batch.
 
     Args:
-        num_tokens: tokens in a target forward, all rows together, increasing.
+        num_tokens: tokens in a target forward, all sequences together, increasing.
         verify_seconds: of a target forward over that many tokens.
         step_seconds: of one draft step with its proposals and its share of choosing nodes.
     """
@@ -59,10 +59,10 @@ class RoundCosts:
     step_seconds: float
 
     def verify(self, num_tokens: int) -> float:
-        """Seconds of a target forward over `num_tokens` tokens, all rows together."""
+        """Seconds of a target forward over `num_tokens` tokens, all sequences together."""
         left, share = self._between(num_tokens)
         low, high = self.verify_seconds[left], self.verify_seconds[left + 1]
-        # Beyond the last point the line goes on; before the first, where rows have ended, fewer tokens cost at least their
+        # Beyond the last point the line is continued; before the first, where sequences have ended, fewer tokens cost at least their
         # share, since a line that is steep would end below nothing.
         return max(low + share * (high - low), low * min(num_tokens / self.num_tokens[left], 1.0))
 
@@ -114,7 +114,7 @@ def _bounded(ratio: float) -> float:
 
 
 def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
-    """The costs of rounds with `num_rows` rows, from the disk or measured, which takes a few dozen target forwards.
+    """The costs of rounds with `num_rows` sequences, from the disk or measured, which takes a few dozen target forwards.
 
     Args:
         target (`PreTrainedModel`): left as it is; its random generator too.
@@ -136,7 +136,7 @@ def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
 
 
 def _read(path: Path, num_rows: int) -> RoundCosts | None:
-    """The costs in a file, or None if it is not one that [`load_or_measure`] wrote for so many rows."""
+    """The costs in a file, or None if it is not one that [`load_or_measure`] wrote for this many sequences."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             return None
@@ -156,7 +156,7 @@ def _read(path: Path, num_rows: int) -> RoundCosts | None:
 
 
 def _counts_of_one_row(num_rows: int) -> list[int]:
-    """Tokens of one row in the forwards that are measured, at least two counts."""
+    """Tokens of one sequence in the forwards that are measured, at least two counts."""
     counts = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS]
     return counts if len(counts) > 1 else [1, 2]
 

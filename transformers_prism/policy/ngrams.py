@@ -10,7 +10,7 @@ MIN_MATCH = 2
 
 
 class NgramIndex:
-    """Where each short run of tokens ended last, over one row's growing text.
+    """Where each short run of tokens ended last, over the growing text of one sequence.
 
     Args:
         token_ids (`list[int]`): the text so far.
