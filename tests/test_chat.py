@@ -55,8 +55,9 @@ def test_what_is_kept_goes_with_its_owner():
     """And is made once, by name."""
     owner, value = FakeCache(), FakeCache()
     seen = weakref.ref(value)
-    assert kept_with(owner, "one", lambda: value) is value
+    keep_with(owner, "one", value)
     assert kept_with(owner, "one", FakeCache) is value
+    assert kept_with(owner, "two", FakeCache) is kept_with(owner, "two", FakeCache)
     keep_with(owner, "other", 5)
     assert take_from(owner, "other") == 5
     assert take_from(owner, "other") is None
