@@ -383,7 +383,8 @@ class AdoptedLayers:
         """Restore the layers, without what the loop has committed."""
         for layer, lent in zip(self.originals, self.cache.layers, strict=False):
             if type(layer) is StaticLayer and layer.max_cache_len == self.capacity:
-                layer.__dict__.update(vars(lent))  # tensors that were made only now
+                for name, value in vars(lent).items():  # tensors may have been made only now
+                    setattr(layer, name, value)
         self.cache.layers = self.originals
         self.cache.layer_class_to_replicate = self.layer_class
 
