@@ -409,7 +409,7 @@ class AdoptedLayers:
 def _sharing(layer: StaticLayer) -> StaticTreeLayer:
     """A layer with the tensors of a static one: it is not copied, and a compiled forward finds them where they were."""
     lent = StaticTreeLayer.__new__(StaticTreeLayer)
-    vars(lent).update(vars(layer))
+    lent.__dict__.update(vars(layer))
     return lent
 
 
