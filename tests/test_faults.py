@@ -44,7 +44,7 @@ def test_lines_of_a_call_are_those_of_the_package_and_of_models_below_it(pairs):
 def test_what_is_not_put_back_is_seen(name, owner, method, pairs, monkeypatch):
     monkeypatch.setattr(owner, method, lambda self: None)
     scenario = BY_NAME[name]
-    found = check_lines(scenario, pairs[scenario.architecture], every=100)
+    found = check_lines(scenario, pairs[scenario.architecture], every=50)
     assert any("cache" in text for text in found["failed"])
 
 
