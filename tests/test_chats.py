@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import read_prompts
 from transformers_prism.cli.main import app
-from transformers_prism.training.chats import chat_of, read_chats, read_data_set
-from transformers_prism.training.conversations import read_conversations
+from transformers_prism.training.data.chats import chat_of, read_chats, read_data_set
+from transformers_prism.training.data.conversations import read_conversations
 
 pytestmark = pytest.mark.quick
 

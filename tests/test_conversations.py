@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, chat_tokenizer, word_tokenizer
 
-from transformers_prism.training.conversations import (
+from transformers_prism.training.data.conversations import (
     ChatPieces,
     Contamination,
     Conversation,

@@ -12,9 +12,9 @@ from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism.cli.main import app
-from transformers_prism.training.conversations import Contamination, read_conversations
+from transformers_prism.training.data.conversations import Contamination, read_conversations
+from transformers_prism.training.data.synthesis import SynthesisConfig, Synthesizer, synthesize
 from transformers_prism.training.slots import Slots
-from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer, synthesize
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 

@@ -19,7 +19,7 @@ from transformers_prism.cli.main import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import (
+from transformers_prism.training.data.conversations import (
     Conversation,
     loop_period,
     read_conversations,

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.features import FeatureStore, OnlineFeatures
 
 # Sorting by length within a few updates wastes little on padding and keeps them different from epoch to epoch.

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
-from transformers_prism.training.conversations import describe, read_parts
+from transformers_prism.training.data.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
 from transformers_prism.training.first_draft import make_draft_config, source_config
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
@@ -95,7 +95,7 @@ def describe_plan(config: TrainConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: for data and settings that cannot be used, as the run itself would say.
     """
-    target_config, tokenizer = _target_config(config.target)
+    target_config, tokenizer = read_target_config(config.target)
     text_config = target_config.get_text_config()
     training, validation = read_parts(config, text_config.vocab_size, tokenizer)
     draft_config = make_draft_config(config, target_config, tokenizer)
@@ -146,7 +146,7 @@ def _num_target_parameters(target_config) -> int:
         return AutoModelForCausalLM.from_config(target_config).num_parameters()
 
 
-def _target_config(name: str | None):
+def read_target_config(name: str | None):
     """The target's configuration and tokenizer, without its weights where that is possible."""
     if name is None or name.endswith(".gguf"):
         target, tokenizer = load_target(name)
@@ -154,4 +154,4 @@ def _target_config(name: str | None):
     return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
-__all__ = ["StageCost", "describe_plan", "stage_costs"]
+__all__ = ["StageCost", "describe_plan", "read_target_config", "stage_costs"]

@@ -69,6 +69,7 @@ class TrainConfig:
     init_from: str | None = _option(None, "Folder or Hub id of a draft to start from; its draft vocabulary is kept.")
     num_conversations: int = _option(0, "Use the first so many conversations of the training part; 0 is all.")
     max_length: int = _option(2048, "Tokens kept of a conversation.")
+    max_bad_share: float = _option(0.5, "Share of a source's rows that may be unusable; they are left out.")
     validation_data: str = _option("", "Conversations to validate on instead of a share of --data; none of them is learnt.")
     validation_share: float = _option(0.05, "Share of the conversations held out; the same ones whatever is added.")
     module_form: str | None = _by_recipe("prism or eagle3.")
@@ -123,6 +124,8 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share: expected a number between 0 and 1, got {self.validation_share}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share: expected a number from 0 to 1, got {self.max_bad_share}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype: expected float32 or bfloat16, got {self.compute_dtype!r}")
         for name in ("batch_size", "accumulation", "num_modules", "warm_up_steps", "split_steps", "save_updates"):

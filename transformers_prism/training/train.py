@@ -30,7 +30,7 @@ from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining, reaches_all_weights
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import Conversation, Part, read_parts
+from transformers_prism.training.data.conversations import Conversation, Part, read_parts
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
 from transformers_prism.training.plan import describe_plan
@@ -243,12 +243,12 @@ def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[Fe
     training, validation = parts
     if config.validation_data:
         stores = [
-            compute_features(target, training.conversations, layer_ids, folder, training.indices, share),
+            compute_features(target, training.data.conversations, layer_ids, folder, training.indices, share),
             compute_features(target, validation.conversations, layer_ids, folder / "validation", validation.indices, share),
         ]
     else:
         needed = [*training.indices, *validation.indices]
-        stores = [compute_features(target, training.conversations, layer_ids, folder, needed, share)] * 2
+        stores = [compute_features(target, training.data.conversations, layer_ids, folder, needed, share)] * 2
     state.wait_for_everyone()
     return stores
 
