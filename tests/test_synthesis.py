@@ -141,7 +141,7 @@ def test_own_user_turns_follow_the_template(tmp_path, target):
 
 
 def test_topics_begin_user_turns(tmp_path, target, monkeypatch):
-    from transformers_prism.training import synthesis
+    from transformers_prism.training.data import synthesis
 
     monkeypatch.setitem(synthesis.TOPICS, "code", ("w50 w51",))
     run(target, tmp_path, topics=("code",), topic_share=0.5)

@@ -112,6 +112,15 @@ def text_of(content, name: str) -> str | None:
     return content
 
 
+def is_messages(value) -> bool:
+    """Whether a JSON value is a list of messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and bool({"role", "from"} & turn.keys()) for turn in value)
+    )
+
+
 def shown(value) -> str:
     """The beginning of a JSON value, for an error; a part that is no text shows its type."""
     if isinstance(value, dict) and isinstance(value.get("type"), str):
@@ -128,7 +137,7 @@ def _chat(row: dict) -> list[dict]:
         return _messages(row[name], name)
     if "turns" in row:
         turns = row["turns"]
-        if _is_messages(turns):
+        if is_messages(turns):
             return _messages(turns, "turns")
         if not isinstance(turns, list):
             turns = [turns]
@@ -138,18 +147,18 @@ def _chat(row: dict) -> list[dict]:
     answer = _first(row, ANSWER_COLUMNS)
     if name := _first(row, PROMPT_COLUMNS):
         return _prompt_and_answer(row, name, answer)
-    if answer and _is_messages(row[answer]):
+    if answer and is_messages(row[answer]):
         return _messages(row[answer], answer)
     if "chosen" in row:
         return _transcript(row["chosen"])
     if "text" in row:
         return [_user(row["text"], "text")]
-    raise RowError(f"expected one of the columns {', '.join(COLUMNS)}, got {sorted(map(str, row))[:8]}")
+    raise RowError(f"expected one of the columns {', '.join(COLUMNS)}, got {sorted(map(str, row))[:8] or 'none that is filled'}")
 
 
 def _prompt_and_answer(row: dict, name: str, answer: str | None) -> list[dict]:
     """Alpaca, TRL's prompt and completion, preferences, and other pairs of columns."""
-    if _is_messages(row[name]):
+    if is_messages(row[name]):
         chat = _messages(row[name], name)
     else:
         parts = [text_of(row[name], name)]
@@ -161,7 +170,7 @@ def _prompt_and_answer(row: dict, name: str, answer: str | None) -> list[dict]:
     if answer is None or row[answer] == "":
         return chat
     value = row[answer]
-    if _is_messages(value):
+    if is_messages(value):
         answers = _messages(value, answer)
         # Preferences often hold the prompt in the answer, too.
         is_whole = any(turn["role"] == "user" for turn in answers)
@@ -245,15 +254,14 @@ def _assistant(turn: dict, name: str) -> dict:
 
 def _tool_calls(given) -> list[dict] | None:
     """Tool calls as templates take them, the arguments an object; None if one of them cannot be read."""
-    given = _from_json(given)
+    # Tables fill the arguments of other tools with null.
+    given = _from_json(given) if isinstance(given, str) else _without_nulls(given)
     calls = []
     for call in given if isinstance(given, list) else [given]:
         function = _from_json(call.get("function", call)) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return None
-        arguments = function.get("arguments", function.get("parameters"))
-        # Tables fill the arguments of other tools with null.
-        arguments = _without_nulls(arguments) if isinstance(arguments, dict) else _from_json(arguments or "{}")
+        arguments = _from_json(function.get("arguments", function.get("parameters")) or "{}")
         if not isinstance(arguments, dict):
             return None
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
@@ -267,10 +275,6 @@ def _tool_calls(given) -> list[dict] | None:
 
 def _first(row: dict, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
-
-
-def _is_messages(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in value)
 
 
 def _from_json(value):
@@ -297,4 +301,4 @@ def _text_of_part(part, name: str) -> str:
     return text_of(part, name)
 
 
-__all__ = ["COLUMNS", "ROLES", "NoAnswer", "RowError", "chat_of", "prompt_of", "shown", "text_of", "tools_of"]
+__all__ = ["COLUMNS", "ROLES", "NoAnswer", "RowError", "chat_of", "is_messages", "prompt_of", "shown", "text_of", "tools_of"]

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from transformers_prism.training.data.chats import COLUMNS, NoAnswer, RowError, prompt_of, shown
+from transformers_prism.training.data.chats import COLUMNS, NoAnswer, RowError, is_messages, prompt_of, shown
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """JSON lines, or one array, or one object that holds an array."""
+    """JSON lines, or one array of rows, or one object that holds it, or one row."""
     _, first = next(_lines(path), (0, ""))
     if first.lstrip().startswith("[") or isinstance(_parsed(first), RowError):
         whole = _parsed("".join(line for _, line in _lines(path)))
@@ -214,7 +214,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             inner = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
             whole = inner[0] if len(inner) == 1 else whole
         if not isinstance(whole, RowError):
-            rows = whole if isinstance(whole, list) else [whole]
+            rows = whole if isinstance(whole, list) and not is_messages(whole) else [whole]
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
             return
         if _kind(path) == ".json" and isinstance(_parsed(first), RowError):

@@ -158,11 +158,15 @@ def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Sp
     through = render(tokenizer, chat[: index + 1], False, tools).rstrip()
     if not text.startswith(before) or not text.startswith(through):
         return None
-    said = through[len(before) :]
+    marked = render(tokenizer, [*chat[:index], {**chat[index], "content": "MARKONE"}], False, tools)
+    start, found, _ = marked.partition("MARKONE")
+    # What the template adds before the words, such as an empty thought, is not the row's.
+    start = len(start) if found and start.startswith(before) and text.startswith(start) else len(before)
+    said = through[start:]
     functions = [call["function"] for call in chat[index]["tool_calls"]]
     words = [chat[index]["content"].strip()]
     words += [word for function in functions for word in (function["name"], *map(str, function["arguments"]))]
-    return _Span(len(before), len(through), len(through)) if all(word in said for word in words) else None
+    return _Span(start, len(through), len(through)) if all(word in said for word in words) else None
 
 
 def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
