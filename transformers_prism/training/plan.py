@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
+from transformers_prism.training.aligned_training import label_width
 from transformers_prism.training.data.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
 from transformers_prism.training.first_draft import make_draft_config, source_config
@@ -101,9 +103,10 @@ def describe_plan(config: TrainConfig) -> str:
     draft_config = make_draft_config(config, target_config, tokenizer)
     used = training.chosen
     data = describe(used)
-    layers = sorted({*draft_config.target_layer_ids, text_config.num_hidden_layers})
+    layers = sorted({*draft_config.target_layer_ids, num_target_layers(text_config)})
     num_tokens = sum(len(one.input_ids) for one in (*used, *validation.chosen))
-    feature_bytes = num_tokens * len(layers) * text_config.hidden_size * BYTES_PER_VALUE
+    width = (len(layers) - 1) * text_config.hidden_size + label_width(draft_config)
+    feature_bytes = num_tokens * width * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     target_size = _num_target_parameters(target_config)
