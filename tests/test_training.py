@@ -1,6 +1,7 @@
 """The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad input is named."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import random
@@ -438,6 +439,26 @@ def test_log_is_a_table():
     assert "{" not in text
 
 
+@pytest.mark.parametrize(
+    ("report_to", "packages", "pattern"),
+    [
+        ("tensorboard", ("tensorboard", "tensorboardX"), "run/{stage}/runs/*/events.out.tfevents.*"),
+        ("wandb", ("wandb",), "wandb/offline-run-*/run-*.wandb"),
+    ],
+)
+def test_reports_are_written_without_network(tmp_path, load_tiny, monkeypatch, report_to, packages, pattern):
+    """A run for each stage."""
+    if not any(importlib.util.find_spec(name) for name in packages):
+        pytest.skip(f"{' or '.join(packages)} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    train(settings(tmp_path, report_to=report_to, split_epochs=0.0, single_step_epochs=1.0, warm_up_epochs=1.0))
+    for stage in ("single_step", "warm_up"):
+        assert list(tmp_path.glob(pattern.format(stage=stage)))
+    if report_to == "wandb":
+        assert len(list(tmp_path.glob(pattern))) == 2
+
+
 # --- data --------------------------------------------------------------------------------------------------------
 
 
@@ -516,7 +537,7 @@ def test_collate_marks_rows_that_predict_the_answer():
         {
             "input_ids": torch.arange(10, 10 + length),
             "features": torch.arange(length)[:, None].to(torch.bfloat16),
-            "learnt_spans": spans,
+            "trained_spans": spans,
         }
         for length, spans in ((5, [(3, 5)]), (4, [(1, 4)]))
     ]

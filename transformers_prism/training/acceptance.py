@@ -1,4 +1,4 @@
-"""Acceptance measured while a draft trains: real rounds on held-out prompts, beside what teacher forcing says."""
+"""Acceptance measured while a draft trains: real rounds on held-out prompts, in addition to what teacher forcing says."""
 
 import time
 

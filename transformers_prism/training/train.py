@@ -155,7 +155,7 @@ class _LastUpdateCounts(TrainerCallback):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel:
-    """Train a draft and save it in `<output>/draft`, with `training.json` beside its weights.
+    """Train a draft and save it in `<output>/draft`, with `training.json` next to its weights.
 
     Args:
         config (`TrainConfig`): the run.
@@ -283,13 +283,14 @@ def _training_arguments(
         save_total_limit=2,
         eval_strategy="steps" if config.validation_updates else "no",
         eval_steps=config.validation_updates or None,
-        # Where a draft that is carried on stood before.
+        # Where a draft that is fine-tuned stood before.
         eval_on_start=bool(config.init_from and config.validation_updates and not is_begun),
         load_best_model_at_end=config.chooses_by_tau,
         metric_for_best_model="tau" if config.chooses_by_tau else None,
         greater_is_better=True if config.chooses_by_tau else None,
         remove_unused_columns=False,
         report_to=config.report_to,
+        run_name=f"{Path(config.output).name}-{stage.name}",
         # Patience and seconds count over a resumed run as over a whole one.
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
@@ -336,6 +337,10 @@ def _run_stage(
     draft = trainer.whole_model().draft
     result = _stage_result(stage, trainer)
     if PartialState().is_main_process:
+        if "wandb" in config.report_to:
+            import wandb
+
+            wandb.finish()  # the next stage is a run of its own, whose updates begin at 0
         draft.save_pretrained(finished)
         write_json(folder / "result.json", result)
         for old in folder.glob("checkpoint-*"):

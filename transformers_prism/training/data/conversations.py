@@ -19,9 +19,9 @@ from transformers_prism.training.data.templates import is_trained, tokenize, tok
 
 logger = logging.getLogger(__name__)
 
-# A shared run of so many tokens marks a text as known from a benchmark.
+# A shared run of this many tokens marks a text as known from a benchmark.
 CONTAMINATION_NGRAM = 13
-# An answer loops if its end is one run of tokens three times over, at least so many tokens in all.
+# An answer loops if its end is one run of tokens three times over, at least this many tokens in all.
 _LOOP_REPEATS, _LOOP_MIN_TOKENS, _LOOP_MAX_PERIOD = 3, 24, 64
 
 
@@ -52,7 +52,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Part:
-    """The conversations of a run that are learnt, or those that it is validated on.
+    """The conversations that a run trains on, or those that it is validated on.
 
     Args:
         conversations: a list that features are kept of as a whole.
@@ -162,7 +162,8 @@ def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, li
     Raises:
         FileNotFoundError, ValueError: if the source is not there or cannot be read.
     """
-    counts, sums = RowCounts(Path(source).name), Counter()
+    counts = RowCounts(Path(source).name)
+    sums: Counter[str] = Counter()
 
     def convert(row) -> None:
         if target is not None:
@@ -192,7 +193,7 @@ def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, li
 
 
 def shorten(conversation: Conversation, max_length: int | None) -> Conversation | None:
-    """The beginning of a conversation, `max_length` tokens at most; None if no answer to learn from is left."""
+    """The beginning of a conversation, `max_length` tokens at most; None if no answer is left."""
     input_ids = conversation.input_ids[:max_length]
     spans = tuple((start, min(end, len(input_ids))) for start, end in conversation.assistant_spans)
     spans = tuple((start, end) for start, end in spans if start < end)
@@ -208,13 +209,13 @@ def split_conversations(
     """Indices for training and for validation.
 
     A conversation's own tokens decide where it belongs, whatever else there is: what one run holds out, another run over
-    more data, or the same in another order, holds out as well, so that a draft that is carried on is never validated on
-    what it has learnt from. Copies stay together.
+    more data, or the same in another order, holds out as well, so that a draft that is fine-tuned is never validated on
+    what it was trained on. Copies stay together.
 
     Args:
         conversations (`list[Conversation]`): all of them.
-        validation_share (`float`): held out, above 0 and below 1: about so many, at least one, never all.
-        num_training, num_validation (`int`): use the first so many of each part; 0 is all.
+        validation_share (`float`): held out, above 0 and below 1; at least one conversation, never all.
+        num_training, num_validation (`int`): use the first N of each part; 0 is all.
     Returns:
         training indices in the order of the data, and validation indices in an order of their own.
     Raises:
@@ -232,14 +233,14 @@ def split_conversations(
 
 
 def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
-    """What a run learns and what it is validated on: a share of its data, or conversations of their own.
+    """What a run trains on and is validated on: a share of its data, or conversations of their own.
 
     Args:
         config (`TrainConfig`): names the sources and how many to use.
         vocab_size (`int`): of the target.
         tokenizer (`PreTrainedTokenizerBase`): of the target.
     Returns:
-        the training part and the validation part. With `validation_data` all of `data` is learnt but what is in both.
+        the training part and the validation part. With `validation_data` all of `data` is trained on but what is in both.
     Raises:
         FileNotFoundError, ValueError: for data that cannot be used, as [`read_conversations`] says; if nothing is left to
             learn.
@@ -274,7 +275,7 @@ def _place(conversation: Conversation) -> float:
 
 
 def preview(conversation: Conversation, tokenizer):
-    """The conversation as text, what training learns from in bold green, the rest dimmed, for rich to print."""
+    """The conversation as text, what is trained on in bold green, the rest dimmed, for rich to print."""
     from rich.text import Text
 
     text, position = Text(), 0

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_BAD_SHARE = 0.5
 _PLACES_TOLD = 3  # of each reason
 _ROWS_TRIED = 1000  # after which a source that is all wrong is given up
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # In a folder, files of the first kind that is there are read; settings that lie with the data are often .json.
 _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt")
 
@@ -195,7 +195,7 @@ def _files(folder: Path, split: str) -> list[Path]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not empty, with their numbers. Bytes that are not UTF-8 become lone surrogates, which are refused
     where they stand."""
-    opener = _OPENERS.get(path.suffix, open)
+    opener: Callable = _OPENERS.get(path.suffix, open)
     with opener(path, "rb") as file:
         is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = {"encoding": "utf-16"} if is_wide else {"encoding": "utf-8-sig", "errors": "surrogateescape"}

@@ -1,8 +1,8 @@
 """Conversations that the target writes itself: answers to given prompts, or user turns and answers both.
 
 An instruct model asked with nothing but its own template's user prefix writes what a user might say; its answer to
-that is what a draft has to predict. Conversation number i depends on (seed, i) alone, not on what is decoded beside it,
-and shards hold the numbers in order, so that an interrupted run goes on as if it had not been.
+that is what a draft has to predict. Conversation number i depends on (seed, i) alone, not on what else is decoded,
+and shards hold the numbers in order, so that an interrupted run can be resumed and writes the same.
 
     transformers-prism synthesize --num-tokens 1000000 --output data
     transformers-prism synthesize --prompts prompts.jsonl --num-tokens 1000000 --output data
@@ -56,10 +56,10 @@ TOPICS = {
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """What a run depends on besides the target.
+    """What a run depends on in addition to the target.
 
     Args:
-        num_tokens: stop when so many tokens are kept.
+        num_tokens: stop when N tokens are kept.
         batch_size: rows decoded at once.
         temperatures: of answers; each conversation draws one, 0 is greedy.
         top_k: tokens that sampling chooses from.
@@ -69,7 +69,7 @@ class SynthesisConfig:
         topics: names of [`TOPICS`] that some user turns begin with.
         topic_share: share of conversations that do.
         system_prompts: each conversation draws one; none leaves the template's own.
-        max_length: tokens of a conversation; a batch's keys and values take room for so many in every row at once.
+        max_length: tokens of a conversation; a batch's keys and values take room for that many in each of its sequences.
         seed: of everything.
     """
 
@@ -224,7 +224,7 @@ class Synthesizer:
         return self.config.user_temperature if row.is_user else row.temperature
 
     def _draw(self, logits: torch.Tensor, rows: list[WrittenRow]) -> list[int]:
-        """Sample each row with noise of its own, so that it does not matter what is decoded beside it."""
+        """Sample each row with noise of its own, so that it does not matter what else is decoded."""
         top_ks = [self.config.user_top_k if row.is_user else self.config.top_k for row in rows]
         # Of an accelerator's logits only these few come to the host.
         values, tokens = (best.cpu() for best in logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1))
@@ -309,7 +309,7 @@ def synthesize(
     part: tuple[int, int] = (0, 1),
     report: Callable[[dict], None] = lambda progress: None,
 ) -> dict:
-    """Write conversations to Parquet shards in a folder; a folder with a part of them is gone on with.
+    """Write conversations to Parquet shards in a folder; a folder with a part of them is resumed.
 
     Args:
         target, tokenizer, config, chats: as for [`Synthesizer`].

@@ -128,8 +128,8 @@ def _rendered(tokenizer, chat: list[dict], tools) -> tuple[list[dict], str, list
             raise
         chat = [_without_calls(turn) for turn in chat]
         text = render(tokenizer, chat, tools=tools)
-    spans, is_hidden = [], False
-    chat = list(chat)
+    spans: list[_Span] = []
+    chat, is_hidden = list(chat), False
     for index, turn in enumerate(chat):
         if turn["role"] == "user":
             is_hidden = False
@@ -159,9 +159,9 @@ def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Sp
     if not text.startswith(before) or not text.startswith(through):
         return None
     marked = render(tokenizer, [*chat[:index], {**chat[index], "content": "MARKONE"}], False, tools)
-    start, found, _ = marked.partition("MARKONE")
+    opened, found, _ = marked.partition("MARKONE")
     # What the template adds before the words, such as an empty thought, is not the row's.
-    start = len(start) if found and start.startswith(before) and text.startswith(start) else len(before)
+    start = len(opened) if found and opened.startswith(before) and text.startswith(opened) else len(before)
     said = through[start:]
     functions = [call["function"] for call in chat[index]["tool_calls"]]
     words = [chat[index]["content"].strip()]
@@ -177,7 +177,8 @@ def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
         return []
     marks = {index: f"PRISM{index}MARK" for index in indices}
     marked = [{**turn, "content": marks[index]} if index in marks else turn for index, turn in enumerate(chat)]
-    rest, position, spans = render(tokenizer, marked, tools=tools), 0, []
+    rest, position = render(tokenizer, marked, tools=tools), 0
+    spans: list[_Span] = []
     if [rest.count(mark) for mark in marks.values()] != [1] * len(marks):
         raise RowError("expected a template that writes answers as they are, got one that changes them")
     first = render(tokenizer, marked[: indices[0] + 1], tools=tools)
