@@ -21,6 +21,11 @@ from transformers_prism.cli.options import (
     user_errors,
 )
 
+SplitOption = Annotated[str, typer.Option(help="Of a data set on the Hub, or of a folder with files for each split.")]
+BadShareOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the rows that may be unusable; they are left out with a warning.")
+]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 data_app = typer.Typer(no_args_is_help=True, help="Look at what training would learn from.")
@@ -127,9 +132,13 @@ def synthesize(
     target: TargetOption = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="JSON lines of chats, or a data set on the Hub; the target writes user turns if absent."),
+        typer.Option(
+            help="Chats or prompts: a file, a folder, or a data set on the Hub (docs/data-formats.md); the target writes user "
+            "turns if absent."
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    split: SplitOption = "train",
+    max_bad_share: BadShareOption = 0.5,
     exclude: Annotated[
         Path | None, typer.Option(help="JSON lines of benchmark prompts; what shares 13 tokens in a row is left out.")
     ] = None,
@@ -159,11 +168,12 @@ def synthesize(
     from transformers.utils import logging
 
     from transformers_prism.cpu import prepare_for_cpu
+    from transformers_prism.progress_bar import ProgressBar
     from transformers_prism.target import load_target
-    from transformers_prism.training.chats import read_chats, read_data_set
-    from transformers_prism.training.conversations import Contamination
-    from transformers_prism.training.synthesis import SynthesisConfig, SynthesisProgress
-    from transformers_prism.training.synthesis import synthesize as run
+    from transformers_prism.training.data.conversations import Contamination
+    from transformers_prism.training.data.formats import read_chats
+    from transformers_prism.training.data.synthesis import SynthesisConfig
+    from transformers_prism.training.data.synthesis import synthesize as run
 
     logging.disable_progress_bar()
     options: dict[str, list | None] = {"temperatures": temperature, "topics": topic, "system_prompts": system}
@@ -181,9 +191,7 @@ def synthesize(
             seed=seed,
             **chosen,
         )
-        chats = None
-        if prompts is not None:
-            chats = list(read_chats(prompts) if Path(prompts).is_file() else read_data_set(prompts, split))
+        chats = None if prompts is None else read_chats(prompts, max_bad_share, split)
         # Told so, it also finds other processes where there is no accelerator.
         state = PartialState(cpu=not torch.accelerator.is_available())
         model, tokenizer = load_target(target, getattr(torch, dtype))
@@ -192,32 +200,61 @@ def synthesize(
             prepare_for_cpu(model)
         contamination = None
         if exclude is not None:
-            texts = (turn["content"] for chat in read_chats(exclude) for turn in chat)
+            texts = (turn["content"] for chat in read_chats(exclude, max_bad_share) for turn in chat)
             contamination = Contamination(tokenizer, texts)
         part = (state.process_index, state.num_processes)
-        with SynthesisProgress() as progress:
-            summary = run(model, tokenizer, config, output, chats, contamination, part, progress)
+        with ProgressBar("synthesis", num_tokens, "tokens") as bar:
+            summary = run(
+                model, tokenizer, config, output, chats, contamination, part, lambda told: bar.update(told["kept"], told["goal"])
+            )
     typer.echo(json.dumps(summary))
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[str, typer.Argument(help="A file, a folder, or a data set on the Hub.")],
+    target: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .gguf file whose template renders the chats, too.", show_default=False)
+    ] = None,
+    split: SplitOption = "train",
+    max_bad_share: BadShareOption = 0.5,
+):
+    """Count what a file holds, in which shapes, and which rows cannot be used and why.
+
+    Exits with 1 if more rows than --max-bad-share cannot be used.
+    """
+    from transformers_prism.training.data.conversations import check_data
+    from transformers_prism.training.plan import read_target_config
+
+    with user_errors():
+        found = None
+        if target is not None:
+            config, tokenizer = read_target_config(target)
+            found = config.get_text_config().vocab_size, tokenizer
+        counts, lines = check_data(data, found, split)
+        typer.echo("\n".join(lines))
+    raise typer.Exit(counts.num_bad > max_bad_share * counts.num_rows)
 
 
 @data_app.command("preview")
 def data_preview(
-    data: Annotated[str, typer.Option(help="Folder of `synthesize`, or JSON lines of token ids or of chats.")],
+    data: Annotated[str, typer.Option(help="As for `train`: files, folders, or data sets on the Hub, separated by commas.")],
     target: TargetOption = None,
     count: Annotated[int, typer.Option(min=1, help="Conversations shown.")] = 3,
+    max_bad_share: BadShareOption = 0.5,
 ):
     """Show conversations with the tokens that training learns from in colour, and how many there are."""
     from rich.console import Console
     from transformers.utils import logging
 
     from transformers_prism.target import load_target
-    from transformers_prism.training.conversations import describe, preview, read_conversations
+    from transformers_prism.training.data.conversations import describe, preview, read_conversations
 
     logging.disable_progress_bar()
     with user_errors():
         model, tokenizer = load_target(target)
         vocab_size = model.config.get_text_config().vocab_size
-        conversations = read_conversations(data.split(","), vocab_size, tokenizer=tokenizer)
+        conversations = read_conversations(data.split(","), vocab_size, tokenizer=tokenizer, max_bad_share=max_bad_share)
         console = Console()
         for conversation in conversations[:count]:
             console.print(preview(conversation, tokenizer), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The aligned forwards: what a draft computes while it trains is what it computes while it decodes.
+"""Training-time-test steps, called aligned forwards here: what a draft computes while it trains is what it computes while it decodes.
 
 Forward k stands for draft step k. Its query at row i plays the node that k draft steps below the last committed row
 i - k: it sees the committed rows j <= i - k through the keys and values of step 0, and the k nodes of its own path at
