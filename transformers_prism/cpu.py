@@ -370,7 +370,9 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
 
 
 def _can_be_packed(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+    # Quantised weights may call themselves float32, but are of a class of their own.
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)
+    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
 
 
 def _fits_half(weight: torch.Tensor) -> bool:

@@ -232,8 +232,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     @property
     def takes_text_rows(self) -> bool:
-        """Whether there are tokens outside the draft vocabulary that the target's head could tell it of."""
-        return self.draft_to_target is not None and self.config.share_target_head
+        """Whether there are tokens outside the draft vocabulary that rows of the target's head could tell it of."""
+        is_part = self.draft_to_target is not None and self.config.share_target_head
+        return is_part and self._require_target().has_plain_head
 
     def text_rows(self, text_ids: torch.LongTensor) -> TextRows | None:
         """What the tokens of a text add to what the draft can propose.
