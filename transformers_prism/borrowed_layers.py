@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
-from .layer_check import has_plain_weight, is_plain_linear
+from .layer_check import has_plain_weight, input_device, is_plain_linear
 
 # How far logits of dequantised rows may be from the head's own, as a share of the largest.
 _SAME_HEAD = 0.02
@@ -319,10 +319,7 @@ def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> t
     if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
         return target.device, target.dtype
     is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    device = weight.device
-    if device.type == "meta":  # offloaded: hooks move inputs to where it runs
-        device = target.device if target.device.type != "meta" else torch.device("cpu")
-    return device, weight.dtype if is_plain else dtype
+    return input_device(target) if weight.is_meta else weight.device, weight.dtype if is_plain else dtype
 
 
 def _version(tensor: torch.Tensor) -> int:

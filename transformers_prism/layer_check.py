@@ -40,6 +40,11 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return computes_product and has_plain_weight(layer)
 
 
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where a target takes its inputs; the CPU if it is offloaded, whose hooks move them to where a layer runs."""
+    return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
 def reason_against_target(target: PreTrainedModel) -> str | None:
     """Why the logits of a token depend on what else a forward holds, so that no tree can be verified; None if not so.
 
@@ -70,7 +75,7 @@ def _difference(layer: nn.Module, target: PreTrainedModel) -> float:
     """Between the outputs of a token alone and beside large ones, as a share of the largest; 0 if the layer takes neither."""
     generator = torch.Generator().manual_seed(0)
     tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-    device = next((tensor.device for tensor in tensors if not tensor.is_meta), target.device)
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), input_device(target))
     width = int(layer.in_features)  # type: ignore[arg-type]
     token = torch.randn(1, 1, width, generator=generator)
     others = _FACTOR * torch.randn(1, _NUM_OTHERS, width, generator=generator)
