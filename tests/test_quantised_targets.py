@@ -100,6 +100,28 @@ def hqq(tmp_path):
     )
 
 
+def compressed(inputs):
+    """compressed-tensors as its own functions apply it: the layers get another forward, their class stays."""
+
+    def make(tmp_path):
+        from compressed_tensors import quantization
+
+        values = {"num_bits": 8, "type": "int", "symmetric": True}
+        scheme = {"weights": quantization.QuantizationArgs(**values, strategy="channel")}
+        if inputs is not None:
+            scheme["input_activations"] = quantization.QuantizationArgs(**values, strategy=inputs, dynamic=True)
+        group = quantization.QuantizationScheme(targets=["Linear"], **scheme)
+        target = make_target()
+        quantization.apply_quantization_config(target, quantization.QuantizationConfig(config_groups={"all": group}))
+        for layer in target.modules():
+            if hasattr(layer, "weight_scale"):
+                layer.weight_scale.data = layer.weight.abs().amax(1, keepdim=True) / 127
+                layer.quantization_status = quantization.QuantizationStatus.FROZEN
+        return target
+
+    return make
+
+
 class PackedCodes(nn.Module):
     """Stands in for the layers of GPTQ and AWQ, whose kernels need a GPU: two codes of 4 bits in a byte, scales of groups of
     32, no `weight`; like AWQ's, few tokens take another product than many, here in another order of summation."""
@@ -154,6 +176,9 @@ CASES = {
     "quanto int8": ("optimum.quanto", quanto("int8"), True),
     "quanto int4": ("optimum.quanto", quanto("int4"), True),
     "hqq int4": ("hqq", hqq, True),
+    "compressed-tensors int8": ("compressed_tensors", compressed(None), True),
+    "compressed-tensors int8, inputs by token": ("compressed_tensors", compressed("token"), True),
+    "compressed-tensors int8, inputs by forward": ("compressed_tensors", compressed("tensor"), False),
     "packed codes": ("torch", lambda tmp_path: replaced(make_target(), PackedCodes), True),
     "bfloat16": ("torch", lambda tmp_path: make_target(dtype=torch.bfloat16), True),
     "float16": ("torch", lambda tmp_path: make_target().half(), True),

@@ -36,7 +36,10 @@ def has_plain_weight(layer: nn.Module) -> bool:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer computes `input @ weight.T + bias` with a plain weight."""
-    computes_product = type(layer).forward is nn.Linear.forward or type(layer).__name__ in _OWN_LAYERS
+    # compressed-tensors gives a layer a forward of its own; so do accelerate's hooks, which keep the one that was there.
+    own = vars(layer).get("_old_forward", vars(layer).get("forward"))
+    forward = type(layer).forward if own is None else getattr(own, "__func__", own)
+    computes_product = forward is nn.Linear.forward or type(layer).__name__ in _OWN_LAYERS
     return computes_product and has_plain_weight(layer)
 
 
