@@ -211,6 +211,17 @@ def test_eagle_without_a_bias_gets_one_of_zeros(tmp_path, target):
     assert torch.equal(back(input_ids, states).last_hidden_state, expected)
 
 
+def test_eagle_in_a_nested_configuration_is_read(tmp_path, target, target_folder):
+    """As vLLM writes one: the layer's numbers are those of `model`."""
+    draft = save_draft(target, tmp_path / "ours", "eagle")
+    eagle.export(tmp_path / "ours", tmp_path / "theirs")
+    layer = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({"model_type": "eagle", "model": layer}))
+    eagle.convert(tmp_path / "theirs", tmp_path / "back", target_folder)
+    back = AutoModel.from_pretrained(tmp_path / "back")
+    assert all(torch.equal(tensor, draft.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_stays(tmp_path, target, target_folder, dtype):
     """Also of the embedding that is written beside the weights."""
@@ -237,8 +248,8 @@ def test_the_dtype_stays(tmp_path, target, target_folder, dtype):
         ),
     ],
 )
-def test_recorded_drafts_are_the_same_by_either_road(tmp_path, vectors, form, renamed):
-    """tests/test_reference.py shows that those of the first road compute what the authors' code computes."""
+def test_recorded_drafts_are_the_same_in_either_form(tmp_path, vectors, form, renamed):
+    """tests/test_reference.py shows that those of the first form compute what the authors' code computes."""
     recorded = json.loads((VECTORS / "configs.json").read_text())[vectors]["drafter_config"]
     with np.load(VECTORS / f"{vectors}.npz") as arrays:
         weights = {key[2:]: torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith("w.")}

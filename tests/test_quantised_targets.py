@@ -15,7 +15,7 @@ from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from transformers_prism import prepare_for_cpu
+from transformers_prism import load_draft, prepare_for_cpu
 from transformers_prism.cpu import PackedLinear
 from transformers_prism.layer_check import is_plain_linear, reason_against_target
 
@@ -331,6 +331,17 @@ def test_adapters_are_followed(draft_vocab_size, is_prepared):
     assert not torch.allclose(other, off, atol=1e-2)
     torch.testing.assert_close(merged, other, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(unmerged, other, atol=2e-3, rtol=1e-3)
+
+
+def test_a_draft_is_loaded_for_an_adapted_target(tmp_path):
+    """By the model that peft made."""
+    target = make_target(dtype=torch.bfloat16)
+    tiny_draft(target).save_pretrained(tmp_path / "draft")
+    model = adapted(target)
+    draft = load_draft(tmp_path / "draft", model)
+    assert draft.dtype == torch.bfloat16
+    input_ids, mask = prompts(1)
+    assert_own_text(model, draft, input_ids, mask, 8)
 
 
 def test_an_adapter_with_another_vocabulary_is_refused():

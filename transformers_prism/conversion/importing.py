@@ -199,6 +199,8 @@ def read_draft(
         target: also the loaded target.
     """
     settings = read_json(folder / "config.json")
+    if isinstance(settings.get("model"), dict):  # as vLLM writes a draft's configuration
+        settings = {**settings, **settings["model"]}
     weights, files = read_weights(folder)
     theirs = read(settings, {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()})
     if any(name.startswith(_PREFIX) for name in weights):
