@@ -1,8 +1,8 @@
 """What a draft reads of its target: the embedding, and the vocabulary head or rows of it.
 
-Most drafts can propose a part of the vocabulary only, the tokens that answers were seen to hold, since the head is much of
-what a draft step costs. The names and words of a text that is summarised or translated are often not among them, and often
-come back in the answer. So the head's rows for the tokens of the text itself join those of the draft vocabulary.
+Most drafts can propose a part of the vocabulary only, the tokens that are frequent in answers, since the head is much of what
+a draft step costs. The names and rare words of a text that is summarised or translated are often not among them, but return
+in the answer. So the head's rows for the tokens of the prompt are added to those of the draft vocabulary.
 A head that is no plain matrix (quantised, adapted, offloaded) lends a dequantised copy of its rows where it can be read,
 else its own forward, whatever that computes now; no rows of a text join then.
 Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lacks, D hidden size.
@@ -99,7 +99,7 @@ class BorrowedLayers:
             draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
             draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
             looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
-                `.data`, by a comparison that waits for the device.
+                `.data`, by a comparison that synchronises with the device.
         Raises:
             ValueError: if the head has no such rows.
         """

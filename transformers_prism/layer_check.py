@@ -4,7 +4,7 @@ Quantised layers may scale their inputs by the largest value of a whole forward 
 one scale per tensor), or treat columns apart in which any token has an outlier (bitsandbytes in 8 bits). A tree's logits
 are then not those of plain decoding. Scales of each token alone, or of the weights alone, make no difference but rounding.
 The logits of a whole model cannot tell the two apart: rounding moves values across quantisation steps, layer after layer.
-So each layer that is no plain `nn.Linear` gets one token alone, and the same one beside others that are 100 times as large.
+So each layer that is no plain `nn.Linear` gets one token alone, and the same token together with seven that are 100 times as large.
 """
 
 import contextlib
@@ -75,18 +75,18 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _difference(layer: nn.Module, target: PreTrainedModel) -> float:
-    """Between the outputs of a token alone and beside large ones, as a share of the largest; 0 if the layer takes neither."""
+    """Between the outputs for a token alone and with large ones, as a share of the largest output; 0 if the layer fails."""
     generator = torch.Generator().manual_seed(0)
     tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), input_device(target))
     width = int(layer.in_features)  # type: ignore[arg-type]
     token = torch.randn(1, 1, width, generator=generator)
     others = _FACTOR * torch.randn(1, _NUM_OTHERS, width, generator=generator)
-    alone = beside = None
-    # Layers that take other inputs: whole forwards tell what is wrong with them.
-    with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
+    alone = together = None
+    # Layers that take other inputs, or run as parts of something larger, raise all sorts of errors.
+    with contextlib.suppress(Exception):
         alone = layer(token.to(device, target.dtype)).float()
-        beside = layer(torch.cat((token, others), dim=1).to(device, target.dtype))[:, :1].float()
-    if beside is None or alone is None:
+        together = layer(torch.cat((token, others), dim=1).to(device, target.dtype))[:, :1].float()
+    if together is None or alone is None:
         return 0.0
-    return float((alone - beside).abs().max() / alone.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    return float((alone - together).abs().max() / alone.abs().max().clamp(min=torch.finfo(torch.float32).tiny))

@@ -88,10 +88,10 @@ def export_draft(
 
     Args:
         write (`Callable`): of the form: from a draft and the list of notes, which it may extend, to `config.json`, the
-            names there by our names, and weights that the form wants beside the draft's own, by their names there.
+            names there by our names, and weights that the form needs in addition to the draft's, by their names there.
         source (`str` or `Path`): the draft: folder or name on the Hub.
         destination (`str` or `Path`): folder to write; must be empty or not there. It appears whole or not at all.
-        target (`str` or `Path`, *optional*): folder or Hub name of the target, whose embedding is written beside the
+        target (`str` or `Path`, *optional*): folder or Hub name of the target, whose embedding is written with the
             draft's weights; servers take the target's own, but the EAGLE authors' code wants it in the file.
     Returns:
         `ConversionReport`: which weight became which.

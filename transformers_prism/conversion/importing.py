@@ -1,7 +1,7 @@
-"""What every conversion into a [`PrismDraftModel`] has in common: pair weights by name, look at the target, write.
+"""What all conversions into a [`PrismDraftModel`] share: match weights by name, compare with the target, write.
 
-Each form of checkpoint has a file of its own, which says how `config.json` and the names are to be read; strictness is
-here: a weight that is missing, unknown or of the wrong shape is an error that lists the names.
+Each form of checkpoint has a file of its own, which says how `config.json` and the names are read. A weight that is missing,
+unknown or of the wrong shape is an error that lists the names.
 """
 
 import tempfile
@@ -240,7 +240,7 @@ def check_destination(destination: Path) -> None:
 
 
 def write_whole(destination: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` fill a folder beside the destination, then rename it: a reader sees all of it or nothing."""
+    """Let `save` fill a temporary folder, then rename it: a reader sees all of it or nothing."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
         folder = Path(temporary) / "draft"

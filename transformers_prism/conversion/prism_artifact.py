@@ -54,7 +54,7 @@ def _check_config(config: dict) -> dict:
     if layer.get("rope_scaling") is not None:
         raise ValueError(f"config.json: expected rope_scaling to be null, got {layer['rope_scaling']!r}")
     fields = read_llama_config(layer)
-    # The bias is looked up beside eagle_config, never in it, so a value in there has no effect.
+    # The authors' code reads the bias outside eagle_config, so a value in there has no effect.
     fields["projection_bias"] = bool(config.get("bias", True))
     fields["draft_step_to_module"] = _check_mapping(config)
     fields["num_processing_modules"] = num_modules = max(fields["draft_step_to_module"]) + 1
