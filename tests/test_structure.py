@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"command_line", "kernels", "progress_bar", "tried_releases", "tried_targets", "whole_files"},
     {"transformers_names"},
-    {"configuration_prism", "cpu", "target"},
+    {"configuration_prism", "cpu", "layer_check", "target"},
     {"borrowed_layers", "decoding", "processing_module"},
     {"policy"},
     {"generation", "hub.files", "hub.loading", "hub.pretrained"},

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_prism import PrismConfig
+from .conversion.forms import load_draft
 from .cpu import prepare_for_cpu
 from .generation import install, uninstall
 from .modeling_prism import PrismDraftModel
@@ -25,4 +26,4 @@ AutoConfig.register("prism", PrismConfig, exist_ok=True)
 AutoModel.register(PrismConfig, PrismDraftModel, exist_ok=True)
 AutoModelForCausalLM.register(PrismConfig, PrismDraftModel, exist_ok=True)
 
-__all__ = ["PrismConfig", "PrismDraftModel", "install", "prepare_for_cpu", "uninstall"]
+__all__ = ["PrismConfig", "PrismDraftModel", "install", "load_draft", "prepare_for_cpu", "uninstall"]

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .borrowed_layers import reason_against_target
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.round_check import RoundCheck
 from .decoding.sequences import OutputRows, walk, walk_on_device
@@ -27,6 +26,7 @@ from .decoding.speculation import RoundTree, Speculation
 from .decoding.target_side import ChainTarget, NewPositions, make_target, read_all
 from .decoding.target_support import Declined, reason_against_training
 from .decoding.tree import root_tree
+from .layer_check import reason_against_target
 from .policy.automatic import AutoTrees
 from .policy.ngrams import NgramIndex
 from .policy.planned import PlannedTrees

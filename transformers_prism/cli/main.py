@@ -281,13 +281,15 @@ def convert(
     ],
     destination: Annotated[str, typer.Argument(help="Folder to write; must be empty or not there.")],
     from_form: Annotated[
-        Literal["prism-artifact", "sglang", "eagle", "eagle3"] | None,
+        Literal["prism-artifact", "sglang", "eagle", "eagle3", "speculators"] | None,
         typer.Option(
-            "--from", help="Form of the source: the PRISM authors' PyTorch or SGLang code, EAGLE-1/2 or HASS, EAGLE-3."
+            "--from",
+            help="Form of the source: the PRISM authors' PyTorch or SGLang code, EAGLE-1/2 or HASS, EAGLE-3, speculators.",
         ),
     ] = None,
     to_form: Annotated[
-        Literal["sglang", "eagle", "eagle3"] | None, typer.Option("--to", help="Form to write a draft of ours in.")
+        Literal["sglang", "eagle", "eagle3", "speculators"] | None,
+        typer.Option("--to", help="Form to write a draft of ours in."),
     ] = None,
     target: Annotated[str | None, typer.Option(help="The target: folder or name on the Hub.")] = None,
     context_kv: Annotated[
@@ -303,17 +305,16 @@ def convert(
     """Convert a draft that others trained, or one of ours for others; all but prism-artifact is experimental."""
     from transformers.utils import logging
 
-    from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang
+    from transformers_prism.conversion.forms import READ, WRITTEN
 
     logging.disable_progress_bar()
-    forms = {"prism-artifact": prism_artifact, "sglang": sglang, "eagle": eagle, "eagle3": eagle3}
     with user_errors():
         if (from_form is None) == (to_form is None):
             raise ValueError(f"expected either --from or --to, got {'none' if from_form is None else 'both'}")
         if from_form is not None:
-            report = forms[from_form].convert(source, destination, target, context_kv, num_target_layers)
+            report = READ[from_form].convert(source, destination, target, context_kv, num_target_layers)
         else:
-            report = forms[to_form].export(source, destination, target)
+            report = WRITTEN[to_form].export(source, destination, target)
     typer.echo(str(report))
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 
 from ..kernels.grow_tree import ancestor_bits
 from ..kernels.tree_attention import unpack_ancestors
+from ..layer_check import input_device
 from ..transformers_names import (
     CACHE_KEYWORD,
     CACHE_NAMES,
@@ -149,7 +150,7 @@ def _prepare_compiled(target, layer_ids: list[int]) -> None:
     """Let a compiled target return hidden states: the first forward that does installs hooks, which breaks a graph."""
     if target in _prepared or not is_compiled(target):
         return
-    token = torch.zeros((1, 1), dtype=torch.long, device=target.device)
+    token = torch.zeros((1, 1), dtype=torch.long, device=input_device(target))
     with torch.compiler.set_stance("force_eager"):
         target(token, use_cache=False, output_hidden_states=layer_ids)
     _prepared.add(target)
@@ -177,7 +178,7 @@ class _Target:
     """
 
     def __init__(self, target, layer_ids: list[int], generation_config, model_kwargs: dict, inputs: dict | None = None):
-        self.target, self.device = target, target.device
+        self.target, self.device = target, input_device(target)
         self.layer_ids = list(layer_ids)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs

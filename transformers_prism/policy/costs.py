@@ -24,6 +24,7 @@ from torch import nn
 from ..cpu import trusting_packed_weights
 from ..decoding.draft_side import Drafter
 from ..decoding.target_side import is_compiled
+from ..layer_check import input_device
 from ..whole_files import write_json
 
 # Tokens of one row in a target forward that are measured; between them costs are interpolated.
@@ -216,7 +217,7 @@ def _key(target, draft, num_rows: int) -> str:
     """What the costs depend on, as a file name."""
     layers = Counter(type(module).__name__ for module in target.modules())
     layers.update(type(module).__name__ for module in draft.modules())
-    device = target.device
+    device = input_device(target)
     parts = [
         _FORMAT,
         type(target).__name__,
@@ -260,11 +261,11 @@ def measure(target, draft, num_rows: int) -> RoundCosts:
 
 
 def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
-    input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=target.device)
-    start = _now(target.device)
+    input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=input_device(target))
+    start = _now(input_device(target))
     outputs = target(input_ids, use_cache=False, output_hidden_states=draft.config.target_layer_ids)
     del outputs
-    return _now(target.device) - start
+    return _now(input_device(target)) - start
 
 
 def _time_draft(target, draft, num_rows: int) -> float:
@@ -273,7 +274,7 @@ def _time_draft(target, draft, num_rows: int) -> float:
     config = draft.config
     width = len(config.target_layer_ids) * config.target_hidden_size
     ids = torch.zeros((num_rows, 2), dtype=torch.long, device=draft.device)
-    hidden = torch.ones((num_rows, 2, width), dtype=target.dtype, device=target.device)
+    hidden = torch.ones((num_rows, 2, width), dtype=target.dtype, device=input_device(target))
     positions = torch.arange(2, device=draft.device).expand(num_rows, -1)
     top_k = min(4, config.num_draft_tokens)
     times = []
