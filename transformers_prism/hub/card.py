@@ -1,4 +1,4 @@
-"""A draft's card: `hub_cards/card.md.jinja` filled in from what lies in the draft's folder, and from nothing else.
+"""A draft's card: `card.md.jinja` filled in from what lies in the draft's folder, and from nothing else.
 
 Figures come from metrics.json (`metrics.py`), training.json (the record of the training run), the configurations and the
 weights; a figure that a file should hold and does not is an error. What a person says beside them stands in about.json.
@@ -17,8 +17,7 @@ from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_me
 from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.whole_files import write_text
 
-# In a clone, and in an installed package.
-TEMPLATES = (Path(__file__).parents[2] / "hub_cards" / "card.md.jinja", Path(__file__).with_name("card.md.jinja"))
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
 # A draft step that fewer rounds reached says nothing.
 MIN_ROUNDS = 20
@@ -92,7 +91,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
     fingerprint = config.get("target_fingerprint") or {}
     target_id = about["base_model"] or fingerprint.get("name") or "the/target"
-    template_text = next(path for path in TEMPLATES if path.is_file()).read_text(encoding="utf-8")
+    template_text = TEMPLATE.read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
     try:

@@ -156,10 +156,10 @@ def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: 
 
 
 def _package_file(name: str) -> Path | None:
-    """A file of the package, whose licence lies one folder up in a clone."""
+    """A file of the package; its licence lies one folder up in a clone, and with its metadata where it is installed."""
     candidates = [_CODE / name]
     if name == LICENSE and (_CODE / "hub").is_dir():
-        candidates.append(_CODE.parent / name)
+        candidates += [_CODE.parent / name, *_CODE.parent.glob(f"transformers_prism-*.dist-info/licenses/{name}")]
     return next((path for path in candidates if path.is_file()), None)
 
 
