@@ -58,6 +58,18 @@ def test_docs_layout_names_every_room():
 
 
 @pytest.mark.quick
+def test_docs_names_are_those_of_the_code():
+    """Each name in CONTRIBUTING's table is part of identifiers in several files of the package."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## Names") : text.index("## Code")]
+    names = [name for cell in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) > 10
+    sources = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
+    for name in names:
+        assert sum(re.search(rf"(\b|_){name}s?(\b|_)", source) is not None for source in sources) >= 5, name
+
+
+@pytest.mark.quick
 def test_docs_readme_is_short():
     """The front page fits a short read."""
     assert len(README.splitlines()) < 120
