@@ -197,20 +197,20 @@ def test_curves_end_with_the_last_update(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **kwargs: lines.append((x, y)))
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
     history = [
-        {"step": 0, "eval_tau": 1.5},
+        {"step": 0, "eval_tau": 1.5, "eval_loop_share": 0.0},
         {"step": 10, "loss": 3.0},
-        {"step": 10, "eval_tau": 2.5},
+        {"step": 10, "eval_tau": 2.5, "eval_loop_share": 0.0},
         {"step": 20, "loss": 2.0},
-        {"step": 20, "eval_tau": 2.25},
-        {"step": 20, "eval_tau": 2.5},
+        {"step": 20, "eval_tau": 2.25, "eval_loop_share": 0.0},
+        {"step": 20, "eval_tau": 2.5, "eval_loop_share": 0.0},
     ]
     results = [{"history": history, "num_updates": 20, "tokens_seen": 2_000_000, "stage": {"name": "split"}}] * 2
     plot_curves(results, tmp_path / "curves.png")
+    loss, dark = ((3.0, 2.0), (3.0, 2.5))
     assert lines == [
-        ([1.0, 2.0], [3.0, 2.0]),
-        ([3.0, 4.0], [3.0, 2.0]),
-        ([0.0, 1.0, 2.0], [1.5, 2.5, 2.25]),
-        ([2.0, 3.0, 4.0], [1.5, 2.5, 2.25]),
+        *[((1.0, 2.0), loss), ((1.0, 2.0), dark), ((3.0, 4.0), loss), ((3.0, 4.0), dark)],
+        # Validations of both stages are one line; the share of loops never changed and is not shown.
+        ((0.0, 1.0, 2.0, 2.0, 3.0, 4.0), (1.5, 2.5, 2.25) * 2),
     ]
     assert (tmp_path / "curves.png").is_file()
 

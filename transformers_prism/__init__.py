@@ -18,7 +18,7 @@ def _write_card(folder):
 
 PrismDraftModel.write_card = staticmethod(_write_card)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 warn_of_untried_release()
 

@@ -150,8 +150,8 @@ class PrismConfig(PreTrainedConfig):
         hidden_size (`int`): width of the draft, D.
         intermediate_size (`int`): width of the SwiGLU MLP.
         num_attention_heads, num_key_value_heads, head_dim (`int`): H, G and E; H is a multiple of G.
-        hidden_act, rms_norm_eps, rope_parameters, max_position_embeddings, attention_bias, mlp_bias,
-            initializer_range: as in `LlamaConfig`.
+        hidden_act, rms_norm_eps (and others): as in `LlamaConfig`; also `rope_parameters`, `max_position_embeddings`,
+            `attention_bias`, `mlp_bias` and `initializer_range`.
         num_processing_modules (`int`): parameter sets, M.
         draft_step_to_module (`list[int]` of length S): module that serves each draft step, a surjection onto
             range(M); later steps use the last entry.

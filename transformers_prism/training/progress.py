@@ -1,6 +1,7 @@
 """What a training run shows: a table of its figures with the time left, and curves at the end."""
 
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -107,8 +108,19 @@ class UpdateClock(TrainerCallback, ExportableState):
         self.seconds += time.perf_counter() - self.started
 
 
+def smoothed(line: list[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:
+    """The mean of each point and those before it that lie within a share of the line's points; at least of two."""
+    width = max(2, round(share * len(line)))
+    values = [y for _, y in line]
+    means = (statistics.mean(values[max(0, place + 1 - width) : place + 1]) for place in range(len(values)))
+    return [(x, mean) for (x, _), mean in zip(line, means, strict=True)]
+
+
 def plot_curves(results: list[dict], path) -> None:
-    """Loss, agreement and, where it was measured, tau over the tokens seen, all stages one after the other.
+    """Loss, top-1 accuracy and, where it was measured, tau over the tokens seen, all stages one after the other.
+
+    The loss is drawn pale as logged and dark as a running mean. Validations are joined across stages. What never changes
+    (as a share of loops that is always 0) gets no panel.
 
     Args:
         results (`list[dict]`): of the stages, each with its `history`, `num_updates` and `tokens_seen`.
@@ -117,10 +129,10 @@ def plot_curves(results: list[dict], path) -> None:
     import matplotlib.figure
 
     panels = {
-        "loss": "loss",
-        "eval_agreement_0": "agreement of step 0 with the target",
-        "eval_tau": "tau",
-        "eval_loop_share": "share of answers in a loop",
+        "loss": "training loss",
+        "eval_agreement_0": "validation: top-1 accuracy of step 0",
+        "eval_tau": "validation: tau",
+        "eval_loop_share": "validation: share of answers in a loop",
     }
     points: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in panels}
     seen = 0
@@ -129,19 +141,24 @@ def plot_curves(results: list[dict], path) -> None:
         for name, lines in points.items():
             values: dict[int, float] = {}
             for entry in result["history"]:
-                # The checkpoint that is kept is validated once more behind the last update, where it does not belong.
+                # The checkpoint that is kept is validated once more after the last update, where it does not belong.
                 if name in entry:
                     values.setdefault(entry["step"], entry[name])
-            lines.append([(seen + step * per_update, value) for step, value in values.items()])
+            lines.append([((seen + step * per_update) / 1e6, value) for step, value in values.items()])
         seen += result["tokens_seen"]
-    shown = [name for name, lines in points.items() if any(lines)]
+    shown = [name for name, lines in points.items() if len({y for line in lines for _, y in line}) > 1] or ["loss"]
     figure = matplotlib.figure.Figure(figsize=(5 * len(shown), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for result, line in zip(results, points[name], strict=True):
-            if line:
-                axes.plot([x / 1e6 for x, _ in line], [y for _, y in line], label=result["stage"]["name"], marker=".")
+        if name == "loss":
+            for place, (result, line) in enumerate(zip(results, points[name], strict=True)):
+                if line:
+                    axes.plot(*zip(*line, strict=True), color=f"C{place % 10}", alpha=0.25)
+                    axes.plot(*zip(*smoothed(line), strict=True), color=f"C{place % 10}", label=result["stage"]["name"])
+            axes.legend()
+        else:
+            joined = [point for line in points[name] for point in line]
+            axes.plot(*zip(*joined, strict=True), color="black", marker=".")
         axes.set(xlabel="million tokens seen", title=panels[name])
-        axes.legend()
     figure.savefig(Path(path), dpi=120)
 
 
