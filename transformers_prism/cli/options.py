@@ -83,7 +83,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Read the words of the command line; `ctx.meta["words"]` keeps them in their present spelling."""
         words, notices = present_spelling(self.params, args)
-        ctx.meta["words"] = words
+        ctx.meta["words"] = list(words)  # the parser empties the other one
         rest = super().parse_args(ctx, words)
         with _shown(is_quiet=ctx.params.get("quiet", False)):
             if notices:

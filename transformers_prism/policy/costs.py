@@ -51,7 +51,7 @@ _MAX_SPREAD = 1.5
 # Rounds that were faster than measured, more than slower, until the costs are in doubt.
 _MOST_FASTER = 8
 # A machine that never comes to rest is not measured more often than this in a process.
-_MOST_MEASUREMENTS = 4
+_MOST_MEASUREMENTS = 3
 _FORMAT = 1
 _KEPT = ("num_tokens", "verify_seconds", "step_seconds")
 # No file of ours is longer.
