@@ -506,6 +506,8 @@ def test_command_trains_and_names_errors(tmp_path, load_tiny):
     result = CliRunner().invoke(app, [*options, "--data", data, "--warm_up_epochs", "0", "--split_epochs", "0"])
     assert result.exit_code == 0, result.stderr
     assert PrismDraftModel.from_pretrained(tmp_path / "run" / "draft").config.num_processing_modules == 1
+    command = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())["command"]
+    assert command.startswith("transformers-prism train --output run --use-cpu --draft-vocab-size 40 --batch-size 4")
 
 
 def test_data_that_is_not_gzip_is_named(tmp_path):

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.round_check import RoundCheck
 from .decoding.sequences import OutputRows, walk, walk_on_device
-from .decoding.speculation import RoundTree, Speculation
+from .decoding.speculation import RoundTree, Speculation, warn_if_hardly_used
 from .decoding.target_side import ChainTarget, NewPositions, make_target, read_all
 from .decoding.target_support import Declined, reason_against_training
 from .decoding.tree import root_tree
@@ -186,6 +186,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, target_side, pl
             if streamer is not None:
                 streamer.end()
             draft.last_speculation = speculation
+            warn_if_hardly_used(speculation, draft, target, generation_config)
             if not generation_config.return_dict_in_generate:
                 return sequences
             num_steps = sequences.shape[1] - rows.prompt_length

@@ -229,8 +229,12 @@ def _known_costs(target, draft, num_rows: int) -> RoundCosts:
     known = _costs.setdefault(target, WeakKeyDictionary()).setdefault(draft, {})
     # Preparing or compiling a model changes the classes of its layers.
     key = (num_rows, torch.get_num_threads(), frozenset(type(module) for module in target.modules()))
-    if key not in known:
-        known[key] = load_or_measure(target, draft, num_rows)
+    before = known.get(key)
+    known[key] = load_or_measure(target, draft, num_rows, before)
+    if before is not None and known[key] is not before:
+        # Whether drafting pays was judged by costs that did not hold.
+        for experience in _experiences.get(draft, {}).values():
+            experience.payoffs.clear()
     return known[key]
 
 

@@ -76,7 +76,7 @@ class TrainConfig:
     num_modules: int | None = _by_recipe("Processing modules M.")
     num_layers_per_module: int | None = _by_recipe("Decoder layers of a module.")
     draft_step_to_module: str = _option(
-        "", "Module of each draft step, such as 0,1,1; if left out, that of --init_from with as many modules, or 0,1,...,M-1."
+        "", "Module of each draft step, such as 0,1,1; if left out, that of --init-from with as many modules, or 0,1,...,M-1."
     )
     target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
     draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0 is the whole vocabulary.")

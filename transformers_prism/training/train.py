@@ -11,7 +11,6 @@ import logging
 import math
 import platform
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import transformers
 from accelerate import DistributedType, PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import transformers_prism
@@ -35,7 +34,6 @@ from transformers_prism.training.data.conversations import Conversation, Part, r
 from transformers_prism.training.data.formats import check_source
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, check_states, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
-from transformers_prism.training.plan import describe_plan
 from transformers_prism.training.progress import TrainingLog, UpdateClock, plot_curves
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
@@ -430,23 +428,4 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
         logger.info("Draft pushed to %s.", config.push_to_hub)
 
 
-def main(argv: list[str]):
-    """The `train` command: one option for each field of [`TrainConfig`].
-
-    Args:
-        argv (`list[str]`): the command line after the command's name.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    parser = HfArgumentParser(TrainConfig, prog="transformers-prism train")
-    (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if config.plan:
-        sys.stdout.write(describe_plan(config) + "\n")
-        return
-    train(config, ["transformers-prism", "train", *argv])
-
-
-__all__ = [
-    "AlignedTrainer",
-    "main",
-    "train",
-]
+__all__ = ["AlignedTrainer", "train"]
