@@ -71,6 +71,7 @@ def main(output: Annotated[Path, typer.Option(help="The SVG file.")] = Path("doc
     if not torch.equal(plain, drafted):
         raise SystemExit("expected the text of plain decoding, got another")
     speculation, num_tokens = draft.last_speculation, drafted.shape[1] - inputs["input_ids"].shape[1]
+    assert speculation is not None, "expected a call with the draft"
     summary = (
         f"{num_tokens} tokens from {num_tokens - speculation.num_committed[0] + speculation.num_rounds[0]} forwards of "
         f"SmolLM2-135M-Instruct, {speculation.acceptance_length:.2f} a round; the same text as without the draft."

@@ -155,7 +155,7 @@ def test_cli_bad_prompt_file_is_named(tiny_folders, tmp_path):
     """A line that is no record, and a file that is not there, are named before any model is loaded."""
     path = tmp_path / "bad.jsonl"
     path.write_text('{"question_id": 1}\n')
-    assert "line 1: expected question_id, category and turns" in fails("bench", "generate", "--prompts", path)
+    assert "bad.jsonl to be unusable (max_bad_share), got 1 of 1: 1 expected one of" in fails("bench", "generate", "--prompts", path)
     assert "absent.jsonl" in fails("bench", "generate", "--prompts", tmp_path / "absent.jsonl")
 
 
