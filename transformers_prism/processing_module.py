@@ -56,8 +56,8 @@ class PrismDecoderLayer(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj"):
             features, bias = (width, getattr(self.self_attn, name).out_features), config.attention_bias
             if config.query_key_norm and name != "v_proj":
-                layer = HeadNormLinear(*features, bias, self.self_attn.head_dim, config.rms_norm_eps)
-                setattr(self.self_attn, name, layer)
+                head_norm = (self.self_attn.head_dim, config.rms_norm_eps)
+                setattr(self.self_attn, name, HeadNormLinear(*features, bias, *head_norm))
             elif reads_embeddings:
                 setattr(self.self_attn, name, nn.Linear(*features, bias=bias))
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
