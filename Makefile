@@ -1,4 +1,4 @@
-# make demo | make test | make test-oldest | make lint: each makes .venv first and installs what it needs, once.
+# make demo | make test | make test-oldest | make lint | make docs: each makes .venv first and installs what it needs, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -17,7 +17,7 @@ OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_side transfor
 # Of `make test-python`.
 OTHER := .venv-$(notdir $(PYTHON))
 
-.PHONY: demo test test-oldest test-python lint quick
+.PHONY: demo test test-oldest test-python lint quick docs
 
 demo: $(INSTALLED)
 	$(BIN)/transformers-prism demo
@@ -42,6 +42,11 @@ quick: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation site, in site/; a broken link or reference is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch goes in alone and pinned: left to itself, pip may fetch another release and gigabytes of libraries for it.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,8 +1,9 @@
-"""`docs/performance.md`: a page of measurements, written from their files and from nothing else.
+"""`docs/performance.md`: a page written from the files of measurements, and from nothing else.
 
     python -m benchmarks.page greedy.json sampled.json scaling.json rounds.json --output docs/performance.md
 
-Every figure is one of the files'.
+Every figure is one of the files'. Every table names draft, machine and date, and no picture joins measurements of
+different drafts or machines.
 """
 
 import re
@@ -13,21 +14,31 @@ import typer
 
 from benchmarks import plots
 from transformers_prism.bench.acceptance import acceptance_rows
-from transformers_prism.bench.figures import glance_rows, method_rows, task_rows
+from transformers_prism.bench.figures import method_rows, task_rows
 from transformers_prism.bench.record import UNTRAINED, read_record
 from transformers_prism.bench.rounds import profile_rows
-from transformers_prism.bench.scaling import axis_rows, modules_text
+from transformers_prism.bench.scaling import axis_rows, modules_ratio, modules_text
 from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
 KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize")
+WORDS = """| word | means |
+|---|---|
+| plain | `generate()` of the target as loaded |
+| prepared | the same after `prepare_for_cpu`, which packs weights once |
+| over plain, over prepared | tokens per second of whole calls, prefill included, over those of that baseline: all tokens over the sum of the prompts' median seconds |
+| tau | committed tokens per round; a round is one forward of the target |
+| same | answers with exactly the tokens of the plain method on the same target |
+| ceiling | tau x t(plain step) / (t(verify) + t(draft)): what would be gained if nothing else took time |
+| share | the part of the ceiling that was reached |
+| single prompts | lowest and highest ratio of one prompt, or one batch of prompts, over the last baseline |"""
 
 
 def write_page(files: list[Path], output: Path) -> list[Path]:
-    """Write the page, and its pictures into a folder beside it that bears its name.
+    """Write the page, and its pictures into a folder of the same name.
 
     Args:
-        files (`list[Path]`): of `bench` commands whose kind is one of `KINDS`, in the page's order.
+        files (`list[Path]`): of measurements whose kind is one of `KINDS`, in the page's order.
         output (`Path`): the page.
     Returns:
         `list[Path]`: what was written, the page first.
@@ -44,12 +55,11 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     folder = output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(folder)
-    page.add(_introduction(records))
+    page.add("# Performance", *_three_figures([record for _, record in records]))
+    page.add("## Words", WORDS, _machines([record for _, record in records]))
     generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
     page.add(*_glance([record for _, record in generate]))
-    for stem, record in generate:
-        page.add_generate(stem, record)
-    page.add_comparison(generate, "batch_size", "rows of a batch", "Batches")
+    page.add_comparison(generate, "batch_size", "sequences in a batch", "Batches")
     page.add_comparison(generate, "context", "tokens of the prompt", "Contexts")
     page.add_rounds([record for _, record in records if record["kind"] == "rounds"])
     for stem, record in records:
@@ -57,6 +67,11 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
             page.add_scaling(stem, record)
         elif record["kind"] in _SECTIONS:
             page.add(*_SECTIONS[record["kind"]](record))
+    if generate:
+        page.add("## Run by run", "Milliseconds are of a round, or of a plain step.")
+    for stem, record in generate:
+        page.add_generate(stem, record)
+    page.add("Written by `python -m benchmarks.page`; `docs/performance/measure.sh` makes all files and then the page.")
     write_text(output, "\n\n".join(page.parts) + "\n")
     return [output, *page.pictures]
 
@@ -89,31 +104,74 @@ def levers(summary: dict) -> list[tuple[str, float]]:
 
 
 def _command_block(record: dict) -> str:
-    """The command, which weights it measured where there is a draft, and the machine."""
+    """The command, and draft, machine and date that it was run with."""
+    return f"```\n{record['command']}\n```\n\n{_where(record)}."
+
+
+def _draft(record: dict) -> str:
+    """A draft by the beginning of its weights' hash."""
     weights = record["weights_sha256"]
-    return f"```\n{record['command']}\n```\n\n" + (f"Draft `{weights[:12]}` on " if weights else "On ") + f"{record['hardware']}."
+    return "random" if weights == UNTRAINED else f"`{weights[:8]}`" if weights else "none"
 
 
-def _introduction(records: list[tuple[str, dict]]) -> str:
+def _where(record: dict) -> str:
+    draft = f"Draft {_draft(record)}, " if record["weights_sha256"] else ""
+    return f"{draft}{record['hardware']}, {record.get('date') or 'no date'}"
+
+
+def _machines(records: list[dict]) -> str:
     machines = dict.fromkeys(
-        f"{record['hardware']}, {record['device']}, {record['num_threads']} threads, {record['dtype']}; "
-        f"target `{record['target']}`; torch {record['versions']['torch']}, "
-        f"transformers {record['versions']['transformers']}"
-        for _, record in records
+        f"- {record['hardware']}, {record['num_threads']} thread(s), {record['device']}, {record['dtype']}; target "
+        f"`{record['target']}`; torch {record['versions']['torch']}, transformers {record['versions']['transformers']}"
+        for record in records
     )
-    return "\n".join(
-        [
-            "# Performance",
-            "",
-            "Written by `python -m benchmarks.page` from the files of the measurements below. *plain* is `generate` of the",
-            "target as loaded, *prepared* the same after `prepare_for_cpu`. Ratios are tokens per second of whole calls,",
-            "prefill included: all tokens over the sum of the prompts' median seconds. tau is committed tokens per round. The",
-            "ceiling is tau x t(plain step) / (t(verify) + t(draft)), and *share* the part of it that was reached.",
-            "",
-            "Measured on:",
-            *(f"- {machine}" for machine in machines),
-        ]
-    )
+    note = ""
+    if any(record["target"].endswith(".gguf") for record in records):
+        note = "\n\nA target in a GGUF file was dequantised: its weights are the original's, rounded and converted back."
+    return "Measured on:\n\n" + "\n".join(machines) + note
+
+
+def _three_figures(records: list[dict]) -> list[str]:
+    """What a reader takes home: speed, acceptance, and the price of more modules, each with its surroundings."""
+    parts = []
+    speed = next((one for one in records if one["kind"] == "generate" and one["weights_sha256"] != UNTRAINED), None)
+    if speed is not None:
+        summary, settings = speed["summary"], speed["settings"]
+        ratios = " and ".join(f"**{one['ratio']:.2f}** times {name}" for name, one in sorted(summary["over"].items()))
+        parts.append(
+            f"**Speed.** {ratios}: tokens per second with the draft over those without. {_title(speed)}, "
+            f"{summary['num_prompts']} prompts of `{settings['prompts']}`, {settings['generate']['max_new_tokens']} new "
+            f"tokens; {summary['num_identical']} answers were the same. {_where(speed)}."
+        )
+    accepted = next((one for one in records if one["kind"] == "acceptance"), None)
+    if accepted is not None:
+        taus = " and ".join(f"**{row['tau']:.2f}** with {row['tree']}" for row in accepted["rows"] if row["tau"])
+        temperatures = " and ".join(f"{one:g}" for one in accepted["settings"]["temperatures"])
+        parts.append(
+            f"**Acceptance.** {taus} tokens per forward of the target, for trees of a fixed size (nodes/depth/top-k) at "
+            f"temperature {temperatures}. It depends on the draft and the text, not on the machine. {_where(accepted)}."
+        )
+    modules = [found for one in records if (found := _modules_cost(one)) is not None]
+    if modules:
+        many, few, (ratio, low, high), record = min(modules, key=lambda found: found[2][2] - found[2][1])
+        parts.append(
+            f"**The price of parameters.** **{ratio:.3f}**: the time of a round with {many} processing modules over that "
+            f"with {few} (95 % interval {low:.3f} to {high:.3f}). A draft can hold many times the parameters at the same "
+            f"cost. {_where(record)}."
+        )
+    return ["\n".join(f"{number}. {part}" for number, part in enumerate(parts, 1))] if parts else []
+
+
+def _modules_cost(record: dict) -> tuple[int, int, tuple[float, float, float], dict] | None:
+    """Largest and smallest number of modules and what [`modules_ratio`] says of them; None if that was not measured."""
+    if record["kind"] == "modules":
+        low, high = record["interval"]
+        counts = record["num_modules"]
+        return counts[-1], counts[0], (record["median_ratio"], low, high), record
+    members = record["axes"].get("modules", []) if record["kind"] == "scaling" else []
+    if len(members) < 2:
+        return None
+    return members[-1]["value"], members[0]["value"], modules_ratio(members), record
 
 
 def _title(record: dict) -> str:
@@ -128,34 +186,45 @@ def _glance(records: list[dict]) -> list[str]:
     """The main method of each run of `bench generate` in one table."""
     if not records:
         return []
-    names = [f"{_title(record)}, `{record['settings']['prompts']}`" for record in records]
-    baseline = max(name for record in records for name in record["summary"]["over"])
-    return [
-        "## At a glance",
-        markdown_table(*glance_rows(names, records)),
-        f"*Single prompts*, or batches of them: the lowest and the highest ratio over `{baseline}`.",
-    ]
+    baselines = sorted({name for record in records for name in record["summary"]["over"]})
+    heading = ["run", "text", "draft", "machine", "date", "method", "prompts", "same", "tau"]
+    heading += [*(f"over {name}" for name in baselines), "single prompts", "share"]
+    rows = []
+    for record in records:
+        one, settings = record["summary"], record["settings"]
+        ratios = [f"{one['over'][name]['ratio']:.2f}" if name in one["over"] else "" for name in baselines]
+        tau, share = one["acceptance_length_pooled"], one["ceiling_share"]
+        rows.append(
+            [
+                *(_title(record), Path(settings["prompts"]).stem, _draft(record), record["hardware"]),
+                *(record.get("date") or "", settings["main_method"], str(one["num_prompts"]), str(one["num_identical"])),
+                "" if tau is None else f"{tau:.2f}",
+                *(*ratios, f"{one['lowest_ratio']:.2f} to {one['highest_ratio']:.2f}"),
+                "" if share is None else f"{share:.2f}",
+            ]
+        )
+    note = "One row is one run. Compare rows of the same draft and machine only; a draft is named by its weights' hash."
+    return ["## At a glance", note, markdown_table(heading, rows)]
 
 
 def _acceptance(record: dict) -> list[str]:
     settings = record["settings"]
-    hidden = "" if settings["coupled"] else ", the draws of sampling hidden from it"
+    without = "" if settings["coupled"] else ", without shared randomness"
     if settings.get("text_tokens") is False:
-        hidden += ", which proposes nothing outside its draft vocabulary"
+        without += ", without the text's tokens"
     temperatures = " and ".join(f"{temperature:g}" for temperature in settings["temperatures"])
-    prompts = f"{settings['num_prompts']} prompts of `{settings['prompts']}`"
     return [
-        f"## What the draft accepts at T = {temperatures}{hidden}: {prompts}",
+        f"## Acceptance length at temperature {temperatures}{without}",
+        f"Trees of a fixed size (nodes/depth/top-k; top-k 1 is a chain), without copies from the text: "
+        f"{settings['num_prompts']} prompts of `{settings['prompts']}`, {settings['max_new_tokens']} new tokens, seed "
+        f"{settings['seed']}. Answers that end in a loop are easy to guess.",
         markdown_table(*acceptance_rows(record["rows"])),
-        f"tau of fixed trees (nodes/depth/top-k; top-k 1 is a chain), pooled over rounds, without n-grams; "
-        f"{settings['max_new_tokens']} new tokens, seed {settings['seed']}. *In a loop*: answers that end in one, which "
-        "flatters tau.",
         _command_block(record),
     ]
 
 
 def _modules(record: dict) -> list[str]:
-    # Records of `bench modules`, whose place `bench scaling --modules` has taken.
+    # Records of `bench modules`, which is `bench scaling --modules` now.
     pairs = zip(record["num_modules"], record["median_ms"], strict=True)
     rows = [[str(count), f"{milliseconds:.2f}"] for count, milliseconds in pairs]
     low, high = record["interval"]
@@ -173,19 +242,20 @@ def _training(record: dict) -> list[str]:
     low, high = record["interval"]
     parts = [
         f"## A training step: {settings['batch_size']} x {settings['length']} tokens",
-        f"Forward, loss and backward with S = {settings['num_steps']}: {speeds['ours']:.0f} tokens/s, with the authors' way "
-        f"of aligning {speeds['authors']:.0f}; median ratio of pairs {record['ratio']:.2f}, 95 % interval {low:.2f} to "
-        f"{high:.2f}. Medians of {settings['repeat']} steps of each kind, in turn.",
+        f"Forward, loss and backward with S = {settings['num_steps']} training-time-test steps: {speeds['ours']:.0f} tokens/s "
+        f"with this package's alignment, {speeds['authors']:.0f} with the PRISM authors'; median ratio of pairs "
+        f"{record['ratio']:.2f}, 95 % interval {low:.2f} to {high:.2f}. Medians of {settings['repeat']} steps of each kind, in "
+        "turn.",
         markdown_table(
-            ["aligned forwards S", "seconds", "over S = 1"],
+            ["steps S", "seconds", "over S = 1"],
             [[str(count), f"{one:.2f}", f"{one / seconds[0]:.2f}"] for count, one in enumerate(seconds, start=1)],
         ),
     ]
     if "peak_bytes" in record:
         kept, again = (record["peak_bytes"][name] / 2**30 for name in ("kept", "checkpointed"))
         parts.append(
-            f"Peak memory of a step over 2048 tokens with S = 5, beside weights, gradients and data: {kept:.2f} GiB, with "
-            f"activation checkpointing {again:.2f} GiB."
+            f"Peak memory of a step over 2048 tokens with S = 5, in addition to weights, gradients and data: {kept:.2f} GiB, "
+            f"with activation checkpointing {again:.2f} GiB."
         )
     return [*parts, _command_block(record)]
 
@@ -194,7 +264,7 @@ def _synthesize(record: dict) -> list[str]:
     settings = record["settings"]
     return [
         "## Writing training data",
-        f"{record['num_prompts']} prompts answered greedily, {settings['batch_size']} rows at once, at most "
+        f"{record['num_prompts']} prompts answered greedily, {settings['batch_size']} sequences at once, at most "
         f"{settings['max_new_tokens']} tokens: `synthesize` {record['synthesize_tokens_per_second']:.1f} tokens/s, "
         f"`generate` in batches {record['generate_tokens_per_second']:.1f}, ratio {record['ratio']:.2f}; "
         f"{record['num_identical']} answers identical. Medians of {settings['repeat']} runs of each, in turn.",
@@ -218,7 +288,7 @@ class _Page:
         self.pictures: list[Path] = []
 
     def add(self, *parts: str) -> None:
-        """Go on with these paragraphs."""
+        """Append paragraphs."""
         self.parts += parts
 
     def _picture(self, name: str, text: str) -> Path:
@@ -227,98 +297,82 @@ class _Page:
         return self.pictures[-1]
 
     def add_generate(self, stem: str, record: dict) -> None:
-        """A section for a run of `bench generate`: tables, a picture, what limits the main method."""
+        """A run of `bench generate`: its methods, and folded away the tasks, a picture, and what limits the main method."""
         settings, figures = record["settings"], record["methods"]
-        title = _title(record)
-        main = settings["main_method"]
-        baselines = sorted(record["summary"]["over"])
-        self.add(f"## {title}: {record['summary']['num_prompts']} prompts of `{settings['prompts']}`")
-        self.add(markdown_table(*method_rows(figures)))
-        runs = "one run of each prompt and method."
+        title, main, baselines = _title(record), settings["main_method"], sorted(record["summary"]["over"])
+        prompts = f"{record['summary']['num_prompts']} prompts of `{settings['prompts']}`"
+        runs = "one run of each prompt and method"
         if settings["repeat"] > 1:
             apart = f"{100 * record['summary']['spread']:.0f} %"
-            runs = f"median of {settings['repeat']} runs; those of a prompt with `{main}` lie up to {apart} apart."
-        self.add(
-            f"{settings['generate']['max_new_tokens']} new tokens, {runs} *same*: rows with the tokens of the plain "
-            "method on the same target. Milliseconds are of a round, or of a plain step."
-        )
-        self.add(_command_block(record))
-        if len(record["tasks"]) > 1:
+            runs = f"median of {settings['repeat']} runs, those of a prompt with `{main}` up to {apart} apart"
+        self.add(f"### {title}, {Path(settings['prompts']).stem}, {stem}")
+        self.add(f"{prompts}, {settings['generate']['max_new_tokens']} new tokens, {runs}.")
+        self.add(markdown_table(*method_rows(figures)), _command_block(record))
+        has_tasks, has_parts = len(record["tasks"]) > 1, record["summary"]["round_ms"] is not None
+        if not has_tasks and not has_parts:
+            return
+        # `markdown` is for the documentation site; GitHub reads Markdown in there anyway.
+        self.add("<details markdown><summary>By task, and what limits it</summary>")
+        if has_tasks:
             for baseline in baselines:
-                self.add(
-                    f"Tokens per second over `{baseline}`, by task:", markdown_table(*task_rows(figures, baseline))
-                )
+                self.add(f"Tokens per second over `{baseline}`:", markdown_table(*task_rows(figures, baseline)))
             if len(figures) > len(baselines):
-                picture = self._picture(
-                    f"{stem}_tasks.png", f"{title}: tokens per second over {baselines[-1]}, by task"
-                )
-                plots.plot_tasks(picture, figures, baselines[-1], title)
-        if record["summary"]["round_ms"] is not None:
+                text = f"{title}: tokens per second over {baselines[-1]}, by task"
+                plots.plot_tasks(self._picture(f"{stem}_tasks.png", text), figures, baselines[-1], title)
+        if has_parts:
             rows = [[name, f"{ratio:.2f}"] for name, ratio in levers(record["summary"])]
-            self.add(
-                f"What limits `{main}`: decoding over plain steps of the same target, if one thing were otherwise:",
-                markdown_table(["", "ratio"], rows),
-            )
+            self.add(f"Decoding with `{main}` over plain steps, if one thing were otherwise:", markdown_table(["", "ratio"], rows))
+        self.add("</details>")
 
     def add_comparison(self, records: list[tuple[str, dict]], setting: str, label: str, title: str) -> None:
-        """Runs that differ in one setting side by side, if there are such, greedy ones and each temperature apart."""
+        """Runs that differ in one setting alone, in a table and a picture for each draft, machine and way of decoding."""
         other = {"batch_size": "context", "context": "batch_size"}[setting]
-        groups: dict[str, list[dict]] = {}
+        groups: dict[tuple, list[dict]] = {}
         for _, record in records:
             settings = record["settings"]
             if settings[setting] is not None and record["weights_sha256"] != UNTRAINED:
-                key = str((settings["generate"], settings[other]))
+                # Long prompts are few.
+                same = ("generate", other, "prompts", *(["num_prompts"] if setting == "batch_size" else []))
+                key = (*(str(settings[name]) for name in same), record["weights_sha256"], record["hardware"])
                 groups.setdefault(key, []).append(record)
         for number, members in enumerate(groups.values()):
             if len({record["settings"][setting] for record in members}) > 1:
-                self._add_group(
-                    sorted(members, key=lambda record: record["settings"][setting]), setting, label, title, number
-                )
+                self._add_group(sorted(members, key=lambda one: one["settings"][setting]), setting, label, title, number)
 
     def _add_group(self, members: list[dict], setting: str, label: str, title: str, number: int) -> None:
         series: dict[str, list[tuple[float, float]]] = {}
+        baselines = sorted(members[0]["summary"]["over"])
         rows = []
-        baseline = sorted(members[0]["summary"]["over"])[-1]
         for record in members:
             for name, parts in record["methods"].items():
-                if name in parts["summary"]["over"] or baseline not in parts["summary"]["over"]:
-                    continue
                 one = parts["summary"]
-                series.setdefault(name, []).append((record["settings"][setting], one["over"][baseline]["ratio"]))
-                ratios = [f"{one['over'][key]['ratio']:.2f}" for key in sorted(members[0]["summary"]["over"])]
+                if name in one["over"] or baselines[-1] not in one["over"]:
+                    continue
+                series.setdefault(name, []).append((record["settings"][setting], one["over"][baselines[-1]]["ratio"]))
                 tau = one["acceptance_length_pooled"]
                 rows.append(
                     [
-                        str(record["settings"][setting]),
-                        name,
-                        str(one["num_prompts"]),
-                        "" if tau is None else f"{tau:.2f}",
-                        *ratios,
+                        *(str(record["settings"][setting]), name, str(one["num_prompts"]), "" if tau is None else f"{tau:.2f}"),
+                        *(f"{one['over'][key]['ratio']:.2f}" for key in baselines),
                     ]
                 )
         if not rows:
             return
-        decoding = _title(members[0]).split(",")[0]
-        self.add(f"## {title}, {decoding.lower()}")
-        heading = [
-            label,
-            "method",
-            "prompts",
-            "tau",
-            *(f"over {key}" for key in sorted(members[0]["summary"]["over"])),
-        ]
-        self.add(markdown_table(heading, rows))
-        plots.plot_series(
-            self._picture(f"{setting}_{number}.png", f"{title}: tokens per second over {baseline}"),
-            series,
-            label,
-            baseline,
-        )
+        self.add(f"## {title}, {_title(members[0]).split(',')[0].lower()}", f"{_where(members[-1])}.")
+        self.add(markdown_table([label, "method", "prompts", "tau", *(f"over {key}" for key in baselines)], rows))
+        picture = self._picture(f"{setting}_{number}.png", f"{title}: tokens per second over {baselines[-1]}")
+        plots.plot_series(picture, series, label, baselines[-1])
 
     def add_rounds(self, records: list[dict]) -> None:
-        """Profiles of rounds, of all files in one table and one picture."""
-        if not records:
-            return
+        """Profiles of rounds; a table and a picture for each draft and machine."""
+        groups: dict[tuple, list[dict]] = {}
+        for record in records:
+            groups.setdefault((record["weights_sha256"], record["hardware"]), []).append(record)
+        for number, members in enumerate(groups.values()):
+            self.add("## Where the time of a round goes" + (f": draft {_draft(members[0])}" if len(groups) > 1 else ""))
+            self._add_profiles(members, number)
+
+    def _add_profiles(self, records: list[dict], number: int) -> None:
         profiles: list[dict] = []
         labels: list[str] = []
         rows: list[list[str]] = []
@@ -329,11 +383,11 @@ class _Page:
             rows += [[name, *row] for row in own]
             profiles += record["profiles"]
             labels += [f"{name}, context {one['context']}" for one in record["profiles"]]
-        self.add("## Where the time of a round goes", markdown_table(["", *heading], rows))
         labels = [
-            f"{label} ({number})" if labels.count(label) > 1 else label for number, label in enumerate(labels, 1)
+            f"{label} ({place})" if labels.count(label) > 1 else label for place, label in enumerate(labels, 1)
         ]
-        plots.plot_rounds(self._picture("rounds.png", "Milliseconds of a round by part"), profiles, labels)
+        self.add(markdown_table(["", *heading], rows))
+        plots.plot_rounds(self._picture(f"rounds_{number}.png", "Milliseconds of a round by part"), profiles, labels)
         last = records[-1]
         share = last["bytes"]["draft_step"] / last["bytes"]["target"]
         times = [
@@ -367,9 +421,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Of bench generate, acceptance, rounds, scaling and benchmarks.training, benchmarks.synthesize, in order."),
+        typer.Argument(help="Of bench generate, acceptance, rounds, scaling, benchmarks.training and benchmarks.synthesize, in order."),
     ],
-    output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
+    output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of the same name.")] = Path(
         "docs/performance.md"
     ),
 ):

@@ -1,24 +1,32 @@
 """The pictures of measurements, as small PNG files; the same figures give the same files."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers_prism.bench.rounds import PARTS
 
-_COLOURS = (
-    "#33658a",
-    "#f26419",
-    "#55a630",
-    "#7b4b94",
-    "#e0a100",
-    "#c9184a",
-    "#8d99ae",
-    "#2a9d8f",
-    "#6c584c",
-    "#000000",
-)
+_COLOURS = ("#33658a", "#f26419", "#55a630", "#7b4b94", "#e0a100", "#c9184a", "#2a9d8f", "#6c584c")
+# A method has one colour in every picture; those that are not here take one of the others by their name.
+_METHOD_COLOURS = {
+    "auto": "#33658a",
+    "auto-no-ngrams": "#86bbd8",
+    "chain": "#e0a100",
+    "static:10,6,59": "#55a630",
+    "static:4,4,15": "#8ac926",
+    "static:3,3,7": "#c5e59a",
+    "static": "#3a7d22",
+    "lookup": "#7b4b94",
+    "assisted": "#c9184a",
+    "compiled": "#6c584c",
+}
 _GREY = "#8d99ae"
+
+
+def colour_of(method: str) -> str:
+    """The colour of a method of `bench generate`, the same in every picture."""
+    return _METHOD_COLOURS.get(method) or _COLOURS[zlib.crc32(method.encode()) % len(_COLOURS)]
 
 
 @contextmanager
@@ -57,12 +65,13 @@ def plot_tasks(path: Path, figures: dict, baseline: str, title: str) -> None:
             parts = [*(figures[name]["tasks"][task] for task in tasks), figures[name]["summary"]]
             places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(parts))]
             ratios = [one["over"][baseline]["ratio"] for one in parts]
-            bars = axes.bar(places, ratios, 0.92 * width, label=name, color=_COLOURS[index % len(_COLOURS)])
+            bars = axes.bar(places, ratios, 0.92 * width, label=name, color=colour_of(name))
             if len(names) <= 3:
                 axes.bar_label(bars, fmt="%.2f", fontsize=7)
         axes.axhline(1.0, color=_GREY, linewidth=1)
         axes.set_xticks(range(len(tasks) + 1), [*(task.replace("_", "\n") for task in tasks), "all"], fontsize=8)
         axes.set_ylabel(f"tokens/s over {baseline}")
+        axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10)
         axes.figure.legend(fontsize=7, frameon=False, ncols=min(len(names), 6), loc="outside lower center")
 
@@ -76,11 +85,9 @@ def plot_series(path: Path, series: dict[str, list[tuple[float, float]]], label:
     """
     with _figure(path) as (axes,):
         values = sorted({x for pairs in series.values() for x, _ in pairs})
-        for index, (name, pairs) in enumerate(series.items()):
+        for name, pairs in series.items():
             places = [values.index(x) for x, _ in pairs]
-            axes.plot(
-                places, [ratio for _, ratio in pairs], marker="o", label=name, color=_COLOURS[index % len(_COLOURS)]
-            )
+            axes.plot(places, [ratio for _, ratio in pairs], marker="o", label=name, color=colour_of(name))
         axes.axhline(1.0, color=_GREY, linewidth=1)
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set(xlabel=label, ylabel=f"tokens/s over {baseline}")
@@ -89,7 +96,7 @@ def plot_series(path: Path, series: dict[str, list[tuple[float, float]]], label:
 
 
 def plot_rounds(path: Path, profiles: list[dict], labels: list[str]) -> None:
-    """A bar per profile: milliseconds of a round's parts, beside the plain step."""
+    """A bar per profile: milliseconds of a round's parts, and a line at the plain step."""
     with _figure(path, height=1.5 + 0.6 * len(profiles)) as (axes,):
         left = [0.0] * len(profiles)
         for index, part in enumerate(PARTS):
@@ -104,6 +111,7 @@ def plot_rounds(path: Path, profiles: list[dict], labels: list[str]) -> None:
         axes.grid(axis="x", alpha=0.25)
         axes.invert_yaxis()
         axes.margins(x=0.12)
+        axes.set_xlim(left=0)
         axes.set_xlabel("milliseconds of a round")
         axes.figure.legend(
             *axes.get_legend_handles_labels(), fontsize=7, frameon=False, ncols=4, loc="outside upper center"
@@ -116,7 +124,7 @@ def plot_scaling(path: Path, axes_figures: dict) -> None:
         "modules": "processing modules M",
         "nodes": "nodes of the tree",
         "context": "context (tokens)",
-        "batch": "rows",
+        "batch": "sequences",
     }
     with _figure(path, width=2.9 * len(axes_figures), height=3.0, num_panels=len(axes_figures)) as panels:
         for axes, (axis, members) in zip(panels, axes_figures.items(), strict=True):

@@ -42,7 +42,7 @@ from transformers_prism.command_line import command_line
 from transformers_prism.hub.files import TRAINING, weights_sha256
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
-from transformers_prism.training.conversations import read_parts
+from transformers_prism.training.data.conversations import read_parts
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
 from transformers_prism.training.train import train
 from transformers_prism.whole_files import write_json

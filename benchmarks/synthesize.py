@@ -16,9 +16,9 @@ from transformers_prism.bench.record import write_record
 from transformers_prism.cli.options import JsonOption, TargetOption, report_file, user_errors
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.target import load_target
-from transformers_prism.training.chats import read_chats
-from transformers_prism.training.conversations import opening, tokenize
-from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer
+from transformers_prism.training.data.formats import read_chats
+from transformers_prism.training.data.synthesis import SynthesisConfig, Synthesizer
+from transformers_prism.training.data.templates import opening, tokenize
 
 
 def bench_synthesize(

@@ -19,6 +19,15 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 DATA = Path(__file__).parent / "data" / "reference"
 NUM_TOKENS, WIDTH, VOCABULARY = 9, 32, 97
+# An EAGLE-3 draft with every norm that one may have.
+NORMS = {
+    "module_form": "eagle3",
+    "norm_before_residual": True,
+    "norm_output": True,
+    "query_key_norm": True,
+    "target_norm": "each",
+    "share_target_head": False,
+}
 
 
 def make_pair(dtype=torch.float32, **overrides):
@@ -80,21 +89,21 @@ def decode_chain(draft, input_ids, target_hidden, num_committed, num_steps):
 
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("module_form", ["prism", "eagle3"])
+@pytest.mark.parametrize("form", [{}, {"module_form": "eagle3"}, NORMS])
 @pytest.mark.parametrize(
     ("num_modules", "step_to_module"), [(1, [0]), (2, [0, 1]), (2, [0, 1, 0, 1]), (3, [0, 1, 2]), (3, [0, 2, 1])]
 )
-def test_aligned_forwards_equal_decoding(context_kv, num_layers, module_form, num_modules, step_to_module):
+def test_aligned_forwards_equal_decoding(context_kv, num_layers, form, num_modules, step_to_module):
     """Every step k from every committed length: 1e-5 in float32, 1e-11 in float64."""
     num_steps = 5
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
         _, draft = make_pair(
             dtype,
             context_kv=context_kv,
-            module_form=module_form,
             num_layers_per_module=num_layers,
             num_processing_modules=num_modules,
             draft_step_to_module=step_to_module,
+            **form,
         )
         input_ids = torch.randint(0, VOCABULARY, (2, NUM_TOKENS))
         target_hidden = torch.randn(2, NUM_TOKENS, draft.config.fused_hidden_size, dtype=dtype)
@@ -155,7 +164,7 @@ def test_is_detached_cuts_gradients_between_steps():
 
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize(
-    "form", [{}, {"num_layers_per_module": 2}, {"module_form": "eagle3", "share_target_head": False}]
+    "form", [{}, {"num_layers_per_module": 2}, {"module_form": "eagle3", "share_target_head": False}, NORMS]
 )
 def test_every_weight_of_every_form_is_trained(context_kv, form):
     """Through the token loss alone, norm and head of the draft's own included."""

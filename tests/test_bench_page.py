@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import training
 from benchmarks.page import levers, write_page
+from benchmarks.plots import colour_of
 from transformers_prism.bench.rounds import PARTS, profile_rounds, watched, weight_bytes
 from transformers_prism.bench.scaling import (
     Point,
@@ -192,10 +193,12 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     greedy = json.loads(measured[0].read_text())
     assert f"| {greedy['summary']['acceptance_length_pooled']:.2f} |" in text
     assert f"| {greedy['summary']['over']['plain']['ratio']:.2f} |" in text
-    glance = text[text.index("## At a glance") : text.index("*Single prompts*")]
+    glance = text[text.index("## At a glance") : text.index("## Batches")]
     for line, file in zip(re.findall(r"^\| Greedy.*$", glance, re.M), measured[:2], strict=True):
-        one = json.loads(file.read_text())["summary"]
+        record = json.loads(file.read_text())
+        one = record["summary"]
         assert f"| {one['num_prompts']} | {one['num_identical']} |" in line
+        assert f"| `{record['weights_sha256'][:8]}` | {record['hardware']} | {record['date']} |" in line
         assert f"| {one['lowest_ratio']:.2f} to {one['highest_ratio']:.2f} |" in line
     rows = json.loads(measured[2].read_text())["rows"]
     assert "| tau | 5/2/3 T = 0 | 5/2/3 T = 0.8 | 2/2/1 T = 0 | 2/2/1 T = 0.8 |" in text
@@ -210,6 +213,41 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     before = {path: path.read_bytes() for path in written}
     write_page(measured, page)
     assert {path: path.read_bytes() for path in written} == before
+
+
+def test_page_begins_with_three_figures(measured, tmp_path):
+    """Speed, acceptance and the price of modules, each with draft, machine and date; the surest of several for the last."""
+    page = tmp_path / "performance.md"
+    write_page(measured, page)
+    lines = page.read_text().splitlines()[2:5]
+    greedy, acceptance, modules = (json.loads(measured[place].read_text()) for place in (0, 2, 6))
+    assert f"**{greedy['summary']['over']['plain']['ratio']:.2f}** times plain" in lines[0]
+    assert f"**{acceptance['rows'][0]['tau']:.2f}** with 5/2/3" in lines[1]
+    assert f"**{modules['median_ratio']:.3f}**" in lines[2]
+    for line, record in zip(lines, (greedy, acceptance, modules), strict=True):
+        assert line.endswith(f"{record['hardware']}, {record['date']}.")
+
+
+def test_page_pictures_keep_drafts_and_machines_apart(measured, tmp_path):
+    """Runs of another machine, or of another draft, or over other prompts, are no part of a comparison or a profile."""
+    changes = ({"hardware": "another"}, {"weights_sha256": "0" * 64})
+    batch, rounds = (json.loads(measured[place].read_text()) for place in (1, 3))
+    fewer = {"settings": {**batch["settings"], "num_prompts": 1}}
+    for number, change in enumerate((*changes, fewer)):
+        other = tmp_path / f"batch{number}.json"
+        other.write_text(json.dumps({**batch, **change}))
+        write_page([measured[0], other], tmp_path / "page.md")
+        assert "## Batches" not in (tmp_path / "page.md").read_text()
+    (tmp_path / "rounds_elsewhere.json").write_text(json.dumps({**rounds, "hardware": "another"}))
+    written = write_page([measured[3], tmp_path / "rounds_elsewhere.json"], tmp_path / "page.md")
+    assert [path.name for path in written[1:]] == ["rounds_0.png", "rounds_1.png"]
+
+
+def test_page_colours_belong_to_methods():
+    """Whatever else is in a picture; unknown methods have one, too."""
+    names = ["auto", "auto-no-ngrams", "chain", "static:10,6,59", "static:4,4,15", "lookup", "assisted", "compiled"]
+    assert len({colour_of(name) for name in names}) == len(names)
+    assert colour_of("static:2,2,2") == colour_of("static:2,2,2") != ""
 
 
 def test_page_figures_are_in_the_files(measured, tmp_path):

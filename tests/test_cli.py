@@ -1,6 +1,8 @@
 """The commands demo, generate and bench on tiny models; errors of users are one line and a status."""
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -153,7 +155,7 @@ def test_cli_bad_prompt_file_is_named(tiny_folders, tmp_path):
     """A line that is no record, and a file that is not there, are named before any model is loaded."""
     path = tmp_path / "bad.jsonl"
     path.write_text('{"question_id": 1}\n')
-    assert "line 1: expected question_id, category and turns" in fails("bench", "generate", "--prompts", path)
+    assert "bad.jsonl to be unusable (max_bad_share), got 1 of 1: 1 expected one of" in fails("bench", "generate", "--prompts", path)
     assert "absent.jsonl" in fails("bench", "generate", "--prompts", tmp_path / "absent.jsonl")
 
 
@@ -165,3 +167,87 @@ def test_cli_draft_for_another_target_is_one_line(tiny_folders, tmp_path):
     message = fails("generate", "--target", tiny_folders[0], "--draft", tmp_path, "--prompt", "w5")
     assert "96" in message
     assert "97" in message
+
+
+def test_cli_train_has_an_option_for_each_field_in_groups():
+    """With hyphens; required ones are marked, and the other half of a flag says what it does."""
+    import dataclasses
+
+    from transformers_prism.cli import train
+    from transformers_prism.training.recipes import TrainConfig
+
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"})
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in names:
+        assert f"--{name.replace('_', '-')} " in result.output, name
+    assert not re.findall(r"--\w+_", result.output)
+    assert set(train._BASIC) | set(train._COST) | set(train._NEGATIVE) <= set(names)
+    groups = [result.output.index(name) for name in ("Basic options", "Cost: time and memory", "Advanced options")]
+    assert groups == sorted(groups)
+    assert len(re.findall(r"\*  --(?:data|output) .*\[required\]", result.output)) == 2
+    assert "--no-text-tokens: propose tokens of the draft vocabulary only" in result.output
+
+
+def test_cli_every_command_has_both_flags_and_hyphens():
+    """`--traceback` and `--quiet` everywhere, underscores nowhere."""
+    import typer
+
+    def commands(group, words=()):
+        for name, command in getattr(group, "commands", {}).items():
+            yield from commands(command, (*words, name))
+        if not hasattr(group, "commands") and not group.hidden:
+            yield words, group
+
+    found = dict(commands(typer.main.get_command(app)))
+    assert {("demo",), ("train",), ("bench", "generate"), ("data", "preview")} <= found.keys()
+    for words, command in found.items():
+        options = {name for param in command.params for name in (*param.opts, *param.secondary_opts) if name.startswith("--")}
+        assert {"--traceback", "--quiet"} <= options, words
+        assert not [name for name in options if "_" in name], words
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--batch_size", "4"], ["--batch-size", "4"]),
+        (["--batch_size=4"], ["--batch-size=4"]),
+        (["--text_tokens", "False", "--use_cpu"], ["--no-text-tokens", "--use-cpu"]),
+        (["--text-tokens=true", "--use_cpu", "False"], ["--text-tokens"]),
+        (["--no_text_tokens", "--init_from", "a_b"], ["--no-text-tokens", "--init-from", "a_b"]),
+        (["--unknown_name", "--", "--use_cpu"], ["--unknown_name", "--", "--use_cpu"]),
+    ],
+)
+def test_cli_old_spellings_are_read(old, new):
+    """As transformers' parser took them; what is unknown is left for the error message."""
+    import typer
+
+    from transformers_prism.cli.options import present_spelling
+
+    params = typer.main.get_command(app).commands["train"].params
+    words, notices = present_spelling(params, old)
+    assert words == new
+    assert bool(notices) == (old != new)
+    assert present_spelling(params, new)[1] == []
+
+
+def test_cli_old_spellings_are_told_of_once(tiny_folders, monkeypatch):
+    """One warning for all of them; none with --quiet or the environment variable."""
+    words = ["generate", "--target", "absent", "--prompt", "w5", "--max_new_tokens", "4", "--top_p", "0.5"]
+    with pytest.warns(UserWarning, match="--max_new_tokens is now --max-new-tokens, --top_p is now --top-p") as warned:
+        CliRunner().invoke(app, words)
+    assert len([one for one in warned if "old spelling" in str(one.message)]) == 1
+    for more, variables in ((["--quiet"], {}), ([], {"TRANSFORMERS_PRISM_QUIET": "1"})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = CliRunner().invoke(app, [*words, *more], env=variables)
+        assert result.stderr.startswith("error: "), result.stderr
+
+
+def test_cli_errors_are_one_line_or_a_traceback(monkeypatch):
+    """Also those that nobody foresaw."""
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments: {}["absent"])
+    assert fails("demo") == "error: KeyError: 'absent'\n"
+    result = CliRunner().invoke(app, ["demo", "--traceback"])
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: KeyError: 'absent'\n")

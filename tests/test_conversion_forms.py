@@ -211,6 +211,17 @@ def test_eagle_without_a_bias_gets_one_of_zeros(tmp_path, target):
     assert torch.equal(back(input_ids, states).last_hidden_state, expected)
 
 
+def test_eagle_in_a_nested_configuration_is_read(tmp_path, target, target_folder):
+    """As vLLM writes one: the layer's numbers are those of `model`."""
+    draft = save_draft(target, tmp_path / "ours", "eagle")
+    eagle.export(tmp_path / "ours", tmp_path / "theirs")
+    layer = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({"model_type": "eagle", "model": layer}))
+    eagle.convert(tmp_path / "theirs", tmp_path / "back", target_folder)
+    back = AutoModel.from_pretrained(tmp_path / "back")
+    assert all(torch.equal(tensor, draft.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_stays(tmp_path, target, target_folder, dtype):
     """Also of the embedding that is written beside the weights."""
@@ -237,8 +248,8 @@ def test_the_dtype_stays(tmp_path, target, target_folder, dtype):
         ),
     ],
 )
-def test_recorded_drafts_are_the_same_by_either_road(tmp_path, vectors, form, renamed):
-    """tests/test_reference.py shows that those of the first road compute what the authors' code computes."""
+def test_recorded_drafts_are_the_same_in_either_form(tmp_path, vectors, form, renamed):
+    """tests/test_reference.py shows that those of the first form compute what the authors' code computes."""
     recorded = json.loads((VECTORS / "configs.json").read_text())[vectors]["drafter_config"]
     with np.load(VECTORS / f"{vectors}.npz") as arrays:
         weights = {key[2:]: torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith("w.")}
@@ -298,7 +309,7 @@ def test_recorded_drafts_are_the_same_by_either_road(tmp_path, vectors, form, re
         (
             "eagle",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type: expected default, linear, llama3 .*got 'dynamic'",
+            "rope_type: expected default, linear, llama3, yarn .*got 'dynamic'",
         ),
         ("eagle3", {"module_form": "prism"}, "module_form: expected 'eagle3' .*got 'prism'"),
         ("eagle3", {"target_layer_ids": [2, 4]}, r"len\(target_layer_ids\): expected 3 .*got 2"),
@@ -365,7 +376,7 @@ def replace(name, value):
         ("eagle", put(qkv_bias=True), "missing weights: .*layers.0.self_attn.k_proj.bias.*q_proj.bias.*v_proj.bias"),
         ("eagle3", put(qkv_bias=True), "expected qkv_bias to be absent or false, got True"),
         ("eagle", put(hidden_size=None), r"got none named \['hidden_size'\]"),
-        ("eagle", put(rope_scaling={"type": "dynamic", "factor": 2.0}), "type default, linear, llama3, got 'dynamic'"),
+        ("eagle", put(rope_scaling={"type": "dynamic", "factor": 2.0}), "type default, linear, llama3, yarn, got 'dynamic'"),
         ("eagle", put(rope_scaling="linear"), "rope_scaling to be null or an object, got 'linear'"),
         ("eagle", put(rope_theta="large"), "rope_theta to be a number, got 'large'"),
         ("eagle", put(num_attention_heads=3), "num_attention_heads: expected a multiple"),
@@ -381,9 +392,12 @@ def replace(name, value):
         ("eagle3", replace("d2t", lambda d2t: d2t + 97), r"d2t: expected distinct tokens in 0..96, got"),
         ("eagle3", replace("d2t", lambda d2t: -torch.arange(40)), r"d2t: expected distinct tokens in 0..96, got 0..0"),
         ("eagle3", replace("t2d", lambda t2d: ~t2d), "t2d: expected the tokens that d2t names"),
-        ("eagle3", put(norm_before_residual=True), "expected norm_before_residual to be absent or false"),
+        ("eagle", put(norm_before_residual=True), "expected norm_before_residual to be absent or false"),
+        ("eagle3", put(norm_before_fc=True), r"missing weights: \['input_norm.weight'\]"),
+        ("eagle3", put(fc_norm=True), r"missing weights: \['fc_norm.0.weight', 'fc_norm.1.weight', 'fc_norm.2.weight'\]"),
         ("eagle3", put(eagle_config=None, eagle_aux_hidden_state_layer_ids=[1, "2"]), "to list layers, got"),
         ("eagle3", put(eagle_config=None, eagle_aux_hidden_state_layer_ids=[1, 2]), r"fc.weight: expected \[32, 64\]"),
+        ("eagle3", put(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state to be true, got false"),
         ("eagle3", replace("norm.weight", lambda norm: norm.half()), "one floating point dtype.*float16.*float32"),
     ],
 )

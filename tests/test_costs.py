@@ -1,13 +1,16 @@
 """What rounds cost: measured, kept on disk, corrected by rounds."""
 
 import errno
+import itertools
 import json
+import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_draft, tiny_target
+from tiny_models import scripted_draft, tiny_draft, tiny_target
 
 from transformers_prism.policy import costs as round_costs
 from transformers_prism.policy.costs import RoundCosts, load_or_measure, measure
@@ -79,7 +82,7 @@ def test_round_costs_are_measured_once_and_read_again(pair, tmp_path, monkeypatc
     assert len(calls) == 3
     files = list(tmp_path.rglob("*.json"))
     assert len(files) == 2
-    assert all(set(json.loads(path.read_text())) == set(vars(first)) for path in files if path.stat().st_size > 60)
+    assert all(set(json.loads(path.read_text())) == set(round_costs._KEPT) for path in files if path.stat().st_size > 60)
 
 
 def test_round_costs_of_a_busy_machine_are_measured_again(pair, tmp_path, monkeypatch):
@@ -228,3 +231,81 @@ def test_round_costs_measuring_leaves_training_alone(pair):
     handle.remove()
     assert seen == {False}
     assert [module.training for model in pair for module in model.modules()] == before
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Seconds of a forward over N tokens, for a test to set; costs are kept in an empty folder."""
+    monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path))
+    times = {"of": lambda num_tokens: 1.0 + 0.01 * num_tokens}
+    monkeypatch.setattr(round_costs, "_time_target", lambda target, draft, rows, count: times["of"](count))
+    monkeypatch.setattr(round_costs, "_time_draft", lambda *arguments: 0.02)
+    return times
+
+
+def busy():
+    """A machine on which every second forward waits for something else, and trees look dear."""
+    waits = itertools.cycle((1.0, 2.0))
+    return lambda num_tokens: num_tokens * next(waits)
+
+
+def test_round_costs_of_a_busy_machine_are_said_and_not_kept(pair, machine, tmp_path, caplog):
+    """One line says that it measures, one that it is busy; a call on the quiet machine measures again, and keeps that."""
+    machine["of"] = busy()
+    with caplog.at_level(logging.WARNING):
+        first = load_or_measure(*pair, 1)
+    measuring, told = caplog.messages
+    assert re.match(r"measuring this machine: 28 target forwards, about [\d.]+ s; kept in .*round_costs.*json", measuring)
+    assert "this machine is busy: the same forward took up to 2.0 times as long" in told
+    assert list(tmp_path.rglob("*.json")) == []
+    assert first.is_in_doubt
+    machine["of"] = lambda num_tokens: 1.0
+    second = load_or_measure(*pair, 1, first)
+    assert second.verify(8) == 1.0
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    assert load_or_measure(*pair, 1, second) is second
+
+
+def test_round_costs_are_not_measured_for_ever(pair, machine):
+    """On a machine that never comes to rest."""
+    machine["of"] = busy()
+    costs = None
+    for _ in range(round_costs._MOST_MEASUREMENTS):
+        before, costs = costs, load_or_measure(*pair, 1, costs)
+        assert costs is not before
+    assert load_or_measure(*pair, 1, costs) is costs
+
+
+def test_round_costs_that_rounds_contradict_are_measured_again(pair, machine, tmp_path):
+    """Rounds that are faster; slower ones are those of longer contexts."""
+    machine["of"] = lambda num_tokens: 3.0 * num_tokens
+    costs = load_or_measure(*pair, 1)
+    for _ in range(20):
+        costs.observe_verify(1, 5.0)
+    assert load_or_measure(*pair, 1, costs) is costs
+    for _ in range(20):
+        costs.observe_verify(1, 1.0)
+    machine["of"] = lambda num_tokens: 1.0
+    assert load_or_measure(*pair, 1, costs).verify(8) == 1.0
+    (path,) = tmp_path.rglob("*.json")
+    assert json.loads(path.read_text())["verify_seconds"] == [1.0] * 7
+
+
+def test_after_a_busy_first_call_the_second_drafts_as_usual(machine, monkeypatch):
+    """The first call finds that drafting does not pay, and what it found is forgotten with its costs."""
+    for name in ("observe_verify", "observe_step"):  # what rounds really take does not count
+        monkeypatch.setattr(RoundCosts, name, lambda self, *seconds: None)
+    target = tiny_target("llama", seed=3)
+    input_ids = torch.tensor([[5, 6, 7]])
+    plain = target.generate(input_ids, max_new_tokens=40, do_sample=False)
+    draft = scripted_draft(target, plain, prompt_length=3, tree="auto", tree_ngrams=False)
+    settings = {"max_new_tokens": 40, "do_sample": False, "assistant_model": draft}
+    waits = itertools.cycle((1.0, 2.0))
+    machine["of"] = lambda num_tokens: num_tokens**1.2 * next(waits)
+    target.generate(input_ids, **settings)
+    busy_call = draft.last_speculation
+    machine["of"] = lambda num_tokens: 1.0 + 0.01 * num_tokens
+    target.generate(input_ids, **settings)
+    assert busy_call.num_plain_steps > 0.8 * busy_call.num_rounds[0]
+    assert draft.last_speculation.num_plain_steps < 0.2 * draft.last_speculation.num_rounds[0]
+    assert draft.last_speculation.acceptance_length > 1.5

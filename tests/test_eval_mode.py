@@ -5,11 +5,11 @@ import torch
 from tiny_models import EOS_ID, chat_tokenizer, tiny_draft, tiny_target
 
 from transformers_prism.training.acceptance import measure_acceptance
-from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.data.conversations import Conversation
+from transformers_prism.training.data.synthesis import SynthesisConfig, Synthesizer
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.training.features import target_states
 from transformers_prism.training.slots import Slots
-from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 

@@ -75,7 +75,7 @@ def test_an_index_cannot_lead_out_of_its_folder(folder, made, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     weights.rename(elsewhere)
     for read in read_in_every_way(folder):
-        with pytest.raises(ValueError, match="expected the names of safetensors files beside it"):
+        with pytest.raises(ValueError, match="expected names of safetensors files in its folder"):
             read()
 
 

@@ -75,11 +75,24 @@ def test_the_command_tells_what_a_draft_is(tiny_folders):
         "97 of 97 tokens",
         "static, at most 15 nodes, top-k 3, depth 4",
         "% of a target forward",
-        "its own, beside the weights",
+        "in its folder; loads without this package with trust_remote_code=True",
     ):
         assert words in output
     assert [line.split()[-1] for line in output.splitlines() if line.startswith("target here:")] == ["matches"]
     assert "not on this machine" in run(folder)
+
+
+def test_the_code_is_told_as_it_is(tiny_folders, tmp_path):
+    """In the folder; in none, as of the drafts that the repository ships; in part; or in another repository."""
+    folder = tmp_path / "draft"
+    shutil.copytree(tiny_folders[1], folder)
+    assert "code: in its folder" in " ".join(run(folder).split())
+    (folder / "modeling_prism.py").unlink()
+    assert "code: none in its folder; load it with this package installed" in " ".join(run(folder).split())
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {name: f"user/other--{value}" for name, value in config["auto_map"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "code: auto_map points elsewhere: user/other" in " ".join(run(folder).split())
 
 
 def test_another_target_does_not_match(folder, tmp_path):
@@ -137,7 +150,7 @@ def test_verify_compares_a_folder_with_its_metrics(folder):
     weights = json.loads((folder / "metrics.json").read_text())["weights_sha256"]
     assert f"the weights are those that metrics.json names, {weights}" in run(folder, "--verify")
     flip_a_byte(folder / "model.safetensors")
-    assert "expected figures of the weights beside it" in run(folder, "--verify", exit_code=1)
+    assert "expected figures of the weights in its folder" in run(folder, "--verify", exit_code=1)
     (folder / "metrics.json").unlink()
     assert "to compare the weights with, got none" in run(folder, "--verify", exit_code=1)
 

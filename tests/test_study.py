@@ -21,7 +21,7 @@ from transformers_prism import PrismDraftModel
 from transformers_prism.bench.acceptance import tree_settings
 from transformers_prism.hub.files import weights_sha256
 from transformers_prism.training import alignment
-from transformers_prism.training.conversations import read_conversations
+from transformers_prism.training.data.conversations import read_conversations
 from transformers_prism.training.recipes import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,9 +12,9 @@ from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism.cli.main import app
-from transformers_prism.training.conversations import Contamination, read_conversations
+from transformers_prism.training.data.conversations import Contamination, read_conversations
+from transformers_prism.training.data.synthesis import SynthesisConfig, Synthesizer, synthesize
 from transformers_prism.training.slots import Slots
-from transformers_prism.training.synthesis import SynthesisConfig, Synthesizer, synthesize
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -141,7 +141,7 @@ def test_own_user_turns_follow_the_template(tmp_path, target):
 
 
 def test_topics_begin_user_turns(tmp_path, target, monkeypatch):
-    from transformers_prism.training import synthesis
+    from transformers_prism.training.data import synthesis
 
     monkeypatch.setitem(synthesis.TOPICS, "code", ("w50 w51",))
     run(target, tmp_path, topics=("code",), topic_share=0.5)

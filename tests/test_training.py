@@ -1,9 +1,11 @@
 """The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad input is named."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import random
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -19,7 +21,7 @@ from transformers_prism.cli.main import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import (
+from transformers_prism.training.data.conversations import (
     Conversation,
     loop_period,
     read_conversations,
@@ -28,7 +30,8 @@ from transformers_prism.training.conversations import (
 )
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import frequent_tokens
-from transformers_prism.training.progress import LiveView, plot_curves
+from transformers_prism.training.plan import describe_plan
+from transformers_prism.training.progress import TrainingLog, plot_curves
 from transformers_prism.training.recipes import TrainConfig, plan_stages
 from transformers_prism.training.train import AlignedTrainer, last_whole_checkpoint, train
 
@@ -194,20 +197,20 @@ def test_curves_end_with_the_last_update(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **kwargs: lines.append((x, y)))
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
     history = [
-        {"step": 0, "eval_tau": 1.5},
+        {"step": 0, "eval_tau": 1.5, "eval_loop_share": 0.0},
         {"step": 10, "loss": 3.0},
-        {"step": 10, "eval_tau": 2.5},
+        {"step": 10, "eval_tau": 2.5, "eval_loop_share": 0.0},
         {"step": 20, "loss": 2.0},
-        {"step": 20, "eval_tau": 2.25},
-        {"step": 20, "eval_tau": 2.5},
+        {"step": 20, "eval_tau": 2.25, "eval_loop_share": 0.0},
+        {"step": 20, "eval_tau": 2.5, "eval_loop_share": 0.0},
     ]
     results = [{"history": history, "num_updates": 20, "tokens_seen": 2_000_000, "stage": {"name": "split"}}] * 2
     plot_curves(results, tmp_path / "curves.png")
+    loss, dark = ((3.0, 2.0), (3.0, 2.5))
     assert lines == [
-        ([1.0, 2.0], [3.0, 2.0]),
-        ([3.0, 4.0], [3.0, 2.0]),
-        ([0.0, 1.0, 2.0], [1.5, 2.5, 2.25]),
-        ([2.0, 3.0, 4.0], [1.5, 2.5, 2.25]),
+        *[((1.0, 2.0), loss), ((1.0, 2.0), dark), ((3.0, 4.0), loss), ((3.0, 4.0), dark)],
+        # Validations of both stages are one line; the share of loops never changed and is not shown.
+        ((0.0, 1.0, 2.0, 2.0, 3.0, 4.0), (1.5, 2.5, 2.25) * 2),
     ]
     assert (tmp_path / "curves.png").is_file()
 
@@ -223,6 +226,92 @@ def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
     monkeypatch.setattr(FeatureStore, "states", lambda self, index: states(self, index) * float("nan"))
     with pytest.raises(ValueError, match=r"loss: expected a finite number, got nan at update 0"):
         train(settings(tmp_path))
+
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+
+def other_target(name, **options):
+    """A tiny target of a type whose head does not read the states, or whose layers have other names."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
+    ids = {"bos_token_id": 2, "eos_token_id": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**sizes, **ids, "num_hidden_layers": 4, **options}))
+    return model.eval()
+
+
+@pytest.mark.parametrize("draft_vocab_size", [0, 40])
+def test_embeddings_narrower_than_states_train(tmp_path, load_tiny, monkeypatch, draft_vocab_size):
+    """The last state is as wide as the head. Taken as wide as the others, the labels were of another layer."""
+    target = other_target("OPTConfig", ffn_dim=64, word_embed_proj_dim=16, max_position_embeddings=128)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target, None))
+    labels = []
+    forward = AlignedTraining.forward
+    monkeypatch.setattr(AlignedTraining, "forward", lambda self, **batch: labels.append(batch) or forward(self, **batch))
+    draft = train(settings(tmp_path, draft_vocab_size=draft_vocab_size, warm_up_epochs=0.0, split_epochs=0.0))
+    assert draft.config.target_embedding_size == draft.config.hidden_size == 16
+    batch = labels[0]
+    ids, mask = batch["input_ids"][:1], batch["mask"][0]
+    assert batch["label_features"].shape[-1] == 3 * 32 + 16
+    with torch.no_grad():
+        # The first token is not in the batch, so look for the conversation that counts upwards to these.
+        whole = torch.cat(((ids[:, :1] - 1) % VOCAB_SIZE, ids), dim=1)
+        logits = target(whole).logits[0, 1:]
+        found = target.get_output_embeddings()(batch["label_features"][0, :, -16:].float())
+    torch.testing.assert_close(found[mask], logits[mask], rtol=0.05, atol=0.05)
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=draft), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ElectraConfig", {"embedding_size": 16}, r"of widths \[32, 32, 32, 16\], got \[32, 32, 32, 32\] from ElectraForCausalLM"),
+        ("RemBertConfig", {"input_embedding_size": 16, "output_embedding_size": 24}, r"of widths .* from RemBertForCausalLM"),
+        ("BertConfig", {}, "got BertLMHeadModel, which transforms them first: ranks of logits correlate by"),
+    ],
+)
+def test_targets_that_transform_their_last_state_are_refused(tmp_path, monkeypatch, name, options, message):
+    target = other_target(name, is_decoder=True, **options)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target, None))
+    with pytest.raises(ValueError, match="expected hidden states that its vocabulary head reads as they are.*" + message):
+        train(settings(tmp_path))
+
+
+def test_layers_are_counted_as_states_are(tmp_path, monkeypatch):
+    """longcat_flash has two attentions a layer, and its num_hidden_layers counts these."""
+    target = tiny_target("llama", seed=3, num_hidden_layers=2)
+    target.config.model_type = "longcat_flash"
+    target.config.num_layers, target.config.num_hidden_layers = 2, 4
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target, None))
+    monkeypatch.setattr("transformers_prism.training.plan.load_target", lambda *names: (target, None))
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "target_layer_ids": "1"}
+    train(settings(tmp_path, **options))
+    assert json.loads((tmp_path / "run" / "features" / "features.json").read_text())["layer_ids"] == [1, 2]
+    assert "features    states [1, 2]: " in describe_plan(settings(tmp_path, **options))
+
+
+def test_training_leaves_inference_mode(tmp_path, load_tiny):
+    """Its tensors cannot be trained with."""
+    with torch.inference_mode():
+        draft = train(settings(tmp_path, draft_vocab_size=0, warm_up_epochs=0.0, split_epochs=0.0))
+    assert not next(draft.parameters()).is_inference()
+
+
+def test_weights_of_inference_mode_are_refused(tmp_path):
+    """Their loss would have no gradient: torch says so, without a word of the target."""
+    with torch.inference_mode():
+        target = tiny_target("llama", seed=3)
+    draft = tiny_draft(tiny_target("llama", seed=3))
+    draft.bind(target)
+    (stage, *_) = plan_stages(settings(tmp_path))
+    with pytest.raises(ValueError, match="target: expected weights .* got some that were made in torch.inference_mode; load"):
+        AlignedTraining(draft, target, stage)
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------
@@ -325,23 +414,49 @@ def test_the_checkpoint_with_the_best_tau_is_kept(tmp_path, load_tiny, monkeypat
     assert (tmp_path / "run" / "draft" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_live_view_shows_the_last_figures():
-    """Per-step figures in one table, with what is left."""
+def test_log_is_a_table():
+    """Per-step figures in one table, with what is left; no dicts."""
     import io
 
     from rich.console import Console
     from transformers import TrainerState
 
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    view, state = LiveView("split", console), TrainerState(global_step=0, max_steps=10, is_world_process_zero=True)
+    view, state = TrainingLog("split", console), TrainerState(global_step=0, max_steps=10, is_world_process_zero=True)
     view.on_train_begin(None, state, None)
     state.global_step = 4
-    view.on_log(None, state, None, logs={"loss": 1.25, "token_loss_0": 2.5, "token_loss_1": 2.75})
+    view.on_step_end(None, state, None)
+    view.on_log(None, state, None, logs={"loss": 1.25, "token_loss_0": 2.5, "token_loss_1": 2.75, "epoch": 0.5})
+    view.on_log(None, state, None, logs={"loss": 1.125, "token_loss_0": 2.25, "token_loss_1": 2.5, "epoch": 0.6})
     view.on_log(None, state, None, logs={"eval_tau": 1.875, "eval_agreement_0": 0.5, "eval_agreement_1": 0.25})
     view.on_train_end(None, state, None)
     text = console.file.getvalue()
-    for shown in ("1.875", "2.5000", "2.7500", "0.2500", "4 of 10 updates", "s left"):
+    for shown in ("validation at update 4: agreement by step 0.5 0.25; tau 1.875", "4 of 10 updates", " left"):
         assert shown in text
+    assert re.search(r" +update +loss +token loss by step\n", text)
+    assert re.search(r" +4 +1.25 +2.5 2.75\n", text)
+    assert text.count("token loss by step") == 1
+    assert "{" not in text
+
+
+@pytest.mark.parametrize(
+    ("report_to", "packages", "pattern"),
+    [
+        ("tensorboard", ("tensorboard", "tensorboardX"), "run/{stage}/runs/*/events.out.tfevents.*"),
+        ("wandb", ("wandb",), "wandb/offline-run-*/run-*.wandb"),
+    ],
+)
+def test_reports_are_written_without_network(tmp_path, load_tiny, monkeypatch, report_to, packages, pattern):
+    """A run for each stage."""
+    if not any(importlib.util.find_spec(name) for name in packages):
+        pytest.skip(f"{' or '.join(packages)} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    train(settings(tmp_path, report_to=report_to, split_epochs=0.0, single_step_epochs=1.0, warm_up_epochs=1.0))
+    for stage in ("single_step", "warm_up"):
+        assert list(tmp_path.glob(pattern.format(stage=stage)))
+    if report_to == "wandb":
+        assert len(list(tmp_path.glob(pattern))) == 2
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -351,11 +466,11 @@ def test_live_view_shows_the_last_figures():
     ("text", "message"),
     [
         ("", "expected at least one conversation with an answer in data.jsonl, got none"),
-        ("not json\n", "data.jsonl, line 1: expected a JSON object with input_ids and prompt_length or assistant_spans, got 'not json'"),
-        ('{"input_ids": [1, 2, 3]}\n', "line 1: expected a JSON object with input_ids and prompt_length"),
+        ("not json\n", 'data.jsonl, line 1: expected JSON, got "not json"'),
+        ('{"input_ids": [1, 2, 3]}\n', "line 1: expected integers in prompt_length or assistant_spans"),
         ('{"input_ids": [1, 2, 97], "prompt_length": 1}\n', "expected token ids in 0..96 .*got 97"),
         ('{"input_ids": [1, 2, "x"], "prompt_length": 1}\n', "expected integers"),
-        ('{"input_ids": [1, 2, 3], "prompt_length": 4}\n', r"expected prompt_length or rising assistant_spans in 1\.\.3"),
+        ('{"input_ids": [1, 2, 3], "prompt_length": 4}\n', "expected prompt_length or rising assistant_spans from 1"),
         ('{"input_ids": [1, 2, 3], "prompt_length": 3}\n', "expected at least one conversation with an answer"),
         ('{"input_ids": [1, 2, 3], "prompt_length": 1}\n', "expected at least 2 conversations"),
     ],
@@ -367,7 +482,7 @@ def test_bad_data_is_named(tmp_path, load_tiny, text, message):
 
 
 def test_missing_data_is_named(tmp_path, load_tiny):
-    with pytest.raises(FileNotFoundError, match=r"expected a file or folder of conversations, got '.*no.jsonl'"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file, a folder or a data set on the Hub, got '.*no.jsonl'"):
         train(settings(tmp_path, data=str(tmp_path / "no.jsonl")))
 
 
@@ -385,17 +500,19 @@ def test_command_trains_and_names_errors(tmp_path, load_tiny):
     ]
     result = CliRunner().invoke(app, [*options, "--data", str(tmp_path / "no.jsonl")])
     assert result.exit_code == 1
-    assert "error: data: expected a file or folder of conversations" in result.stderr
+    assert "error: data: expected a file, a folder or a data set on the Hub" in result.stderr
     assert not (tmp_path / "run").exists()
     data = str(write_data(tmp_path / "data.jsonl", 12))
     result = CliRunner().invoke(app, [*options, "--data", data, "--warm_up_epochs", "0", "--split_epochs", "0"])
     assert result.exit_code == 0, result.stderr
     assert PrismDraftModel.from_pretrained(tmp_path / "run" / "draft").config.num_processing_modules == 1
+    command = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())["command"]
+    assert command.startswith("transformers-prism train --output run --use-cpu --draft-vocab-size 40 --batch-size 4")
 
 
 def test_data_that_is_not_gzip_is_named(tmp_path):
     path = write_data(tmp_path / "data.jsonl.gz")
-    with pytest.raises(ValueError, match=r"expected JSON lines \(gzipped if named .gz\) in data.jsonl.gz"):
+    with pytest.raises(ValueError, match="expected .jsonl in data.jsonl.gz, got: Not a gzipped file"):
         read_conversations(path, VOCAB_SIZE)
 
 
@@ -422,7 +539,7 @@ def test_collate_marks_rows_that_predict_the_answer():
         {
             "input_ids": torch.arange(10, 10 + length),
             "features": torch.arange(length)[:, None].to(torch.bfloat16),
-            "learnt_spans": spans,
+            "trained_spans": spans,
         }
         for length, spans in ((5, [(3, 5)]), (4, [(1, 4)]))
     ]
@@ -604,7 +721,7 @@ def test_features_of_something_else_are_refused(tmp_path, target):
     compute_features(target, conversations, [1, 4], tmp_path / "features")
     with pytest.raises(ValueError, match=r"features: expected features with layer_ids=\[2, 4\], got \[1, 4\]"):
         compute_features(target, conversations, [2, 4], tmp_path / "features")
-    store = FeatureStore(tmp_path / "features", conversations, [1, 4], 32)
+    store = FeatureStore(tmp_path / "features", conversations, [1, 4], 64)
     with open(store.shard_path(0), "ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=r"shard-00000.bf16: expected \d+ bytes, got \d+"):
@@ -634,7 +751,7 @@ def test_validation_data_of_its_own(tmp_path, target, load_tiny):
     online = train(dataclasses.replace(grown, output=str(tmp_path / "online"), online_features=True)).state_dict()
     stored = PrismDraftModel.from_pretrained(tmp_path / "grown" / "draft").state_dict()
     assert all(torch.equal(tensor, online[name]) for name, tensor in stored.items())
-    with pytest.raises(FileNotFoundError, match="validation_data: expected a file or folder of conversations, got 'nothing'"):
+    with pytest.raises(FileNotFoundError, match="expected a file, a folder or a data set on the Hub, got 'nothing'"):
         train(settings(tmp_path, "none", **{**options, "validation_data": "nothing"}))
     with pytest.raises(ValueError, match="validation_data: expected data to hold other conversations, too, got none"):
         train(settings(tmp_path, "same", data=str(fresh), **options))

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_prism import PrismConfig
+from .conversion.forms import load_draft
 from .cpu import prepare_for_cpu
 from .generation import install, uninstall
 from .modeling_prism import PrismDraftModel
@@ -17,7 +18,7 @@ def _write_card(folder):
 
 PrismDraftModel.write_card = staticmethod(_write_card)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 warn_of_untried_release()
 
@@ -25,4 +26,4 @@ AutoConfig.register("prism", PrismConfig, exist_ok=True)
 AutoModel.register(PrismConfig, PrismDraftModel, exist_ok=True)
 AutoModelForCausalLM.register(PrismConfig, PrismDraftModel, exist_ok=True)
 
-__all__ = ["PrismConfig", "PrismDraftModel", "install", "prepare_for_cpu", "uninstall"]
+__all__ = ["PrismConfig", "PrismDraftModel", "install", "load_draft", "prepare_for_cpu", "uninstall"]

@@ -1,11 +1,14 @@
 """What a draft reads of its target: the embedding, and the vocabulary head or rows of it.
 
-Most drafts can propose a part of the vocabulary only, the tokens that answers were seen to hold, since the head is much of
-what a draft step costs. The names and words of a text that is summarised or translated are often not among them, and often
-come back in the answer. So the head's rows for the tokens of the text itself join those of the draft vocabulary.
+Most drafts can propose a part of the vocabulary only, the tokens that are frequent in answers, since the head is much of what
+a draft step costs. The names and rare words of a text that is summarised or translated are often not among them, but return
+in the answer. So the head's rows for the tokens of the prompt are added to those of the draft vocabulary.
+A head that is no plain matrix (quantised, adapted, offloaded) lends a dequantised copy of its rows where it can be read,
+else its own forward, whatever that computes now; no rows of a text join then.
 Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lacks, D hidden size.
 """
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 
@@ -14,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
+from .layer_check import has_plain_weight, input_device, is_plain_linear
 
-# Layers that scale their inputs by the largest of all tokens in a forward.
-_DYNAMIC_QUANTIZATION = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+# How far logits of dequantised rows may be from the head's own, as a share of the largest.
+_SAME_HEAD = 0.02
 
 
 @dataclass
@@ -95,29 +99,42 @@ class BorrowedLayers:
             draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
             draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
             looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
-                `.data`, by a comparison that waits for the device.
+                `.data`, by a comparison that synchronises with the device.
         Raises:
-            ValueError: if there are no such rows.
+            ValueError: if the head has no such rows.
         """
-        weight = float_weight(self.head)
-        if weight is None or (weight.is_meta and hasattr(self.head, "_hf_hook")):
-            found = type(self.head).__name__ + ("" if weight is None else " that is offloaded")
-            raise ValueError(
-                "draft_vocab_size: expected a target whose vocabulary head has floating point weights in memory to take "
-                f"rows from, got {found}; use a draft with its own head or all of the vocabulary"
-            )
         kind = self.kind_of_rows(draft_layer)
+        if not self.has_plain_head:
+            self._take_other_head(draft_to_target, kind)
+            return
+        weight = self.head.weight
         version = (weight.data_ptr(), weight.device, weight.dtype, _version(weight), _version(draft_to_target), kind)
         is_same = self.rows_version[1:] == version and self.rows_version[0]() is weight
         if is_same and not (looks_closely and not _has_rows_of(self.head_rows, self.head, draft_to_target)):
             return
-        if looks_closely and draft_to_target.max() >= weight.shape[0]:
-            raise ValueError(
-                f"draft_to_target: expected tokens of the target's vocabulary head, which has {weight.shape[0]}, got "
-                f"{int(draft_to_target.max())}"
-            )
+        if looks_closely:
+            _check_rows(draft_to_target, weight.shape[0])
         self.head_rows = rows_of_head(self.head, draft_to_target, kind)
         self.rows_version = (weakref.ref(weight), *version)
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the head is a matrix of numbers in memory, whose rows can be taken."""
+        return is_plain_linear(self.head) and not self.head.weight.is_meta
+
+    def _take_other_head(self, draft_to_target: torch.Tensor, kind: type[PackedLinear] | None) -> None:
+        """The draft's head from one that is no plain matrix, made again if the head's weight is another one."""
+        weight = getattr(self.head, "weight", None)
+        source = weight if isinstance(weight, torch.Tensor) else self.head
+        version = (_version(draft_to_target), kind)
+        if self.rows_version[1:] == version and self.rows_version[0]() is source:
+            return
+        num_rows = getattr(self.head, "out_features", None)
+        if isinstance(num_rows, int):
+            _check_rows(draft_to_target, num_rows)
+        rows = _dequantised_rows(self.head, draft_to_target)
+        self.head_rows = ChosenLogits(self.head, draft_to_target) if rows is None else _frozen(*rows, kind)
+        self.rows_version = (weakref.ref(source), *version)
 
     def kind_of_rows(self, draft_layer: nn.Linear) -> type[PackedLinear] | None:
         """How rows of the head are packed: as the draft is, for which one layer speaks, else as the head is."""
@@ -132,6 +149,32 @@ class BorrowedLayers:
     def __reduce__(self):
         """A pickled draft borrows none."""
         return type(None), ()
+
+
+class ChosenLogits(nn.Module):
+    """Logits of some tokens by a head's own forward, which follows whatever the head computes now.
+
+    Args:
+        head (`nn.Module`): the target's.
+        token_ids (`torch.LongTensor` of shape `(W,)`): the tokens.
+    """
+
+    bias = None
+
+    def __init__(self, head: nn.Module, token_ids: torch.Tensor):
+        super().__init__()
+        self.__dict__["head"] = head  # not registered: neither moved nor saved
+        self.token_ids = token_ids
+
+    @property
+    def weight(self):
+        """The head's."""
+        return getattr(self.__dict__["head"], "weight", None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., W)` at states `(..., D)`."""
+        logits = self.__dict__["head"](hidden_states)
+        return logits.index_select(-1, self.token_ids.to(logits.device))
 
 
 class TextRows:
@@ -232,9 +275,36 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
 
 def float_weight(layer: nn.Module) -> torch.Tensor | None:
     """The weight of a layer if it is a matrix of numbers as they are: not quantised, nor behind a method."""
-    weight = getattr(layer, "weight", None)
-    is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    return weight if is_plain and weight.dim() == 2 else None
+    return layer.weight if has_plain_weight(layer) else None
+
+
+@torch.no_grad()
+def _dequantised_rows(head: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Rows of a quantised head as plain numbers, and their biases; None where it does not tell them."""
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    readers: list = [getattr(head, "dequantize", None)]
+    if isinstance(weight, torch.Tensor) and type(weight).dequantize is not torch.Tensor.dequantize:
+        readers.insert(0, weight.dequantize)
+    with torch.inference_mode(False), contextlib.suppress(RuntimeError, TypeError, NotImplementedError, AttributeError):
+        for read in filter(callable, readers):
+            numbers: torch.Tensor = read()  # type: ignore[operator]
+            ids = token_ids.to(numbers.device)
+            rows = nn.functional.embedding(ids, numbers).clone(), None if bias is None else bias[ids].clone()
+            state = torch.linspace(-1, 1, numbers.shape[1], device=numbers.device, dtype=numbers.dtype)[None]
+            logits, expected = nn.functional.linear(state, *rows), head(state)[:, ids]
+            # Adapters on top of the weight, or scaled inputs, make a head another one than its weight.
+            if (logits - expected).abs().max() <= _SAME_HEAD * expected.abs().max():
+                return rows
+    return None
+
+
+def _check_rows(draft_to_target: torch.Tensor, num_rows: int) -> None:
+    """Refuse a draft vocabulary beyond the rows of a head."""
+    if draft_to_target.max() >= num_rows:
+        raise ValueError(
+            f"draft_to_target: expected tokens of the target's vocabulary head, which has {num_rows}, got "
+            f"{int(draft_to_target.max())}"
+        )
 
 
 def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
@@ -249,22 +319,7 @@ def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> t
     if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
         return target.device, target.dtype
     is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    return weight.device, weight.dtype if is_plain else dtype
-
-
-def reason_against_target(target: PreTrainedModel) -> str | None:
-    """Why the logits of a token depend on what else a forward holds, so that no tree can be verified; None if not so.
-
-    Args:
-        target (`PreTrainedModel`): any.
-    """
-    for module in target.modules():
-        if type(module).__module__.startswith(_DYNAMIC_QUANTIZATION):
-            return (
-                f"{type(module).__name__} of torch's dynamic quantization scales its inputs by all tokens of a forward, so "
-                "that a tree's logits are not those of plain decoding; quantize the weights alone"
-            )
-    return None
+    return input_device(target) if weight.is_meta else weight.device, weight.dtype if is_plain else dtype
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -150,8 +150,8 @@ class PrismConfig(PreTrainedConfig):
         hidden_size (`int`): width of the draft, D.
         intermediate_size (`int`): width of the SwiGLU MLP.
         num_attention_heads, num_key_value_heads, head_dim (`int`): H, G and E; H is a multiple of G.
-        hidden_act, rms_norm_eps, rope_parameters, max_position_embeddings, attention_bias, mlp_bias,
-            initializer_range: as in `LlamaConfig`.
+        hidden_act, rms_norm_eps (and others): as in `LlamaConfig`; also `rope_parameters`, `max_position_embeddings`,
+            `attention_bias`, `mlp_bias` and `initializer_range`.
         num_processing_modules (`int`): parameter sets, M.
         draft_step_to_module (`list[int]` of length S): module that serves each draft step, a surjection onto
             range(M); later steps use the last entry.
@@ -169,9 +169,14 @@ class PrismConfig(PreTrainedConfig):
         context_kv (`str`): "prefill_module": committed positions carry the keys and values of step 0's module;
             "own_module": every step sees earlier positions through its own module.
         normalize_target_hidden (`bool`): divide each fused target state by its own root mean square.
+        target_norm (`str`): RMSNorm with weights before the fusion layer: "none"; "joint", one over all L states
+            (speculators' `norm_before_fc`); "each", one for each state (`fc_norm`).
+        query_key_norm (`bool`): RMSNorm of each head's queries and keys, as in Qwen3.
         module_form (`str`): "prism": an input projection joins token embedding and hidden state for the first layer;
             "eagle3": its attention reads both, each normed, and a norm comes before the head. EAGLE-3 itself has one
             module, three target layers, no `projection_bias` and its own head (`share_target_head=False`).
+        norm_before_residual, norm_output (`bool`): for "eagle3", whose first layer then adds the normed hidden state
+            back, and whose draft steps then pass on the state after the norm before the head.
         target_fingerprint (`dict`, *optional*): `name`, `revision`, `vocab_size`, `hidden_size`,
             `num_hidden_layers` and `tokenizer_hash` of the target that the draft was trained for; None is unknown.
     Raises:
@@ -212,7 +217,11 @@ class PrismConfig(PreTrainedConfig):
     logit_softcap: float | None = None
     context_kv: Literal["prefill_module", "own_module"] = "prefill_module"
     normalize_target_hidden: bool = False
+    target_norm: Literal["none", "joint", "each"] = "none"
+    query_key_norm: bool = False
     module_form: Literal["prism", "eagle3"] = "prism"
+    norm_before_residual: bool = False
+    norm_output: bool = False
 
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -321,11 +330,15 @@ class PrismConfig(PreTrainedConfig):
                 "hidden_size: expected another number than len(target_layer_ids) * target_hidden_size, so that fused and "
                 f"unfused states can be told apart, got {self.hidden_size}"
             )
-        if self.normalize_target_hidden and not self.has_fusion_layer:
-            raise ValueError(
-                "normalize_target_hidden: expected False with a single target layer (there is no fusion layer to "
-                "normalise for), got True"
-            )
+        for name, absent in (("normalize_target_hidden", False), ("target_norm", "none")):
+            if getattr(self, name) != absent and not self.has_fusion_layer:
+                raise ValueError(
+                    f"{name}: expected {absent!r} with a single target layer (there is no fusion layer to normalise "
+                    f"for), got {getattr(self, name)!r}"
+                )
+        for name in ("norm_before_residual", "norm_output"):
+            if getattr(self, name) and self.module_form != "eagle3":
+                raise ValueError(f"{name}: expected False with module_form={self.module_form!r}, got True")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size: expected None or 1..{self.vocab_size} (vocab_size), got {self.draft_vocab_size}"

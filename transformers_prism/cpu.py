@@ -1,20 +1,23 @@
 """Make forwards over a few tokens cost little more than one over a single token, on a CPU.
 
 torch's default matrix product re-packs a weight for every product with 2 to 32 rows. Packed once, in the layout that
-oneDNN chooses, the product reads the weight and nothing else. The road is the one that torch.compile takes for frozen
-weights. Results differ from the default product by rounding only.
+oneDNN chooses, the product reads the weight and nothing else; torch.compile does the same with frozen weights. Results
+differ from the default product by rounding only.
 
-A call of oneDNN costs some CPUs more than it saves where there are few rows, and some multiply the many rows of a prompt
-faster by the default product. So up to three rows, and 128 and more, take whichever product was faster when the weights
+With few rows a call of oneDNN costs more than it saves on some CPUs, and some multiply the many rows of a prompt faster by
+the default product. So products with up to three rows, or with 128 and more, use whichever was faster when the weights
 were packed.
 
-A draft step waits for memory as a plain step does, and what a draft proposes never changes the output: a draft's weights
-are packed in float16, half of the bytes.
+A draft step is bound by memory bandwidth, and what a draft proposes never changes the output: a draft's weights are packed
+in float16, half of the bytes.
 
 A packed copy must not outlive the weight that it was made of, and not every write to a weight raises its version
-(`weight.data += delta`, as adapters are merged; numpy; shared memory). So each copy comes with a few of the weight's
-values, compared in every product, which a write to the whole weight changes, and with sums over all of it, compared
-before a sequence begins, which take half the time of a plain step or a little more.
+(`weight.data += delta`, as adapters are merged; numpy; shared memory). So with each copy a few of the weight's values are
+kept, compared in every product, and sums over the whole weight, compared before a sequence begins. The samples find a
+write to the whole weight, the sums one to a part of it; the sums take about half the time of a plain step.
+
+Only plain float32 layers are packed: quantised weights, subclasses of `nn.Linear` and layers with a forward of their own
+stay as they are.
 """
 
 import contextlib
@@ -32,24 +35,23 @@ from transformers import Cache, PreTrainedModel
 
 from .transformers_names import cache_of
 
-# The default product re-packs the weight from four rows on, or from two.
+# The default product re-packs the weight from two or four rows on, depending on the CPU.
 _MOST_UNPACKED_ROWS = 3
-# No tree has so many nodes; whatever has is a prompt.
+# More rows than any tree has nodes: a prompt.
 _MANY_ROWS = 128
-# Layers of fewer weights take no time worth measuring; of each shape, layers with so many weights are timed, which no
-# cache of a core holds.
+# Layers with fewer weights are not timed; of each shape, layers with this many weights in all are, more than a cache holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
 _NUM_REPEATS = 5
 # Values of a weight that every product compares, and weights that are summed at a time, which a core's cache holds.
 _NUM_SAMPLES, _SUMMED_WEIGHTS = 16, 2**18
-# A prepared model that has not run for so many seconds, or for so many times what a check takes, is checked again.
+# A prepared model is checked again after this many seconds without a forward, or this many times what a check takes.
 _IDLE_SECONDS, _IDLE_CHECKS = 1.0, 10
-# What a model's own kind of past is called in a forward, beside the names of transformers' caches.
+# The name of a recurrent model's past in a forward, in addition to those of transformers' caches.
 _OTHER_PAST = "state"
 
 
 class _Trust(threading.local):
-    """Of this thread: how many blocks of [`trusting_packed_weights`] it is in."""
+    """How many blocks of [`trusting_packed_weights`] this thread is in."""
 
     depth = 0
 
@@ -144,7 +146,7 @@ class PackedLinear(nn.Linear):
     def refresh(self) -> bool:
         """Compare the whole weight with its packed copy, and pack it again if it is another; returns whether it was."""
         packed, weight = self.__dict__.get("_packed"), self.weight
-        if packed is None or not _can_be_packed(weight) or (packed.is_of(weight) and packed.has_sums_of(weight)):
+        if packed is None or not _is_packable(weight) or (packed.is_of(weight) and packed.has_sums_of(weight)):
             return False
         self._pack_again()
         return True
@@ -156,7 +158,7 @@ class PackedLinear(nn.Linear):
             sampled = _sampled(weight)
             # Noted before the copy is made: a write in between is then found later.
             known = (weight.data_ptr(), weight_version(self.weight), sampled, memoryview(bytes(sampled)).cast("i"), _sums(weight))
-            # Other threads go on with the old copy until the new one takes its place, all of it at once.
+            # Other threads use the old copy until it is replaced, in one assignment.
             packed = self.__dict__["_packed"] = _Packed(self._pack(weight), *known)
         return packed
 
@@ -296,9 +298,10 @@ class PreparedModels:
 def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
-    Both products are timed on one to three rows and on 128, in about a second; the faster one serves so few rows, or so
-    many, from then on. A target's results stay the same within float error. A draft is packed in float16, the rows of the
-    head that it borrows too: it may propose other tokens now and then, which changes no output.
+    Both products are timed on one to three rows and on 128, in about a second, and the faster one is used from then on. A
+    target's results stay the same within float error. A draft is packed in float16, the rows of the head that it borrows
+    too: it may propose other tokens now and then, which changes no output. Layers that are no plain `nn.Linear` in
+    float32 (quantised, adapted, offloaded, in short floats) stay as they are.
 
     Weights may be written to afterwards; then they are packed again. A write that torch counts (`weight.mul_(2)`,
     `load_state_dict`, an optimiser's step, another parameter or storage) shows in the next product. So does one behind
@@ -318,8 +321,7 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     prepared, checks = [], []
     for model in models:
         is_draft = isinstance(model, PreTrainedModel) and model.config.model_type == "prism"
-        # Exactly nn.Linear: a subclass may compute something else.
-        linears = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module.weight)]
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_packed(module)]
         packed = [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in linears]
         prepared += packed
         # A draft's are checked when it is bound, once in a call.
@@ -369,8 +371,17 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
     return min(seconds[PackedLinear.packed_product]) < min(seconds[nn.Linear.forward])
 
 
-def _can_be_packed(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+def _can_be_packed(linear: nn.Linear) -> bool:
+    # A subclass, or a forward of the object's own (compressed-tensors, accelerate's hooks), may compute something else.
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
+    return _is_packable(linear.weight)
+
+
+def _is_packable(weight: torch.Tensor) -> bool:
+    # Quantised weights may call themselves float32, but are of a class of their own.
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)
+    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
 
 
 def _fits_half(weight: torch.Tensor) -> bool:

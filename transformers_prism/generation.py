@@ -18,7 +18,6 @@ from contextlib import contextmanager
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .borrowed_layers import reason_against_target
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
@@ -27,12 +26,13 @@ from .decoding.round_check import RoundCheck
 from .decoding.round_values import Limits, Proposal, Verified
 from .decoding.sampler import Sampler
 from .decoding.sequences import Sequences
-from .decoding.speculation import Speculation
+from .decoding.speculation import Speculation, warn_if_hardly_used
 from .decoding.target_choice import make_target
 from .decoding.target_side import TargetSide
 from .decoding.target_support import Declined, reason_against_training
 from .decoding.tree import Tree, root_tree
 from .decoding.walk import walk
+from .layer_check import reason_against_target
 from .policy.automatic import AutomaticTrees
 from .policy.fixed import FixedTrees, PlainSteps
 from .policy.settings import TreeSettings
@@ -181,6 +181,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
             if streamer is not None:
                 streamer.end()
             draft.last_speculation = speculation
+            warn_if_hardly_used(speculation, draft, target, generation_config)
             if not generation_config.return_dict_in_generate:
                 return ids
             output = decoder_only_output(cache_of(model_kwargs), sequences=ids, **sampler.outputs(num_steps))

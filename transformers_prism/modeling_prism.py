@@ -43,6 +43,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         self.fusion_layer = None
         if config.has_fusion_layer:
             self.fusion_layer = nn.Linear(config.fused_hidden_size, config.hidden_size, bias=config.projection_bias)
+        self.target_norm = None
+        if config.target_norm != "none":
+            num_norms = 1 if config.target_norm == "joint" else len(config.target_layer_ids)
+            width = config.fused_hidden_size // num_norms
+            self.target_norm = nn.ModuleList(LlamaRMSNorm(width, config.rms_norm_eps) for _ in range(num_norms))
         self.processing_modules = nn.ModuleList(
             PrismProcessingModule(config, module) for module in range(config.num_processing_modules)
         )
@@ -107,8 +112,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     @property
     def takes_text_rows(self) -> bool:
-        """Whether there are tokens outside the draft vocabulary that the target's head could tell it of."""
-        return self.draft_to_target is not None and self.config.share_target_head
+        """Whether there are tokens outside the draft vocabulary that rows of the target's head could tell it of."""
+        is_part = self.draft_to_target is not None and self.config.share_target_head
+        return is_part and self._require_target().has_plain_head
 
     def text_rows(self, text_ids: torch.LongTensor) -> TextRows | None:
         """What the tokens of a text add to what the draft can propose.
@@ -186,8 +192,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(..., draft_vocab_size or V)` in the head's dtype; a draft token's id in the
             target's vocabulary is `draft_to_target[token]`. With `text`, K wider, and the id is `text.token_ids[token]`.
         """
-        if self.norm is not None:
-            hidden_states = self.norm(hidden_states)
+        hidden_states = self._head_input(hidden_states)
         logits = self._borrowed_logits(hidden_states, text) if self.lm_head is None else self.lm_head(hidden_states)
         return _scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
 
@@ -210,7 +215,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         # Subclasses, as of quantised layers or adapters, compute something else.
         device = hidden_states.device
         if type(head) is nn.Linear and use_triton("auto", device) and head.weight.device == device:
-            states = (hidden_states if self.norm is None else self.norm(hidden_states)).to(head.weight.dtype)
+            states = self._head_input(hidden_states).to(head.weight.dtype)
             numerics = (self.config.logit_scale, self.config.logit_softcap)
             if text is not None:
                 return top_k_log_prob(states, text.weight, top_k, text.bias, text.token_ids, *numerics)
@@ -261,8 +266,18 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The draft's own parameters between its output and its logits; none where the head is the target's."""
-        own = (module for module in (self.norm, self.lm_head) if module is not None)
-        return [parameter for module in own for parameter in module.parameters()]
+        own = (None if self.config.norm_output else self.norm, self.lm_head)
+        return [parameter for module in own if module is not None for parameter in module.parameters()]
+
+    def output_states(self, layer_outputs: torch.Tensor) -> torch.Tensor:
+        """What a draft step predicts and passes on, from the outputs of its last layer, both `(B, T, D)`."""
+        if self.norm is None or not self.config.norm_output:
+            return layer_outputs
+        return self.norm(layer_outputs)
+
+    def _head_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head reads of a draft step's output, both `(..., D)`."""
+        return hidden_states if self.norm is None or self.config.norm_output else self.norm(hidden_states)
 
     def _borrowed_logits(self, hidden_states: torch.Tensor, text: TextRows | None) -> torch.Tensor:
         """The target's head, or its rows of the draft vocabulary and of a text, over `(..., D)`, on the draft's device."""
@@ -295,7 +310,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             states = target_hidden.unflatten(-1, (-1, self.config.target_hidden_size)).float()  # [B, T, L, Dt]
             mean_square = states.pow(2).mean(-1, keepdim=True)
             target_hidden = (states * torch.rsqrt(mean_square + self.config.rms_norm_eps)).flatten(-2)
-        return self.fusion_layer(target_hidden.to(self.device, self.dtype))
+        target_hidden = target_hidden.to(self.device, self.dtype)
+        if self.target_norm is not None:
+            parts = target_hidden.chunk(len(self.target_norm), dim=-1)
+            target_hidden = torch.cat([norm(part) for norm, part in zip(self.target_norm, parts, strict=True)], dim=-1)
+        return self.fusion_layer(target_hidden)
 
     def forward(
         self,
@@ -360,7 +379,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             cache,
             num_outputs,
         )
-        return BaseModelOutputWithPast(last_hidden_state=output, **{CACHE_KEYWORD: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.output_states(output), **{CACHE_KEYWORD: cache})
 
     def _enter(self, module, input_ids, hidden_states):
         """Token embeddings, or None where nothing behind the projection reads them, and the stream that enters the

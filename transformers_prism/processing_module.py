@@ -14,6 +14,25 @@ from .configuration_prism import PrismConfig
 from .transformers_names import CACHE_KEYWORD
 
 
+class HeadNormLinear(nn.Linear):
+    """A projection to queries or keys with an RMSNorm of each head, as in Qwen3.
+
+    Args:
+        in_features, out_features, bias: as `nn.Linear`.
+        head_dim (`int`): E.
+        eps (`float`): of the norm.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, head_dim: int, eps: float):
+        super().__init__(in_features, out_features, bias=bias)
+        self.norm = LlamaRMSNorm(head_dim, eps)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The normed projection, `(..., heads * E)`."""
+        heads = super().forward(input).unflatten(-1, (-1, self.norm.weight.shape[0]))
+        return self.norm(heads).flatten(-2)
+
+
 class PrismDecoderLayer(nn.Module):
     """A Llama decoder layer, but for what the attention of a module's first layer reads.
 
@@ -28,13 +47,19 @@ class PrismDecoderLayer(nn.Module):
         self.input_layernorm = self.hidden_norm = None
         if layer > 0 or reads_embeddings:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_before_residual = reads_embeddings and config.norm_before_residual
         self.self_attn = LlamaAttention(config, layer_idx=cache_layer)
+        width = config.hidden_size
         if reads_embeddings:
-            self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-            for name in ("q_proj", "k_proj", "v_proj"):
-                narrow = getattr(self.self_attn, name)
-                wide = nn.Linear(2 * config.hidden_size, narrow.out_features, bias=config.attention_bias)
-                setattr(self.self_attn, name, wide)
+            self.hidden_norm = LlamaRMSNorm(width, config.rms_norm_eps)
+            width *= 2
+        for name in ("q_proj", "k_proj", "v_proj"):
+            features, bias = (width, getattr(self.self_attn, name).out_features), config.attention_bias
+            if config.query_key_norm and name != "v_proj":
+                head_norm = (self.self_attn.head_dim, config.rms_norm_eps)
+                setattr(self.self_attn, name, HeadNormLinear(*features, bias, *head_norm))
+            elif reads_embeddings:
+                setattr(self.self_attn, name, nn.Linear(*features, bias=bias))
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
@@ -45,7 +70,9 @@ class PrismDecoderLayer(nn.Module):
         return hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
 
     def after_attention(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """Residual and MLP, all of shape `(B, T, D)`."""
+        """Residual and MLP, all of shape `(B, T, D)`; `residual` is the input of the layer."""
+        if self.norm_before_residual and self.hidden_norm is not None:
+            residual = self.hidden_norm(residual)
         hidden_states = residual + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

@@ -58,11 +58,25 @@ def load_target(
     if name is not None and str(name).endswith(".gguf"):
         return _load_gguf(Path(name), dtype)
     if name is not None:
+        check_folder(name)
         return _load_pretrained(str(name), dtype)
-    if _hub_answers():
+    if hub_answers():
         return _load_pretrained(DEMO_HUB_ID, dtype)
     logger.info("The Hub does not answer within %g seconds; using the wheel %s.", HUB_TIMEOUT_SECONDS, WHEEL_REQUIREMENT)
     return _load_demo_wheel(dtype)
+
+
+def check_folder(name: str | os.PathLike) -> None:
+    """See whether a folder holds a model in transformers' form.
+
+    Raises:
+        ValueError: if it holds GGUF files alone, saying which of them to name.
+    """
+    folder = Path(name)
+    files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").is_file() else []
+    if files:
+        names = ", ".join(map(str, files))
+        raise ValueError(f"target: expected a folder with config.json, got one with GGUF files alone; name a file: {names}")
 
 
 def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None] | None:
@@ -76,6 +90,7 @@ def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTr
         ValueError: if it is no model that transformers knows without code from elsewhere.
     """
     where = _demo_wheel_folder() if name == WHEEL_NAME else name
+    check_folder(where)
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True)
     except OSError:
@@ -98,7 +113,7 @@ def _load_pretrained(name: str, dtype: torch.dtype):
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hub knows the demo target, asked in a thread because looking up a host name has no time limit."""
     answers = []
 
@@ -196,4 +211,4 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["cache_folder", "load_target", "read_target_config"]
+__all__ = ["cache_folder", "check_folder", "hub_answers", "load_target", "read_target_config"]

@@ -13,7 +13,7 @@ import torch
 from transformers_prism.bench.record import finished_part, record_head
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.decoding.speculation import acceptance_length
-from transformers_prism.training.conversations import loop_period
+from transformers_prism.training.data.conversations import loop_period
 from transformers_prism.whole_files import write_json
 
 # Nodes/depth/top-k; the first is the tree of the EAGLE and PRISM papers.

@@ -211,28 +211,6 @@ def method_rows(figures: dict) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
-def glance_rows(names: list[str], records: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """A heading and a row per file of `bench generate`: what its main method reached, and with the worst single prompt."""
-    baselines = sorted({name for record in records for name in record["summary"]["over"]})
-    heading = ["", "method", "prompts", "same", "tau", *(f"over {name}" for name in baselines), "single prompts", "share"]
-    rows = []
-    for name, record in zip(names, records, strict=True):
-        one = record["summary"]
-        rows.append(
-            [
-                name,
-                record["settings"]["main_method"],
-                str(one["num_prompts"]),
-                str(one["num_identical"]),
-                _cell(one["acceptance_length_pooled"]),
-                *(_cell(one["over"].get(baseline, {}).get("ratio")) for baseline in baselines),
-                f"{_cell(one['lowest_ratio'])} to {_cell(one['highest_ratio'])}",
-                _cell(one["ceiling_share"]),
-            ]
-        )
-    return heading, rows
-
-
 def task_rows(figures: dict, baseline: str) -> tuple[list[str], list[list[str]]]:
     """A heading and a row per method: its pooled ratio to a baseline by task, and for all prompts."""
     tasks = list(next(iter(figures.values()))["tasks"])

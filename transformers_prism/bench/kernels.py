@@ -103,8 +103,9 @@ def compile_launch(launch: Launch, arch: str) -> dict:
     target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", ARCHITECTURES[arch], 32)
     backend, function = make_backend(target), launch.function
     bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialization, options = bind(*launch.args, **launch.kwargs)
-    packed = function._pack_args(backend, dict(launch.kwargs), bound, specialization, options)
+    kwargs = {name: value for name, value in launch.kwargs.items() if not (is_amd and name == "maxnreg")}
+    bound, specialization, options = bind(*launch.args, **kwargs)
+    packed = function._pack_args(backend, dict(kwargs), bound, specialization, options)
     options, signature, constants, attributes = packed
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)

@@ -1,12 +1,12 @@
-"""Benchmark prompts in Spec-Bench's form, one JSON object a line: question_id, category, turns."""
+"""Benchmark prompts: Spec-Bench's question_id, category and turns, or any other shape of chats and prompts."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.nn.utils.rnn import pad_sequence
 
-from transformers_prism.training.chats import chat_of
+from transformers_prism.training.data.chats import prompt_of
+from transformers_prism.training.data.formats import usable_rows
 
 # Spec-Bench's first task is MT-bench, whose records carry one of eight categories; the other tasks carry their own name.
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -18,26 +18,20 @@ def task_of(record: dict) -> str:
 
 
 def read_prompts(path: str | Path) -> list[dict]:
-    """All records of a file, their `turns` the texts of the user turns, whatever form they are written in.
+    """All records of a file in any of the shapes of `docs/data-formats.md`; `turns` are the texts of the user turns, and
+    `category` is "other" where a record names none.
 
     Raises:
-        ValueError: if a line is not a record, naming the line; as [`chat_of`] does for what is no text.
+        FileNotFoundError, ValueError: as [`usable_rows`]; ValueError if there is no record.
     """
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        has_category = isinstance(record, dict) and isinstance(record.get("category"), str) and record["category"]
-        chat = chat_of(record, where) if has_category else []
-        turns = [turn["content"] for turn in chat if turn["role"] == "user"]
-        if not turns:
-            raise ValueError(f"{where}: expected question_id, category and turns, got {line[:80]!r}")
-        records.append({**record, "turns": turns})
+
+    def record_of(row) -> dict:
+        turns = [turn["content"] for turn in prompt_of(row) if turn["role"] == "user"]
+        record = row if isinstance(row, dict) else {}
+        category = record.get("category")
+        return {**record, "category": category if category and isinstance(category, str) else "other", "turns": turns}
+
+    records = list(usable_rows(path, record_of))
     if not records:
         raise ValueError(f"{path}: expected at least one record, got none")
     return records

@@ -3,6 +3,7 @@
 `transformers-prism card` gathers such files into a draft's metrics.json.
 """
 
+import datetime
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
     return {
         "kind": kind,
         "command": this_command(),
+        "date": datetime.date.today().isoformat(),
         "target": name_of(target.config),
         "weights_sha256": weights,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -82,7 +84,8 @@ def finished_part(path: Path, head: dict) -> dict | None:
     if not path.is_file():
         return None
     found = read_record(path)
-    _check_same({**head, "command": None}, {**found, "command": None}, str(path))
+    anything = {"command": None, "date": None}
+    _check_same({**head, **anything}, {**found, **anything}, str(path))
     return found
 
 

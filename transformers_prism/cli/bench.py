@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from transformers_prism.cli.options import (
+    ADVANCED,
+    COST,
+    Commands,
     JsonOption,
     PackedOption,
     RepetitionPenaltyOption,
@@ -16,25 +19,29 @@ from transformers_prism.cli.options import (
     add_moved,
     report_file,
     sampling_settings,
-    user_errors,
 )
 from transformers_prism.whole_files import write_json
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure: decoding with and without a draft, or a round's cost.")
+bench_app = Commands(help="Measure: decoding with and without a draft, or a round's cost.")
 
 PromptsOption = Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")]
 MeasuredDraftOption = Annotated[
     str | None,
-    typer.Option(help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False),
+    typer.Option(
+        help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False
+    ),
 ]
 UpdateCardOption = Annotated[
-    Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False)
+    Path | None,
+    typer.Option(help="Draft's folder whose card takes these figures.", show_default=False, rich_help_panel=ADVANCED),
 ]
 
 
 def _no_plot(path: Path | None) -> None:
     if path is not None:
-        raise typer.BadParameter("pictures are drawn from --json files: `python -m benchmarks.page`, in a clone of the repository")
+        raise typer.BadParameter(
+            "pictures are drawn from --json files: `python -m benchmarks.page`, in a clone of the repository"
+        )
 
 
 # The spelling of the last release, which says where it went.
@@ -45,7 +52,7 @@ for _name in ("page", "training", "synthesize"):
 
 
 def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
-    """Refuse to go on with, or to put into a card, what is in no file."""
+    """Refuse to resume, or to put into a card, what is in no file."""
     if (resume or update_card) and json_file is None:
         raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
 
@@ -70,9 +77,8 @@ def _update_card(folder: Path | None, measurement: Path | None) -> None:
 
     if folder is None or measurement is None:
         return
-    with user_errors():
-        for name in add_to_card(folder, measurement):
-            typer.echo(f"wrote {folder / name}")
+    for name in add_to_card(folder, measurement):
+        typer.echo(f"wrote {folder / name}")
 
 
 @bench_app.command("generate")
@@ -90,32 +96,43 @@ def bench_generate_command(
     draft: MeasuredDraftOption = None,
     assistant: Annotated[
         str | None,
-        typer.Option(help="For assisted: Hub id or folder, or 'random' for a tiny one.", show_default=False),
+        typer.Option(
+            help="For assisted: Hub id or folder, or 'random' for a tiny one.",
+            show_default=False,
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.", rich_help_panel=COST)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.", rich_help_panel=COST)] = 1,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Bring prompts to so many tokens, by text of other prompts.", show_default=False),
+        typer.Option(
+            min=1, help="Bring prompts to this number of tokens, by text of other prompts.", show_default=False
+        ),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of each method per prompt, in turn; medians count.")] = 3,
-    warm_up: Annotated[int, typer.Option(min=0, help="Short runs of each method beforehand.")] = 1,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Runs of each method per prompt, in turn; medians count.", rich_help_panel=COST)
+    ] = 3,
+    warm_up: Annotated[
+        int, typer.Option(min=0, help="Short runs of each method beforehand.", rich_help_panel=COST)
+    ] = 1,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
-    seed: Annotated[int, typer.Option(help="Set before every run.")] = 0,
+    seed: Annotated[int, typer.Option(help="Set before every run.", rich_help_panel=ADVANCED)] = 0,
     packed: PackedOption = True,
     json_file: JsonOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the prompts that the file lacks.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure only the prompts that the file lacks.", rich_help_panel=ADVANCED)
+    ] = False,
     update_card: UpdateCardOption = None,
 ):
     """Decode prompts in several ways, in turn: identity, acceptance length, milliseconds of a round, rates.
 
-    The file is written after every prompt; an interrupted measurement goes on with --resume.
+    The file is written after every prompt; --resume continues an interrupted measurement.
     """
     from rich.console import Console
-    from transformers.utils import logging
 
     from transformers_prism.bench.figures import result_tables
     from transformers_prism.bench.measurement import GenerateMeasurement
@@ -124,38 +141,36 @@ def bench_generate_command(
     from transformers_prism.cli.demo import chat_inputs
     from transformers_prism.target import load_target
 
-    logging.disable_progress_bar()
     console = Console()
-    with user_errors():
-        _check_file(json_file, resume, update_card)
-        methods = parse_methods(method or ["draft"], packed, batch_size)
-        records = read_prompts(prompts)
-        chosen = choose_prompts(records, num_prompts)
-        target_model, tokenizer = load_target(target)
-        measured_draft, weights = _load_draft(draft, target_model)
-        measurement = GenerateMeasurement(
-            methods=methods,
-            generate=sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty),
-            prompts=prompts.name,
-            batch_size=batch_size,
-            context=context,
-            repeat=repeat,
-            warm_up=warm_up,
-            seed=seed,
-            assistant=assistant,
-        )
-        figures = measurement.run(
-            target_model,
-            tokenizer,
-            measured_draft,
-            weights,
-            chat_inputs,
-            chosen,
-            records,
-            json_file,
-            resume,
-            console,
-        )
+    _check_file(json_file, resume, update_card)
+    methods = parse_methods(method or ["draft"], packed, batch_size)
+    records = read_prompts(prompts)
+    chosen = choose_prompts(records, num_prompts)
+    target_model, tokenizer = load_target(target)
+    measured_draft, weights = _load_draft(draft, target_model)
+    measurement = GenerateMeasurement(
+        methods=methods,
+        generate=sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty),
+        prompts=prompts.name,
+        batch_size=batch_size,
+        context=context,
+        repeat=repeat,
+        warm_up=warm_up,
+        seed=seed,
+        assistant=assistant,
+    )
+    figures = measurement.run(
+        target_model,
+        tokenizer,
+        measured_draft,
+        weights,
+        chat_inputs,
+        chosen,
+        records,
+        json_file,
+        resume,
+        console,
+    )
     for table in result_tables(figures["methods"], f"median of {repeat}, batch {batch_size}"):
         console.print(table)
     report_file(json_file)
@@ -174,24 +189,36 @@ def bench_acceptance_command(
     temperature: Annotated[
         list[float] | None, typer.Option(min=0.0, help="0 is greedy; repeat it for several. 0 and 0.8 if absent.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.")] = 48,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 128,
-    seed: Annotated[int, typer.Option(help="Set before every answer.")] = 0,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts, spread over the tasks.", rich_help_panel=COST)
+    ] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 128,
+    seed: Annotated[int, typer.Option(help="Set before every answer.", rich_help_panel=ADVANCED)] = 0,
     coupled: Annotated[
-        bool, typer.Option("--coupled/--no-coupled", help="Let the draft see the random numbers of sampling.")
+        bool,
+        typer.Option(
+            "--coupled/--no-coupled",
+            help="Let the draft see the random numbers of sampling. --no-coupled: hide them.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = True,
     text_tokens: Annotated[
         bool | None,
-        typer.Option("--text-tokens/--no-text-tokens", help="Let the text's tokens join the draft vocabulary; as the draft says."),
+        typer.Option(
+            "--text-tokens/--no-text-tokens",
+            help="Let the text's tokens join the draft vocabulary; as the draft says if absent. --no-text-tokens: leave them out.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
     packed: PackedOption = True,
     json_file: JsonOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trees that the file lacks.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure only the trees that the file lacks.", rich_help_panel=ADVANCED)
+    ] = False,
     update_card: UpdateCardOption = None,
 ):
     """Acceptance length of fixed trees, greedy and sampled; nothing is timed, and n-grams take no part."""
     from rich.console import Console
-    from transformers.utils import logging
 
     from transformers_prism.bench.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
     from transformers_prism.bench.figures import table_of
@@ -200,7 +227,6 @@ def bench_acceptance_command(
     from transformers_prism.cli.demo import chat_inputs
     from transformers_prism.target import load_target
 
-    logging.disable_progress_bar()
     console = Console()
     settings: dict = {
         "prompts": prompts.name,
@@ -212,22 +238,19 @@ def bench_acceptance_command(
         "coupled": coupled,
         "packed": packed,
     }
-    with user_errors():
-        _check_file(json_file, resume, update_card)
-        chosen = choose_prompts(read_prompts(prompts), num_prompts)
-        model, tokenizer = load_target(target)
-        model_draft, weights = _load_draft(draft, model)
-        if text_tokens is not None:
-            model_draft.generation_config.tree_text_tokens = text_tokens
-        settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
-        questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
-        with progress_bar(console) as bar:
-            task = bar.add_task(
-                "answers", total=len(questions) * len(settings["trees"]) * len(settings["temperatures"])
-            )
-            rows = bench_acceptance(
-                model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
-            )
+    _check_file(json_file, resume, update_card)
+    chosen = choose_prompts(read_prompts(prompts), num_prompts)
+    model, tokenizer = load_target(target)
+    model_draft, weights = _load_draft(draft, model)
+    if text_tokens is not None:
+        model_draft.generation_config.tree_text_tokens = text_tokens
+    settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
+    questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
+    with progress_bar(console) as bar:
+        task = bar.add_task("answers", total=len(questions) * len(settings["trees"]) * len(settings["temperatures"]))
+        rows = bench_acceptance(
+            model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
+        )
     console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"))
     report_file(json_file)
     _update_card(update_card, json_file)
@@ -241,8 +264,12 @@ def bench_kernels_command(
     kernel: Annotated[
         list[str] | None, typer.Option(help="Only this kernel; may be repeated.", show_default=False)
     ] = None,
-    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.")] = None,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file whose table is replaced.")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.", rich_help_panel=ADVANCED)
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Markdown file whose table is replaced.", rich_help_panel=ADVANCED)
+    ] = None,
     json_file: JsonOption = None,
 ):
     """Triton kernels: registers, spills and shared memory; on a GPU checked against PyTorch and timed.
@@ -253,19 +280,18 @@ def bench_kernels_command(
 
     from transformers_prism.bench import kernels as bench
 
-    with user_errors():
-        bench.check_choice(kernel, arch)
-        if compile_only:
-            rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
-            typer.echo(bench.compiled_table(rows))
-            if readme is not None:
-                bench.write_table(readme, rows)
-            figures: dict = {"rows": rows}
-        else:
-            accelerator = torch.accelerator.current_accelerator()
-            timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
-            typer.echo(bench.timing_table(timings))
-            figures = bench.timings_as_json(timings, accelerator)
+    bench.check_choice(kernel, arch)
+    if compile_only:
+        rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
+        typer.echo(bench.compiled_table(rows))
+        if readme is not None:
+            bench.write_table(readme, rows)
+        figures: dict = {"rows": rows}
+    else:
+        accelerator = torch.accelerator.current_accelerator()
+        timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
+        typer.echo(bench.timing_table(timings))
+        figures = bench.timings_as_json(timings, accelerator)
     if json_file is not None:
         write_json(json_file, figures)
         report_file(json_file)
@@ -284,9 +310,11 @@ def bench_scaling_command(
         list[int] | None, typer.Option(min=1, help="Tokens of the prompt; several. 128 to 2048.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; several. 1, 2, 4, 8.")] = None,
-    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
-    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps of every tree.")] = 8,
-    num_rounds: Annotated[int, typer.Option(min=5, help="Timed rounds of each point.")] = 60,
+    tree_top_k: Annotated[
+        int, typer.Option(min=1, help="Nodes kept per depth, and children per node.", rich_help_panel=ADVANCED)
+    ] = 10,
+    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps of every tree.", rich_help_panel=ADVANCED)] = 8,
+    num_rounds: Annotated[int, typer.Option(min=5, help="Timed rounds of each point.", rich_help_panel=COST)] = 60,
     packed: PackedOption = True,
     json_file: JsonOption = None,
     plot: PlotOption = None,
@@ -296,7 +324,6 @@ def bench_scaling_command(
     Where an axis is named, only those that are named are measured. Of several M, the last is compared with the first.
     """
     from rich.console import Console
-    from transformers.utils import logging
 
     from transformers_prism.bench.figures import table_of
     from transformers_prism.bench.measurement import progress_bar
@@ -311,25 +338,23 @@ def bench_scaling_command(
     )
     from transformers_prism.target import load_target
 
-    logging.disable_progress_bar()
     console = Console()
     named = {"modules": modules, "nodes": nodes, "context": context, "batch": batch}
     axes = {name: values for name, values in named.items() if values} or DEFAULT_AXES
     base = Point(modules=4, nodes=31, context=128, batch=1)
-    with user_errors():
-        model, _ = load_target(target)
-        with progress_bar(console) as bar:
-            task = bar.add_task("calls", total=num_calls(axes, base, num_rounds))
-            figures = bench_scaling(
-                model, axes, base, tree_top_k, tree_depth, num_rounds, packed, lambda: bar.advance(task)
-            )
-        console.print(table_of(*axis_rows(figures), "random drafts"))
-        if (text := modules_text(figures)) is not None:
-            console.print(text, highlight=False)
-        tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
-        settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
-        write_record(json_file, "scaling", model, settings, {"axes": figures})
-        report_file(json_file)
+    model, _ = load_target(target)
+    with progress_bar(console) as bar:
+        task = bar.add_task("calls", total=num_calls(axes, base, num_rounds))
+        figures = bench_scaling(
+            model, axes, base, tree_top_k, tree_depth, num_rounds, packed, lambda: bar.advance(task)
+        )
+    console.print(table_of(*axis_rows(figures), "random drafts"))
+    if (text := modules_text(figures)) is not None:
+        console.print(text, highlight=False)
+    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
+    settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
+    write_record(json_file, "scaling", model, settings, {"axes": figures})
+    report_file(json_file)
 
 
 @bench_app.command("rounds")
@@ -343,15 +368,17 @@ def bench_rounds_command(
     context: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens that prompts are brought to; several. 128 and 4096.")
     ] = None,
-    num_rounds: Annotated[int, typer.Option(min=1, help="Rounds at each context.")] = 60,
-    label: Annotated[str | None, typer.Option(help="What the page calls this profile.", show_default=False)] = None,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Rounds at each context.", rich_help_panel=COST)] = 60,
+    label: Annotated[
+        str | None,
+        typer.Option(help="What the page calls this profile.", show_default=False, rich_help_panel=ADVANCED),
+    ] = None,
     packed: PackedOption = True,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ):
     """Where the time of a round goes: forwards of target and draft, selection, masks, walk, commit, other."""
     from rich.console import Console
-    from transformers.utils import logging
 
     from transformers_prism.bench.figures import table_of
     from transformers_prism.bench.methods import Contest, parse_methods
@@ -361,34 +388,32 @@ def bench_rounds_command(
     from transformers_prism.cli.demo import chat_inputs
     from transformers_prism.target import load_target
 
-    logging.disable_progress_bar()
     console = Console()
-    with user_errors():
-        (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
-        if not chosen.uses_draft:
-            raise ValueError(f"method: expected one with a draft, got {method!r}")
-        records = read_prompts(prompts)
-        measured = choose_prompts(records, min(12, len(records) // 2))
-        model, tokenizer = load_target(target)
-        measured_draft, weights = _load_draft(draft, model)
-        contest = Contest(model, measured_draft, None, [chosen], max_length=1)
-        contest.enter(chosen)
-        profiles = []
-        for length in context or [128, 4096]:
-            inputs = contexts_of(
-                tokenizer, records, measured, length, lambda text: chat_inputs(tokenizer, text, model.device)
-            )
-            profile = profile_rounds(model, contest.drafts[method], inputs, num_rounds)
-            profiles.append({"context": length, **profile})
-        figures = {"profiles": profiles, "bytes": weight_bytes(model, contest.drafts[method])}
-        contest.close()
-        console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"))
-        settings = {
-            "method": method,
-            "label": label,
-            "prompts": prompts.name,
-            "num_rounds": num_rounds,
-            "packed": packed,
-        }
-        write_record(json_file, "rounds", model, settings, figures, weights)
-        report_file(json_file)
+    (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
+    if not chosen.uses_draft:
+        raise ValueError(f"method: expected one with a draft, got {method!r}")
+    records = read_prompts(prompts)
+    measured = choose_prompts(records, min(12, len(records) // 2))
+    model, tokenizer = load_target(target)
+    measured_draft, weights = _load_draft(draft, model)
+    contest = Contest(model, measured_draft, None, [chosen], max_length=1)
+    contest.enter(chosen)
+    profiles = []
+    for length in context or [128, 4096]:
+        inputs = contexts_of(
+            tokenizer, records, measured, length, lambda text: chat_inputs(tokenizer, text, model.device)
+        )
+        profile = profile_rounds(model, contest.drafts[method], inputs, num_rounds)
+        profiles.append({"context": length, **profile})
+    figures = {"profiles": profiles, "bytes": weight_bytes(model, contest.drafts[method])}
+    contest.close()
+    console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"))
+    settings = {
+        "method": method,
+        "label": label,
+        "prompts": prompts.name,
+        "num_rounds": num_rounds,
+        "packed": packed,
+    }
+    write_record(json_file, "rounds", model, settings, figures, weights)
+    report_file(json_file)

@@ -170,17 +170,9 @@ def run_generate(
     target, tokenizer, draft = load_pair(target_name, draft_folder, use_packed_weights)
     console.print(_legend())
     inputs = chat_inputs(tokenizer, prompt, target.device)
-    start = time.perf_counter()
-    output = target.generate(
-        **inputs, **settings, assistant_model=draft, streamer=RoundStreamer(console, tokenizer), tokenizer=tokenizer
-    )
-    seconds = time.perf_counter() - start
-    num_tokens = output.shape[1] - inputs["input_ids"].shape[1]
-    speculation: Speculation = draft.last_speculation
-    console.print(
-        f"{num_tokens} tokens in {speculation.num_rounds[0]} rounds, acceptance length "
-        f"{speculation.acceptance_length:.2f}, {num_tokens / seconds:.1f} tokens/s"
-    )
+    streamer = RoundStreamer(console, tokenizer)
+    target.generate(**inputs, **settings, assistant_model=draft, streamer=streamer, tokenizer=tokenizer)
+    console.print(draft.last_speculation.summary(), highlight=False, soft_wrap=True)
 
 
 def compare(target, draft, inputs: dict, settings: dict, prompt: str = "") -> Comparison:

@@ -123,7 +123,7 @@ def shards_of(index: Path) -> dict[str, str]:
         raise ValueError(f"{index}: expected a weight_map that names files, got {weight_map!r}")
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(".json"):
-            raise ValueError(f"{index}: expected the names of files beside it, got {shard!r}")
+            raise ValueError(f"{index}: expected the names of files in its own folder, got {shard!r}")
     return weight_map
 
 

@@ -12,15 +12,14 @@ Source: SafeAILab/EAGLE, `eagle/model/cnets1.py`; SGLang, `python/sglang/srt/mod
 `vllm/model_executor/models/llama_eagle.py`.
 """
 
+import functools
 import re
-from pathlib import Path
 
 import torch
 
 from transformers_prism.conversion.exporting import Expectations, export_draft
 from transformers_prism.conversion.importing import (
     EXPERIMENTAL,
-    ConversionReport,
     SourceDraft,
     import_draft,
     last_state,
@@ -33,26 +32,8 @@ _ROTARY = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 ARCHITECTURES = ["LlamaForCausalLMEagle", "EagleLlamaForCausalLM"]
 
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    target: str | Path | None = None,
-    context_kv: str = "prefill_module",
-    num_target_layers: int | None = None,
-) -> ConversionReport:
-    """Convert a draft of EAGLE-1, EAGLE-2 or HASS; arguments and errors as [`import_draft`].
-
-    With one module `context_kv` makes no difference.
-    """
-    return import_draft(_read, source, destination, target, context_kv, num_target_layers)
-
-
-def export(source: str | Path, destination: str | Path, target: str | Path | None = None) -> ConversionReport:
-    """Write a draft of ours in the EAGLE layout; arguments and errors as [`export_draft`]."""
-    return export_draft(_write, source, destination, target)
-
-
-def _read(config: dict, weights: dict) -> SourceDraft:
+def read(config: dict, weights: dict) -> SourceDraft:
+    """An EAGLE-1, EAGLE-2 or HASS draft, from its `config.json` and weights; errors as [`import_draft`]."""
     fields = read_llama_config({**config, "qkv_bias": None})
     fields["projection_bias"] = "fc.bias" in weights
     notes = [EXPERIMENTAL]
@@ -85,6 +66,7 @@ def _write(draft: PrismDraftModel, notes: list[str]):
     expectations.expect("draft_vocab_size", None, "there is no field for it")
     expectations.expect("share_target_head", True, "the head is the target's")
     expectations.check()
+    notes.append(EXPERIMENTAL)
     extra = {}
     if config.projection_bias:
         notes.append(
@@ -96,3 +78,7 @@ def _write(draft: PrismDraftModel, notes: list[str]):
         notes.append("fc.bias is written as zeros, since SGLang's class has one")
     settings = {"architectures": ARCHITECTURES, **write_llama_config(config)}
     return settings, {name: _their_name(name) for name in draft.state_dict()}, extra
+
+
+convert = functools.partial(import_draft, read)
+export = functools.partial(export_draft, _write)

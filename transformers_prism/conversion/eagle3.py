@@ -1,62 +1,65 @@
-"""EAGLE-3 drafts in the layout of SafeAILab's repository, in and out.
+"""EAGLE-3 drafts in the layout of SafeAILab's repository, which SpecForge, SGLang and vLLM share, in and out.
 
 `config.json` holds the numbers of a Llama layer and `draft_vocab_size`. Names:
 
-    fc.weight                Linear(3 * target width -> D), which joins three states of the target
+    fc.weight, .bias         Linear(L * target width -> D), which joins L states of the target, mostly three
     midlayer.*               one decoder layer with `hidden_norm`; its attention reads [embedding ; hidden], both normed
+    layers.{layer}.*         the same in vLLM's and speculators' names; layers after the first are a target's own kind
     norm.weight              before the head
     lm_head.weight           the draft's own head over its vocabulary
     d2t                      for each draft token, its id in the target's vocabulary minus its own id
     t2d                      for each of the target's tokens, whether the draft can propose it
     embed_tokens.weight      a copy of the target's embedding, if at all
+    input_norm.weight        with `norm_before_fc`, of all L states as one
+    fc_norm.{state}.weight   with `fc_norm`, of each state
 
 The states are those before layers 2, n // 2 and n - 3 of n, unless `config.json` names others: SGLang's
 `eagle_config.eagle_aux_hidden_state_layer_ids` counts layers from 0 and means their outputs, vLLM's field of that name
-outside `eagle_config` counts as `hidden_states` does. Experimental.
+outside `eagle_config` counts as `hidden_states` does.
 Source: SafeAILab/EAGLE, `eagle/model/cnets.py` and `modeling_llama_kv.py`; SGLang, `llama_eagle3.py` and `llama.py`;
-vLLM, `llama_eagle3.py` and `gpu_model_runner.py`.
+vLLM, `llama_eagle3.py` and `gpu_model_runner.py`; SpecForge 0.2, `modeling/draft/llama3_eagle.py`.
 """
 
-from pathlib import Path
+import functools
 
 import torch
 
 from transformers_prism.conversion.exporting import Expectations, expect_layers_before_the_last, export_draft
-from transformers_prism.conversion.importing import (
-    EXPERIMENTAL,
-    ConversionReport,
-    SourceDraft,
-    import_draft,
-    require_layers,
-)
+from transformers_prism.conversion.importing import SourceDraft, import_draft, require_layers
 from transformers_prism.conversion.llama_config import read_llama_config, write_llama_config
 from transformers_prism.conversion.sglang import AUX_LAYERS, aux_layer_field, aux_layer_ids, read_layer_list
 from transformers_prism.modeling_prism import PrismDraftModel
 
+# Settings of these drafts that a plain Llama layer does not have.
+SETTINGS = ("attention_bias", "mlp_bias", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+TRIED = (
+    "experimental: tried with random drafts that the classes of speculators and SpecForge made; no published file could be "
+    "tried"
+)
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    target: str | Path | None = None,
-    context_kv: str = "prefill_module",
-    num_target_layers: int | None = None,
-) -> ConversionReport:
-    """Convert an EAGLE-3 draft; arguments and errors as [`import_draft`].
 
-    With one module `context_kv` makes no difference.
+def read_eagle3(config: dict, weights: dict) -> SourceDraft:
+    """An EAGLE-3 draft from `config.json`, with the numbers of its layer at the top, and its weights.
+
+    Raises:
+        ValueError: if the configuration asks for what no draft here can compute.
     """
-    return import_draft(_read, source, destination, target, context_kv, num_target_layers)
-
-
-def export(source: str | Path, destination: str | Path, target: str | Path | None = None) -> ConversionReport:
-    """Write a draft of ours with `module_form="eagle3"` as EAGLE-3; arguments and errors as [`export_draft`]."""
-    return export_draft(_write, source, destination, target)
-
-
-def _read(config: dict, weights: dict) -> SourceDraft:
-    fields = read_llama_config(config)
-    if fields["num_layers_per_module"] != 1:
-        raise ValueError(f"config.json: expected num_hidden_layers to be 1, got {fields['num_layers_per_module']}")
+    nested = config.get("eagle_config") if isinstance(config.get("eagle_config"), dict) else {}
+    config = {**{name: nested[name] for name in SETTINGS if name in nested}, **config}
+    if nested.get("use_aux_hidden_state") is False:
+        raise ValueError("config.json: expected eagle_config.use_aux_hidden_state to be true, got false")
+    fields = read_llama_config(config, allowed=SETTINGS)
+    num_layers = fields["num_layers_per_module"]
+    has_midlayer = any(name.startswith("midlayer.") for name in weights)
+    if has_midlayer and num_layers != 1:
+        raise ValueError(
+            f"config.json: expected num_hidden_layers to be 1 with weights named midlayer, got {num_layers}"
+        )
+    fields.update({name: bool(config.get(name)) for name in ("norm_before_residual", "norm_output")})
+    fields.update({name: bool(config.get(name)) for name in ("attention_bias", "mlp_bias")})
+    if config.get("norm_before_fc") or config.get("fc_norm"):
+        fields["target_norm"] = "joint" if config.get("norm_before_fc") else "each"
+    fields["query_key_norm"] = any(name.endswith("q_norm.weight") for name in weights)
     fields["target_hidden_size"] = config.get("target_hidden_size") or fields["hidden_size"]
     fields.update(module_form="eagle3", projection_bias="fc.bias" in weights, share_target_head=False)
     draft_vocab_size = config.get("draft_vocab_size")
@@ -71,7 +74,20 @@ def _read(config: dict, weights: dict) -> SourceDraft:
         if "d2t" in weights:
             weights["d2t"] = _target_ids(weights["d2t"], weights.get("t2d"), fields)
             ignored.update((name, "follows from d2t") for name in ("t2d",) if name in weights)
-    return SourceDraft(fields, weights, _their_name, _layer_ids(config), ignored=ignored, notes=[EXPERIMENTAL])
+    first_layer = "midlayer." if has_midlayer else "layers.0."
+    their_name = functools.partial(_their_name, first_layer=first_layer, target_norm=fields.get("target_norm"))
+    layer_ids, notes = _layer_ids(config)
+    return SourceDraft(fields, weights, their_name, layer_ids, ignored=ignored, notes=[TRIED, *notes])
+
+
+def read(config: dict, weights: dict) -> SourceDraft:
+    """An EAGLE-3 draft in the layout of SafeAILab, SpecForge, SGLang and vLLM, from its `config.json` and weights; errors as [`import_draft`]."""
+    theirs = read_eagle3(config, weights)
+    if theirs.fields["norm_output"]:
+        theirs.notes.append(
+            "norm_output is read as speculators and vLLM have it: the state after the norm is passed on to the next step"
+        )
+    return theirs
 
 
 def _target_ids(d2t: torch.Tensor, t2d: torch.Tensor | None, fields: dict) -> torch.Tensor:
@@ -93,9 +109,10 @@ def _target_ids(d2t: torch.Tensor, t2d: torch.Tensor | None, fields: dict) -> to
 
 
 def _layer_ids(config: dict):
+    """The states that a draft reads, as a function of the number of the target's layers, and what is to be said of them."""
     given = aux_layer_ids(config) or read_layer_list(config)
     if given is not None:
-        return lambda num_target_layers: list(given)
+        return (lambda num_target_layers: list(given)), []
 
     def default(num_target_layers: int | None) -> list[int]:
         num_layers = require_layers(num_target_layers, "it says which states an EAGLE-3 draft reads")
@@ -103,25 +120,48 @@ def _layer_ids(config: dict):
             raise ValueError(f"target: expected at least 7 layers, for three states apart, got {num_layers}")
         return [2, num_layers // 2, num_layers - 3]
 
-    return default
+    return default, ["config.json names no layers of the target: the states 2, n // 2 and n - 3 of n are assumed"]
 
 
-def _their_name(name: str) -> str:
+def _their_name(name: str, first_layer: str = "midlayer.", target_norm: str | None = None) -> str:
     """Their name of one of our weights."""
-    name = name.replace("processing_modules.0.layers.0.", "midlayer.").replace("fusion_layer.", "fc.")
+    name = name.replace("processing_modules.0.layers.0.", first_layer).replace("processing_modules.0.", "")
+    name = name.replace("fusion_layer.", "fc.").replace("_proj.norm.", "_norm.")
+    if name.startswith("target_norm."):
+        return "input_norm.weight" if target_norm == "joint" else name.replace("target_norm.", "fc_norm.")
     return "d2t" if name == "draft_to_target" else name
+
+
+def expect_eagle3(expectations: Expectations) -> None:
+    """What every form of EAGLE-3 demands of a draft of ours."""
+    expectations.expect("module_form", "eagle3", "its layer is EAGLE-3's")
+    expectations.expect("num_processing_modules", 1, "it has one set of parameters for all steps")
+    expectations.expect("projection_bias", False, "its fc has no bias")
+    expectations.expect("share_target_head", False, "it has a head of its own")
+    expect_layers_before_the_last(expectations)
+
+
+def vocabulary_tables(draft: PrismDraftModel) -> dict[str, torch.Tensor]:
+    """`d2t` and `t2d` of a draft of ours."""
+    own = torch.arange(draft.config.num_draft_tokens)
+    ids = own if draft.draft_to_target is None else draft.draft_to_target.cpu()
+    t2d = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    return {"d2t": ids - own, "t2d": t2d}
+
+
+def names_in(draft: PrismDraftModel, first_layer: str) -> dict[str, str]:
+    """Names in a form of EAGLE-3 by ours, but for the draft vocabulary."""
+    names = [name for name in draft.state_dict() if name != "draft_to_target"]
+    return {name: _their_name(name, first_layer, draft.config.target_norm) for name in names}
 
 
 def _write(draft: PrismDraftModel, notes: list[str]):
     config = draft.config
     expectations = Expectations("eagle3", config)
-    expectations.expect("module_form", "eagle3", "its layer is EAGLE-3's")
-    expectations.expect("num_processing_modules", 1, "it has one set of parameters for all steps")
+    expect_eagle3(expectations)
     expectations.expect("num_layers_per_module", 1, "it has one layer")
     expectations.expect("len(target_layer_ids)", 3, "its fc joins three states", len(config.target_layer_ids))
-    expectations.expect("projection_bias", False, "its fc has no bias")
-    expectations.expect("share_target_head", False, "it has a head of its own")
-    expect_layers_before_the_last(expectations)
     expectations.check()
     settings = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -130,10 +170,10 @@ def _write(draft: PrismDraftModel, notes: list[str]):
         **aux_layer_field(config.target_layer_ids),
         AUX_LAYERS: config.target_layer_ids,
     }
-    own = torch.arange(config.num_draft_tokens)
-    ids = own if draft.draft_to_target is None else draft.draft_to_target.cpu()
-    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
-    t2d[ids] = True
+    notes.append(TRIED)
     notes.append("the EAGLE authors' own code reads the states 2, n // 2 and n - 3 of n, whatever config.json says")
-    names = {name: _their_name(name) for name in draft.state_dict() if name != "draft_to_target"}
-    return settings, names, {"d2t": ids - own, "t2d": t2d}
+    return settings, names_in(draft, "midlayer."), vocabulary_tables(draft)
+
+
+convert = functools.partial(import_draft, read)
+export = functools.partial(export_draft, _write)

@@ -14,7 +14,6 @@ from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.conversion.checkpoint import read_weight_ending_with
 from transformers_prism.conversion.importing import (
     EMBEDDING,
-    EXPERIMENTAL,
     ConversionReport,
     check_destination,
     write_whole,
@@ -33,6 +32,10 @@ _EXPECTED_BY_ALL = (
     ("logit_scale", 1.0, "there is no field for it"),
     ("logit_softcap", None, "there is no field for it"),
     ("normalize_target_hidden", False, "their fusion layer reads the target's states as they are"),
+    ("target_norm", "none", "only the form speculators has it"),
+    ("query_key_norm", False, "only the form speculators has it"),
+    ("norm_before_residual", False, "only the form speculators has it"),
+    ("norm_output", False, "only the form speculators has it"),
 )
 
 
@@ -55,14 +58,17 @@ class Expectations:
         if found != expected:
             self.broken.append(f"{name}: expected {expected!r} ({why}), got {found!r}")
 
-    def check(self) -> None:
+    def check(self, allowed: tuple[str, ...] = ()) -> None:
         """End with an error if anything was noted.
 
+        Args:
+            allowed (`tuple[str, ...]`): fields that most forms have no place for, but this one has.
         Raises:
             ValueError: listing all of it.
         """
         for name, expected, why in _EXPECTED_BY_ALL:
-            self.expect(name, expected, why)
+            if name not in allowed:
+                self.expect(name, expected, why)
         rope_type = self.config.rope_parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             self.broken.append(
@@ -82,10 +88,10 @@ def export_draft(
 
     Args:
         write (`Callable`): of the form: from a draft and the list of notes, which it may extend, to `config.json`, the
-            names there by our names, and weights that the form wants beside the draft's own, by their names there.
+            names there by our names, and weights that the form needs in addition to the draft's, by their names there.
         source (`str` or `Path`): the draft: folder or name on the Hub.
         destination (`str` or `Path`): folder to write; must be empty or not there. It appears whole or not at all.
-        target (`str` or `Path`, *optional*): folder or Hub name of the target, whose embedding is written beside the
+        target (`str` or `Path`, *optional*): folder or Hub name of the target, whose embedding is written with the
             draft's weights; servers take the target's own, but the EAGLE authors' code wants it in the file.
     Returns:
         `ConversionReport`: which weight became which.
@@ -96,7 +102,7 @@ def export_draft(
     destination = Path(destination)
     check_destination(destination)
     draft = PrismDraftModel.from_pretrained(str(source))
-    notes = [EXPERIMENTAL]
+    notes: list[str] = []
     settings, names, extra = write(draft, notes)
     weights = {theirs: draft.state_dict()[ours].contiguous() for ours, theirs in names.items()}
     weights.update(extra)
@@ -114,6 +120,8 @@ def export_draft(
 
 
 def _embedding(draft: PrismDraftModel, target, notes: list[str]) -> dict[str, torch.Tensor]:
+    if draft.embed_tokens is not None:
+        return {}
     if target is None:
         notes.append(
             f"{EMBEDDING} is left out, since no target was given: SGLang and vLLM take the target's, the EAGLE authors' "

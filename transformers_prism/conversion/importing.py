@@ -1,18 +1,19 @@
-"""What every conversion into a [`PrismDraftModel`] has in common: pair weights by name, look at the target, write.
+"""What all conversions into a [`PrismDraftModel`] share: match weights by name, compare with the target, write.
 
-Each form of checkpoint has a file of its own, which says how `config.json` and the names are to be read; strictness is
-here: a weight that is missing, unknown or of the wrong shape is an error that lists the names.
+Each form of checkpoint has a file of its own, which says how `config.json` and the names are read. A weight that is missing,
+unknown or of the wrong shape is an error that lists the names.
 """
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from transformers_prism.borrowed_layers import float_weight
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.conversion.checkpoint import (
     checkpoint_folder,
@@ -21,7 +22,9 @@ from transformers_prism.conversion.checkpoint import (
     read_weights,
 )
 from transformers_prism.hub.files import ABOUT, CARD, card_license
+from transformers_prism.hub.loading import check_values
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
 EXPERIMENTAL = (
@@ -34,8 +37,40 @@ _TELLING_WEIGHTS = {
     "stepFCs.0.weight": "prism-artifact",
     "fc0.weight": "sglang",
     "midlayer.hidden_norm.weight": "eagle3",
-    "layers.0.self_attn.q_proj.weight": "eagle",
+    "layers.0.hidden_norm.weight": "eagle3",
+    "fc.weight": "eagle",
 }
+# Fields of config.json that name a form.
+SPECULATORS_TYPE = "speculators_model_type"
+# Servers' classes keep all but the head in a module of this name.
+_PREFIX = "model."
+
+
+def form_of(config: dict, names) -> str:
+    """Which form a draft is in.
+
+    Args:
+        config (`dict`): `config.json`.
+        names: of its weights.
+    Returns:
+        `str`: "prism" for ours, else what `--from` takes.
+    Raises:
+        ValueError: if it is none that is known, naming what was looked for.
+    """
+    if config.get("model_type") == "prism":
+        return "prism"
+    if SPECULATORS_TYPE in config:
+        return "speculators"
+    short = {name.removeprefix(_PREFIX) for name in names}
+    form = next((form for name, form in _TELLING_WEIGHTS.items() if name in short), None)
+    if form is None:
+        telling = ", ".join(f"{name} ({form})" for name, form in _TELLING_WEIGHTS.items())
+        raise ValueError(
+            f"expected a draft with model_type 'prism' (ours) or {SPECULATORS_TYPE} (speculators) in config.json, or a weight "
+            f"named {telling}, got model_type {config.get('model_type')!r}, architectures {config.get('architectures')} "
+            f"and the weights {sorted(short)[:8]}"
+        )
+    return form
 
 
 @dataclass
@@ -43,7 +78,7 @@ class ConversionReport:
     """What a conversion did; `str()` of it is for people.
 
     Args:
-        source, destination (`Path`): the folders.
+        source, destination (`Path`): the folders; no destination of a draft that was only loaded.
         files (`list[str]`): files of the source that weights were read from.
         config (`PrismConfig`): configuration of our draft.
         dtype (`torch.dtype`): of its weights, the same on both sides.
@@ -53,7 +88,7 @@ class ConversionReport:
     """
 
     source: Path
-    destination: Path
+    destination: Path | None
     files: list[str]
     config: PrismConfig
     dtype: torch.dtype
@@ -66,7 +101,7 @@ class ConversionReport:
         width = max(len(name) for name, _, _ in self.matched)
         return "\n".join(
             [
-                f"{self.source} ({', '.join(self.files)}) -> {self.destination}",
+                f"{self.source} ({', '.join(self.files)}) -> {self.destination or 'memory'}",
                 f"processing modules: {config.num_processing_modules} of the form {config.module_form!r}, "
                 f"draft_step_to_module {config.draft_step_to_module}, target_layer_ids {config.target_layer_ids}, "
                 f"context_kv {config.context_kv!r}, {str(self.dtype).removeprefix('torch.')}",
@@ -93,6 +128,7 @@ class SourceDraft:
         second_names (`dict[str, str]`): names that repeat another weight of the source, whose shape they must have.
         hint (`str`): what to say when weights are missing.
         notes (`list[str]`): what was assumed.
+        target_name (`str`, *optional*), target_architectures (`list[str]`): of the target, as the source names it.
     """
 
     fields: dict
@@ -104,6 +140,8 @@ class SourceDraft:
     second_names: dict[str, str] = field(default_factory=dict)
     hint: str = ""
     notes: list[str] = field(default_factory=list)
+    target_name: str | None = None
+    target_architectures: list[str] = field(default_factory=list)
 
 
 def import_draft(
@@ -134,11 +172,39 @@ def import_draft(
     """
     destination = Path(destination)
     check_destination(destination)
-    given, is_folder = source, Path(source).is_dir()
-    source = checkpoint_folder(source)
-    settings = read_json(source / "config.json")
-    weights, files = read_weights(source)
-    theirs = read(settings, weights)
+    folder = checkpoint_folder(source)
+    draft, report = read_draft(read, folder, target, context_kv, num_target_layers)
+    name = folder.name if Path(source).is_dir() else str(source)
+
+    def save(written: Path) -> None:
+        written.mkdir()
+        write_json(written / ABOUT, _about(name, folder, report.notes))
+        draft.save_pretrained(written)
+
+    write_whole(destination, save)
+    return replace(report, destination=destination)
+
+
+def read_draft(
+    read: Callable[[dict, dict[str, torch.Tensor]], SourceDraft],
+    folder: Path,
+    target: str | Path | PreTrainedModel | None = None,
+    context_kv: str = "prefill_module",
+    num_target_layers: int | None = None,
+) -> tuple[PrismDraftModel, ConversionReport]:
+    """A draft of another form as ours, in memory; arguments and errors as [`import_draft`].
+
+    Args:
+        folder (`Path`): of the source.
+        target: also the loaded target.
+    """
+    settings = read_json(folder / "config.json")
+    if isinstance(settings.get("model"), dict):  # as vLLM writes a draft's configuration
+        settings = {**settings, **settings["model"]}
+    weights, files = read_weights(folder)
+    theirs = read(settings, {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()})
+    if any(name.startswith(_PREFIX) for name in weights):
+        theirs.notes.append(f"names of weights are given without the prefix {_PREFIX!r}")
     target_config = None if target is None else _target_config(target)
     config = _make_config(theirs, target, target_config, context_kv, num_target_layers)
     config.share_target_embedding = _is_target_embedding(theirs, target)
@@ -150,21 +216,16 @@ def import_draft(
     draft.load_state_dict(
         {ours: theirs.weights[name].contiguous() for name, ours, _ in matched}, strict=True, assign=True
     )
-    name = source.name if is_folder else str(given)
-
-    def save(folder: Path) -> None:
-        folder.mkdir()
-        write_json(folder / ABOUT, _about(name, source, theirs.notes))
-        draft.eval().save_pretrained(folder)
-
-    write_whole(destination, save)
-    return ConversionReport(source, destination, files, config, dtype, matched, ignored, theirs.notes)
+    draft.rotary_emb = type(draft.rotary_emb)(config)  # its frequencies are in no file
+    config.dtype = dtype
+    check_values(draft, folder)
+    return draft.eval(), ConversionReport(folder, None, files, config, dtype, matched, ignored, theirs.notes)
 
 
 def _about(name: str, source: Path, notes: list[str]) -> dict:
     """What the card says of a draft that others trained; their licence is theirs, and not known unless their card names it."""
     limits = [f"Trained by others, converted from `{name}` with `transformers-prism convert`."]
-    limits += [f"The conversion is {EXPERIMENTAL}."] if EXPERIMENTAL in notes else []
+    limits += [f"The conversion is {note}." for note in notes if note.startswith("experimental")]
     return {"license": card_license(source / CARD) or "unknown", "limits": limits}
 
 
@@ -179,7 +240,7 @@ def check_destination(destination: Path) -> None:
 
 
 def write_whole(destination: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` fill a folder beside the destination, then rename it: a reader sees all of it or nothing."""
+    """Let `save` fill a temporary folder, then rename it: a reader sees all of it or nothing."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
         folder = Path(temporary) / "draft"
@@ -206,7 +267,9 @@ def require_layers(num_target_layers: int | None, why: str) -> int:
     return num_target_layers
 
 
-def _target_config(target: str | Path) -> PreTrainedConfig:
+def _target_config(target: str | Path | PreTrainedModel) -> PreTrainedConfig:
+    if not isinstance(target, (str, Path)):
+        return target.config
     try:
         return AutoConfig.from_pretrained(str(target))
     except OSError as error:
@@ -224,17 +287,20 @@ def _make_config(theirs: SourceDraft, target, target_config, context_kv, num_tar
         for name in ("vocab_size", "hidden_size"):
             if fingerprint[name] != getattr(text, name):
                 raise ValueError(
-                    f"{name}: expected the target's, {getattr(text, name)} ({target}), got {fingerprint[name]} in "
+                    f"{name}: expected the target's, {getattr(text, name)} ({_called(target)}), got {fingerprint[name]} in "
                     "config.json"
                 )
         if num_target_layers not in (None, text.num_hidden_layers):
             raise ValueError(
-                f"num_target_layers: expected the target's, {text.num_hidden_layers} ({target}), got {num_target_layers}"
+                f"num_target_layers: expected the target's, {text.num_hidden_layers} ({_called(target)}), got {num_target_layers}"
             )
         num_target_layers = text.num_hidden_layers
-        fields.update({name: getattr(text, name) for name in TOKEN_IDS})
-        fingerprint = target_fingerprint(target_config, _tokenizer(target, theirs.notes))
+        fields.update({name: getattr(text, name, None) for name in TOKEN_IDS})
+        tokenizer = _tokenizer(target, theirs.notes) if isinstance(target, (str, Path)) else None
+        fingerprint = target_fingerprint(target_config, tokenizer)
+        _check_names(theirs, fingerprint["name"], target_config.architectures)
     fingerprint["num_hidden_layers"] = num_target_layers
+    fingerprint["name"] = fingerprint["name"] or theirs.target_name
     layer_ids = theirs.target_layer_ids(num_target_layers)
     if num_target_layers is not None and layer_ids[-1] > num_target_layers:
         raise ValueError(
@@ -245,6 +311,20 @@ def _make_config(theirs: SourceDraft, target, target_config, context_kv, num_tar
         return PrismConfig(target_layer_ids=layer_ids, context_kv=context_kv, target_fingerprint=fingerprint, **fields)
     except StrictDataclassError as error:
         raise ValueError(f"config.json: {error}") from error
+
+
+def _check_names(theirs: SourceDraft, name: str | None, architectures: list[str] | None) -> None:
+    """Refuse a target that is not the one that the source names."""
+    pairs = [("name", theirs.target_name, name)]
+    if theirs.target_architectures and architectures and not set(theirs.target_architectures) & set(architectures):
+        pairs.append(("architectures", str(theirs.target_architectures), str(architectures)))
+    for called, expected, found in pairs:
+        # A folder's path says nothing elsewhere.
+        if expected and found and expected != found and not Path(found).exists():
+            raise ValueError(
+                f"target: expected the {called} that the draft's config.json gives, {expected}, got {found}; if they are the "
+                "same model, or one made from the other, leave the target out when the draft is loaded"
+            )
 
 
 def _tokenizer(target, notes: list[str]):
@@ -265,22 +345,34 @@ def _is_target_embedding(theirs: SourceDraft, target) -> bool:
     if ours is None:
         theirs.notes.append("there is no embedding in the source; the draft borrows the target's")
         return True
-    found = None if target is None else read_weight_ending_with(str(target), EMBEDDING)
+    found, name = _target_embedding(target)
     if found is None:
-        theirs.notes.append(
-            f"{EMBEDDING} is taken to be the target's, as in the authors' training; "
-            + ("no target was given" if target is None else f"no embedding was found in {target}")
-            + " to compare it with"
-        )
+        theirs.notes.append(f"{EMBEDDING} is taken to be the target's; {name} to compare it with")
         return True
     if ours.shape == found.shape and (
         torch.equal(ours.to(found.dtype), found) or torch.equal(ours, found.to(ours.dtype))
     ):
-        theirs.notes.append(f"{EMBEDDING} equals the embedding of {target}, which the draft borrows")
+        theirs.notes.append(f"{EMBEDDING} equals the embedding of {name}, which the draft borrows")
         return True
     difference = f" by up to {(ours.float() - found.float()).abs().max():.3g}" if ours.shape == found.shape else ""
-    theirs.notes.append(f"{EMBEDDING} differs from the embedding of {target}{difference}; the draft keeps its own")
+    theirs.notes.append(f"{EMBEDDING} differs from the embedding of {name}{difference}; the draft keeps its own")
     return False
+
+
+def _target_embedding(target) -> tuple[torch.Tensor | None, str]:
+    """The embedding of a target on the CPU, if it can be read, and what to call the target, or why not."""
+    if target is None:
+        return None, "no target was given"
+    if isinstance(target, (str, Path)):
+        found = read_weight_ending_with(str(target), EMBEDDING)
+    else:
+        found = float_weight(target.get_input_embeddings())
+        found = None if found is None or found.is_meta else found.detach().cpu()
+    return found, f"no embedding was found in {_called(target)}" if found is None else _called(target)
+
+
+def _called(target: str | Path | PreTrainedModel) -> str:
+    return str(target) if isinstance(target, (str, Path)) else name_of(target.config) or type(target).__name__
 
 
 def _match(theirs: SourceDraft, draft: PrismDraftModel) -> tuple[list[tuple], dict[str, str]]:
@@ -317,8 +409,10 @@ def _match(theirs: SourceDraft, draft: PrismDraftModel) -> tuple[list[tuple], di
 
 def _other_form(theirs: SourceDraft) -> str:
     """Which form has the names of this source, to be said where another one was asked for."""
-    form = next((form for name, form in _TELLING_WEIGHTS.items() if name in theirs.weights), None)
-    return "" if form is None else f" (checkpoints of --from {form} have names like those in the file)"
+    try:
+        return f" (checkpoints of --from {form_of({}, theirs.weights)} have names like those in the file)"
+    except ValueError:
+        return ""
 
 
 def _common_dtype(weights: list[torch.Tensor]) -> torch.dtype:

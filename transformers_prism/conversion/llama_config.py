@@ -4,25 +4,29 @@ from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.conversion.importing import TOKEN_IDS
 
 # Rotary embeddings that do not change while a text grows; the others' code and ours agree on them.
-ROPE_TYPES = ("default", "linear", "llama3")
-# Settings that would change what is computed, and that no draft here can follow.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Settings that change what is computed, and that the layers of a form may not have.
 _ABSENT = (
     "attention_bias",
     "mlp_bias",
     "qkv_bias",
     "add_para_norm",
     "norm_before_residual",
+    "norm_before_fc",
+    "fc_norm",
+    "norm_output",
     "moe_config",
     "use_adapter",
 )
 
 
-def read_llama_config(config: dict) -> dict:
+def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
     """Fields of [`PrismConfig`] from the configuration of a Llama layer.
 
     Args:
         config (`dict`): `config.json`, or the part of it that describes the layer; fields that may be absent have the
             defaults of the EAGLE authors' code.
+        allowed (`tuple[str, ...]`): settings that the form reads itself.
     Returns:
         `dict`: the numbers of the layer, the token ids, and `num_hidden_layers` as `num_layers_per_module`.
     Raises:
@@ -33,7 +37,7 @@ def read_llama_config(config: dict) -> dict:
     if absent:
         raise ValueError(f"config.json: expected the fields of a Llama layer, got none named {absent}")
     for name in _ABSENT:
-        if config.get(name):
+        if config.get(name) and name not in allowed:
             raise ValueError(f"config.json: expected {name} to be absent or false, got {config[name]!r}")
     fields = {
         "num_key_value_heads": config["num_attention_heads"],

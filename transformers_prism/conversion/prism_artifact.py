@@ -12,10 +12,10 @@ A source folder holds `config.json` (`eagle_config` with the numbers of a Llama 
 Source: the PRISM artifact, commit 3b00014 (`LD/large_drafter.py`, `model/cnets.py`).
 """
 
+import functools
 import re
-from pathlib import Path
 
-from transformers_prism.conversion.importing import ConversionReport, SourceDraft, import_draft, last_state
+from transformers_prism.conversion.importing import SourceDraft, import_draft, last_state
 from transformers_prism.conversion.llama_config import read_llama_config
 
 # Indices into the target's `hidden_states` that the artifact has in its code, whatever the target.
@@ -24,18 +24,8 @@ _ALIAS = re.compile(r"(?:layers\.(?P<layer>\d+)|fc)\.(?P<rest>.+)")
 _ROTARY = re.compile(r"(?:stepModels\.\d+|layers)\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    target: str | Path | None = None,
-    context_kv: str = "prefill_module",
-    num_target_layers: int | None = None,
-) -> ConversionReport:
-    """Convert a draft of the authors' PyTorch code; arguments and errors as [`import_draft`]."""
-    return import_draft(_read, source, destination, target, context_kv, num_target_layers)
-
-
-def _read(config: dict, weights: dict) -> SourceDraft:
+def read(config: dict, weights: dict) -> SourceDraft:
+    """A draft of the PRISM authors' PyTorch code, from its `config.json` and weights; errors as [`import_draft`]."""
     fields = _check_config(config)
     has_fusion_layer = any(name.startswith("fusion_layer.") for name in weights)
     return SourceDraft(
@@ -64,7 +54,7 @@ def _check_config(config: dict) -> dict:
     if layer.get("rope_scaling") is not None:
         raise ValueError(f"config.json: expected rope_scaling to be null, got {layer['rope_scaling']!r}")
     fields = read_llama_config(layer)
-    # The bias is looked up beside eagle_config, never in it, so a value in there has no effect.
+    # The authors' code reads the bias outside eagle_config, so a value in there has no effect.
     fields["projection_bias"] = bool(config.get("bias", True))
     fields["draft_step_to_module"] = _check_mapping(config)
     fields["num_processing_modules"] = num_modules = max(fields["draft_step_to_module"]) + 1
@@ -118,3 +108,6 @@ def _missing_hint(weights) -> str:
             "without repeating weights that have two names; save the state dict with torch.save instead)"
         )
     return ""
+
+
+convert = functools.partial(import_draft, read)

@@ -14,13 +14,12 @@ Source: names as the authors give them for their port; SGLang, `python/sglang/sr
 (`set_eagle3_layers_to_capture`).
 """
 
+import functools
 import re
-from pathlib import Path
 
 from transformers_prism.conversion.exporting import Expectations, expect_layers_before_the_last, export_draft
 from transformers_prism.conversion.importing import (
     EXPERIMENTAL,
-    ConversionReport,
     SourceDraft,
     import_draft,
     last_state,
@@ -31,22 +30,6 @@ from transformers_prism.modeling_prism import PrismDraftModel
 
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _MODULE = re.compile(r"(?:fc(\d+)|midlayer\.(\d+))\..+")
-
-
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    target: str | Path | None = None,
-    context_kv: str = "prefill_module",
-    num_target_layers: int | None = None,
-) -> ConversionReport:
-    """Convert a draft of the authors' SGLang port; arguments and errors as [`import_draft`]."""
-    return import_draft(_read, source, destination, target, context_kv, num_target_layers)
-
-
-def export(source: str | Path, destination: str | Path, target: str | Path | None = None) -> ConversionReport:
-    """Write a draft of ours for the authors' SGLang port; arguments and errors as [`export_draft`]."""
-    return export_draft(_write, source, destination, target)
 
 
 def aux_layer_ids(config: dict) -> list[int] | None:
@@ -78,7 +61,8 @@ def aux_layer_field(target_layer_ids: list[int]) -> dict:
     return {"eagle_config": {"use_aux_hidden_state": True, AUX_LAYERS: ids}}
 
 
-def _read(config: dict, weights: dict) -> SourceDraft:
+def read(config: dict, weights: dict) -> SourceDraft:
+    """A draft of the PRISM authors' port, from its `config.json` and weights; errors as [`import_draft`]."""
     fields = read_llama_config(config)
     notes = [EXPERIMENTAL]
     modules = {int(match[1] or match[2]) for match in map(_MODULE.fullmatch, weights) if match is not None}
@@ -125,8 +109,13 @@ def _write(draft: PrismDraftModel, notes: list[str]):
         expect_layers_before_the_last(expectations)
         settings.update(architectures=["LlamaForCausalLMEagle3"], **aux_layer_field(config.target_layer_ids))
     expectations.check()
+    notes.append(EXPERIMENTAL)
     notes.append(
         f"architectures is set to {settings['architectures']}, SGLang's class for drafts with such inputs; put there the "
         "name under which your server knows the authors' class"
     )
     return settings, {name: _their_name(name) for name in draft.state_dict()}, {}
+
+
+convert = functools.partial(import_draft, read)
+export = functools.partial(export_draft, _write)

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from ..layer_check import input_device
 from ..transformers_names import (
     CACHE_NAMES,
     cache_argument,
@@ -76,7 +77,7 @@ class TargetSide:
         sequences: Sequences,
         why_no_tree: str | None = None,
     ):
-        self.target, self.device = target, target.device
+        self.target, self.device = target, input_device(target)
         self.layer_ids = list(layer_ids)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs

@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticLayer
 
 from ..kernels.grow_tree import ancestor_bits
 from ..kernels.tree_attention import unpack_ancestors
+from ..layer_check import input_device
 from ..transformers_names import (
     CACHE_KEYWORD,
     CACHE_NAMES,
@@ -261,7 +262,7 @@ def _prepare_compiled(target, layer_ids: list[int]) -> None:
         return
 
     def run() -> bool:
-        token = torch.zeros((1, 1), dtype=torch.long, device=target.device)
+        token = torch.zeros((1, 1), dtype=torch.long, device=input_device(target))
         with torch.compiler.set_stance("force_eager"):
             target(token, use_cache=False, output_hidden_states=layer_ids)
         return True

@@ -1,1 +1,1 @@
-"""A draft's repository beside its code: metrics, card, inspection."""
+"""A draft's repository: its files, loading and saving, metrics, card, inspection."""

@@ -1,7 +1,7 @@
-"""A draft's card: `hub_cards/card.md.jinja` filled in from what lies in the draft's folder, and from nothing else.
+"""A draft's card: `card.md.jinja` filled in from what lies in the draft's folder, and from nothing else.
 
 Figures come from metrics.json (`metrics.py`), training.json (the record of the training run), the configurations and the
-weights; a figure that a file should hold and does not is an error. What a person says beside them stands in about.json.
+weights; a figure that a file should hold and does not is an error. What only a person can say is in about.json.
 """
 
 import json
@@ -17,10 +17,9 @@ from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_me
 from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.whole_files import write_text
 
-# In a clone, and in an installed package.
-TEMPLATES = (Path(__file__).parents[2] / "hub_cards" / "card.md.jinja", Path(__file__).with_name("card.md.jinja"))
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
-# A draft step that fewer rounds reached says nothing.
+# A draft step that fewer rounds reached is too noisy to plot.
 MIN_ROUNDS = 20
 
 
@@ -29,14 +28,14 @@ def write_card(folder: str | Path, measurements: list[Path] | None = None, with_
 
     Args:
         folder (`str` or `Path`): the draft's folder.
-        measurements (`list[Path]`, *optional*): see [`gather`]; what metrics.json holds stays as it is if absent, and
-            if there is none, one without figures is written.
-        with_plot (`bool`): draw the plot, if anything was measured that it shows; needs matplotlib.
+        measurements (`list[Path]`, *optional*): see [`gather`]. If None, metrics.json stays as it is; where there is
+            none, one without figures is written.
+        with_plot (`bool`): draw the plot if there are figures for it; needs matplotlib.
     Returns:
         `list[str]`: names of the files that were written.
     Raises:
         ImportError: if the plot needs matplotlib and it is missing.
-        ValueError: if a figure is missing, or anything else cannot be used. No file is changed then.
+        ValueError: if a figure is missing or a file is unusable. No file is changed then.
     """
     folder = Path(folder)
     if measurements is None and not (folder / METRICS).is_file():
@@ -59,7 +58,7 @@ def _write(folder: Path, metrics: dict, with_plot: bool, has_new_metrics: bool) 
 
 
 def add_to_card(folder: str | Path, measurement: Path) -> list[str]:
-    """Write a draft's card with one more measurement; one of the same kind that was measured alike goes.
+    """Write a draft's card with one more measurement; it replaces one with the same settings and hardware.
 
     Args:
         folder (`str` or `Path`): the draft's folder.
@@ -92,7 +91,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
     fingerprint = config.get("target_fingerprint") or {}
     target_id = about["base_model"] or fingerprint.get("name") or "the/target"
-    template_text = next(path for path in TEMPLATES if path.is_file()).read_text(encoding="utf-8")
+    template_text = TEMPLATE.read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
     try:
@@ -126,11 +125,11 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
 
 
 def training_runs(training: dict | None) -> list[dict]:
-    """A record of training and those of the drafts that it went on from, the first one first."""
+    """A record of training and those of the drafts that it continued, the first one first."""
     runs: list[dict] = []
     while training is not None:
         begun_from = training.get("init_from")
-        # The card tells of it as a run of its own.
+        # The card shows it as a run of its own.
         runs.insert(0, {**training, "init_from": begun_from and begun_from["name"]})
         training = begun_from and begun_from["training"]
     for run in runs:
@@ -141,7 +140,7 @@ def training_runs(training: dict | None) -> list[dict]:
             }
             stage["weights"] = {name: weight for name, weight in weights.items() if weight}
             stage["agreement"] = _agreements(stage["validation"])
-            # A draft that is carried on may have been validated before the first update, on the same conversations.
+            # A continued draft may have been validated before its first update, on the same conversations.
             first: dict = next(iter(stage.get("validations", ())), {})
             stage["agreement_before"] = _agreements(first) if first.get("eval_tokens_seen") == 0 else []
     return runs
@@ -154,7 +153,7 @@ def _agreements(validation: dict) -> list[float]:
 
 
 def verify_rows(record: dict) -> list[dict]:
-    """Checks of one name of a verify report, added up; "path" is empty where an earlier release wrote it."""
+    """Sums over the checks of each name in a verify report; "path" is empty in reports of an earlier release."""
     rows: dict[str, dict] = {}
     for check in record["checks"]:
         row = rows.setdefault(
@@ -172,7 +171,7 @@ def verify_rows(record: dict) -> list[dict]:
 
 
 def step_shares(metrics: dict) -> list[dict]:
-    """Per measurement, how often each draft step's token was accepted, given that the step was reached."""
+    """Per measurement, the share of rounds that accepted each draft step's token, among those that reached the step."""
     measured = []
     for record in metrics["generate"]:
         counts = [pair for pair in record["summary"]["step_counts"] if pair[0] >= MIN_ROUNDS]
@@ -226,7 +225,7 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
             "task_type": "text-generation",
             "dataset_type": prompts,
             "dataset_name": prompts,
-            # huggingface_hub puts results together whose configuration is the same.
+            # huggingface_hub merges results with the same configuration.
             "dataset_config": f"{label_of(record)}, top-k {settings['tree_top_k']}, {settings['tree_depth']} draft steps, "
             f"batch {settings['batch_size']}, {summary['num_prompts']} prompts, {record['dtype']}, {record['hardware']}",
         }
@@ -242,7 +241,7 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base_model if is_hub_id else None,
-        # Of the relations that the Hub knows, the one for weights that do nothing without their base model.
+        # The Hub's relation for weights that need their base model.
         base_model_relation="adapter" if is_hub_id else None,
         tags=["speculative-decoding", "prism", "draft-model"],
         eval_results=results or None,
@@ -250,7 +249,7 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
 
 
 def _facts(folder: Path, config: dict) -> dict:
-    """What the weights say: parameters, and bytes on disk."""
+    """Parameters and bytes on disk."""
     headers = read_weight_headers(folder)
     return {
         "num_parameters": headers.num_parameters(),

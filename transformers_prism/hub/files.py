@@ -5,8 +5,8 @@ and `custom_generate/generate.py`. transformers runs them with `trust_remote_cod
 within one folder only, so that `kernels/x.py` is published as `kernels_x.py`; the import lines that name it, as
 `from ..kernels.x import y` does, change with it, and nothing else does.
 
-Licence, card, metrics and the target's tokenizer lie beside the code. A draft that was loaded without this package takes
-them along from where it was loaded.
+Licence, card, metrics and the target's tokenizer are saved with the code. A draft that was loaded without this package copies
+them from where it was loaded.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_prism.PrismDraftModel",
 }
 CARD, METRICS, TRAINING, ABOUT, LICENSE = "README.md", "metrics.json", "training.json", "about.json", "LICENSE"
-DRAFT_VOCABULARY = "draft_to_target"  # a draft's list of token ids, the only one of its tensors that is no weight
+DRAFT_VOCABULARY = "draft_to_target"  # token ids, the only tensor of a draft that is not a weight
 PLOT, CURVES = "conditional_acceptance.png", "curves.png"
-# The folder of all code: the package, in which this file lies one folder down, or a draft's own, which has no subfolders.
+# The folder of the code: the package, of which this file is one folder down, or a draft's own, which is flat.
 _CODE = next(folder for folder in Path(__file__).parents if (folder / "modeling_prism.py").is_file())
 # Not reached by imports: they travel from the package, or from where a draft was loaded.
 _PACKAGE_FILES = (LICENSE, "custom_generate/generate.py", "custom_generate/requirements.txt")
@@ -44,11 +44,11 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
-# Licences under which a target's tokenizer may be given away with a draft.
+# Licences that allow a target's tokenizer to be published with a draft.
 OPEN_LICENSES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "unlicense")
-# Stands in a card for whoever pushes the draft.
+# In a card, until the draft is pushed.
 PLACEHOLDER_USER = "user"
-# What a repository may hold of an earlier push and a later one may not.
+# Files of an earlier push that a later one removes.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "custom_generate/*"]
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from )(\.+)([\w.]+)( import )", flags=re.MULTILINE)
 
@@ -100,14 +100,12 @@ def write_published_files(
     target_name: str | None,
     write_card: Callable[[Path], object] | None = None,
 ) -> None:
-    """Complete a draft's folder, in which weights and configurations lie, to a whole repository.
-
-    A warning names what could not be had.
+    """Add to a draft's weights and configurations what a repository needs; a warning names what is missing.
 
     Args:
         folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
-        loaded_from (`str`): folder or repository that the draft was loaded from, for what this copy of the code does
-            not have; may be empty.
+        loaded_from (`str`): folder or repository that the draft was loaded from, for files that this copy of the code
+            does not have; may be empty.
         revision (`str`, *optional*): of that repository.
         target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
             a licence that allows it.
@@ -136,8 +134,8 @@ def write_published_files(
 
 
 def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: Callable | None) -> list[str]:
-    """Add card and metrics: those of where the draft was loaded if its weights are still the same, else new ones, which
-    only the package can write. Returns the names of those that could not be had."""
+    """Add card and metrics: those from where the draft was loaded if its weights are unchanged, else new ones, which only
+    the package can write. Returns the names of those that are missing."""
     try:
         weights = weights_sha256(folder)
     except OSError:  # saved as a variant, under other names
@@ -150,30 +148,25 @@ def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: 
         return [CARD, METRICS]
     try:
         write_card(folder)
-    except ValueError as error:  # files beside the weights that no card can be made of
+    except ValueError as error:  # other files of the folder are unusable
         return [f"{CARD} ({error})", METRICS]
     return [f"the measurements of {METRICS}"] if metrics.get("generate") or metrics.get("verify") else []
 
 
 def _package_file(name: str) -> Path | None:
-    """A file of the package, whose licence lies one folder up in a clone."""
+    """A file of the package; its licence lies one folder up in a clone, and with its metadata where it is installed."""
     candidates = [_CODE / name]
     if name == LICENSE and (_CODE / "hub").is_dir():
-        candidates.append(_CODE.parent / name)
+        candidates += [_CODE.parent / name, *_CODE.parent.glob(f"transformers_prism-*.dist-info/licenses/{name}")]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
-    """A file of a folder or repository on this machine, downloaded if need be; None if it is not to be had."""
+    """A file of a folder or repository, downloaded if necessary; None if there is none."""
     if not str(source):
         return None
     try:
-        found = cached_file(
-            str(source),
-            name,
-            revision=revision,
-            **NO_ERROR_AT_ALL,
-        )
+        found = cached_file(str(source), name, revision=revision, **NO_ERROR_AT_ALL)
     except (OSError, ValueError):  # the folder or repository is gone
         return None
     return None if found is None else Path(found)
@@ -185,15 +178,15 @@ def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
 
 
 def _add_tokenizer_of(target_name: str, folder: Path) -> None:
-    """Copy the target's tokenizer if the target's card names a licence that allows it; else say how it could travel."""
+    """Copy the target's tokenizer if the target's card names a licence that allows it; else warn how to add it."""
     # A GGUF file has no card.
     name = None if target_name.endswith(".gguf") else card_license(find_file(target_name, CARD))
     if name not in OPEN_LICENSES:
         warnings.warn(
             f"left out the tokenizer of {target_name}: "
             + (f"its licence is {name}" if name else "no licence of it is known")
-            + ". If you may give it away, put it beside the draft with tokenizer.save_pretrained(FOLDER); it travels with "
-            "a draft that is loaded from there",
+            + ". If you may publish it, add it to the draft with tokenizer.save_pretrained(FOLDER); later saves of a draft "
+            "that is loaded from there include it",
             stacklevel=4,
         )
     elif not _copy_tokenizer(target_name, None, folder):
@@ -201,7 +194,7 @@ def _add_tokenizer_of(target_name: str, folder: Path) -> None:
 
 
 def card_license(card: Path | None) -> str | None:
-    """The licence that a card's metadata names; None if there is none, or no card that can be read."""
+    """The licence in a card's metadata; None without one, or without a readable card."""
     # The errors of YAML come from a package that need not be imported here.
     with contextlib.suppress(Exception):
         name = metadata_load(card)["license"]
@@ -218,11 +211,10 @@ def upload(
     loaded_from: str = "",
     **commit,
 ) -> CommitInfo:
-    """Upload a draft's folder to the Hub in one commit; the repository is made if it is not there.
+    """Upload a draft's folder to the Hub in one commit; a missing repository is created.
 
     Args:
-        folder (`str` or `Path`): what [`write_published_files`] completed; the code in its card is given the
-            repository's name.
+        folder (`str` or `Path`): of [`write_published_files`]; its card's code gets the repository's name.
         repo_id (`str`): "user/name".
         tags (`list[str]`, *optional*): added to those of the card.
         private (`bool`, *optional*): of a new repository.
@@ -244,21 +236,21 @@ def upload(
     if path.is_file():
         text = _renamed(path.read_text(encoding="utf-8"), loaded_from, repo_id)
         path.write_text(_with_tags(text, tags) if tags else text, encoding="utf-8", newline="\n")
-    # One commit, whatever the number of files: whoever loads the repository meanwhile gets the old draft or the new one.
+    # One commit: whoever loads the repository meanwhile gets the old draft or the new one.
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
     there = set() if commit.get("create_pr") else set(api.list_repo_files(repo_id, revision=commit.get("revision")))
     left_over = [name for name in sorted(there - set(files)) if any(fnmatch(name, one) for one in _REPLACED)]
     operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
     try:
         return api.create_commit(repo_id, [*operations, *map(CommitOperationDelete, left_over)], **commit)
-    except RuntimeError as error:  # of the upload of a large file, whose reason the client puts behind it
+    except RuntimeError as error:  # from the upload of a large file; its cause has the reason
         reason = " ".join(str(error.__cause__ or error).split())
         raise OSError(f"{repo_id} holds what it held before. {error} {reason}") from error
 
 
 def _renamed(text: str, loaded_from: str, repo_id: str) -> str:
-    """A card whose code loads the draft from `repo_id`, and no longer from a placeholder or from where it was before."""
-    # Only as an argument: prose may tell of a "user/assistant" pair, or of the repository that the draft was made from.
+    """A card whose code loads the draft from `repo_id` instead of a placeholder or its former repository."""
+    # Arguments only: prose may name a "user/assistant" pair, or the repository that the draft was made from.
     arguments = rf'(?<=[(=])"({PLACEHOLDER_USER}/[^"/]+|{re.escape(loaded_from or repo_id)})"'
     return re.sub(arguments, f'"{repo_id}"', text)
 
@@ -274,7 +266,7 @@ def _with_tags(text: str, tags: list[str]) -> str:
 
 
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:
-    """What a draft's weights are, bit for bit, in however many files they lie.
+    """A hash of a draft's weights that does not depend on how they are split into files.
 
     Args:
         source (`str` or `Path`): the draft's folder or repository.
@@ -309,7 +301,7 @@ def shard_names(index: str | Path) -> list[str]:
     """The files that an index of safetensors shards names, in order.
 
     Raises:
-        ValueError: if it is no such index, or names anything but safetensors files beside it.
+        ValueError: if it is not such an index, or names anything but safetensors files in its folder.
     """
     try:
         names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
@@ -317,7 +309,7 @@ def shard_names(index: str | Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: expected a weight_map that names files, got {error!r}") from error
     if not names or not are_safe:
-        raise ValueError(f"{index}: expected the names of safetensors files beside it, got {sorted(names)}")
+        raise ValueError(f"{index}: expected names of safetensors files in its folder, got {sorted(names)}")
     return sorted(names)
 
 

@@ -1,7 +1,7 @@
-"""What a draft is, without running it: its target, modules, sizes, and what a draft step reads beside its target.
+"""What a draft is, without running it: its target, modules, sizes, and the bytes that a draft step reads.
 
-Bytes are those of weights that a step or a forward has to read once, in the dtype that both run in; keys and values, and
-single rows of embeddings, come on top.
+Bytes are those of weights that a step or a forward reads once, in the dtype that both run in. Keys, values and single rows of
+embeddings are not counted.
 """
 
 import json
@@ -28,6 +28,7 @@ class Inspection:
 
     Attributes:
         name (`str`): folder or repository.
+        folder (`Path`): of its files here.
         config (`PrismConfig`): its architecture.
         generation_config (`GenerationConfig`): its trees.
         headers (`WeightHeaders`): its weights.
@@ -38,6 +39,7 @@ class Inspection:
     """
 
     name: str
+    folder: Path
     config: PrismConfig
     generation_config: GenerationConfig
     headers: WeightHeaders
@@ -55,7 +57,7 @@ class Inspection:
         return count * self.dtype.itemsize
 
     def target_bytes(self) -> int | None:
-        """Bytes of weights that a forward of the target reads: all, but for an embedding that is not also its head."""
+        """Bytes of weights that a forward of the target reads: all but an embedding that is not also the head."""
         if self.target_config is None:
             return None
         with torch.device("meta"):
@@ -67,7 +69,7 @@ class Inspection:
         return count * self.dtype.itemsize
 
     def rows(self) -> list[tuple[str, str]]:
-        """What a terminal shows, a name and a text for each line."""
+        """Name and text of each line that a terminal shows."""
         config, tree = self.config, self.generation_config
         steps = [f"step {step}: {_megabytes(self.step_bytes(step))}" for step in range(len(config.draft_step_to_module))]
         forward = self.target_bytes()
@@ -94,8 +96,18 @@ class Inspection:
             ("tree", f"{tree.tree}, at most {tree.tree_num_nodes} nodes, top-k {tree.tree_top_k}, depth {tree.tree_depth}"),
             (f"bytes of a draft step, {_name(self.dtype)}", "; ".join(steps)),
             (f"bytes of a target forward, {_name(self.dtype)}", "not known" if forward is None else _megabytes(forward)),
-            ("code", _code(config)),
+            ("code", self._code()),
         ]
+
+    def _code(self) -> str:
+        """Where the code is that `trust_remote_code=True` would run."""
+        names = set((self.config.auto_map or {}).values())
+        if elsewhere := sorted({name.split("--")[0] for name in names if "--" in name}):
+            return f"auto_map points elsewhere: {_joined(elsewhere)}"
+        files = {f"{name.split('.')[0]}.py" for name in names}
+        if names and all((self.folder / file).is_file() for file in files):
+            return "in its folder; loads without this package with trust_remote_code=True"
+        return "none in its folder; load it with this package installed (`push` and `save_pretrained` add the code)"
 
     def _target_name(self) -> str:
         fingerprint = self.config.target_fingerprint or {}
@@ -117,7 +129,7 @@ def inspect_draft(source: str | Path, target_name: str | None = None, revision: 
     """Read what a draft is, and compare it with its target on this machine.
 
     Args:
-        source (`str` or `Path`): folder or repository of the draft; what is not here of a repository is downloaded.
+        source (`str` or `Path`): folder or repository of the draft; a repository is downloaded.
         target_name (`str`, *optional*): folder, or name on the Hub, of a target on this machine; the one that the draft
             was made for if absent. Its weights are not needed.
         revision (`str`, *optional*): of the draft's repository.
@@ -139,7 +151,7 @@ def inspect_draft(source: str | Path, target_name: str | None = None, revision: 
     fatal, mild = config.target_differences(target_config, tokenizer) if found else ([], [])
     dtype = (target_config.dtype if found else config.dtype) or torch.float32
     generation_config = GenerationConfig.from_pretrained(folder)
-    return Inspection(str(source), config, generation_config, headers, target_config, fatal, mild, dtype)
+    return Inspection(str(source), folder, config, generation_config, headers, target_config, fatal, mild, dtype)
 
 
 def draft_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -157,8 +169,8 @@ def draft_folder(source: str | Path, revision: str | None = None) -> Path:
 
 
 def verify_files(source: str | Path, revision: str | None = None) -> str:
-    """Check every byte of a draft: of a repository's files here against the hashes that the Hub has of them, and weights
-    against the hash in metrics.json.
+    """Check every byte of a draft: a repository's files against the Hub's hashes, and weights against the hash in
+    metrics.json.
 
     Args:
         source (`str` or `Path`): folder or repository.
@@ -198,7 +210,7 @@ def _read_config(folder: Path) -> PrismConfig:
 def _check_shapes(config: PrismConfig, headers: WeightHeaders) -> None:
     """The configuration describes exactly these weights."""
     modules = {name.split(".")[1] for name in headers.shapes if name.startswith("processing_modules.")}
-    # Before so many are built.
+    # Before they are built.
     if len(modules) != config.num_processing_modules:
         raise ValueError(f"expected weights of {config.num_processing_modules} processing modules, got {len(modules)}")
     with torch.device("meta"):
@@ -207,11 +219,6 @@ def _check_shapes(config: PrismConfig, headers: WeightHeaders) -> None:
     wrong = [name for name in names if expected.get(name) != headers.shapes.get(name)]
     if wrong:
         raise ValueError(f"expected exactly the weights that the configuration describes, got others: {_joined(wrong)}")
-
-
-def _code(config: PrismConfig) -> str:
-    modules = sorted({name.split("--")[0] for name in (config.auto_map or {}).values() if "--" in name})
-    return f"auto_map points elsewhere: {_joined(modules)}" if modules else "its own, beside the weights"
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -1,5 +1,4 @@
-"""Checks around the loading of a draft: that its files are those of a draft, fit each other, and ask for no more memory than
-they fill. What is absurd is refused before memory is taken for it."""
+"""Checks when a draft is loaded: its files fit each other and its sizes fit the memory, before memory is allocated."""
 
 import os
 from pathlib import Path
@@ -13,25 +12,25 @@ from ..policy.settings import default_tree_settings
 from ..transformers_names import NO_ERROR_AT_ALL, is_made_up
 from .files import shard_names
 
-# Of from_pretrained(): where on the Hub, and how.
+# Arguments of from_pretrained() that say where to download from.
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Weights in one error.
+# Weights listed in one error.
 _MOST_NAMED = 100
 
 
 def check_memory(config) -> None:
-    """Refuse to make a draft that this machine's memory cannot hold.
+    """Refuse to create a draft whose weights exceed this machine's memory.
 
     Args:
-        config (`PrismConfig`): of the draft, about to be made on torch's default device.
+        config (`PrismConfig`): of the draft, about to be created on torch's default device.
     Raises:
-        ValueError: if its weights alone take more than there is.
+        ValueError: if they do, with the sizes.
     """
     if torch.get_default_device().type != "cpu":
         return
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
+    except (AttributeError, ValueError, OSError):  # unknown on this system
         return
     needed = config.num_matrix_weights * torch.get_default_dtype().itemsize
     if needed > memory:
@@ -44,12 +43,12 @@ def check_memory(config) -> None:
 
 
 def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, **kwargs) -> None:
-    """Compare the shapes in safetensors files with a configuration before anything is made from either.
+    """Compare the shapes in safetensors files with the configuration before weights are allocated.
 
     Args:
         draft_class (`type`): the class that is about to be loaded.
         source (`str` or path): folder or repository.
-        ignores_sizes (`bool`): whether other shapes will do.
+        ignores_sizes (`bool`): accept other shapes.
         kwargs: further arguments of `from_pretrained`.
     Raises:
         ValueError: as [`check_names_and_shapes`]; also if an index of shards names files elsewhere.
@@ -60,13 +59,13 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
         return
     where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None}
     config = kwargs.get("config")
-    # One that is given may be of another copy of this code.
+    # A given configuration may be of another copy of this class.
     if config is None or isinstance(config, (str, os.PathLike)):
         config = draft_class.config_class.from_pretrained(source if config is None else config, **where)
     if getattr(config, "quantization_config", None) is not None:
         return
     found = _shapes_of(source, where)
-    if found is None:  # weights of another form, or none: the loader knows what to say
+    if found is None:  # weights of another form, or none: the loader has a message for that
         return
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in draft_class(config).state_dict().items()}
@@ -79,8 +78,8 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
 
 
 def check_names_and_shapes(missing, unknown, other_shapes) -> None:
-    """Refuse weights that are not exactly those which a configuration describes: a module left random would show only as
-    poor acceptance.
+    """Refuse weights other than those which the configuration describes: a module with random weights would show only
+    as low acceptance.
 
     Args:
         missing, unknown: names of weights.
@@ -101,7 +100,7 @@ def check_names_and_shapes(missing, unknown, other_shapes) -> None:
 
 
 def check_values(draft, source: str | os.PathLike) -> None:
-    """Refuse weights that are no numbers, and a draft vocabulary that is none.
+    """Refuse NaN and infinity in weights, and a draft vocabulary with ids outside the target's.
 
     Args:
         draft (`PrismDraftModel`): just loaded.
@@ -112,7 +111,7 @@ def check_values(draft, source: str | os.PathLike) -> None:
     for name, tensor in draft.state_dict().items():
         if tensor.device.type == "meta" or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             continue
-        # A sum is one pass and takes no memory; one that overflows is looked at again.
+        # A sum is one pass without extra memory; a sum that overflows is checked again.
         if not tensor.sum(dtype=torch.float32).isfinite() and not (is_finite := tensor.isfinite()).all():
             raise ValueError(
                 f"{name}: expected finite numbers, got NaN or infinity in {int((~is_finite).sum())} of {tensor.numel()} "
@@ -129,47 +128,56 @@ def check_values(draft, source: str | os.PathLike) -> None:
 
 
 def complete_tree_settings(draft, source: str | os.PathLike, **kwargs) -> None:
-    """Give a loaded draft the trees of its generation_config.json, and those settings that are younger than it.
+    """Give a loaded draft the tree settings of its generation_config.json, and defaults for newer settings.
 
     Args:
         draft (`PrismDraftModel`): just loaded.
         source (`str` or path): from where.
         kwargs: further arguments of `from_pretrained`.
     Raises:
-        OSError: if that file cannot be had.
+        OSError: if that file is missing or cannot be downloaded.
     """
     if is_made_up(draft.generation_config) and "generation_config" not in kwargs:
-        # transformers makes one up where the file is absent or its download fails; asked again, it says which.
+        # transformers makes one up where the file is missing or its download fails; loading it again says which.
         where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
         draft.generation_config = GenerationConfig.from_pretrained(source, **where)
     for name, value in default_tree_settings().items():
-        # `update` would ignore what is not there.
+        # `update` would ignore absent attributes.
         if getattr(draft.generation_config, name, None) is None:
             setattr(draft.generation_config, name, value)
 
 
 def _shapes_of(source, where: dict) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of weights by name from the headers of a draft's safetensors files; None where there are no whole ones."""
+    """Shapes of weights by name from the headers of a draft's safetensors files; None if there are none, or damaged ones."""
 
     def find(name: str) -> str | None:
         try:
             return cached_file(str(source), name, **NO_ERROR_AT_ALL, **where)
         except OSError:
             raise
-        except Exception as error:  # of the client, half-way through a download
+        except Exception as error:  # an interrupted download
             raise OSError(f"Can't load the model from {source}: expected the whole of {name}, got {error!r}") from error
 
-    shapes: dict[str, tuple[int, ...]] = {}
     single = find(SAFE_WEIGHTS_NAME)
     index = find(SAFE_WEIGHTS_INDEX_NAME) if single is None else None
     files = [single] if index is None else [find(name) for name in shard_names(index)]
     try:
-        for file in files:
-            with safe_open(file, framework="pt") as stream:
-                shapes.update({name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()})
+        return {name: shape for file in files for name, shape in header_shapes(file).items()}
     except (OSError, TypeError, SafetensorError):
         return None
-    return shapes
 
 
-__all__ = ["check_headers", "check_memory", "check_names_and_shapes", "check_values", "complete_tree_settings"]
+def header_shapes(file: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Shapes of weights by name from the header of one safetensors file."""
+    with safe_open(file, framework="pt") as stream:
+        return {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}
+
+
+__all__ = [
+    "check_headers",
+    "check_memory",
+    "check_names_and_shapes",
+    "check_values",
+    "complete_tree_settings",
+    "header_shapes",
+]

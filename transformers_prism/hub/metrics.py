@@ -2,8 +2,8 @@
 
     {"weights_sha256": "...", "generate": [record, ...], "acceptance": [record, ...], "verify": [record, ...]}
 
-Each record is a measurement's file (`benchmark/record.py`) without the figures of single prompts, so that hardware,
-dtype, tree, batch, baseline and command stay with every figure.
+Each record is a measurement's file (`bench/record.py`) without the figures of single prompts: hardware, dtype, tree, batch,
+baseline and command stay with every figure.
 """
 
 import json
@@ -27,11 +27,11 @@ def gather(folder: str | Path, files: list[Path]) -> dict:
 
     Args:
         folder (`str` or `Path`): the draft's folder.
-        files (`list[Path]`): what those commands wrote with `--json`, in the order of the card.
+        files (`list[Path]`): written by those commands with `--json`, in the order of the card.
     Returns:
         `dict`: what metrics.json holds.
     Raises:
-        ValueError: if a file is no such measurement, lacks what its figures belong to, or is of other weights.
+        ValueError: if a file is not such a measurement, lacks its settings or surroundings, or is of other weights.
     """
     metrics: dict = {"weights_sha256": weights_sha256(folder), **{kind: [] for kind in KINDS}}
     for file in files:
@@ -62,7 +62,7 @@ def read_metrics(folder: str | Path) -> dict:
     found = weights_sha256(folder)
     if metrics.get("weights_sha256") != found:
         raise ValueError(
-            f"{path}: expected figures of the weights beside it ({found}), got figures of "
+            f"{path}: expected figures of the weights in its folder ({found}), got figures of "
             f"{metrics.get('weights_sha256')}; measure again"
         )
     for kind in KINDS:
@@ -98,7 +98,7 @@ def _check(record: dict, weights: str, where: str) -> None:
     absent = [name for name in (*_NEEDED, *_NEEDED_BY_KIND[kind]) if name not in record]
     absent += [f"settings.{name}" for name in _NEEDED_SETTINGS[kind] if name not in record.get("settings", {})]
     if absent:
-        raise ValueError(f"{where}: expected what its figures belong to, got none of {', '.join(absent)}")
+        raise ValueError(f"{where}: expected all settings and surroundings of its figures, got none of {', '.join(absent)}; measure again")
     if record["weights_sha256"] != weights:
         raise ValueError(
             f"{where}: expected figures of the draft's weights ({weights}), got figures of {record['weights_sha256']}"

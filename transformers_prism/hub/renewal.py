@@ -1,4 +1,4 @@
-"""Renews the code of a draft on the Hub: no release of this package reaches the code that a repository carries."""
+"""Replaces the code in a draft's repository on the Hub, which updates of this package do not reach."""
 
 import json
 from fnmatch import fnmatch
@@ -11,17 +11,16 @@ from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.hub.files import AUTO_MAP, code_files
 
 CONFIG = "config.json"
-# Code of an earlier release that a later one may no longer have. What lies in other folders is not ours.
+# Where code of earlier releases may be. Files in other folders are the user's.
 _CODE = ("*.py", "custom_generate/*")
 
 
 def renew_code(
     repo_id: str, token: bool | str | None = None, revision: str | None = None, message: str = "Renew code"
 ) -> tuple[CommitInfo, bool]:
-    """Give a draft on the Hub the code of this package, in one commit; weights, card, metrics and trees stay as they are.
+    """Replace the code of a draft on the Hub by this package's, in one commit; weights, card, metrics and trees stay.
 
-    Of the configuration nothing changes but `auto_map`, and that only where it does not name this code. Nothing but
-    the configuration is downloaded.
+    Only the configuration is downloaded. Only its `auto_map` changes, if it does not name this code.
 
     Args:
         repo_id (`str`): "user/name".
@@ -29,10 +28,10 @@ def renew_code(
         revision (`str`, *optional*): branch of the repository.
         message (`str`): of the commit.
     Returns:
-        `tuple`: the commit, and whether it is a new one; else the repository has this code already.
+        `tuple`: the commit, and whether it is new; if not, the repository had this code already.
     Raises:
-        OSError: if the Hub refuses or has no such repository or branch, which then holds what it held before.
-        ValueError: if the repository is no PRISM draft, or one that this package cannot read.
+        OSError: if the Hub refuses, or has no such repository or branch. Nothing has changed then.
+        ValueError: if the repository is not a PRISM draft, or one that this package cannot read.
     """
     api = HfApi(token=token)
     info = api.repo_info(repo_id, revision=revision)
@@ -43,7 +42,7 @@ def renew_code(
         files[CONFIG] = config
     left_over = [name for name in sorted(there - files.keys()) if _is_code(name)]
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-    # The Hub refuses a commit on top of another one than was looked at.
+    # With parent_commit the Hub refuses the commit if another one came between.
     commit = api.create_commit(
         repo_id,
         [*operations, *map(CommitOperationDelete, left_over)],
@@ -55,7 +54,7 @@ def renew_code(
 
 
 def _is_code(name: str) -> bool:
-    """Whether a file of a repository is code that only a draft's own code puts there."""
+    """Whether a file of a repository is code of a draft."""
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _CODE)
 
 

@@ -1,13 +1,14 @@
-"""What a draft's safetensors files say of its weights, read from their headers alone."""
+"""Shapes and sizes of a draft's weights, from the headers of its safetensors files."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from transformers_prism.hub.files import DRAFT_VOCABULARY, shard_names
+from transformers_prism.hub.loading import header_shapes
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class WeightHeaders:
     file_bytes: dict[str, int]
 
     def num_parameters(self, *prefixes: str) -> int:
-        """Numbers in all weights whose names begin with one of these, or in all; the draft vocabulary is none."""
+        """Parameters in weights whose names begin with one of these, or in all; the draft vocabulary is not counted."""
         return sum(
             math.prod(shape)
             for name, shape in self.shapes.items()
@@ -48,8 +49,7 @@ def read_weight_headers(folder: str | Path) -> WeightHeaders:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                shapes.update({weight: tuple(file.get_slice(weight).get_shape()) for weight in file.keys()})
+            shapes.update(header_shapes(folder / name))
         except FileNotFoundError:
             raise ValueError(f"expected weights in {name}, got no such file in {folder}") from None
         except (SafetensorError, OSError) as error:

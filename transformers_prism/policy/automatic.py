@@ -45,8 +45,12 @@ def known_costs(target, draft, num_sequences: int) -> RoundCosts:
     known = kept_with(target, "round costs", WeakKeyDictionary).setdefault(draft, {})
     # Preparing or compiling a model changes the classes of its layers.
     key = (num_sequences, torch.get_num_threads(), frozenset(type(module) for module in target.modules()))
-    if key not in known:
-        known[key] = load_or_measure(target, draft, num_sequences)
+    before = known.get(key)
+    known[key] = load_or_measure(target, draft, num_sequences, before)
+    if before is not None and known[key] is not before:
+        # Whether drafting pays was judged by costs that did not hold.
+        for do_sample in (False, True):
+            experience_of(draft, do_sample).payoffs.clear()
     return known[key]
 
 

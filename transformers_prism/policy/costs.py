@@ -1,21 +1,27 @@
 """What the parts of a round cost here: a target forward over N tokens, and a draft step.
 
 Measured once for a target, a draft, a device, a number of threads and a batch size, kept on disk, and corrected by
-every round that runs, since contexts grow and machines slow down. What was kept is tried by a few forwards before a
-process believes it: a machine that was busy then makes trees look dearer than they are.
+every round that runs, since contexts grow and machines slow down. On a busy machine trees look dearer than they are, so
+costs are not taken for granted:
+  measuring    repetitions of a forward that take very different times: the costs are used, but not kept, and the next
+               call measures again;
+  a new process   a few forwards compare with what was kept;
+  rounds       that are clearly faster than what was measured: the next call measures again.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 from huggingface_hub import constants
@@ -24,7 +30,10 @@ from torch import nn
 from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
 from ..decoding.tree_target import is_compiled
+from ..layer_check import input_device
 from ..whole_files import write_json
+
+logger = logging.getLogger(__name__)
 
 # Tokens of one sequence in a target forward that are measured; between them costs are interpolated.
 MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -39,7 +48,14 @@ _OVERHEAD_RATE = 0.1
 _MAX_SURPRISE = 2.0
 # How far the cost of a small tree, over that of a plain step, may be from what was kept.
 _MAX_DRIFT = 1.3
+# A machine is busy if repetitions of the usual forward take this many times as long as the fastest.
+_MAX_SPREAD = 1.5
+# Rounds that were faster than measured, more than slower, until the costs are in doubt.
+_MOST_FASTER = 8
+# A machine that never comes to rest is not measured more often than this in a process.
+_MOST_MEASUREMENTS = 3
 _FORMAT = 1
+_KEPT = ("num_tokens", "verify_seconds", "step_seconds")
 # No file of ours is longer.
 _MOST_BYTES = 10_000
 
@@ -52,30 +68,41 @@ class RoundCosts:
         num_tokens: tokens in a target forward, all sequences together, increasing.
         verify_seconds: of a target forward over that many tokens.
         step_seconds: of one draft step with its proposals and its share of choosing nodes.
+        spread: slowest over fastest repetition when they were measured, of the usual forward.
+        num_measured: how often they were measured in this process.
     """
 
     num_tokens: list[int]
     verify_seconds: list[float]
     step_seconds: float
+    spread: float = field(default=1.0, compare=False)
+    num_measured: int = field(default=0, compare=False)
+
+    def __post_init__(self):
+        self._measured = list(self.verify_seconds)  # before rounds corrected them
+        self._num_faster = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the machine had something else to do when they were measured."""
+        return self.spread > _MAX_SPREAD
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether they should be measured again, since the machine was busy or rounds are faster."""
+        return self.num_measured < _MOST_MEASUREMENTS and (self.is_busy or self._num_faster >= _MOST_FASTER)
 
     def verify(self, num_tokens: int) -> float:
         """Seconds of a target forward over `num_tokens` tokens, all sequences together."""
-        left, share = self._between(num_tokens)
-        low, high = self.verify_seconds[left], self.verify_seconds[left + 1]
-        # Beyond the last point the line is continued; before the first, where sequences have ended, fewer tokens cost at least their
-        # share, since a line that is steep would end below nothing.
-        return max(low + share * (high - low), low * min(num_tokens / self.num_tokens[left], 1.0))
-
-    def _between(self, num_tokens: int) -> tuple[int, float]:
-        """The measured point to the left, and how far towards the next one this number lies."""
-        points = self.num_tokens
-        left = min(max(bisect_right(points, num_tokens) - 1, 0), len(points) - 2)
-        return left, (num_tokens - points[left]) / (points[left + 1] - points[left])
+        return _interpolated(self.num_tokens, self.verify_seconds, num_tokens)
 
     def observe_verify(self, num_tokens: int, seconds: float) -> None:
         """Correct the estimates by a forward that took `seconds`: near its number of tokens more than far from it."""
+        # Long contexts make rounds slower, and nothing makes them faster than a machine that is free.
+        is_faster = seconds * _MAX_DRIFT < _interpolated(self.num_tokens, self._measured, num_tokens)
+        self._num_faster = max(self._num_faster + (1 if is_faster else -1), 0)
         surprise = _bounded(seconds / self.verify(num_tokens))
-        left, share = self._between(num_tokens)
+        left, share = _between(self.num_tokens, num_tokens)
         for index in range(len(self.num_tokens)):
             nearness = {left: 1 - share, left + 1: share}.get(index, 0.0)
             weight = _SPREAD + (1 - _SPREAD) * min(max(nearness, 0.0), 1.0)
@@ -109,30 +136,69 @@ class TreeOverhead:
         return max(self.with_tree - self.plain, 0.0) if is_known else 0.0
 
 
+def _between(points: list[int], num_tokens: int) -> tuple[int, float]:
+    """The measured point to the left, and how far towards the next one this number lies."""
+    left = min(max(bisect_right(points, num_tokens) - 1, 0), len(points) - 2)
+    return left, (num_tokens - points[left]) / (points[left + 1] - points[left])
+
+
+def _interpolated(points: list[int], seconds: list[float], num_tokens: int) -> float:
+    """Seconds at `num_tokens` on the line through the measured points."""
+    left, share = _between(points, num_tokens)
+    low, high = seconds[left], seconds[left + 1]
+    # The last line is extended; before the first point, where sequences have ended, fewer tokens cost at least their share,
+    # since a steep line would end below zero.
+    return max(low + share * (high - low), low * min(num_tokens / points[left], 1.0))
+
+
 def _bounded(ratio: float) -> float:
     return min(max(ratio, 1 / _MAX_SURPRISE), _MAX_SURPRISE)
 
 
-def load_or_measure(target, draft, num_rows: int) -> RoundCosts:
-    """The costs of rounds with `num_rows` sequences, from the disk or measured, which takes a few dozen target forwards.
+def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = None) -> RoundCosts:
+    """The costs of rounds with `num_rows` sequences: those known, from the disk, or measured, which takes a few dozen
+    target forwards and is logged.
 
     Args:
         target (`PreTrainedModel`): left as it is; its random generator too.
         draft (`PrismDraftModel`): bound to it.
         num_rows (`int`): B.
+        known (`RoundCosts`, *optional*): of earlier calls in this process.
     Returns:
-        `RoundCosts`: new, for the caller to correct.
+        `RoundCosts`: `known` itself if it is not in doubt, else new, for the caller to correct.
     """
-    path = _folder() / f"{_key(target, draft, num_rows)}.json"
-    kept = _read(path, num_rows)
+    # Rounds of a compiled target are always faster than what was measured without compiling it.
+    if known is not None and (is_compiled(target) or not known.is_in_doubt):
+        return known
+    path = costs_path(target, draft, num_rows)
+    kept = _read(path, num_rows) if known is None else None
     if kept is not None and _still_holds(kept, target, draft, num_rows):
         return kept
-    costs = measure(target, draft, num_rows)
+    if known is not None:
+        logger.warning("measuring this machine again: it was busy when the costs of drafting were measured")
+    costs = measure(target, draft, num_rows, lambda count, seconds: _announce(count, seconds, path))
+    costs.num_measured = 1 if known is None else known.num_measured + 1
+    if costs.is_busy:
+        logger.warning(
+            "this machine is busy: the same forward took up to %.1f times as long. These costs of drafting are not kept; the "
+            "next call measures again",
+            costs.spread,
+        )
+        return costs
     # A folder that cannot be written to costs a measurement in every process, nothing else.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, vars(costs))
+        write_json(path, {name: getattr(costs, name) for name in _KEPT})
     return costs
+
+
+def _announce(num_forwards: int, seconds: float, path: Path) -> None:
+    logger.warning("measuring this machine: %d target forwards, about %.1f s; kept in %s", num_forwards, seconds, path)
+
+
+def costs_path(target, draft, num_rows: int) -> Path:
+    """The file in which the costs of this target, draft and number of sequences are kept on this machine."""
+    return _folder() / f"{_key(target, draft, num_rows)}.json"
 
 
 def _read(path: Path, num_rows: int) -> RoundCosts | None:
@@ -143,7 +209,7 @@ def _read(path: Path, num_rows: int) -> RoundCosts | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or set(found) != {field.name for field in fields(RoundCosts)}:
+    if not isinstance(found, dict) or set(found) != set(_KEPT):
         return None
     costs = RoundCosts(**found)
     seconds = costs.verify_seconds
@@ -237,7 +303,7 @@ def _key(target, draft, num_rows: int) -> str:
     """What the costs depend on, as a file name."""
     layers = Counter(type(module).__name__ for module in target.modules())
     layers.update(type(module).__name__ for module in draft.modules())
-    device = target.device
+    device = input_device(target)
     parts = [
         _FORMAT,
         type(target).__name__,
@@ -255,7 +321,7 @@ def _key(target, draft, num_rows: int) -> str:
 
 
 @torch.no_grad()
-def measure(target, draft, num_rows: int) -> RoundCosts:
+def measure(target, draft, num_rows: int, announce: Callable[[int, float], None] = lambda count, seconds: None) -> RoundCosts:
     """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
 
     A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
@@ -263,29 +329,36 @@ def measure(target, draft, num_rows: int) -> RoundCosts:
 
     Args:
         target, draft, num_rows: as for [`load_or_measure`].
+        announce (`Callable`): told once, when it can be foreseen: target forwards in all, and seconds that they take.
     """
     per_row = _counts_of_one_row(num_rows)
-    verify = {count: float("inf") for count in per_row}
+    times: dict[int, list[float]] = {count: [] for count in per_row}
     step = float("inf")
+    started = time.perf_counter()
     with _undisturbed(target, draft):
         for repeat in range(1 + _NUM_REPEATS):
             for count in per_row:
                 seconds = _time_target(target, draft, num_rows, count)
                 step_seconds = _time_draft(target, draft, num_rows)
                 if repeat > 0:  # the first time pays for what is made once
-                    verify[count], step = min(verify[count], seconds), min(step, step_seconds)
-    measured = list(verify.values())
+                    times[count].append(seconds)
+                    step = min(step, step_seconds)
+            if repeat == 0:
+                announce(len(per_row) * (1 + _NUM_REPEATS), (time.perf_counter() - started) * (1 + _NUM_REPEATS))
+    measured = [min(one) for one in times.values()]
     for index in range(1, len(measured)):
         measured[index] = max(measured[index], measured[index - 1])
-    return RoundCosts([count * num_rows for count in per_row], measured, step)
+    # Of forwards that take less than a millisecond, the clock and the interpreter spread more than that.
+    spread = median((max(one) + 1e-3) / (min(one) + 1e-3) for one in times.values())
+    return RoundCosts([count * num_rows for count in per_row], measured, step, spread)
 
 
 def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
-    input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=target.device)
-    start = _now(target.device)
+    input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=input_device(target))
+    start = _now(input_device(target))
     outputs = target(input_ids, use_cache=False, output_hidden_states=draft.config.target_layer_ids)
     del outputs
-    return _now(target.device) - start
+    return _now(input_device(target)) - start
 
 
 def _time_draft(target, draft, num_rows: int) -> float:
@@ -294,7 +367,7 @@ def _time_draft(target, draft, num_rows: int) -> float:
     config = draft.config
     width = len(config.target_layer_ids) * config.target_hidden_size
     ids = torch.zeros((num_rows, 2), dtype=torch.long, device=draft.device)
-    hidden = torch.ones((num_rows, 2, width), dtype=target.dtype, device=target.device)
+    hidden = torch.ones((num_rows, 2, width), dtype=target.dtype, device=input_device(target))
     positions = torch.arange(2, device=draft.device).expand(num_rows, -1)
     top_k = min(4, config.num_draft_tokens)
     times = []

@@ -1,1 +1,1 @@
-"""Training a draft: the target's features, the aligned forwards, their losses and the trainer."""
+"""Training a draft: the target's features, training-time-test steps, their losses and the trainer."""

@@ -1,11 +1,11 @@
-"""Acceptance measured while a draft trains: real rounds on held-out prompts, beside what teacher forcing says."""
+"""Acceptance measured while a draft trains: real rounds on held-out prompts, in addition to what teacher forcing says."""
 
 import time
 
 import torch
 
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
-from transformers_prism.training.conversations import Conversation, loop_period
+from transformers_prism.training.data.conversations import Conversation, loop_period
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import cache_argument, cache_of
 

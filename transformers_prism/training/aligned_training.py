@@ -1,4 +1,4 @@
-"""What the Trainer trains: the aligned forwards of a draft with the loss of a stage on top."""
+"""What the Trainer trains: a draft's training-time-test steps with the loss of a stage on top."""
 
 import torch
 from torch import nn
@@ -9,19 +9,30 @@ from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
 from transformers_prism.training.recipes import Stage
 
 
+def label_width(config) -> int:
+    """Width of the target's last state, which its vocabulary head reads."""
+    return config.target_embedding_size or config.target_hidden_size
+
+
 class AlignedTraining(nn.Module):
-    """What the Trainer trains: the draft's aligned forwards with the loss of one stage on top.
+    """What the Trainer trains: the draft's training-time-test steps with the loss of one stage on top.
 
     Args:
         draft (`PrismDraftModel`): bound to its target.
         target (`PreTrainedModel`): for evaluation.
-        stage (`Stage`): number of forwards and loss.
+        stage (`Stage`): number of steps and loss.
         text_tokens (`bool`): whether the tokens of a batch's texts join the draft vocabulary.
         options (`dict`): further arguments of [`aligned_forward`].
     """
 
     def __init__(self, draft: PrismDraftModel, target, stage: Stage, text_tokens: bool = True, **options):
         super().__init__()
+        head = target.get_output_embeddings()
+        if head is not None and getattr(head, "weight", None) is not None and head.weight.is_inference():
+            raise ValueError(
+                "target: expected weights that a loss can be computed with, got some that were made in torch.inference_mode; "
+                "load the target outside of it"
+            )
         self.draft, self.stage, self.text_tokens, self.options = draft, stage, text_tokens, options
         # Behind a function, the target is neither trained nor saved with the draft.
         self.target = lambda: target
@@ -37,7 +48,7 @@ class AlignedTraining(nn.Module):
         loss = aligned_loss(
             self.draft,
             predictions,
-            label_features[..., -self.draft.config.target_hidden_size :],
+            label_features[..., -label_width(self.draft.config) :],
             mask[None] & history[:, None],
             self.stage.loss,
             text=self._text_rows(input_ids),
@@ -48,7 +59,7 @@ class AlignedTraining(nn.Module):
         return self.draft.text_rows(input_ids) if self.text_tokens else None
 
     def predict(self, input_ids, features, num_steps: int, is_detached: bool = False):
-        """The aligned forwards; features hold the fused layers first and the last, normed state last."""
+        """The outputs of the steps; features hold the fused layers first and the last, normed state last."""
         fused = features[..., : self.draft.config.fused_hidden_size]
         return aligned_forward(self.draft, input_ids, fused, num_steps, is_detached, **self.options)
 
@@ -62,7 +73,7 @@ class AlignedTraining(nn.Module):
         predictions = self.predict(input_ids, features, num_steps)
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
-        label = label_features[..., -self.draft.config.target_hidden_size :]
+        label = label_features[..., -label_width(self.draft.config) :]
         # One text at a time, whose own tokens can be proposed, so that nothing depends on what else is in the batch.
         for row, positions in enumerate(mask):
             rows = positions.nonzero()[:, 0]
@@ -102,4 +113,4 @@ def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:
     return len(modules) == draft.config.num_processing_modules and has_head_loss
 
 
-__all__ = ["AlignedTraining", "reaches_all_weights"]
+__all__ = ["AlignedTraining", "label_width", "reaches_all_weights"]

@@ -1,4 +1,4 @@
-"""The aligned forwards: what a draft computes while it trains is what it computes while it decodes.
+"""Training-time-test steps, called aligned forwards here: what a draft computes while it trains is what it computes while it decodes.
 
 Forward k stands for draft step k. Its query at row i plays the node that k draft steps below the last committed row
 i - k: it sees the committed rows j <= i - k through the keys and values of step 0, and the k nodes of its own path at
@@ -134,7 +134,7 @@ class AlignedPasses:
             output = self._attend(layer.self_attn, attention_input, keys_values)
             attended = layer.self_attn.o_proj(output)
             hidden_states = self._maybe_again(layer.after_attention, hidden_states, attended)
-        return hidden_states
+        return self.draft.output_states(hidden_states)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (-1, self.draft.config.head_dim)).transpose(1, 2)  # [B, heads, T, E]

@@ -1,9 +1,9 @@
-"""From conversations and their features to batches of the aligned forwards."""
+"""From conversations and their features to batches of training-time-test steps."""
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.features import FeatureStore, OnlineFeatures
 
 # Sorting by length within a few updates wastes little on padding and keeps them different from epoch to epoch.
@@ -44,7 +44,7 @@ class ConversationDataset(Dataset):
         return {
             "input_ids": torch.tensor(conversation.input_ids),
             "features": self.store.states(index),
-            "learnt_spans": ((1, len(conversation.input_ids)),) if self.learn_prompts else conversation.assistant_spans,
+            "trained_spans": ((1, len(conversation.input_ids)),) if self.learn_prompts else conversation.assistant_spans,
         }
 
 
@@ -56,7 +56,7 @@ def collate(items: list[dict]) -> dict:
     Returns:
         `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states
         that are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
-        predicted state belongs to a span that is learnt or comes right before one.
+        predicted state belongs to a span that is trained or comes right before one.
     """
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]
@@ -69,7 +69,7 @@ def collate(items: list[dict]) -> dict:
         features[row, :length] = item["features"]
         # Row t predicts the state of token t + 1, which tells token t + 2: the first that a round drafts in an
         # answer starting at token P follows row P - 1.
-        for start, end in item["learnt_spans"]:
+        for start, end in item["trained_spans"]:
             mask[row, start - 1 : end - 1] = True
     return {
         "input_ids": input_ids,

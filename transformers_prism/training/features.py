@@ -2,7 +2,7 @@
 
 A folder of features holds `features.json` and one file a shard: bfloat16 rows, one a token, in the order of the
 conversations; a row is the target's states at `layer_ids` side by side. A shard is renamed into place when it is
-whole, so that an interrupted run goes on where it stopped and several processes may share one folder. A folder grows
+whole, so that an interrupted run resumes where it stopped and several processes may share one folder. A folder grows
 with its data: what is added behind the conversations that it knows is all that is computed.
 """
 
@@ -10,14 +10,14 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from pathlib import Path
 
 import torch
 
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.decoding.target_support import hidden_state
-from transformers_prism.training.conversations import Conversation
+from transformers_prism.progress_bar import ProgressBar
+from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.whole_files import whole_file, write_json
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 CONVERSATIONS_PER_SHARD = 64
 BYTES_PER_VALUE = 2  # bfloat16
+# Of ranks of logits, the target's own and those that its head makes of the last state in bfloat16.
+_LEAST_CORRELATION = 0.8
 
 
 class FeatureStore:
@@ -34,13 +36,13 @@ class FeatureStore:
         folder (`str` or path): where the shards are, or will be.
         conversations (`list[Conversation]`): what they are states of.
         layer_ids (`list[int]`): indices into the target's `hidden_states`, C of them.
-        hidden_size (`int`): the target's width.
+        width (`int`): of all C states together, in values.
     """
 
-    def __init__(self, folder, conversations: list[Conversation], layer_ids: list[int], hidden_size: int):
+    def __init__(self, folder, conversations: list[Conversation], layer_ids: list[int], width: int):
         self.folder = Path(folder)
         self.layer_ids = list(layer_ids)
-        self.width = len(layer_ids) * hidden_size
+        self.width = width
         self.lengths = [len(conversation.input_ids) for conversation in conversations]
         self._mapped: dict[int, torch.Tensor] = {}
 
@@ -72,7 +74,7 @@ class FeatureStore:
         return [shard for shard in range(self.num_shards) if not self.shard_path(shard).is_file()]
 
     def states(self, index: int) -> torch.Tensor:
-        """States over conversation `index`: bfloat16 of shape `(T, C * hidden_size)`, a view of the mapped file."""
+        """States over conversation `index`: bfloat16 of shape `(T, width)`, a view of the mapped file."""
         shard = index // CONVERSATIONS_PER_SHARD
         if shard not in self._mapped:
             self._mapped[shard] = self._map(shard)
@@ -85,7 +87,7 @@ class FeatureStore:
         if found != expected:
             raise ValueError(f"{path.name}: expected {expected} bytes, got {found}")
         values = torch.from_file(str(path), shared=False, size=expected // BYTES_PER_VALUE, dtype=torch.bfloat16)
-        return values.view(-1, self.width)  # [tokens of the shard, C * hidden_size]
+        return values.view(-1, self.width)  # [tokens of the shard, width]
 
 
 class OnlineFeatures:
@@ -105,7 +107,7 @@ class OnlineFeatures:
         self.lengths = [len(conversation.input_ids) for conversation in conversations]
 
     def states(self, index: int) -> torch.Tensor:
-        """States over conversation `index`: bfloat16 of shape `(T, C * hidden_size)`, on the target's device.
+        """States over conversation `index`: bfloat16 of shape `(T, width)`, on the target's device.
 
         Raises:
             ValueError: if they are not finite.
@@ -140,8 +142,7 @@ def compute_features(
         ValueError: if the folder holds features of something else.
         OSError: if the disk has no room for them, with both sizes in bytes.
     """
-    hidden_size = target.config.get_text_config().hidden_size
-    store = FeatureStore(folder, conversations, layer_ids, hidden_size)
+    store = FeatureStore(folder, conversations, layer_ids, sum(state_widths(target, layer_ids)))
     store.folder.mkdir(parents=True, exist_ok=True)
     _claim_folder(store, target, conversations)
     wanted = {index // CONVERSATIONS_PER_SHARD for index in (range(len(conversations)) if needed is None else needed)}
@@ -149,21 +150,46 @@ def compute_features(
     _check_disk(store, missing)
     shards = [shard for shard in missing if shard % part[1] == part[0]]
     total = sum(store.lengths[index] for shard in shards for index in store.members(shard))
-    started, done = time.monotonic(), 0
-    for number, shard in enumerate(shards, start=1):
-        _write_shard(target, store, shard, conversations)
-        done += sum(store.lengths[index] for index in store.members(shard))
-        speed = done / (time.monotonic() - started)
-        logger.info(
-            "Features: shard %d of %d, %d of %d tokens, %.0f tokens/s, %.0f s left",
-            number,
-            len(shards),
-            done,
-            total,
-            speed,
-            (total - done) / speed,
-        )
+    with ProgressBar("features", total, "tokens", is_shown=part[0] == 0) as bar:
+        for shard in shards:
+            _write_shard(target, store, shard, conversations, bar)
     return store
+
+
+def state_widths(target, layer_ids: list[int]) -> list[int]:
+    """Width of each of a target's hidden states at `layer_ids`, which a few targets do not have in common."""
+    return [target_states(target, (0, 0), [layer]).shape[-1] for layer in layer_ids]
+
+
+def check_states(target, layer_ids: list[int], label_width: int) -> None:
+    """Check that what a draft is trained on is what the target's vocabulary head reads.
+
+    Args:
+        target (`PreTrainedModel`): on its device.
+        layer_ids (`list[int]`): indices into its `hidden_states`, the last state last.
+        label_width (`int`): of the last state.
+    Raises:
+        ValueError: if the states have other widths, or if the target transforms its last state before the head (electra,
+            rembert, bert).
+    """
+    text_config = target.config.get_text_config()
+    widths, expected = state_widths(target, layer_ids), [text_config.hidden_size] * (len(layer_ids) - 1) + [label_width]
+    message = "target: expected hidden states that its vocabulary head reads as they are"
+    if widths != expected:
+        raise ValueError(f"{message}, of widths {expected}, got {widths} from {type(target).__name__}")
+    tokens = torch.linspace(0, text_config.vocab_size - 1, 8).long().tolist()
+    head = target.get_output_embeddings()
+    with torch.no_grad(), in_eval_mode(target):
+        state = target_states(target, tuple(tokens), layer_ids[-1:])
+        found = head(state.to(head.weight.device, head.weight.dtype))
+        logits = target(torch.tensor([tokens], device=target.device), use_cache=False).logits[0]
+    # Scaled and capped logits keep their order; those of a transformed state have nothing to do with these.
+    ranks = [one.float().argsort(dim=-1).argsort(dim=-1).float().flatten() for one in (found, logits.to(found.device))]
+    correlation = float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    if correlation < _LEAST_CORRELATION:
+        raise ValueError(
+            f"{message}, got {type(target).__name__}, which transforms them first: ranks of logits correlate by {correlation:.2f}"
+        )
 
 
 def _description(target, conversations: list[Conversation], layer_ids: list[int]) -> dict:
@@ -216,17 +242,18 @@ def _check_disk(store: FeatureStore, missing: list[int]):
         raise OSError(f"features: expected {needed} bytes of free disk, got {free}")
 
 
-def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation]):
+def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation], bar: ProgressBar):
     online = OnlineFeatures(target, conversations, store.layer_ids)
     with whole_file(store.shard_path(shard)) as unfinished, open(unfinished, "wb") as file:
         for index in store.members(shard):
-            states = online.states(index).cpu()  # [T, C * hidden_size]
+            states = online.states(index).cpu()  # [T, width]
             states.view(torch.int16).numpy().tofile(file)
+            bar.advance(len(states))
 
 
 @torch.no_grad()
 def target_states(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> torch.Tensor:
-    """Hidden states of one conversation at `layer_ids` side by side: bfloat16 of shape `(T, C * hidden_size)`."""
+    """Hidden states of one conversation at `layer_ids` side by side: bfloat16 of shape `(T, width)`."""
     with in_eval_mode(target):
         output = target.base_model(
             input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False

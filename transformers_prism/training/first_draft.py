@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.hub.files import TRAINING, find_file
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.training.conversations import Conversation
+from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.recipes import TrainConfig, has_own_num_modules, plan_stages
 from transformers_prism.training.warm_start import warm_start, with_modules
 

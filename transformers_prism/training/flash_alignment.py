@@ -1,4 +1,4 @@
-"""Attention of an aligned forward on a CPU, without a tensor of T x T: flash attention over the committed rows, and the
+"""Attention of a training-time-test step on a CPU, without a tensor of T x T: flash attention over the committed rows, and the
 path's few keys merged into it.
 
 Softmax over two sets of keys is each set's own, weighted by its share of the sum of exponentials. So the committed rows

@@ -79,7 +79,7 @@ def aligned_loss(
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
         weights (`LossWeights`): of the parts and of the steps.
         implementation (`str`): see [`vocabulary_loss`].
-        text (`TextRows`, *optional*): tokens that the draft can propose besides its vocabulary.
+        text (`TextRows`, *optional*): tokens that the draft can propose in addition to its vocabulary.
     Returns:
         `AlignedLoss`: summed over steps, each step normalised by the number of its rows.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).

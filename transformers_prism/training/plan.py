@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
-from transformers_prism.training.conversations import describe, read_parts
+from transformers_prism.training.aligned_training import label_width
+from transformers_prism.training.data.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
 from transformers_prism.training.first_draft import make_draft_config, source_config
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
@@ -95,15 +97,16 @@ def describe_plan(config: TrainConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: for data and settings that cannot be used, as the run itself would say.
     """
-    target_config, tokenizer = _target_config(config.target)
+    target_config, tokenizer = read_target_config(config.target)
     text_config = target_config.get_text_config()
     training, validation = read_parts(config, text_config.vocab_size, tokenizer)
     draft_config = make_draft_config(config, target_config, tokenizer)
     used = training.chosen
     data = describe(used)
-    layers = sorted({*draft_config.target_layer_ids, text_config.num_hidden_layers})
+    layers = sorted({*draft_config.target_layer_ids, num_target_layers(text_config)})
     num_tokens = sum(len(one.input_ids) for one in (*used, *validation.chosen))
-    feature_bytes = num_tokens * len(layers) * text_config.hidden_size * BYTES_PER_VALUE
+    width = (len(layers) - 1) * text_config.hidden_size + label_width(draft_config)
+    feature_bytes = num_tokens * width * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     target_size = _num_target_parameters(target_config)
@@ -146,7 +149,7 @@ def _num_target_parameters(target_config) -> int:
         return AutoModelForCausalLM.from_config(target_config).num_parameters()
 
 
-def _target_config(name: str | None):
+def read_target_config(name: str | None):
     """The target's configuration and tokenizer, without its weights where that is possible."""
     if name is None or name.endswith(".gguf"):
         target, tokenizer = load_target(name)
@@ -154,4 +157,4 @@ def _target_config(name: str | None):
     return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
-__all__ = ["StageCost", "describe_plan", "stage_costs"]
+__all__ = ["StageCost", "describe_plan", "read_target_config", "stage_costs"]

@@ -1,9 +1,9 @@
 """Recipes: what is trained, in which stages, with which losses. A recipe sets the options that the user leaves out.
 
 A stage is a run of transformers' `Trainer` with a schedule of its own:
-  single_step  one module, draft step 0 alone: cheap, and most of what a draft knows is learnt here (EAGLE-2);
-  warm_up      one module, S aligned forwards, each fed the predictions of the one before (HASS, EAGLE-3);
-  split        the module copied into all M, S aligned forwards, gradients through all steps (PRISM).
+  single_step  one module, draft step 0 alone: cheap, and most of the accuracy comes from here (EAGLE-2);
+  warm_up      one module, S training-time-test steps, each fed the predictions of the one before (HASS, EAGLE-3);
+  split        the module copied into all M, S training-time-test steps, gradients through all steps (PRISM).
 """
 
 import dataclasses
@@ -56,9 +56,9 @@ def _by_recipe(text: str):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run depends on besides the target and the data themselves."""
+    """Everything that a training run depends on, but for the target and the data."""
 
-    data: str = _option("", "Folder of `synthesize`, JSON lines of token ids or of chats; several, separated by commas.")
+    data: str = _option("", "Chats or token ids: files, folders, or data sets on the Hub (docs/data-formats.md), separated by commas.")
     output: str = _option("", "Folder of the run: checkpoints, the draft in draft/, training.json.")
     recipe: str = _option("prism", f"One of {', '.join(RECIPES)}: sets what is left out below.")
     plan: bool = _option(False, "Say what would be trained, with its size and cost, and stop.")
@@ -67,26 +67,27 @@ class TrainConfig:
     features: str | None = _option(None, "Folder for the target's hidden states; <output>/features if left out.")
     online_features: bool = _option(False, "Compute hidden states whenever they are needed and keep none on disk.")
     init_from: str | None = _option(None, "Folder or Hub id of a draft to start from; its draft vocabulary is kept.")
-    num_conversations: int = _option(0, "Use the first so many conversations of the training part; 0 is all.")
+    num_conversations: int = _option(0, "Use the first N conversations of the training part; 0 is all.")
     max_length: int = _option(2048, "Tokens kept of a conversation.")
-    validation_data: str = _option("", "Conversations to validate on instead of a share of --data; none of them is learnt.")
+    max_bad_share: float = _option(0.5, "Share of a source's rows that may be unusable; they are left out.")
+    validation_data: str = _option("", "Conversations to validate on instead of a share of --data; none of them is trained on.")
     validation_share: float = _option(0.05, "Share of the conversations held out; the same ones whatever is added.")
     module_form: str | None = _by_recipe("prism or eagle3.")
     num_modules: int | None = _by_recipe("Processing modules M.")
     num_layers_per_module: int | None = _by_recipe("Decoder layers of a module.")
     draft_step_to_module: str = _option(
-        "", "Module of each draft step, such as 0,1,1; if left out, that of --init_from with as many modules, or 0,1,...,M-1."
+        "", "Module of each draft step, such as 0,1,1; if left out, that of --init-from with as many modules, or 0,1,...,M-1."
     )
     target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
     draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0 is the whole vocabulary.")
     text_tokens: bool = _option(True, "Let the draft also propose the tokens of the text that it is given.")
-    learn_prompts: bool = _option(False, "Learn the tokens of prompts, too: validations count answers in any case.")
+    learn_prompts: bool = _option(False, "Train on the tokens of prompts, too: validations count answers in any case.")
     context_kv: str = _option("prefill_module", "prefill_module or own_module.")
     single_step_epochs: float | None = _by_recipe("Epochs of stage single_step; 0 leaves it out.")
     warm_up_epochs: float | None = _by_recipe("Epochs of stage warm_up; 0 leaves it out.")
     split_epochs: float | None = _by_recipe("Epochs of stage split; 0 leaves it out.")
-    warm_up_steps: int = _option(3, "Aligned forwards S in stage warm_up.")
-    split_steps: int = _option(4, "Aligned forwards S in stage split.")
+    warm_up_steps: int = _option(3, "Training-time-test steps S in stage warm_up.")
+    split_steps: int = _option(4, "Training-time-test steps S in stage split.")
     learning_rate: float = _option(2e-3, "Peak learning rate of stages single_step and warm_up.")
     split_learning_rate: float = _option(5e-4, "Peak learning rate of stage split.")
     schedule: str = _option("cosine", "Learning-rate schedule of each stage, by its name in transformers.")
@@ -95,7 +96,7 @@ class TrainConfig:
     acceptance_weight: float = _option(0.0, "Weight of the negative log of the acceptance probability.")
     hidden_weight: float | None = _by_recipe("Weight of the hidden-state loss before stage split, which has none.")
     step_weights: str = _option("1", "Weight of each draft step's loss, such as 1,0.8; the last goes for later steps.")
-    is_detached: bool | None = _by_recipe("Cut gradients between the forwards of stage warm_up.")
+    is_detached: bool | None = _by_recipe("Cut gradients between the steps of stage warm_up.")
     batch_size: int = _option(8, "Conversations per process and update.")
     accumulation: int = _option(1, "Batches per update.")
     weight_decay: float = _option(0.01, "AdamW's weight decay.")
@@ -106,14 +107,14 @@ class TrainConfig:
     fsdp: bool = _option(False, "Shard weights, gradients and AdamW's state among the accelerators (FSDP) that share a run.")
     logging_updates: int = _option(10, "Updates between two lines of the log.")
     push_to_hub: str = _option("", "user/name on the Hub that the finished draft is pushed to.")
-    report_to: str = _option("none", "Where the Trainer logs to, such as tensorboard or wandb.")
+    report_to: str = _option("none", "Where the Trainer logs to, a run a stage: tensorboard, wandb, or all that is installed.")
     save_updates: int = _option(200, "Updates between two checkpoints.")
     validation_updates: int = _option(0, "Updates between two validations; 0 is at the end of each stage.")
-    num_validation: int = _option(0, "Use the first so many conversations for validation; 0 is all.")
-    num_acceptance_prompts: int = _option(0, "Decode so many held-out prompts at each validation, for a measured tau.")
-    patience: int = _option(0, "Stop a stage after so many validations without a better tau; 0 never does.")
+    num_validation: int = _option(0, "Use the first N conversations for validation; 0 is all.")
+    num_acceptance_prompts: int = _option(0, "Decode N held-out prompts at each validation, for a measured tau.")
+    patience: int = _option(0, "Stop a stage after N validations without a better tau; 0 never does.")
     seed: int = _option(0, "Of weights and of the order of batches.")
-    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
+    resume: bool = _option(False, "Resume from the last checkpoint in the output folder.")
 
     def __post_init__(self):
         if self.recipe not in RECIPES:
@@ -123,6 +124,8 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share: expected a number between 0 and 1, got {self.validation_share}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share: expected a number from 0 to 1, got {self.max_bad_share}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype: expected float32 or bfloat16, got {self.compute_dtype!r}")
         for name in ("batch_size", "accumulation", "num_modules", "warm_up_steps", "split_steps", "save_updates"):
@@ -175,7 +178,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the Trainer: which modules, how many aligned forwards, which loss."""
+    """One run of the Trainer: which modules, how many training-time-test steps, which loss."""
 
     name: str
     num_modules: int

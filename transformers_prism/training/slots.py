@@ -18,7 +18,7 @@ from transformers_prism.decoding.tree import attention_mask
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import attention_name, cache_argument
 
-# Prompts of which several conversations begin alike are read once; so many are remembered.
+# Prompts of which several conversations begin alike are read once; this many are remembered.
 _MAX_REMEMBERED = 16
 
 

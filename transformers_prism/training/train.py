@@ -11,7 +11,6 @@ import logging
 import math
 import platform
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -19,22 +18,23 @@ import transformers
 from accelerate import DistributedType, PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import transformers_prism
 from transformers_prism.command_line import command_line
+from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
-from transformers_prism.training.aligned_training import AlignedTraining, reaches_all_weights
+from transformers_prism.training.aligned_training import AlignedTraining, label_width, reaches_all_weights
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.conversations import Conversation, Part, read_parts
-from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
+from transformers_prism.training.data.conversations import Conversation, Part, read_parts
+from transformers_prism.training.data.formats import check_source
+from transformers_prism.training.features import FeatureStore, OnlineFeatures, check_states, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
-from transformers_prism.training.plan import describe_plan
-from transformers_prism.training.progress import LiveView, UpdateClock, plot_curves
+from transformers_prism.training.progress import TrainingLog, UpdateClock, plot_curves
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
 from transformers_prism.whole_files import write_json
@@ -150,8 +150,10 @@ class _LastUpdateCounts(TrainerCallback):
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel:
-    """Train a draft and save it in `<output>/draft`, with `training.json` beside its weights.
+    """Train a draft and save it in `<output>/draft`, with `training.json` next to its weights.
 
     Args:
         config (`TrainConfig`): the run.
@@ -203,10 +205,7 @@ def _check_paths(config: TrainConfig):
         raise ValueError("output: expected a folder, got none")
     for name in ("data", "validation_data") if config.validation_data else ("data",):
         for source in getattr(config, name).split(","):
-            if not Path(source).exists():
-                raise FileNotFoundError(
-                    f"{name}: expected a file or folder of conversations, got {source!r}, which is not there"
-                )
+            check_source(source)
     record = Path(config.output) / "config.json"
     if not record.is_file():
         return
@@ -233,8 +232,9 @@ def _settings(config: TrainConfig) -> dict:
 
 def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[FeatureStore | OnlineFeatures]:
     """Features of both parts; validation data of its own has a folder of its own, since the other one grows with its data."""
-    last = target.config.get_text_config().num_hidden_layers
+    last = num_target_layers(target.config.get_text_config())
     layer_ids = sorted({*draft_config.target_layer_ids, last})
+    check_states(target, layer_ids, label_width(draft_config))
     if config.online_features:
         return [OnlineFeatures(target, part.conversations, layer_ids) for part in parts]
     folder = Path(config.features or Path(config.output) / "features")
@@ -281,13 +281,14 @@ def _training_arguments(
         save_total_limit=2,
         eval_strategy="steps" if config.validation_updates else "no",
         eval_steps=config.validation_updates or None,
-        # Where a draft that is carried on stood before.
+        # Where a draft that is fine-tuned stood before.
         eval_on_start=bool(config.init_from and config.validation_updates and not is_begun),
         load_best_model_at_end=config.chooses_by_tau,
         metric_for_best_model="tau" if config.chooses_by_tau else None,
         greater_is_better=True if config.chooses_by_tau else None,
         remove_unused_columns=False,
         report_to=config.report_to,
+        run_name=f"{Path(config.output).name}-{stage.name}",
         # Patience and seconds count over a resumed run as over a whole one.
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
@@ -311,48 +312,62 @@ def _run_stage(
     train_set, validation_set = sets
     num_updates, _ = count_updates(stage, config, len(train_set), PartialState().num_processes)
     checkpoint = last_whole_checkpoint(folder) if config.resume else None
-    view = LiveView(f"{stage.name}: M={stage.num_modules}, S={stage.num_steps}")
-    callbacks: list[TrainerCallback] = [view, UpdateClock()]
-    if config.chooses_by_tau:
-        callbacks.append(_LastUpdateCounts())
-    if config.patience:
-        callbacks.append(EarlyStoppingCallback(config.patience))
+    model = AlignedTraining(
+        draft.train(),
+        target,
+        stage,
+        text_tokens=config.text_tokens,
+        checkpoint_activations=config.checkpoint_activations,
+    )
     trainer = AlignedTrainer(
-        model=AlignedTraining(
-            draft.train(),
-            target,
-            stage,
-            text_tokens=config.text_tokens,
-            checkpoint_activations=config.checkpoint_activations,
-        ),
+        model=model,
         args=_training_arguments(stage, config, draft, folder, num_updates, is_begun=checkpoint is not None),
         train_dataset=train_set,
         eval_dataset=validation_set,
         data_collator=collate,
-        callbacks=callbacks,
+        callbacks=_callbacks(stage, config),
         prompts=validation_set.chosen(config.num_acceptance_prompts),
     )
-    if view.console.is_terminal:
-        trainer.remove_callback(PrinterCallback)
+    # It would print the figures of our table once more, as a dict.
+    trainer.remove_callback(PrinterCallback)
     logger.info("Stage %s: M=%d, S=%d, %d updates.", stage.name, stage.num_modules, stage.num_steps, num_updates)
     trainer.train(resume_from_checkpoint=checkpoint)
-    result = {
+    draft = trainer.whole_model().draft
+    result = _stage_result(stage, trainer)
+    if PartialState().is_main_process:
+        if "wandb" in config.report_to:
+            import wandb
+
+            wandb.finish()  # the next stage is a run of its own, whose updates begin at 0
+        draft.save_pretrained(finished)
+        write_json(folder / "result.json", result)
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    PartialState().wait_for_everyone()
+    return draft, result
+
+
+def _callbacks(stage: Stage, config: TrainConfig) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [TrainingLog(f"{stage.name}: M={stage.num_modules}, S={stage.num_steps}"), UpdateClock()]
+    if config.chooses_by_tau:
+        callbacks.append(_LastUpdateCounts())
+    if config.patience:
+        callbacks.append(EarlyStoppingCallback(config.patience))
+    return callbacks
+
+
+def _stage_result(stage: Stage, trainer: AlignedTrainer) -> dict:
+    """What the record of a run says of a stage. The clock of a resumed run is the one that the checkpoint restored."""
+    clock = next(one for one in trainer.callback_handler.callbacks if isinstance(one, UpdateClock))
+    return {
         "stage": dataclasses.asdict(stage),
         "num_updates": trainer.state.global_step,
         "tokens_seen": trainer.tokens_seen,
-        "seconds": round(next(one.seconds for one in trainer.callback_handler.callbacks if isinstance(one, UpdateClock)), 1),
+        "seconds": round(clock.seconds, 1),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "validation": trainer.evaluate(),
         "history": trainer.state.log_history,
     }
-    draft = trainer.whole_model().draft
-    if PartialState().is_main_process:
-        draft.save_pretrained(finished)
-        write_json(folder / "result.json", result)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    PartialState().wait_for_everyone()
-    return draft, result
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -413,23 +428,4 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
         logger.info("Draft pushed to %s.", config.push_to_hub)
 
 
-def main(argv: list[str]):
-    """The `train` command: one option for each field of [`TrainConfig`].
-
-    Args:
-        argv (`list[str]`): the command line after the command's name.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    parser = HfArgumentParser(TrainConfig, prog="transformers-prism train")
-    (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if config.plan:
-        sys.stdout.write(describe_plan(config) + "\n")
-        return
-    train(config, ["transformers-prism", "train", *argv])
-
-
-__all__ = [
-    "AlignedTrainer",
-    "main",
-    "train",
-]
+__all__ = ["AlignedTrainer", "train"]

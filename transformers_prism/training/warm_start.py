@@ -57,7 +57,7 @@ class WarmStartReport:
 
 
 def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
-    """The same architecture with `num_modules` processing modules: as it is if it has so many, else one for each of the
+    """The same architecture with `num_modules` processing modules: as it is if it has that many, else one for each of the
     first draft steps.
 
     Args:
@@ -78,7 +78,7 @@ def expand_modules(draft: PrismDraftModel, num_modules_or_config: int | PrismCon
     Args:
         draft (`PrismDraftModel`): trained; not changed.
         num_modules_or_config (`int` or `PrismConfig`): M, at least as many as the draft has; or the same architecture
-            with so many modules, where steps share modules in another way than one each.
+            with that many modules, where steps share modules in another way than one each.
     Returns:
         `PrismDraftModel`: new, in the draft's dtype, on its device and with its generation settings, bound to no target;
         nothing is shared. Its first M steps compute what the draft's compute.

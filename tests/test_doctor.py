@@ -1,0 +1,105 @@
+"""The command `doctor`: findings on tiny models, what stands in the way, and the exit code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import chat_tokenizer, tiny_draft, tiny_target, word_tokenizer
+from typer.testing import CliRunner
+
+from transformers_prism.cli import doctor
+from transformers_prism.cli.main import app
+
+pytestmark = pytest.mark.quick
+
+
+def examine(tmp_path, *arguments, exit_code: int = 0) -> dict[str, dict]:
+    """Findings of `doctor` by their names."""
+    words = ["doctor", *map(str, arguments), "--max-new-tokens", "8", "--json", str(tmp_path / "found.json")]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+    assert result.exit_code == exit_code, result.output + result.stderr + repr(result.exception)
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert content["works"] == (exit_code == 0)
+    assert all(one["text"].split(";")[0] in result.output for one in content["findings"])
+    return {one["name"]: one for one in content["findings"]}
+
+
+@pytest.fixture
+def target_folder(tmp_path) -> Path:
+    """A tiny target with a chat template."""
+    tiny_target("llama", seed=3).save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    return tmp_path / "target"
+
+
+def test_doctor_examines_a_pair(tmp_path, target_folder):
+    """Machine, target, draft, way of verifying, calibration and expected gain; offline is no obstacle."""
+    target = tiny_target("llama", seed=3)
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree="auto")
+    draft.save_pretrained(tmp_path / "draft")
+    found = examine(tmp_path, "--target", target_folder, "--draft", tmp_path / "draft")
+    assert found.keys() == {
+        *("versions", "extras", "threads", "disk", "Hub", "target", "memory", "tokenizer", "chat template", "draft"),
+        *("verifies", "calibration", "same output", "expected gain"),
+    }
+    assert f"torch {torch.__version__.split('+')[0]}" in found["versions"]["text"]
+    assert found["Hub"]["state"] == "note"
+    assert found["draft"]["text"] == "was made for this target"
+    assert found["verifies"]["text"] == "trees"
+    assert "times plain decoding" in found["expected gain"]["text"]
+    assert "plain steps, a draft step" in found["calibration"]["text"]
+
+
+def test_doctor_without_a_draft_tries_an_untrained_one(tmp_path, target_folder):
+    """Its gain says nothing, so none is told."""
+    found = examine(tmp_path, "--target", target_folder)
+    assert found["draft"]["state"] == "note"
+    assert "expected gain" not in found
+    assert found["verifies"]["state"] == "ok"
+
+
+def test_doctor_tells_of_chains_and_of_base_models(tmp_path):
+    """What generation says about the target, and what a missing template means."""
+    tiny_target("lfm2", seed=3).save_pretrained(tmp_path / "target")
+    word_tokenizer().save_pretrained(tmp_path / "target")
+    found = examine(tmp_path, "--target", tmp_path / "target")
+    assert found["verifies"]["text"].startswith("chains, no trees: the cache keeps states that cannot be moved")
+    assert "--format text" in found["chat template"]["text"]
+
+
+def test_doctor_refuses_a_draft_of_another_target(tmp_path, target_folder):
+    """In the table, with exit code 1."""
+    tiny_draft(tiny_target("llama", vocab_size=96)).save_pretrained(tmp_path / "draft")
+    found = examine(tmp_path, "--target", target_folder, "--draft", tmp_path / "draft", exit_code=1)
+    assert found["draft"]["state"] == "fails"
+    assert "96" in found["draft"]["text"]
+
+
+@pytest.mark.parametrize("missing", ["target", "tokenizer"])
+def test_doctor_loads_no_weights_of_a_target_that_cannot_work(tmp_path, target_folder, monkeypatch, missing):
+    """What is not there is said first."""
+    monkeypatch.setattr(doctor, "load_target", lambda *names: pytest.fail("loaded"))
+    for path in target_folder.glob("token*" if missing == "tokenizer" else "*"):
+        path.unlink()
+    assert examine(tmp_path, "--target", target_folder, exit_code=1)[missing]["state"] == "fails"
+
+
+def test_doctor_names_the_gguf_file_of_a_folder(tmp_path, target_folder):
+    """A folder with such files alone is no target."""
+    shutil.rmtree(target_folder)
+    target_folder.mkdir()
+    (target_folder / "small.Q4_1.gguf").write_bytes(b"")
+    found = examine(tmp_path, "--target", target_folder, exit_code=1)
+    assert f"name a file: {target_folder / 'small.Q4_1.gguf'}" in found["target"]["text"]
+
+
+def test_doctor_counts_threads(monkeypatch):
+    """More than cores are a note with the remedy."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    finding = doctor._threads()
+    assert finding.state == "note"
+    assert "OMP_NUM_THREADS=2" in finding.text

@@ -1,0 +1,160 @@
+"""The command `make-draft` on tiny models: from a folder to a draft with a card, interrupted and resumed."""
+
+import json
+import re
+
+import pytest
+from tiny_models import chat_tokenizer, tiny_target, word_tokenizer
+from typer.testing import CliRunner
+
+from transformers_prism import PrismDraftModel
+from transformers_prism.bench import measurement
+from transformers_prism.cli import make_draft
+from transformers_prism.cli.main import app
+from transformers_prism.training import synthesis, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Chunks and answers of a few tokens."""
+    for name, value in {"FIRST_TOKENS": 200, "_ANSWER_TOKENS": 16, "_TRIAL_CONVERSATIONS": 8, "_FEWEST_EPOCHS": 0.5}.items():
+        monkeypatch.setattr(make_draft, name, value)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A target with a chat template."""
+    tiny_target("llama", seed=3).save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def words(model, *more) -> list[str]:
+    """The command for a model."""
+    options = ["--output", model.parent / "made", "--minutes", "0.02", "--max-new-tokens", "8", *more]
+    return ["make-draft", *map(str, [model, *options])]
+
+
+def run(model, *more) -> str:
+    """Output of a run that must succeed."""
+    result = CliRunner().invoke(app, words(model, *more), env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output + result.stderr + repr(result.exception)
+    return result.output
+
+
+def test_a_draft_is_made_from_a_name(model):
+    """With a table of before and after, and a card that holds what was measured; a second call does nothing again."""
+    output = run(model)
+    assert re.search(r"without a draft +1\.00 +[\d.]+ +1\.00", output)
+    assert re.search(r"with made +\d\.\d\d +[\d.]+ +[\d.]+", output)
+    made = model.parent / "made"
+    assert f"transformers-prism push {made} USER/made" in output
+    draft = PrismDraftModel.from_pretrained(made)
+    assert draft.config.target_fingerprint["vocab_size"] == 97
+    metrics = json.loads((made / "metrics.json").read_text())
+    assert metrics["generate"][0]["summary"]["num_prompts"] == 3
+    record = json.loads((made / "training.json").read_text())
+    assert record["command"].startswith("transformers-prism make-draft model --output made")
+    again = run(model)
+    assert re.search(r"with made +\d", again)
+    assert "synthesis" not in again
+
+
+def stop_at(monkeypatch, place, name: str, call: int) -> None:
+    """Interrupt the call of a function, the first one being 1."""
+    calls, function = [], getattr(place, name)
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, stopped)
+
+
+PLACES = [
+    (synthesis.Synthesizer, "_append", 150),
+    (make_draft.Run, "_vocab_size", 1),
+    (train.AlignedTrainer, "compute_loss", 3),
+    (train.AlignedTrainer, "compute_loss", 4),
+    (train, "_save_run", 2),
+    (measurement, "bench_generate", 1),
+    (make_draft.shutil, "copytree", 1),
+    (make_draft.Path, "rename", 1),
+]
+
+
+def test_an_interrupted_run_is_resumed(model, monkeypatch):
+    """Wherever it was interrupted; finished steps are not done again."""
+    steps_before: dict = {}
+    for place, name, call in PLACES:
+        with monkeypatch.context() as patch:
+            stop_at(patch, place, name, call)
+            result = CliRunner().invoke(app, words(model))
+        assert result.exit_code not in (0, 1) or "Aborted" in result.stderr, (name, result.output, result.stderr)
+        assert not (model.parent / "made").exists()
+        steps = json.loads((model.parent / "made.work" / "steps.json").read_text())["steps"]
+        assert {step: steps[step] for step in steps_before} == steps_before, name
+        steps_before = steps
+    assert "measuring" in steps_before
+    run(model)
+    assert PrismDraftModel.from_pretrained(model.parent / "made").config.vocab_size == 97
+
+
+def test_a_base_model_learns_its_own_text(tmp_path):
+    """`--format text` needs no chat template; without it the run ends before weights are loaded, saying so."""
+    model = tmp_path / "model"
+    tiny_target("llama", seed=3).save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    result = CliRunner().invoke(app, words(model), env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "expected one with a chat template, got none" in result.stderr
+    assert "--format text" in result.stderr
+    assert not (tmp_path / "made.work").exists()
+    assert "with made" in run(model, "--format", "text")
+
+
+def test_a_chat_template_can_be_given(tmp_path):
+    """For a tokenizer without one, and prompts with it."""
+    model = tmp_path / "model"
+    tiny_target("llama", seed=3).save_pretrained(model)
+    tokenizer = chat_tokenizer()
+    (tmp_path / "template.jinja").write_text(tokenizer.chat_template)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model)
+    prompts = [{"prompt": f"w{number} w{number + 1} w{number + 2}"} for number in range(10, 40)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    options = ("--chat-template", tmp_path / "template.jinja", "--prompts", tmp_path / "prompts.jsonl")
+    assert "with made" in run(model, *options)
+    settings = json.loads((tmp_path / "made.work" / "data-0" / "provenance.json").read_text())
+    assert settings["source"] == "30 given prompts"
+
+
+def test_other_settings_do_not_resume(model, monkeypatch):
+    """Nor is a folder overwritten that is not of this run."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, synthesis.Synthesizer, "_append", 10)
+        CliRunner().invoke(app, words(model))
+    result = CliRunner().invoke(app, [*words(model), "--minutes", "0.03"])
+    assert "minutes: expected 0.02 as the run in" in result.stderr
+    other = model.parent / "other"
+    other.mkdir()
+    result = CliRunner().invoke(app, [*words(model), "--output", str(other)])
+    assert "output: expected a new folder" in result.stderr
+
+
+def test_epochs_fit_into_the_time(tmp_path):
+    """By the seconds of the trial's updates; not more than teach anything, and not none."""
+    settings = {"minutes": 10, "model": "x"}
+    run = make_draft.Run(tmp_path / "made", settings, None)
+    run.steps["synthesis 0"] = {"num_conversations": 400, "num_tokens": 1, "seconds": 270.0}
+    trial = {"updates": {"single_step": [4, 4.0], "warm_up": [4, 12.0]}}
+    # 240 seconds are left of 510, and an epoch has 100 updates of 1 and 3 seconds.
+    assert run._epochs(trial) == {"single_step_epochs": 1.44, "warm_up_epochs": pytest.approx(0.5)}
+    run.steps["synthesis 0"]["seconds"] = 509.0
+    assert run._epochs(trial)["warm_up_epochs"] == 0.5
+    fast = {"updates": {"single_step": [4, 0.004], "warm_up": [4, 0.004]}}
+    assert run._epochs(fast) == {"single_step_epochs": pytest.approx(6.0), "warm_up_epochs": pytest.approx(4.0)}

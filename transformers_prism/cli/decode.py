@@ -1,0 +1,107 @@
+"""The commands that decode with a draft: `demo`, `generate` and `verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformers_prism.cli.options import (
+    ADVANCED,
+    COST,
+    Commands,
+    DraftOption,
+    JsonOption,
+    PackedOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TargetOption,
+    TemperatureOption,
+    TopPOption,
+    report_file,
+    sampling_settings,
+)
+
+
+def add_to(app: Commands) -> None:
+    """Add the commands to the command line."""
+    app.command("demo")(demo)
+    app.command("generate")(generate)
+    app.command("verify")(verify)
+
+
+def demo(
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 96,
+    packed: PackedOption = True,
+):
+    """Answer three prompts with and without a draft, and compare."""
+    from rich.console import Console
+
+    from transformers_prism.cli.demo import run_demo
+
+    run_demo(target, draft, max_new_tokens, packed, Console())
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="The user's turn.")],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = 0,
+    packed: PackedOption = True,
+):
+    """Answer one prompt with a draft, and say how the draft did."""
+    import torch
+    from rich.console import Console
+
+    from transformers_prism.cli.demo import run_generate
+
+    torch.manual_seed(seed)
+    settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    run_generate(target, draft, prompt, settings, packed, Console())
+
+
+def verify(
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines in Spec-Bench's form; three questions if absent.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.", rich_help_panel=COST)] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 64,
+    seed: Annotated[int, typer.Option(help="Set before every run.", rich_help_panel=ADVANCED)] = 0,
+    json_file: JsonOption = None,
+):
+    """Check that a draft is lossless here, on every path of generate(), with a broken verifier that each must catch.
+
+    Takes a few minutes with the shipped draft.
+
+    Exits with 0 only if all of it holds.
+    """
+    from rich.console import Console
+
+    from transformers_prism.bench.prompts import choose_prompts, read_prompts
+    from transformers_prism.bench.record import write_record
+    from transformers_prism.bench.verify import TREE, as_json, check_table
+    from transformers_prism.bench.verify import verify as verify_draft
+    from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, load_pair
+    from transformers_prism.hub.files import weights_sha256
+
+    questions = list(PROMPTS)
+    if prompts is not None:
+        questions = [record["turns"][0] for record in choose_prompts(read_prompts(prompts), num_prompts)]
+    target_model, tokenizer, draft_model = load_pair(target, draft)
+    weights = weights_sha256(draft or SHIPPED_DRAFT)
+    inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]
+    checks = verify_draft(target_model, draft_model, inputs, max_new_tokens, seed)
+    figures = as_json(checks)
+    Console().print(check_table(checks))
+    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "num_prompts": len(questions), **TREE}
+    write_record(json_file, "verify", target_model, settings, figures, weights)
+    report_file(json_file)
+    typer.echo("lossless: all of it holds" if figures["holds"] else "NOT lossless, or the control was not caught")
+    raise typer.Exit(0 if figures["holds"] else 1)

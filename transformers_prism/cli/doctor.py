@@ -1,0 +1,257 @@
+"""The command `doctor`: whether drafts work on this machine with this target, and what they can be expected to gain."""
+
+import importlib.metadata
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from huggingface_hub import constants
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from transformers_prism.bench.scaling import random_draft
+from transformers_prism.cli.demo import PROMPTS, chat_inputs, compare, load_draft
+from transformers_prism.cli.options import ADVANCED, COST, Commands, PackedOption, TargetOption, report_file
+from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.policy.costs import costs_path
+from transformers_prism.target import HUB_TIMEOUT_SECONDS, check_folder, hub_answers, load_target, read_target_config
+from transformers_prism.training.data.templates import ChatPieces
+from transformers_prism.transformers_names import name_of
+from transformers_prism.tried_releases import TRIED_TRANSFORMERS, untried_release
+from transformers_prism.whole_files import write_json
+
+_GIB = 2**30
+_STYLES = {"ok": "green", "note": "yellow", "fails": "bold red"}
+# What commands need beyond the package itself, by extra.
+_EXTRAS = {"train": ("accelerate", "datasets", "matplotlib", "pyarrow"), "gguf": ("gguf",), "triton": ("triton",)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; `state` is "ok", "note" (works, but see the text) or "fails"."""
+
+    name: str
+    state: str
+    text: str
+
+
+def add_to(app: Commands) -> None:
+    """Add the command to the command line."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    target: TargetOption = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a draft; without one an untrained draft is tried.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the trial.", rich_help_panel=COST)] = 64,
+    packed: PackedOption = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write the findings to.", rich_help_panel=ADVANCED)
+    ] = None,
+):
+    """Check this machine, a target and a draft: versions, tokenizer, memory, way of verifying, expected gain.
+
+    Exits with 0 if drafts can be used here, else with 1.
+    """
+    findings = machine_findings()
+    config, tokenizer, more = target_findings(target)
+    findings += more
+    if not has_failed(findings):
+        findings += trial_findings(target, draft, max_new_tokens, packed)
+    Console().print(findings_table(findings))
+    if json_file is not None:
+        write_json(json_file, {"findings": [asdict(one) for one in findings], "works": not has_failed(findings)})
+        report_file(json_file)
+    raise typer.Exit(1 if has_failed(findings) else 0)
+
+
+def has_failed(findings: list[Finding]) -> bool:
+    """Whether anything stands in the way."""
+    return any(one.state == "fails" for one in findings)
+
+
+def findings_table(findings: list[Finding]) -> Table:
+    """Findings as a table."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("check", "", "finding"):
+        table.add_column(name)
+    for one in findings:
+        table.add_row(one.name, f"[{_STYLES[one.state]}]{one.state}[/]", one.text.replace("[", r"\["))
+    return table
+
+
+def machine_findings() -> list[Finding]:
+    """Versions, threads, disk, and whether the Hub answers."""
+    names = ("transformers_prism", "torch", "transformers", "huggingface_hub")
+    untried = untried_release()
+    tried = untried or f"tried with transformers {TRIED_TRANSFORMERS[0]} to {TRIED_TRANSFORMERS[1]}"
+    missing = [extra for extra, packages in _EXTRAS.items() if not all(map(_version, packages))]
+    extras = f"without {', '.join(missing)}: pip install 'transformers-prism[...]' adds them" if missing else "all installed"
+    findings = [
+        Finding("versions", "note" if untried else "ok", ", ".join(f"{name} {_version(name)}" for name in names) + f"; {tried}"),
+        Finding("extras", "note" if "train" in missing else "ok", extras),
+        _threads(),
+    ]
+    home = next(path for path in (Path(constants.HF_HOME), *Path(constants.HF_HOME).parents) if path.exists())
+    free = shutil.disk_usage(home).free / _GIB
+    findings.append(Finding("disk", "ok" if free > 2 else "note", f"{free:.1f} GiB free at {home}"))
+    if constants.HF_HUB_OFFLINE:
+        return [*findings, Finding("Hub", "note", "offline by HF_HUB_OFFLINE: only models on this machine can be loaded")]
+    answers = hub_answers()
+    text = "answers" if answers else f"does not answer within {HUB_TIMEOUT_SECONDS:g} s: only models on this machine can be loaded"
+    return [*findings, Finding("Hub", "ok" if answers else "note", text)]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _threads() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    text = f"{threads} threads on {cores} cores; " + (f"accelerator {accelerator}" if accelerator else "no accelerator")
+    if threads > cores:
+        return Finding("threads", "note", f"{text}. More threads than cores wait for each other: set OMP_NUM_THREADS={cores}")
+    return Finding("threads", "ok", text)
+
+
+def target_findings(
+    name: str | None, chat_template: str | None = None
+) -> tuple[PreTrainedConfig | None, PreTrainedTokenizerBase | None, list[Finding]]:
+    """What can be said of a target before its weights are loaded: configuration, memory, tokenizer, chat template.
+
+    Args:
+        name (`str`, *optional*): as for [`load_target`]; of the demo target and of GGUF files nothing is known yet.
+        chat_template (`str`, *optional*): to use in place of the tokenizer's own.
+    """
+    if name is None or str(name).endswith(".gguf"):
+        return None, None, [Finding("target", "ok", f"{name or 'the demo target'}, whose tokenizer is read with its weights")]
+    try:
+        check_folder(name)
+        found = read_target_config(name)
+        config, tokenizer = found if found and found[1] else (AutoConfig.from_pretrained(name), _load_tokenizer(name))
+    except (OSError, ValueError) as error:
+        return None, None, [Finding("target", "fails", " ".join(str(error).split()))]
+    findings = [Finding("target", "ok", f"{name}, {config.model_type}"), _memory(config)]
+    if tokenizer is None:
+        findings.append(Finding("tokenizer", "fails", f"expected the files of a tokenizer in {name}, got none"))
+        return config, None, findings
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return config, tokenizer, [*findings, *tokenizer_findings(tokenizer, config.get_text_config().vocab_size)]
+
+
+def _load_tokenizer(name: str):
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+def _memory(config: PreTrainedConfig) -> Finding:
+    with torch.device("meta"):
+        needed = 4 * AutoModelForCausalLM.from_config(config).num_parameters() / _GIB
+    text = f"the target's weights take {needed:.1f} GiB in float32, half of that in bfloat16, twice as much packed for the CPU"
+    free = _free_memory()
+    if free is None:
+        return Finding("memory", "ok", text)
+    return Finding("memory", "ok" if 2 * needed < free else "note", f"{text}; {free:.1f} GiB free")
+
+
+def _free_memory() -> float | None:
+    """GiB of memory that can be had; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / _GIB
+    except (OSError, StopIteration):
+        return None
+
+
+def tokenizer_findings(tokenizer, vocab_size: int) -> list[Finding]:
+    """Whether the vocabularies fit, and whether the chat template can be taken apart, as training data needs it."""
+    fits = len(tokenizer) <= vocab_size
+    text = f"{len(tokenizer)} tokens, the model has {vocab_size}" + ("" if fits else "; expected no more than that")
+    findings = [Finding("tokenizer", "ok" if fits else "fails", text)]
+    try:
+        ChatPieces.of(tokenizer)
+    # Whatever a template, which is a program of its own, fails with.
+    except Exception as error:
+        remedy = "decoding works; `make-draft` needs --chat-template FILE, or --format text for a base model"
+        return [*findings, Finding("chat template", "note", f"{' '.join(str(error).split())}; {remedy}")]
+    return [*findings, Finding("chat template", "ok", "writes user and assistant turns once each")]
+
+
+def trial_findings(target_name: str | None, draft_name: str | None, max_new_tokens: int, packed: bool) -> list[Finding]:
+    """Load both models, decode one prompt with and without the draft, and say what generation itself found."""
+    target, tokenizer = load_target(target_name)
+    findings = [] if target_name else tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
+    try:
+        draft = load_draft(draft_name, target) if draft_name else random_draft(target, 2, {}).bind(target)
+    except (OSError, ValueError) as error:
+        return [*findings, Finding("draft", "fails", " ".join(str(error).split()))]
+    if draft_name is None:
+        draft.generation_config.update(tree="auto")
+    findings.append(_fingerprint(draft, draft_name, target, tokenizer))
+    if packed and target.device.type == "cpu":
+        prepare_for_cpu(target, draft)
+    inputs = chat_inputs(tokenizer, PROMPTS[0], target.device)
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # what is made once, and the calibration
+    result = compare(target, draft, inputs, settings)
+    speculation = draft.last_speculation
+    findings += [_way_of_verifying(speculation), _calibration(speculation, costs_path(target, draft, 1))]
+    if not result.is_identical:
+        text = "another text with the draft than without; in float32 that must not be: `transformers-prism verify` looks closer"
+        findings.append(Finding("same output", "fails" if target.dtype == torch.float32 else "note", text))
+    else:
+        findings.append(Finding("same output", "ok", f"{result.num_tokens} tokens"))
+    if draft_name is None:
+        return findings
+    plain, drafted = result.num_tokens / result.plain_seconds, result.num_tokens / result.draft_seconds
+    text = f"{drafted / plain:.2f} times plain decoding ({plain:.1f} to {drafted:.1f} tokens/s), tau {speculation.acceptance_length:.2f}, one prompt"
+    reason = speculation.why_plain_steps()
+    return [*findings, Finding("expected gain", "ok" if drafted > plain else "note", text + (f"; {reason}" if reason else ""))]
+
+
+def _fingerprint(draft, draft_name: str | None, target, tokenizer) -> Finding:
+    if draft_name is None:
+        return Finding("draft", "note", f"none named: an untrained one is tried with {name_of(target.config) or 'the target'}")
+    fatal, mild = draft.config.target_differences(target.config, tokenizer)
+    text = "; ".join([*fatal, *mild]) or "was made for this target"
+    return Finding("draft", "fails" if fatal else "note" if mild else "ok", text)
+
+
+def _way_of_verifying(speculation) -> Finding:
+    """As the call itself went."""
+    if speculation.declined:
+        return Finding("verifies", "fails", f"nothing, plain decoding runs: {speculation.declined}")
+    if speculation.stopped_drafting:
+        return Finding("verifies", "fails", f"nothing any more: {speculation.stopped_drafting}")
+    if speculation.why_no_tree:
+        return Finding("verifies", "note", f"chains, no trees: {speculation.why_no_tree}")
+    return Finding("verifies", "ok", f"{speculation.target}s")
+
+
+def _calibration(speculation, path: Path) -> Finding:
+    if not speculation.estimates:
+        return Finding("calibration", "ok", "not needed: the draft's trees are fixed")
+    costs = speculation.estimates
+    small = min(3, len(costs["num_tokens"]) - 1)
+    ratio = costs["verify_seconds"][small] / costs["verify_seconds"][0]
+    step = costs["step_seconds"] / costs["verify_seconds"][0]
+    text = f"a forward over {costs['num_tokens'][small]} tokens costs {ratio:.2f} plain steps, a draft step {step:.2f}"
+    if path.is_file():
+        return Finding("calibration", "ok", f"{text}; kept in {path}")
+    return Finding("calibration", "note", f"{text}; not kept, since the machine was busy. Run this again when it is not")

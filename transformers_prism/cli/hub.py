@@ -1,0 +1,173 @@
+"""The commands around a draft's repository: `inspect`, `push` and `card`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformers_prism.cli.options import ADVANCED, Commands
+
+
+def add_to(app: Commands) -> None:
+    """Add the commands to the command line."""
+    app.command("card")(card)
+    app.command("inspect")(inspect)
+    app.command("push")(push)
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="The draft's folder.")],
+    measurements: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files of `bench generate --json` and `verify --json`, in the card's order; they replace those in "
+            "metrics.json, which stays as it is if none is named.",
+            show_default=False,
+        ),
+    ] = None,
+):
+    """Write a draft's card, README.md, from its measurements and training record."""
+    from transformers_prism.hub.card import write_card
+
+    for name in write_card(folder, measurements):
+        typer.echo(f"wrote {folder / name}")
+
+
+def inspect(
+    draft: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub.")],
+    target: Annotated[
+        str | None,
+        typer.Option(help="A target on this machine; the one that the draft names if absent.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of the repository on the Hub.", show_default=False, rich_help_panel=ADVANCED)
+    ] = None,
+    verify_bytes: Annotated[
+        bool, typer.Option("--verify", help="Check every byte against the repository's hashes and metrics.json.")
+    ] = False,
+):
+    """Say what a draft is: target, modules, sizes, bytes read per draft step, whether the target here matches.
+
+    Exits with 1 if the target here does not match, or with --verify if a byte is another.
+    """
+    from transformers_prism.hub.inspection import inspect_draft, verify_files
+
+    inspection = inspect_draft(draft, target, revision)
+    for name, text in inspection.rows():
+        typer.echo(f"{name + ':':<36}{text}")
+    if verify_bytes:
+        typer.echo(f"{'verified:':<36}{verify_files(draft, revision)}")
+    raise typer.Exit(1 if inspection.fatal else 0)
+
+
+def push(
+    folder: Annotated[
+        str, typer.Argument(help="The draft's folder, or its name on the Hub; with --code-only user/name alone.")
+    ],
+    repository: Annotated[
+        str | None, typer.Argument(help="user/name on the Hub; made if it is not there.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: for yourself.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be pushed, with sizes, and push nothing.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch; made if it is not there, unless --code-only.", show_default=False, rich_help_panel=ADVANCED
+        ),
+    ] = None,
+    message: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the commit; 'Upload draft' or 'Renew code' if absent.",
+            show_default=False,
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    code_only: Annotated[
+        bool,
+        typer.Option(
+            "--code-only",
+            help="Renew the code of a draft that is on the Hub; all else there stays.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = False,
+):
+    """Push a draft to the Hub: weights, code, card, metrics and licence, in one commit; or renew the code alone.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    if code_only:
+        if repository is not None or private or dry_run:
+            raise ValueError(
+                "--code-only: expected the name of one draft on the Hub, got another name, --private or --dry-run"
+            )
+        typer.echo(_renew_code(folder, revision, message or "Renew code"))
+    elif repository is None:
+        raise ValueError("expected a draft and the repository to push it to, user/name, got only the draft")
+    elif dry_run:
+        typer.echo(_files_to_push(folder, repository, private, revision))
+    else:
+        typer.echo(_push_draft(folder, repository, private, revision, message or "Upload draft"))
+
+
+def _files_to_push(folder: str, repository: str, private: bool, revision: str | None) -> str:
+    """What a push would upload: it is written as for a push, into a folder that is gone afterwards."""
+    import tempfile
+
+    from transformers_prism.modeling_prism import PrismDraftModel
+
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / repository.split("/")[-1]
+        PrismDraftModel.from_pretrained(folder).save_pretrained(written)
+        sizes = {
+            path.relative_to(written).as_posix(): path.stat().st_size for path in written.rglob("*") if path.is_file()
+        }
+    lines = [f"{size:>12,}  {name}" for name, size in sorted(sizes.items())]
+    place = (
+        f"{repository}, {'private if it is new' if private else 'public if it is new'}, branch {revision or 'main'}"
+    )
+    total = f"{sum(sizes.values()):>12,}  bytes in {len(sizes)} files for {place}; nothing was pushed"
+    return "\n".join([*lines, total])
+
+
+def _push_draft(folder: str, repository: str, private: bool, revision: str | None, message: str) -> str:
+    from transformers_prism.modeling_prism import PrismDraftModel
+
+    draft = PrismDraftModel.from_pretrained(folder)
+    with _reachable_hub():
+        commit = draft.push_to_hub(repository, private=private, revision=revision, commit_message=message)
+    return f"pushed {repository}, revision {commit.oid}"
+
+
+def _renew_code(repository: str, revision: str | None, message: str) -> str:
+    from transformers_prism.hub.renewal import renew_code
+
+    with _reachable_hub():
+        commit, is_new = renew_code(repository, revision=revision, message=message)
+    if is_new:
+        return f"renewed the code of {repository}, revision {commit.oid}"
+    return f"the code of {repository} is this package's already, revision {commit.oid}"
+
+
+@contextmanager
+def _reachable_hub() -> Iterator[None]:
+    """Errors of the connection as one line that says what became of the push.
+
+    Raises:
+        OSError: if the Hub cannot be reached.
+    """
+    try:
+        yield
+    except Exception as error:
+        # The class comes from the HTTP client of huggingface_hub, which another release may replace.
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if not names & {"TransportError", "OfflineModeIsEnabled"}:
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"nothing was pushed, the Hub cannot be reached: {reason}; --dry-run lists the files offline"
+        ) from error

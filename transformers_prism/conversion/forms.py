@@ -1,0 +1,80 @@
+"""The forms of drafts that can be read and written, and [`load_draft`], which takes any of them.
+
+| form | holds |
+|---|---|
+| `prism` | drafts of this package |
+| `prism-artifact` | PRISM and HASS drafts of the PRISM authors' PyTorch code |
+| `sglang` | PRISM drafts of the authors' port to SGLang |
+| `eagle` | EAGLE-1, EAGLE-2, HASS |
+| `eagle3` | EAGLE-3 of SafeAILab, SpecForge, SGLang and vLLM |
+| `speculators` | EAGLE-3 of the library speculators |
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang, speculators
+from transformers_prism.conversion.checkpoint import checkpoint_folder, read_json
+from transformers_prism.conversion.importing import SourceDraft, form_of, read_draft
+from transformers_prism.modeling_prism import PrismDraftModel
+
+READ = {
+    "prism-artifact": prism_artifact,
+    "sglang": sglang,
+    "eagle": eagle,
+    "eagle3": eagle3,
+    "speculators": speculators,
+}
+WRITTEN = {name: form for name, form in READ.items() if hasattr(form, "export")}
+_logger = logging.get_logger("transformers_prism")
+
+
+def load_draft(
+    source: str | Path,
+    target: PreTrainedModel | str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    num_target_layers: int | None = None,
+) -> PrismDraftModel:
+    """A draft of any form that is known, ready for `target.generate(assistant_model=draft)`.
+
+    What was read and assumed is logged in one line; all of it is in `draft.conversion_report`, which is None for a draft
+    of this package.
+
+    Args:
+        source (`str` or `Path`): folder, or name on the Hub.
+        target (`PreTrainedModel`, or its folder or name, *optional*): the model that the draft is for. The draft is
+            compared with it, and moved to the device and cast to the dtype of a loaded one.
+        dtype (`torch.dtype`, *optional*): of the draft's weights; that of a loaded target, or the file's, where absent.
+        num_target_layers (`int`, *optional*): decoder layers of the target, where the states that a draft reads depend
+            on it and `target` is not given.
+    Returns:
+        `PrismDraftModel`: in evaluation mode.
+    Raises:
+        ValueError: if the form is unknown, naming what was looked for; if weights are missing, unknown or of another
+            shape; if the draft was made for another target.
+    """
+    folder = checkpoint_folder(source)
+    is_loaded = target is not None and not isinstance(target, (str, Path))
+    if read_json(folder / "config.json").get("model_type") == "prism":
+        draft, report = PrismDraftModel.from_pretrained(str(source)), None
+        fatal, _ = draft.config.target_differences(target.config) if is_loaded else ([], [])
+        if fatal:
+            raise ValueError(f"{source}: this draft was made for another target. " + "; ".join(fatal))
+    else:
+        draft, report = read_draft(_read_any, folder, target, num_target_layers=num_target_layers)
+        states = f"it reads the states {draft.config.target_layer_ids} of the target"
+        _logger.warning("; ".join([f"{source}: {report.notes[0]}", states, *report.notes[1:]]))
+    draft.conversion_report = report
+    if is_loaded:
+        draft = draft.to(draft.device if target.device.type == "meta" else target.device, dtype or target.dtype)
+    return (draft if dtype is None else draft.to(dtype)).eval()
+
+
+def _read_any(config: dict, weights: dict) -> SourceDraft:
+    form = form_of(config, weights)
+    theirs = READ[form].read(config, weights)
+    theirs.notes.insert(0, f"read as a draft of the form {form}")
+    return theirs

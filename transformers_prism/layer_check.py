@@ -1,0 +1,93 @@
+"""Layers that give a token another output when other tokens are in the same forward, found by trying.
+
+Quantised layers may scale their inputs by the largest value of a whole forward (torch's dynamic quantization, torchao with
+one scale per tensor), or treat columns apart in which any token has an outlier (bitsandbytes in 8 bits). A tree's logits
+are then not those of plain decoding. Scales of each token alone, or of the weights alone, make no difference but rounding.
+The logits of a whole model cannot tell the two apart: rounding moves values across quantisation steps, layer after layer.
+So each layer that is no plain `nn.Linear` gets one token alone, and the same token together with seven that are 100 times as large.
+"""
+
+import contextlib
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Of our own: they compute what an `nn.Linear` does.
+_OWN_LAYERS = ("PackedLinear", "HalfLinear")
+_NUM_OTHERS, _FACTOR = 7, 100.0
+# Differences by rounding, as a share of the largest output, in float32 and in the shorter types.
+_ROUNDING, _SHORT_ROUNDING = 1e-4, 4e-3
+_passed: WeakSet = WeakSet()
+
+
+def has_plain_weight(layer: nn.Module) -> bool:
+    """Whether a layer has a matrix of numbers as they are: not quantised, nor behind a method.
+
+    Args:
+        layer (`nn.Module`): an embedding, a head, or any linear layer.
+    """
+    weight = getattr(layer, "weight", None)
+    # Quantised weights may call themselves float32, but are of a class of their own.
+    if weight is None or type(weight) not in (torch.Tensor, nn.Parameter):
+        return False
+    return weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.dim() == 2
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes `input @ weight.T + bias` with a plain weight."""
+    # compressed-tensors gives a layer a forward of its own; so do accelerate's hooks, which keep the one that was there.
+    own = vars(layer).get("_old_forward", vars(layer).get("forward"))
+    forward = type(layer).forward if own is None else getattr(own, "__func__", own)
+    computes_product = forward is nn.Linear.forward or type(layer).__name__ in _OWN_LAYERS
+    return computes_product and has_plain_weight(layer)
+
+
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where a target takes its inputs; the CPU if it is offloaded, whose hooks move them to where a layer runs."""
+    return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
+def reason_against_target(target: PreTrainedModel) -> str | None:
+    """Why the logits of a token depend on what else a forward holds, so that no tree can be verified; None if not so.
+
+    Args:
+        target (`PreTrainedModel`): any; in training, where layers may draw random numbers, it is not looked at.
+    """
+    if target.training:
+        return None
+    for module in target.modules():
+        if not isinstance(getattr(module, "in_features", None), int) or is_plain_linear(module) or module in _passed:
+            continue
+        difference = _difference(module, target)
+        if difference > (_ROUNDING if target.dtype == torch.float32 else _SHORT_ROUNDING):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            advice = "quantize the weights alone, or scale each token's inputs by themselves"
+            if kind.startswith("bitsandbytes"):
+                advice = "load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+            return (
+                f"a layer of the class {kind} gives a token another output when other tokens are in the same forward (by "
+                f"{difference:.2g} of the largest value), so that a tree's logits are not those of plain decoding; {advice}"
+            )
+        _passed.add(module)
+    return None
+
+
+@torch.no_grad()
+def _difference(layer: nn.Module, target: PreTrainedModel) -> float:
+    """Between the outputs for a token alone and with large ones, as a share of the largest output; 0 if the layer fails."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), input_device(target))
+    width = int(layer.in_features)  # type: ignore[arg-type]
+    token = torch.randn(1, 1, width, generator=generator)
+    others = _FACTOR * torch.randn(1, _NUM_OTHERS, width, generator=generator)
+    alone = together = None
+    # Layers that take other inputs, or run as parts of something larger, raise all sorts of errors.
+    with contextlib.suppress(Exception):
+        alone = layer(token.to(device, target.dtype)).float()
+        together = layer(torch.cat((token, others), dim=1).to(device, target.dtype))[:, :1].float()
+    if together is None or alone is None:
+        return 0.0
+    return float((alone - together).abs().max() / alone.abs().max().clamp(min=torch.finfo(torch.float32).tiny))

@@ -1,0 +1,82 @@
+"""How far something is that takes longer than a few seconds: a bar in a terminal, lines elsewhere, both with the time left."""
+
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+# Where there is no terminal, a line is printed after 5 seconds and then every half minute.
+_FIRST_LINE_SECONDS, _LINE_SECONDS = 5.0, 30.0
+
+
+class ProgressBar:
+    """A bar for the time of a `with` block.
+
+    Args:
+        description (`str`): what is being done.
+        total (`int`): how much of it there is.
+        unit (`str`): what is counted.
+        completed (`int`): done before, by an earlier run.
+        console (`Console`, *optional*): where it is shown; the standard error stream if left out.
+        is_shown (`bool`): False shows nothing, for all processes of a run but one.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        unit: str = "",
+        completed: int = 0,
+        console: Console | None = None,
+        is_shown: bool = True,
+    ):
+        self.description, self.total, self.unit = description, total, unit
+        self.completed = self.first = completed
+        self.console, self.is_shown = console or Console(stderr=True), is_shown
+        self.started = time.monotonic()
+        self.next_line = self.started + _FIRST_LINE_SECONDS
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.is_bar = is_shown and (self.console.is_terminal or self.console.is_jupyter)
+        self.task = self.bar.add_task(description, total=total, completed=completed, text=self.text())
+
+    def text(self) -> str:
+        """How much is done, how fast, and the time that is left at that speed."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        speed = (self.completed - self.first) / seconds
+        text = f"{self.completed} of {self.total} {self.unit}".rstrip()
+        if not speed:
+            return text
+        left = timedelta(seconds=round(max(self.total - self.completed, 0) / speed))
+        return f"{text}, {speed:.3g}/s, {left} left"
+
+    def __enter__(self) -> "ProgressBar":
+        if self.is_bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.is_bar:
+            self.bar.stop()
+
+    def advance(self, count: int = 1) -> None:
+        """So much more is done."""
+        self.update(self.completed + count)
+
+    def update(self, completed: int, total: int | None = None) -> None:
+        """So much is done in all."""
+        self.completed, self.total = completed, total or self.total
+        if self.is_bar:
+            self.bar.update(self.task, completed=completed, total=self.total, text=self.text())
+        elif self.is_shown and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + _LINE_SECONDS
+            self.print(f"{self.description}: {self.text()}")
+
+    def print(self, *shown) -> None:
+        """Print something above the bar; long lines are not broken."""
+        if self.is_shown:
+            self.console.print(*shown, soft_wrap=True, highlight=False, markup=False)
+
+
+__all__ = ["ProgressBar"]

@@ -1,0 +1,340 @@
+"""Conversations as token ids, with the answers that a draft is trained on.
+
+A source holds chats in any of the usual shapes, which the target's chat template renders, or token ids: `input_ids` with
+`assistant_spans` or `prompt_length`, as `transformers-prism synthesize` writes them. An assistant span `[start, end)` holds
+an answer with the token that ends its turn.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers_prism.training.data.chats import NoAnswer, RowError, chat_of, tools_of
+from transformers_prism.training.data.formats import MAX_BAD_SHARE, RowCounts, is_token_ids, usable_rows
+from transformers_prism.training.data.templates import is_trained, tokenize, tokenized_chat
+
+logger = logging.getLogger(__name__)
+
+# A shared run of this many tokens marks a text as known from a benchmark.
+CONTAMINATION_NGRAM = 13
+# An answer loops if its end is one run of tokens three times over, at least this many tokens in all.
+_LOOP_REPEATS, _LOOP_MIN_TOKENS, _LOOP_MAX_PERIOD = 3, 24, 64
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids of a conversation.
+
+    Args:
+        input_ids: the whole conversation, template included.
+        assistant_spans: `(start, end)` of each answer, rising and apart from each other.
+        is_cut: whether there was more of it than training takes.
+    """
+
+    input_ids: tuple[int, ...]
+    assistant_spans: tuple[tuple[int, int], ...]
+    is_cut: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first answer."""
+        return self.assistant_spans[0][0]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(end - start for start, end in self.assistant_spans)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The conversations that a run trains on, or those that it is validated on.
+
+    Args:
+        conversations: a list that features are kept of as a whole.
+        indices: those of the list that belong to this part.
+    """
+
+    conversations: list[Conversation]
+    indices: list[int]
+
+    @property
+    def chosen(self) -> list[Conversation]:
+        """The conversations of this part."""
+        return [self.conversations[index] for index in self.indices]
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_conversations(
+    sources, vocab_size: int, max_length: int | None = None, tokenizer=None, max_bad_share: float = MAX_BAD_SHARE
+) -> list[Conversation]:
+    """Read conversations of token ids, or finished chats.
+
+    Args:
+        sources (`str`, path, or a list of them): files, folders, or data sets on the Hub, read one after the other.
+        vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
+        max_length (`int`, *optional*): tokens that are kept of each conversation; cut ones are counted in a warning.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; renders chats.
+        max_bad_share (`float`): of the rows of a source, 0 to 1, that may be unusable. They are left out with a warning.
+    Returns:
+        `list[Conversation]`: those with at least one answer token after the cut, in order.
+    Raises:
+        FileNotFoundError: if a source is not there.
+        ValueError: if a source cannot be read, if too many rows of it cannot be used, or if nothing is left, saying where,
+            expected and got.
+    """
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+
+    def convert(row) -> Conversation:
+        shortened = shorten(conversation_of(row, vocab_size, tokenizer), max_length)
+        if shortened is None:
+            raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
+        return shortened
+
+    kept = [one for source in sources for one in usable_rows(source, convert, max_bad_share)]
+    names = ", ".join(Path(source).name for source in sources)
+    if not kept:
+        raise ValueError(f"data: expected at least one conversation with an answer in {names}, got none")
+    num_cut = sum(conversation.is_cut for conversation in kept)
+    if num_cut:
+        logger.warning("%d of %d conversations are cut at %s tokens.", num_cut, len(kept), max_length)
+    return kept
+
+
+def conversation_of(row, vocab_size: int, tokenizer=None) -> Conversation:
+    """One row, of token ids or a chat, as a conversation.
+
+    Args:
+        row: the JSON value.
+        vocab_size (`int`): tokens of the target's vocabulary.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; without it there can be no chats.
+    Raises:
+        RowError: if the row cannot be used.
+        ValueError: for token ids outside the vocabulary, which are another tokenizer's, as all of the source must be.
+    """
+    if is_token_ids(row):
+        return _of_token_ids(row, vocab_size)
+    chat = chat_of(row)
+    if tokenizer is None:
+        raise RowError("expected token ids, since there is no tokenizer, got a chat")
+    input_ids, spans = tokenized_chat(tokenizer, chat, tools_of(row))
+    return Conversation(tuple(input_ids), tuple(spans))
+
+
+def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
+    input_ids, spans = row["input_ids"], row.get("assistant_spans")
+    if not isinstance(input_ids, list) or not all(type(token) is int for token in input_ids):
+        raise RowError("expected integers in input_ids, got something else")
+    outside = [token for token in input_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"expected token ids in 0..{vocab_size - 1} (the target's vocabulary), got {outside[0]}; was the data made "
+            "with another tokenizer?"
+        )
+    if spans is None:
+        spans = [[row.get("prompt_length"), len(input_ids)]]
+    if not isinstance(spans, list) or not all(isinstance(span, list) and [type(edge) for edge in span] == [int, int] for span in spans):
+        raise RowError(f"expected integers in prompt_length or assistant_spans, got {spans!r}")
+    edges = [edge for span in spans for edge in span]
+    if not spans or edges != sorted(edges) or edges[0] < 1 or edges[-1] > len(input_ids):
+        raise RowError(
+            "expected prompt_length or rising assistant_spans from 1 to the number of tokens, "
+            f"got {spans!r} for {len(input_ids)} tokens"
+        )
+    return Conversation(tuple(input_ids), tuple((start, end) for start, end in spans))
+
+
+def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, list[str]]:
+    """What a source holds: its counts, and lines to print with chats and answers that can be used, and what is left out and
+    why.
+
+    Args:
+        source (`str` or path): a file, a folder, or a data set on the Hub.
+        target (`tuple`, *optional*): size of the vocabulary and tokenizer of a target, whose template then renders the chats;
+            without it only the shapes are checked, and token ids not at all.
+        split (`str`): of a data set on the Hub.
+    Raises:
+        FileNotFoundError, ValueError: if the source is not there or cannot be read.
+    """
+    counts = RowCounts(Path(source).name)
+    sums: Counter[str] = Counter()
+
+    def convert(row) -> None:
+        if target is not None:
+            conversation = conversation_of(row, *target)
+            sums.update({"tokens": len(conversation.input_ids), "tokens of answers": conversation.num_answer_tokens})
+            sums["answers that are trained"] += len(conversation.assistant_spans)
+        elif is_token_ids(row):
+            sums["rows of token ids"] += 1
+        else:
+            chat = chat_of(row)
+            answers = [turn for turn in chat if turn["role"] == "assistant"]
+            sums["answers that are trained"] += sum(map(is_trained, answers))
+            sums["answers that are not trained (empty, weight 0, or a tool call that cannot be read)"] += sum(
+                not is_trained(turn) for turn in answers
+            )
+            sums["chats without an answer: prompts for synthesize and bench"] += not answers
+            sums["turns by the user"] += sum(turn["role"] == "user" for turn in chat)
+
+    for _ in usable_rows(source, convert, 1.0, split, counts):
+        pass
+    used = counts.num_rows - counts.left_out.total()
+    lines = [f"{counts.num_rows:>8}  rows in {counts.source}", f"{used:>8}  rows that can be used"]
+    lines += [f"{count:>8}  {name}" for name, count in sums.items() if count]
+    if counts.left_out:
+        lines += [f"{counts.left_out.total():>8}  rows left out, by reason:", *counts.lines()]
+    return counts, lines
+
+
+def shorten(conversation: Conversation, max_length: int | None) -> Conversation | None:
+    """The beginning of a conversation, `max_length` tokens at most; None if no answer is left."""
+    input_ids = conversation.input_ids[:max_length]
+    spans = tuple((start, min(end, len(input_ids))) for start, end in conversation.assistant_spans)
+    spans = tuple((start, end) for start, end in spans if start < end)
+    # A row of the draft joins three tokens: one whose state it reads, the next, and the one that it predicts.
+    if len(input_ids) < 3 or not spans:
+        return None
+    return Conversation(input_ids, spans, is_cut=len(input_ids) < len(conversation.input_ids))
+
+
+def split_conversations(
+    conversations: list[Conversation], validation_share: float, num_training: int = 0, num_validation: int = 0
+) -> tuple[list[int], list[int]]:
+    """Indices for training and for validation.
+
+    A conversation's own tokens decide where it belongs, whatever else there is: what one run holds out, another run over
+    more data, or the same in another order, holds out as well, so that a draft that is fine-tuned is never validated on
+    what it was trained on. Copies stay together.
+
+    Args:
+        conversations (`list[Conversation]`): all of them.
+        validation_share (`float`): held out, above 0 and below 1; at least one conversation, never all.
+        num_training, num_validation (`int`): use the first N of each part; 0 is all.
+    Returns:
+        training indices in the order of the data, and validation indices in an order of their own.
+    Raises:
+        ValueError: if there are too few conversations for both.
+    """
+    if len(conversations) < 2:
+        raise ValueError(f"data: expected at least 2 conversations (training and validation), got {len(conversations)}")
+    places = [_place(conversation) for conversation in conversations]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    num_held_out = sum(place < validation_share for place in places)
+    num_held_out = min(max(num_held_out, 1), len(places) - 1)
+    held_out = order[:num_held_out]
+    training = sorted(order[num_held_out:])
+    return training[: num_training or None], held_out[: num_validation or None]
+
+
+def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
+    """What a run trains on and is validated on: a share of its data, or conversations of their own.
+
+    Args:
+        config (`TrainConfig`): names the sources and how many to use.
+        vocab_size (`int`): of the target.
+        tokenizer (`PreTrainedTokenizerBase`): of the target.
+    Returns:
+        the training part and the validation part. With `validation_data` all of `data` is trained on but what is in both.
+    Raises:
+        FileNotFoundError, ValueError: for data that cannot be used, as [`read_conversations`] says; if nothing is left to
+            learn.
+    """
+
+    def read(sources: str) -> list[Conversation]:
+        return read_conversations(sources.split(","), vocab_size, config.max_length, tokenizer, config.max_bad_share)
+
+    conversations = read(config.data)
+    if not config.validation_data:
+        training, validation = split_conversations(
+            conversations, config.validation_share, config.num_conversations, config.num_validation
+        )
+        return Part(conversations, training), Part(conversations, validation)
+    held_out = read(config.validation_data)
+    known = {one.input_ids for one in held_out}
+    training = [index for index, one in enumerate(conversations) if one.input_ids not in known]
+    if not training:
+        raise ValueError("validation_data: expected data to hold other conversations, too, got none")
+    logger.info("Left out of training, since they are validated on: %d conversations.", len(conversations) - len(training))
+    validation = range(len(held_out))
+    return (
+        Part(conversations, training[: config.num_conversations or None]),
+        Part(held_out, list(validation[: config.num_validation or None])),
+    )
+
+
+def _place(conversation: Conversation) -> float:
+    """A number in [0, 1), as good as drawn, that the tokens alone decide."""
+    digest = hashlib.sha256(json.dumps(conversation.input_ids).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def preview(conversation: Conversation, tokenizer):
+    """The conversation as text, what is trained on in bold green, the rest dimmed, for rich to print."""
+    from rich.text import Text
+
+    text, position = Text(), 0
+    for start, end in conversation.assistant_spans:
+        text.append(tokenizer.decode(conversation.input_ids[position:start]), style="dim")
+        text.append(tokenizer.decode(conversation.input_ids[start:end]), style="bold green")
+        position = end
+    text.append(tokenizer.decode(conversation.input_ids[position:]), style="dim")
+    return text
+
+
+# --- what is left out --------------------------------------------------------------------------------------------
+
+
+def loop_period(token_ids: Iterable[int]) -> int | None:
+    """Length of the run of tokens that an answer ends in three times over; None if it does not end in a loop."""
+    tokens = list(token_ids)
+    for period in range(1, min(_LOOP_MAX_PERIOD, len(tokens) // _LOOP_REPEATS) + 1):
+        length = max(_LOOP_REPEATS * period, _LOOP_MIN_TOKENS)
+        tail = tokens[-length:]
+        if len(tail) == length and tail[period:] == tail[:-period]:
+            return period
+    return None
+
+
+class Contamination:
+    """Runs of tokens that benchmark prompts hold, to keep conversations with any of them out of the data.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the target.
+        texts (`Iterable[str]`): the prompts.
+    """
+
+    def __init__(self, tokenizer, texts: Iterable[str]):
+        self.ngrams: set[tuple[int, ...]] = set()
+        self.short: set[tuple[int, ...]] = set()  # prompts of fewer tokens count as a whole
+        for text in texts:
+            tokens = tokenize(tokenizer, text.strip())
+            self.ngrams.update(_ngrams(tokens))
+            if 0 < len(tokens) < CONTAMINATION_NGRAM:
+                self.short.add(tuple(tokens))
+
+    def holds(self, token_ids: Iterable[int], user_turn: Iterable[int] = ()) -> bool:
+        """Whether a conversation shares a run with the benchmark, or its first user turn is one of its short prompts."""
+        return tuple(user_turn) in self.short or any(ngram in self.ngrams for ngram in _ngrams(list(token_ids)))
+
+
+def _ngrams(tokens: list[int]) -> Iterator[tuple[int, ...]]:
+    for start in range(len(tokens) - CONTAMINATION_NGRAM + 1):
+        yield tuple(tokens[start : start + CONTAMINATION_NGRAM])
+
+
+def describe(conversations: list[Conversation]) -> dict:
+    """Counts of tokens, answers and loops, for provenance and preview."""
+    answers = [one.input_ids[start:end] for one in conversations for start, end in one.assistant_spans]
+    return {
+        "num_conversations": len(conversations),
+        "num_tokens": sum(len(one.input_ids) for one in conversations),
+        "num_answer_tokens": sum(map(len, answers)),
+        "share_of_answers_in_a_loop": sum(loop_period(one) is not None for one in answers) / max(len(answers), 1),
+        "num_turns": dict(sorted(Counter(len(one.assistant_spans) for one in conversations).items())),
+    }

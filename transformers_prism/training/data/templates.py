@@ -1,0 +1,236 @@
+"""Chats as the target's template writes them: rendered text, token ids, and which tokens are answers."""
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass
+
+from transformers_prism.training.data.chats import NoAnswer, RowError, shown
+
+
+def render(tokenizer, chat: list[dict], add_generation_prompt: bool = False, tools: list[dict] | None = None) -> str:
+    """A chat as the target's template writes it.
+
+    Raises:
+        ValueError: without a chat template.
+        RowError: if the template refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("tokenizer: expected one with a chat template, got none")
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template is code that came with the target, and raises what it likes
+        raise RowError(f"expected a chat that the target's template takes, got its error: {error}") from error
+
+
+def opening(tokenizer, system: str | None = None) -> str:
+    """The template's text up to the first user's words."""
+    chat = [{"role": "system", "content": system}] if system else []
+    return render(tokenizer, [*chat, {"role": "user", "content": "MARKONE"}]).split("MARKONE")[0]
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of text that holds its special tokens already."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def template_hash(tokenizer) -> str:
+    """First 16 digits of the sha256 of the chat template."""
+    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ChatPieces:
+    """What a chat template writes around the words, as text.
+
+    Args:
+        user_to_assistant: between a user's words and the answer.
+        assistant_to_user: between an answer and the next user's words.
+    """
+
+    user_to_assistant: str
+    assistant_to_user: str
+
+    @classmethod
+    def of(cls, tokenizer) -> "ChatPieces":
+        """Found by rendering a conversation of marks.
+
+        Raises:
+            ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
+        """
+        marks = ["MARKONE", "MARKTWO", "MARKTHREE"]
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        text = render(tokenizer, chat, add_generation_prompt=True)
+        counts = [text.count(mark) for mark in marks]
+        if counts != [1, 1, 1]:
+            raise ValueError(
+                f"chat_template: expected one that writes user and assistant turns once each, got {counts} of them"
+            )
+        _, after_first = text.split(marks[0])
+        to_assistant, after_answer = after_first.split(marks[1])
+        return cls(to_assistant, after_answer.split(marks[2])[0])
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+def is_trained(turn: dict) -> bool:
+    """Whether a message is an answer that is trained."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
+
+
+def tokenized_chat(
+    tokenizer, chat: list[dict], tools: list[dict] | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a chat, and `(start, end)` of each answer that is trained, with the token that ends its turn.
+
+    An answer is trained if the text before it is what the target would be given to answer, and if its tokens read back
+    as what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are trained
+    as the template writes them; if it leaves them out, that turn is not trained, and neither are answers to tool results
+    that it leaves out.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the target, with character offsets (a fast one).
+        chat (`list[dict]`): of `chat_of`.
+        tools (`list[dict]`, *optional*): of `tools_of`.
+    Raises:
+        NoAnswer: if the chat has nothing to train on.
+        RowError: if the template refuses the chat or changes its answers, or if the tokens do not read back.
+    """
+    if all(turn["role"] != "assistant" for turn in chat):
+        raise NoAnswer(f"expected a chat with at least one assistant turn, got {len(chat)} turns without")
+    chat, text, spans = _rendered(tokenizer, chat, tools)
+    spans += _answer_spans(tokenizer, chat, text, tools)
+    if not spans:
+        raise NoAnswer("expected an answer to train on, got only answers that are empty, have weight 0, or that the template hides")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    return input_ids, [_token_span(tokenizer, text, input_ids, offsets, span) for span in sorted(spans)]
+
+
+@dataclass(frozen=True, order=True)
+class _Span:
+    """An answer in the rendered text, in characters: what the row says, then the end of the turn."""
+
+    start: int
+    said_end: int
+    end: int
+
+
+def _rendered(tokenizer, chat: list[dict], tools) -> tuple[list[dict], str, list[_Span]]:
+    """The chat without what its template hides, its text, and the spans of tool calls."""
+    try:
+        text = render(tokenizer, chat, tools=tools)
+    except RowError:
+        if not any(turn.get("tool_calls") for turn in chat):
+            raise
+        chat = [_without_calls(turn) for turn in chat]
+        text = render(tokenizer, chat, tools=tools)
+    spans: list[_Span] = []
+    chat, is_hidden = list(chat), False
+    for index, turn in enumerate(chat):
+        if turn["role"] == "user":
+            is_hidden = False
+        elif turn["role"] == "tool":
+            is_hidden |= turn["content"].strip() not in text
+        elif is_hidden and turn["role"] == "assistant":
+            chat[index] = {**turn, "weight": 0}
+        elif turn.get("tool_calls") and is_trained(turn):
+            span = _call_span(tokenizer, chat, index, text, tools)
+            if span is None:
+                chat[index] = {**turn, "weight": 0}
+            else:
+                spans.append(span)
+    return chat, text, spans
+
+
+def _without_calls(turn: dict) -> dict:
+    if not turn.get("tool_calls"):
+        return turn
+    return {"role": turn["role"], "content": turn["content"], "weight": 0}
+
+
+def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Span | None:
+    """Where a turn with tool calls stands; None if the template does not write them there."""
+    before = render(tokenizer, chat[:index], True, tools)
+    through = render(tokenizer, chat[: index + 1], False, tools).rstrip()
+    if not text.startswith(before) or not text.startswith(through):
+        return None
+    marked = render(tokenizer, [*chat[:index], {**chat[index], "content": "MARKONE"}], False, tools)
+    opened, found, _ = marked.partition("MARKONE")
+    # What the template adds before the words, such as an empty thought, is not the row's.
+    start = len(opened) if found and opened.startswith(before) and text.startswith(opened) else len(before)
+    said = through[start:]
+    functions = [call["function"] for call in chat[index]["tool_calls"]]
+    words = [chat[index]["content"].strip()]
+    words += [word for function in functions for word in (function["name"], *map(str, function["arguments"]))]
+    return _Span(start, len(through), len(through)) if all(word in said for word in words) else None
+
+
+def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
+    """Where the answers without tool calls stand: the chat is rendered with marks in their places, and what stands around
+    the marks must be what stands around the answers."""
+    indices = [index for index, turn in enumerate(chat) if is_trained(turn) and not turn.get("tool_calls")]
+    if not indices:
+        return []
+    marks = {index: f"PRISM{index}MARK" for index in indices}
+    marked = [{**turn, "content": marks[index]} if index in marks else turn for index, turn in enumerate(chat)]
+    rest, position = render(tokenizer, marked, tools=tools), 0
+    spans: list[_Span] = []
+    if [rest.count(mark) for mark in marks.values()] != [1] * len(marks):
+        raise RowError("expected a template that writes answers as they are, got one that changes them")
+    first = render(tokenizer, marked[: indices[0] + 1], tools=tools)
+    turn_end = first.partition(marks[indices[0]])[2].rstrip()
+    for index, mark in marks.items():
+        piece, _, rest = rest.partition(mark)
+        next_piece = rest.partition(marks[indices[len(spans) + 1]])[0] if len(spans) + 1 < len(indices) else rest
+        start = position + len(piece)
+        content = chat[index]["content"]
+        said = next((one for one in (content, content.strip()) if text.startswith(one + next_piece, start)), None)
+        if said is None or not text.startswith(piece, position):
+            raise RowError(f"expected a template that writes answers as they are, got one that changes {shown(content)}")
+        position = start + len(said)
+        end = position + (len(turn_end) if text.startswith(turn_end, position) else 0)
+        spans.append(_Span(start, position, end))
+    _refuse_special_tokens(tokenizer, [text[span.start : span.said_end] for span in spans])
+    # The target will be asked with the beginning of the chat, as the template writes it alone.
+    befores = [render(tokenizer, chat[:index], True, tools) for index in indices]
+    asked = [span for span, before in zip(spans, befores, strict=True) if text[: span.start].startswith(before.rstrip())]
+    if not asked:
+        raise RowError("expected a template that writes a chat turn by turn, got one that rewrites it")
+    return asked
+
+
+def _refuse_special_tokens(tokenizer, answers: list[str]) -> None:
+    """An answer that mentions a special token would be read as one, such as the end of its turn."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for answer in answers:
+        found = next((token for token in special if token in answer), None)
+        if found is not None:
+            raise RowError(f"expected answers without special tokens of the target, got {found!r}")
+
+
+def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span) -> tuple[int, int]:
+    """The tokens of an answer, read back and compared."""
+    inside, said = [], []
+    for position, (first, last) in enumerate(offsets):
+        # A space before a word is part of its token.
+        first += len(text[first:last]) - len(text[first:last].lstrip())
+        if span.start <= min(first, last - 1) and last <= span.end and last > 0:
+            inside.append(position)
+            if last <= span.said_end:
+                said.append(position)
+    expected = text[span.start : span.said_end].strip()
+    read_back = tokenizer.decode([input_ids[position] for position in said], clean_up_tokenization_spaces=False).strip()
+    # Some tokenizers compose accents.
+    if unicodedata.normalize("NFC", read_back) != unicodedata.normalize("NFC", expected):
+        raise RowError(
+            f"expected tokens that read back as the answer, got {read_back[:60]!r} for {expected[:60]!r}; is this the "
+            "target's tokenizer?"
+        )
+    return inside[0], inside[-1] + 1
+
+
+__all__ = ["ChatPieces", "is_trained", "opening", "render", "template_hash", "tokenize", "tokenized_chat"]
