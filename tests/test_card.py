@@ -259,7 +259,7 @@ def snippets(tiny_folders):
     plain = target.generate(**inputs, max_new_tokens=32)[0]
     text = (Path(tiny_folders[1]) / "README.md").read_text()
     codes = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    names = {f'"user/{Path(tiny_folders[1]).name}"': repr(tiny_folders[1]), '"the/target"': repr(tiny_folders[0])}
+    names = {f'"user/{Path(tiny_folders[1]).name}"': repr(tiny_folders[1]), '"name/of-the-target"': repr(tiny_folders[0])}
     for name, folder in names.items():
         assert all(name in code for code in codes)
         codes = [code.replace(name, folder) for code in codes]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 
 import pytest
@@ -251,3 +252,51 @@ def test_cli_errors_are_one_line_or_a_traceback(monkeypatch):
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert result.stderr.endswith("error: KeyError: 'absent'\n")
+
+
+def test_cli_push_lists_files_without_pushing(tiny_folders):
+    """With sizes and the repository, offline."""
+    output = run("push", tiny_folders[1], "me/tiny-PRISM", "--dry-run", "--private")
+    for name in ("README.md", "config.json", "model.safetensors", "modeling_prism.py", "custom_generate/generate.py", "LICENSE"):
+        assert re.search(rf"^ *[\d,]+  {re.escape(name)}$", output, flags=re.MULTILINE), name
+    sizes = [int(line.split()[0].replace(",", "")) for line in output.strip().splitlines()]
+    assert sizes[-1] == sum(sizes[:-1])
+    assert "for me/tiny-PRISM, private if it is new, branch main; nothing was pushed" in output
+
+
+@pytest.mark.parametrize("words", [(), ("--code-only",)])
+def test_cli_push_offline_ends_in_one_line(tiny_folders, words):
+    """Whatever the client says about its connection."""
+    message = fails("push", *(words or (tiny_folders[1],)), "me/tiny-PRISM")
+    assert message.count("\n") == 1
+    assert "nothing was pushed, the Hub cannot be reached" in message
+
+
+def test_cli_push_without_a_connection_ends_in_one_line(tiny_folders, monkeypatch):
+    """Errors of the HTTP client, which are none of Python's own for a connection."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    message = fails("push", tiny_folders[1], "me/tiny-PRISM")
+    assert message.count("\n") == 1
+    assert "nothing was pushed, the Hub cannot be reached" in message
+
+
+def test_cli_card_of_a_target_without_a_name_asks_for_it(tiny_folders, tmp_path):
+    """In the card, in a warning when it is pushed, and no more once it is named."""
+    folder = shutil.copytree(tiny_folders[1], tmp_path / "draft")
+    assert "`transformers-prism card FOLDER --base-model user/name` writes it" in (folder / "README.md").read_text()
+    with pytest.warns(UserWarning, match="the card does not name the draft's target"):
+        run("push", folder, "me/tiny-PRISM", "--dry-run")
+    run("card", folder, "--base-model", "some/target")
+    text = (folder / "README.md").read_text()
+    assert "has no name here" not in text
+    assert "base_model: some/target" in text
+    assert "A PRISM draft for `some/target`" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("push", folder, "me/tiny-PRISM", "--dry-run", "--base-model", "some/other")
+    assert "A PRISM draft for `some/other`" in (folder / "README.md").read_text()
+    assert "expected the target's name on the Hub" in fails("card", folder, "--base-model", "/a/folder")

@@ -1,5 +1,6 @@
 """The commands around a draft's repository: `inspect`, `push` and `card`."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Annotated
 import typer
 
 from transformers_prism.cli.options import ADVANCED, Commands
+
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(help="The target's name on the Hub, user/name, for the card.", show_default=False),
+]
 
 
 def add_to(app: Commands) -> None:
@@ -27,10 +33,13 @@ def card(
             show_default=False,
         ),
     ] = None,
+    base_model: BaseModelOption = None,
 ):
     """Write a draft's card, README.md, from its measurements and training record."""
-    from transformers_prism.hub.card import write_card
+    from transformers_prism.hub.card import name_target, write_card
 
+    if base_model is not None:
+        name_target(folder, base_model)
     for name in write_card(folder, measurements):
         typer.echo(f"wrote {folder / name}")
 
@@ -69,6 +78,7 @@ def push(
     repository: Annotated[
         str | None, typer.Argument(help="user/name on the Hub; made if it is not there.", show_default=False)
     ] = None,
+    base_model: BaseModelOption = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is made: for yourself.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be pushed, with sizes, and push nothing.")
@@ -101,17 +111,33 @@ def push(
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
     if code_only:
-        if repository is not None or private or dry_run:
+        if repository is not None or private or dry_run or base_model:
             raise ValueError(
-                "--code-only: expected the name of one draft on the Hub, got another name, --private or --dry-run"
+                "--code-only: expected the name of one draft on the Hub, got another name, --private, --dry-run or --base-model"
             )
         typer.echo(_renew_code(folder, revision, message or "Renew code"))
-    elif repository is None:
+        return
+    if repository is None:
         raise ValueError("expected a draft and the repository to push it to, user/name, got only the draft")
-    elif dry_run:
+    _name_target(folder, base_model)
+    if dry_run:
         typer.echo(_files_to_push(folder, repository, private, revision))
     else:
         typer.echo(_push_draft(folder, repository, private, revision, message or "Upload draft"))
+
+
+def _name_target(folder: str, base_model: str | None) -> None:
+    """Let the card of a draft in a folder name its target, or say that it does not."""
+    from transformers_prism.hub.card import name_target, names_target, write_card
+
+    is_folder = (Path(folder) / "config.json").is_file()
+    if base_model is not None:
+        if not is_folder:
+            raise ValueError(f"--base-model: expected the folder of a draft, whose card can be written, got {folder}")
+        name_target(folder, base_model)
+        write_card(folder)
+    elif is_folder and not names_target(folder):
+        warnings.warn("the card does not name the draft's target; --base-model user/name writes it", stacklevel=1)
 
 
 def _files_to_push(folder: str, repository: str, private: bool, revision: str | None) -> str:

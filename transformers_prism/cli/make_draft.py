@@ -30,6 +30,7 @@ from transformers_prism.cli.doctor import (
     tokenizer_findings,
 )
 from transformers_prism.cli.options import ADVANCED, COST, Commands
+from transformers_prism.hub.card import add_to_card, names_target
 from transformers_prism.whole_files import write_json
 
 # Shares of the time at whose end a step should be finished; the rest is for measuring.
@@ -83,7 +84,8 @@ def make_draft(
     run.train(["transformers-prism", "make-draft", *context.meta["words"]])
     figures = run.measure()
     console.print(result_table(figures, run))
-    console.print(f"Push it: transformers-prism push {output} USER/{output.name}", highlight=False, soft_wrap=True)
+    more = "" if names_target(output) else " --base-model NAME/OF-THE-TARGET"
+    console.print(f"Push it: transformers-prism push {output} USER/{output.name}{more}", highlight=False, soft_wrap=True)
 
 
 def check(model: str, form: str, template: str | None, console: Console) -> None:
@@ -328,8 +330,6 @@ class Run:
             shutil.rmtree(finished, ignore_errors=True)
             shutil.copytree(self.work / "run" / "draft", finished)
             summary = self.step("measuring", lambda: self._measure(finished))
-            from transformers_prism.hub.card import add_to_card
-
             add_to_card(finished, self.work / "bench.json")
             finished.rename(self.output)
             return summary

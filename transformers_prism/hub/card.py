@@ -15,10 +15,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers_prism.hub.files import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
 from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
-from transformers_prism.whole_files import write_text
+from transformers_prism.whole_files import write_json, write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
+# Stands in a card's code for a target that has no name on the Hub.
+UNNAMED_TARGET = "name/of-the-target"
 # A draft step that fewer rounds reached is too noisy to plot.
 MIN_ROUNDS = 20
 
@@ -77,6 +79,24 @@ def add_to_card(folder: str | Path, measurement: Path) -> list[str]:
     return _write(Path(folder), added, with_plot=True, has_new_metrics=True)
 
 
+def name_target(folder: str | Path, name: str) -> None:
+    """Write the target's name on the Hub into a draft's about.json, for its card.
+
+    Raises:
+        ValueError: if it is no such name.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"base_model: expected the target's name on the Hub, user/name, got {name!r}")
+    about = {key: value for key, value in _read_about(Path(folder) / ABOUT).items() if value is not None}
+    write_json(Path(folder) / ABOUT, {**about, "base_model": name})
+
+
+def names_target(folder: str | Path) -> bool:
+    """Whether a draft's files name its target."""
+    fingerprint = _read_json(Path(folder) / "config.json").get("target_fingerprint") or {}
+    return bool(_read_about(Path(folder) / ABOUT)["base_model"] or fingerprint.get("name"))
+
+
 def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     """The text of a draft's card.
 
@@ -90,7 +110,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     metrics = read_metrics(folder) if metrics is None else metrics
     training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
     fingerprint = config.get("target_fingerprint") or {}
-    target_id = about["base_model"] or fingerprint.get("name") or "the/target"
+    target_id = about["base_model"] or fingerprint.get("name") or UNNAMED_TARGET
     template_text = TEMPLATE.read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
@@ -101,6 +121,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
             metadata=_metadata(folder.name, about, fingerprint, metrics).to_yaml(),
             about=about,
             target_id=target_id,
+            is_target_named=target_id != UNNAMED_TARGET,
             fingerprint=fingerprint,
             has_tokenizer=(folder / "tokenizer.json").is_file(),
             plot=PLOT,
@@ -274,4 +295,4 @@ def _read_about(path: Path) -> dict:
     return {**dict.fromkeys(ABOUT_KEYS), **about}
 
 
-__all__ = ["add_to_card", "plot_step_shares", "render_card", "training_runs", "verify_rows", "write_card"]
+__all__ = ["add_to_card", "name_target", "names_target", "plot_step_shares", "render_card", "training_runs", "verify_rows", "write_card"]
