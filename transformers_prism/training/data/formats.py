@@ -218,7 +218,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
         if isinstance(whole, dict) and not any(name in whole for name in COLUMNS):
             inner = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
             whole = inner[0] if len(inner) == 1 else whole
-        if not isinstance(whole, RowError):
+        if isinstance(whole, list) or isinstance(head, RowError) and not isinstance(whole, RowError):
             rows = whole if isinstance(whole, list) and not is_messages(whole) else [whole]
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
             return
