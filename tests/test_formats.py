@@ -53,6 +53,7 @@ FILES = {
     "pretty.json": lambda path: path.write_text("\ufeff" + json.dumps([ROW, ROW], indent=2)),
     "array_in_lines.jsonl": lambda path: path.write_text(f"{json.dumps(CHAT)}\n{json.dumps(CHAT)}"),
     "wrapped.json": lambda path: path.write_text(json.dumps({"version": 1, "data": [ROW, ROW]}, indent=1)),
+    "wrapped_in_a_line.json": lambda path: path.write_text(json.dumps({"data": [ROW, ROW]})),
     "lines.jsonl.gz": lambda path: path.write_bytes(gzip.compress(f"{LINE}\n{LINE}\n".encode())),
     "array.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps([ROW, ROW]).encode())),
     "lines.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(f"{LINE}\n{LINE}\n".encode())),
@@ -267,6 +268,28 @@ def test_every_command_refuses_what_is_no_text(tmp_path, monkeypatch, command, c
     assert "Traceback" not in result.output
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_commands_take_a_sharegpt_array(tmp_path, monkeypatch):
+    """As ShareGPT is published, with a few rows of the kind that it has: they ended in a page of traceback."""
+    target, tokenizer = tiny_target("llama", max_position_embeddings=512), chat_tokenizer()
+    for place in ("target", "training.train", "training.plan"):
+        monkeypatch.setattr(f"transformers_prism.{place}.load_target", lambda *names, **kwargs: (target, tokenizer))
+    rows = [
+        {"id": str(row), "conversations": [{"from": "human", "value": f"w{10 + row}"}, {"from": "gpt", "value": f"w{30 + row} w50"}]}
+        for row in range(12)
+    ]
+    rows += [{"id": "a", "conversations": []}, {"id": "b", "conversations": [{"from": "human", "value": "w9"}, {"from": "gpt", "value": 5}]}]
+    path, out = tmp_path / "sharegpt.json", tmp_path / "out"
+    path.write_text("\ufeff" + json.dumps(rows, indent=1))
+    train = ["train", "--use_cpu", "--output", str(out / "run"), "--draft_vocab_size", "40", "--split_epochs", "0", "--warm_up_epochs", "0"]
+    synthesize = ["synthesize", "--output", str(out / "data"), "--num-tokens", "40", "--max-user-tokens", "20", "--max-answer-tokens", "8"]
+    for words in ([*train, "--data"], [*synthesize, "--no-packed", "--prompts"], ["data", "preview", "--data"], ["data", "check"]):
+        result = CliRunner().invoke(app, [*words, str(path)])
+        assert result.exit_code == 0, (words, result.output, result.exception)
+    record = json.loads((out / "run" / "draft" / "training.json").read_text())
+    assert record["data"]["training"]["num_conversations"] + record["data"]["validation"]["num_conversations"] == 12
+
+
 def test_data_check_counts_rows_and_answers(tmp_path):
     """Without a target the shapes, with one its template, too."""
     folder = tmp_path / "target"
@@ -290,7 +313,7 @@ def test_data_check_counts_rows_and_answers(tmp_path):
     assert result.exit_code == 0, result.output
     assert "       1  rows that can be used\n" in result.output
     assert "       9  tokens\n       4  tokens of answers\n       1  answers that are trained\n" in result.output
-    assert "line 2: expected answers without special tokens of the target, got '<end>'" in result.output
+    assert "line 2: expected answers without special tokens of the target, got <end>" in result.output
     strict = CliRunner().invoke(app, ["data", "check", str(tmp_path / "a.jsonl"), "--max-bad-share", "0.1"])
     assert strict.exit_code == 1
 

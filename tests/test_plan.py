@@ -108,6 +108,7 @@ RUNS = {
         "learning_rate": 1e-3,
         "split_learning_rate": 3e-4,
         "batch_size": 3,
+        "max_bad_share": 0.25,
         "accumulation": 2,
         "num_conversations": 13,
         "num_validation": 2,

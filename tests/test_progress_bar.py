@@ -64,3 +64,37 @@ def test_other_processes_show_nothing(clock):
         bar.advance()
         bar.print("a row")
     assert console.file.getvalue() == ""
+
+
+def test_only_the_first_process_shows_a_bar(clock, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    console = console_of(False)
+    with ProgressBar("features", 10, console=console) as bar:
+        clock[0] += 60.0
+        bar.advance()
+    assert console.file.getvalue() == ""
+
+
+def test_a_total_that_is_not_known(clock):
+    """As of rows that are read one by one."""
+    console = console_of(True)
+    with ProgressBar("reading a.jsonl", None, "rows", console=console) as bar:
+        clock[0] += 2.0
+        bar.advance(300)
+        assert bar.text() == "300 rows, 150/s"
+    assert "300 rows, 150/s" in console.file.getvalue()
+
+
+def test_bars_within_bars(clock):
+    """A validation in the middle of a stage."""
+    console = console_of(True)
+    with ProgressBar("split", 10, "updates", console=console) as outer:
+        outer.advance()
+        with ProgressBar("validation", 4, "batches", console=console) as inner:
+            inner.advance(2)
+            inner.print("figures")
+            outer.bar.refresh()  # as a thread does ten times a second
+        outer.advance()
+    text = console.file.getvalue()
+    for shown in ("validation", "2 of 4 batches", "figures", "2 of 10 updates"):
+        assert shown in text

@@ -242,7 +242,7 @@ def test_the_command_shares_the_work(tmp_path, target):
     assert len(set(indices(tmp_path / "data"))) == len(indices(tmp_path / "data"))
 
 
-def test_another_run_is_not_gone_on_with(tmp_path, target):
+def test_another_run_is_not_resumed(tmp_path, target):
     run(target, tmp_path)
     with pytest.raises(ValueError, match="expected a run with config=.* use another folder"):
         run(target, tmp_path, seed=1)
@@ -279,6 +279,22 @@ def test_what_does_not_fit_is_left_out(tmp_path, target):
     summary = run(target, tmp_path, given, num_tokens=10**6)
     assert summary["left_out"] == {"prompt too long": 1, "no user turn": 1}
     assert summary["num_conversations"] == 1
+
+
+def test_system_turns_that_the_template_refuses_are_left_out(tmp_path, target):
+    """They ended the run in a traceback of the template's."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tokenizer.chat_template
+    )
+    given = [[{"role": "system", "content": "w9"}, *chats(1)[0]], *chats(2)]
+    config = SynthesisConfig(num_tokens=10**6, **SETTINGS)
+    summary = synthesize(target, tokenizer, config, tmp_path, given)
+    assert summary["left_out"] == {"expected a chat that the target's template takes, got its error: no system role": 1}
+    assert summary["num_conversations"] == 2
+    config = SynthesisConfig(num_tokens=10, system_prompts=("w9",), **SETTINGS)
+    with pytest.raises(ValueError, match="got its error: no system role"):
+        Synthesizer(target, tokenizer, config)
 
 
 @pytest.mark.parametrize(

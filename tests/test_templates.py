@@ -89,7 +89,7 @@ def test_a_template_that_changes_answers_is_refused():
 
 def test_answers_that_mention_special_tokens_are_refused():
     chat = [CHAT[0], {"role": "assistant", "content": "w20 <end> w21"}]
-    with pytest.raises(RowError, match="expected answers without special tokens of the target, got '<end>'"):
+    with pytest.raises(RowError, match="expected answers without special tokens of the target, got <end>"):
         answers(CHAT_TEMPLATE, chat)
     # What a user says is not trained, and the target would read it in the same way.
     assert answers(CHAT_TEMPLATE, [{"role": "user", "content": "w10 <end>"}, CHAT[1]]) == ["w20 w21 w22 <end>"]

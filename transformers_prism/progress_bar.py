@@ -1,5 +1,6 @@
 """How far something is that takes longer than a few seconds: a bar in a terminal, lines elsewhere, both with the time left."""
 
+import os
 import time
 from datetime import timedelta
 
@@ -8,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 # Where there is no terminal, a line is printed after 5 seconds and then every half minute.
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 5.0, 30.0
+# One for all, since bars within bars have to know of each other.
+_STANDARD_ERROR = Console(stderr=True)
 
 
 class ProgressBar:
@@ -15,17 +18,17 @@ class ProgressBar:
 
     Args:
         description (`str`): what is being done.
-        total (`int`): how much of it there is.
+        total (`int`, *optional*): how much of it there is; None if that is not known.
         unit (`str`): what is counted.
         completed (`int`): done before, by an earlier run.
         console (`Console`, *optional*): where it is shown; the standard error stream if left out.
-        is_shown (`bool`): False shows nothing, for all processes of a run but one.
+        is_shown (`bool`): False shows nothing, as in all processes of a run but the first.
     """
 
     def __init__(
         self,
         description: str,
-        total: int,
+        total: int | None,
         unit: str = "",
         completed: int = 0,
         console: Console | None = None,
@@ -33,21 +36,24 @@ class ProgressBar:
     ):
         self.description, self.total, self.unit = description, total, unit
         self.completed = self.first = completed
-        self.console, self.is_shown = console or Console(stderr=True), is_shown
+        self.console, self.is_shown = console or _STANDARD_ERROR, is_shown and os.environ.get("RANK", "0") == "0"
         self.started = time.monotonic()
         self.next_line = self.started + _FIRST_LINE_SECONDS
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
         self.bar = Progress(*columns, console=self.console, transient=True)
-        self.is_bar = is_shown and (self.console.is_terminal or self.console.is_jupyter)
+        self.is_bar = self.is_shown and (self.console.is_terminal or self.console.is_jupyter)
         self.task = self.bar.add_task(description, total=total, completed=completed, text=self.text())
 
     def text(self) -> str:
         """How much is done, how fast, and the time that is left at that speed."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         speed = (self.completed - self.first) / seconds
-        text = f"{self.completed} of {self.total} {self.unit}".rstrip()
+        total = "" if self.total is None else f" of {self.total}"
+        text = f"{self.completed}{total} {self.unit}".rstrip()
         if not speed:
             return text
+        if self.total is None:
+            return f"{text}, {speed:.3g}/s"
         left = timedelta(seconds=round(max(self.total - self.completed, 0) / speed))
         return f"{text}, {speed:.3g}/s, {left} left"
 

@@ -1,35 +1,21 @@
-"""One run of `bench generate`: its settings, its models, its file, and a bar that says how long it will take."""
+"""One run of `bench generate`: its settings, its models, its file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from transformers_prism.bench.figures import as_json, differences, main_method
 from transformers_prism.bench.generate import ItemResult, bench_generate, make_items
 from transformers_prism.bench.methods import Contest, Method, load_assistant
 from transformers_prism.bench.prompts import contexts_of
 from transformers_prism.bench.record import finished_part, record_head
+from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.whole_files import write_json
 
 BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"
 _TREE_NAMES = ("tree", "tree_top_k", "tree_depth", "tree_num_nodes")
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with the time that is left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 @dataclass
@@ -96,12 +82,11 @@ class GenerateMeasurement:
         if results:
             console.print(f"{len(results)} of {len(items)} were finished before", style="dim")
         num_runs = len(self.methods) * self.repeat
-        with progress_bar(console) as bar:
-            task = bar.add_task("runs", total=len(items) * num_runs, completed=len(results) * num_runs)
+        with ProgressBar("runs", len(items) * num_runs, completed=len(results) * num_runs, console=console) as bar:
             rest = items[len(results) :]
             try:
                 for result in bench_generate(
-                    contest, rest, self.generate, self.repeat, self.seed, self.warm_up, lambda: bar.advance(task)
+                    contest, rest, self.generate, self.repeat, self.seed, self.warm_up, bar.advance
                 ):
                     results.append(result)
                     if path is not None:

@@ -222,9 +222,9 @@ def bench_acceptance_command(
 
     from transformers_prism.bench.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
     from transformers_prism.bench.figures import table_of
-    from transformers_prism.bench.measurement import progress_bar
     from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
     from transformers_prism.cli.demo import chat_inputs
+    from transformers_prism.progress_bar import ProgressBar
     from transformers_prism.target import load_target
 
     console = Console()
@@ -246,11 +246,9 @@ def bench_acceptance_command(
         model_draft.generation_config.tree_text_tokens = text_tokens
     settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
     questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
-    with progress_bar(console) as bar:
-        task = bar.add_task("answers", total=len(questions) * len(settings["trees"]) * len(settings["temperatures"]))
-        rows = bench_acceptance(
-            model, model_draft, questions, settings, weights, json_file, resume, lambda: bar.advance(task)
-        )
+    num_answers = len(questions) * len(settings["trees"]) * len(settings["temperatures"])
+    with ProgressBar("answers", num_answers, console=console) as bar:
+        rows = bench_acceptance(model, model_draft, questions, settings, weights, json_file, resume, bar.advance)
     console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"))
     report_file(json_file)
     _update_card(update_card, json_file)
@@ -326,7 +324,6 @@ def bench_scaling_command(
     from rich.console import Console
 
     from transformers_prism.bench.figures import table_of
-    from transformers_prism.bench.measurement import progress_bar
     from transformers_prism.bench.record import write_record
     from transformers_prism.bench.scaling import (
         DEFAULT_AXES,
@@ -336,6 +333,7 @@ def bench_scaling_command(
         modules_text,
         num_calls,
     )
+    from transformers_prism.progress_bar import ProgressBar
     from transformers_prism.target import load_target
 
     console = Console()
@@ -343,11 +341,8 @@ def bench_scaling_command(
     axes = {name: values for name, values in named.items() if values} or DEFAULT_AXES
     base = Point(modules=4, nodes=31, context=128, batch=1)
     model, _ = load_target(target)
-    with progress_bar(console) as bar:
-        task = bar.add_task("calls", total=num_calls(axes, base, num_rounds))
-        figures = bench_scaling(
-            model, axes, base, tree_top_k, tree_depth, num_rounds, packed, lambda: bar.advance(task)
-        )
+    with ProgressBar("calls", num_calls(axes, base, num_rounds), console=console) as bar:
+        figures = bench_scaling(model, axes, base, tree_top_k, tree_depth, num_rounds, packed, bar.advance)
     console.print(table_of(*axis_rows(figures), "random drafts"))
     if (text := modules_text(figures)) is not None:
         console.print(text, highlight=False)

@@ -5,6 +5,7 @@ import time
 import torch
 
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
+from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.training.data.conversations import Conversation, loop_period
 from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import cache_argument, cache_of
@@ -35,12 +36,14 @@ def measure_acceptance(
     counts = torch.zeros(8 + DEPTH, dtype=torch.float64)
     draft.generation_config.update(**TREE)
     try:
-        with in_eval_mode(target), in_eval_mode(draft):
+        bar = ProgressBar("decoding", len(conversations), "prompts")
+        with in_eval_mode(target), in_eval_mode(draft), bar:
             for conversation in conversations:
                 prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
                 answer = _decode(target, draft, prompt, num_new_tokens)
                 counts += _counts(draft.last_speculation)
                 counts[5:7] += torch.tensor([1.0, float(loop_period(answer) is not None)])
+                bar.advance()
             if conversations:
                 counts[3:5] += torch.tensor(_plain_steps(target, prompt), dtype=torch.float64)
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_prism.borrowed_layers import place_of
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.decoding.target_support import hidden_state
 from transformers_prism.progress_bar import ProgressBar
@@ -181,7 +182,7 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
     head = target.get_output_embeddings()
     with torch.no_grad(), in_eval_mode(target):
         state = target_states(target, tuple(tokens), layer_ids[-1:])
-        found = head(state.to(head.weight.device, head.weight.dtype))
+        found = head(state.to(*place_of(head, target, target.dtype)))
         logits = target(torch.tensor([tokens], device=target.device), use_cache=False).logits[0]
     # Scaled and capped logits keep their order; those of a transformed state have nothing to do with these.
     ranks = [one.float().argsort(dim=-1).argsort(dim=-1).float().flatten() for one in (found, logits.to(found.device))]

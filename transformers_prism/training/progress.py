@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from transformers_prism.progress_bar import ProgressBar
+from transformers_prism.whole_files import whole_file
 
 # Columns of the log, and how they are called; of those that have one value for each draft step, all are shown.
 _COLUMNS = {
@@ -159,7 +160,8 @@ def plot_curves(results: list[dict], path) -> None:
             joined = [point for line in points[name] for point in line]
             axes.plot(*zip(*joined, strict=True), color="black", marker=".")
         axes.set(xlabel="million tokens seen", title=panels[name])
-    figure.savefig(Path(path), dpi=120)
+    with whole_file(Path(path)) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
 
 
 __all__ = ["TrainingLog", "UpdateClock", "plot_curves"]

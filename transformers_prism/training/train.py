@@ -26,6 +26,7 @@ from transformers_prism.command_line import command_line
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining, label_width, reaches_all_weights
@@ -112,12 +113,15 @@ class AlignedTrainer(Trainer):
         order = sorted(range(len(dataset)), key=lambda item: dataset.lengths[item])
         own = order[self.args.process_index :: self.args.world_size]
         training.eval()
-        for batch in DataLoader(dataset, self.args.eval_batch_size, sampler=own, collate_fn=collate):
-            with self.compute_loss_context_manager(), self.accelerator.autocast():
-                inputs = self._prepare_inputs(batch)
-                counts += training.count_agreements(**inputs, num_steps=num_steps)
-            # The states of one batch are gone before those of the next are made.
-            del batch, inputs
+        batches = DataLoader(dataset, self.args.eval_batch_size, sampler=own, collate_fn=collate)
+        with ProgressBar("validation", len(batches), "batches") as bar:
+            for batch in batches:
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    inputs = self._prepare_inputs(batch)
+                    counts += training.count_agreements(**inputs, num_steps=num_steps)
+                # The states of one batch are gone before those of the next are made.
+                del batch, inputs
+                bar.advance()
         training.train()
         counts = self.accelerator.reduce(counts)
         metrics = {}

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.training.data.chats import COLUMNS, NoAnswer, RowError, is_messages, prompt_of, shown
 
 logger = logging.getLogger(__name__)
@@ -94,20 +95,22 @@ def usable_rows(
     """
     told = counts is not None
     counts = RowCounts(Path(source).name) if counts is None else counts
-    for where, row in read_rows(source, split):
-        counts.num_rows += 1
-        try:
-            if isinstance(row, RowError):
-                raise row
-            converted = convert(row)
-        except RowError as error:
-            counts.leave_out(where, error)
-            if counts.num_rows == _ROWS_TRIED:
-                counts.check(max_bad_share)
-        except ValueError as error:  # a fault of the whole source
-            raise ValueError(f"{where}: {error}") from error
-        else:
-            yield converted
+    with ProgressBar(f"reading {counts.source}", None, "rows") as bar:
+        for where, row in read_rows(source, split):
+            counts.num_rows += 1
+            bar.advance()
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                converted = convert(row)
+            except RowError as error:
+                counts.leave_out(where, error)
+                if counts.num_rows == _ROWS_TRIED:
+                    counts.check(max_bad_share)
+            except ValueError as error:  # a fault of the whole source
+                raise ValueError(f"{where}: {error}") from error
+            else:
+                yield converted
     counts.check(max_bad_share)
     if not told:
         counts.warn()
@@ -208,16 +211,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     """JSON lines, or one array of rows, or one object that holds it, or one row."""
     _, first = next(_lines(path), (0, ""))
-    if first.lstrip().startswith("[") or isinstance(_parsed(first), RowError):
+    head = _parsed(first)
+    is_row = isinstance(head, dict) and any(name in head for name in (*COLUMNS, "input_ids"))
+    if not is_row:
         whole = _parsed("".join(line for _, line in _lines(path)))
         if isinstance(whole, dict) and not any(name in whole for name in COLUMNS):
             inner = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
             whole = inner[0] if len(inner) == 1 else whole
-        if not isinstance(whole, RowError):
+        if isinstance(whole, list) or isinstance(head, RowError) and not isinstance(whole, RowError):
             rows = whole if isinstance(whole, list) and not is_messages(whole) else [whole]
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
             return
-        if _kind(path) == ".json" and isinstance(_parsed(first), RowError):
+        if _kind(path) == ".json" and isinstance(head, RowError):
             raise whole
     for number, line in _lines(path):
         yield f"line {number}", _parsed(line)

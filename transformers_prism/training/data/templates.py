@@ -117,6 +117,7 @@ class _Span:
     start: int
     said_end: int
     end: int
+    has_calls: bool = False
 
 
 def _rendered(tokenizer, chat: list[dict], tools) -> tuple[list[dict], str, list[_Span]]:
@@ -166,7 +167,7 @@ def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Sp
     functions = [call["function"] for call in chat[index]["tool_calls"]]
     words = [chat[index]["content"].strip()]
     words += [word for function in functions for word in (function["name"], *map(str, function["arguments"]))]
-    return _Span(start, len(through), len(through)) if all(word in said for word in words) else None
+    return _Span(start, len(through), len(through), True) if all(word in said for word in words) else None
 
 
 def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
@@ -194,22 +195,12 @@ def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
         position = start + len(said)
         end = position + (len(turn_end) if text.startswith(turn_end, position) else 0)
         spans.append(_Span(start, position, end))
-    _refuse_special_tokens(tokenizer, [text[span.start : span.said_end] for span in spans])
     # The target will be asked with the beginning of the chat, as the template writes it alone.
     befores = [render(tokenizer, chat[:index], True, tools) for index in indices]
     asked = [span for span, before in zip(spans, befores, strict=True) if text[: span.start].startswith(before.rstrip())]
     if not asked:
         raise RowError("expected a template that writes a chat turn by turn, got one that rewrites it")
     return asked
-
-
-def _refuse_special_tokens(tokenizer, answers: list[str]) -> None:
-    """An answer that mentions a special token would be read as one, such as the end of its turn."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for answer in answers:
-        found = next((token for token in special if token in answer), None)
-        if found is not None:
-            raise RowError(f"expected answers without special tokens of the target, got {found!r}")
 
 
 def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span) -> tuple[int, int]:
@@ -223,7 +214,14 @@ def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span
             if last <= span.said_end:
                 said.append(position)
     expected = text[span.start : span.said_end].strip()
-    read_back = tokenizer.decode([input_ids[position] for position in said], clean_up_tokenization_spaces=False).strip()
+    said_ids = [input_ids[position] for position in said]
+    read_back = tokenizer.decode(said_ids, clean_up_tokenization_spaces=False)
+    # An answer that mentions a special token would be read as one, such as the end of its turn.
+    if not span.has_calls and read_back != tokenizer.decode(said_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content in expected]
+        if special:
+            raise RowError(f"expected answers without special tokens of the target, got {', '.join(special)}")
+    read_back = read_back.strip()
     # Some tokenizers compose accents.
     if unicodedata.normalize("NFC", read_back) != unicodedata.normalize("NFC", expected):
         raise RowError(
