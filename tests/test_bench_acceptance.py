@@ -65,7 +65,7 @@ def test_acceptance_goes_on_where_it_was_interrupted(command, tmp_path, monkeypa
     assert json.loads(path.read_text())["rows"] == whole["rows"]
     result = CliRunner().invoke(app, [*command, "--resume", "--max-new-tokens", "6"])
     assert result.exit_code == 1
-    assert "expected max_new_tokens 6 to go on, got 8" in result.stderr
+    assert "expected max_new_tokens 6 to resume, got 8" in result.stderr
 
 
 @pytest.mark.parametrize(("options", "expected"), [([], True), (["--no-coupled"], False)])

@@ -245,7 +245,7 @@ def test_methods_that_cannot_be_served_are_refused():
     with pytest.raises(ValueError, match="expected 1 for lookup.* got 4"):
         parse_methods(["lookup"], is_packed=True, batch_size=4)
     target, parsed = tiny_target("llama", seed=3), parse_methods(["assisted"], is_packed=True)
-    with pytest.raises(ValueError, match="expected --assistant beside 'assisted'"):
+    with pytest.raises(ValueError, match="expected --assistant with 'assisted'"):
         Contest(target, tiny_draft(target), None, parsed, 64)
     with pytest.raises(ValueError, match="num_prompts: expected a multiple of the batch size 4, got 6"):
         items_of(word_tokenizer(), RECORDS, batch_size=4)
@@ -343,7 +343,7 @@ def test_command_does_not_mix_settings(command):
     sizes = ("--num-prompts", 1, "--method", "chain", "--no-packed")
     _, before = command(*sizes, "--repeat", 1)
     result, after = command(*sizes, "--repeat", 2, "--resume", status=1)
-    assert "settings: expected repeat 2 to go on, got 1" in result.stderr
+    assert "settings: expected repeat 2 to resume, got 1" in result.stderr
     assert before == after
 
 

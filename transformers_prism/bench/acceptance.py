@@ -60,7 +60,7 @@ def decode_prompts(
         tree (`str`): nodes/depth/top-k.
         temperature (`float`): 0 is greedy.
         max_new_tokens, seed (`int`): of each answer.
-        is_coupled (`bool`): whether the draft sees the random numbers of sampling.
+        is_coupled (`bool`): whether the draft uses the random numbers of sampling.
         advance: called after each answer.
     Returns:
         `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, and whether it `ends_in_a_loop`.
@@ -119,7 +119,7 @@ def bench_acceptance(
         target, draft: the models, bound to each other.
         questions: task and generate()'s inputs of each prompt.
         settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `coupled`, `packed`, and what else the file is
-            to say; `text_tokens` is the draft's own setting.
+            to record; `text_tokens` is the draft's own setting.
         weights (`str`): [`weights_sha256`] of the draft.
         path (`Path`, *optional*): of the measurement's file.
         resume (`bool`): keep what the file holds already.

@@ -45,7 +45,7 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
         baselines: names of the plain methods that were measured, the method's own first.
     Returns:
         `dict`: counts of prompts, tau pooled and as the mean over prompts, milliseconds of a round, tokens per second,
-        and in "over" the ratios to each baseline; those to the method's own stand beside as well. None where there is
+        and in "over" the ratios to each baseline; those to the method's own are also at the top level. None where there is
         nothing to say.
     """
     outcomes = [result.outcomes[method.name] for result in results]
@@ -158,7 +158,7 @@ def _sum_counts(parts: list[list[list[int]]]) -> list[list[int]]:
 
 
 def as_json(results: list[ItemResult], methods: list[Method]) -> dict:
-    """What the JSON file holds beside its head: of each method, figures over all prompts and per task; each prompt.
+    """What the JSON file holds besides its head: of each method, figures over all prompts and per task; each prompt.
 
     Those of [`main_method`] stand in front as well, where a draft's card looks for them.
     """

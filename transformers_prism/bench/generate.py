@@ -38,7 +38,7 @@ class Item:
 
 
 def make_items(records: list[dict], rows: list[dict], batch_size: int, pad_token_id: int) -> list[Item]:
-    """Prompts in their order, so many in each batch.
+    """Batches of prompts, in order.
 
     Args:
         records: in Spec-Bench's form.
@@ -74,7 +74,7 @@ class Outcome:
         round_seconds: with a PRISM draft, per repeat, the host's seconds in "draft", "verify", "commit" and "other".
         step_counts: with a PRISM draft, per draft step: rounds that drafted deeper and accepted all before it, and how
             many of them accepted its token.
-        is_identical: of each row, whether every repeat gave the tokens of the baseline's run beside it.
+        is_identical: of each sequence, whether every repeat gave the tokens of the baseline's run.
         first_difference: of each row, index of the first new token that differs; None if none does.
         logit_gap: of each row, there, what separates the target's two best raw logits; None if none differs.
         declined: why the draft was not used; None if it was.

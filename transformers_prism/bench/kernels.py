@@ -163,7 +163,7 @@ def compile_all(
     Args:
         kernels: names of kernels; all if absent.
         architectures: keys of `ARCHITECTURES`.
-        log: told of each kernel before it is compiled.
+        log: called with each kernel before it is compiled.
         every_tile: compile the calls of `every_tile()` instead of those of `cases()`.
     Returns:
         `list` of `dict`: rows of kernel, config, arch, registers, spill_bytes, shared_bytes.
@@ -242,7 +242,7 @@ def bench_kernels(device, kernels=None, log=lambda line: None) -> list[Timing]:
     Args:
         device (`torch.device`): the GPU.
         kernels: names of kernels; all if absent.
-        log: told of each case before it runs.
+        log: called with each case before it runs.
     Raises:
         ValueError: if `device` is one that Triton does not compile for.
     """
@@ -294,7 +294,7 @@ def compiled_table(rows: list[dict]) -> str:
 
 
 def write_table(readme: Path, rows: list[dict]) -> None:
-    """Replace what stands between the marks `<!-- compiled -->` and `<!-- /compiled -->` of a Markdown file by a table.
+    """Replace the text between the marks `<!-- compiled -->` and `<!-- /compiled -->` of a Markdown file by a table.
 
     Args:
         readme (`Path`): the file.

@@ -93,7 +93,7 @@ class GenerateMeasurement:
                         write_json(path, {**head, **as_json(results, self.methods)})
                     self._tell(result, f"{len(results)}/{len(items)}", console)
             except KeyboardInterrupt:
-                console.print(f"{len(results)} of {len(items)} are finished; --resume goes on with the others")
+                console.print(f"{len(results)} of {len(items)} are finished; --resume measures the others")
                 raise
             finally:
                 contest.close()

@@ -138,7 +138,7 @@ class Contest:
             if method.uses_draft:
                 self.drafts[method.name].generation_config.update(**method.tree)
             if method.kind == "assisted" and assistant is None:
-                raise ValueError("method: expected --assistant beside 'assisted', got none")
+                raise ValueError("method: expected --assistant with 'assisted', got none")
         self.static_cache = StaticCache(config=target.config, max_cache_len=max_length)
         self.prepared: PreparedModels | None = None
         if any(method.is_prepared for method in methods):
@@ -161,7 +161,7 @@ class Contest:
             self.prepared = None
 
     def arguments(self, method: Method) -> dict:
-        """What generate() is called with beside the prompt and its settings."""
+        """Arguments of generate() in addition to the prompt and its settings."""
         if method.uses_draft:
             return {"assistant_model": self.drafts[method.name]}
         if method.kind == "lookup":

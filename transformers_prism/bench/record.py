@@ -77,7 +77,7 @@ def finished_part(path: Path, head: dict) -> dict | None:
 
     Args:
         path (`Path`): the measurement's file.
-        head (`dict`): [`record_head`] of the measurement that is to go on.
+        head (`dict`): [`record_head`] of the measurement to resume.
     Raises:
         ValueError: if the file's figures were measured in another way, saying what differs.
     """
@@ -95,7 +95,7 @@ def _check_same(expected: dict, found: dict, where: str) -> None:
         if name == "settings":
             _check_same(value, found[name], f"{where}, settings")
         elif found.get(name) != value:
-            raise ValueError(f"{where}: expected {name} {value!r} to go on, got {found.get(name)!r}")
+            raise ValueError(f"{where}: expected {name} {value!r} to resume, got {found.get(name)!r}")
 
 
 def hardware(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""How long a round takes as modules M, nodes of the tree, context and batch grow, each beside a plain step.
+"""How long a round takes as modules M, nodes of the tree, context and batch grow, each compared with a plain step.
 
     transformers-prism bench scaling --json scaling.json
     transformers-prism bench scaling --modules 1 --modules 8 --num-rounds 200

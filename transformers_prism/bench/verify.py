@@ -116,7 +116,7 @@ class Check:
             sound ways of computing them differ by, the draft not asked.
         has_same_generator: whether the random generator was left in the state that plain decoding leaves.
         acceptance_length: tau of the run with the draft, its last call where it has several.
-        path: what that call did, as its statistics say: "target", "walk" and "coupled" of [`Speculation`], the kind of
+        path: what that call did, from its statistics: "target", "walk" and "coupled" of [`Speculation`], the kind of
             "tree", nodes "drafted", how many of them "copied", and why it "declined" or "stopped" drafting, if it did.
         control_of: for the negative control, the path that was broken.
     """
@@ -433,7 +433,7 @@ def _noise(scores: torch.Tensor, step: int, seed: int) -> torch.Tensor:
 
 
 def as_json(checks: list[Check]) -> dict:
-    """What the JSON file holds beside the run's settings."""
+    """What the JSON file holds besides the run's settings."""
     return {
         "holds": all(check.holds for check in checks) and any(check.is_caught for check in checks if check.name == CONTROL),
         "num_near_ties": sum(check.is_near_tie for check in checks),
@@ -468,7 +468,7 @@ def check_table(checks: list[Check]) -> Table:
 
 
 def path_in_words(path: dict) -> str:
-    """What a run did, as "tree, host's walk, coupled"; nothing for reports that do not say."""
+    """What a run did, as "tree, host's walk, coupled"; empty for reports of an earlier release."""
     if not path:
         return ""
     if path["declined"] is not None:
