@@ -30,8 +30,9 @@ def has_plain_weight(layer: nn.Module) -> bool:
     """
     weight = getattr(layer, "weight", None)
     # Quantised weights may call themselves float32, but are of a class of their own.
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    return is_plain and weight.dim() == 2
+    if not isinstance(weight, torch.Tensor) or type(weight) not in (torch.Tensor, nn.Parameter):
+        return False
+    return weight.dim() == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def is_plain_linear(layer: nn.Module) -> bool:

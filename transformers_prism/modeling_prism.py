@@ -271,7 +271,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def output_states(self, layer_outputs: torch.Tensor) -> torch.Tensor:
         """What a draft step predicts and passes on, from the outputs of its last layer, both `(B, T, D)`."""
-        return self.norm(layer_outputs) if self.config.norm_output else layer_outputs
+        return layer_outputs if self.norm is None or not self.config.norm_output else self.norm(layer_outputs)
 
     def _head_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the head reads of a draft step's output, both `(..., D)`."""

@@ -56,7 +56,7 @@ class PrismDecoderLayer(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj"):
             features, bias = (width, getattr(self.self_attn, name).out_features), config.attention_bias
             if config.query_key_norm and name != "v_proj":
-                head_norm = (config.head_dim, config.rms_norm_eps)
+                head_norm = (self.self_attn.head_dim, config.rms_norm_eps)
                 setattr(self.self_attn, name, HeadNormLinear(*features, bias, *head_norm))
             elif reads_embeddings:
                 setattr(self.self_attn, name, nn.Linear(*features, bias=bias))
@@ -71,7 +71,7 @@ class PrismDecoderLayer(nn.Module):
 
     def after_attention(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """Residual and MLP, all of shape `(B, T, D)`; `residual` is the input of the layer."""
-        if self.norm_before_residual:
+        if self.norm_before_residual and self.hidden_norm is not None:
             residual = self.hidden_norm(residual)
         hidden_states = residual + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
