@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
-from .layer_check import has_plain_weight, input_device, is_plain_linear
+from .layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
 
 # How far logits of dequantised rows may be from the head's own, as a share of the largest.
 _SAME_HEAD = 0.02
@@ -120,7 +120,7 @@ class BorrowedLayers:
     @property
     def has_plain_head(self) -> bool:
         """Whether the head is a matrix of numbers in memory, whose rows can be taken."""
-        return is_plain_linear(self.head) and not self.head.weight.is_meta
+        return is_plain_linear(self.head) and not is_offloaded(self.head, self.head.weight.device)
 
     def _take_other_head(self, draft_to_target: torch.Tensor, kind: type[PackedLinear] | None) -> None:
         """The draft's head from one that is no plain matrix, made again if the head's weight is another one."""
@@ -319,7 +319,7 @@ def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> t
     if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
         return target.device, target.dtype
     is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    return input_device(target) if weight.is_meta else weight.device, weight.dtype if is_plain else dtype
+    return input_device(target) if is_offloaded(target, weight.device) else weight.device, weight.dtype if is_plain else dtype
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -30,9 +30,9 @@ def has_plain_weight(layer: nn.Module) -> bool:
     """
     weight = getattr(layer, "weight", None)
     # Quantised weights may call themselves float32, but are of a class of their own.
-    if weight is None or type(weight) not in (torch.Tensor, nn.Parameter):
+    if not isinstance(weight, torch.Tensor) or type(weight) not in (torch.Tensor, nn.Parameter):
         return False
-    return weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.dim() == 2
+    return weight.dim() == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -46,7 +46,12 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where a target takes its inputs; the CPU if it is offloaded, whose hooks move them to where a layer runs."""
-    return torch.device("cpu") if target.device.type == "meta" else target.device
+    return torch.device("cpu") if is_offloaded(target, target.device) else target.device
+
+
+def is_offloaded(module: nn.Module, device: torch.device) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere while it does not run, so that they seem to be on `device`."""
+    return device.type == "meta" and hasattr(module, "_hf_hook")
 
 
 def reason_against_target(target: PreTrainedModel) -> str | None:

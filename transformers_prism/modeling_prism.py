@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
 from .cpu import refresh_packed_weights
-from .decoding.drafter import Drafter
+from .decoding.draft_side import Drafter
 from .decoding.speculation import Speculation
 from .generation import install, speculative_generate
 from .hub.loading import check_memory
@@ -271,9 +271,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def output_states(self, layer_outputs: torch.Tensor) -> torch.Tensor:
         """What a draft step predicts and passes on, from the outputs of its last layer, both `(B, T, D)`."""
-        if self.norm is None or not self.config.norm_output:
-            return layer_outputs
-        return self.norm(layer_outputs)
+        return layer_outputs if self.norm is None or not self.config.norm_output else self.norm(layer_outputs)
 
     def _head_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the head reads of a draft step's output, both `(..., D)`."""
