@@ -20,11 +20,13 @@ from transformers_prism.cli.options import (
     sampling_settings,
     user_errors,
 )
+from transformers_prism.cli.serve import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 data_app = typer.Typer(no_args_is_help=True, help="Look at what training would learn from.")
 app.add_typer(data_app, name="data")
+app.command()(serve)
 
 
 @app.callback()
