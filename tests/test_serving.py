@@ -2,15 +2,18 @@
 
 import gc
 import json
+import re
 import socket
 import threading
 import time
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import CHAT_TEMPLATE, tiny_draft, tiny_target, word_tokenizer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from transformers_prism.cli.main import app as command
@@ -360,6 +363,17 @@ def test_serving_loads_by_name(tiny_folders):
     target, _, draft = load_named(*tiny_folders, "auto", "bfloat16", True)
     assert target.dtype == draft.dtype == torch.bfloat16
     assert draft.last_speculation is not None
+
+
+def test_serving_the_guide_works(client, capsys):
+    """Its Python block runs against a server, and the options that it lists are the command's."""
+    guide = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
+    exec(block.replace("http://127.0.0.1:8000/v1", str(client.base_url)), {})
+    assert "acceptance_length" in capsys.readouterr().out
+    options = set(re.findall(r"`(--[a-z-]+)`", guide)) - {"--continuous-batching", "--web"}
+    known = {name for param in get_command(command).commands["serve"].params for name in param.opts + param.secondary_opts}
+    assert options <= known
 
 
 @pytest.mark.quick

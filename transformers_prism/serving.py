@@ -383,7 +383,7 @@ class _Checked:
 def _with_report(response, request: Request):
     """The response with the report in its usage, or in that of its last event."""
     if not hasattr(response, "body_iterator"):
-        return JSONResponse(_with_usage(json.loads(response.body), request))
+        return JSONResponse(_with_usage(json.loads(response.body), request), response.status_code)
     events = response.body_iterator
 
     async def reported():
@@ -409,7 +409,7 @@ def _reported_line(line: str, request: Request) -> str:
 
 def _with_usage(payload: dict, request: Request) -> dict:
     """An answer, with the report in its usage if it has one."""
-    holder = payload.get("response") if isinstance(payload.get("response"), dict) else payload
+    holder: dict = payload.get("response") or payload
     if isinstance(holder.get("usage"), dict) and request.report is not None:
         holder["usage"]["speculation"] = request.report
     return payload

@@ -170,7 +170,8 @@ def serve_parts() -> SimpleNamespace:
             transcription,
             utils,
         )
-    names = ("ChatCompletionHandler", "CompletionHandler", "ResponseHandler", "SystemOneHandler", "TranscriptionHandler")
-    names += ("GenerateManager", "GenerationState", "ModelManager", "TimedModel", "build_server")
+    handlers = ("ChatCompletion", "Completion", "Response", "SystemOne", "Transcription")
+    names = [f"{name}Handler" for name in handlers]
+    names += ["GenerateManager", "GenerationState", "ModelManager", "TimedModel", "build_server"]
     files = (utils, chat_completion, completion, model_manager, response, server, systemone, transcription)
     return SimpleNamespace(**{name: next(getattr(file, name) for file in files if hasattr(file, name)) for name in names})

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from transformers_prism.cli import serve
 from transformers_prism.cli.bench import bench_app
 from transformers_prism.cli.options import (
     DraftOption,
@@ -20,13 +21,12 @@ from transformers_prism.cli.options import (
     sampling_settings,
     user_errors,
 )
-from transformers_prism.cli.serve import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
 data_app = typer.Typer(no_args_is_help=True, help="Look at what training would learn from.")
 app.add_typer(data_app, name="data")
-app.command()(serve)
+serve.add_to(app)
 
 
 @app.callback()
@@ -40,6 +40,8 @@ def demo(
     draft: DraftOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 96,
     packed: PackedOption = True,
+    web: Annotated[bool, typer.Option("--web", help="Show a page in the browser instead, to ask your own.")] = False,
+    port: Annotated[int, typer.Option(help="With --web: port of the page, on this machine alone.")] = 7860,
 ):
     """Answer three prompts with and without a draft, and compare."""
     from rich.console import Console
@@ -49,6 +51,10 @@ def demo(
 
     logging.disable_progress_bar()
     with user_errors():
+        if web:
+            from transformers_prism.cli.web import run_web
+
+            return run_web(target, draft, packed, port)
         run_demo(target, draft, max_new_tokens, packed, Console())
 
 

@@ -61,6 +61,11 @@ def serve(
         serving.run_server(app, listener)
 
 
+def add_to(app: typer.Typer) -> None:
+    """Give an application this command."""
+    app.command()(serve)
+
+
 def load(target_name: str | None, draft_name: str | None, device: str, dtype: str, packed: bool):
     """Target, tokenizer and draft, ready to answer: after one short answer, in which costs are measured.
 

@@ -11,25 +11,28 @@ from html import escape
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_prism.cli.demo import PROMPTS, RoundStreamer, chat_inputs
+from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, RoundStreamer, chat_inputs, load_pair
+from transformers_prism.transformers_names import name_of
 
 REFRESH_SECONDS = 0.1
 CSS = """
 .prism {--accepted: #2f9e5b; --bonus: #d98a00; font-size: 15px;}
 .prism .columns {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px;}
 .prism .answer {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 16px; min-height: 150px;}
-.prism .head {display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 12px; margin-bottom: 8px;}
-.prism .head span, .prism .note {color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums;}
+.prism .head {margin-bottom: 10px;}
+.prism .head span, .prism .note {opacity: 0.72; font-variant-numeric: tabular-nums;}
+.prism .head span {display: block; min-height: 1.5em;}
 .prism .text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.65;}
 .prism .accepted {background: color-mix(in srgb, var(--accepted) 24%, transparent); border-radius: 3px;}
-.prism .bonus {background: color-mix(in srgb, var(--bonus) 30%, transparent); border-radius: 3px; font-weight: 600;}
+.prism .bonus {background: color-mix(in srgb, var(--bonus) 30%, transparent); border-radius: 3px; box-shadow: inset 0 -2px var(--bonus);}
 .prism .round:hover {outline: 2px solid var(--body-text-color-subdued); outline-offset: 1px; border-radius: 3px;}
 .prism .legend {display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 2px 0 10px;}
 .prism .legend span {padding: 0 5px;}
 .prism .verdict {margin: 14px 0 4px; font-size: 16px; font-weight: 600;}
 .prism .same {color: var(--accepted);}
 .prism .differs {color: #d03b3b;}
-.prism .chart {display: grid; grid-template-columns: auto 1fr; gap: 0 8px; margin-top: 4px;}
+.prism .chart {display: grid; grid-template-columns: auto 1fr; gap: 6px 8px; margin-top: 16px;}
+.prism .chart .caption {grid-column: 1 / -1;}
 .prism .scale {display: flex; flex-direction: column; justify-content: space-between; text-align: right;}
 .prism .bars {display: flex; align-items: flex-end; height: 92px; border-bottom: 1px solid var(--body-text-color-subdued);}
 .prism .bar {flex: 1 1 0; max-width: 16px; display: flex; flex-direction: column; justify-content: flex-end; height: 100%;}
@@ -228,8 +231,8 @@ def _column(title: str, answer: Answer) -> str:
         figures.append(f"acceptance length {answer.acceptance_length:.2f}")
     if answer.state == "stopped":
         figures.append("stopped")
-    waiting = "waits for its turn" if answer.state == "waiting" else "" if answer.tokens else "reads the prompt ..."
-    head = f'<div class="head"><b>{title}</b><span>{" · ".join(figures) or waiting}</span></div>'
+    note = " · ".join(figures) or ("reads the prompt ..." if answer.state == "running" else "")
+    head = f'<div class="head"><b>{title}</b><span>{note}</span></div>'
     return f'<div class="answer">{head}<div class="text">{_text(answer)}</div></div>'
 
 
@@ -274,26 +277,19 @@ def _chart(drafted: Answer) -> str:
         for index, count in enumerate(accepted)
     )
     scale = f'<div class="scale note"><span>{top}</span><span>0</span></div>'
-    return (
-        f'<div class="note">Tokens of each of the {len(accepted)} rounds: one forward of the target brings so many</div>'
-        f'<div class="chart">{scale}<div class="bars">{bars}</div></div>'
-    )
+    caption = f'<div class="caption note">Tokens per round, one forward of the target each ({len(accepted)} rounds)</div>'
+    return f'<div class="chart">{caption}{scale}<div class="bars">{bars}</div></div>'
 
 
-def build_page(comparison: Comparison, title: str, description: str):
-    """The page, to be launched with `css=CSS`.
+def build_page(comparison: Comparison, target_name: str, draft_name: str):
+    """The page, for [`launch`].
 
     Args:
         comparison (`Comparison`): what answers.
-        title (`str`): the heading.
-        description (`str`): Markdown below it.
+        target_name (`str`), draft_name (`str`): shown below the heading.
     Returns:
         `gradio.Blocks`
-    Raises:
-        ImportError: if Gradio is missing.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise ImportError("expected the package gradio for the page, got none; pip install 'transformers-prism[web]'")
     import gradio as gr
 
     def answer(prompt, temperature, tree, depth, num_nodes, max_new_tokens, seed):
@@ -309,15 +305,17 @@ def build_page(comparison: Comparison, title: str, description: str):
     def replay(answers):
         return render(*answers, is_replay=True) if answers else gr.skip()
 
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.Markdown(f"# {title}\n{description}")
+    with gr.Blocks(title="PRISM", analytics_enabled=False) as page:
+        gr.Markdown(
+            f"# PRISM: the same answer, sooner\n`{target_name}` with the draft `{draft_name}`: the draft proposes several "
+            "tokens, the target checks them all in one forward and keeps those that it would have written itself."
+        )
         answers = gr.State(None)
-        with gr.Row(equal_height=True):
-            prompt = gr.Textbox(label="Question", value=PROMPTS[0], lines=2, scale=4, elem_id="question")
-            with gr.Column(scale=1, min_width=180):
-                start = gr.Button("Answer", variant="primary", elem_id="start")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
-                again = gr.Button("Replay side by side", elem_id="replay")
+        prompt = gr.Textbox(label="Question", value=PROMPTS[0], lines=2, elem_id="question")
+        with gr.Row():
+            start = gr.Button("Answer", variant="primary", min_width=100, elem_id="start")
+            stop = gr.Button("Stop", min_width=100, elem_id="stop")
+            again = gr.Button("Replay both at once", min_width=180, elem_id="replay")
         gr.Examples([[text] for text in PROMPTS], inputs=[prompt], label="Examples")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
@@ -328,7 +326,7 @@ def build_page(comparison: Comparison, title: str, description: str):
                 tree = gr.Radio(["auto", "static", "chain"], value="auto", label="Tree", info="auto: chosen every round")
                 depth = gr.Slider(1, 8, 8, step=1, label="Depth", info="draft steps of a round at most")
                 nodes = gr.Slider(1, 63, 63, step=1, label="Nodes", info="drafted tokens of a round at most")
-        view = gr.HTML(render(Answer(), Answer()), elem_id="view")
+        view = gr.HTML(render(Answer(), Answer()), elem_id="view", padding=False)
         gr.Markdown(
             "Both are decoded in turn, with the draft first, so that each has the machine to itself. Speeds include the "
             "prompt and this page's own work; `transformers-prism bench generate` measures them properly."
@@ -341,29 +339,43 @@ def build_page(comparison: Comparison, title: str, description: str):
     return page
 
 
-def run_web(target, tokenizer, draft, names: tuple[str, str], host: str = "127.0.0.1", port: int | None = None) -> None:
+def run_web(target: str | None, draft: str | None, use_packed_weights: bool, port: int, host: str = "127.0.0.1") -> None:
     """Show the page until interrupted.
 
     Args:
-        target (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`), draft (`PrismDraftModel`): a bound pair.
-        names (`tuple[str, str]`): the target's and the draft's.
+        target (`str`, *optional*), draft (`str`, *optional*), use_packed_weights (`bool`): as for [`load_pair`].
+        port (`int`): to listen on.
         host (`str`): address to listen on.
-        port (`int`, *optional*): port; None takes a free one from 7860 on.
+    Raises:
+        ImportError: if Gradio is missing.
+        OSError: if the port is in use.
     """
-    launch(build_page(Comparison(target, tokenizer, draft), "PRISM", description_of(*names)), host, port)
+    _require_gradio()
+    page = make_page(target, draft, use_packed_weights)
+    try:
+        launch(page, server_name=host, server_port=port)
+    except OSError as error:
+        raise OSError(f"expected to listen on {host} port {port}, got: {error}; name another with --port") from error
 
 
-def description_of(target: str, draft: str) -> str:
-    """What the page compares, in Markdown."""
-    return f"Speculative decoding without loss: `{target}` with the draft `{draft}` gives the same answer in fewer forwards."
+def make_page(target: str | None, draft: str | None, use_packed_weights: bool = True):
+    """The page for a target and its draft, both loaded; arguments as for [`load_pair`]. The first answer waits for nothing."""
+    model, tokenizer, draft_model = load_pair(target, draft, use_packed_weights)
+    model.generate(**chat_inputs(tokenizer, "Hello!", model.device), max_new_tokens=8, assistant_model=draft_model)
+    return build_page(Comparison(model, tokenizer, draft_model), name_of(model.config), draft or SHIPPED_DRAFT.name)
 
 
-def launch(page, host: str | None = None, port: int | None = None, **options):
-    """Launch a page of [`build_page`] with its colours and without fonts from elsewhere; options are those of Gradio."""
+def launch(page, **options):
+    """Launch a page of [`build_page`] with its colours, and without fonts from elsewhere; options are Gradio's."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return page.launch(server_name=host, server_port=port, css=CSS, theme=theme, footer_links=[], **options)
+    return page.launch(css=CSS, theme=theme, footer_links=[], **options)
 
 
-__all__ = ["Answer", "Comparison", "Token", "build_page", "launch", "render", "run_web"]
+def _require_gradio() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("expected the package gradio for the page, got none; pip install 'transformers-prism[web]'")
+
+
+__all__ = ["Answer", "Comparison", "Token", "build_page", "launch", "make_page", "render", "run_web"]
