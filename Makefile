@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal
 OLDEST_TRANSFORMERS := 5.23.0
 OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_side transformers_names target_support round_check hub renewal published_set reference)
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_side transformers_names target_support round_check hub renewal published_set reference serving)
 
 # Of `make test-python`.
 OTHER := .venv-$(notdir $(PYTHON))

@@ -23,7 +23,7 @@ FLOORS = (
     {"generation", "hub.files", "hub.loading", "hub.pretrained"},
     {"modeling_prism"},
     {"conversion", "hub", "training"},
-    {"bench"},
+    {"bench", "serving"},
     {"cli"},
 )
 # What the loader of remote code may ask a user to install; anything else has to be inside `try`.

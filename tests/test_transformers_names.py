@@ -49,6 +49,14 @@ def test_a_cache_is_found_under_any_name():
 
 
 @pytest.mark.quick
+def test_serving_names_its_extra(monkeypatch):
+    """Where a package of it is missing."""
+    monkeypatch.setattr(transformers_names.importlib.util, "find_spec", lambda name: None if name == "openai" else name)
+    with pytest.raises(ImportError, match="got none named openai; pip install 'transformers-prism\\[serve\\]'"):
+        transformers_names.serve_parts()
+
+
+@pytest.mark.quick
 def test_a_draft_drafts_on_this_release():
     """Not declined, and more than one token a round, without any deprecation warning."""
     prompt, _ = prompts(1)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, target_numerics
 from .cpu import refresh_packed_weights
-from .decoding.draft_side import Drafter
+from .decoding.drafter import Drafter
 from .decoding.speculation import Speculation
 from .generation import install, speculative_generate
 from .hub.loading import check_memory

@@ -5,8 +5,10 @@ field), never a version number: 5.23 calls the cache of keys and values `past_ke
 """
 
 import functools
+import importlib.util
 import inspect
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 from .tried_releases import errors_tell_of_untried_release
@@ -143,3 +145,33 @@ def is_made_up(generation_config) -> bool:
 def mark_as_own(generation_config) -> None:
     """Let a generation configuration be saved with all its settings: one that is made up loses what is not stock."""
     generation_config._from_model_config = False
+
+
+def serve_parts() -> SimpleNamespace:
+    """The classes that `transformers serve` is made of.
+
+    Raises:
+        ImportError: if a package of the extra `serve` is missing.
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "openai", "pydantic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"expected the packages of the extra 'serve', got none named {', '.join(missing)}; "
+            "pip install 'transformers-prism[serve]'"
+        )
+    with errors_tell_of_untried_release():
+        from transformers.cli.serving import (
+            chat_completion,
+            completion,
+            model_manager,
+            response,
+            server,
+            systemone,
+            transcription,
+            utils,
+        )
+    handlers = ("ChatCompletion", "Completion", "Response", "SystemOne", "Transcription")
+    names = [f"{name}Handler" for name in handlers]
+    names += ["GenerateManager", "GenerationState", "ModelManager", "TimedModel", "build_server"]
+    files = (utils, chat_completion, completion, model_manager, response, server, systemone, transcription)
+    return SimpleNamespace(**{name: next(getattr(file, name) for file in files if hasattr(file, name)) for name in names})

@@ -34,8 +34,14 @@ def demo(
     draft: DraftOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 96,
     packed: PackedOption = True,
+    web: Annotated[bool, typer.Option("--web", help="Show a page in the browser instead, to ask your own.")] = False,
+    port: Annotated[int, typer.Option(help="With --web: port of the page, on this machine alone.")] = 7860,
 ):
     """Answer three prompts with and without a draft, and compare."""
+    if web:
+        from transformers_prism.cli.web import run_web
+
+        return run_web(target, draft, packed, port)
     from rich.console import Console
 
     from transformers_prism.cli.demo import run_demo

@@ -1,0 +1,106 @@
+"""The command `serve`: an OpenAI-compatible server whose answers are drafted."""
+
+import contextlib
+import logging
+from typing import Annotated, Literal
+
+import typer
+
+from transformers_prism.cli.options import Commands, DraftOption, PackedOption
+
+
+def serve(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder or .gguf file; SmolLM2-135M-Instruct if absent.", show_default=False),
+    ] = None,
+    draft: DraftOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback is open to others.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--served-model-name", help="The model's id for clients; TARGET if absent.", show_default=False)
+    ] = None,
+    model_timeout: Annotated[
+        int, typer.Option(min=-1, help="Seconds without a request until the models are unloaded; -1 is never.")
+    ] = -1,
+    other_models: Annotated[
+        bool, typer.Option("--other-models", help="Load other models that requests name, too, without a draft.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto is an accelerator if there is one.")] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of both models.")] = "float32",
+    packed: PackedOption = True,
+    continuous_batching: Annotated[bool, typer.Option("--continuous-batching", hidden=True)] = False,
+):
+    """Serve a target with its draft behind an OpenAI-compatible URL, by way of `transformers serve`.
+
+    POST /v1/chat/completions, /v1/completions and /v1/responses, streamed or not; GET /v1/models and /health.
+    Requests wait for each other: continuous batching of transformers takes no draft.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from transformers_prism import serving
+    from transformers_prism.cli.demo import SHIPPED_DRAFT
+    from transformers_prism.target import DEMO_HUB_ID
+
+    if continuous_batching:
+        raise ValueError(serving.NO_CONTINUOUS_BATCHING)
+    logging.basicConfig(format="%(levelname)s:     %(message)s")
+    logging.getLogger("transformers_prism").setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    listener = serving.listen(host, port)
+    served = serving.ServedTarget(
+        name=name or target or DEMO_HUB_ID,
+        draft_name=draft or SHIPPED_DRAFT.name,
+        load=lambda: load(target, draft, device, dtype, packed),
+        model_timeout=model_timeout or -1,
+        allows_other_models=other_models,
+    )
+    app = serving.build_app(served, device=device, dtype=dtype)
+    typer.echo(f"Serving {served.name} with {served.draft_name} at http://{host}:{listener.getsockname()[1]}/v1")
+    serving.run_server(app, listener)
+
+
+def add_to(app: Commands) -> None:
+    """Add the command to the command line."""
+    app.command("serve")(serve)
+
+
+def load(target_name: str | None, draft_name: str | None, device: str, dtype: str, packed: bool):
+    """Target, tokenizer and draft, ready to answer: after one short answer, in which costs are measured.
+
+    Args:
+        target_name (`str`, *optional*): as for [`load_target`].
+        draft_name (`str`, *optional*): folder or Hub id; None is the draft that the repository ships.
+        device (`str`): of both; "auto" is an accelerator if there is one.
+        dtype (`str`): of both.
+        packed (`bool`): pack the weights for a CPU, where they are float32.
+    """
+    import torch
+
+    from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
+    from transformers_prism.cpu import prepare_for_cpu
+    from transformers_prism.target import load_target
+
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
+    with _naming("target", target_name):
+        target, tokenizer = load_target(target_name, getattr(torch, dtype))
+    target.to(device)
+    with _naming("draft", draft_name):
+        draft = load_draft(draft_name or SHIPPED_DRAFT, target)
+    if packed and target.device.type == "cpu" and target.dtype == torch.float32:
+        prepare_for_cpu(target, draft)
+    inputs = chat_inputs(tokenizer, "Hello!", target.device)
+    target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=draft)
+    return target, tokenizer, draft
+
+
+@contextlib.contextmanager
+def _naming(kind: str, name: str | None):
+    """Let an error about a file or a repository say which name was asked for; transformers' own may not."""
+    try:
+        yield
+    except OSError as error:
+        if name is None or name in str(error):
+            raise
+        raise OSError(f"expected a {kind} at {name!r}, a folder or a name on the Hub, got: {error}") from error
