@@ -8,6 +8,7 @@ from compatibility_models import build
 from compatibility_runs import Case, compare, scripted
 from tiny_models import PAD_ID, prompts
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from transformers_prism import generation
 from transformers_prism.decoding import round_check
@@ -18,6 +19,7 @@ from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 ARGUMENTS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": PAD_ID}
 # Recurrent and full attention, one layer with both, windows as well, states that are no keys, recurrent states alone.
 CONTINUED = ["qwen3_next", "qwen3_5_text", "falcon_h1", "lara_mini", "deepseek_v4", "mamba2"]
+CONTINUED = [name for name in CONTINUED if name in CONFIG_MAPPING]  # lara_mini is new in transformers 5.24
 NOT_CONTINUED = ["jamba", "mamba"]
 
 
