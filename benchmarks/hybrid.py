@@ -70,7 +70,8 @@ class _ScriptedDrafter:
 
     def __init__(self, draft: ScriptedDraft):
         self.script, self.acceptance = draft.script, draft.acceptance
-        self.num_emitted, self.root_ids = 0, None
+        self.num_emitted = 0
+        self.root_ids: torch.Tensor | None = None
         self.random = random.Random(0)
 
     def prefill(self, token_ids, target_hidden, position_ids, num_new, padding_mask=None):
@@ -90,6 +91,7 @@ class _ScriptedDrafter:
 
     def grow(self, settings, coupling=None) -> Tree:
         """A chain as long as the settings say."""
+        assert self.root_ids is not None, "the prompt was read"
         tokens = torch.tensor([[int(self.root_ids[0]), *self._chain(settings.depth)]])
         index = torch.arange(tokens.shape[1])[None]
         return Tree(tokens, (index - 1).clamp(min=0), index, -index.float())
