@@ -182,7 +182,7 @@ SETTINGS: dict[str, dict] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "time_step_min": 1e-30},
     "dots3_note": {**_of_text(_DOTS3), "vision_config.adapter_in_dim": 64, "vision_config.adapter_out_dim": 64, "vision_config.per_layer_config": {}, "audio_config.adapter_input_size": 64, "audio_config.adapter_out_dim": 64},
     "florence2": {"vision_config.patch_size": [7, 3, 3, 3], "vision_config.embed_dim": [16, 16, 16, 64], "vision_config.num_heads": [2, 2, 2, 2], "vision_config.num_groups": [2, 2, 2, 2], "vision_config.depths": [1, 1, 1, 1]},
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 4, "backbone_hidden_size": 64},
@@ -199,6 +199,13 @@ SETTINGS: dict[str, dict] = {
     "fast_vlm": {"vision_config": _SIGLIP},
     "perception_lm": {"vision_config": _SIGLIP},
     "zaya": {"num_experts_per_tok": 1},
+    # Single steps of this and of zamba2 do not raise time steps to the least one, which several tokens do.
+    "nemotron_h": {"time_step_min": 1e-30},
+    # Images of few patches.
+    **{name: {"mm_tokens_per_image": 4} for name in ("gemma3", "shieldgemma2")},
+    **{name: {"image_grid_pinpoints": [[32, 32]]} for name in ("llava_next", "llava_onevision", "llava_next_video")},
+    "paligemma": {"projection_dim": 64},
+    "vipllava": {"vision_feature_layers": [-1]},
 }
 # Models that the automatic classes do not make of their type's configuration, and the part of it that they take.
 _BY_CLASS = {"evolla": None, "musicgen": "decoder", "musicgen_melody": "decoder"}

@@ -30,11 +30,12 @@ and without one. Made by
 A type counts as drafted if its text was the same token for token, greedy and sampled with the same seed, and a round
 committed {rate:.0f} tokens and more, at lengths beyond every window, top-k, chunk and original length of its configuration
 (8 tokens, and 24 for rotary tables). Drafts are scripted to be right most of the time. Every target that counts was
-shown to give a different text when the mask of a round is off by one, or when keys are moved to a wrong place: an error
-of that kind could not have hidden. Image and audio models get text alone.
+shown to give a different text when the mask of a round is off by one, or when keys are moved to a wrong place and recurrent
+states are halved: an error of that kind could not have hidden. Audio models get text alone.
 
 The numbers are tokens a round. "batch" is three rows with left padding, "static" `cache_implementation="static"`, "chat"
-a second call with the cache of the first; there "tree" and "chain" mean the same, "plain" means plain decoding with a
+a second call with the cache of the first, "image" a picture in the prompt and a second call behind it, for image models
+whose inputs can be made without a processor; there "tree" and "chain" mean the same, "plain" means plain decoding with a
 warning, "-" that plain decoding fails there too.
 """
 
@@ -176,8 +177,8 @@ def _run_cell(result: dict, run: str) -> str:
 def _table(outcome: str, names: list[str], results: dict[str, dict], newest: dict) -> str:
     latest = {name: next(of[name] for of in reversed(list(results.values())) if name in of) for name in names}
     if outcome in DRAFTED:
-        columns = ["type", *results, "batch", "static", "chat"] + ["why no tree"] * (outcome == "chain")
-        runs = ("padded", "static", "chat")
+        columns = ["type", *results, "batch", "static", "chat", "image"] + ["why no tree"] * (outcome == "chain")
+        runs = ("padded", "static", "chat", "image")
         rows = [
             [f"`{name}`", *(_cell(of, name) for of in results.values()), *(_run_cell(latest[name], run) for run in runs)]
             + [_shown(latest[name].get("detail", ""))] * (outcome == "chain")

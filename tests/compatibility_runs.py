@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from compatibility_images import SPECIAL_IDS, image_prompt, takes_images
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 
 from transformers_prism import PrismConfig
 from transformers_prism.decoding import round_check, target_choice
+from transformers_prism.decoding.recurrent_target import RecurrentTarget
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 # Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.
@@ -146,6 +148,9 @@ def _calls(target, case: Case, run: str, drafts):
     """
     arguments = {"do_sample": False, "max_new_tokens": case.num_new, **case.arguments}
     num_rows, length = 1, case.prompt_length
+    if run in IMAGE_RUNS:
+        yield from _image_calls(target, arguments, run, drafts)
+        return
     if run != "greedy":
         arguments["max_new_tokens"] = max(case.num_new // 2, 12)
     if run == "padded":
@@ -170,6 +175,26 @@ def _calls(target, case: Case, run: str, drafts):
 
 
 RUNS = ("greedy", "padded", "sampled", "static", "chat")
+# Of models that take images: a chat that goes on behind one, two rows with one each, and sampling.
+IMAGE_RUNS = ("image", "image rows", "image sampled")
+
+
+def _image_calls(target, arguments: dict, run: str, drafts):
+    """The calls of a run with images; see `_calls`."""
+    arguments = {**arguments, "max_new_tokens": 14, "suppress_tokens": SPECIAL_IDS, "do_sample": run == "image sampled"}
+    inputs = image_prompt(target, 2 if run == "image rows" else 1)
+    input_ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    arguments["return_dict_in_generate"] = True
+    first = _generate(target, input_ids, mask, next(drafts), **inputs, **arguments)
+    output = first if arguments.get("output_logits") else first.sequences
+    yield output, input_ids.shape[1]
+    if run != "image":
+        return
+    question, _ = prompt(2, 4)
+    input_ids = torch.cat((first.sequences, question[:1]), dim=1)
+    arguments[CACHE_KEYWORD] = first[CACHE_KEYWORD]
+    second = _generate(target, input_ids, torch.ones_like(input_ids), next(drafts), **arguments)
+    yield second.sequences, input_ids.shape[1]
 
 
 def _plain(target, case: Case, run: str) -> _Texts:
@@ -277,7 +302,8 @@ def _of_error(error: Exception) -> dict:
 
 @contextmanager
 def broken(target, error: str):
-    """Every verification of a round gets one error: "mask", whose keys are off by one, or "rows", keys in wrong places."""
+    """Every verification of a round gets one error: "mask", whose keys are off by one, or "rows", keys in wrong places and
+    half of every recurrent state."""
 
     def spoil(module, args, kwargs):
         input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -295,13 +321,20 @@ def broken(target, error: str):
                 length = min(int(layer.get_seq_length()), keys.shape[2])
                 for states in (keys, layer.values):
                     states[:, :, length - 3 : length] = states[:, :, length - 4 : length - 3].clone()
+            for name in ("conv_states", "recurrent_states"):
+                for state in getattr(layer, name, {}).values():
+                    if state is not None:
+                        state.mul_(0.5)
         return None
 
-    handle = target.register_forward_pre_hook(spoil, with_kwargs=True)
+    handle, check = target.register_forward_pre_hook(spoil, with_kwargs=True), RecurrentTarget._check
+    # It would find the error.
+    RecurrentTarget._check = lambda side, token_ids: None
     try:
         yield
     finally:
         handle.remove()
+        RecurrentTarget._check = check
 
 
 def _off_by_one(mask):
@@ -324,7 +357,7 @@ def _controls_show(target, case: Case, plain: _Texts, outcome: str) -> str | Non
 def _hidden_by(target, case: Case, run: str) -> tuple[str | None, _Texts]:
     """Why the text of plain decoding would prove nothing, or None, and that text."""
     arguments = {**case.arguments, "output_logits": True, "return_dict_in_generate": True}
-    (output, length), *_ = _calls(copy.deepcopy(target), replace(case, arguments=arguments), run, iter([None]))
+    output, length = next(_calls(copy.deepcopy(target), replace(case, arguments=arguments), run, iter([None])))
     sequences, logits = output.sequences, torch.stack(output.logits, dim=1)  # [B, T', V]
     best = logits.float().topk(2, dim=-1).values
     gap = ((best[..., 0] - best[..., 1]) / best.abs().amax().clamp(min=1e-6)).min().item()
@@ -367,6 +400,8 @@ def run_case(case: Case) -> dict:
                 reason, padded = _hidden_by(target, case, "padded")
             except Exception:  # what plain decoding cannot do is said by the run itself
                 reason = None
+        if reason is None and result["outcome"] in DRAFTED and takes_images(target):
+            reason, _ = _hidden_by(target, case, "image")
         if reason is None:
             return _all_runs(target, case, {"greedy": plain, "padded": padded}, result, seed)
     # Where no draft is used there is nothing to prove.
@@ -389,7 +424,7 @@ def _leaves_target_alone(target, case: Case, plain: _Texts) -> bool:
 def _all_runs(target, case: Case, plain: dict, greedy: dict, seed: int) -> dict:
     runs = {"greedy": greedy}
     if greedy["outcome"] not in ("refused", "crash"):
-        for run in case.runs:
+        for run in (*case.runs, *(IMAGE_RUNS if takes_images(target) else ())):
             if run not in runs:
                 runs[run] = compare(target, case, run, plain.get(run))
         if not _leaves_target_alone(target, case, plain["greedy"]):

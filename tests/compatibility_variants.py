@@ -114,6 +114,8 @@ def variants() -> list[Case]:
         _case("default window", "gpt_neo", {"window_size": 16, "max_position_embeddings": 512}, prompt_length=300),
         _case("parallel residual off", "gpt_neox", {"use_parallel_residual": False}),
         _case("tied embeddings", "llama", {"tie_word_embeddings": True}),
+        # Several tokens raise time steps to the least one, and single steps do not: the check finds that.
+        _case("time steps that single steps leave as they are", "nemotron_h", {"time_step_min": 0.05}),
         _case("int32 input ids", "llama", dtype=torch.int32),
         _case("int32 input ids", "gpt2", dtype=torch.int32),
         _case("train mode, gradient checkpointing", "llama", prepare=_train),

@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from compatibility_models import build
 from tiny_models import VOCAB_SIZE, tiny_target
 
 from transformers_prism.training.slots import Slots
+from transformers_prism.transformers_names import cache_argument, cache_of
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -35,6 +37,33 @@ def test_rows_do_not_see_each_other(architecture):
         assert set(logits) == set(moved)
         for slot, found in logits.items():
             torch.testing.assert_close(found, logits_alone(target, rows[slot]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "nemotron_h", "mamba2", "jamba", "qwen2_vl"])
+def test_rows_keep_their_recurrent_states(name):
+    """Rows of many lengths come and go and rest; states and positions of each are its own, as single steps leave them."""
+    target, rng = build(name), random.Random(0)
+    slots, rows, alone = Slots(target, num_slots=3, max_length=40), {}, {}
+
+    @torch.no_grad()
+    def step_alone(slot, token):
+        positions = {"position_ids": torch.tensor([[rows[slot]]])} if slots.takes_positions else {}
+        rows[slot] += 1
+        cache = cache_argument(target, alone[slot])
+        return target(torch.tensor([[token]]), **cache, **positions, use_cache=True).logits[0, -1]
+
+    for step in range(16):
+        if step % 4 == 0:
+            slot = rng.randrange(3)
+            tokens = [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, 14))]
+            with torch.no_grad():
+                output = target(torch.tensor([tokens]), use_cache=True)
+            rows[slot], alone[slot] = len(tokens), cache_of(output)
+            torch.testing.assert_close(slots.fill(slot, tokens), output.logits[0, -1], atol=2e-4, rtol=1e-4)
+        moved = {slot: rng.randrange(3, VOCAB_SIZE) for slot in rows if rng.random() < 0.7} or {slot: 3}
+        logits = slots.step(moved)
+        for slot, token in moved.items():
+            torch.testing.assert_close(logits[slot], step_alone(slot, token), atol=2e-4, rtol=1e-4)
 
 
 def test_shared_beginnings_are_read_once():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from compatibility_runs import Case
 from pretend_accelerator import PretendedAccelerator, move_model
 from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
 from typer.testing import CliRunner
@@ -76,9 +77,13 @@ def indices(folder):
 # --- what is written ---------------------------------------------------------------------------------------------
 
 
-def test_greedy_answers_are_generates(tmp_path, brief_target):
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "qwen2_vl"])
+def test_greedy_answers_are_generates(tmp_path, brief_target, name):
     """Every row gets the answer that generate() gives to its prompt alone, though rows end and begin beside it."""
     given, target = chats(11), brief_target
+    if name != "llama":
+        target = Case(name, name).draw(4)
+        target.generation_config.eos_token_id = brief_target.generation_config.eos_token_id
     run(target, tmp_path, given, num_tokens=10**6, temperatures=(0.0,), max_answer_tokens=20)
     found = {tuple(one.input_ids[: one.prompt_length]): one for one in written(tmp_path)}
     assert len({len(one.input_ids) for one in found.values()}) > 2  # they end at different times

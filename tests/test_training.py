@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compatibility_models import build
 from pretend_accelerator import OnDevice, PretendedAccelerator, move_model
 from tiny_models import scripted_draft, tiny_draft, tiny_target
 from typer.testing import CliRunner
@@ -115,6 +116,23 @@ def test_train_makes_a_draft_that_reloads(tmp_path, load_tiny, target):
     prompt = torch.tensor([[5, 6, 7]])
     plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=loaded), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen2_vl"])
+def test_targets_with_recurrent_layers_or_images_train(tmp_path, monkeypatch, name):
+    """Features, the loss and measured rounds: the loss falls, and the draft fits the target."""
+    target = build(name)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target.to(dtype), None))
+    draft = train(settings(tmp_path, single_step_epochs=6.0, split_epochs=1.0))
+    stages = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())["stages"]
+    assert sum(stages[0]["loss"][-3:]) < sum(stages[0]["loss"][:3])
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(prompt, **arguments)
+    assert torch.equal(target.generate(prompt, assistant_model=draft, **arguments), plain)
+    assert draft.last_speculation.target == ("chain" if name == "qwen3_next" else "tree")
+    counts = measure_acceptance(draft, target, [Conversation((*prompt[0].tolist(), 9, 9), ((4, 6),))], num_new_tokens=12)
+    assert acceptance_metrics(counts, "eval")["eval_tau"] >= 1
 
 
 @pytest.mark.parametrize("stage", ["warm_up", "split"])

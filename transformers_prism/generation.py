@@ -22,6 +22,7 @@ from .decoding.attention import install_lending, lent_attention, uninstall_lendi
 from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
 from .decoding.memory import kept_with
+from .decoding.recurrent_target import install_for_stateful, uninstall_for_stateful
 from .decoding.round_check import RoundCheck
 from .decoding.round_values import Limits, Proposal, Verified
 from .decoding.sampler import Sampler
@@ -52,6 +53,7 @@ _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClas
 def install() -> None:
     """Let `generate(assistant_model=...)` reach drafts of model type "prism". Doing it twice changes nothing."""
     install_lending()
+    install_for_stateful()
     original = assisted_decoding()
     if getattr(original, "_prism_original", None) is not None:
         return
@@ -74,6 +76,7 @@ def uninstall() -> None:
     if original is not None:
         set_assisted_decoding(original)
     uninstall_lending()
+    uninstall_for_stateful()
 
 
 def speculative_generate(
@@ -260,7 +263,7 @@ def _limits(sequences: Sequences, target_side: TargetSide, check: RoundCheck) ->
     """What the next tree may be."""
     # A node can only be emitted if there is room for the token behind it.
     depth = min(sequences.max_remaining - 1, target_side.max_depth, check.max_depth())
-    return Limits(max(int(depth), 0), target_side.max_nodes)
+    return Limits(max(int(depth), 0), target_side.max_nodes, target_side.num_carried)
 
 
 def _verify(tree: Tree, target_side: TargetSide, check: RoundCheck, speculation: Speculation) -> Verified | None:

@@ -23,6 +23,8 @@ with errors_tell_of_untried_release():
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # The method of generate() that assisted decoding reaches, which the hook replaces.
 ASSISTED_DECODING = "_assisted_decoding"
+# The method that refuses targets with recurrent states beside any assistant.
+GENERATION_MODE_CHECK = "_validate_generation_mode"
 # Keywords that let `cached_file` return None where a file is not to be had.
 NO_ERROR_IF_ABSENT = {"_raise_exceptions_for_missing_entries": False}
 NO_ERROR_AT_ALL = NO_ERROR_IF_ABSENT | {
@@ -70,6 +72,21 @@ def assisted_decoding():
 def set_assisted_decoding(function) -> None:
     """Let generate() call another function for an assistant."""
     setattr(GenerationMixin, ASSISTED_DECODING, function)
+
+
+def generation_mode_check():
+    """The method of generate() that refuses what a generation mode cannot do, with the hook if it is installed."""
+    return getattr(GenerationMixin, GENERATION_MODE_CHECK)
+
+
+def set_generation_mode_check(function) -> None:
+    """Let generate() check generation modes by another function."""
+    setattr(GenerationMixin, GENERATION_MODE_CHECK, function)
+
+
+def is_stateful(target) -> bool:
+    """Whether transformers takes a model's state for one that cannot be rolled back."""
+    return bool(getattr(target, "_is_stateful", False))
 
 
 def prefill(target, input_ids, generation_config, model_kwargs: dict):

@@ -269,6 +269,14 @@ class CommittedCache:
         self._close_too_many_holes()
 
 
+def stored_length(cache) -> int | None:
+    """Positions that a cache holds; None for a cache of recurrent states alone, which count none."""
+    layers = getattr(cache, "layers", ())
+    if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
+        return None
+    return int(cache.get_seq_length())
+
+
 def round_up(number: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `number`."""
     return -(-number // step) * step
@@ -303,13 +311,18 @@ class CacheSnapshot:
         self.lengths = [int(layer.get_seq_length()) if type(layer) in _ADOPTABLE_LAYERS else 0 for layer in self.layers]
         # Layers of keys and values make new tensors, or write behind their length; others are written to in place.
         self.states = [vars(layer).copy() for layer in self.layers]
-        self.copies = [_copied(vars(layer)) if self._is_overwritten(layer) else None for layer in self.layers]
+        self.copies = [self._copy_of(layer) for layer in self.layers]
         self.layer_class = getattr(cache, "layer_class_to_replicate", None)
 
     @staticmethod
-    def _is_overwritten(layer) -> bool:
-        """Whether a layer's states do not stay where they are: of static windows they roll, others are no keys and values."""
-        return type(layer) not in _ADOPTABLE_LAYERS or type(layer) is StaticSlidingWindowLayer
+    def _copy_of(layer) -> dict | None:
+        """What of a layer does not stay where it is; None if nothing: of static windows keys and values roll, and what is
+        neither keys nor values may be written to in place."""
+        rolls = isinstance(layer, StaticSlidingWindowLayer)
+        if type(layer) in _ADOPTABLE_LAYERS and not rolls:
+            return None
+        stays = () if rolls or not isinstance(layer, (DynamicLayer, StaticLayer)) else ("keys", "values")
+        return {name: state if name in stays else _copied(state) for name, state in vars(layer).items()}
 
     def restore(self) -> None:
         """Make the cache what it was."""
@@ -328,7 +341,8 @@ class CacheSnapshot:
 def _restored(state, copy):
     """States as they were copied, tensors in their old places, which a compiled forward may know."""
     if isinstance(state, torch.Tensor) and isinstance(copy, torch.Tensor) and state.shape == copy.shape:
-        return state.copy_(copy)
+        is_expanded = any(not stride and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True))
+        return copy if state is copy or is_expanded else state.copy_(copy)
     if isinstance(state, dict):
         return {name: _restored(state.get(name), part) for name, part in copy.items()}
     return copy

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from .cache import stored_length
 from .draft_side import DraftSide
 from .memory import keep_with, take_from
 
@@ -30,11 +31,13 @@ class Chat(NamedTuple):
             and num_sequences == 1
             and chat.draft_side.drafter.draft is draft
             and chat.head is draft.target_head
-            and chat.length == int(cache.get_seq_length())
+            and chat.length == stored_length(cache)
         ):
             return chat
         return cls(DraftSide(draft.make_drafter()), draft.target_head)
 
     def keep(self, cache, text) -> None:
         """Go on from here in a later call with this cache."""
-        keep_with(cache, "chat", self._replace(length=int(cache.get_seq_length()), text=text))
+        length = stored_length(cache)
+        if length is not None:  # a cache of recurrent states alone does not tell whether it was gone on with elsewhere
+            keep_with(cache, "chat", self._replace(length=length, text=text))

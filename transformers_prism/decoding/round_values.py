@@ -35,10 +35,12 @@ class Prompt(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the next tree may be, 0 or more: its depth, and drafted nodes of each sequence."""
+    """What the next tree may be, 0 or more: its depth, and drafted nodes of each sequence; and the committed tokens that its
+    forward runs besides, for a target with recurrent layers."""
 
     depth: int
     nodes: int
+    num_carried: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which kind of target side serves a call: trees if they can be verified, else a chain, else none."""
 
-from ..transformers_names import cache_of
+from ..transformers_names import cache_of, is_stateful
 from .chain_target import ChainTarget
+from .recurrent_target import RecurrentTarget, why_no_replay
 from .round_check import is_tried
 from .sequences import Sequences
 from .target_side import TargetSide
@@ -31,7 +32,9 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     # Plain decoding asks the model itself for the inputs of every step; so do we, once.
     inputs = inputs_of_next_step(target, input_ids, model_kwargs)
     config = target.config.get_text_config()
-    reason = reason_against_masks(config) or reason_against_inputs(inputs, rotary_switches(config))
+    reason = reason_against_masks(config) or reason_against_inputs(
+        inputs, rotary_switches(config), input_ids.shape[1]
+    )
     if reason is None and not is_tried(target):
         reason = reason_against_untried_chat(cache)
     if reason is not None:
@@ -40,7 +43,8 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     arguments = (target, layer_ids, generation_config, model_kwargs, inputs, sequences, why_chain)
     if why_chain is None:
         return TreeTarget(*arguments)
-    reason = why_no_chain(cache, input_ids.shape[0])
+    kind, why_not = (RecurrentTarget, why_no_replay) if is_stateful(target) else (ChainTarget, why_no_chain)
+    reason = why_not(cache, input_ids.shape[0])
     if reason is not None:
         raise Declined(f"{why_chain}, and {reason}")
-    return ChainTarget(*arguments)
+    return kind(*arguments)

@@ -19,7 +19,8 @@ from ..transformers_names import (
     prefill,
     takes_logits_to_keep,
 )
-from .cache import CacheSnapshot
+from .cache import CacheSnapshot, stored_length
+from .positions import AxisPositions, text_positions, token_types
 from .round_values import Prompt, Verified, joined_states
 from .sequences import Sequences
 from .target_support import (
@@ -94,7 +95,12 @@ class TargetSide:
         self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters and not counts_itself
         # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
         kept = model_kwargs if inputs is None else inputs
-        self.forward_kwargs = {key: value for key, value in kept.items() if key not in _REPLACED_INPUTS}
+        self.token_types = token_types(inputs, model_kwargs)
+        replaced = (*_REPLACED_INPUTS, *self.token_types)
+        self.forward_kwargs = {key: value for key, value in kept.items() if key not in replaced}
+        # Tensors that belong to the call may have a row for each sequence of the batch.
+        self.keeps_finished |= any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
+        self.axes: AxisPositions | None = None  # where positions have several axes
         if takes_logits_to_keep(target):
             self.forward_kwargs["logits_to_keep"] = 0
         self.position_offset = position_offset(inputs, model_kwargs)
@@ -117,13 +123,15 @@ class TargetSide:
                 f"input_ids: expected at most {num_positions} tokens (the target's max_position_embeddings), "
                 f"got {num_tokens}"
             )
-        had_cached = int(self.cache.get_seq_length()) > 0
+        had_cached = bool(stored_length(self.cache))
         self._before_prefill()
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
         outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
         self._take_over(cache_of(outputs))
-        width = int(self.cache.get_seq_length())
+        width = stored_length(self.cache)
+        if width is None:  # of recurrent states alone
+            width = input_ids.shape[1]
         if width < input_ids.shape[1] and not had_cached:
             raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
         self.num_cached_before = width - input_ids.shape[1]
@@ -131,10 +139,10 @@ class TargetSide:
         mask = self.model_kwargs.get("attention_mask")
         mask = torch.ones((len(input_ids), width), device=hidden.device) if mask is None else mask
         mask = mask.bool()
-        position_ids = self.model_kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        position_ids = position_ids.expand(len(input_ids), -1) + self.position_offset
+        given = self.model_kwargs.get("position_ids")
+        position_ids = text_positions(given, mask) + self.position_offset
+        if given is not None and given.dim() == 3:
+            self.axes = AxisPositions(given, position_ids)
         self._set_positions(position_ids[:, -1].tolist(), input_ids.shape[1], num_positions)
         self._after_prefill(mask)
         length = hidden.shape[1]
@@ -144,13 +152,13 @@ class TargetSide:
     def _most_tokens(self, input_ids: torch.LongTensor) -> int:
         """Tokens of the longest prompt, padding not counted."""
         position_ids, mask = self.model_kwargs.get("position_ids"), self.model_kwargs.get("attention_mask")
-        if position_ids is not None or mask is None:
-            return int(position_ids.max()) + 1 if position_ids is not None else input_ids.shape[1]
-        return int(mask.bool().sum(dim=1).max())
+        if position_ids is not None and position_ids.dim() == 2:
+            return int(position_ids.max()) + 1
+        return input_ids.shape[1] if mask is None else int(mask.bool().sum(dim=1).max())
 
     def _take_over(self, made) -> None:
         """See to it that the call's cache holds what the model has read into the cache `made`, if that is another."""
-        if not int(self.cache.get_seq_length()):
+        if stored_length(self.cache) == 0:
             self._fill_cache(made)
         elif made is not None and made is not self.cache:
             raise Declined("the model reads the whole text into another cache than the caller's, as behind a rotary switch")
@@ -192,6 +200,8 @@ class TargetSide:
         """Go on with the sequences at these places of the batch only."""
         self.next_position = [self.next_position[place] for place in places]
         self.position_limit = [self.position_limit[place] for place in places]
+        if self.axes is not None:
+            self.axes.keep_sequences(places)
 
     def finish(self, sequences: torch.LongTensor) -> None:
         """Leave the cache as plain decoding of these sequences `(B, T)` would, if anyone gets it."""
@@ -242,15 +252,30 @@ class TargetSide:
         return min(depths, default=math.inf)
 
     @property
+    def num_carried(self) -> int:
+        """Committed tokens that the next forward runs besides the tree."""
+        return 0
+
+    @property
     def is_padded(self) -> bool:
         """Whether a prompt was padded: generate() hands over no mask where nothing is."""
         return self.model_kwargs.get("attention_mask") is not None
 
-    def _forward(self, tree: Tree, mask, position_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """One target forward over a tree; returns logits `(B, N, V)` and the states that the draft reads."""
+    def _forward(
+        self, tree: Tree, mask, position_ids: torch.Tensor, num_logits: int = 0
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """One target forward over a tree; returns logits `(B, N, V)` and the states that the draft reads.
+
+        Logits are those of the last `num_logits` nodes where the target can leave out the others; 0: of all.
+        """
         inputs = dict(self.forward_kwargs)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = num_logits
         if self.takes_position_ids:
-            inputs["position_ids"] = position_ids.to(self.device)
+            along = position_ids if self.axes is None else self.axes.along(position_ids)
+            inputs["position_ids"] = along.to(self.device)
+        for name, kind in self.token_types.items():
+            inputs[name] = torch.full_like(tree.token_ids, kind).to(self.device)
         outputs = self.model_forward(
             input_ids=tree.token_ids.to(self.device),
             attention_mask=mask,

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from ..transformers_names import CACHE_NAMES, attention_name, keeps_no_activations
 from .attention import PRISM_TREE
-from .cache import is_adoptable
+from .cache import is_adoptable, stored_length
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # Configuration fields that name a local window or a number of keys to attend to, other than those that masks are made for.
@@ -22,7 +22,7 @@ _OWN_WINDOWS = ("window_size", "attention_window", "local_window_size", "attenti
 _KNOWN_INPUTS = {
     *CACHE_NAMES,
     *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "inputs_embeds"),
-    *("output_attentions", "output_hidden_states", "return_dict"),
+    *("output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "mm_token_type_ids"),
 }
 
 
@@ -66,7 +66,7 @@ def rotary_switches(text_config) -> list[RotarySwitch]:
     switches = []
     for kind in kinds:
         # Dynamic frequencies follow the longest text from `max_position_embeddings` on, whatever else is written there.
-        length = text_config.max_position_embeddings
+        length = getattr(text_config, "max_position_embeddings", None)
         if kind.get("rope_type") == "longrope":
             switches.append(RotarySwitch(kind.get("original_max_position_embeddings") or length, True))
         elif "dynamic" in str(kind.get("rope_type")):
@@ -144,7 +144,7 @@ def reason_against_masks(text_config) -> str | None:
 def reason_against_untried_chat(cache) -> str | None:
     """Why a target that nobody has tried cannot go on with a caller's cache; None if it can."""
     # Its own masks, which read what follows, may rest on a window's cache holding the window only.
-    if cache.get_seq_length() and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+    if stored_length(cache) and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         return "nobody has tried this model with a cache of sliding windows that holds a text already"
     return None
 
@@ -154,7 +154,19 @@ def reads_whole_text(inputs: dict | None) -> bool:
     return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
 
 
-def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> str | None:
+def input_of_single_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
+    """The name of an input that belongs to single tokens and that nobody could extend along a tree; None without one.
+
+    What has neither one place nor as many as the prompt has tokens, such as the grids of images, belongs to the call.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and name not in _KNOWN_INPUTS:
+            if value.dim() > 1 and {1, num_prompt_tokens} & set(value.shape[1:]):
+                return name
+    return None
+
+
+def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch], num_prompt_tokens: int) -> str | None:
     """Why a step with these inputs cannot be verified for several tokens at once; None if it can."""
     if inputs is None:
         return None
@@ -162,10 +174,10 @@ def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> 
     if reads_whole_text(inputs) and not switches:
         return "the model reads the whole text in every step and not the cache"
     position_ids = inputs.get("position_ids")
-    if position_ids is not None and position_ids.dim() != 2:
-        return f"position_ids has {position_ids.dim()} dimensions instead of 2"
-    extra = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in _KNOWN_INPUTS]
-    return f"the model input {extra[0]} cannot be carried along a tree" if extra else None
+    if position_ids is not None and position_ids.dim() not in (2, 3):
+        return f"position_ids has {position_ids.dim()} dimensions instead of 2 or 3"
+    extra = input_of_single_tokens(inputs, num_prompt_tokens)
+    return f"the model input {extra} cannot be carried along a tree" if extra else None
 
 
 def position_offset(inputs: dict | None, model_kwargs: dict) -> int:
@@ -175,7 +187,7 @@ def position_offset(inputs: dict | None, model_kwargs: dict) -> int:
         Declined: if that differs from row to row.
     """
     given, made = model_kwargs.get("position_ids"), (inputs or {}).get("position_ids")
-    if given is None or made is None:
+    if given is None or made is None or given.dim() != 2 or made.dim() != 2:
         return 0
     offsets = set((made[:, -1] - given[:, -1]).tolist())
     if len(offsets) > 1:
@@ -233,7 +245,7 @@ def why_no_chain(cache, num_rows: int) -> str | None:
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
         return f"{kind} cannot be rolled back"
-    if not (cache.is_croppable or cache.get_seq_length() == 0):
+    if not (cache.is_croppable or stored_length(cache) == 0):
         return "a layer's state cannot be rolled back"
     return None
 

@@ -44,7 +44,7 @@ class TreeTarget(TargetSide):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.capacity = self._static_capacity(len(self.sequences))  # None: layers and masks grow
-        self.keeps_finished = self.returns_cache or self.capacity is not None
+        self.keeps_finished = self.keeps_finished or self.capacity is not None
         # Layers of more positions may be lent to the caller's cache, which plain decoding could not go on with.
         is_callers = is_callers_cache(self.cache)
         whole = [layer.max_cache_len for layer in self.cache.layers if is_callers and type(layer) is StaticLayer]
@@ -161,8 +161,9 @@ class TreeTarget(TargetSide):
         if mask is not None:
             so_far["attention_mask"] = pad(mask, (0, self.sequences.lengths[0] - mask.shape[1]), value=1)
         if position_ids is not None:
-            following = torch.arange(int(position_ids[0, -1]) + 1, self.next_position[0] + 1, device=position_ids.device)
-            so_far["position_ids"] = torch.cat((position_ids, following[None]), dim=1)
+            num_new = self.sequences.lengths[0] - self.sequences.prompt_length
+            following = position_ids[..., -1:] + torch.arange(1, num_new + 1, device=position_ids.device)
+            so_far["position_ids"] = torch.cat((position_ids, following), dim=-1)
         return {**so_far, CACHE_KEYWORD: self.cache}
 
     def _read_anew(self, inputs: dict):

@@ -87,8 +87,10 @@ class AutomaticTrees:
 
     def propose(self, draft_side: DraftSide, sequences: Sequences, limits: Limits) -> Proposal:
         """The tree of the next round."""
-        outlook = self.begin_round(sequences)
-        depth = min(self.known.settings.depth, *limits)
+        outlook = self.begin_round(sequences, limits.num_carried)
+        depth = min(self.known.settings.depth, limits.depth, limits.nodes)
+        if self.known.experience.carried.should_move_on(limits.num_carried, outlook.rate, self.known.costs):
+            depth = 0
         is_check = self.planner.observes_times and self.trials.is_check_due
         if depth > 0 and self.trials.is_draft_due and not is_check:
             proposal = self.planner.propose(outlook, draft_side, sequences, depth, limits)
@@ -97,13 +99,13 @@ class AutomaticTrees:
             proposal = best_tree(self.known, outlook, sequences, nothing_drafted, limits)
         else:
             none: list[list[int]] = [[] for _ in sequences.active]
-            lesson = Lesson(outlook.weights, time.perf_counter(), none, none)
+            lesson = Lesson(outlook.weights, time.perf_counter(), none, none, num_carried=limits.num_carried)
             proposal = plain_step(sequences.last_tokens(), expected_tokens=sum(outlook.weights), lesson=lesson)
         has_tree = proposal.tree.num_nodes > 1
         self.trials.num_unchecked = self.trials.num_unchecked + 1 if has_tree else 0
         return proposal
 
-    def begin_round(self, sequences: Sequences) -> Outlook:
+    def begin_round(self, sequences: Sequences, num_carried: int = 0) -> Outlook:
         """Note which sequences are active, and what a token is worth in each."""
         self.trials.begin_round(len(sequences.active))
         lengths = [0 if sequences.is_done(one) else sequences.lengths[one] for one in sequences.active]
@@ -112,7 +114,7 @@ class AutomaticTrees:
         scale = sum(length > 0 for length in lengths) / max(sum(weights), 1.0)
         weights = [scale * weight for weight in weights]
         rate = sum(weights) / self.known.costs.verify(len(weights)) * self.trials.speedup
-        return Outlook(weights, rate, is_first=self.trials.num_rounds == 1)
+        return Outlook(weights, rate, is_first=self.trials.num_rounds == 1, num_carried=num_carried)
 
     def learn(self, proposal: Proposal, kept: list[list[int]], verified: Verified) -> Proposal:
         """Learn from a round.
@@ -127,10 +129,12 @@ class AutomaticTrees:
         """
         tree, experience = proposal.tree, self.known.experience
         if self.planner.observes_times:
-            self.known.costs.observe_verify(len(kept) * tree.num_nodes, verified.seconds)
+            num_tokens = len(kept) * tree.num_nodes + proposal.lesson.num_carried
+            self.known.costs.observe_verify(num_tokens, verified.seconds)
             since = time.perf_counter() - proposal.lesson.made_at
             self.known.overhead.observe(tree.num_nodes > 1, since - verified.seconds)
         proposal = self.planner.completed(proposal)
+        experience.carried.observe(tree.num_nodes, len(kept[0]))
         going = [place for place, nodes in enumerate(kept) if nodes]
         is_accepted = [node in kept[place] for place in going for node in range(1, tree.num_nodes)]
         for cells, table in (
@@ -150,7 +154,7 @@ class AutomaticTrees:
         # What was expected is less noisy than what came of it in few sequences, which in turn knows the text at hand.
         tokens = (proposal.expected_tokens + num_active * emitted) / (1 + num_active) / max(sum(lesson.weights), 1.0)
         plain_seconds = costs.verify(num_active)
-        seconds = costs.step_seconds * proposal.num_steps + costs.verify(num_active * num_nodes)
+        seconds = costs.step_seconds * proposal.num_steps + costs.verify(num_active * num_nodes + lesson.num_carried)
         seconds += self.known.overhead.seconds if num_nodes > 1 else 0.0
         self.trials.observe(tokens, seconds / plain_seconds, (seconds + lesson.read_seconds) / plain_seconds)
 

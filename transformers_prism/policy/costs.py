@@ -31,6 +31,7 @@ from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
 from ..decoding.tree_target import is_compiled
 from ..layer_check import input_device
+from ..transformers_names import cache_argument, cache_of, is_stateful
 from ..whole_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -355,8 +356,12 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
 
 def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
     input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=input_device(target))
+    arguments = {"use_cache": False}
+    if is_stateful(target):  # which run a single token in another way behind a state
+        first = target(input_ids[:, :1], use_cache=True)
+        arguments = {"use_cache": True, **cache_argument(target, cache_of(first))}
     start = _now(input_device(target))
-    outputs = target(input_ids, use_cache=False, output_hidden_states=draft.config.target_layer_ids)
+    outputs = target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
     del outputs
     return _now(input_device(target)) - start
 

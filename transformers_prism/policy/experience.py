@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .carried_tokens import CarriedTokens
 from .ngrams import MAX_MATCH
 
 # Edges of the classes of cumulative draft probability, finer where most accepted nodes are.
@@ -139,6 +140,7 @@ class Experience:
         step_gain: value that one more draft step brings, over the value of the nodes that it expands.
         plan: what planned trees should bring.
         payoffs: by the bits of the number of active sequences less one: of 1, 2, up to 4, up to 8 and so on.
+        carried: of targets with recurrent layers, when their state should move on.
     """
 
     drafted: AcceptanceTable = field(default_factory=lambda: AcceptanceTable(_drafted_prior()))
@@ -146,6 +148,7 @@ class Experience:
     step_gain: float = STEP_GAIN
     plan: PlanValues = field(default_factory=PlanValues)
     payoffs: dict[int, Payoff] = field(default_factory=dict)
+    carried: CarriedTokens = field(default_factory=CarriedTokens)
 
     def observe_step_gain(self, nodes: list[tuple[int, float]], num_steps: int) -> None:
         """Learn how much of the value of nodes that a step expanded, their children brought; depths and values."""

@@ -38,7 +38,7 @@ class FixedTrees(PlainSteps):
 
     def propose(self, draft_side: DraftSide, sequences: Sequences, limits: Limits) -> Proposal:
         """The tree of the next round."""
-        settings = self.settings.clipped(*limits)
+        settings = self.settings.clipped(limits.depth, limits.nodes)
         drafter = draft_side.read()
         tree = drafter.grow(settings, self.sampler.coupling(sequences, settings.depth))
         return Proposal(tree, settings.depth, settings.depth)

@@ -58,11 +58,13 @@ class Outlook:
         weights: what a token counts in each active sequence; in sum, how many of them go on.
         rate: tokens per second, all sequences together and by weight, that time is worth.
         is_first: whether the draft has yet to read the prompt.
+        num_carried: committed tokens that the target's forward runs besides the tree.
     """
 
     weights: list[float]
     rate: float
     is_first: bool = False
+    num_carried: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Lesson:
         made_at: when the proposal was made, in seconds of the clock.
         drafted_cells, copied_cells: of each sequence the nodes' cells, -1 where none applies.
         read_seconds: in which the draft caught up on earlier rounds.
+        num_carried: see [`Outlook`].
         drawn: `(2, B, n)`, depths and log-probabilities of planned nodes, on their way to the host.
     """
 
@@ -82,6 +85,7 @@ class Lesson:
     drafted_cells: list[list[int]]
     copied_cells: list[list[int]]
     read_seconds: float = 0.0
+    num_carried: int = 0
     drawn: torch.Tensor | None = None
 
 
@@ -96,7 +100,7 @@ def best_tree(
     """
     num_steps = fields.pop("num_steps", 0)
     if known.settings.ngrams:
-        longest = min(*limits, MAX_COPIED, known.settings.num_nodes)
+        longest = min(limits.depth, limits.nodes, MAX_COPIED, known.settings.num_nodes)
         for sequence, one in zip(sequences.active, candidates, strict=True):
             one.add_copy(*known.texts[sequence].continuation(longest), known.experience.copied.chances)
     num_nodes, expected = _best_size(known, outlook, [one.values for one in candidates], limits.nodes)
@@ -113,7 +117,12 @@ def best_tree(
         num_copied=sum(cell >= 0 for cells in copied_cells for cell in cells) // len(chosen),
         expected_tokens=expected,
         lesson=Lesson(
-            outlook.weights, time.perf_counter(), [one.drafted_cells for one in chosen], copied_cells, **fields
+            outlook.weights,
+            time.perf_counter(),
+            [one.drafted_cells for one in chosen],
+            copied_cells,
+            num_carried=outlook.num_carried,
+            **fields,
         ),
     )
 
@@ -124,11 +133,12 @@ def _best_size(known: Knowledge, outlook: Outlook, values: list[list[float]], ma
     best_first = [sorted(one, reverse=True)[:limit] for one in values]
     rate, verify, overhead = outlook.rate, known.costs.verify, known.overhead.seconds
     expected = best = sum(outlook.weights)
-    best_reward, best_count = expected - rate * verify(num_active), 0
+    num_carried = outlook.num_carried
+    best_reward, best_count = expected - rate * verify(num_active + num_carried), 0
     # As many as the sequence with the fewest has: trees of a batch have one size.
     for count, gains in enumerate(zip(*best_first, strict=False), start=1):
         expected += sum(map(operator.mul, outlook.weights, gains))
-        reward = expected - rate * (verify(num_active * (count + 1)) + overhead)
+        reward = expected - rate * (verify(num_active * (count + 1) + num_carried) + overhead)
         if reward > best_reward:
             best, best_reward, best_count = expected, reward, count
     return best_count, best
@@ -220,7 +230,7 @@ class AheadOfRound:
         tree = draft_side.read().grow(plan, self.known.sampler.coupling(sequences, plan.depth))
         # It is there once the walk, which the same queue runs later, has been read.
         drawn = torch.stack((tree.depths.float(), tree.log_probs))[..., 1:].to("cpu", non_blocking=True)
-        lesson = Lesson(outlook.weights, time.perf_counter(), [], [], drawn=drawn)
+        lesson = Lesson(outlook.weights, time.perf_counter(), [], [], num_carried=outlook.num_carried, drawn=drawn)
         return Proposal(tree, plan.depth, plan.depth, lesson=lesson)
 
     def plan(self, outlook: Outlook, max_depth: int, max_nodes: int) -> TreeSettings:
@@ -238,7 +248,8 @@ class AheadOfRound:
         sizes = sorted({min(size, most) for size in _PLANNED_SIZES})
         # A rank is never worth more than the one before it.
         expected = experience.plan.ranks.cummin(dim=0).values.cumsum(dim=0).tolist()
-        rewards = [num_active * expected[size - 1] - rate * costs.verify(num_active * (size + 1)) for size in sizes]
+        seconds = [costs.verify(num_active * (size + 1) + outlook.num_carried) for size in sizes]
+        rewards = [num_active * expected[size - 1] - rate * took for size, took in zip(sizes, seconds, strict=True)]
         num_nodes = sizes[rewards.index(max(rewards))]
         return TreeSettings("static", settings.top_k, min(depth, num_nodes), num_nodes)
 

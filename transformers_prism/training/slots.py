@@ -6,17 +6,24 @@ their keys together, and only the last position goes through the vocabulary head
 Shape letters: B slots, W positions in use, H query heads, G key/value heads, R = H / G, E head dim, V vocabulary.
 """
 
+import inspect
+
 import torch
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_prism.decoding.attention import lent_sdpa
 from transformers_prism.decoding.target_support import layer_windows, takes_tree_mask
 from transformers_prism.decoding.tree import attention_mask
 from transformers_prism.training.eval_mode import in_eval_mode
-from transformers_prism.transformers_names import attention_name, cache_argument
+from transformers_prism.transformers_names import attention_name, cache_argument, is_stateful
 
 # Prompts of which several conversations begin alike are read once; this many are remembered.
 _MAX_REMEMBERED = 16
@@ -61,11 +68,52 @@ class _SlotLayer(DynamicLayer):
         return self.slots.width - 1
 
 
+class _SlotStates(LinearAttentionLayer):
+    """Recurrent states of all slots, which the stock layer writes to in place, each slot's by itself."""
+
+    def __init__(self, slots: "Slots"):
+        super().__init__()
+        self.slots = slots
+
+    def fill(self, slot: int, read: LinearAttentionLayer) -> None:
+        """Give a slot the states of a row that was read alone."""
+        self.number_of_states, self.conv_kernel_size = read.number_of_states, read.conv_kernel_size
+        self.has_previous_state = dict(read.has_previous_state)
+        for name in ("conv_states", "recurrent_states"):
+            mine = getattr(self, name)
+            for index, state in getattr(read, name).items():
+                if state is not None and mine.get(index) is None:
+                    mine[index] = state.new_zeros((self.slots.num_slots, *state.shape[1:]))
+                    getattr(self, f"is_{name}_initialized")[index] = True
+                if state is not None:
+                    mine[index][slot] = state[0]
+
+
+class _SlotLayerAndStates(_SlotStates, _SlotLayer):
+    """Both, of layers that attend and recur."""
+
+    lazy_initialization = LinearAttentionAndFullAttentionLayer.lazy_initialization
+
+    def __init__(self, slots: "Slots"):
+        _SlotLayer.__init__(self, slots)
+        _SlotStates.__init__(self, slots)
+
+
+# What stands in for which layer of a target's own cache.
+_LAYERS = {
+    DynamicLayer: _SlotLayer,
+    LinearAttentionLayer: _SlotStates,
+    LinearAttentionAndFullAttentionLayer: _SlotLayerAndStates,
+    DummyLayer: lambda slots: DummyLayer(),
+}
+
+
 class Slots:
     """A target that decodes up to `num_slots` rows at once.
 
     Args:
-        target (`PreTrainedModel`): with full or sliding attention layers; read in eval mode whatever mode it is in.
+        target (`PreTrainedModel`): with full or sliding attention layers, or with recurrent and full attention layers;
+            read in eval mode whatever mode it is in.
         num_slots (`int`): B.
         max_length (`int`): positions of a slot; allocated at once.
     Raises:
@@ -73,17 +121,24 @@ class Slots:
     """
 
     def __init__(self, target, num_slots: int, max_length: int):
-        if not takes_tree_mask(target):
+        config = target.config.get_text_config()
+        kinds = [type(layer) for layer in DynamicCache(config=config).layers] if is_stateful(target) else []
+        is_recurrent = bool(kinds) and set(kinds) <= set(_LAYERS)
+        if not is_recurrent and not takes_tree_mask(target):
             raise ValueError(
-                f"target: expected one with eager or SDPA attention over full or sliding layers, got "
-                f"{type(target).__name__} with {attention_name(target.config)}"
+                f"target: expected one with eager or SDPA attention over full or sliding layers, or with recurrent layers "
+                f"beside full attention, got {type(target).__name__} with {attention_name(target.config)}"
             )
         self.target, self.num_slots, self.max_length = target, num_slots, max_length
-        self.windows = layer_windows(target.config.get_text_config())
+        self.config_of_cache = config if is_recurrent else None
+        self.windows = {None: None} if is_recurrent else layer_windows(config)
         self.lengths = [0] * num_slots
         self.width = 1
         self.positions = torch.zeros(num_slots, dtype=torch.long, device=target.device)
-        self.cache = Cache(layers=[_SlotLayer(self) for _ in range(target.config.get_text_config().num_hidden_layers)])
+        layers = kinds if is_recurrent else [DynamicLayer] * config.num_hidden_layers
+        self.cache = Cache(layers=[_LAYERS[kind](self) for kind in layers])
+        self.has_attention = any(isinstance(layer, _SlotLayer) for layer in self.cache.layers)
+        self.takes_positions = "position_ids" in inspect.signature(target.forward).parameters
         self._read: dict[tuple[int, ...], tuple] = {}
 
     @torch.no_grad()
@@ -99,14 +154,19 @@ class Slots:
             raise ValueError(f"token_ids: expected 1 to {self.max_length - 1} tokens, got {len(token_ids)}")
         read = self._read.get(tuple(token_ids))
         if read is None:
-            cache = DynamicCache()
+            cache = DynamicCache() if self.config_of_cache is None else DynamicCache(config=self.config_of_cache)
             ids = torch.tensor([token_ids], device=self.target.device)
             with in_eval_mode(self.target):
                 logits = self.target(ids, **cache_argument(self.target, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
-            read = logits, [(layer.keys, layer.values) for layer in cache.layers]
+            read = logits, cache.layers
             if is_shared and len(self._read) < _MAX_REMEMBERED:
                 self._read[tuple(token_ids)] = read
-        for layer, (keys, values) in zip(self.cache.layers, read[1], strict=True):
+        for layer, of_row in zip(self.cache.layers, read[1], strict=True):
+            if isinstance(layer, _SlotStates):
+                layer.fill(slot, of_row)
+            if not isinstance(layer, _SlotLayer):
+                continue
+            keys, values = of_row.keys, of_row.values
             layer.reserve(keys, values)
             # A sliding layer keeps the end of a long prompt only; masks never ask for what it dropped.
             kept = keys.shape[2]
@@ -128,17 +188,33 @@ class Slots:
         device = self.target.device
         self.positions = torch.tensor(self.lengths, device=device)
         self.width = max(self.lengths[slot] for slot in token_ids) + 1
+        resting = [slot for slot in range(self.num_slots) if slot not in token_ids and self.lengths[slot]]
+        kept = [(state, state[resting]) for state in self._states()] if resting else []
+        positions = {"position_ids": self.positions[:, None]} if self.takes_positions else {}
         with in_eval_mode(self.target), lent_sdpa(slot_attention):
             logits = self.target(
                 input_ids.to(device),
-                attention_mask=self._masks(),
-                position_ids=self.positions[:, None],
+                attention_mask=self._masks() if self.has_attention else None,
+                **positions,
                 **cache_argument(self.target, self.cache),
                 use_cache=True,
             ).logits[:, -1]
+        for state, rows in kept:
+            state[resting] = rows
         for slot in token_ids:
             self.lengths[slot] += 1
         return {slot: logits[slot] for slot in token_ids}
+
+    def _states(self) -> list[torch.Tensor]:
+        """Recurrent states `(B, ...)` of all layers."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, _SlotStates)]
+        return [
+            state
+            for layer in layers
+            for states in (layer.conv_states, layer.recurrent_states)
+            for state in states.values()
+            if state is not None
+        ]
 
     def _masks(self):
         keys = torch.arange(self.width, device=self.positions.device)

@@ -1,0 +1,124 @@
+"""Prompts with an image for tiny image-text models: made without a processor, by the forms of inputs that models take.
+
+Each form is tried in turn; the number of image tokens is what the model says it expects.
+"""
+
+import copy
+import inspect
+import re
+
+import torch
+
+IMAGE_ID, VIDEO_ID, START_ID, END_ID = 90, 91, 92, 93
+# Not to be emitted: in a text that goes on, they would have to have images of their own.
+SPECIAL_IDS = [IMAGE_ID, VIDEO_ID, START_ID, END_ID]
+_TOKENS = {
+    "image_token_id image_token_index media_placeholder_token_id im_patch_id image_patch_id": IMAGE_ID,
+    "video_token_id video_token_index": VIDEO_ID,
+    "vision_start_token_id image_start_token_id boi_token_id boi_token_index im_start_id": START_ID,
+    "vision_end_token_id image_end_token_id eoi_token_id eoi_token_index im_end_id": END_ID,
+}
+
+
+def set_image_tokens(target) -> None:
+    """Give the special tokens of images ids of the small vocabulary."""
+    for config in (target.config, target.config.get_text_config()):
+        for names, token in _TOKENS.items():
+            for name in names.split():
+                if hasattr(config, name):
+                    setattr(config, name, token)
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _forms(target) -> list[dict]:
+    """Image inputs without tokens, by form."""
+    vision = getattr(target.config, "vision_config", None) or getattr(target.config, "vq_config", None) or target.config
+    size = getattr(vision, "image_size", 32) or 32
+    size = size[0] if isinstance(size, (list, tuple)) else size
+    patch = getattr(vision, "patch_size", 8)
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
+    frames = getattr(vision, "temporal_patch_size", 1)
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", 1) or 1
+    merge = merge if isinstance(merge, int) else merge[0]
+    grid = 2 * merge
+    flat = _pixels(grid * grid, channels * frames * patch * patch)
+    grids = torch.tensor([[1, grid, grid]])
+    sizes = torch.tensor([[size, size]])
+    return [
+        {"pixel_values": flat, "image_grid_thw": grids},
+        {"pixel_values": _pixels(grid * grid, channels, patch, patch), "image_grid_thw": grids},
+        {"pixel_values": _pixels(1, 3, size, size)},
+        {"pixel_values": _pixels(1, 3, size, size), "image_sizes": sizes},
+        {"pixel_values": _pixels(1, 1, 3, size, size)},
+        {"pixel_values": _pixels(1, 2, 3, size, size), "image_sizes": sizes},
+        {"pixel_values": _pixels(1, 1, 3, size, size), "pixel_attention_mask": torch.ones(1, 1, size, size, dtype=torch.long)},
+        {"pixel_values": flat[None], "image_grid_thw": grids[None]},
+    ]
+
+
+def _with_tokens(target, form: dict, num_tokens: int, num_rows: int = 1) -> dict:
+    """Inputs of generate(): text, an image, text; later rows with more left padding."""
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(8, 88, (num_rows, 9), generator=generator)
+    start, image, end = (torch.full((num_rows, count), token) for token, count in ((START_ID, 1), (IMAGE_ID, num_tokens), (END_ID, 1)))
+    input_ids = torch.cat((text[:, :4], start, image, end, text[:, 4:]), dim=1)
+    mask = torch.ones_like(input_ids)
+    for row in range(num_rows):
+        mask[row, :row] = 0
+        input_ids[row, :row] = 0
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    for name, value in form.items():
+        inputs[name] = value.repeat(num_rows, *[1] * (value.dim() - 1))
+    if "mm_token_type_ids" in _parameters(target) or hasattr(target.config, "vision_start_token_id"):
+        inputs["mm_token_type_ids"] = (input_ids == IMAGE_ID).long()
+    if "token_type_ids" in _parameters(target):
+        inputs["token_type_ids"] = (input_ids == IMAGE_ID).long()
+    return inputs
+
+
+def _parameters(target) -> set[str]:
+    return set(inspect.signature(type(target).forward).parameters)
+
+
+def image_prompt(target, num_rows: int = 1) -> dict:
+    """Inputs of generate() with an image in each row.
+
+    Raises:
+        ValueError: if the model takes none of the forms, with what it said to each.
+    """
+    set_image_tokens(target)
+    errors = []
+    for form in _forms(target):
+        if not set(form) <= _parameters(target) | {"image_grid_thw"}:
+            continue
+        num_tokens = 4
+        for _ in range(3):
+            inputs = _with_tokens(target, form, num_tokens, num_rows)
+            try:
+                target.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
+                return inputs
+            except Exception as error:
+                if "not used by the model" in str(error):
+                    break
+                errors.append(f"{sorted(form)} {num_tokens}: {type(error).__name__}: {str(error)[:150]}")
+                told = re.search(r"tokens: (\d+), features:? (\d+)", str(error))
+                if told is None or int(told[2]) == num_tokens * num_rows or int(told[2]) % num_rows:
+                    break
+                features = int(told[2]) // num_rows
+                num_tokens = features if features < 200 else features // 64
+    raise ValueError("; ".join(errors))
+
+
+def takes_images(target) -> bool:
+    """Whether a prompt with an image can be made for a model; the model is left alone."""
+    if "pixel_values" not in _parameters(target):
+        return False
+    try:
+        image_prompt(copy.deepcopy(target))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,266 @@
+"""Targets with recurrent layers: a chain with lazy replay, and transformers' refusal."""
+
+import warnings
+
+import pytest
+import torch
+from compatibility_models import build
+from compatibility_runs import Case, compare, scripted
+from tiny_models import PAD_ID, prompts
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from transformers_prism import generation
+from transformers_prism.decoding import round_check
+from transformers_prism.decoding.memory import keep_with
+from transformers_prism.decoding.recurrent_target import MAX_CARRIED
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
+
+ARGUMENTS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": PAD_ID}
+# Recurrent and full attention, one layer with both, windows as well, states that are no keys, recurrent states alone.
+CONTINUED = ["qwen3_next", "qwen3_5_text", "falcon_h1", "lara_mini", "deepseek_v4", "mamba2"]
+CONTINUED = [name for name in CONTINUED if name in CONFIG_MAPPING]  # lara_mini is new in transformers 5.24
+NOT_CONTINUED = ["jamba", "mamba"]
+
+
+def target_and_text(name: str = "qwen3_next", length: int = 9, seed: int = 3):
+    """A tiny target whose text has some variety, a prompt and the text."""
+    input_ids, _ = prompts(1, length)
+    for draw in range(seed, seed + 20):
+        target = Case(name, name).draw(draw)
+        plain = target.generate(input_ids, **ARGUMENTS)
+        if len(set(plain[0, length:].tolist())) > 8:
+            return target, input_ids, plain
+    raise AssertionError(f"no {name} with a varied text")
+
+
+def chain(target, plain, prompt_length: int = 9, **settings):
+    """A draft that is right and wrong at random places of the text."""
+    draft = scripted(target, plain, prompt_length)
+    draft.generation_config.update(**settings)
+    return draft
+
+
+class Forwards:
+    """Counts a target's forwards, and the tokens of each."""
+
+    def __init__(self, target):
+        self.num_tokens: list[int] = []
+        target.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, kwargs):
+        self.num_tokens.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_text_is_that_of_plain_decoding(name):
+    """Greedy, sampled, static caches and chats, with more than one and a half tokens a round."""
+    case = Case(name, name)
+    for seed in range(3, 12):
+        target = case.draw(seed)
+        result = compare(target, case, "greedy")
+        assert result["outcome"] == "chain", result
+        if result["tokens_per_round"] > 1.5:
+            break
+    assert result["tokens_per_round"] > 1.5
+    for run in ("sampled", "static", "chat"):
+        assert compare(target, case, run)["outcome"] in ("chain", "fails"), run
+
+
+@pytest.mark.parametrize("name", NOT_CONTINUED)
+def test_models_that_ignore_their_state_are_decoded_plainly(name):
+    """Several tokens at once do not read what came before: the reason is given, and the text is that of plain decoding."""
+    target, input_ids, plain = target_and_text(name)
+    draft = chain(target, plain)
+    with pytest.warns(UserWarning, match="does not continue its recurrent state over several tokens"):
+        assert torch.equal(target.generate(input_ids, assistant_model=draft, **ARGUMENTS), plain)
+    assert "does not continue" in draft.last_speculation.declined
+
+
+def test_one_target_forward_a_round():
+    """Beside the prompt's and the check's, which is made once for a target, there is one forward for each round."""
+    target, input_ids, plain = target_and_text()
+    draft = chain(target, plain)
+    target.generate(input_ids, assistant_model=draft, **ARGUMENTS)
+    forwards = Forwards(target)
+    draft = chain(target, plain)
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **ARGUMENTS), plain)
+    assert len(forwards.num_tokens) == 1 + draft.last_speculation.num_rounds[0]
+    assert draft.last_speculation.acceptance_length > 1.5
+
+
+def test_accepted_tokens_run_again_in_the_next_forward(monkeypatch):
+    """After a chain that was accepted in part, the next forward carries what was kept of it; after a whole one, nothing."""
+    target, input_ids, plain = target_and_text()
+    draft = chain(target, plain, tree="chain", tree_depth=4)
+    forwards = Forwards(target)
+    keep_with(target, "checks of states", {(torch.float32, "cpu"): None})
+    monkeypatch.setattr(round_check, "is_tried", lambda target: True)
+    target.generate(input_ids, assistant_model=draft, **ARGUMENTS)
+    accepted, trees = draft.last_speculation.accepted_per_round[0], draft.last_speculation.trees
+    carried, expected = 0, []
+    for num_accepted, tree in zip(accepted, trees, strict=True):
+        expected.append(carried + 1 + tree.num_nodes)
+        carried = 0 if num_accepted == tree.num_nodes else carried + num_accepted + 1
+    assert forwards.num_tokens[1:] == expected
+    assert max(expected) > 5, "something was carried"
+
+
+def test_the_state_moves_on_when_much_is_carried():
+    """A draft that is never wholly right does not let forwards grow without end."""
+    target, input_ids, plain = target_and_text()
+    arguments = {**ARGUMENTS, "max_new_tokens": 60}
+    plain = target.generate(input_ids, **arguments)
+    draft = chain(target, plain, tree="chain", tree_depth=2)
+    draft.script = [[token if place % 3 else 96 - token for place, token in enumerate(draft.script[0])]]
+    forwards = Forwards(target)
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **arguments), plain)
+    assert max(forwards.num_tokens[1:]) <= MAX_CARRIED + 3
+
+
+def test_a_batch_is_declined_with_the_reason():
+    """Rows that accept different numbers of tokens cannot share a state."""
+    target, _, _ = target_and_text()
+    input_ids, mask = prompts(2)
+    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+    draft = chain(target, plain)
+    with pytest.warns(UserWarning, match="rows of a batch accept different numbers of tokens"):
+        got = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS)
+    assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_a_padded_row_equals_plain_decoding(cache_implementation):
+    """Left padding of a single row reaches the prompt's forward, and rounds go on behind it."""
+    target, _, _ = target_and_text()
+    input_ids, mask = (part[1:] for part in prompts(2))
+    arguments = {**ARGUMENTS, "cache_implementation": cache_implementation, "attention_mask": mask}
+    plain = target.generate(input_ids, **arguments)
+    draft = chain(target, plain)
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **arguments), plain)
+    assert draft.last_speculation.target == "chain"
+
+
+def test_a_returned_cache_holds_what_plain_decoding_leaves():
+    """Plain decoding goes on from it, and it goes on from plain decoding's; states agree."""
+    target, input_ids, _ = target_and_text()
+    arguments = {**ARGUMENTS, "return_dict_in_generate": True}
+    plain = target.generate(input_ids, **arguments)
+    ours = target.generate(input_ids, assistant_model=chain(target, plain.sequences), **arguments)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for one, other in zip(cache_of(ours).layers, cache_of(plain).layers, strict=True):
+        for state, expected in zip(_tensors(one), _tensors(other), strict=True):
+            torch.testing.assert_close(state, expected, atol=1e-4, rtol=1e-4)
+    longer = torch.cat((plain.sequences, input_ids[:, :4]), dim=1)
+    texts = []
+    for first, _drafted in ((plain, False), (ours, False)):
+        more = {CACHE_KEYWORD: cache_of(first)}
+        texts.append(target.generate(longer, **{**arguments, **more}).sequences)
+    assert torch.equal(*texts)
+
+
+def _tensors(layer) -> list[torch.Tensor]:
+    states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for name in ("conv_states", "recurrent_states"):
+        states += list(getattr(layer, name, {}).values())
+    return [state for state in states if state is not None]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+def test_a_chat_begun_in_inference_mode_goes_on_in_it(name):
+    """Recurrent states that were made in inference mode can only be written to in it."""
+    target, input_ids, _ = target_and_text(name)
+    arguments = {**ARGUMENTS, "return_dict_in_generate": True}
+    texts = []
+    for has_draft in (False, True):
+        with torch.inference_mode():
+            first = target.generate(input_ids, **arguments)
+            longer = torch.cat((first.sequences, input_ids[:, :4]), dim=1)
+            more = {**arguments, CACHE_KEYWORD: cache_of(first)}
+            if has_draft:
+                more["assistant_model"] = chain(target, texts[0], longer.shape[1])
+            texts.append(target.generate(longer, **more).sequences)
+    assert torch.equal(*texts)
+    assert more["assistant_model"].last_speculation.target == "chain"
+
+
+def test_scores_streamers_and_sampling_are_those_of_plain_decoding():
+    """Scores at the same places, tokens in the same order, the generator in the same state."""
+    target, input_ids, _ = target_and_text()
+    streamed: list[list[int]] = []
+
+    class Streamer(TextStreamer):
+        def __init__(self):
+            streamed.append([])
+
+        def put(self, value):
+            streamed[-1].extend(value.flatten().tolist())
+
+        def end(self):
+            pass
+
+    outputs, states = [], []
+    arguments = {**ARGUMENTS, "do_sample": True, "return_dict_in_generate": True, "output_scores": True}
+    for has_draft in (False, True):
+        more = {"assistant_model": chain(target, outputs[0].sequences)} if has_draft else {}
+        torch.manual_seed(7)
+        outputs.append(target.generate(input_ids, streamer=Streamer(), **arguments, **more))
+        states.append(torch.get_rng_state())
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(*states)
+    assert streamed[0] == streamed[1]
+    for one, other in zip(outputs[0].scores, outputs[1].scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_an_error_leaves_the_cache_as_it_was():
+    """A processor that fails in the middle of a chat: the caller's cache goes on as if nothing had been."""
+
+    class Failing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > 55:
+                raise RuntimeError("enough")
+            return scores
+
+    target, input_ids, _ = target_and_text()
+    arguments = {**ARGUMENTS, "return_dict_in_generate": True}
+    first = target.generate(input_ids, **arguments)
+    longer = torch.cat((first.sequences, input_ids[:, :4]), dim=1)
+    more = {**arguments, CACHE_KEYWORD: cache_of(first)}
+    draft = chain(target, torch.cat((longer, longer), dim=1), longer.shape[1])
+    before = [state.clone() for layer in cache_of(first).layers for state in _tensors(layer)]
+    with pytest.raises(RuntimeError, match="enough"):
+        target.generate(longer, assistant_model=draft, logits_processor=LogitsProcessorList([Failing()]), **more)
+    after = [state for layer in cache_of(first).layers for state in _tensors(layer)]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_other_assistants_are_refused_as_before_and_the_hook_can_be_undone():
+    """Only drafts of model type "prism" pass transformers' check."""
+    target, input_ids, plain = target_and_text()
+    draft = chain(target, plain)
+    other = build("llama")
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        target.generate(input_ids, assistant_model=other, **ARGUMENTS)
+    assert type(target)._is_stateful
+    assert "_is_stateful" not in vars(target)
+    generation.uninstall()
+    try:
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            target.generate(input_ids, assistant_model=draft, **ARGUMENTS)
+    finally:
+        generation.install()
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        target.generate(input_ids, assistant_model=draft, num_return_sequences=2, **{**ARGUMENTS, "do_sample": True})
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **ARGUMENTS), plain)
+
+
+def test_automatic_chains_equal_plain_decoding():
+    """`tree="auto"` weighs what is carried; the text does not depend on it."""
+    target, input_ids, plain = target_and_text()
+    draft = chain(target, plain, tree="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            assert torch.equal(target.generate(input_ids, assistant_model=draft, **ARGUMENTS), plain)
+    assert draft.last_speculation.target == "chain"
