@@ -240,8 +240,8 @@ def test_prompts_of_benchmarks_are_read_alike(tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ("train", "--use_cpu", "--output", "{out}", "--data"),
-        ("train", "--use_cpu", "--output", "{out}", "--plan", "--data"),
+        ("train", "--use-cpu", "--output", "{out}", "--data"),
+        ("train", "--use-cpu", "--output", "{out}", "--plan", "--data"),
         ("synthesize", "--num-tokens", "10", "--output", "{out}", "--prompts"),
         ("synthesize", "--num-tokens", "10", "--output", "{out}", "--exclude"),
         ("data", "preview", "--data"),
@@ -281,7 +281,7 @@ def test_commands_take_a_sharegpt_array(tmp_path, monkeypatch):
     rows += [{"id": "a", "conversations": []}, {"id": "b", "conversations": [{"from": "human", "value": "w9"}, {"from": "gpt", "value": 5}]}]
     path, out = tmp_path / "sharegpt.json", tmp_path / "out"
     path.write_text("\ufeff" + json.dumps(rows, indent=1))
-    train = ["train", "--use_cpu", "--output", str(out / "run"), "--draft_vocab_size", "40", "--split_epochs", "0", "--warm_up_epochs", "0"]
+    train = ["train", "--use-cpu", "--output", str(out / "run"), "--draft-vocab-size", "40", "--split-epochs", "0", "--warm-up-epochs", "0"]
     synthesize = ["synthesize", "--output", str(out / "data"), "--num-tokens", "40", "--max-user-tokens", "20", "--max-answer-tokens", "8"]
     for words in ([*train, "--data"], [*synthesize, "--no-packed", "--prompts"], ["data", "preview", "--data"], ["data", "check"]):
         result = CliRunner().invoke(app, [*words, str(path)])
