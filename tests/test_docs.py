@@ -243,6 +243,7 @@ def test_docs_errors_are_those_of_the_source():
             assert f"| {kind} |" in tables
             assert text.split("<")[0].replace("_", "\\_").replace("*", "\\*").replace("`", "").replace("|", "\\|") in tables, text
     assert "tree: expected one of" in tables
+    assert "| reason |" in tables
     assert remedy("expected the package gguf to read x, got none; pip install gguf") == "Pip install gguf"
     assert remedy("dtype: expected float32, got int8") == "Give float32"
 
