@@ -43,8 +43,8 @@ def messages(path: Path) -> list[tuple[str, str]]:
     found = []
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and function.name.startswith(_REASONS):
-            returned = (node for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None)
-            found += [(node.lineno, "reason", _words(_text(node.value))) for node in returned]
+            returned = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
+            found += [(node.lineno, "reason", _words(_text(node.value))) for node in returned if node.value is not None]
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             call, kind = node.exc, ast.unparse(node.exc.func)
