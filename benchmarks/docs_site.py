@@ -25,11 +25,13 @@ TOPICS = {
     "Other formats": ("conversion/",),
     "Commands and measurements": ("",),
 }
+# Functions that return why a target or a call is decoded plainly, or in chains.
+_REASONS = ("reason_", "why_")
 _WARNING_CALLS = ("warn", "warn_once", "warning", "warning_once")
 
 
 def messages(path: Path) -> list[tuple[str, str]]:
-    """Kind and text of every error that a file raises and every warning that it gives, in order, each once.
+    """Kind and text of every error that a file raises, every warning and every reason for plain decoding, each once.
 
     Args:
         path (`Path`): a Python file.
@@ -37,18 +39,25 @@ def messages(path: Path) -> list[tuple[str, str]]:
         `list`: of pairs such as `("ValueError", "tree: expected one of ..., got ...")`; what an f-string fills in is
         shown by its expression in angle brackets.
     """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name.startswith(_REASONS):
+            returned = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
+            found += [(node.lineno, "reason", _words(_text(node.value))) for node in returned if node.value is not None]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             call, kind = node.exc, ast.unparse(node.exc.func)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in _WARNING_CALLS:
             call, kind = node, "warning"
         else:
             continue
-        text = next(filter(None, map(_text, call.args)), "")
-        if len(text.split()) > 3:
-            found.append((node.lineno, kind, " ".join(text.split())))
-    return list(dict.fromkeys((kind, text) for _, kind, text in sorted(found)))
+        found.append((node.lineno, kind, _words(next(filter(None, map(_text, call.args)), ""))))
+    return list(dict.fromkeys((kind, text) for _, kind, text in sorted(found) if len(text.split()) > 3))
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _text(node: ast.expr) -> str:
