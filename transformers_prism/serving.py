@@ -235,6 +235,7 @@ class _Streamer(BaseStreamer):
     def put(self, value):
         """Take the prompt, then tokens."""
         if self.has_hung_up.is_set():
+            logger.info("The client hung up after %d tokens; the rest is not decoded.", max(self.num_tokens, 0))
             raise HTTPException(CLIENT_CLOSED_REQUEST, "the client hung up")
         self.num_tokens += 1
         if self.streamer is not None:
