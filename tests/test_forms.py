@@ -159,6 +159,14 @@ def test_forms_say_what_was_read_and_assumed(tmp_path, caplog):
     assert str(draft.conversion_report).startswith(f"{tmp_path / 'theirs'} (model.safetensors) -> memory")
 
 
+def test_forms_say_that_the_last_state_is_another_one(tmp_path):
+    """After the final norm here, before it in servers."""
+    last = {"eagle_aux_hidden_state_layer_ids": [2, 4, 8]}
+    write_source(tmp_path / "theirs", "speculators_plain", lambda config, weights: config.update(last))
+    draft = load_draft(tmp_path / "theirs", vector_target("speculators_plain"))
+    assert any("the state 8 is read after the target's final norm" in note for note in draft.conversion_report.notes)
+
+
 def test_forms_take_a_draft_of_ours(tmp_path):
     """With the target's dtype, and its own configuration of trees."""
     target = tiny_target()

@@ -266,9 +266,7 @@ def test_quantised_layers_are_left_alone_by_prepare_for_cpu(tmp_path, case):
         assert len(changed) == len(prepared.linears)
         logits = target(input_ids).logits
     with torch.no_grad():
-        torch.testing.assert_close(
-            target(input_ids).logits, logits, atol=0.05 if len(changed) < 9 else 1e-3, rtol=0.05
-        )
+        torch.testing.assert_close(target(input_ids).logits, logits, atol=1e-3, rtol=1e-3)
     assert {name: type(module) for name, module in target.named_modules()} == linears
 
 
@@ -292,7 +290,6 @@ def test_adapters_are_followed(draft_vocab_size, is_prepared):
     target's computes now."""
     target = make_target()
     model = adapted(target)
-    # Biases of an adapted head are its base layer's.
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size)
     input_ids, mask = prompts(2)
     state = torch.linspace(-1, 1, 128)[None]

@@ -63,9 +63,10 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
     if target.training:
         return None
     for module in target.modules():
-        if not isinstance(getattr(module, "in_features", None), int) or is_plain_linear(module) or module in _passed:
+        width = getattr(module, "in_features", getattr(module, "infeatures", None))
+        if not isinstance(width, int) or is_plain_linear(module) or module in _passed:
             continue
-        difference = _difference(module, target)
+        difference = _difference(module, width, target)
         if difference > (_ROUNDING if target.dtype == torch.float32 else _SHORT_ROUNDING):
             kind = f"{type(module).__module__}.{type(module).__name__}"
             advice = "quantize the weights alone, or scale each token's inputs by themselves"
@@ -80,12 +81,11 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _difference(layer: nn.Module, target: PreTrainedModel) -> float:
+def _difference(layer: nn.Module, width: int, target: PreTrainedModel) -> float:
     """Between the outputs for a token alone and with large ones, as a share of the largest output; 0 if the layer fails."""
     generator = torch.Generator().manual_seed(0)
     tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), input_device(target))
-    width = int(layer.in_features)  # type: ignore[arg-type]
     token = torch.randn(1, 1, width, generator=generator)
     others = _FACTOR * torch.randn(1, _NUM_OTHERS, width, generator=generator)
     alone = together = None

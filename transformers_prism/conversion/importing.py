@@ -307,6 +307,11 @@ def _make_config(theirs: SourceDraft, target, target_config, context_kv, num_tar
             f"target: expected at least {layer_ids[-1]} layers, since the draft reads the states {layer_ids}, got "
             f"{num_target_layers}"
         )
+    if fields.get("module_form") == "eagle3" and layer_ids[-1] == num_target_layers:
+        theirs.notes.append(
+            f"the state {num_target_layers} is read after the target's final norm, servers hand it over before; fewer tokens "
+            "may be accepted"
+        )
     try:
         return PrismConfig(target_layer_ids=layer_ids, context_kv=context_kv, target_fingerprint=fingerprint, **fields)
     except StrictDataclassError as error:
