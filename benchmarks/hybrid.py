@@ -79,10 +79,11 @@ class _ScriptedDrafter:
         self.num_emitted += 1 if self.root_ids is None else num_new[0]
         self.root_ids = token_ids[:, num_new[0] - 1]
 
-    def keep_rows(self, rows):
+    def keep_sequences(self, places):
         """There is one."""
 
-    keep_sequences = keep_rows
+    def use_text_tokens(self, is_wanted):
+        """It proposes nothing else than the script."""
 
     def _chain(self, depth: int) -> list[int]:
         right = self.script[self.num_emitted : self.num_emitted + depth]

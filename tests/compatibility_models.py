@@ -188,7 +188,7 @@ SETTINGS: dict[str, dict] = {
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 4, "backbone_hidden_size": 64},
     "molmo2": {"vision_config.image_size": [32, 32], "adapter_config.vision_feature_layer": [0], "adapter_config.text_hidden_size": 64},
     "muse_spark": {"audio_config.num_hidden_layers": 4},
-    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2, "text_config.time_step_min": 1e-30},
     "paddleocr_vl": _TEXT_MROPE,
     "qwen2_vl": _TEXT_MROPE,
     "qwen2_5_vl": _TEXT_MROPE,

@@ -77,6 +77,16 @@ def test_models_that_ignore_their_state_are_decoded_plainly(name):
     assert "does not continue" in draft.last_speculation.declined
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_checks_know_the_precision_of_the_model(dtype):
+    """mamba2 returns float32 logits whatever it computes in, and computes parts of float64 in float32: that is rounding."""
+    target, input_ids, plain = target_and_text("mamba2")
+    target, draft = target.to(dtype), chain(target, plain).to(dtype)
+    target.generate(input_ids, assistant_model=draft, **ARGUMENTS)
+    assert draft.last_speculation.target == "chain"
+    assert draft.last_speculation.stopped_drafting is None
+
+
 def test_one_target_forward_a_round():
     """Beside the prompt's and the check's, which is made once for a target, there is one forward for each round."""
     target, input_ids, plain = target_and_text()

@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformers_prism import transformers_names
-from transformers_prism.transformers_names import CACHE_KEYWORD, cache_keyword, cache_of
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_keyword, cache_of, output_embeddings
 
 PACKAGE = Path(transformers_names.__file__).parent
 # `_x` of an object that is not this package's own.
@@ -70,3 +71,21 @@ def test_a_draft_drafts_on_this_release():
     assert torch.equal(plain, drafted)
     assert draft.last_speculation.declined is None
     assert draft.last_speculation.acceptance_length > 1.5
+
+
+def test_a_head_that_a_composite_model_does_not_hand_out_is_its_text_parts():
+    """Where neither has one, there is none."""
+    class Part(torch.nn.Module):
+        def __init__(self, head, **parts):
+            super().__init__()
+            self.own = [head]
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+        def get_output_embeddings(self):
+            return self.own[0]
+
+    head = SimpleNamespace()
+    assert output_embeddings(Part(head)) is head
+    assert output_embeddings(Part(None, vision=torch.nn.Linear(2, 2), language_model=Part(head))) is head
+    assert output_embeddings(Part(None, language_model=Part(None))) is None

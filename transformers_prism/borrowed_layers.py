@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
 from .layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
+from .transformers_names import output_embeddings
 
 # How far logits of dequantised rows may be from the head's own, as a share of the largest.
 _SAME_HEAD = 0.02
@@ -47,7 +48,7 @@ class BorrowedLayers:
             embedding = None
         if embedding is None:
             raise ValueError(f"expected a target with a token embedding, got {type(target).__name__} without one")
-        head = target.get_output_embeddings()
+        head = output_embeddings(target)
         if head is None:
             raise ValueError(f"expected a target with a vocabulary head, got {type(target).__name__} without one")
         weights = (getattr(layer, "weight", None) for layer in (embedding, head))

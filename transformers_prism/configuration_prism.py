@@ -9,7 +9,7 @@ from typing import Literal, cast
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .transformers_names import CACHE_NAMES, name_of, revision_of
+from .transformers_names import CACHE_NAMES, name_of, output_embeddings, revision_of
 
 # The parts of a target that a draft can be checked against; a part that is None is unknown and is not compared.
 FINGERPRINT_PARTS = ("name", "revision", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
@@ -128,7 +128,7 @@ def _widths(target_config, model=None) -> dict:
     if model is not None:
         with contextlib.suppress(NotImplementedError):  # bind() says what such a target lacks
             embedding_size = _read_size(model.get_input_embeddings(), "embedding_dim") or embedding_size
-            head_size = _read_size(model.get_output_embeddings(), "in_features") or head_size
+            head_size = _read_size(output_embeddings(model), "in_features") or head_size
     layer_ids = default_target_layer_ids(num_target_layers(target_config))
     if head_size != hidden_size and len(layer_ids) == 1:
         layer_ids = [0, *layer_ids]  # a fusion layer joins the widths

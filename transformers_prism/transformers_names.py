@@ -121,6 +121,13 @@ def attention_name(config) -> str:
     return config.get_text_config()._attn_implementation
 
 
+def output_embeddings(model):
+    """A model's vocabulary head; of a composite model that does not hand it out, its text part's. None without one."""
+    parts = [part for part in (model, *model.children()) if hasattr(part, "get_output_embeddings")]
+    heads = (part.get_output_embeddings() for part in parts)
+    return next((head for head in heads if head is not None), None)
+
+
 def keeps_no_activations(model) -> bool:
     """Whether a model's layers compute their activations anew in training, and so keep no cache in train mode."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")

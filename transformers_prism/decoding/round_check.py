@@ -177,7 +177,9 @@ class RoundCheck:
         of_tree = logits.gather(1, index[..., None].to(logits.device).expand(-1, -1, logits.shape[-1])).float()
         steps = steps.to(of_tree)
         difference, scale = float((of_tree - steps).abs().max()), float(steps.abs().max())
-        allowed = scale * min(_ROUNDING * torch.finfo(logits.dtype).eps, _MOST_ROUNDING)
+        # Some models return logits in float32 whatever they compute in, and compute parts in it even in float64.
+        eps = max(torch.finfo(kind).eps for kind in (logits.dtype, self.side.target.dtype, torch.float32))
+        allowed = scale * min(_ROUNDING * eps, _MOST_ROUNDING)
         length = min(self.side.next_position)
         if difference <= allowed:
             self.checked.add(self.kind, length)

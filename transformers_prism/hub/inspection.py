@@ -20,6 +20,7 @@ from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import read_target_config
+from transformers_prism.transformers_names import output_embeddings
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Inspection:
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(self.target_config)
         count = sum(parameter.numel() for parameter in target.parameters())
-        embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+        embedding, head = target.get_input_embeddings(), output_embeddings(target)
         if head is not None and head.weight is not embedding.weight:
             count -= embedding.weight.numel()
         return count * self.dtype.itemsize

@@ -7,6 +7,7 @@ from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
 from transformers_prism.training.recipes import Stage
+from transformers_prism.transformers_names import output_embeddings
 
 
 def label_width(config) -> int:
@@ -27,7 +28,7 @@ class AlignedTraining(nn.Module):
 
     def __init__(self, draft: PrismDraftModel, target, stage: Stage, text_tokens: bool = True, **options):
         super().__init__()
-        head = target.get_output_embeddings()
+        head = output_embeddings(target)
         if head is not None and getattr(head, "weight", None) is not None and head.weight.is_inference():
             raise ValueError(
                 "target: expected weights that a loss can be computed with, got some that were made in torch.inference_mode; "
@@ -101,7 +102,7 @@ class AlignedTraining(nn.Module):
 
     def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
         # Scaling and capping logits as the target does keeps their order.
-        head = self.target().get_output_embeddings()
+        head = output_embeddings(self.target())
         return head(label.to(head.weight.device, head.weight.dtype)).argmax(dim=-1).to(self.draft.device)
 
 

@@ -20,6 +20,7 @@ from transformers_prism.decoding.target_support import hidden_state
 from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.eval_mode import in_eval_mode
+from transformers_prism.transformers_names import output_embeddings
 from transformers_prism.whole_files import whole_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
     if widths != expected:
         raise ValueError(f"{message}, of widths {expected}, got {widths} from {type(target).__name__}")
     tokens = torch.linspace(0, text_config.vocab_size - 1, 8).long().tolist()
-    head = target.get_output_embeddings()
+    head = output_embeddings(target)
     with torch.no_grad(), in_eval_mode(target):
         state = target_states(target, tuple(tokens), layer_ids[-1:])
         found = head(state.to(*place_of(head, target, target.dtype)))
