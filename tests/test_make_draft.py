@@ -11,7 +11,8 @@ from transformers_prism import PrismDraftModel
 from transformers_prism.bench import measurement
 from transformers_prism.cli import make_draft
 from transformers_prism.cli.main import app
-from transformers_prism.training import synthesis, train
+from transformers_prism.training import train
+from transformers_prism.training.data import synthesis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,9 +79,9 @@ def stop_at(monkeypatch, place, name: str, call: int) -> None:
 PLACES = [
     (synthesis.Synthesizer, "_append", 150),
     (make_draft.Run, "_vocab_size", 1),
+    (train.AlignedTrainer, "compute_loss", 1),
     (train.AlignedTrainer, "compute_loss", 3),
-    (train.AlignedTrainer, "compute_loss", 4),
-    (train, "_save_run", 2),
+    (train, "_save_run", 1),
     (measurement, "bench_generate", 1),
     (make_draft.shutil, "copytree", 1),
     (make_draft.Path, "rename", 1),

@@ -181,8 +181,6 @@ class Run:
             raise ValueError(f"expected a tokenizer and a chat template that training can use, got: {'; '.join(wrong)}")
         return tokenizer
 
-    # --- data ----------------------------------------------------------------------------------------------------
-
     def chunks(self) -> list[dict]:
         """The finished chunks of conversations."""
         return [step for name, step in self.steps.items() if name.startswith("synthesis")]
@@ -190,18 +188,19 @@ class Run:
     def synthesize(self) -> None:
         """Chunk after chunk until its share of the time is spent; each is as large as what is left of it allows."""
         end = _SYNTHESIS_ENDS * self.budget
-        if "time of an update" in self.steps:
-            return
-        goal: float = FIRST_TOKENS
-        while not self.chunks() or self.chunks()[-1]["num_conversations"]:
-            number = len(self.chunks())
+        while "enough conversations" not in self.steps:
+            chunks, left = self.chunks(), end - self.spent()
+            number, goal = len(chunks), float(FIRST_TOKENS)
+            if chunks:
+                seconds, tokens = (sum(chunk[name] for chunk in chunks) for name in ("seconds", "num_tokens"))
+                goal = max(0.9 * left * tokens / max(seconds, 1e-9), 1)
+            is_last = bool(chunks) and (left < _SHORTEST_CHUNK * end or not chunks[-1]["num_conversations"])
+            # A chunk that was begun belongs to the run, however late it is.
+            if is_last and f"size of chunk {number}" not in self.steps:
+                self.step("enough conversations", partial(dict, num_chunks=number))
+                return
             self.step(f"size of chunk {number}", partial(dict, goal=math.ceil(goal)))
             self.step(f"synthesis {number}", partial(self._chunk, number))
-            seconds, tokens = (sum(chunk[name] for chunk in self.chunks()) for name in ("seconds", "num_tokens"))
-            left = end - self.spent()
-            if left < _SHORTEST_CHUNK * end:
-                break
-            goal = max(0.9 * left * tokens / max(seconds, 1e-9), 1)
 
     def _chunk(self, number: int) -> dict:
         """Conversations for the goal of this chunk; resumed by the shards that are there."""
@@ -263,8 +262,6 @@ class Run:
             write_json(path, {"texts": texts[:count]})
         return json.loads(path.read_text(encoding="utf-8"))["texts"]
 
-    # --- training ------------------------------------------------------------------------------------------------
-
     def train(self, argv: list[str]) -> None:
         """A trial that measures the time of an update, then as many epochs as fit."""
         if "training" in self.steps:
@@ -320,8 +317,6 @@ class Run:
             fitting = share * left / (per_epoch * max(seconds / num_updates, 1e-6))
             epochs[f"{name}_epochs"] = round(min(max(fitting, _FEWEST_EPOCHS), most), 2)
         return epochs
-
-    # --- measuring -----------------------------------------------------------------------------------------------
 
     def measure(self) -> dict:
         """Decode with and without the draft, put the figures into its card, and let the finished folder appear."""
