@@ -144,6 +144,13 @@ class PackedCodes(nn.Module):
         return sum(part @ rows.T for part, rows in zip(input.chunk(2, -1), weight.chunk(2, -1), strict=True))
 
 
+# Those that warn that their layers round inputs or products.
+ROUNDING = {
+    "torchao int8, inputs by token",
+    "bitsandbytes 8 bits, no outliers",
+    "bitsandbytes 4 bits",
+    "compressed-tensors int8, inputs by token",
+}
 # The package that makes it, how, and whether drafts serve it.
 CASES = {
     "torchao int8": ("torchao", torchao("Int8WeightOnlyConfig"), True),
@@ -230,7 +237,10 @@ def test_quantised_targets_write_their_own_text(tmp_path, case, num_rows):
     )
     draft = scripted_draft(target, plain, input_ids.shape[1], is_strict=False)
     if is_served:
-        num_parted = assert_own_text(target, draft, input_ids, mask)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            num_parted = assert_own_text(target, draft, input_ids, mask)
+        assert any("round their inputs" in str(one.message) for one in caught) == (case in ROUNDING)
         assert draft.last_speculation.declined is None
         assert draft.last_speculation.stopped_drafting is None
         assert num_parted or draft.last_speculation.acceptance_length > 1.3

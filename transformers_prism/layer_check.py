@@ -8,6 +8,7 @@ So each layer that is no plain `nn.Linear` gets one token alone, and the same to
 """
 
 import contextlib
+import warnings
 from weakref import WeakSet
 
 import torch
@@ -62,37 +63,52 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
     """
     if target.training:
         return None
+    rounding: set[str] = set()
     for module in target.modules():
         width = getattr(module, "in_features", getattr(module, "infeatures", None))
         if not isinstance(width, int) or is_plain_linear(module) or module in _passed:
             continue
-        difference = _difference(module, width, target)
-        if difference > (_ROUNDING if target.dtype == torch.float32 else _SHORT_ROUNDING):
-            kind = f"{type(module).__module__}.{type(module).__name__}"
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        of_others, of_midpoint = _differences(module, width, target)
+        if of_others > (_ROUNDING if target.dtype == torch.float32 else _SHORT_ROUNDING):
             advice = "quantize the weights alone, or scale each token's inputs by themselves"
             if kind.startswith("bitsandbytes"):
                 advice = "load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
             return (
                 f"a layer of the class {kind} gives a token another output when other tokens are in the same forward (by "
-                f"{difference:.2g} of the largest value), so that a tree's logits are not those of plain decoding; {advice}"
+                f"{of_others:.2g} of the largest value), so that a tree's logits are not those of plain decoding; {advice}"
             )
         _passed.add(module)
+        # In short floats everything rounds that much.
+        rounding |= {kind} if target.dtype == torch.float32 and of_midpoint > _ROUNDING else set()
+    if rounding:
+        warnings.warn(
+            f"layers of the class {', '.join(sorted(rounding))} round their inputs or products: where two tokens are nearly "
+            "as likely, the text may be another than plain decoding's, as it may be with another batch size; quantize the "
+            "weights alone, computed in float32, for the same text",
+            stacklevel=7,
+        )
     return None
 
 
 @torch.no_grad()
-def _difference(layer: nn.Module, width: int, target: PreTrainedModel) -> float:
-    """Between the outputs for a token alone and with large ones, as a share of the largest output; 0 if the layer fails."""
+def _differences(layer: nn.Module, width: int, target: PreTrainedModel) -> tuple[float, float]:
+    """How far a layer is from one that computes `input @ weight.T + bias`, as shares of its largest output: between the
+    outputs for a token alone and together with large ones, and between that for the midpoint of two tokens and the midpoint
+    of theirs; 0 if the layer fails."""
     generator = torch.Generator().manual_seed(0)
     tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), input_device(target))
-    token = torch.randn(1, 1, width, generator=generator)
+    tokens = torch.randn(1, 2, width, generator=generator)
     others = _FACTOR * torch.randn(1, _NUM_OTHERS, width, generator=generator)
-    alone = together = None
+    inputs = [tokens[:, :1], tokens[:, 1:], tokens.mean(dim=1, keepdim=True), torch.cat((tokens[:, :1], others), dim=1)]
+    outputs: list[torch.Tensor] = []
     # Layers that take other inputs, or run as parts of something larger, raise all sorts of errors.
     with contextlib.suppress(Exception):
-        alone = layer(token.to(device, target.dtype)).float()
-        together = layer(torch.cat((token, others), dim=1).to(device, target.dtype))[:, :1].float()
-    if together is None or alone is None:
-        return 0.0
-    return float((alone - together).abs().max() / alone.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+        outputs = [layer(part.to(device, target.dtype))[:, :1].float() for part in inputs]
+    if len(outputs) < len(inputs):
+        return 0.0, 0.0
+    first, second, midpoint, together = outputs
+    largest = first.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    of_midpoint = (midpoint - (first + second) / 2).abs().max() / largest
+    return float((first - together).abs().max() / largest), float(of_midpoint)
