@@ -31,7 +31,7 @@ from compatibility_variants import variants
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "compatibility"
 SECONDS_PER_CASE = 240
-# One of each kind: trees, a chain, windows of both kinds, no rotary table, refused, none built.
+# One of each kind: trees, a chain, windows of both kinds, no rotary table, recurrent layers, frequencies that change.
 QUICK = ("llama", "gemma3_text", "mistral", "gpt2", "lfm2", "kimi_linear", "llama: dynamic rotary table across its length")
 
 
