@@ -133,7 +133,7 @@ def test_names_of_the_hub_are_told_from_files(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.jsonl.gz", gzip.compress(LINE.encode() * 9)[:-12], "expected .jsonl in cut.jsonl.gz, got: Compressed file ended"),
+        ("cut.jsonl.gz", gzip.compress(LINE.encode() * 9, mtime=0)[:-12], "expected .jsonl in cut.jsonl.gz, got: Compressed file ended"),
         ("plain.jsonl.gz", LINE.encode(), "expected .jsonl in plain.jsonl.gz, got: Not a gzipped file"),
         ("cut.parquet", b"PAR1 and then nothing", "expected .parquet in cut.parquet, got: "),
         ("cut.json", b'[\n{"prompt": "w1"},\n', "expected .json in cut.json, got: expected JSON, got"),
