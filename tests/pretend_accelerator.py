@@ -30,6 +30,8 @@ _aten = torch.ops.aten
 class OnDevice(torch.Tensor):
     """A tensor of the pretended accelerator, with its values in `host`."""
 
+    # As a device's tensors are of torch; those of other libraries are taken for quantised.
+    __module__ = "torch"
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod

@@ -30,8 +30,9 @@ def has_plain_weight(layer: nn.Module) -> bool:
         layer (`nn.Module`): an embedding, a head, or any linear layer.
     """
     weight = getattr(layer, "weight", None)
-    # Quantised weights may call themselves float32, but are of a class of their own.
-    if not isinstance(weight, torch.Tensor) or type(weight) not in (torch.Tensor, nn.Parameter):
+    # Quantised weights may call themselves float32, but are of a class of their library's own; torch's own classes, as of
+    # sharded tensors, hold numbers.
+    if not isinstance(weight, torch.Tensor) or type(weight).__module__.split(".")[0] != "torch":
         return False
     return weight.dim() == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
 

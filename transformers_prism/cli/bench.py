@@ -24,7 +24,7 @@ from transformers_prism.whole_files import write_json
 
 bench_app = Commands(help="Measure: decoding with and without a draft, or a round's cost.")
 
-PromptsOption = Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form: question_id, category, turns.")]
+PromptsOption = Annotated[Path, typer.Option(help="Prompts or chats in any usual shape (docs/data-formats.md), as Spec-Bench's question_id, category, turns.")]
 MeasuredDraftOption = Annotated[
     str | None,
     typer.Option(

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from transformers_prism.borrowed_layers import place_of
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
@@ -103,7 +104,7 @@ class AlignedTraining(nn.Module):
     def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
         # Scaling and capping logits as the target does keeps their order.
         head = output_embeddings(self.target())
-        return head(label.to(head.weight.device, head.weight.dtype)).argmax(dim=-1).to(self.draft.device)
+        return head(label.to(*place_of(head, self.target(), label.dtype))).argmax(dim=-1).to(self.draft.device)
 
 
 def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:
