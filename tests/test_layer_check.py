@@ -7,7 +7,7 @@ import torch
 from tiny_models import generate_twice, prompts, tiny_draft, tiny_target
 from torch import nn
 
-from transformers_prism.layer_check import has_plain_weight, is_plain_linear, reason_against_target
+from transformers_prism.decoding.layer_check import has_plain_weight, is_plain_linear, reason_against_target
 
 pytestmark = pytest.mark.quick
 

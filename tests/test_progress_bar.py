@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from transformers_prism import progress_bar
-from transformers_prism.progress_bar import ProgressBar
+from transformers_prism.training import progress_bar
+from transformers_prism.training.progress_bar import ProgressBar
 
 pytestmark = pytest.mark.quick
 

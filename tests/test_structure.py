@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms from the ground up: a file imports files of lower floors, and of its own folder. A room is a folder or a file.
 FLOORS = (
-    {"command_line", "kernels", "progress_bar", "tried_releases", "tried_targets", "whole_files"},
+    {"command_line", "kernels", "tried_releases", "tried_targets", "whole_files"},
     {"transformers_names"},
-    {"configuration_prism", "cpu", "layer_check", "target"},
-    {"borrowed_layers", "decoding", "processing_module"},
-    {"policy"},
+    {"configuration_prism", "cpu", "target"},
+    {"decoding", "processing_module"},
+    {"borrowed_layers", "policy"},
     {"generation", "hub.files", "hub.loading", "hub.pretrained"},
     {"modeling_prism"},
     {"conversion", "hub", "training"},

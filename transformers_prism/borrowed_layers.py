@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
-from .layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
+from .decoding.layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
 from .transformers_names import output_embeddings
 
 # How far logits of dequantised rows may be from the head's own, as a share of the largest.

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
+from .decoding.layer_check import reason_against_target
 from .decoding.memory import kept_with
 from .decoding.recurrent_target import install_for_stateful, uninstall_for_stateful
 from .decoding.round_check import RoundCheck
@@ -33,7 +34,6 @@ from .decoding.target_side import TargetSide
 from .decoding.target_support import Declined, reason_against_training
 from .decoding.tree import Tree, root_tree
 from .decoding.walk import walk
-from .layer_check import reason_against_target
 from .policy.automatic import AutomaticTrees
 from .policy.fixed import FixedTrees, PlainSteps
 from .policy.settings import TreeSettings

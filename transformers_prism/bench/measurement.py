@@ -11,7 +11,7 @@ from transformers_prism.bench.generate import ItemResult, bench_generate, make_i
 from transformers_prism.bench.methods import Contest, Method, load_assistant
 from transformers_prism.bench.prompts import contexts_of
 from transformers_prism.bench.record import finished_part, record_head
-from transformers_prism.progress_bar import ProgressBar
+from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.whole_files import write_json
 
 BASELINE = "target.generate without a draft, on the same weights, in the same process, in turn"

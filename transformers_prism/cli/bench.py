@@ -224,8 +224,8 @@ def bench_acceptance_command(
     from transformers_prism.bench.figures import table_of
     from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
     from transformers_prism.cli.demo import chat_inputs
-    from transformers_prism.progress_bar import ProgressBar
     from transformers_prism.target import load_target
+    from transformers_prism.training.progress_bar import ProgressBar
 
     console = Console()
     settings: dict = {
@@ -333,8 +333,8 @@ def bench_scaling_command(
         modules_text,
         num_calls,
     )
-    from transformers_prism.progress_bar import ProgressBar
     from transformers_prism.target import load_target
+    from transformers_prism.training.progress_bar import ProgressBar
 
     console = Console()
     named = {"modules": modules, "nodes": nodes, "context": context, "batch": batch}

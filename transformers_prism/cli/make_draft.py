@@ -204,8 +204,8 @@ class Run:
 
     def _chunk(self, number: int) -> dict:
         """Conversations for the goal of this chunk; resumed by the shards that are there."""
-        from transformers_prism.progress_bar import ProgressBar
         from transformers_prism.training.data.synthesis import SynthesisConfig, synthesize
+        from transformers_prism.training.progress_bar import ProgressBar
 
         goal = self.steps[f"size of chunk {number}"]["goal"]
         target, tokenizer = self.loaded()

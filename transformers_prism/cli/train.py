@@ -152,10 +152,10 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
     from accelerate import PartialState
 
     from transformers_prism.cpu import prepare_for_cpu
-    from transformers_prism.progress_bar import ProgressBar
     from transformers_prism.target import load_target
     from transformers_prism.training.data.conversations import Contamination
     from transformers_prism.training.data.synthesis import synthesize as run
+    from transformers_prism.training.progress_bar import ProgressBar
 
     chats = None if prompts is None else read(prompts)
     # Told so, it also finds other processes where there is no accelerator.

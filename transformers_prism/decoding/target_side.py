@@ -10,7 +10,6 @@ import time
 
 import torch
 
-from ..layer_check import input_device
 from ..transformers_names import (
     CACHE_NAMES,
     cache_argument,
@@ -20,6 +19,7 @@ from ..transformers_names import (
     takes_logits_to_keep,
 )
 from .cache import CacheSnapshot, stored_length
+from .layer_check import input_device
 from .positions import AxisPositions, text_positions, token_types
 from .round_values import Prompt, Verified, joined_states
 from .sequences import Sequences

@@ -15,7 +15,6 @@ from transformers.cache_utils import StaticLayer
 
 from ..kernels.grow_tree import ancestor_bits
 from ..kernels.tree_attention import unpack_ancestors
-from ..layer_check import input_device
 from ..transformers_names import (
     CACHE_KEYWORD,
     CACHE_NAMES,
@@ -26,6 +25,7 @@ from ..transformers_names import (
 )
 from .attention import PRISM_TREE, attach_tree
 from .cache import AdoptedLayers, CommittedCache, round_up
+from .layer_check import input_device
 from .memory import keep_with, kept_with
 from .target_side import TargetSide
 from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text

@@ -29,8 +29,8 @@ from torch import nn
 
 from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
+from ..decoding.layer_check import input_device
 from ..decoding.tree_target import is_compiled
-from ..layer_check import input_device
 from ..transformers_names import cache_argument, cache_of, is_stateful
 from ..whole_files import write_json
 

@@ -5,9 +5,9 @@ import time
 import torch
 
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
-from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.training.data.conversations import Conversation, loop_period
 from transformers_prism.training.eval_mode import in_eval_mode
+from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import cache_argument, cache_of
 
 # The tree that rounds are measured with: small enough for any machine, deep enough to tell drafts apart.

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from transformers_prism.progress_bar import ProgressBar
+from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.whole_files import whole_file
 
 # Columns of the log, and how they are called; of those that have one value for each draft step, all are shown.

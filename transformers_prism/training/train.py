@@ -26,7 +26,6 @@ from transformers_prism.command_line import command_line
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining, label_width, reaches_all_weights
@@ -36,6 +35,7 @@ from transformers_prism.training.data.formats import check_source
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, check_states, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
 from transformers_prism.training.progress import TrainingLog, UpdateClock, plot_curves
+from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
 from transformers_prism.whole_files import write_json

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from transformers_prism.progress_bar import ProgressBar
 from transformers_prism.training.data.chats import COLUMNS, NoAnswer, RowError, is_messages, prompt_of, shown
+from transformers_prism.training.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
 
