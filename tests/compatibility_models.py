@@ -163,7 +163,8 @@ SETTINGS: dict[str, dict] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "granitemoehybrid": {"layer_types": _ATTENTION_AND_LINEAR},
     "hunyuan_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
-    "hy_v4_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+    # With 16 heads two keys score the same by chance, and rounding chooses between them, in single steps too.
+    "hy_v4_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}, "text_config.index_n_heads": 64},
     "inkling2": {"vision_config.text_hidden_size": 64},
     "inkling2_loop": {"vision_config.text_hidden_size": 64},
     "inkling_mm_model": {"vision_config.text_hidden_size": 64, **_INKLING_VISION},

@@ -9,7 +9,9 @@ There are two kinds of layers with the same few methods: `TreeLayer` grows, `Sta
 compiled forward is never compiled anew.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
@@ -392,6 +394,32 @@ class AdoptedLayers:
                 self.cache.layers.append(self.cache.layer_class_to_replicate())
         for lent, layer in zip(self.cache.layers, cache.layers, strict=False):
             _with_states_of(layer, lent)
+
+    @contextlib.contextmanager
+    def rolling_windows(self) -> Iterator[None]:
+        """Give the cache sliding windows that hold what plain decoding's would, for a forward over one token of each
+        sequence; afterwards the lent layers have its keys and values, too.
+
+        Some models build masks for such windows alone, or leave windows to the cache. All sequences must have one length.
+        """
+        lent = self.cache.layers
+        pairs = [(layer, self._rolled(index, layer)) for index, layer in enumerate(lent)]
+        self.cache.layers = [layer if window is None else window for layer, window in pairs]
+        try:
+            yield
+        finally:
+            self.cache.layers = lent
+        for layer, window in pairs:
+            if window is not None:
+                layer.update(window.keys[:, :, -1:], window.values[:, :, -1:])
+
+    def _rolled(self, index: int, lent) -> DynamicSlidingWindowLayer | None:
+        original = self.originals[index] if index < len(self.originals) else None
+        if type(original) is not DynamicSlidingWindowLayer or not lent.is_initialized:
+            return None
+        window = DynamicSlidingWindowLayer(sliding_window=original.sliding_window)
+        _write_states(window, lent.keys, lent.values)
+        return window
 
     def put_back(self) -> None:
         """Restore the layers, without what the loop has committed."""

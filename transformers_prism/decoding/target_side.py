@@ -134,6 +134,8 @@ class TargetSide:
             width = input_ids.shape[1]
         if width < input_ids.shape[1] and not had_cached:
             raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
+        if width > input_ids.shape[1] and not had_cached:  # an image in front of the text, as in git
+            raise Declined(f"the prompt takes {width} places of the cache and has {input_ids.shape[1]} tokens for a draft to read")
         self.num_cached_before = width - input_ids.shape[1]
         hidden = joined_states(self._states(outputs))
         mask = self.model_kwargs.get("attention_mask")
@@ -293,6 +295,11 @@ class TargetSide:
             raise ValueError(
                 f"expected a target that returns hidden states {self.layer_ids}, got none from "
                 f"{type(self.target).__name__}"
+            )
+        if max(self.layer_ids) >= len(outputs.hidden_states):
+            raise Declined(
+                f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns only the first "
+                f"{len(outputs.hidden_states)}"
             )
         return [hidden_state(outputs, layer, self.target.config) for layer in self.layer_ids]
 

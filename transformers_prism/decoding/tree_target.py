@@ -183,7 +183,8 @@ class TreeTarget(TargetSide):
         if min(self.committed.lengths) != self.committed.width or self.capacity is not None:
             return None
         mask = pad(self.committed.committed, (0, 1), value=True).long() if self.is_padded else None
-        return self._forward(tree, mask, torch.tensor(self.next_position)[:, None])
+        with self.adopted.rolling_windows():
+            return self._forward(tree, mask, torch.tensor(self.next_position)[:, None])
 
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.
