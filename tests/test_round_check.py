@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compatibility_models import build
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_target
 from transformers import LlamaConfig
 
@@ -205,3 +206,37 @@ def test_lengths_that_a_configuration_names():
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 48},
     )
     assert lengths_named(config) == [6, 17, 48, 128]
+
+
+def test_plain_steps_of_a_window_that_only_the_cache_knows(untried):
+    """Moshi masks as if it saw the whole text and leaves the window to its cache: single steps of a check, and what goes on
+    after it, run on such windows."""
+    target = build("moshi")
+    input_ids = torch.arange(3, 8)[None]
+    length = {**LENGTH, "max_new_tokens": 20}
+    plain = target.generate(input_ids, **length)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **length), plain)
+    assert draft.last_speculation.stopped_drafting is None
+    assert draft.last_speculation.acceptance_length > 1.3
+
+
+def test_a_draft_that_reads_more_states_than_there_are_is_declined(monkeypatch):
+    """As of models that run some layers several times and return the states of the others alone."""
+    target = tiny_target("llama", 3)
+    input_ids, _ = prompts(1)
+    plain = target.generate(input_ids, **LENGTH)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    forward = target.forward
+
+    @functools.wraps(forward)
+    def with_two_states(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = outputs.hidden_states[:2]
+        return outputs
+
+    monkeypatch.setattr(target, "forward", with_two_states)
+    with pytest.warns(UserWarning, match="returns only the first 2"):
+        found = target.generate(input_ids, assistant_model=draft, **LENGTH)
+    assert torch.equal(found, plain)
