@@ -6,7 +6,7 @@ import pytest
 import torch
 from fault_lines import SCENARIOS, Call, Tracer, check_lines, lines_of
 
-from transformers_prism.decoding.cache import AdoptedLayers
+from transformers_prism.decoding.cache import CacheSnapshot
 from transformers_prism.decoding.chain_target import ChainTarget
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -40,7 +40,7 @@ def test_lines_of_a_call_are_those_of_the_package_and_of_models_below_it(pairs):
     assert "test_faults.py" not in files
 
 
-@pytest.mark.parametrize(("name", "owner", "method"), [("chat", AdoptedLayers, "put_back"), ("chain", ChainTarget, "abandon")])
+@pytest.mark.parametrize(("name", "owner", "method"), [("chat", CacheSnapshot, "restore"), ("chain", ChainTarget, "abandon")])
 def test_what_is_not_put_back_is_seen(name, owner, method, pairs, monkeypatch):
     monkeypatch.setattr(owner, method, lambda self: None)
     scenario = BY_NAME[name]

@@ -45,6 +45,7 @@ from .transformers_names import (
     decoding_experts,
     set_assisted_decoding,
 )
+from .tried_releases import warn_of_untried_release
 
 # Processors that keep one state for a whole batch, so that sequences cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
@@ -322,6 +323,7 @@ def _reason_against_batch(plain_arguments: dict) -> str | None:
 def _decode_plainly(reason: str, target, draft, input_ids, plain_arguments: dict, model_kwargs: dict):
     """Plain decoding from inside the hook, with a warning; the result is the same as without a draft."""
     warnings.warn(f"decoding without the draft: {reason}", stacklevel=5)
+    warn_of_untried_release(stacklevel=5)
     output = decode_plainly(target, input_ids, **plain_arguments, **model_kwargs)
     returns_dict = plain_arguments["generation_config"].return_dict_in_generate
     sequences = output.sequences if returns_dict else output

@@ -27,7 +27,7 @@ from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
 from .processing_module import PrismProcessingModule
 from .transformers_names import CACHE_KEYWORD, cache_of
-from .tried_releases import errors_tell_of_untried_release, warn_of_untried_release
+from .tried_releases import errors_tell_of_untried_release
 
 
 class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
@@ -417,11 +417,9 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def assist(self, target: PreTrainedModel, *args, **kwargs):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""
+        # Nothing follows the call: an error behind it would leave a cache that has moved on.
         with errors_tell_of_untried_release():
-            output = speculative_generate(target, self, *args, **kwargs)
-        if self.last_speculation is not None and self.last_speculation.declined is not None:
-            warn_of_untried_release(stacklevel=3)
-        return output
+            return speculative_generate(target, self, *args, **kwargs)
 
     def generate(self, *args, **kwargs):
         """A draft does not generate by itself.
