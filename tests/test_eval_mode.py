@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import EOS_ID, chat_tokenizer, tiny_draft, tiny_target
 
+from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.training.acceptance import measure_acceptance
 from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.data.synthesis import SynthesisConfig, Synthesizer
-from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.training.features import target_states
 from transformers_prism.training.slots import Slots
 
@@ -74,4 +74,14 @@ def test_the_mode_comes_back_after_an_error(target, monkeypatch):
     assert modes(target) == before
     with in_eval_mode(target):
         assert not any(modes(target))
+    assert modes(target) == before
+
+
+def test_parts_in_train_mode_are_read_in_eval_mode(target):
+    """`target.model.train()` leaves the target's own flag alone."""
+    target.eval()
+    expected = target_states(target, (5, 6, 7), [1])
+    target.model.train()
+    before = modes(target)
+    assert torch.equal(target_states(target, (5, 6, 7), [1]), expected)
     assert modes(target) == before

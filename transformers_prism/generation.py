@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
+from .decoding.eval_mode import in_eval_mode
 from .decoding.layer_check import reason_against_target
 from .decoding.memory import kept_with
 from .decoding.recurrent_target import install_for_stateful, uninstall_for_stateful
@@ -165,10 +166,8 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
     if target_side.why_no_tree is not None:
         _tell_of_chain(target, settings, target_side.why_no_tree)
         settings = settings.as_chain()
-    was_training = draft.training
     try:
-        draft.eval()
-        with decoding_experts(target), lent_attention(target, draft):
+        with in_eval_mode(draft), decoding_experts(target), lent_attention(target, draft):
             chat = Chat.of(target_side.cache, draft, len(sequences))
             chat.draft_side.drafter.use_text_tokens(settings.text_tokens)
             if settings.tree == "auto":
@@ -195,8 +194,6 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
         # Whatever it was, an interrupt too: the caller finds models and cache as they were.
         target_side.abandon()
         raise
-    finally:
-        draft.train(was_training)
 
 
 def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, whatever interrupts their writing."""
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
@@ -34,4 +35,16 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["whole_file", "write_json", "write_text"]
+def write_json_if_possible(path: Path, content: dict) -> None:
+    """Write a JSON file as [`write_json`] does, its folder with it; a disk that takes nothing is no error."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+
+def name_of_parts(parts: list) -> str:
+    """A file name for what depends on these parts, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+__all__ = ["name_of_parts", "whole_file", "write_json", "write_json_if_possible", "write_text"]

@@ -382,8 +382,12 @@ class AdoptedLayers:
             self.cache.layer_class_to_replicate = self.lent_class
         return self
 
+    def _is_shared(self, layer) -> bool:
+        """Whether the layer that is lent has the tensors of this one."""
+        return type(layer) is StaticLayer and layer.max_cache_len == self.capacity
+
     def _lent(self, layer):
-        if type(layer) is StaticLayer and layer.max_cache_len == self.capacity:
+        if self._is_shared(layer):
             return _sharing(layer)
         return _with_states_of(layer, self.lent_class())
 
@@ -424,9 +428,8 @@ class AdoptedLayers:
     def put_back(self) -> None:
         """Restore the layers, without what the loop has committed."""
         for layer, lent in zip(self.originals, self.cache.layers, strict=False):
-            if type(layer) is StaticLayer and layer.max_cache_len == self.capacity:
-                for name, value in vars(lent).items():  # tensors may have been made only now
-                    setattr(layer, name, value)
+            if self._is_shared(layer):
+                vars(layer).update(vars(lent))  # tensors may have been made only now
         self.cache.layers = self.originals
         self.cache.layer_class_to_replicate = self.layer_class
 

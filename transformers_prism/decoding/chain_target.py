@@ -30,10 +30,7 @@ class ChainTarget(TargetSide):
         self.num_committed = int(self.cache.get_seq_length())
 
     def _verify(self, tree: Tree):
-        mask = self.model_kwargs.get("attention_mask")
-        if mask is not None:
-            width = self.num_committed + tree.num_nodes
-            mask = torch.cat((mask, mask.new_ones((1, width - mask.shape[1]))), dim=1)
+        mask = self._mask_over(self.num_committed + tree.num_nodes)
         return self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
 
     def forget_appended(self) -> None:

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .memory import kept_with
+
 # Of our own: they compute what an `nn.Linear` does.
 _OWN_LAYERS = ("PackedLinear", "HalfLinear")
 _NUM_OTHERS, _FACTOR = 7, 100.0
 # Differences by rounding, as a share of the largest output, in float32 and in the shorter types.
 _ROUNDING, _SHORT_ROUNDING = 1e-4, 4e-3
-_passed: WeakSet = WeakSet()
 
 
 def has_plain_weight(layer: nn.Module) -> bool:
@@ -64,10 +65,11 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
     """
     if target.training:
         return None
-    rounding: set[str] = set()
+    passed, rounding = kept_with(target, "layers that passed", WeakSet), set[str]()
     for module in target.modules():
-        width = getattr(module, "in_features", getattr(module, "infeatures", None))
-        if not isinstance(width, int) or is_plain_linear(module) or module in _passed:
+        width = getattr(module, "in_features", None)
+        width = getattr(module, "infeatures", None) if width is None else width
+        if not isinstance(width, int) or module in passed or is_plain_linear(module):
             continue
         kind = f"{type(module).__module__}.{type(module).__name__}"
         of_others, of_midpoint = _differences(module, width, target)
@@ -79,7 +81,7 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
                 f"a layer of the class {kind} gives a token another output when other tokens are in the same forward (by "
                 f"{of_others:.2g} of the largest value), so that a tree's logits are not those of plain decoding; {advice}"
             )
-        _passed.add(module)
+        passed.add(module)
         # In short floats everything rounds that much.
         rounding |= {kind} if target.dtype == torch.float32 and of_midpoint > _ROUNDING else set()
     if rounding:

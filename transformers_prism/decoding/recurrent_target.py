@@ -15,7 +15,6 @@ Shape letters: C carried tokens, N chain nodes, V vocabulary.
 import functools
 
 import torch
-from torch.nn.functional import pad
 
 from ..transformers_names import generation_mode_check, is_stateful, set_generation_mode_check
 from .cache import CacheSnapshot
@@ -23,7 +22,7 @@ from .memory import kept_with
 from .round_values import Prompt
 from .target_side import TargetSide
 from .target_support import Declined
-from .tree import Tree, root_tree
+from .tree import Tree, chain_tree, root_tree
 
 # Carried tokens from which on a round without drafted tokens moves the state on. `tree="auto"` does so earlier if it pays.
 MAX_CARRIED = 16
@@ -83,7 +82,7 @@ class RecurrentTarget(TargetSide):
         name = type(self.target).__name__
         steps = self.plain_steps(token_ids).float()
         try:
-            together = self.verify(_chain(token_ids)).logits.float()
+            together = self.verify(chain_tree(token_ids)).logits.float()
         except Exception as error:
             # Whatever a model fails with that was not made for several tokens behind a state.
             return f"{name} refuses several tokens behind its recurrent state ({type(error).__name__}: {error})"
@@ -103,11 +102,9 @@ class RecurrentTarget(TargetSide):
         self.token_ids = tree.token_ids.to(self.carried.device)
         tokens = torch.cat((self.carried, self.token_ids), dim=1)
         num_nodes, width = tree.num_nodes, tokens.shape[1]
-        mask = self.model_kwargs.get("attention_mask")
-        if mask is not None:
-            mask = pad(mask, (0, self.num_stored + width - mask.shape[1]), value=1)
+        mask = self._mask_over(self.num_stored + width)
         position_ids = self.next_position[0] - self.num_carried + torch.arange(width)[None]
-        logits, states = self._forward(_chain(tokens), mask, position_ids, num_logits=num_nodes)
+        logits, states = self._forward(chain_tree(tokens), mask, position_ids, num_logits=num_nodes)
         return logits[:, -num_nodes:], [state[:, -num_nodes:] for state in states]
 
     def _move_on(self) -> None:
@@ -151,12 +148,6 @@ class RecurrentTarget(TargetSide):
             self.next_position = [self.next_position[0] - 1]
             self.verify(root_tree(last))
             self.commit([[0]])
-
-
-def _chain(token_ids: torch.Tensor) -> Tree:
-    """Tokens `(1, N)` as a tree of one path."""
-    index = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    return Tree(token_ids, (index - 1).clamp(min=0), index, torch.zeros(index.shape))
 
 
 def why_no_replay(cache, num_rows: int) -> str | None:

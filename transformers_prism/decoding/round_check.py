@@ -23,8 +23,9 @@ import torch
 import transformers
 from huggingface_hub import constants
 
+from ..transformers_names import attention_name
 from ..tried_targets import TRIED_TYPES
-from ..whole_files import write_json
+from ..whole_files import name_of_parts, write_json_if_possible
 from .memory import kept_with
 from .tree import Tree
 
@@ -56,9 +57,7 @@ class _CheckedLengths:
     def add(self, kind: str, length: int) -> None:
         """Keep one more; where the file cannot be written, for this process only."""
         self.of(kind).append(length)
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.by_kind)
+        write_json_if_possible(self.path, self.by_kind)
 
 
 def _are_lengths(values) -> bool:
@@ -86,10 +85,10 @@ def _key(target) -> str:
         _digest(inspect.getsourcefile(type(target)) or ""),
         sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in target.modules()}),
         target.config.to_json_string(use_diff=False),
-        [str(target.dtype), target.device.type, target.config.get_text_config()._attn_implementation],
+        [str(target.dtype), target.device.type, attention_name(target.config)],
         [transformers.__version__, torch.__version__, *own_code],
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return name_of_parts(parts)
 
 
 def is_tried(target) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 
 import torch
+from torch.nn.functional import pad
 
 from ..transformers_names import (
     CACHE_NAMES,
@@ -263,6 +264,11 @@ class TargetSide:
         """Whether a prompt was padded: generate() hands over no mask where nothing is."""
         return self.model_kwargs.get("attention_mask") is not None
 
+    def _mask_over(self, width: int) -> torch.Tensor | None:
+        """The prompt's mask with ones for all that follows, over `width` places in all; None where nothing is padded."""
+        mask = self.model_kwargs.get("attention_mask")
+        return None if mask is None else pad(mask, (0, width - mask.shape[1]), value=1)
+
     def _forward(
         self, tree: Tree, mask, position_ids: torch.Tensor, num_logits: int = 0
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -307,7 +313,8 @@ class TargetSide:
 def _num_learned_positions(target) -> int | None:
     """How many positions a target without rotary embedding has; None where any position can be computed."""
     text_config = target.config.get_text_config()
+    if getattr(text_config, "rope_parameters", None) is not None:
+        return None
     # Sinusoidal tables grow with the text: they have a method for it.
     grows = any(hasattr(module, "make_weights") for module in target.modules())
-    is_rotary = getattr(text_config, "rope_parameters", None) is not None
-    return None if is_rotary or grows else getattr(text_config, "max_position_embeddings", None)
+    return None if grows else getattr(text_config, "max_position_embeddings", None)

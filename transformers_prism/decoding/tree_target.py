@@ -29,7 +29,7 @@ from .layer_check import input_device
 from .memory import keep_with, kept_with
 from .target_side import TargetSide
 from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text
-from .tree import Tree, ancestor_mask, attention_mask, root_tree, visible_keys, within_window
+from .tree import Tree, ancestor_mask, attention_mask, chain_tree, root_tree, visible_keys, within_window
 
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
@@ -157,9 +157,9 @@ class TreeTarget(TargetSide):
     def _kwargs_so_far(self) -> dict:
         """What generate() would hand on for the next step."""
         so_far = {name: value for name, value in self.model_kwargs.items() if name not in CACHE_NAMES}
-        mask, position_ids = so_far.get("attention_mask"), so_far.get("position_ids")
-        if mask is not None:
-            so_far["attention_mask"] = pad(mask, (0, self.sequences.lengths[0] - mask.shape[1]), value=1)
+        position_ids = so_far.get("position_ids")
+        if self.is_padded:
+            so_far["attention_mask"] = self._mask_over(self.sequences.lengths[0])
         if position_ids is not None:
             num_new = self.sequences.lengths[0] - self.sequences.prompt_length
             following = position_ids[..., -1:] + torch.arange(1, num_new + 1, device=position_ids.device)
@@ -241,9 +241,8 @@ class TreeTarget(TargetSide):
                 if count > 0:
                     start = length - self.num_cached_before
                     token_ids[row, :count] = sequences[row, start : start + count]
-            index = torch.arange(longest, device=sequences.device).expand(len(missing), -1)
             self.position_limit = [position + longest for position in self.next_position]
-            self.verify(Tree(token_ids, (index - 1).clamp(min=0), index, torch.zeros(index.shape)))
+            self.verify(chain_tree(token_ids))
             self.commit([list(range(max(count, 0))) for count in missing])
         for layer in self.cache.layers:
             if layer.is_initialized:

@@ -10,7 +10,6 @@ costs are not taken for granted:
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -29,10 +28,11 @@ from torch import nn
 
 from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
+from ..decoding.eval_mode import in_eval_mode
 from ..decoding.layer_check import input_device
 from ..decoding.tree_target import is_compiled
-from ..transformers_names import cache_argument, cache_of, is_stateful
-from ..whole_files import write_json
+from ..transformers_names import attention_name, cache_argument, cache_of, is_stateful
+from ..whole_files import name_of_parts, write_json_if_possible
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
         `RoundCosts`: `known` itself if it is not in doubt, else new, for the caller to correct.
     """
     # Rounds of a compiled target are always faster than what was measured without compiling it.
-    if known is not None and (is_compiled(target) or not known.is_in_doubt):
+    if known is not None and (not known.is_in_doubt or is_compiled(target)):
         return known
     path = costs_path(target, draft, num_rows)
     kept = _read(path, num_rows) if known is None else None
@@ -187,9 +187,7 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
         )
         return costs
     # A folder that cannot be written to costs a measurement in every process, nothing else.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {name: getattr(costs, name) for name in _KEPT})
+    write_json_if_possible(path, {name: getattr(costs, name) for name in _KEPT})
     return costs
 
 
@@ -250,19 +248,6 @@ def _undisturbed(target, draft) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode; afterwards each of their modules is in the mode that it was in."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
 def kept_frequencies(*models: nn.Module) -> Iterator[None]:
     """Rotary embeddings are left as they are: those of the types "dynamic" and "longrope" keep what they computed for the
     longest text, or for the last one, and serve the next with it."""
@@ -314,11 +299,11 @@ def _key(target, draft, num_rows: int) -> str:
         [str(target.dtype), str(draft.dtype)],
         device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
         [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
-        target.config.get_text_config()._attn_implementation,
+        attention_name(target.config),
         is_compiled(target),
         num_rows,
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return name_of_parts(parts)
 
 
 @torch.no_grad()

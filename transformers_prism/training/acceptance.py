@@ -4,9 +4,9 @@ import time
 
 import torch
 
+from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
 from transformers_prism.training.data.conversations import Conversation, loop_period
-from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import cache_argument, cache_of
 
@@ -37,7 +37,7 @@ def measure_acceptance(
     draft.generation_config.update(**TREE)
     try:
         bar = ProgressBar("decoding", len(conversations), "prompts")
-        with in_eval_mode(target), in_eval_mode(draft), bar:
+        with in_eval_mode(target, draft), bar:
             for conversation in conversations:
                 prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
                 answer = _decode(target, draft, prompt, num_new_tokens)

@@ -16,9 +16,9 @@ import torch
 
 from transformers_prism.borrowed_layers import place_of
 from transformers_prism.configuration_prism import target_fingerprint
+from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.target_support import hidden_state
 from transformers_prism.training.data.conversations import Conversation
-from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import output_embeddings
 from transformers_prism.whole_files import whole_file, write_json

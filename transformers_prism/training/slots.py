@@ -20,9 +20,9 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_prism.decoding.attention import lent_sdpa
+from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.target_support import layer_windows, takes_tree_mask
 from transformers_prism.decoding.tree import attention_mask
-from transformers_prism.training.eval_mode import in_eval_mode
 from transformers_prism.transformers_names import attention_name, cache_argument, is_stateful
 
 # Prompts of which several conversations begin alike are read once; this many are remembered.

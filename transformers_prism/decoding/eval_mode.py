@@ -1,0 +1,23 @@
+"""Models in eval mode for as long as something is read from them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Without dropout and, since it keeps no cache, without gradient checkpointing; then every part is as it was.
+
+    Args:
+        models (`nn.Module`): any; parts of them may be in train mode where the model itself is not.
+    """
+    in_training = [module for model in models for module in model.modules() if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
