@@ -104,8 +104,8 @@ def load_draft(folder: str | Path, target: PreTrainedModel) -> PrismDraftModel:
     """
     if folder == SHIPPED_DRAFT and not (SHIPPED_DRAFT / "config.json").is_file():
         raise FileNotFoundError(
-            f"expected the trained draft in {SHIPPED_DRAFT}, got no config.json there; run this from a clone of the "
-            "repository, or name a draft with --draft"
+            f"expected the trained draft in {SHIPPED_DRAFT}, got no config.json there; install a clone of the "
+            "repository with `pip install -e .`, or name a draft with --draft"
         )
     draft = PrismDraftModel.from_pretrained(str(folder), dtype=target.dtype).to(target.device)
     return draft.eval().bind(target)
