@@ -24,9 +24,9 @@ from transformers_prism.decoding import round_check, target_choice
 from transformers_prism.decoding.recurrent_target import RecurrentTarget
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
-# Outcomes of a run or a case. The first row is as it should be; "plain" has a reason that was given in a warning.
+# Outcomes of a run or a case; others are "plain", which has a reason that was given in a warning, "refused", "fails" and
+# "not built".
 DRAFTED = ("tree", "chain")
-GOOD = (*DRAFTED, "plain", "refused", "fails", "not built")
 BAD = ("different", "crash", "unproven")
 
 # Logits of tiny models differ by about 1e-6 of the largest between one token at a time and several.

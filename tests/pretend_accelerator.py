@@ -24,7 +24,6 @@ _READS = (
     "unique_dim",
     "bincount",
 )
-_aten = torch.ops.aten
 
 
 class OnDevice(torch.Tensor):

@@ -249,8 +249,6 @@ def test_activations_computed_again_change_nothing(context_kv):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
-# --- the authors' training code with its mask applied -------------------------------------------------------------
-
 REFERENCES = ["c1_v2_prism2", "c2_v2_prism3", "c3_legacy_001", "c4_legacy_hass1"]
 GRADIENT_STRIDE = 11  # every 11th value of each gradient is kept
 

@@ -41,6 +41,18 @@ class PerfectDraft:
         return values[0]
 
 
+def always_right(monkeypatch, draft) -> None:
+    """Let a scripted draft propose the script alone."""
+    make_drafter = type(draft).make_drafter
+
+    def perfect(self):
+        drafter = make_drafter(self)
+        drafter.random = PerfectDraft()
+        return drafter
+
+    monkeypatch.setattr(type(draft), "make_drafter", perfect)
+
+
 def run(cheap_rounds, monkeypatch=None, num_rows: int = 1, **settings):
     """Statistics of a call with a scripted draft under fixed costs."""
     input_ids, mask = prompts(num_rows)
@@ -48,14 +60,7 @@ def run(cheap_rounds, monkeypatch=None, num_rows: int = 1, **settings):
     plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
     draft = scripted_draft(target, plain, input_ids.shape[1], **{"tree": "auto", "tree_ngrams": False, **settings})
     if monkeypatch is not None:
-        make_drafter = type(draft).make_drafter
-
-        def perfect(self):
-            drafter = make_drafter(self)
-            drafter.random = PerfectDraft()
-            return drafter
-
-        monkeypatch.setattr(type(draft), "make_drafter", perfect)
+        always_right(monkeypatch, draft)
     for _ in range(3):
         assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
     return draft.last_speculation

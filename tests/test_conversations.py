@@ -30,9 +30,6 @@ def write_lines(path, rows):
     return path
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
 def test_sources_of_all_kinds_are_read_in_order(tmp_path):
     """Token ids with a prompt's length or with spans, gzipped or not, Parquet, and chats."""
     import pyarrow
@@ -104,9 +101,6 @@ def test_one_row_of_another_vocabulary_stops_the_run(tmp_path):
 def test_a_source_without_conversations_is_named(tmp_path):
     with pytest.raises(ValueError, match="expected at least one conversation with an answer in a.jsonl, got none"):
         read_conversations(write_lines(tmp_path / "a.jsonl", []), VOCAB_SIZE)
-
-
-# --- what is left out, and what is shown -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

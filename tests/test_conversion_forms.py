@@ -86,9 +86,6 @@ def save_draft(target, folder, case, **overrides):
     return draft
 
 
-# --- round trips -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", HELD)
 def test_a_draft_of_ours_comes_back_the_same(tmp_path, target, target_folder, case):
     """Every bit of its weights, the architecture, and the text and tau that it decodes."""
@@ -231,9 +228,6 @@ def test_the_dtype_stays(tmp_path, target, target_folder, dtype):
     assert eagle.convert(tmp_path / "theirs", tmp_path / "back", num_target_layers=8).dtype == dtype
 
 
-# --- the authors' recorded drafts under the other forms' names ------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("vectors", "form", "renamed"),
     [
@@ -275,9 +269,6 @@ def test_recorded_drafts_are_the_same_in_either_form(tmp_path, vectors, form, re
     assert [first.config.module_of_step(step) for step in range(5)] == [
         second.config.module_of_step(step) for step in range(5)
     ]
-
-
-# --- what is refused ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -119,11 +119,15 @@ def test_docs_picture_is_a_real_answer(demo_target, tmp_path, monkeypatch, capsy
 @pytest.mark.quick
 def test_docs_python_blocks_of_all_pages_compile():
     """And what they import of the package is there."""
-    for page in PAGES:
-        for block in blocks_of(page.read_text(encoding="utf-8"), "python"):
-            compile(block, str(page), "exec")
-            for line in re.findall(r"^(?:from transformers_prism.*|import transformers_prism.*)$", block, flags=re.MULTILINE):
-                exec(line, {})
+    blocks = [(page, block) for page in PAGES for block in blocks_of(page.read_text(encoding="utf-8"), "python")]
+    imports = r"^(?:from transformers_prism.*|import transformers_prism.*)$"
+    lines = [line for _, block in blocks for line in re.findall(imports, block, flags=re.MULTILINE)]
+    assert len(blocks) >= 5
+    assert len(lines) >= 3
+    for page, block in blocks:
+        compile(block, str(page), "exec")
+    for line in lines:
+        exec(line, {})
 
 
 @pytest.mark.quick

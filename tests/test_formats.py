@@ -146,8 +146,6 @@ def test_files_that_are_broken_are_named(tmp_path, name, content, message):
         list(read_rows(tmp_path / name))
 
 
-# --- faults of rows ----------------------------------------------------------------------------------------------
-
 FAULTS = {
     "null": "expected a JSON object",
     "5": "expected a JSON object",
@@ -213,9 +211,6 @@ def test_rows_of_token_ids_are_told_from_chats():
     assert not is_token_ids({"messages": CHAT, "input_ids": [1, 2]})
     assert not is_token_ids({"messages": CHAT, "input_ids": None})
     assert not is_token_ids(["input_ids"])
-
-
-# --- commands ----------------------------------------------------------------------------------------------------
 
 
 def test_prompts_of_benchmarks_are_read_alike(tmp_path):
@@ -317,8 +312,6 @@ def test_data_check_counts_rows_and_answers(tmp_path):
     strict = CliRunner().invoke(app, ["data", "check", str(tmp_path / "a.jsonl"), "--max-bad-share", "0.1"])
     assert strict.exit_code == 1
 
-
-# --- the page ----------------------------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "data-formats.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|`]+) \| `([^`]+)` \| ([^|]+) \|$", PAGE, flags=re.MULTILINE)

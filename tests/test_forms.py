@@ -60,9 +60,6 @@ def play(draft, vectors, num_steps):
     return torch.stack(hidden), torch.stack(logits)
 
 
-# --- vectors -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_forms_compute_what_the_other_library_computes(tmp_path, case):
     """Hidden states and logits of every step of a chain, and the ids that its tokens stand for."""
@@ -122,9 +119,6 @@ def test_forms_speculators_loads_what_we_export(tmp_path, case):
     found = model.load_state_dict(load_file(tmp_path / "again" / "model.safetensors"), strict=False)
     assert not found.unexpected_keys
     assert set(found.missing_keys) <= {"embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight"}
-
-
-# --- in our loop -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -204,9 +198,6 @@ def test_forms_are_told_apart(tmp_path, form):
     assert any("embed_tokens.weight equals the embedding of" in note for note in loaded.conversion_report.notes)
     expected = draft.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
-
-
-# --- what is refused ---------------------------------------------------------------------------------------------
 
 
 def put(**fields):

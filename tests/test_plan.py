@@ -90,8 +90,6 @@ def test_plan_estimates_hours_from_a_speed(tmp_path, monkeypatch):
     assert "7 conversations held out" in describe_plan(settings(tmp_path, validation_data=fresh, **options))
 
 
-# --- every option that the plan shows ----------------------------------------------------------------------------
-
 # Runs in which every option that the plan reads has another value than the default.
 RUNS = {
     "modules": {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_automatic import ARGUMENTS, LENGTH, PerfectDraft, batch_trees
+from test_automatic import ARGUMENTS, LENGTH, always_right, batch_trees
 from tiny_models import generate_twice, prompts, scripted_draft, tiny_draft, varied_target
 
 from transformers_prism.decoding.round_values import plain_step
@@ -55,14 +55,7 @@ def test_planned_trees_are_lossless(num_rows, cheap_rounds):
 def test_planned_a_draft_that_is_always_right_gets_deep_trees(cheap_rounds, monkeypatch):
     """After a few calls rounds commit nearly as many tokens as the largest tree allows."""
     target, draft, input_ids, mask = scripted(1, tree_depth=6)
-    make_drafter = type(draft).make_drafter
-
-    def perfect(self):
-        drafter = make_drafter(self)
-        drafter.random = PerfectDraft()
-        return drafter
-
-    monkeypatch.setattr(type(draft), "make_drafter", perfect)
+    always_right(monkeypatch, draft)
     for _ in range(5):
         target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS)
     assert draft.last_speculation.acceptance_length > 4

@@ -280,9 +280,6 @@ def test_quantised_layers_are_left_alone_by_prepare_for_cpu(tmp_path, case):
     assert {name: type(module) for name, module in target.named_modules()} == linears
 
 
-# --- adapters ----------------------------------------------------------------------------------------------------
-
-
 def adapted(target, targets=("q_proj", "v_proj", "up_proj", "lm_head")):
     """The target with two adapters, "default" and "other"."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -363,9 +360,6 @@ def test_an_adapter_with_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="different tokenizers|vocab_size: expected 128 .* got 136"):
         model.generate(input_ids, attention_mask=mask, assistant_model=draft, max_new_tokens=4)
     assert all(torch.equal(weights[name], tensor) for name, tensor in target.state_dict().items())
-
-
-# --- offloaded ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "device_map"])

@@ -74,9 +74,6 @@ def indices(folder):
     return [index for path in sorted(folder.glob("*.parquet")) for index in pyarrow.parquet.read_table(path)["index"].to_pylist()]
 
 
-# --- what is written ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "qwen2_vl"])
 def test_greedy_answers_are_generates(tmp_path, brief_target, name):
     """Every row gets the answer that generate() gives to its prompt alone, though rows end and begin beside it."""
@@ -179,9 +176,6 @@ def test_temperatures_are_the_targets_distribution(tmp_path, target):
     assert chi_square < 16.3  # the 99.9th percentile with three degrees of freedom
 
 
-# --- the same run, however it is cut -----------------------------------------------------------------------------
-
-
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, target):
     """Stopped at several places, the shards of the end hold the same tokens as those of one run."""
     whole = run(target, tmp_path / "whole", num_tokens=6000)
@@ -259,9 +253,6 @@ def test_another_run_is_not_resumed(tmp_path, target):
     assert len(provenance["chat_template_sha256"]) == 16
 
 
-# --- what is left out --------------------------------------------------------------------------------------------
-
-
 def test_duplicates_and_benchmark_prompts_are_left_out(tmp_path, target):
     given = [*chats(4), *chats(2)]
     contamination = Contamination(chat_tokenizer(), ["w13 w14 w40"])
@@ -315,9 +306,6 @@ def test_system_turns_that_the_template_refuses_are_left_out(tmp_path, target):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         SynthesisConfig(num_tokens=10, **{**SETTINGS, **settings})
-
-
-# --- commands ----------------------------------------------------------------------------------------------------
 
 
 def test_commands(tmp_path, target, monkeypatch):

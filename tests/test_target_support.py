@@ -202,8 +202,10 @@ def test_parts_in_train_mode():
     target.model.layers[0].self_attn.train()
     input_ids, _ = prompts(1)
     arguments = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID}
+    draft = tiny_draft(target)
     with pytest.warns(UserWarning, match=r"dropout or jitter .* call target.eval\(\)"):
-        target.generate(input_ids, assistant_model=tiny_draft(target), **arguments)
+        target.generate(input_ids, assistant_model=draft, **arguments)
+    assert "dropout" in draft.last_speculation.declined
 
 
 def test_an_own_function_called_sdpa_computes_rounds_too():
@@ -212,9 +214,11 @@ def test_an_own_function_called_sdpa_computes_rounds_too():
     own = sdpa_attention_forward
     AttentionInterface.register("sdpa", lambda module, query, *args, **kwargs: own(module, 1.5 * query, *args, **kwargs))
     try:
-        decoded(tiny_target("llama", 3))
+        speculation, _ = decoded(tiny_target("llama", 3))
     finally:
         AttentionInterface.register("sdpa", before)
+    assert speculation.declined is None
+    assert speculation.acceptance_length > 1.3
 
 
 def test_positions_without_a_table():

@@ -131,9 +131,6 @@ def test_answers_of_weight_0_stay_in_the_chat():
     assert spans == [(13, 15)]
 
 
-# --- tools -------------------------------------------------------------------------------------------------------
-
-
 def test_tool_calls_are_trained_as_the_template_writes_them():
     chat = [CHAT[0], CALLING, RESULT, CHAT[1]]
     assert answers(WITH_CALLS, chat) == ["w30 w31 <end>", "w20 w21 w22 <end>"]
@@ -182,9 +179,6 @@ def test_a_call_from_a_row_is_trained_as_it_is():
         ]
     }
     assert answers(WITH_CALLS, chat_of(row)) == ["w30 w31 <end>", "w20 <end>"]
-
-
-# --- pieces ------------------------------------------------------------------------------------------------------
 
 
 def test_template_pieces():

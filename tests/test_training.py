@@ -246,9 +246,6 @@ def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
         train(settings(tmp_path))
 
 
-# --- targets -----------------------------------------------------------------------------------------------------
-
-
 def other_target(name, **options):
     """A tiny target of a type whose head does not read the states, or whose layers have other names."""
     import transformers
@@ -332,9 +329,6 @@ def test_weights_of_inference_mode_are_refused(tmp_path):
         AlignedTraining(draft, target, stage)
 
 
-# --- recipes -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("recipe", "stages"),
     [
@@ -384,9 +378,6 @@ def test_finished_draft_is_pushed_with_its_record(tmp_path, load_tiny, monkeypat
     assert outside == pytest.approx((1 - record["draft_vocab_coverage"]) * record["data"]["training"]["num_answer_tokens"], abs=0.6)
     assert record["data"]["training"]["num_cut"] == 0
     assert record["stages"][0]["validations"][-1]["eval_tokens_seen"] == record["stages"][0]["tokens_seen"]
-
-
-# --- acceptance while training -----------------------------------------------------------------------------------
 
 
 def test_measured_acceptance_is_of_real_rounds(target):
@@ -475,9 +466,6 @@ def test_reports_are_written_without_network(tmp_path, load_tiny, monkeypatch, r
         assert list(tmp_path.glob(pattern.format(stage=stage)))
     if report_to == "wandb":
         assert len(list(tmp_path.glob(pattern))) == 2
-
-
-# --- data --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -646,9 +634,6 @@ def test_batches_of_one_update_are_of_like_length():
 
     assert share_of_waiting(LengthSampler(lengths, 2, seed=1, batches_per_update=2)) < 0.03
     assert share_of_waiting(LengthSampler(lengths, 2, seed=1)) > 0.15
-
-
-# --- features ----------------------------------------------------------------------------------------------------
 
 
 def test_features_are_the_targets_states(tmp_path, target, monkeypatch):
@@ -837,9 +822,6 @@ def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target,
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-# --- the draft that the repository ships --------------------------------------------------------------------------
-
-
 def test_shipped_draft_is_whole_and_names_its_target():
     """Weights in bfloat16, the rounded target's fingerprint, and a record of the run without folders."""
     folder = Path(__file__).resolve().parent.parent / "hub_cards" / "SmolLM2-135M-Instruct-PRISM"
@@ -859,9 +841,6 @@ def test_shipped_draft_is_whole_and_names_its_target():
     record = json.loads((folder / "training.json").read_text())
     assert record["stages"][-1]["validation"]["eval_agreement_0"] > 0.5
     assert '"/' not in json.dumps(record)
-
-
-# --- on an accelerator -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

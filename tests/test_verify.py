@@ -10,6 +10,7 @@ from tiny_models import prompts, tiny_draft, varied_target
 from typer.testing import CliRunner
 
 from transformers_prism.bench import verify as verify_module
+from transformers_prism.bench.prompts import batch_rows
 from transformers_prism.bench.verify import (
     CONTROL,
     PATHS,
@@ -22,7 +23,6 @@ from transformers_prism.bench.verify import (
     careless_walk,
     careless_walk_on_device,
     check_table,
-    left_padded,
     path_in_words,
     verify,
 )
@@ -211,7 +211,7 @@ def test_rounding_excuses_only_a_gap_that_small():
 def test_a_near_tie_in_one_row_does_not_excuse_another_row(pair):
     """Rows are looked at until one is not excused; in sampled runs what ties is the draw, not the scores."""
     target, _, inputs = pair
-    batch = left_padded([inputs[0], inputs[0]], 0)
+    batch = batch_rows([inputs[0], inputs[0]], 0)
     settings = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True, "max_new_tokens": 8}
     plain = target.generate(**batch, **settings, do_sample=False, pad_token_id=0)
     other = copy.deepcopy(plain)
@@ -240,7 +240,7 @@ def test_a_near_tie_in_one_row_does_not_excuse_another_row(pair):
 def test_the_noise_is_what_sampling_draws(pair):
     """The best of the scores with it is the token that plain decoding samples, at every step and in every row."""
     target, _, inputs = pair
-    batch = left_padded(inputs, 0)
+    batch = batch_rows(inputs, 0)
     torch.manual_seed(3)
     settings = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 6, "pad_token_id": 0}
     plain = target.generate(**batch, **settings, do_sample=True, temperature=2.0)

@@ -103,6 +103,19 @@ def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTr
         return config, None
 
 
+def config_and_tokenizer(name: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a target, without its weights where that is possible; from the Hub if they are not here.
+
+    Args:
+        name (`str`, *optional*): as for [`load_target`].
+    """
+    if name is None or str(name).endswith(".gguf"):
+        target, tokenizer = load_target(name)
+        return target.config, tokenizer
+    check_folder(name)
+    return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+
 def cache_folder() -> Path:
     """Where downloads of this package are kept: `$XDG_CACHE_HOME/transformers-prism`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers-prism"
@@ -211,4 +224,4 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["cache_folder", "check_folder", "hub_answers", "load_target", "read_target_config"]
+__all__ = ["cache_folder", "check_folder", "config_and_tokenizer", "hub_answers", "load_target", "read_target_config"]

@@ -18,6 +18,7 @@ from transformers_prism.bench.generate import TokenClock
 from transformers_prism.decoding.cache import CommittedCache
 from transformers_prism.decoding.chain_target import ChainTarget
 from transformers_prism.decoding.drafter import Drafter
+from transformers_prism.decoding.recurrent_target import RecurrentTarget
 from transformers_prism.decoding.speculation import acceptance_length
 from transformers_prism.decoding.tree_target import TreeTarget
 from transformers_prism.policy.automatic import AutomaticTrees
@@ -36,7 +37,7 @@ _METHODS = {
     "selection": (
         *((Drafter, "grow"), (Drafter, "draw"), (AutomaticTrees, "propose"), (AutomaticTrees, "learn")),
     ),
-    "commit": ((CommittedCache, "commit"), (TreeTarget, "commit"), (ChainTarget, "commit")),
+    "commit": ((CommittedCache, "commit"), (TreeTarget, "commit"), (ChainTarget, "commit"), (RecurrentTarget, "commit")),
 }
 _DRAFT_FUNCTIONS = ("compute_logits", "fuse")
 _CALLING_FILES = ("generation", "decoding.drafter", "decoding.round_values", "decoding.tree_target")

@@ -87,7 +87,7 @@ def random_draft(target, num_modules: int, tree_settings: dict, seed: int = 0) -
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         draft = PrismDraftModel(config).to(device=target.device, dtype=target.dtype).eval()
-    draft.generation_config.update(tree="static", **tree_settings)
+    draft.generation_config.update(**{"tree": "static", **tree_settings})
     return draft
 
 

@@ -19,6 +19,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
+from transformers_prism.bench.prompts import batch_rows
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.decoding import target_choice
 from transformers_prism.decoding import walk as walk_module
@@ -209,7 +210,7 @@ def _runs(path: DecodingPath, target, prompts: list[dict], max_new_tokens: int, 
     """The runs of a path, the first prompt's last: its control is compared with it."""
     settings = {**path.settings, "max_new_tokens": max_new_tokens, "pad_token_id": _pad_token_id(target)}
     if path.over == "batch":
-        return [_Run(path, None, [left_padded(prompts, settings["pad_token_id"])], settings, seed)]
+        return [_Run(path, None, [batch_rows(prompts, settings["pad_token_id"])], settings, seed)]
     if path.over == "chat":
         settings["max_new_tokens"] = max(max_new_tokens // 2, 2)
         return [_Run(path, 0, [prompts[0], prompts[-1]], settings, seed)]
@@ -268,19 +269,6 @@ def careless_walk_on_device(sequences: Sequences, sampler: Sampler, tree, logits
         [] if sequences.is_done(index) else careless_walk(sequences, sampler, index, tree, place, logits[place])
         for place, index in enumerate(sequences.active)
     ]
-
-
-def left_padded(prompts: list[dict], pad_token_id: int) -> dict:
-    """Prompts of one row each as one batch with padding on the left."""
-    longest = max(inputs["input_ids"].shape[1] for inputs in prompts)
-    device = prompts[0]["input_ids"].device
-    input_ids = torch.full((len(prompts), longest), pad_token_id, device=device)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, inputs in enumerate(prompts):
-        length = inputs["input_ids"].shape[1]
-        input_ids[row, longest - length :] = inputs["input_ids"][0]
-        attention_mask[row, longest - length :] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def _pad_token_id(target) -> int:

@@ -65,9 +65,7 @@ def _load_draft(name: str | None, target):
     from transformers_prism.hub.files import weights_sha256
 
     if name == UNTRAINED:
-        draft = random_draft(target, num_modules=2, tree_settings={}).bind(target)
-        draft.generation_config.update(tree="auto")
-        return draft, name
+        return random_draft(target, num_modules=2, tree_settings={"tree": "auto"}).bind(target), name
     return load_draft(name or SHIPPED_DRAFT, target), weights_sha256(name or SHIPPED_DRAFT)
 
 
@@ -354,7 +352,7 @@ def bench_scaling_command(
 
 @bench_app.command("rounds")
 def bench_rounds_command(
-    prompts: Annotated[Path, typer.Option(help="JSON lines in Spec-Bench's form.")],
+    prompts: PromptsOption,
     target: TargetOption = None,
     draft: MeasuredDraftOption = None,
     method: Annotated[

@@ -75,7 +75,7 @@ def verify(
     target: TargetOption = None,
     draft: DraftOption = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines in Spec-Bench's form; three questions if absent.")
+        Path | None, typer.Option(help="Prompts or chats in any usual shape (docs/data-formats.md); three questions if absent.")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.", rich_help_panel=COST)] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 64,

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from transformers_prism.bench.scaling import random_draft
 from transformers_prism.cli.demo import PROMPTS, chat_inputs, compare, load_draft
@@ -29,7 +29,13 @@ from transformers_prism.whole_files import write_json
 _GIB = 2**30
 _STYLES = {"ok": "green", "note": "yellow", "fails": "bold red"}
 # What commands need beyond the package itself, by extra.
-_EXTRAS = {"train": ("accelerate", "datasets", "matplotlib", "pyarrow"), "gguf": ("gguf",), "triton": ("triton",)}
+_EXTRAS = {
+    "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
+    "gguf": ("gguf",),
+    "triton": ("triton",),
+    "serve": ("fastapi", "uvicorn", "openai"),
+    "web": ("gradio",),
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,7 @@ def doctor(
     Exits with 0 if drafts can be used here, else with 1.
     """
     findings = machine_findings()
-    config, tokenizer, more = target_findings(target)
-    findings += more
+    findings += target_findings(target)
     if not has_failed(findings):
         findings += trial_findings(target, draft, max_new_tokens, packed)
     Console().print(findings_table(findings))
@@ -127,9 +132,7 @@ def _threads() -> Finding:
     return Finding("threads", "ok", text)
 
 
-def target_findings(
-    name: str | None, chat_template: str | None = None
-) -> tuple[PreTrainedConfig | None, PreTrainedTokenizerBase | None, list[Finding]]:
+def target_findings(name: str | None, chat_template: str | None = None) -> list[Finding]:
     """What can be said of a target before its weights are loaded: configuration, memory, tokenizer, chat template.
 
     Args:
@@ -137,20 +140,20 @@ def target_findings(
         chat_template (`str`, *optional*): to use in place of the tokenizer's own.
     """
     if name is None or str(name).endswith(".gguf"):
-        return None, None, [Finding("target", "ok", f"{name or 'the demo target'}, whose tokenizer is read with its weights")]
+        return [Finding("target", "ok", f"{name or 'the demo target'}, whose tokenizer is read with its weights")]
     try:
         check_folder(name)
         found = read_target_config(name)
         config, tokenizer = found if found and found[1] else (AutoConfig.from_pretrained(name), _load_tokenizer(name))
     except (OSError, ValueError) as error:
-        return None, None, [Finding("target", "fails", " ".join(str(error).split()))]
+        return [Finding("target", "fails", " ".join(str(error).split()))]
     findings = [Finding("target", "ok", f"{name}, {config.model_type}"), _memory(config)]
     if tokenizer is None:
         findings.append(Finding("tokenizer", "fails", f"expected the files of a tokenizer in {name}, got none"))
-        return config, None, findings
+        return findings
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    return config, tokenizer, [*findings, *tokenizer_findings(tokenizer, config.get_text_config().vocab_size)]
+    return [*findings, *tokenizer_findings(tokenizer, config.get_text_config().vocab_size)]
 
 
 def _load_tokenizer(name: str):
@@ -198,11 +201,9 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     target, tokenizer = load_target(target_name)
     findings = [] if target_name else tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
     try:
-        draft = load_draft(draft_name, target) if draft_name else random_draft(target, 2, {}).bind(target)
+        draft = load_draft(draft_name, target) if draft_name else random_draft(target, 2, {"tree": "auto"}).bind(target)
     except (OSError, ValueError) as error:
         return [*findings, Finding("draft", "fails", " ".join(str(error).split()))]
-    if draft_name is None:
-        draft.generation_config.update(tree="auto")
     findings.append(_fingerprint(draft, draft_name, target, tokenizer))
     if packed and target.device.type == "cpu":
         prepare_for_cpu(target, draft)

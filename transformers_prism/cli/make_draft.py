@@ -94,8 +94,7 @@ def check(model: str, form: str, template: str | None, console: Console) -> None
     Raises:
         ValueError: if the model cannot get a draft here, after a table that says why.
     """
-    _, tokenizer, more = target_findings(model, template)
-    findings = [_needed(one, form) for one in [*machine_findings(), *more]]
+    findings = [_needed(one, form) for one in [*machine_findings(), *target_findings(model, template)]]
     if has_failed(findings):
         console.print(findings_table(findings))
         wrong = "; ".join(f"{one.name}: {one.text}" for one in findings if one.state == "fails")
@@ -157,16 +156,19 @@ class Run:
     def loaded(self) -> tuple:
         """The target on the device that is there, packed on a CPU, and its tokenizer with the template of this run."""
         from transformers_prism.cpu import prepare_for_cpu
-        from transformers_prism.target import load_target
 
         if self._loaded is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-            target, tokenizer = load_target(self.settings["model"], torch.float32 if device.type == "cpu" else torch.bfloat16)
-            target.to(device)
-            if device.type == "cpu":
-                prepare_for_cpu(target)
-            self._loaded = target, self._with_template(tokenizer, target)
+            self._loaded = self._load()
+            if self._loaded[0].device.type == "cpu":
+                prepare_for_cpu(self._loaded[0])
         return self._loaded
+
+    def _load(self) -> tuple:
+        from transformers_prism.target import load_target
+
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        target, tokenizer = load_target(self.settings["model"], torch.float32 if device.type == "cpu" else torch.bfloat16)
+        return target.to(device), self._with_template(tokenizer, target)
 
     def _with_template(self, tokenizer, target):
         if self.settings["format"] == "text":
@@ -335,18 +337,13 @@ class Run:
         from transformers_prism.bench.methods import parse_methods
         from transformers_prism.cli.demo import load_draft
         from transformers_prism.hub.files import weights_sha256
-        from transformers_prism.target import load_target
 
         texts = self.openings("measured", 4)[:3] if self.settings["format"] == "text" else PROMPTS
         self._loaded = None
-        on_cpu = not torch.accelerator.is_available()
-        target, tokenizer = load_target(self.settings["model"], torch.float32 if on_cpu else torch.bfloat16)
-        target.to("cpu" if on_cpu else torch.accelerator.current_accelerator())
-        if self.settings["chat_template"] is not None:
-            tokenizer.chat_template = self.settings["chat_template"]
+        target, tokenizer = self._load()
         records = [{"question_id": number, "category": "make-draft", "turns": [text]} for number, text in enumerate(texts)]
         settings = {"max_new_tokens": self.settings["max_new_tokens"], "do_sample": False}
-        measurement = GenerateMeasurement(parse_methods(["auto"], on_cpu), settings, "make-draft.jsonl", repeat=1)
+        measurement = GenerateMeasurement(parse_methods(["auto"], target.device.type == "cpu"), settings, "make-draft.jsonl", repeat=1)
         models = (target, tokenizer, load_draft(folder, target), weights_sha256(folder))
         path = self.work / "bench.json"
         figures = measurement.run(*models, chat_inputs, records, records, path, path.is_file(), self.console)

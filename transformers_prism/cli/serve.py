@@ -36,7 +36,6 @@ def serve(
     POST /v1/chat/completions, /v1/completions and /v1/responses, streamed or not; GET /v1/models and /health.
     Requests wait for each other: continuous batching of transformers takes no draft.
     """
-    from transformers.utils import logging as transformers_logging
 
     from transformers_prism import serving
     from transformers_prism.cli.demo import SHIPPED_DRAFT
@@ -46,7 +45,6 @@ def serve(
         raise ValueError(serving.NO_CONTINUOUS_BATCHING)
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     logging.getLogger("transformers_prism").setLevel(logging.INFO)
-    transformers_logging.disable_progress_bar()
     listener = serving.listen(host, port)
     served = serving.ServedTarget(
         name=name or target or DEMO_HUB_ID,

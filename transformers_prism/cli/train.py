@@ -1,4 +1,4 @@
-"""The commands that make a draft: `synthesize`, `data`, `train` and `make-draft`."""
+"""The commands that a draft is made with step by step: `synthesize`, `data` and `train`."""
 
 import dataclasses
 import functools
@@ -15,24 +15,13 @@ from transformers_prism.training.recipes import TrainConfig
 
 # Options of `train` outside the advanced group.
 _BASIC = (
-    *(
-        "data",
-        "output",
-        "recipe",
-        "target",
-        "init_from",
-        "validation_data",
-        "num_modules",
-        "draft_vocab_size",
-        "text_tokens",
-    ),
-    *("single_step_epochs", "warm_up_epochs", "split_epochs", "plan", "resume", "push_to_hub"),
-)
+    "data output recipe target init_from validation_data num_modules draft_vocab_size text_tokens single_step_epochs "
+    "warm_up_epochs split_epochs plan resume push_to_hub"
+).split()
 _COST = (
-    *("teraflops", "features", "online_features", "num_conversations", "max_length", "batch_size", "accumulation"),
-    *("compute_dtype", "checkpoint_activations", "use_cpu", "fsdp", "save_updates", "validation_updates"),
-    *("num_validation", "num_acceptance_prompts", "patience"),
-)
+    "teraflops features online_features num_conversations max_length batch_size accumulation compute_dtype "
+    "checkpoint_activations use_cpu fsdp save_updates validation_updates num_validation num_acceptance_prompts patience"
+).split()
 _SplitOption = Annotated[
     str,
     typer.Option(help="Of a data set on the Hub, or of a folder with files for each split.", rich_help_panel=ADVANCED),
@@ -136,28 +125,23 @@ def synthesize(
         seed=seed,
         **{name: tuple(value) for name, value in lists.items() if value},  # type: ignore[arg-type]
     )
-    read = functools.partial(_read_chats, max_bad_share=max_bad_share, split=split)
-    typer.echo(json.dumps(_synthesize(config, output, target, dtype, packed, prompts, exclude, read)))
+    read_settings = {"max_bad_share": max_bad_share, "split": split}
+    typer.echo(json.dumps(_synthesize(config, output, target, dtype, packed, prompts, exclude, read_settings)))
 
 
-def _read_chats(source, max_bad_share: float, split: str) -> list:
-    from transformers_prism.training.data.formats import read_chats
-
-    return read_chats(source, max_bad_share, split)
-
-
-def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts, exclude, read) -> dict:
-    """Run a synthesis, with chats from `read` where there are prompts, and return its counts."""
+def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts, exclude, read_settings) -> dict:
+    """Run a synthesis, with chats read by these settings where there are prompts, and return its counts."""
     import torch
     from accelerate import PartialState
 
     from transformers_prism.cpu import prepare_for_cpu
     from transformers_prism.target import load_target
     from transformers_prism.training.data.conversations import Contamination
+    from transformers_prism.training.data.formats import read_chats
     from transformers_prism.training.data.synthesis import synthesize as run
     from transformers_prism.training.progress_bar import ProgressBar
 
-    chats = None if prompts is None else read(prompts)
+    chats = None if prompts is None else read_chats(prompts, **read_settings)
     # Told so, it also finds other processes where there is no accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
     model, tokenizer = load_target(target, getattr(torch, dtype))
@@ -166,7 +150,7 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
         prepare_for_cpu(model)
     contamination = None
     if exclude is not None:
-        contamination = Contamination(tokenizer, (turn["content"] for chat in read(exclude) for turn in chat))
+        contamination = Contamination(tokenizer, (turn["content"] for chat in read_chats(exclude, **read_settings) for turn in chat))
     part = (state.process_index, state.num_processes)
     with ProgressBar("synthesis", config.num_tokens, "tokens") as bar:
         told = functools.partial(_tell, bar)
@@ -190,12 +174,12 @@ def data_check(
 
     Exits with 1 if more rows than --max-bad-share cannot be used.
     """
+    from transformers_prism.target import config_and_tokenizer
     from transformers_prism.training.data.conversations import check_data
-    from transformers_prism.training.plan import read_target_config
 
     found = None
     if target is not None:
-        config, tokenizer = read_target_config(target)
+        config, tokenizer = config_and_tokenizer(target)
         found = config.get_text_config().vocab_size, tokenizer
     counts, lines = check_data(data, found, split)
     typer.echo("\n".join(lines))

@@ -12,6 +12,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, RoundStreamer, chat_inputs, load_pair
+from transformers_prism.decoding.speculation import acceptance_length
+from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.transformers_names import name_of
 
 REFRESH_SECONDS = 0.1
@@ -90,7 +92,7 @@ class Answer:
     @property
     def acceptance_length(self) -> float | None:
         """Committed tokens per round, the bonus included; None without a round."""
-        return sum(self.accepted) / len(self.accepted) + 1 if self.accepted else None
+        return acceptance_length(sum(self.accepted) + len(self.accepted), len(self.accepted))
 
 
 class _Stopped(Exception):
@@ -154,7 +156,7 @@ class Comparison:
         top_k = 10
         if tree == "static":  # all of a smaller tree's nodes are verified
             top_k = min(top_k, self.draft.config.num_draft_tokens)
-            num_nodes = min(num_nodes, top_k + (depth - 1) * top_k**2)
+            num_nodes = min(num_nodes, TreeSettings(tree, top_k, int(depth), 0).pool_size(int(depth)))
         config.tree, config.tree_top_k = tree, top_k
         config.tree_depth, config.tree_num_nodes = int(depth), int(num_nodes)
         return config

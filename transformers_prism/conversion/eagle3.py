@@ -55,8 +55,8 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
         raise ValueError(
             f"config.json: expected num_hidden_layers to be 1 with weights named midlayer, got {num_layers}"
         )
-    fields.update({name: bool(config.get(name)) for name in ("norm_before_residual", "norm_output")})
-    fields.update({name: bool(config.get(name)) for name in ("attention_bias", "mlp_bias")})
+    switches = ("norm_before_residual", "norm_output", "attention_bias", "mlp_bias")
+    fields.update({name: bool(config.get(name)) for name in switches})
     if config.get("norm_before_fc") or config.get("fc_norm"):
         fields["target_norm"] = "joint" if config.get("norm_before_fc") else "each"
     fields["query_key_norm"] = any(name.endswith("q_norm.weight") for name in weights)

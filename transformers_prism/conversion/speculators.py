@@ -47,13 +47,9 @@ def read(config: dict, weights: dict) -> SourceDraft:
     whole = AutoConfig.for_model(**layer).to_dict()
     if set(whole.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"config.json: expected layer_types of full attention, got {whole['layer_types']}")
-    given = {
-        name: config[name]
-        for name in (*SETTINGS, "draft_vocab_size", "target_hidden_size", AUX_LAYERS)
-        if name in config
-    }
-    # Their class has no head but the one in the file.
-    theirs = read_eagle3({**whole, **{name: value for name, value in given.items() if value is not None}}, weights)
+    names = (*SETTINGS, "draft_vocab_size", "target_hidden_size", AUX_LAYERS)
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    theirs = read_eagle3({**whole, **given}, weights)
     speculation = config.get("speculators_config") or {}
     verifier = speculation.get("verifier") or {}
     name = verifier.get("name_or_path") or ""

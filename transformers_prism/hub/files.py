@@ -136,13 +136,11 @@ def write_published_files(
 def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: Callable | None) -> list[str]:
     """Add card and metrics: those from where the draft was loaded if its weights are unchanged, else new ones, which only
     the package can write. Returns the names of those that are missing."""
-    try:
-        weights = weights_sha256(folder)
-    except OSError:  # saved as a variant, under other names
-        return [CARD, METRICS]
+    if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return [CARD, METRICS]  # saved as a variant, under other names
     found = {name: find_file(loaded_from, name, revision) for name in _WEIGHT_FILES}
     metrics = json.loads(found[METRICS].read_text(encoding="utf-8")) if found[METRICS] else {}
-    if metrics.get("weights_sha256") == weights:
+    if metrics and metrics.get("weights_sha256") == weights_sha256(folder):
         return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
     if write_card is None:
         return [CARD, METRICS]

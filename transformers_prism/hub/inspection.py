@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import cached_file
 
 from transformers_prism.configuration_prism import PrismConfig
-from transformers_prism.hub.files import METRICS, weights_sha256
+from transformers_prism.hub.files import METRICS
 from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -194,8 +194,7 @@ def verify_files(source: str | Path, revision: str | None = None) -> str:
             )
         compared.append(f"{result.checked_count} files have the bytes that the repository records at {folder.name}")
     if (folder / METRICS).is_file():
-        read_metrics(folder)
-        compared.append(f"the weights are those that {METRICS} names, {weights_sha256(folder)}")
+        compared.append(f"the weights are those that {METRICS} names, {read_metrics(folder)['weights_sha256']}")
     if not compared:
         raise ValueError(f"expected {METRICS} in {folder} to compare the weights with, got none")
     return "; ".join(compared)

@@ -160,7 +160,7 @@ def compute_features(
 
 def state_widths(target, layer_ids: list[int]) -> list[int]:
     """Width of each of a target's hidden states at `layer_ids`, which a few targets do not have in common."""
-    return [target_states(target, (0, 0), [layer]).shape[-1] for layer in layer_ids]
+    return [state.shape[-1] for state in _states_of(target, (0, 0), layer_ids)]
 
 
 def check_states(target, layer_ids: list[int], label_width: int) -> None:
@@ -253,12 +253,16 @@ def _write_shard(target, store: FeatureStore, shard: int, conversations: list[Co
             bar.advance(len(states))
 
 
-@torch.no_grad()
 def target_states(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> torch.Tensor:
     """Hidden states of one conversation at `layer_ids` side by side: bfloat16 of shape `(T, width)`."""
+    return torch.cat(_states_of(target, input_ids, layer_ids), dim=-1).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def _states_of(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> list[torch.Tensor]:
+    """Hidden states of one conversation at each of `layer_ids`, `(T, D)`."""
     with in_eval_mode(target):
         output = target.base_model(
             input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False
         )
-    states = [hidden_state(output, layer, target.config)[0] for layer in layer_ids]
-    return torch.cat(states, dim=-1).to(torch.bfloat16)
+    return [hidden_state(output, layer, target.config)[0] for layer in layer_ids]

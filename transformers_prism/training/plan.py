@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.target import load_target
+from transformers_prism.target import config_and_tokenizer
 from transformers_prism.training.aligned_training import label_width
 from transformers_prism.training.data.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
@@ -97,7 +97,7 @@ def describe_plan(config: TrainConfig) -> str:
     Raises:
         FileNotFoundError, ValueError: for data and settings that cannot be used, as the run itself would say.
     """
-    target_config, tokenizer = read_target_config(config.target)
+    target_config, tokenizer = config_and_tokenizer(config.target)
     text_config = target_config.get_text_config()
     training, validation = read_parts(config, text_config.vocab_size, tokenizer)
     draft_config = make_draft_config(config, target_config, tokenizer)
@@ -149,12 +149,4 @@ def _num_target_parameters(target_config) -> int:
         return AutoModelForCausalLM.from_config(target_config).num_parameters()
 
 
-def read_target_config(name: str | None):
-    """The target's configuration and tokenizer, without its weights where that is possible."""
-    if name is None or name.endswith(".gguf"):
-        target, tokenizer = load_target(name)
-        return target.config, tokenizer
-    return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-
-
-__all__ = ["StageCost", "describe_plan", "read_target_config", "stage_costs"]
+__all__ = ["StageCost", "describe_plan", "stage_costs"]

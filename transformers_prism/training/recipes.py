@@ -56,7 +56,7 @@ def _by_recipe(text: str):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run depends on, but for the target and the data."""
+    """Everything that a training run depends on."""
 
     data: str = _option("", "Chats or token ids: files, folders, or data sets on the Hub (docs/data-formats.md), separated by commas.")
     output: str = _option("", "Folder of the run: checkpoints, the draft in draft/, training.json.")

@@ -43,9 +43,6 @@ from transformers_prism.whole_files import write_json
 logger = logging.getLogger(__name__)
 
 
-# --- the Trainer --------------------------------------------------------------------------------------------------
-
-
 class AlignedTrainer(Trainer):
     """Transformers' Trainer with our order of batches, our loss, and our evaluation.
 
@@ -149,9 +146,6 @@ class _LastUpdateCounts(TrainerCallback):
         """Evaluate and save at the end."""
         if state.global_step == state.max_steps:
             control.should_evaluate = control.should_save = True
-
-
-# --- the run -----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode(False)

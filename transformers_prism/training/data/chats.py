@@ -128,9 +128,6 @@ def shown(value) -> str:
     return json.dumps(value, default=repr)[:60]
 
 
-# --- shapes ------------------------------------------------------------------------------------------------------
-
-
 def _chat(row: dict) -> list[dict]:
     """A row without null columns as messages."""
     if name := _first(row, CHAT_COLUMNS):
@@ -268,9 +265,6 @@ def _tool_calls(given) -> list[dict] | None:
         if isinstance(call.get("id"), str):
             calls[-1]["id"] = call["id"]
     return calls
-
-
-# --- values ------------------------------------------------------------------------------------------------------
 
 
 def _first(row: dict, names: tuple[str, ...]) -> str | None:

@@ -68,9 +68,6 @@ class Part:
         return [self.conversations[index] for index in self.indices]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
 def read_conversations(
     sources, vocab_size: int, max_length: int | None = None, tokenizer=None, max_bad_share: float = MAX_BAD_SHARE
 ) -> list[Conversation]:
@@ -285,9 +282,6 @@ def preview(conversation: Conversation, tokenizer):
         position = end
     text.append(tokenizer.decode(conversation.input_ids[position:]), style="dim")
     return text
-
-
-# --- what is left out --------------------------------------------------------------------------------------------
 
 
 def loop_period(token_ids: Iterable[int]) -> int | None:

@@ -153,9 +153,6 @@ def check_source(source) -> None:
         )
 
 
-# --- formats -----------------------------------------------------------------------------------------------------
-
-
 def read_rows(source, split: str = "train") -> Iterator[tuple[str, object]]:
     """Each row of a source with its place, such as "chats.jsonl, line 3"; a [`RowError`] for a line that is no JSON.
 

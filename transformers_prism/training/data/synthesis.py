@@ -11,7 +11,6 @@ Source: Magpie (arXiv:2406.08464) for asking with the user prefix alone.
 
 import json
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -200,8 +199,6 @@ class Synthesizer:
             row.refusal = "prompt too long"
         return row
 
-    # --- one token -----------------------------------------------------------------------------------------------
-
     def _choose(self, rows: dict[int, WrittenRow], logits: dict[int, torch.Tensor]) -> dict[int, int]:
         """The next token of every row."""
         chosen = {slot: row.forced.popleft() for slot, row in rows.items() if row.forced}
@@ -296,9 +293,6 @@ class Synthesizer:
         )
 
 
-# --- the run -----------------------------------------------------------------------------------------------------
-
-
 def synthesize(
     target,
     tokenizer,
@@ -316,7 +310,7 @@ def synthesize(
         output (`str` or path): the folder.
         contamination (`Contamination`, *optional*): leaves conversations out that hold a benchmark's prompts.
         part (`tuple[int, int]`): of `(index, count)` processes; each writes its share of the tokens to its own shards.
-        report (`Callable`): called after each conversation with tokens kept, of how many, and tokens written per second.
+        report (`Callable`): called after each conversation with the tokens kept and the number to keep.
     Returns:
         `dict`: counts of what was kept and why the rest was not, over all shards of this process.
     Raises:
@@ -327,15 +321,12 @@ def synthesize(
     provenance = _provenance(target, tokenizer, config, chats, part[1])
     claim_folder(folder, provenance)
     writer = ShardWriter(folder, provenance, config.num_tokens, contamination, part)
-    started, num_written = time.monotonic(), 0
     while not writer.is_full:
         first = writer.num_decided
         # What is refused at the end, as a duplicate of what was still being written, is made up for.
         for row in synthesizer.run(_numbers(writer, part, synthesizer.num_conversations)):
-            num_written += len(row.tokens)
             writer.add(row)
-            seconds = time.monotonic() - started
-            report({"kept": writer.num_tokens, "goal": writer.goal, "tokens_per_second": num_written / seconds})
+            report({"kept": writer.num_tokens, "goal": writer.goal})
         if writer.num_decided == first:
             writer.finish()
     return writer.summary()

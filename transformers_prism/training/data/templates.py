@@ -73,9 +73,6 @@ class ChatPieces:
         return cls(to_assistant, after_answer.split(marks[2])[0])
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
-
-
 def is_trained(turn: dict) -> bool:
     """Whether a message is an answer that is trained."""
     return turn["role"] == "assistant" and turn.get("weight") != 0
