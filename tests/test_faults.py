@@ -64,10 +64,10 @@ def _run_to_the_end(call, place):
 
 
 def test_lines_in_finally_are_told_apart(pairs):
-    lines = fault_lines.cleanup_lines(fault_lines.PACKAGE + "/generation.py")
-    source = (faults.Path(fault_lines.PACKAGE) / "generation.py").read_text().splitlines()
-    assert any("draft.train(was_training)" in source[line - 1] for line in lines)
-    assert not any("draft.eval()" in source[line - 1] for line in lines)
+    lines = fault_lines.cleanup_lines(fault_lines.PACKAGE + "/decoding/eval_mode.py")
+    source = (faults.Path(fault_lines.PACKAGE) / "decoding" / "eval_mode.py").read_text().splitlines()
+    assert any("module.training = True" in source[line - 1] for line in lines)
+    assert not any("module.training = False" in source[line - 1] for line in lines)
     assert not Tracer().was_cleanup
 
 

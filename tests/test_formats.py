@@ -250,7 +250,7 @@ def test_prompts_of_benchmarks_are_read_alike(tmp_path):
 def test_every_command_refuses_what_is_no_text(tmp_path, monkeypatch, command, content):
     """With the file and the line."""
     target, tokenizer = tiny_target("llama"), chat_tokenizer()
-    for place in ("target", "training.train", "training.plan", "cli.demo"):
+    for place in ("target", "training.train", "cli.demo"):
         monkeypatch.setattr(f"transformers_prism.{place}.load_target", lambda *names, **kwargs: (target, tokenizer))
     bad = json.dumps({"messages": [{"role": "user", "content": content}, CHAT[1]]})
     path = tmp_path / "chats.jsonl"
@@ -267,7 +267,7 @@ def test_every_command_refuses_what_is_no_text(tmp_path, monkeypatch, command, c
 def test_commands_take_a_sharegpt_array(tmp_path, monkeypatch):
     """As ShareGPT is published, with a few rows of the kind that it has: they ended in a page of traceback."""
     target, tokenizer = tiny_target("llama", max_position_embeddings=512), chat_tokenizer()
-    for place in ("target", "training.train", "training.plan"):
+    for place in ("target", "training.train"):
         monkeypatch.setattr(f"transformers_prism.{place}.load_target", lambda *names, **kwargs: (target, tokenizer))
     rows = [
         {"id": str(row), "conversations": [{"from": "human", "value": f"w{10 + row}"}, {"from": "gpt", "value": f"w{30 + row} w50"}]}

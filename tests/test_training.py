@@ -304,7 +304,7 @@ def test_layers_are_counted_as_states_are(tmp_path, monkeypatch):
     target.config.model_type = "longcat_flash"
     target.config.num_layers, target.config.num_hidden_layers = 2, 4
     monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target, None))
-    monkeypatch.setattr("transformers_prism.training.plan.load_target", lambda *names: (target, None))
+    monkeypatch.setattr("transformers_prism.target.load_target", lambda *names: (target, None))
     options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "target_layer_ids": "1"}
     train(settings(tmp_path, **options))
     assert json.loads((tmp_path / "run" / "features" / "features.json").read_text())["layer_ids"] == [1, 2]
