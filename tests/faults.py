@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import transformers
-from fault_lines import LENGTH, SCENARIOS, Call, changes, check_lines, pairs_for, state_of
+from fault_lines import EXCEPTIONS, LENGTH, SCENARIOS, Call, changes, check_lines, pairs_for, state_of
 from fitted_pairs import text_of
 from soak import Pair, fit_pair
 
@@ -213,17 +213,20 @@ def main(argv=None) -> int:
     parser.add_argument("--part", choices=["lines", *OTHERS], help="only this")
     parser.add_argument("--scenario", choices=[one.name for one in SCENARIOS], help="of lines, only this")
     parser.add_argument("--every", type=int, default=1, help="of lines, every N-th, with one error each")
+    names = [error.__name__ for error in EXCEPTIONS]
+    parser.add_argument("--errors", nargs="+", choices=names, default=names, help="of lines, these; without --every each at each line")
     parser.add_argument("--json", type=Path, help="where the counts are written")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}", flush=True)
-    record: dict = {"transformers": transformers.__version__, "torch": torch.__version__, "every": args.every}
+    record: dict = {"transformers": transformers.__version__, "torch": torch.__version__, "every": args.every, "errors": args.errors}
     record |= {"lines": {}, "others": {}}
     if args.part in (None, "lines"):
         scenarios = [one for one in SCENARIOS if args.scenario in (None, one.name)]
         pairs = pairs_for(scenarios)
+        errors = [error for error in EXCEPTIONS if error.__name__ in args.errors]
         for scenario in scenarios:
-            found = check_lines(scenario, pairs[scenario.architecture], args.every, note=_Progress())
+            found = check_lines(scenario, pairs[scenario.architecture], args.every, errors, _Progress())
             print(f"{scenario.name}: {found['places']} places, {found['raised']} faults", flush=True)
             for kind in ("failed", "in cleanup"):
                 for text, places in found[kind].items():
