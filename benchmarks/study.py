@@ -1,17 +1,19 @@
 """Recipes trained on equal terms, then measured: what a draft of each accepts, and how that grows with the data.
 
-    python -m benchmarks.study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run
     python -m benchmarks.study --data conversations.jsonl.gz --prompts spec_bench.jsonl --output study-run --plan
+    python -m benchmarks.study ... --records docs/study/rates --volumes 64000 --learning_rates 1e-3 2e-3 4e-3
+    python -m benchmarks.study ... --records docs/study --rates_from docs/study/rates
 
-Every run sees the same number of tokens, with all other settings of `train` alike, on features that are computed once.
-Each of its drafts decodes the same prompts, and each way of decoding leaves one JSON file in the folder of records. What
-lies there is not done again; a run that was cut off goes on from its last checkpoint.
+Every run sees the same number of tokens, on features that are computed once, with all other settings of `train` alike but
+for the learning rate, which is each recipe's best of a sweep. Each draft decodes the same prompts, and each way of decoding
+leaves one JSON file in the folder of records. What lies there is not done again; a run that was cut off goes on from its
+last checkpoint. The same command started twice shares the runs between two processes.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,13 @@ from types import MappingProxyType
 
 import torch
 import typer
+from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from benchmarks.study_figures import GROWING
+from benchmarks.study_figures import GROWING, best_rates
 from benchmarks.study_page import write_study_page
-from benchmarks.study_plots import plot_recipes, plot_volumes
-from benchmarks.unmasked_softmax import unmasked_softmax
+from benchmarks.study_plots import plot_recipes, plot_steps, plot_volumes
 from transformers_prism.bench.acceptance import (
     TEMPERATURES,
     TREES,
@@ -39,6 +41,7 @@ from transformers_prism.bench.record import hardware
 from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.options import user_errors
 from transformers_prism.command_line import command_line
+from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.hub.files import TRAINING, weights_sha256
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
@@ -48,25 +51,44 @@ from transformers_prism.training.train import train
 from transformers_prism.whole_files import write_json
 
 _COMMAND = "python -m benchmarks.study"
-# What is compared: settings of `train` beyond those that all share.
+_SECONDS_BETWEEN_LOOKS = 10.0  # at runs that other processes do
+_LAST = {"target_layer_ids": "last"}
+# What is compared: settings of `train` beyond those that all share. EAGLE-2 and HASS read the target's last state alone, as
+# their papers have them, and so do the drafts that stack layers; EAGLE-3 and PRISM fuse three states.
 RECIPES: Mapping[str, dict] = MappingProxyType(
     {
-        "eagle2": {"recipe": "eagle2"},
-        "hass": {"recipe": "hass"},
+        "eagle2": {"recipe": "eagle2", **_LAST},
+        "hass": {"recipe": "hass", **_LAST},
         "eagle3": {"recipe": "eagle3"},
-        "stacked2": {"recipe": "stacked", "num_layers_per_module": 2},
+        "stacked2": {"recipe": "stacked", "num_layers_per_module": 2, **_LAST},
+        "stacked3": {"recipe": "stacked", "num_layers_per_module": 3, **_LAST},
         "prism-m2": {"recipe": "prism", "num_modules": 2},
         "prism-m3": {"recipe": "prism", "num_modules": 3},
-        # As the authors train: no mask, and every module over keys and values of its own.
-        "prism-m2-compat": {"recipe": "prism", "num_modules": 2, "context_kv": "own_module"},
-        "prism-m2-acceptance": {"recipe": "prism", "num_modules": 2, "acceptance_weight": 0.1},
+        # Where a lead comes from: the fused states, or the modules.
+        "hass-fused": {"recipe": "hass"},
+        "prism-m2-last": {"recipe": "prism", "num_modules": 2, **_LAST},
+        # The authors' way: all of HASS first, its rate down to 0, then as many tokens again with the modules split.
+        "prism-m2-split": {
+            **{"recipe": "prism", "num_modules": 2},
+            **{"single_step_epochs": 0.5, "warm_up_epochs": 1.5, "split_epochs": 2.0},
+        },
+        # Both modules from random weights.
+        "prism-m2-scratch": {
+            **{"recipe": "prism", "num_modules": 2},
+            **{"single_step_epochs": 0.0, "warm_up_epochs": 0.0, "split_epochs": 4.0},
+        },
+        # One more step in training, for the acceptance of late draft steps.
+        "prism-m3-s5": {"recipe": "prism", "num_modules": 3, "split_steps": 5},
+        "prism-m4-s5": {"recipe": "prism", "num_modules": 4, "split_steps": 5},
     }
 )
-_UNMASKED = ("prism-m2-compat",)
+# The split stage's rate is this share of the others', as in the settings of `train`.
+_SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate
 _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
 # The study sets these for every run, so that nobody else may.
 _OWN = (
-    *("recipe", "seed", "num_conversations", "acceptance_weight", "context_kv", "init_from"),
+    *("recipe", "seed", "num_conversations", "init_from", "target_layer_ids", "split_steps"),
+    *("learning_rate", "split_learning_rate"),
     *BY_RECIPE,
 )
 
@@ -76,14 +98,24 @@ class StudyConfig:
     """What is compared and how drafts are measured; everything else is a setting of `train`, the same for all runs."""
 
     prompts: str = HfArg(default="", help="JSON lines in Spec-Bench's form: question_id, category, turns.")
-    records: str = HfArg(default="docs/study", help="Folder for one JSON file per run, tree and temperature, and plots.")
+    records: str = HfArg(
+        default="docs/study", help="Folder for one JSON file per run, tree and temperature, and plots."
+    )
     recipes: list[str] = HfArg(default_factory=lambda: list(RECIPES), help=f"Some of {', '.join(RECIPES)}.")
-    seeds: list[int] = HfArg(default_factory=lambda: [0], help="Of weights and order; each recipe is trained with each.")
+    seeds: list[int] = HfArg(
+        default_factory=lambda: [0], help="Of weights and order; each recipe is trained with each."
+    )
     volumes: list[int] = HfArg(
         default_factory=lambda: [0],
         help=f"Tokens of training data, the first of the file; 0 is all of them. Of several, {', '.join(GROWING)} are "
         "trained with each, the other recipes with the largest.",
     )
+    learning_rates: list[float] = HfArg(
+        default_factory=list,
+        help="A sweep: each recipe is trained with each. The split stage's are a quarter of them. If left out, that of --rates_from "
+        "or of `train`.",
+    )
+    rates_from: str = HfArg(default="", help="Folder of a sweep's records: each recipe is trained with its best rate.")
     epochs: float = HfArg(default=4.0, help="Over each volume, all stages of a recipe together.")
     tokens_seen: int = HfArg(default=0, help="Tokens that every run sees, whatever its volume; 0: so many epochs.")
     num_prompts: int = HfArg(default=48, help="Prompts decoded, spread over the tasks.")
@@ -97,7 +129,8 @@ class StudyConfig:
     )
     sampling_seed: int = HfArg(default=0, help="Set before every answer, so that all drafts speed up the same text.")
     coupled: bool = HfArg(
-        default=True, help="Let drafts see the random numbers of sampling; without, their first guesses alone are judged."
+        default=True,
+        help="Let drafts see the random numbers of sampling; without, their first guesses alone are judged.",
     )
     packed: bool = HfArg(default=True, help="Pack weights for the CPU first (prepare_for_cpu) to measure.")
 
@@ -107,6 +140,10 @@ class StudyConfig:
                 raise ValueError(f"recipes: expected some of {', '.join(RECIPES)}, got {name!r}")
         for tree in self.trees:
             tree_settings(tree)
+        if self.learning_rates and self.rates_from:
+            raise ValueError("learning_rates: expected none beside rates_from, got both")
+        if any(rate <= 0 for rate in self.learning_rates):
+            raise ValueError(f"learning_rates: expected numbers above 0, got {self.learning_rates}")
         if self.epochs <= 0 or self.tokens_seen < 0:
             raise ValueError(f"epochs: expected more than 0, got {self.epochs} ({self.tokens_seen} tokens seen)")
         if any(temperature < 0 for temperature in self.temperatures):
@@ -134,18 +171,20 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder, and what its records' names begin with."""
-        return f"{self.recipe}_{self.num_data_tokens}_seed{self.seed}"
+        return f"{self.recipe}_{self.num_data_tokens}_rate{self.config.learning_rate:g}_seed{self.seed}"
 
 
-def plan_runs(study: StudyConfig, base: TrainConfig, lengths: list[int]) -> list[Run]:
+def plan_runs(study: StudyConfig, base: TrainConfig, lengths: list[int], num_layers: int) -> list[Run]:
     """All runs, one seed after the other: [`GROWING`] with each volume of data, the others with the largest.
 
     Args:
         study (`StudyConfig`): what is compared.
         base (`TrainConfig`): settings that all runs share.
         lengths (`list[int]`): tokens of the training conversations, in order.
+        num_layers (`int`): of the target.
     Raises:
-        ValueError: if a volume is larger than the data, or a shared setting is one that recipes differ in.
+        ValueError: if a volume is larger than the data, a shared setting is one that recipes differ in, or a sweep lacks a
+            recipe.
     """
     default = TrainConfig()
     for name in _OWN:
@@ -155,14 +194,31 @@ def plan_runs(study: StudyConfig, base: TrainConfig, lengths: list[int]) -> list
         raise ValueError("output: expected a folder, got none")
     runs = []
     counts = [_count_conversations(volume, lengths) for volume in study.volumes]
+    rates = _rates(study)
     for seed, count, recipe in itertools.product(study.seeds, counts, study.recipes):
         if count < max(counts) and recipe not in GROWING:
             continue
         num_tokens = sum(lengths[:count])
         epochs = study.tokens_seen / num_tokens if study.tokens_seen else study.epochs
-        run = Run(recipe, seed, count, num_tokens, base)
-        runs.append(dataclasses.replace(run, config=_train_config(run, epochs)))
+        for rate in rates[recipe]:
+            shared = dataclasses.replace(base, learning_rate=rate, split_learning_rate=rate * _SPLIT_SHARE)
+            run = Run(recipe, seed, count, num_tokens, shared)
+            runs.append(dataclasses.replace(run, config=_train_config(run, epochs, num_layers)))
     return runs
+
+
+def _rates(study: StudyConfig) -> dict[str, list[float]]:
+    """Learning rates that each recipe is trained with."""
+    if not study.rates_from:
+        return {recipe: study.learning_rates or [TrainConfig().learning_rate] for recipe in study.recipes}
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(study.rates_from).glob("*.json"))]
+    best = best_rates(records)
+    missing = [recipe for recipe in study.recipes if recipe not in best]
+    if missing:
+        raise ValueError(
+            f"rates_from: expected records of a sweep of {', '.join(missing)} in {study.rates_from}, got none"
+        )
+    return {recipe: [best[recipe]] for recipe in study.recipes}
 
 
 def _count_conversations(volume: int, lengths: list[int]) -> int:
@@ -172,16 +228,20 @@ def _count_conversations(volume: int, lengths: list[int]) -> int:
     return next(count for count, tokens in enumerate(sums, start=1) if tokens >= (volume or sums[-1]))
 
 
-def _train_config(run: Run, epochs: float) -> TrainConfig:
+def _train_config(run: Run, epochs: float, num_layers: int) -> TrainConfig:
     """The run's settings, with the epochs of the recipe's stages scaled to `epochs` in all."""
     settings = {**dataclasses.asdict(run.config), **dict.fromkeys(BY_RECIPE), **RECIPES[run.recipe]}
+    reads_last_alone = settings["target_layer_ids"] == "last"
+    if reads_last_alone:
+        settings["target_layer_ids"] = str(num_layers)
     config = TrainConfig(**settings)
+    features = config.features or str(Path(config.output) / "features")
     total = sum(getattr(config, name) for name in _STAGE_EPOCHS)
     return dataclasses.replace(
         config,
         **{name: getattr(config, name) * epochs / total for name in _STAGE_EPOCHS},
         output=str(Path(config.output) / run.name),
-        features=config.features or str(Path(config.output) / "features"),
+        features=f"{features}-last" if reads_last_alone else features,
         num_conversations=run.num_conversations,
         seed=run.seed,
         resume=True,
@@ -210,7 +270,8 @@ def run_study(
     target, tokenizer = load_target(base.target, torch.float32)
     vocab_size = target.config.get_text_config().vocab_size
     training, _ = read_parts(base, vocab_size, tokenizer)
-    runs = plan_runs(study, base, [len(one.input_ids) for one in training.chosen])
+    num_layers = num_target_layers(target.config.get_text_config())
+    runs = plan_runs(study, base, [len(one.input_ids) for one in training.chosen], num_layers)
     if base.plan:
         for run in runs:
             report(_describe(run))
@@ -218,27 +279,70 @@ def run_study(
     folder = Path(study.records)
     folder.mkdir(parents=True, exist_ok=True)
     questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], target.device)) for one in prompts]
-    for run in runs:
-        ways = itertools.product(study.trees, study.temperatures)
-        missing = [way for way in ways if _recorded(run, study, *way) is None]
-        if not missing:
-            continue
+    ways = list(itertools.product(study.trees, study.temperatures))
+
+    def missing(run: Run) -> list[tuple[str, float]]:
+        return [way for way in ways if _recorded(run, study, *way) is None]
+
+    def measure(run: Run) -> None:
         report(_describe(run))
         trained = _trained(run)
         draft = _draft_to_measure(run, target, tokenizer)
         with packed_for_cpu(target, draft, study.packed):
-            for way in missing:
+            for way in missing(run):
                 answers = decode_prompts(
                     target, draft, questions, *way, study.max_new_tokens, study.sampling_seed, study.coupled
                 )
                 record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}
                 write_json(_path(run, study, *way), record)
-                report(f"  tree {way[0]}, temperature {way[1]:g}: tau {record['tau']:.3f} in {record['num_rounds']} rounds")
+                report(
+                    f"  tree {way[0]}, temperature {way[1]:g}: tau {record['tau']:.3f} in {record['num_rounds']} rounds"
+                )
+
+    _share_runs([run for run in runs if missing(run)], missing, measure, report)
     records = _records_alike(study)
     plot_recipes(records, folder / "tau_by_recipe.png")
     plot_volumes(records, folder / "tau_over_volume.png")
+    plot_steps(records, folder / "acceptance_by_step.png")
     write_study_page(records, folder, command)
     return records
+
+
+def _share_runs(
+    runs: list[Run], missing: Callable, measure: Callable[[Run], None], report: Callable[[str], None]
+) -> None:
+    """Do all runs that another process does not do, the first that is free next; say how long the rest may take."""
+    begin, num_done, waiting = time.monotonic(), 0, list(runs)
+    while waiting:
+        run = _claim(waiting)
+        if run is None:  # others are at work on all that is left
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            waiting = [run for run in waiting if missing(run)]
+            continue
+        with FileLock(_lock_path(run)):
+            if missing(run):
+                measure(run)
+                num_done += 1
+        waiting = [run for run in waiting if missing(run)]
+        if waiting and num_done:
+            minutes = (time.monotonic() - begin) / num_done * len(waiting) / 60
+            report(f"{len(runs) - len(waiting)} of {len(runs)} runs, about {minutes:.0f} minutes of one process left")
+
+
+def _claim(runs: list[Run]) -> Run | None:
+    """The first run that no other process works on."""
+    for run in runs:
+        try:
+            with FileLock(_lock_path(run), timeout=0):
+                return run
+        except Timeout:
+            continue
+    return None
+
+
+def _lock_path(run: Run) -> str:
+    Path(run.config.output).parent.mkdir(parents=True, exist_ok=True)
+    return f"{run.config.output}.lock"
 
 
 def _records_alike(study: StudyConfig) -> list[dict]:
@@ -263,8 +367,7 @@ def _trained(run: Run) -> dict:
     """Train a run, or go on with it; what its records say of the training."""
     draft = Path(run.config.output) / "draft"
     if not (draft / TRAINING).is_file() or not (draft / "config.json").is_file():
-        with unmasked_softmax() if run.recipe in _UNMASKED else contextlib.nullcontext():
-            train(run.config)
+        train(run.config)
     stages = json.loads((draft / TRAINING).read_text(encoding="utf-8"))["stages"]
     return {
         "recipe": run.recipe,
@@ -272,15 +375,13 @@ def _trained(run: Run) -> dict:
         "tokens_seen": sum(stage["tokens_seen"] for stage in stages),
         "train_seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "num_data_tokens": run.num_data_tokens,
+        "learning_rate": run.config.learning_rate,
         "checkpoint_sha256": weights_sha256(draft),
     }
 
 
 def _draft_to_measure(run: Run, target, tokenizer) -> PrismDraftModel:
-    # The authors decode over the keys and values of step 0's module, whatever they trained with.
-    draft = PrismDraftModel.from_pretrained(
-        Path(run.config.output) / "draft", dtype=torch.float32, context_kv="prefill_module"
-    )
+    draft = PrismDraftModel.from_pretrained(Path(run.config.output) / "draft", dtype=torch.float32)
     draft.to(target.device).eval().bind(target, tokenizer)
     return draft
 

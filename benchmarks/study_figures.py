@@ -3,14 +3,15 @@
 import itertools
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from transformers_prism.decoding.speculation import acceptance_length
 
 # Recipes whose growth with the data is told.
-GROWING = ("eagle2", "hass", "prism-m2")
+GROWING = ("eagle2", "hass", "eagle3", "stacked2", "prism-m2")
 _NUM_RESAMPLES = 1000
+_FEWEST_ROUNDS = 50  # of which a share is told
 
 
 def pooled_tau(records: list[dict]) -> float:
@@ -64,11 +65,36 @@ def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tu
     return pooled_tau(records) / pooled_tau(others), *_bootstrap(draw, seed)
 
 
-def of_common_seeds(records: list[dict], others: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Those of both sides whose seed the other side has, too."""
-    seeds = {record["seed"] for record in records} & {record["seed"] for record in others}
-    first, second = ([record for record in side if record["seed"] in seeds] for side in (records, others))
-    return first, second
+def growth_interval(
+    large: list[dict], small: list[dict], other_large: list[dict], other_small: list[dict], seed: int = 0
+) -> tuple[float, float, float]:
+    """The factor by which more data raises a recipe's tau, over that of another recipe, and its 95 % interval.
+
+    Args:
+        large, small (`list[dict]`): of the recipe with the larger and the smaller volume, of the same seeds and prompts.
+        other_large, other_small (`list[dict]`): of the other recipe, the same seeds and prompts.
+        seed (`int`): of the draws.
+    """
+    sides = list(zip(*map(_by_seed, (large, small, other_large, other_small)), strict=True))
+
+    def draw(generator: random.Random) -> float:
+        taus: list[list[float]] = [[], [], [], []]
+        for side in generator.choices(sides, k=len(sides)):
+            places = generator.choices(range(len(side[0]["answers"])), k=len(side[0]["answers"]))
+            for found, record in zip(taus, side, strict=True):
+                found.append(_tau([record["answers"][place] for place in places]))
+        return growth(*map(sum, taus))
+
+    def growth(large, small, other_large, other_small) -> float:
+        return large / small / (other_large / other_small)
+
+    return growth(*map(pooled_tau, (large, small, other_large, other_small))), *_bootstrap(draw, seed)
+
+
+def of_common_seeds(*sides: list[dict]) -> list[list[dict]]:
+    """Those records of each side whose seed all other sides have, too."""
+    seeds = set.intersection(*({record["seed"] for record in side} for side in sides))
+    return [[record for record in side if record["seed"] in seeds] for side in sides]
 
 
 def _bootstrap(draw: Callable[[random.Random], float], seed: int) -> tuple[float, float]:
@@ -115,6 +141,41 @@ def tau_after(seconds: float, records: list[dict]) -> float | None:
     return None
 
 
+def best_rates(records: list[dict]) -> dict[str, float]:
+    """The learning rate of each recipe with which its drafts accepted most, over all that the records hold of it.
+
+    Args:
+        records (`list[dict]`): of a sweep, each recipe measured alike with each rate.
+    """
+    taus = {key: pooled_tau(found) for key, found in grouped(records, "recipe", "learning_rate").items()}
+    return {
+        recipe: max((tau, rate) for (name, rate), tau in taus.items() if name == recipe)[1]
+        for recipe, _ in sorted(taus)
+    }
+
+
+def conditional_acceptance(records: list[dict]) -> list[float]:
+    """Share of rounds with a token accepted from draft step s among those that had one accepted from step s - 1.
+
+    Args:
+        records (`list[dict]`): of one recipe, volume, tree and temperature.
+    Returns:
+        `list[float]`: for steps 0, 1, ..., as far as 50 rounds came to the step.
+    """
+    counts: Counter[int] = Counter()
+    for record in records:
+        for answer in record["answers"]:
+            counts.update(dict(enumerate(answer["num_rounds_by_accepted"])))
+    shares, reached = [], counts.total()
+    for step in range(max(counts, default=0)):
+        accepted = reached - counts[step]
+        if reached < _FEWEST_ROUNDS:
+            break
+        shares.append(accepted / reached)
+        reached = accepted
+    return shares
+
+
 def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
     """Records by their entries of these names, in the order in which they first come."""
     groups = defaultdict(list)
@@ -126,7 +187,10 @@ def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
 __all__ = [
     "GROWING",
     "at_common_volume",
+    "best_rates",
+    "conditional_acceptance",
     "grouped",
+    "growth_interval",
     "mean_of",
     "of_common_seeds",
     "pooled_tau",

@@ -6,7 +6,9 @@ from benchmarks.page import markdown_table
 from benchmarks.study_figures import (
     GROWING,
     at_common_volume,
+    conditional_acceptance,
     grouped,
+    growth_interval,
     mean_of,
     of_common_seeds,
     pooled_tau,
@@ -16,17 +18,15 @@ from benchmarks.study_figures import (
 )
 from transformers_prism.whole_files import write_text
 
-# What the PRISM paper says, what a mistake of its training code would cost, and what the acceptance-aware loss is worth:
-# the first accepts more than the second.
-CLAIMS = (
-    ("prism-m2", "eagle2"),
-    ("prism-m2", "hass"),
-    ("prism-m2", "eagle3"),
-    ("prism-m2", "stacked2"),
-    ("prism-m3", "prism-m2"),
-    ("prism-m2", "prism-m2-compat"),
-    ("prism-m2-acceptance", "prism-m2"),
+# What the PRISM paper says: the first accepts more than the second.
+PAPER_CLAIMS = tuple(("prism-m2", other) for other in ("eagle2", "hass", "eagle3", "stacked2", "stacked3"))
+# Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training.
+ABLATIONS = (
+    *(("hass-fused", "hass"), ("prism-m2", "hass-fused"), ("prism-m2-last", "hass")),
+    *(("prism-m2", "prism-m2-split"), ("prism-m2", "prism-m2-scratch")),
+    *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
 )
+CLAIMS = (*PAPER_CLAIMS, *ABLATIONS)
 
 
 def verdict(low: float, high: float) -> str:
@@ -43,32 +43,83 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
         command (`str`): that made them.
     """
     path = folder / "README.md"
-    write_text(path, "\n\n".join([*_introduction(records, command), *_ordering(records), *_growth(records)]) + "\n")
+    chosen = at_common_volume(records)
+    parts = ["# Recipes on equal terms", *_findings(records, chosen), *_terms(records, command)]
+    write_text(path, "\n\n".join([*parts, *_ordering(chosen), *_steps(chosen), *_growth(records)]) + "\n")
     return path
 
 
-def _introduction(records: list[dict], command: str) -> list[str]:
+def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
+    """The paper's claims in a sentence each: by how much, how sure."""
+    lines = []
+    for better, worse in PAPER_CLAIMS:
+        found = _ratios(chosen, better, worse)
+        if found:
+            lines.append(f"- {better} accepts more than {worse}: {_told(found)}")
+    for other in GROWING:
+        found = _growths(records, "prism-m2", other)
+        if found:
+            lines.append(f"- prism-m2 gains more from data than {other}: {_told(found)}")
+    volume = chosen[0]["num_data_tokens"]
+    head = f"What the paper claims, at equal tokens ({volume} of data), as ratios of tau with their 95 % intervals:"
+    return [head, "\n".join(lines)] if lines else []
+
+
+def _told(found: list[tuple]) -> str:
+    return "; ".join(
+        f"**{verdict(low, high)}** at T = {temperature:g} with tree {tree} ({ratio:.3f}, {low:.3f} to {high:.3f})"
+        for tree, temperature, _, ratio, low, high in found
+    )
+
+
+def _ratios(chosen: list[dict], better: str, worse: str) -> list[tuple]:
+    """Of each way of decoding: tree, temperature, seeds, ratio of tau and its interval."""
+    found = []
+    for (tree, temperature), members in grouped(chosen, "tree", "temperature").items():
+        sides = of_common_seeds(*([one for one in members if one["recipe"] == name] for name in (better, worse)))
+        if sides[0]:
+            found.append((tree, temperature, len(sides[0]), *ratio_interval(*sides)))
+    return found
+
+
+def _growths(records: list[dict], recipe: str, other: str) -> list[tuple]:
+    """As [`_ratios`], of how often tau multiplies from the second largest volume that both were trained with to the largest."""
+    if recipe == other:
+        return []
+    found = []
+    for (tree, temperature), members in grouped(records, "tree", "temperature").items():
+        both = [[one for one in members if one["recipe"] == name] for name in (recipe, other)]
+        volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)))
+        if len(volumes) < 2:
+            continue
+        sides = of_common_seeds(
+            *([one for one in side if one["num_data_tokens"] == volume] for side in both for volume in volumes[:-3:-1])
+        )
+        if sides[0]:
+            found.append((tree, temperature, len(sides[0]), *growth_interval(*sides)))
+    return found
+
+
+def _terms(records: list[dict], command: str) -> list[str]:
     one = records[0]
     seeds = sorted({record["seed"] for record in records})
     machines = sorted({record["hardware"] for record in records})
     hidden = "" if one["coupled"] else ", the random numbers of sampling hidden from the draft"
     return [
-        "# Recipes on equal terms",
         f"Written by `python -m benchmarks.study` from the files beside it. Each recipe was trained from random weights on the "
-        f"first tokens of the same data, then decoded the same {one['num_prompts']} prompts, {one['max_new_tokens']} new "
-        f"tokens each, with fixed trees (nodes/depth/top-k) and without n-grams{hidden}. Seeds: {', '.join(map(str, seeds))}; "
-        f"{' and '.join(machines)}. tau is committed tokens per round, pooled over rounds, the mean of the seeds; intervals are of "
-        "95 % by bootstrap over seeds and prompts. So little training tells recipes apart by what they learn first, not by "
-        "what they end with.",
+        f"first tokens of the same data, with the learning rate that served it best in a sweep. Then it decoded the same "
+        f"{one['num_prompts']} prompts, {one['max_new_tokens']} new tokens each, with fixed trees (nodes/depth/top-k) and without "
+        f"n-grams{hidden}. Seeds: {', '.join(map(str, seeds))}; {' and '.join(machines)}. tau is committed tokens per round, pooled "
+        "over rounds, the mean of the seeds. Intervals are of 95 % by bootstrap over seeds and prompts. A claim *holds* if "
+        "the whole interval of the ratio lies above 1, *does not hold* if it lies below, and is *undecided* otherwise. So little training "
+        "tells recipes apart by what they learn first, not by what they end with.",
         f"```\n{command}\n```",
     ]
 
 
-def _ordering(records: list[dict]) -> list[str]:
-    chosen = at_common_volume(records)
-    ways = grouped(chosen, "tree", "temperature")
+def _ordering(chosen: list[dict]) -> list[str]:
     rows = []
-    for (tree, temperature), members in ways.items():
+    for (tree, temperature), members in grouped(chosen, "tree", "temperature").items():
         for (recipe,), found in grouped(members, "recipe").items():
             low, high = tau_interval(found)
             rows.append(
@@ -78,29 +129,54 @@ def _ordering(records: list[dict]) -> list[str]:
                     f"{temperature:g}",
                     f"{pooled_tau(found):.3f}",
                     f"{low:.3f} to {high:.3f}",
+                    f"{found[0]['learning_rate']:g}",
                     *(str(round(mean_of(found, name))) for name in ("tokens_seen", "train_seconds")),
                     f"{mean_of(found, 'share_of_answers_in_a_loop'):.2f}",
                 ]
             )
-    heading = ["recipe", "tree", "temperature", "tau", "95 %", "tokens seen", "training seconds", "answers in a loop"]
+    heading = [
+        "recipe",
+        "tree",
+        "temperature",
+        "tau",
+        "95 %",
+        "rate",
+        "tokens seen",
+        "training seconds",
+        "answers in a loop",
+    ]
     claims = []
     for better, worse in CLAIMS:
-        for (tree, temperature), members in ways.items():
-            by_recipe = {recipe: found for (recipe,), found in grouped(members, "recipe").items()}
-            first, second = of_common_seeds(by_recipe.get(better, []), by_recipe.get(worse, []))
-            if not first:
-                continue
-            ratio, low, high = ratio_interval(first, second)
-            row = [f"{better} over {worse}", tree, f"{temperature:g}", str(len(first)), f"{ratio:.3f}"]
+        for tree, temperature, num_seeds, ratio, low, high in _ratios(chosen, better, worse):
+            row = [f"{better} over {worse}", tree, f"{temperature:g}", str(num_seeds), f"{ratio:.3f}"]
             claims.append([*row, f"{low:.3f} to {high:.3f}", verdict(low, high)])
-    parts = [f"## With {chosen[0]['num_data_tokens']} tokens of data", markdown_table(heading, rows), "![tau by recipe](tau_by_recipe.png)"]
+    parts = [
+        f"## With {chosen[0]['num_data_tokens']} tokens of data",
+        markdown_table(heading, rows),
+        "![tau by recipe](tau_by_recipe.png)",
+    ]
     if claims:
-        parts += [
-            "That the first accepts more than the second *holds* if the whole interval of the ratio lies above 1, *does not "
-            "hold* if below, and is *undecided* otherwise:",
-            markdown_table(["claim", "tree", "temperature", "seeds", "ratio of tau", "95 %", "found"], claims),
-        ]
+        parts.append(
+            markdown_table(["claim", "tree", "temperature", "seeds", "ratio of tau", "95 %", "found"], claims)
+        )
     return parts
+
+
+def _steps(chosen: list[dict]) -> list[str]:
+    """Conditional acceptance of each recipe by draft step."""
+    rows = [
+        [recipe, tree, f"{temperature:g}", *(f"{share:.2f}" for share in conditional_acceptance(found))]
+        for (recipe, tree, temperature), found in grouped(chosen, "recipe", "tree", "temperature").items()
+    ]
+    num_steps = max(map(len, rows)) - 3
+    rows = [[*row, *[""] * (num_steps + 3 - len(row))] for row in rows]
+    heading = ["recipe", "tree", "temperature", *(f"step {step}" for step in range(1, num_steps + 1))]
+    return [
+        "## Acceptance by draft step",
+        "Share of the rounds in which a token of a draft step was accepted, among those that accepted one of the step before.",
+        markdown_table(heading, rows),
+        "![acceptance by draft step](acceptance_by_step.png)",
+    ]
 
 
 def _growth(records: list[dict]) -> list[str]:
@@ -115,10 +191,16 @@ def _growth(records: list[dict]) -> list[str]:
         for volume in volumes:
             found = by_volume.get(volume, [])
             cells.append(_with_interval(pooled_tau(found), *tau_interval(found)) if found else "")
-        last, before = of_common_seeds(by_volume.get(volumes[-1], []), by_volume.get(volumes[-2], []))
+        last, before = of_common_seeds(*(by_volume.get(volume, []) for volume in volumes[:-3:-1]))
         cells.append(_with_interval(*ratio_interval(last, before)) if last else "")
         rows.append([recipe, tree, f"{temperature:g}", *cells])
-    heading = ["recipe", "tree", "temperature", *(f"{volume} tokens" for volume in volumes), "the last over the one before"]
+    heading = [
+        "recipe",
+        "tree",
+        "temperature",
+        *(f"{volume} tokens" for volume in volumes),
+        "the last over the one before",
+    ]
     return [
         "## How tau grows with the data",
         markdown_table(heading, rows),
@@ -147,4 +229,4 @@ def _equal_seconds(records: list[dict], most_tokens: int) -> list[str]:
     ]
 
 
-__all__ = ["CLAIMS", "verdict", "write_study_page"]
+__all__ = ["CLAIMS", "PAPER_CLAIMS", "verdict", "write_study_page"]

@@ -1,8 +1,15 @@
-"""What a study found, drawn: tau by recipe, and tau over the tokens of training data."""
+"""What a study found, drawn: tau by recipe and over the tokens of training data, acceptance by draft step."""
 
 from pathlib import Path
 
-from benchmarks.study_figures import GROWING, at_common_volume, grouped, pooled_tau, tau_interval
+from benchmarks.study_figures import (
+    GROWING,
+    at_common_volume,
+    conditional_acceptance,
+    grouped,
+    pooled_tau,
+    tau_interval,
+)
 
 
 def plot_recipes(records: list[dict], path) -> None:
@@ -36,14 +43,33 @@ def plot_volumes(records: list[dict], path) -> None:
     for axes, members in panels:
         for place, ((recipe,), found) in enumerate(grouped(members, "recipe").items()):
             points = sorted((volume, one) for (volume,), one in grouped(found, "num_data_tokens").items())
-            axes.plot([x for x, _ in points], [pooled_tau(one) for _, one in points], color=f"C{place}", label=recipe)
-            for volume, one in points:
-                _point(axes, volume, one, color=f"C{place}")
+            bands = [tau_interval(one) for _, one in points]
+            x = [volume for volume, _ in points]
+            axes.plot(x, [pooled_tau(one) for _, one in points], "o-", color=f"C{place}", label=recipe)
+            axes.fill_between(x, [low for low, _ in bands], [high for _, high in bands], color=f"C{place}", alpha=0.15)
         volumes = sorted({one["num_data_tokens"] for one in members})
         axes.set(xscale="log", xlabel="tokens of training data", ylabel="tau")
         axes.set_xticks(volumes, [f"{volume:,}" for volume in volumes])
         axes.minorticks_off()
         axes.legend()
+    figure.savefig(Path(path), dpi=120)
+
+
+def plot_steps(records: list[dict], path) -> None:
+    """[`conditional_acceptance`] by draft step, a line for each recipe at one volume of data.
+
+    Args:
+        records (`list[dict]`): of a study.
+        path (`str` or path): of the PNG file.
+    """
+    figure, panels = _panels(at_common_volume(records))
+    for axes, members in panels:
+        for place, ((recipe,), found) in enumerate(grouped(members, "recipe").items()):
+            shares = conditional_acceptance(found)
+            axes.plot(range(1, len(shares) + 1), shares, "o-", color=f"C{place % 10}", label=recipe, alpha=0.8)
+        axes.set(xlabel="draft step", ylabel="acceptance if reached", ylim=(0, 1))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0][0].legend(fontsize="small")
     figure.savefig(Path(path), dpi=120)
 
 
@@ -68,4 +94,4 @@ def _point(axes, place: float, records: list[dict], **style) -> None:
     axes.errorbar(place, middle, [[max(middle - low, 0)], [max(high - middle, 0)]], fmt="o", capsize=4, **style)
 
 
-__all__ = ["plot_recipes", "plot_volumes"]
+__all__ = ["plot_recipes", "plot_steps", "plot_volumes"]

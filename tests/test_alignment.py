@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from unmasked_softmax import unmasked_softmax
 
-from benchmarks.unmasked_softmax import unmasked_softmax
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.kernels.context_alignment_attention import context_alignment_attention_reference
 from transformers_prism.training.alignment import aligned_forward, history_mask

@@ -9,18 +9,25 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from test_training import write_data
 from tiny_models import chat_tokenizer, tiny_target
 from typer.testing import CliRunner
 
-from benchmarks.study import RECIPES, StudyConfig, _trained, app, plan_runs
-from benchmarks.study_figures import ratio_interval, tau_after, tau_interval
+from benchmarks.study import RECIPES, Run, StudyConfig, _lock_path, _share_runs, app, plan_runs
+from benchmarks.study_figures import (
+    GROWING,
+    best_rates,
+    conditional_acceptance,
+    growth_interval,
+    ratio_interval,
+    tau_after,
+    tau_interval,
+)
 from benchmarks.study_page import CLAIMS, verdict
-from benchmarks.unmasked_softmax import UnmaskedPasses
 from transformers_prism import PrismDraftModel
 from transformers_prism.bench.acceptance import tree_settings
 from transformers_prism.hub.files import weights_sha256
-from transformers_prism.training import alignment
 from transformers_prism.training.data.conversations import read_conversations
 from transformers_prism.training.recipes import TrainConfig
 
@@ -85,7 +92,10 @@ def test_study_trains_and_measures_all_recipes(folder):
     assert modules["prism-m3"].num_processing_modules == 3
     assert modules["stacked2"].num_layers_per_module == 2
     assert modules["eagle3"].module_form == "eagle3"
-    assert modules["prism-m2-compat"].context_kv == "own_module"
+    assert {name for name, config in modules.items() if len(config.target_layer_ids) == 1} == {
+        *("eagle2", "hass", "stacked2", "stacked3", "prism-m2-last")
+    }
+    assert modules["eagle2"].target_layer_ids == [modules["prism-m2"].target_layer_ids[-1]]
     assert len({record["checkpoint_sha256"] for record in records}) == len(RECIPES)
     assert by_recipe["hass"]["checkpoint_sha256"] == weights_sha256(folders["hass"])
     assert (folder / "records" / "tau_by_recipe.png").read_bytes().startswith(b"\x89PNG")
@@ -93,6 +103,7 @@ def test_study_trains_and_measures_all_recipes(folder):
     page = (folder / "records" / "README.md").read_text()
     for record in records:
         assert f"| {record['recipe']} | {record['tree']} | {record['temperature']:g} | {record['tau']:.3f} |" in page
+        assert sum(record["answers"][0]["num_rounds_by_accepted"]) == record["answers"][0]["num_rounds"]
     assert all(page.count(f"| {better} over {worse} |") == 4 for better, worse in CLAIMS)
     assert "--trees 7/3/3 2/2/1" in page
     assert str(folder) not in page
@@ -184,39 +195,66 @@ def test_study_checks_its_settings():
     with pytest.raises(ValueError, match=r"trees: expected nodes/depth/top-k such as 59/6/10, got '59/6'"):
         tree_settings("59/6")
     with pytest.raises(ValueError, match="volumes: expected 0 to the 30 tokens of the training data, got 31"):
-        plan_runs(StudyConfig(volumes=[31]), TrainConfig(output="runs"), [10, 20])
+        plan_runs(StudyConfig(volumes=[31]), TrainConfig(output="runs"), [10, 20], 4)
     with pytest.raises(ValueError, match="num_modules: expected no value, since the study sets it, got 3"):
-        plan_runs(StudyConfig(), TrainConfig(output="runs", num_modules=3), [10, 20])
+        plan_runs(StudyConfig(), TrainConfig(output="runs", num_modules=3), [10, 20], 4)
     assert tree_settings("5/5/1")["tree"] == "chain"
 
 
 @pytest.mark.quick
 def test_study_follows_few_recipes_over_the_data():
     """Those whose growth is told are trained with every volume, the others with the largest, whatever the order."""
-    runs = plan_runs(StudyConfig(volumes=[0, 10, 30], seeds=[0, 1]), TrainConfig(output="runs"), [10, 20, 30])
+    runs = plan_runs(StudyConfig(volumes=[0, 10, 30], seeds=[0, 1]), TrainConfig(output="runs"), [10, 20, 30], 4)
     for recipe in RECIPES:
         volumes = [(run.seed, run.num_data_tokens) for run in runs if run.recipe == recipe]
-        growing = recipe in ("eagle2", "hass", "prism-m2")
+        growing = recipe in GROWING
         assert volumes == [(seed, volume) for seed in (0, 1) for volume in ((60, 10, 30) if growing else (60,))]
 
 
 @pytest.mark.quick
-def test_study_repeats_the_mistake_for_one_recipe_alone(tmp_path, monkeypatch):
-    """Its training runs with the unmasked softmax, which is gone afterwards, also where training fails."""
-    found = {}
+def test_study_two_processes_share_the_runs(tmp_path):
+    """What another process works on is left to it, and done here if it gives up; nothing is done twice."""
+    runs = [Run(name, 0, 1, 10, TrainConfig(output=str(tmp_path / name))) for name in ("eagle2", "hass", "eagle3")]
+    done, lines = [], []
+    others = FileLock(_lock_path(runs[0]))
+    others.acquire()
 
-    def note(config):
-        found[Path(config.output).name] = alignment.AlignedPasses
-        raise InterruptedError
+    def measure(run):
+        done.append(run.recipe)
+        if run.recipe == "hass":
+            others.release()
 
-    monkeypatch.setattr("benchmarks.study.train", note)
-    for run in plan_runs(StudyConfig(), TrainConfig(output=str(tmp_path)), [10]):
-        with pytest.raises(InterruptedError):
-            _trained(run)
-    unmasked = [name for name, passes in found.items() if passes is UnmaskedPasses]
-    assert len(found) == len(RECIPES)
-    assert unmasked == ["prism-m2-compat_10_seed0"]
-    assert alignment.AlignedPasses is not UnmaskedPasses
+    _share_runs(runs, lambda run: run.recipe not in done, measure, lines.append)
+    assert done == ["hass", "eagle2", "eagle3"]
+    assert [line.split(",")[0] for line in lines] == ["1 of 3 runs", "2 of 3 runs"]
+
+
+@pytest.mark.quick
+def test_study_takes_each_recipe_s_best_rate(tmp_path):
+    """Of all ways of decoding together; a sweep that lacks a recipe is refused."""
+
+    def record(recipe, rate, tau):
+        return {"recipe": recipe, "learning_rate": rate, "tau": tau}
+
+    records = [record("hass", 1e-3, 1.5), record("hass", 2e-3, 1.7), record("hass", 1e-3, 1.6), record("hass", 2e-3, 1.3)]
+    records += [record("prism-m2", 1e-3, 1.2), record("prism-m2", 4e-3, 1.4)]
+    assert best_rates(records) == {"hass": 1e-3, "prism-m2": 4e-3}
+    for number, one in enumerate(records):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    study = StudyConfig(recipes=["hass", "prism-m2"], rates_from=str(tmp_path))
+    runs = plan_runs(study, TrainConfig(output="runs"), [10], 4)
+    assert [(run.config.learning_rate, run.config.split_learning_rate) for run in runs] == [(1e-3, 2.5e-4), (4e-3, 1e-3)]
+    assert [run.config.target_layer_ids for run in runs] == ["4", ""]
+    assert [run.config.features for run in runs] == ["runs/features-last", "runs/features"]
+    with pytest.raises(ValueError, match="rates_from: expected records of a sweep of eagle3 in"):
+        plan_runs(StudyConfig(recipes=["hass", "eagle3"], rates_from=str(tmp_path)), TrainConfig(output="runs"), [10], 4)
+
+
+@pytest.mark.quick
+def test_study_acceptance_by_draft_step():
+    """Of 200 rounds 100 accept one token and more, of these 60 two and more; where few came, nothing is told."""
+    records = [{"answers": [{"num_rounds_by_accepted": [50, 20, 15]}, {"num_rounds_by_accepted": [50, 20, 25, 20]}]}]
+    assert conditional_acceptance(records) == [0.5, 0.6, pytest.approx(20 / 60)]
 
 
 @pytest.mark.quick
@@ -248,6 +286,19 @@ def test_study_claims_are_judged_by_pairs_of_prompts():
     assert high == pytest.approx(1.25)
     assert tau_interval(better)[0] < 1.25 * tau_interval(worse)[1]
     assert [verdict(1.1, 1.3), verdict(0.8, 0.9), verdict(0.9, 1.1)] == ["holds", "does not hold", "undecided"]
+
+
+@pytest.mark.quick
+def test_study_growth_is_judged_by_pairs():
+    """A recipe whose tau doubles where the other's rises by a half gains more by a third, for sure."""
+
+    def records(factor):
+        answers = [{"num_rounds": 20, "num_committed": factor * (20 + number % 8)} for number in range(24)]
+        tau = sum(one["num_committed"] for one in answers) / sum(one["num_rounds"] for one in answers)
+        return [{"seed": 0, "tau": tau, "answers": answers}]
+
+    found = growth_interval(records(4), records(2), records(3), records(2))
+    assert found == pytest.approx((4 / 3, 4 / 3, 4 / 3))
 
 
 @pytest.mark.quick

@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def decode_prompts(
         is_coupled (`bool`): whether the draft uses the random numbers of sampling.
         advance: called after each answer.
     Returns:
-        `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, and whether it `ends_in_a_loop`.
+        `list[dict]`: of each answer its `task`, `num_rounds`, `num_committed`, the rounds in which 0, 1, 2, ... drafted tokens
+            were accepted (`num_rounds_by_accepted`), and whether it `ends_in_a_loop`.
     """
     draft.generation_config.update(**tree_settings(tree), tree_coupled=is_coupled)
     settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
@@ -74,11 +75,13 @@ def decode_prompts(
         torch.manual_seed(seed)
         output = target.generate(**inputs, **settings, assistant_model=draft)
         speculation = draft.last_speculation
+        accepted = Counter(itertools.chain(*speculation.accepted_per_round))
         answers.append(
             {
                 "task": task,
                 "num_rounds": sum(speculation.num_rounds),
                 "num_committed": sum(speculation.num_committed),
+                "num_rounds_by_accepted": [accepted[count] for count in range(max(accepted, default=-1) + 1)],
                 "ends_in_a_loop": loop_period(output[0, inputs["input_ids"].shape[1] :].tolist()) is not None,
             }
         )
