@@ -122,19 +122,20 @@ def faults_section(record: dict) -> str:
     Args:
         record: the file of `python -m tests.faults --json`.
     """
-    every = f" --every {record['every']}" if record["every"] > 1 else ""
     text = f"""
 ## Faults
 
-    python -m tests.faults{every} --json docs/compatibility/faults.json
+    python -m tests.faults --json docs/compatibility/faults.json
 
-Errors and interrupts at lines of a call that change something: afterwards models, caches and settings must be as before, and
-the next call right. transformers {record["transformers"]}, torch {record["torch"]}.
+Errors and interrupts at each line of a call, at its first run and in the middle of its runs: afterwards models, caches and
+settings must be as before, and the next call right. One kind of error is `--errors KeyboardInterrupt`, a call alone
+`--part lines --scenario tree`. transformers {record["transformers"]}, torch {record["torch"]}.
 
 """
-    rows = [[name, one["places"], one["faults"], one["failed"]] for name, one in record["lines"].items()]
-    others = [[name, "", "", num_failed] for name, num_failed in record["others"].items()]
-    return text + _markdown(["call", "places", "faults", "failed"], [*rows, *others])
+    lines = record["lines"].items()
+    rows = [[name, len(one["errors"]), one["places"], one["faults"], one["failed"]] for name, one in lines]
+    others = [[name, "", "", "", num_failed] for name, num_failed in record["others"].items()]
+    return text + _markdown(["call", "kinds of errors", "places", "faults", "failed"], [*rows, *others])
 
 
 def _names(results: dict[str, dict]) -> list[str]:

@@ -2,6 +2,7 @@
 
 python -m tests.faults --json docs/compatibility/faults.json    everything, some tens of minutes
 python -m tests.faults --part lines --every 10 --scenario chain
+python -m tests.faults --part lines --errors KeyboardInterrupt --scenario static --json FILE    a row of the file anew
 
 After each fault models, caches and settings must be as they were, and the next call must be right (`fault_lines.py`). The
 exit status is 1 if anything failed.
@@ -215,12 +216,15 @@ def main(argv=None) -> int:
     parser.add_argument("--every", type=int, default=1, help="of lines, every N-th, with one error each")
     names = [error.__name__ for error in EXCEPTIONS]
     parser.add_argument("--errors", nargs="+", choices=names, default=names, help="of lines, these; without --every each at each line")
-    parser.add_argument("--json", type=Path, help="where the counts are written")
+    parser.add_argument("--json", type=Path, help="where the counts are written; what it holds of other calls stays")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}", flush=True)
-    record: dict = {"transformers": transformers.__version__, "torch": torch.__version__, "every": args.every, "errors": args.errors}
-    record |= {"lines": {}, "others": {}}
+    record: dict = {"lines": {}, "others": {}}
+    if args.json is not None and args.json.is_file():
+        record |= json.loads(args.json.read_text(encoding="utf-8"))
+    record |= {"transformers": transformers.__version__, "torch": torch.__version__}
+    is_bad = False
     if args.part in (None, "lines"):
         scenarios = [one for one in SCENARIOS if args.scenario in (None, one.name)]
         pairs = pairs_for(scenarios)
@@ -231,17 +235,19 @@ def main(argv=None) -> int:
             for kind in ("failed", "in cleanup"):
                 for text, places in found[kind].items():
                     print(f"  {kind} {len(places)} times: {text}\n    {', '.join(places[:8])}", flush=True)
-            counts = {"places": found["places"], "faults": found["raised"]}
+            counts = {"places": found["places"], "every": args.every, "errors": args.errors, "faults": found["raised"]}
             record["lines"][scenario.name] = counts | {"failed": sum(map(len, found["failed"].values()))}
+            is_bad |= bool(found["failed"])
     others = {name: check for name, check in OTHERS.items() if args.part in (None, name)}
     pair = fit_pair("mistral", num_updates=60) if others else None
     for name, check in others.items():
         problems = check(pair)
         print(f"{name}: {len(problems)} failed", *problems, sep="\n  ", flush=True)
         record["others"][name] = len(problems)
+        is_bad |= bool(problems)
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return int(any(record["others"].values()) or any(counts["failed"] for counts in record["lines"].values()))
+    return int(is_bad)
 
 
 class _Progress:
