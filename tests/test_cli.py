@@ -118,8 +118,10 @@ def test_cli_streamer_tells_accepted_from_bonus(tiny_folders):
         (("bench", "page", "x.json"), "python -m benchmarks.page"),
         (("bench", "training", "--help"), "python -m benchmarks.training"),
         (("bench", "synthesize"), "python -m benchmarks.synthesize"),
-        (("bench", "modules", "--packed"), "transformers-prism bench scaling --modules 1 --modules 8"),
-        (("bench", "scaling", "--plot", "x.png"), "python -m benchmarks.page"),
+        (("bench", "modules", "--packed"), "python -m benchmarks.scaling --modules 1 --modules 8"),
+        (("bench", "scaling", "--modules", "1"), "python -m benchmarks.scaling"),
+        (("bench", "rounds", "--plot", "x.png"), "python -m benchmarks.page"),
+        (("bench", "kernels", "--compile-only"), "python -m benchmarks.compile_kernels"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )

@@ -153,12 +153,7 @@ class BorrowedLayers:
 
 
 class ChosenLogits(nn.Module):
-    """Logits of some tokens by a head's own forward, which follows whatever the head computes now.
-
-    Args:
-        head (`nn.Module`): the target's.
-        token_ids (`torch.LongTensor` of shape `(W,)`): the tokens.
-    """
+    """Logits of some tokens `(W,)` by a head's own forward, which follows whatever the head computes now."""
 
     bias = None
 
@@ -259,13 +254,8 @@ def _frozen(weight: torch.Tensor, bias: torch.Tensor | None, kind: type[PackedLi
 
 
 def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLinear] | None) -> nn.Linear:
-    """A layer of some rows of a head, without gradients.
-
-    Args:
-        head (`nn.Linear`): the target's, with weights in floating point.
-        token_ids (`torch.LongTensor` of shape `(n,)`): the rows.
-        kind (`type`, *optional*): how it is to be packed for a CPU.
-    """
+    """A layer of some rows `(n,)` of a head with weights in floating point, without gradients, packed for a CPU as
+    `kind` says."""
     bias = getattr(head, "bias", None)
     token_ids = token_ids.to(head.weight.device)
     # Rows that were gathered in inference mode serve a training step later, too.
@@ -309,13 +299,8 @@ def _check_rows(draft_to_target: torch.Tensor, num_rows: int) -> None:
 
 
 def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Where a layer of a target takes its inputs, and in which dtype.
-
-    Args:
-        layer (`nn.Module`): the embedding or the head.
-        target (`PreTrainedModel`): whose it is.
-        dtype (`torch.dtype`): of what comes in, which a quantised weight takes as it is.
-    """
+    """Where the embedding or the head of a target takes its inputs, and in which dtype; a quantised weight takes that
+    of what comes in."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
         return target.device, target.dtype

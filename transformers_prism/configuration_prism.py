@@ -483,13 +483,7 @@ def target_fingerprint(target_config, tokenizer=None) -> dict:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """sha256 of a tokenizer's vocabulary, tokens and ids, in the order of ids.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): any tokenizer with `get_vocab`.
-    Returns:
-        `str`: 64 hexadecimal digits.
-    """
+    """sha256 of a tokenizer's vocabulary, tokens and ids, in the order of ids; 64 hexadecimal digits."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 

@@ -190,11 +190,7 @@ class HalfLinear(PackedLinear):
 
 
 class WeightCheck:
-    """A forward pre-hook of a prepared model: packs again what was written to, before a sequence begins.
-
-    Args:
-        linears (`list[PackedLinear]`): the model's.
-    """
+    """A forward pre-hook of a prepared model: packs again what was written to, before a sequence begins."""
 
     def __init__(self, linears: list[PackedLinear]):
         self.linears = linears
@@ -271,11 +267,7 @@ class PreparedModels:
         return sum(linear.weight.numel() * linear.BYTES_PER_WEIGHT for linear in self.linears)
 
     def refresh(self) -> int:
-        """Check all weights now, and pack again what was written to, however it was.
-
-        Returns:
-            `int`: layers that were packed again.
-        """
+        """Check all weights now, and pack again what was written to, however it was; returns how many layers were."""
         return sum(linear.refresh() for linear in self.linears)
 
     def undo(self) -> None:

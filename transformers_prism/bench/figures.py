@@ -37,16 +37,12 @@ def main_method(methods: list[Method]) -> Method:
 
 
 def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -> dict:
-    """Figures of one method over items.
+    """Figures of one method over items; `baselines` are the plain methods that were measured, the method's own first.
 
-    Args:
-        results: of [`bench_generate`].
-        method: which.
-        baselines: names of the plain methods that were measured, the method's own first.
     Returns:
         `dict`: counts of prompts, tau pooled and as the mean over prompts, milliseconds of a round, tokens per second,
-        and in "over" the ratios to each baseline; those to the method's own are also at the top level. None where there is
-        nothing to say.
+            and in "over" the ratios to each baseline; those to the method's own are also at the top level. None where
+            there is nothing to say.
     """
     outcomes = [result.outcomes[method.name] for result in results]
     taus = [

@@ -26,7 +26,6 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
 
     Args:
         kind (`str`): which measurement: "generate", "verify", "modules" and so on.
-        target (`PreTrainedModel`): what was sped up.
         settings (`dict`): how it was measured: tree, batch, baseline and whatever else decides the figures.
         weights (`str`, *optional*): [`weights_sha256`] of the draft, or `UNTRAINED`.
     """
@@ -73,11 +72,8 @@ def read_record(path: Path) -> dict:
 
 
 def finished_part(path: Path, head: dict) -> dict | None:
-    """What an interrupted measurement left; None if there is no such file.
+    """What an interrupted measurement left, if it is of the same [`record_head`]; None if there is no such file.
 
-    Args:
-        path (`Path`): the measurement's file.
-        head (`dict`): [`record_head`] of the measurement to resume.
     Raises:
         ValueError: if the file's figures were measured in another way, saying what differs.
     """

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from transformers_prism.bench.scaling import random_draft
+from transformers_prism.bench.methods import random_draft
 from transformers_prism.cli.demo import PROMPTS, chat_inputs, compare, load_draft
 from transformers_prism.cli.options import ADVANCED, COST, Commands, PackedOption, TargetOption, report_file
 from transformers_prism.cpu import prepare_for_cpu

@@ -104,9 +104,8 @@ def write_published_files(
 
     Args:
         folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
-        loaded_from (`str`): folder or repository that the draft was loaded from, for files that this copy of the code
-            does not have; may be empty.
-        revision (`str`, *optional*): of that repository.
+        loaded_from, revision (`str`): folder or repository that the draft was loaded from, for files that this copy of
+            the code does not have; may be empty.
         target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
             a licence that allows it.
         write_card (`Callable`, *optional*): writes card and metrics into a folder whose weights are new, or raises
@@ -213,14 +212,9 @@ def upload(
 
     Args:
         folder (`str` or `Path`): of [`write_published_files`]; its card's code gets the repository's name.
-        repo_id (`str`): "user/name".
         tags (`list[str]`, *optional*): added to those of the card.
-        private (`bool`, *optional*): of a new repository.
-        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
         loaded_from (`str`): folder or repository that the draft was loaded from, whose name its card may have.
         commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
-    Returns:
-        `CommitInfo`: of the commit.
     Raises:
         HfHubHTTPError: if the Hub refuses; the repository then holds what it held before.
         OSError: if the weights cannot be uploaded, with the reason; as above.
@@ -264,13 +258,9 @@ def _with_tags(text: str, tags: list[str]) -> str:
 
 
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:
-    """A hash of a draft's weights that does not depend on how they are split into files.
+    """A hash of a draft's weights, in a folder or repository, that does not depend on how they are split into files:
+    sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
 
-    Args:
-        source (`str` or `Path`): the draft's folder or repository.
-        revision (`str`, *optional*): of the repository.
-    Returns:
-        `str`: sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
     Raises:
         OSError: if there are no safetensors weights.
         ValueError: if a file is damaged, or an index names files elsewhere.

@@ -23,13 +23,8 @@ _NEEDED_SETTINGS = {
 
 
 def gather(folder: str | Path, files: list[Path]) -> dict:
-    """The metrics of a draft from the files of its measurements.
+    """What a draft's metrics.json holds, from the files of its measurements in the order of the card.
 
-    Args:
-        folder (`str` or `Path`): the draft's folder.
-        files (`list[Path]`): written by those commands with `--json`, in the order of the card.
-    Returns:
-        `dict`: what metrics.json holds.
     Raises:
         ValueError: if a file is not such a measurement, lacks its settings or surroundings, or is of other weights.
     """
@@ -103,6 +98,3 @@ def _check(record: dict, weights: str, where: str) -> None:
         raise ValueError(
             f"{where}: expected figures of the draft's weights ({weights}), got figures of {record['weights_sha256']}"
         )
-
-
-__all__ = ["gather", "read_metrics", "write_metrics"]

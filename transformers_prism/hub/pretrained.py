@@ -137,6 +137,3 @@ class PrismPreTrainedModel(PreTrainedModel):
                 commit_message=commit_message or "Upload draft",
                 commit_description=commit_description,
             )
-
-
-__all__ = ["PrismPreTrainedModel", "default_generation_config"]

@@ -20,15 +20,9 @@ def renew_code(
 ) -> tuple[CommitInfo, bool]:
     """Replace the code of a draft on the Hub by this package's, in one commit; weights, card, metrics and trees stay.
 
-    Only the configuration is downloaded. Only its `auto_map` changes, if it does not name this code.
+    Only the configuration is downloaded. Only its `auto_map` changes, if it does not name this code. Returns the
+    commit, and whether it is new; if not, the repository had this code already.
 
-    Args:
-        repo_id (`str`): "user/name".
-        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
-        revision (`str`, *optional*): branch of the repository.
-        message (`str`): of the commit.
-    Returns:
-        `tuple`: the commit, and whether it is new; if not, the repository had this code already.
     Raises:
         OSError: if the Hub refuses, or has no such repository or branch. Nothing has changed then.
         ValueError: if the repository is not a PRISM draft, or one that this package cannot read.
@@ -82,6 +76,3 @@ def _config_with_auto_map(api: HfApi, repo_id: str, commit: str, there: set[str]
         return None
     # As transformers writes it, so that no other line changes.
     return (json.dumps({**content, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n").encode()
-
-
-__all__ = ["renew_code"]

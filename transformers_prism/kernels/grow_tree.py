@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import expect, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -147,24 +147,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_children", "first_bit"])
     def _grow_tree_fwd_kernel(
-        child_ids,
-        child_log_probs,
-        log_probs,
-        ancestors,
-        all_log_probs,
-        chosen,
-        next_ids,
-        next_log_probs,
-        next_parents,
-        next_ancestors,
-        num_children,
-        first_bit,
-        TOP_K: tl.constexpr,
-        NUM_NEXT: tl.constexpr,
-        NUM_WORDS: tl.constexpr,
-        NUM_BEST: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-        BLOCK_W: tl.constexpr,
+        child_ids, child_log_probs, log_probs, ancestors, all_log_probs, chosen, next_ids, next_log_probs,
+        next_parents, next_ancestors,
+        num_children, first_bit,
+        TOP_K: tl.constexpr, NUM_NEXT: tl.constexpr, NUM_WORDS: tl.constexpr, NUM_BEST: tl.constexpr,
+        BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     ):
         # One program: all children of one row.
         row = tl.program_id(0).to(tl.int64)
@@ -201,19 +188,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_candidates"])
     def _choose_nodes_fwd_kernel(
-        root_ids,
-        token_ids,
-        parents,
-        depths,
-        log_probs,
-        tree_ids,
-        tree_parents,
-        tree_depths,
-        tree_log_probs,
+        root_ids, token_ids, parents, depths, log_probs, tree_ids, tree_parents, tree_depths, tree_log_probs,
         num_candidates,
-        NUM_NODES: tl.constexpr,
-        NUM_BEST: tl.constexpr,
-        BLOCK_C: tl.constexpr,
+        NUM_NODES: tl.constexpr, NUM_BEST: tl.constexpr, BLOCK_C: tl.constexpr,
     ):
         # One program: all candidates of one row.
         row = tl.program_id(0).to(tl.int64)
@@ -281,20 +258,9 @@ if triton is not None:
         outputs = (all_log_probs, chosen, next_ids, next_log_probs, next_parents, next_ancestors)
         block_c = triton.next_power_of_2(width * top_k)
         _grow_tree_fwd_kernel[(num_rows,)](
-            child_ids,
-            child_log_probs,
-            log_probs,
-            ancestors,
-            *outputs,
-            width * top_k,
-            first_bit,
-            TOP_K=top_k,
-            NUM_NEXT=num_next,
-            NUM_WORDS=num_words,
-            NUM_BEST=max(2, triton.next_power_of_2(num_next)),
-            BLOCK_C=max(2, block_c),
-            BLOCK_W=triton.next_power_of_2(num_words),
-            num_warps=8 if block_c > 1024 else 4,
+            child_ids, child_log_probs, log_probs, ancestors, *outputs, width * top_k, first_bit,
+            TOP_K=top_k, NUM_NEXT=num_next, NUM_WORDS=num_words, NUM_BEST=max(2, triton.next_power_of_2(num_next)),
+            BLOCK_C=max(2, block_c), BLOCK_W=triton.next_power_of_2(num_words), num_warps=8 if block_c > 1024 else 4,
         )
         return outputs
 
@@ -313,17 +279,8 @@ if triton is not None:
         outputs = (tree_ids, tree_parents, tree_depths, tree_log_probs)
         num_best = max(2, triton.next_power_of_2(num_nodes))
         _choose_nodes_fwd_kernel[(num_rows,)](
-            root_ids,
-            token_ids,
-            parents,
-            depths,
-            log_probs,
-            *outputs,
-            num_candidates,
-            NUM_NODES=num_nodes,
-            NUM_BEST=num_best,
-            BLOCK_C=1024,
-            num_warps=8 if num_best > 64 else 4,
+            root_ids, token_ids, parents, depths, log_probs, *outputs, num_candidates,
+            NUM_NODES=num_nodes, NUM_BEST=num_best, BLOCK_C=1024, num_warps=8 if num_best > 64 else 4,
         )
         return outputs
 
@@ -332,12 +289,8 @@ if triton is not None:
         num_words = triton.cdiv(num_nodes, _WORD)
         bits = torch.empty((num_rows, num_nodes, num_words), dtype=torch.int64, device=parents.device)
         _ancestor_bits_fwd_kernel[(num_rows,)](
-            parents,
-            bits,
-            NUM_NODES=num_nodes,
-            NUM_WORDS=num_words,
-            BLOCK_N=max(2, triton.next_power_of_2(num_nodes)),
-            num_warps=4,
+            parents, bits,
+            NUM_NODES=num_nodes, NUM_WORDS=num_words, BLOCK_N=max(2, triton.next_power_of_2(num_nodes)), num_warps=4,
         )
         return bits
 
@@ -366,14 +319,6 @@ if triton is not None:
     @_ancestor_bits.register_fake
     def _(parents):
         return parents.new_empty((*parents.shape, -(-parents.shape[1] // _WORD)))
-
-
-def _expect_all(device, **tensors) -> None:
-    """Check each tensor against its shape and dtype, and all against one device."""
-    for name, (tensor, shape, dtype) in tensors.items():
-        expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-        expect(tensor.dtype == dtype, name, f"dtype {dtype}", tensor.dtype)
-        expect(tensor.device == device, name, f"device {device}", tensor.device)
 
 
 def grow_tree(
@@ -409,7 +354,7 @@ def grow_tree(
     num_rows, width, top_k = child_ids.shape
     expect(child_ids.dtype == torch.int64, "child_ids", "dtype torch.int64", child_ids.dtype)
     num_words = ancestors.shape[-1] if ancestors.dim() else 0
-    _expect_all(
+    expect_tensors(
         child_ids.device,
         child_log_probs=(child_log_probs, (num_rows, width, top_k), torch.float32),
         log_probs=(log_probs, (num_rows, width), torch.float32),
@@ -461,7 +406,7 @@ def choose_nodes(
         token_ids.dim() == 2 and token_ids.numel() > 0, "token_ids", "2 dimensions, none empty", tuple(token_ids.shape)
     )
     shape, integer = tuple(token_ids.shape), torch.int64
-    _expect_all(
+    expect_tensors(
         token_ids.device,
         token_ids=(token_ids, shape, integer),
         root_ids=(root_ids, shape[:1], integer),

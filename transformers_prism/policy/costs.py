@@ -158,12 +158,9 @@ def _bounded(ratio: float) -> float:
 
 def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = None) -> RoundCosts:
     """The costs of rounds with `num_rows` sequences: those known, from the disk, or measured, which takes a few dozen
-    target forwards and is logged.
+    target forwards and is logged. Models and random generators are left as they are.
 
     Args:
-        target (`PreTrainedModel`): left as it is; its random generator too.
-        draft (`PrismDraftModel`): bound to it.
-        num_rows (`int`): B.
         known (`RoundCosts`, *optional*): of earlier calls in this process.
     Returns:
         `RoundCosts`: `known` itself if it is not in doubt, else new, for the caller to correct.
@@ -311,11 +308,7 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
     """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
 
     A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
-    correct that.
-
-    Args:
-        target, draft, num_rows: as for [`load_or_measure`].
-        announce (`Callable`): told once, when it can be foreseen: target forwards in all, and seconds that they take.
+    correct that. `announce` is told once, when it can be foreseen: target forwards in all, and seconds that they take.
     """
     per_row = _counts_of_one_row(num_rows)
     times: dict[int, list[float]] = {count: [] for count in per_row}

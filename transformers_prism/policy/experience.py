@@ -34,11 +34,7 @@ MAX_PLANNED = 127  # nodes
 
 
 class AcceptanceTable:
-    """How often nodes were accepted, by cell.
-
-    Args:
-        prior (`torch.DoubleTensor`): probability that each cell starts from, `(rows, columns)`.
-    """
+    """How often nodes were accepted, by cell; each starts from the probability that `prior` `(rows, columns)` says."""
 
     def __init__(self, prior: torch.Tensor):
         self.num_columns = prior.shape[1]

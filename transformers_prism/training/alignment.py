@@ -197,6 +197,3 @@ def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tenso
     rows = rows[None] if starts is None else (rows - starts)[None]
     steps = torch.arange(num_steps, device=device)
     return rows >= steps.view(-1, *[1] * (rows.dim() - 1))
-
-
-__all__ = ["AlignedPasses", "aligned_forward", "history_mask"]

@@ -19,14 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.LongTensor, float]:
-    """The `size` most frequent tokens of the answers and the share of answer tokens that they cover.
-
-    Args:
-        conversations (`list[Conversation]`): the training data.
-        size (`int`): of the draft vocabulary; filled with the smallest unused ids where the data has fewer tokens.
-    Returns:
-        `tuple` of increasing token ids `(size,)` and the coverage in 0..1.
-    """
+    """The `size` most frequent tokens of the answers, increasing, and the share of answer tokens that they cover, in
+    0..1; filled up with the smallest unused ids where the data has fewer tokens."""
     counts = _answer_tokens(conversations)
     total = counts.total()
     # Tokens of the prompts come after all answer tokens, and ids that never occur last.
@@ -59,16 +53,10 @@ def source_config(config: TrainConfig) -> PrismConfig | None:
 
 
 def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
-    """The architecture of the finished draft.
+    """The architecture of the finished draft, for a target or its configuration; the tokenizer is for the fingerprint.
 
     Without stage split a draft keeps the modules that it starts with, whatever the recipe would split them into.
 
-    Args:
-        config (`TrainConfig`): of the run.
-        target (`PreTrainedModel` or `PreTrainedConfig`): the model to be sped up, or its configuration.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, for the fingerprint.
-    Returns:
-        `PrismConfig`: with the target's fingerprint.
     Raises:
         ValueError: if the draft to start from has more modules than the finished one, if the run asks for more modules
             than its stages make, or for an architecture that contradicts itself.
@@ -119,7 +107,6 @@ def first_draft(
     """A new draft with one module, or what the draft that is started from knows, in as many modules as it has.
 
     Args:
-        config (`TrainConfig`): of the run; `seed` draws new weights.
         draft_config (`PrismConfig`): of the finished draft.
         training (`list[Conversation]`): their answers choose the draft vocabulary.
         report (`dict`): gets the draft vocabulary's coverage, and what was started from, with its own training record.

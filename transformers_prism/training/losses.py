@@ -18,14 +18,8 @@ ROWS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much each part of the loss counts.
-
-    Args:
-        token: of the soft cross-entropy.
-        acceptance: of the negative log of the probability that a drafted token is accepted.
-        hidden: of the distance between hidden states.
-        steps: of draft steps 0, 1, ...; the last one counts for all later steps.
-    """
+    """How much each part of the loss counts: soft cross-entropy, negative log of the probability that a drafted token
+    is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps."""
 
     token: float = 0.1
     acceptance: float = 0.0
@@ -198,6 +192,3 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
         gradient, *head_gradient = ctx.saved_tensors
         head = [torch.tensordot(grad_losses.to(part.dtype), part, dims=1) for part in head_gradient]
         return None, None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
-
-
-__all__ = ["AlignedLoss", "LossWeights", "aligned_loss", "vocabulary_loss"]

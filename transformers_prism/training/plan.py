@@ -24,15 +24,9 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StageCost:
-    """Estimates for one stage.
-
-    Args:
-        stage: which.
-        num_updates: of the optimizer.
-        num_tokens: seen, epochs counted.
-        petaflops: 1e15 products and sums of the draft, forward and backward.
-        peak_bytes: of draft, gradients, optimizer and activations in one process; the target is not counted.
-    """
+    """Estimates for one stage: updates of the optimizer; tokens seen, epochs counted; 1e15 products and sums of the
+    draft, forward and backward; bytes of draft, gradients, optimizer and activations in one process, the target not
+    counted."""
 
     stage: Stage
     num_updates: int
@@ -42,14 +36,7 @@ class StageCost:
 
 
 def stage_costs(config: TrainConfig, draft_config, lengths: list[int], num_processes: int = 1) -> list[StageCost]:
-    """Estimate the stages of a run.
-
-    Args:
-        config (`TrainConfig`): of the run.
-        draft_config (`PrismConfig`): of the finished draft.
-        lengths (`list[int]`): tokens of the conversations that are trained on.
-        num_processes (`int`): that share each update.
-    """
+    """Estimate the stages of a run over conversations of these lengths in tokens."""
     source = source_config(config)
     stages = plan_stages(config, 1 if source is None else source.num_processing_modules)
     return [_stage_cost(stage, config, draft_config, lengths, num_processes) for stage in stages]
@@ -147,6 +134,3 @@ def _hours(petaflops: float, config: TrainConfig) -> str:
 def _num_target_parameters(target_config) -> int:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(target_config).num_parameters()
-
-
-__all__ = ["StageCost", "describe_plan", "stage_costs"]

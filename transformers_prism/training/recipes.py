@@ -190,12 +190,8 @@ class Stage:
 
 
 def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
-    """The stages of a recipe in order, those of 0 epochs left out.
-
-    Args:
-        config (`TrainConfig`): of the run.
-        num_modules (`int`): of the draft that the run starts with; no stage has fewer.
-    """
+    """The stages of a recipe in order, those of 0 epochs left out, for a run that starts from a draft of
+    `num_modules`."""
     rate = config.learning_rate
     loss = LossWeights(
         config.token_weight, config.acceptance_weight, config.hidden_weight, tuple(config.numbers("step_weights", float))
@@ -230,6 +226,3 @@ def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num
     num_updates = max(1, math.ceil(stage.num_epochs * per_epoch))
     whole_epochs, rest = divmod(num_updates, per_epoch)
     return num_updates, whole_epochs + rest * config.accumulation / num_batches
-
-
-__all__ = ["BY_RECIPE", "RECIPES", "Stage", "TrainConfig", "count_updates", "has_own_num_modules", "plan_stages"]

@@ -44,11 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 class AlignedTrainer(Trainer):
-    """Transformers' Trainer with our order of batches, our loss, and our evaluation.
-
-    Args:
-        prompts (`list[Conversation]`): held-out conversations on whose prompts acceptance is measured.
-    """
+    """Transformers' Trainer with our order of batches, our loss, and our evaluation; acceptance is measured on
+    `prompts`."""
 
     def __init__(self, *args, prompts: list[Conversation] = (), **kwargs):
         super().__init__(*args, **kwargs)
@@ -424,6 +421,3 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     if config.push_to_hub:
         PrismDraftModel.from_pretrained(folder).push_to_hub(config.push_to_hub)
         logger.info("Draft pushed to %s.", config.push_to_hub)
-
-
-__all__ = ["AlignedTrainer", "train"]

@@ -30,11 +30,9 @@ _MEANING = (
 class WarmStartReport:
     """What a warm start did; `str()` of it is for people.
 
-    Args:
-        matched (`dict[str, str]`): name in the new draft, and where its values come from.
-        initial (`dict[str, str]`): names in the new draft that keep their initial values, and why.
-        unused (`list[str]`): names in the source that nothing was taken from.
-        notes (`list[str]`): settings in which the two drafts differ.
+    `matched` names weights of the new draft and where their values come from, `initial` those that keep their initial
+    values and why, `unused` those of the source that nothing was taken from, `notes` settings in which the two drafts
+    differ.
     """
 
     matched: dict[str, str] = field(default_factory=dict)
@@ -57,15 +55,8 @@ class WarmStartReport:
 
 
 def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
-    """The same architecture with `num_modules` processing modules: as it is if it has that many, else one for each of the
-    first draft steps.
-
-    Args:
-        config (`PrismConfig`): of any number of modules; not changed.
-        num_modules (`int`): at least 1.
-    Returns:
-        `PrismConfig`: new.
-    """
+    """The same architecture with `num_modules` processing modules, in a new configuration: as it is if it has that
+    many, else one for each of the first draft steps."""
     changes: dict = {}
     if num_modules != config.num_processing_modules:
         changes = {"num_processing_modules": num_modules, "draft_step_to_module": list(range(num_modules))}
@@ -222,6 +213,3 @@ def _copy_head_rows(draft: PrismDraftModel, source: PrismDraftModel) -> None:
     rows, source_rows = _shared_tokens(draft, source)
     weight = source.lm_head.weight[source_rows.to(source.lm_head.weight.device)]
     draft.lm_head.weight[rows.to(draft.lm_head.weight.device)] = weight.to(draft.lm_head.weight)
-
-
-__all__ = ["WarmStartReport", "expand_modules", "warm_start", "with_modules"]

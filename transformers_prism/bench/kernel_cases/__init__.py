@@ -1,8 +1,4 @@
-"""The calls of each kernel that are compiled, checked and timed: a file for each kernel.
-
-    cases()        a list of `KernelCase`
-    every_tile()   where tiles depend on shapes, one `KernelCase` for each choice of them, only to be compiled
-"""
+"""The calls of each kernel that are compiled, checked and timed: a file for each kernel, whose `cases()` lists them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +7,7 @@ import torch
 
 
 class Inputs:
-    """Makes arguments: random on a real device, without memory on the meta device; the same at every call.
-
-    Args:
-        device (`torch.device` or `str`): of the tensors.
-    """
+    """Makes arguments: random on a real device, without memory on the meta device; the same at every call."""
 
     def __init__(self, device):
         self.device = torch.device(device)

@@ -68,20 +68,3 @@ def cases() -> list[KernelCase]:
         )
         for config, size in sizes.items()
     ]
-
-
-def every_tile() -> list[KernelCase]:
-    """A call for each tile that the launcher may choose, forward and backward, in packed sequences with a short path and a
-    long one."""
-    return [
-        KernelCase(
-            f"{dtype} E{head_dim} k{step}",
-            partial(_make, step=step, head_dim=head_dim, num_sequences=4, dtype=dtype),
-            _call,
-            _launch,
-            tolerance=0.0,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (32, 64, 128, 256)
-        for step in (2, 7)
-    ]

@@ -61,19 +61,3 @@ def cases() -> list[KernelCase]:
         )
         for config, size in sizes.items()
     ]
-
-
-def every_tile() -> list[KernelCase]:
-    """A call for each tile and length of list that the launcher may choose."""
-    return [
-        KernelCase(
-            f"{dtype} N{num_rows} k{k}",
-            partial(_make, num_rows=num_rows, hidden_size=2048, k=k, has_bias=True, softcap=30.0, dtype=dtype),
-            _call,
-            _top_k_log_prob_fwd,
-            tolerance=0.0,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for num_rows in (16, 32, 64, 128)
-        for k in (1, 10, 64)
-    ]

@@ -73,21 +73,3 @@ def cases() -> list[KernelCase]:
         )
         for config, size in sizes.items()
     ]
-
-
-def every_tile() -> list[KernelCase]:
-    """A call for each tile that the launcher may choose, with everything that takes registers."""
-    return [
-        KernelCase(
-            f"{dtype} E{head_dim} M{num_rows}",
-            partial(
-                _make, num_nodes=num_rows // 4, head_dim=head_dim, dtype=dtype, sliding_window=1024, softcap=50.0
-            ),
-            tree_attention,
-            _tree_attention_fwd,
-            tolerance=0.0,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (32, 64, 128, 256)
-        for num_rows in (16, 32, 64, 128)
-    ]

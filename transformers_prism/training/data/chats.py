@@ -66,11 +66,8 @@ def chat_of(row) -> list[dict]:
 
 
 def prompt_of(row) -> list[dict]:
-    """A row as messages of which at least one is by the user.
-
-    Raises:
-        RowError: as for [`chat_of`], and if there is none.
-    """
+    """A row as messages of which at least one is by the user; a [`RowError`] if there is none, or as for
+    [`chat_of`]."""
     chat = chat_of(row)
     if all(turn["role"] != "user" for turn in chat):
         raise RowError(f"expected at least one turn by the user, got {len(chat)} turns by others")
@@ -293,6 +290,3 @@ def _text_of_part(part, name: str) -> str:
     if not isinstance(part, str):
         raise RowError(f"expected text parts in {name}, got {shown(part)}")
     return text_of(part, name)
-
-
-__all__ = ["COLUMNS", "ROLES", "NoAnswer", "RowError", "chat_of", "is_messages", "prompt_of", "shown", "text_of", "tools_of"]

@@ -32,11 +32,7 @@ _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".
 
 
 class RowCounts:
-    """How many rows of a source were used, and why others were not.
-
-    Args:
-        source (`str`): its name.
-    """
+    """How many rows of a source were used, and why others were not."""
 
     def __init__(self, source: str):
         self.source, self.num_rows, self.num_bad = source, 0, 0
@@ -60,11 +56,7 @@ class RowCounts:
         ]
 
     def check(self, max_bad_share: float) -> None:
-        """Stop if too many rows cannot be used.
-
-        Raises:
-            ValueError: naming the first of each kind.
-        """
+        """Raise a ValueError that names the first rows of each kind if too many cannot be used."""
         if self.num_bad > max_bad_share * self.num_rows:
             raise ValueError(
                 f"data: expected at most {max_bad_share:.0%} of the rows in {self.source} to be unusable (max_bad_share), "
@@ -117,13 +109,8 @@ def usable_rows(
 
 
 def read_chats(source, max_bad_share: float = MAX_BAD_SHARE, split: str = "train") -> list[list[dict]]:
-    """Prompts of a source: chats as messages ([`chat_of`]) of which at least one is by the user.
-
-    Args:
-        source, max_bad_share, split: as for [`usable_rows`].
-    Raises:
-        FileNotFoundError, ValueError: as [`usable_rows`]; ValueError if there is no chat at all.
-    """
+    """Prompts of a source: chats as messages ([`chat_of`]) of which at least one is by the user; errors as of
+    [`usable_rows`], and a ValueError if there is none at all."""
     chats = list(usable_rows(source, prompt_of, max_bad_share, split))
     if not chats:
         raise ValueError(f"data: expected at least one chat in {Path(source).name}, got none")
@@ -279,13 +266,3 @@ _READERS: dict[str, Callable] = {
     ".tsv": _table_rows,
     ".txt": _text_rows,
 }
-
-__all__ = [
-    "MAX_BAD_SHARE",
-    "RowCounts",
-    "check_source",
-    "is_token_ids",
-    "read_chats",
-    "read_rows",
-    "usable_rows",
-]

@@ -104,13 +104,9 @@ class SynthesisConfig:
 
 
 class Synthesizer:
-    """Writes conversations.
+    """Writes conversations of an instruct model with its chat template: answers to `chats`, conversation i to chat i,
+    or without them user turns and answers both.
 
-    Args:
-        target (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): an instruct model with its chat template.
-        config (`SynthesisConfig`): of the run.
-        chats (`list[list[dict]]`, *optional*): given prompts as messages; conversation i answers chat i. Without them
-            the target writes the user turns, too.
     Raises:
         ValueError: if the template cannot be taken apart.
     """

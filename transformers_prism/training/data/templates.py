@@ -42,12 +42,8 @@ def template_hash(tokenizer) -> str:
 
 @dataclass(frozen=True)
 class ChatPieces:
-    """What a chat template writes around the words, as text.
-
-    Args:
-        user_to_assistant: between a user's words and the answer.
-        assistant_to_user: between an answer and the next user's words.
-    """
+    """What a chat template writes between a user's words and the answer, and between an answer and the next user's
+    words."""
 
     user_to_assistant: str
     assistant_to_user: str
@@ -226,6 +222,3 @@ def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span
             "target's tokenizer?"
         )
     return inside[0], inside[-1] + 1
-
-
-__all__ = ["ChatPieces", "is_trained", "opening", "render", "template_hash", "tokenize", "tokenized_chat"]
