@@ -183,11 +183,12 @@ def compile_all(
         log(name)
         for case in cases_of_every_tile(name) if every_tile else module.cases():
             for launch in launches_of(case):
-                config = f"{case.config}: {launch.constants}"
+                function = launch.function.__name__.strip("_")
                 for arch in architectures:
-                    figures = compile_launch(launch, arch)
-                    row = {"kernel": launch.function.__name__.strip("_"), "config": config, "arch": arch, **figures}
-                    rows.setdefault((row["kernel"], launch.constants, _dtypes(launch), arch), row)
+                    key = (function, launch.constants, _dtypes(launch), arch)
+                    if key not in rows:
+                        config = f"{case.config}: {launch.constants}"
+                        rows[key] = {"kernel": function, "config": config, "arch": arch, **compile_launch(launch, arch)}
     return list(rows.values())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target
+from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target, write_lines
 from typer.testing import CliRunner
 
 from benchmarks import scaling, training
@@ -35,7 +35,7 @@ def measured(tiny_folders, tmp_path_factory):
     texts = [" ".join(f"w{(7 * index + 3 * place) % 40 + 50}" for place in range(12)) for index in range(8)]
     tasks = ("qa", "writing") * 4
     records = [{"question_id": i, "category": tasks[i], "turns": [text]} for i, text in enumerate(texts)]
-    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_lines(root / "prompts.jsonl", records)
     source = ("--target", target, "--draft", draft, "--prompts", root / "prompts.jsonl")
     sizes = "--num-prompts 2 --max-new-tokens 8 --repeat 1 --method static".split()
     run("bench", "generate", *source, *sizes, "--json", root / "greedy.json")

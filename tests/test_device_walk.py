@@ -50,13 +50,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def device_walk():
-    """What accelerators do, which a CPU does not do by itself."""
-    with treating_cpus_as_accelerators():
-        yield
-
-
 def scripted(num_rows, settings, architecture="llama"):
     """Target, prompts, and a draft that is right and wrong about what plain decoding emits with seed 5."""
     input_ids, mask = prompts(num_rows)

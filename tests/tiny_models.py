@@ -1,6 +1,8 @@
 """Tiny random targets of many architectures, and a draft that is scripted to be right and wrong at random places."""
 
+import json
 import random
+from pathlib import Path
 
 import torch
 import transformers
@@ -261,3 +263,16 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         additional_special_tokens=list(special[4:]),
     )
+
+
+def save_chat_target(folder: Path, target=None) -> Path:
+    """Save a target, or the usual tiny one, with a tokenizer that has a chat template; returns the folder."""
+    (tiny_target("llama", seed=3) if target is None else target).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_lines(path: Path, rows) -> Path:
+    """Write JSON lines; returns the file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

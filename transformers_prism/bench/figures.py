@@ -17,18 +17,7 @@ from transformers_prism.decoding.speculation import acceptance_length
 
 _PHASES = ("draft", "verify", "commit", "other")
 # The pages and cards tell of one method; of those that were measured, the first of these.
-_MAIN_KINDS = (
-    "auto",
-    "draft",
-    "static",
-    "chain",
-    "auto-no-ngrams",
-    "assisted",
-    "lookup",
-    "compiled",
-    "prepared",
-    "plain",
-)
+_MAIN_KINDS = "auto draft static chain auto-no-ngrams assisted lookup compiled prepared plain".split()
 
 
 def main_method(methods: list[Method]) -> Method:
@@ -188,11 +177,8 @@ def method_rows(figures: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, parts in figures.items():
         one = parts["summary"]
-        round_ms = one["round_ms"] or {
-            "draft": None,
-            "verify": one["step_ms"] if name in baselines else None,
-            "rest": None,
-        }
+        plain_ms = {"draft": None, "verify": one["step_ms"] if name in baselines else None, "rest": None}
+        round_ms = one["round_ms"] or plain_ms
         rows.append(
             [
                 name,

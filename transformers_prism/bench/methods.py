@@ -27,11 +27,8 @@ from transformers_prism.transformers_names import CACHE_KEYWORD
 
 # A random model that is as cheap as an assistant can be; what it proposes is almost never right.
 _RANDOM_ASSISTANT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2},
 }
 _STATIC_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
 DRAFT_KINDS = ("draft", "auto", "auto-no-ngrams", "chain", "static")

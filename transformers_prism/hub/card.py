@@ -13,7 +13,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from transformers_prism.hub.files import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
-from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_metrics
+from transformers_prism.hub.metrics import KINDS, gather, read_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.whole_files import write_json, write_text
 
@@ -51,7 +51,7 @@ def _write(folder: Path, metrics: dict, with_plot: bool, has_new_metrics: bool) 
         plot_step_shares(metrics, folder / PLOT)
         written.append(PLOT)
     if has_new_metrics:
-        write_metrics(folder, metrics)
+        write_json(folder / METRICS, metrics)
         written.append(METRICS)
     write_text(folder / CARD, card)
     return written

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from transformers_prism.hub.files import METRICS, weights_sha256
-from transformers_prism.whole_files import write_json
 
 KINDS = ("generate", "acceptance", "verify")
 _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
@@ -66,11 +65,6 @@ def read_metrics(folder: str | Path) -> dict:
         for record in metrics[kind]:
             _check({**record, "kind": kind}, found, str(path))
     return metrics
-
-
-def write_metrics(folder: str | Path, metrics: dict) -> None:
-    """Write what [`gather`] returned."""
-    write_json(Path(folder) / METRICS, metrics)
 
 
 def _read(path: Path) -> dict:

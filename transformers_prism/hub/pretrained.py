@@ -16,16 +16,7 @@ from .files import AUTO_MAP, upload, write_published_files
 from .loading import check_headers, check_names_and_shapes, check_values, complete_tree_settings
 
 # What save_pretrained() hands on to push_to_hub().
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "token",
-    "private",
-    "revision",
-    "create_pr",
-    "commit_message",
-    "commit_description",
-    "tags",
-)
+_HUB_ARGUMENTS = "repo_id token private revision create_pr commit_message commit_description tags".split()
 
 
 def default_generation_config(config: PrismConfig) -> GenerationConfig:

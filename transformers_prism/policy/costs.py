@@ -174,7 +174,8 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
         return kept
     if known is not None:
         logger.warning("measuring this machine again: it was busy when the costs of drafting were measured")
-    costs = measure(target, draft, num_rows, lambda count, seconds: _announce(count, seconds, path))
+    announcement = "measuring this machine: %d target forwards, about %.1f s; kept in %s"
+    costs = measure(target, draft, num_rows, lambda count, seconds: logger.warning(announcement, count, seconds, path))
     costs.num_measured = 1 if known is None else known.num_measured + 1
     if costs.is_busy:
         logger.warning(
@@ -186,10 +187,6 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
     # A folder that cannot be written to costs a measurement in every process, nothing else.
     write_json_if_possible(path, {name: getattr(costs, name) for name in _KEPT})
     return costs
-
-
-def _announce(num_forwards: int, seconds: float, path: Path) -> None:
-    logger.warning("measuring this machine: %d target forwards, about %.1f s; kept in %s", num_forwards, seconds, path)
 
 
 def costs_path(target, draft, num_rows: int) -> Path:

@@ -1,7 +1,9 @@
 """The calls of each kernel that are compiled, checked and timed: a file for each kernel, whose `cases()` lists them."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -45,3 +47,14 @@ class KernelCase:
     launch: Callable
     tolerance: float
     results: Callable = field(default=lambda arguments, returned: returned)
+
+
+def cases_of(
+    sizes: dict[str, dict], make: Callable, call: Callable, launch: Callable, tolerance, **options
+) -> list[KernelCase]:
+    """A case for each of these arguments of `make`; one tolerance, or one for each `dtype`, bfloat16 if none is named."""
+    tolerances = tolerance if isinstance(tolerance, dict) else defaultdict(lambda: tolerance)
+    return [
+        KernelCase(config, partial(make, **size), call, launch, tolerances[size.get("dtype", torch.bfloat16)], **options)
+        for config, size in sizes.items()
+    ]

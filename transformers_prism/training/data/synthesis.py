@@ -22,7 +22,7 @@ from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.training.data.chats import RowError
 from transformers_prism.training.data.conversations import Contamination, loop_period
 from transformers_prism.training.data.shards import ShardWriter, WrittenRow, claim_folder
-from transformers_prism.training.data.templates import ChatPieces, opening, template_hash, tokenize
+from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize
 from transformers_prism.training.slots import Slots
 
 # Ways to begin a user turn that lead to a kind of task; the target writes the rest.
@@ -117,11 +117,9 @@ class Synthesizer:
         if eos is None:
             eos = tokenizer.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
-        pieces = ChatPieces.of(tokenizer)
+        self.to_assistant, self.to_user = (tokenize(tokenizer, text) for text in between_turns(tokenizer))
         for system in config.system_prompts:
             opening(tokenizer, system)  # refused now or never
-        self.to_assistant = tokenize(tokenizer, pieces.user_to_assistant)
-        self.to_user = tokenize(tokenizer, pieces.assistant_to_user)
 
     @property
     def num_conversations(self) -> int | None:

@@ -40,33 +40,23 @@ def template_hash(tokenizer) -> str:
     return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class ChatPieces:
-    """What a chat template writes between a user's words and the answer, and between an answer and the next user's
-    words."""
+def between_turns(tokenizer) -> tuple[str, str]:
+    """What a chat template writes between a user's words and the answer, and between an answer and the next user's words;
+    found by rendering a conversation of marks.
 
-    user_to_assistant: str
-    assistant_to_user: str
-
-    @classmethod
-    def of(cls, tokenizer) -> "ChatPieces":
-        """Found by rendering a conversation of marks.
-
-        Raises:
-            ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
-        """
-        marks = ["MARKONE", "MARKTWO", "MARKTHREE"]
-        roles = ("user", "assistant", "user")
-        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        text = render(tokenizer, chat, add_generation_prompt=True)
-        counts = [text.count(mark) for mark in marks]
-        if counts != [1, 1, 1]:
-            raise ValueError(
-                f"chat_template: expected one that writes user and assistant turns once each, got {counts} of them"
-            )
-        _, after_first = text.split(marks[0])
-        to_assistant, after_answer = after_first.split(marks[1])
-        return cls(to_assistant, after_answer.split(marks[2])[0])
+    Raises:
+        ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
+    """
+    marks = ["MARKONE", "MARKTWO", "MARKTHREE"]
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    text = render(tokenizer, chat, add_generation_prompt=True)
+    counts = [text.count(mark) for mark in marks]
+    if counts != [1, 1, 1]:
+        raise ValueError(f"chat_template: expected one that writes user and assistant turns once each, got {counts} of them")
+    _, after_first = text.split(marks[0])
+    to_assistant, after_answer = after_first.split(marks[1])
+    return to_assistant, after_answer.split(marks[2])[0]
 
 
 def is_trained(turn: dict) -> bool:
