@@ -61,11 +61,8 @@ def context_alignment_scores(
 
 
 def context_alignment_attention_reference(
-    query: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    starts: torch.Tensor | None,
-    scale: float,
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None,
+    scale: float
 ) -> torch.Tensor:
     """The definition; see [`context_alignment_attention`]. Computes in float32, or in float64 if the tensors are."""
     step, num_rows = len(keys) - 1, query.shape[2]
@@ -387,11 +384,8 @@ if triton is not None:
         return tuple(tuple(tensor.stride()[:3]) for tensor in tensors)
 
     def _context_alignment_attention_fwd(
-        query: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        starts: torch.Tensor | None,
-        scale: float,
+        query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None,
+        scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_batch, num_heads, num_rows, head_dim = query.shape
         output = torch.empty((num_batch, num_rows, num_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -407,14 +401,8 @@ if triton is not None:
         return output, log_sums
 
     def _context_alignment_attention_bwd(
-        grad_output: torch.Tensor,
-        output: torch.Tensor,
-        log_sums: torch.Tensor,
-        query: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        starts: torch.Tensor | None,
-        scale: float,
+        grad_output: torch.Tensor, output: torch.Tensor, log_sums: torch.Tensor, query: torch.Tensor,
+        keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None, scale: float
     ) -> list[torch.Tensor]:
         num_batch, num_heads, num_rows, head_dim = query.shape
         num_groups, step = keys[0].shape[1], len(keys) - 1

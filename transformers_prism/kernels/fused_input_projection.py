@@ -28,12 +28,8 @@ MAX_ROWS = 16
 
 
 def fused_input_projection_reference(
-    token_ids: torch.Tensor,
-    hidden: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
+    token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """The definition; see [`fused_input_projection`]."""
     joined = torch.cat((embedding[token_ids] * scale, hidden), dim=-1)  # [N, 2 * D]
@@ -87,12 +83,8 @@ if triton is not None:
         return {**tiles, "num_warps": 4, "num_stages": 4}
 
     def _fused_input_projection_fwd(
-        token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        embedding: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
+        token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+        bias: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         num_rows, hidden_size = hidden.shape
         output = torch.empty((num_rows, hidden_size), dtype=hidden.dtype, device=hidden.device)

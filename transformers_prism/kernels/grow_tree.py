@@ -59,12 +59,8 @@ def stable_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def grow_tree_reference(
-    child_ids: torch.Tensor,
-    child_log_probs: torch.Tensor,
-    log_probs: torch.Tensor,
-    ancestors: torch.Tensor,
-    num_next: int,
-    first_bit: int,
+    child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
+    num_next: int, first_bit: int
 ) -> GrownStep:
     """The definition; see [`grow_tree`]."""
     all_log_probs = (log_probs[..., None] + child_log_probs).flatten(1)  # [B, C]
@@ -87,12 +83,8 @@ def _own_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
 
 
 def choose_nodes_reference(
-    root_ids: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    log_probs: torch.Tensor,
-    num_nodes: int,
+    root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
+    log_probs: torch.Tensor, num_nodes: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition; see [`choose_nodes`]."""
     chosen = stable_top_k(log_probs, num_nodes).sort(dim=-1).values  # [B, n]
@@ -241,12 +233,8 @@ if triton is not None:
         tl.store(bits + (row * NUM_NODES + node)[:, None] * NUM_WORDS + word[None, :], result, mask=mask)
 
     def _grow_tree_fwd(
-        child_ids: torch.Tensor,
-        child_log_probs: torch.Tensor,
-        log_probs: torch.Tensor,
-        ancestors: torch.Tensor,
-        num_next: int,
-        first_bit: int,
+        child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
+        num_next: int, first_bit: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows, width, top_k = child_ids.shape
         num_words, device = ancestors.shape[2], child_ids.device
@@ -265,12 +253,8 @@ if triton is not None:
         return outputs
 
     def _choose_nodes_fwd(
-        root_ids: torch.Tensor,
-        token_ids: torch.Tensor,
-        parents: torch.Tensor,
-        depths: torch.Tensor,
-        log_probs: torch.Tensor,
-        num_nodes: int,
+        root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
+        log_probs: torch.Tensor, num_nodes: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows, num_candidates = token_ids.shape
         tree_ids = torch.empty((num_rows, num_nodes + 1), dtype=torch.int64, device=token_ids.device)

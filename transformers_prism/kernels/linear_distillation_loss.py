@@ -68,14 +68,8 @@ def distillation_losses(
 
 
 def linear_distillation_loss_reference(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    head: torch.Tensor,
-    losses: str,
-    student_scale: float,
-    student_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
+    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: str, student_scale: float,
+    student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None
 ) -> torch.Tensor:
     """The definition; see [`linear_distillation_loss`]. Computes in float32, or in float64 if the tensors are."""
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -301,16 +295,10 @@ if triton is not None:
         for start in range(0, num_part_tokens, BLOCK_V):
             column = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
             is_token = column < num_part_tokens
-            grads = tl.load(
-                grad_logits + row[:, None] * stride_grad + column[None, :],
-                mask=is_row[:, None] & is_token[None, :],
-                other=0.0,
-            )  # [N, V]
-            weights = tl.load(
-                head + (first_token + column)[:, None] * HIDDEN_SIZE + feature[None, :],
-                mask=is_token[:, None] & is_feature[None, :],
-                other=0.0,
-            )  # [V, D]
+            place = grad_logits + row[:, None] * stride_grad + column[None, :]
+            grads = tl.load(place, mask=is_row[:, None] & is_token[None, :], other=0.0)  # [N, V]
+            place = head + (first_token + column)[:, None] * HIDDEN_SIZE + feature[None, :]
+            weights = tl.load(place, mask=is_token[:, None] & is_feature[None, :], other=0.0)  # [V, D]
             result = tl.dot(grads, weights, result, input_precision=PRECISION)
         tl.store(address, result, mask=mask)
 
@@ -355,14 +343,8 @@ if triton is not None:
         return "reverse_kl" in losses, "total_variation" in losses or "negative_log_acceptance" in losses
 
     def _linear_distillation_loss_fwd(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        head: torch.Tensor,
-        losses: str,
-        student_scale: float,
-        student_softcap: float | None,
-        teacher_scale: float,
-        teacher_softcap: float | None,
+        student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: str, student_scale: float,
+        student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (num_rows, hidden_size), num_tokens = student.shape, head.shape[0]
         tiles = _tiles(hidden_size, student.element_size())
@@ -403,16 +385,9 @@ if triton is not None:
         return torch.stack((forward, gradient.get("reverse_kl", zero), reverse_kl, acceptance))
 
     def _linear_distillation_loss_bwd(
-        grad_losses: torch.Tensor,
-        statistics: torch.Tensor,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        head: torch.Tensor,
-        losses: str,
-        student_scale: float,
-        student_softcap: float | None,
-        teacher_scale: float,
-        teacher_softcap: float | None,
+        grad_losses: torch.Tensor, statistics: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor,
+        head: torch.Tensor, losses: str, student_scale: float, student_softcap: float | None, teacher_scale: float,
+        teacher_softcap: float | None
     ) -> torch.Tensor:
         (num_rows, hidden_size), num_tokens = student.shape, head.shape[0]
         coefficients = _coefficients(grad_losses, statistics, losses)

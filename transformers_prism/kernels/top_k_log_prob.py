@@ -41,13 +41,8 @@ def top_k_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 
 
 def top_k_log_prob_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    token_ids: torch.Tensor | None,
-    k: int,
-    scale: float,
-    softcap: float | None,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
+    scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition; see [`top_k_log_prob`]. It alone leaves ties to `torch.topk`."""
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float()) * scale
@@ -183,13 +178,8 @@ if triton is not None:
         return next(size for size in (2, 16, MAX_TOP_K) if k <= size)
 
     def _top_k_log_prob_fwd(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        token_ids: torch.Tensor | None,
-        k: int,
-        scale: float,
-        softcap: float | None,
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
+        scale: float, softcap: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, hidden_size = hidden.shape
         num_tokens, device = weight.shape[0], hidden.device

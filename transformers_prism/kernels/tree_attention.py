@@ -46,15 +46,8 @@ def unpack_ancestors(ancestors: torch.Tensor, num_keys: int) -> torch.Tensor:
 
 
 def tree_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ancestors: torch.Tensor,
-    committed: torch.Tensor,
-    node_index: torch.Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
+    node_index: torch.Tensor | None, sliding_window: int | None, softcap: float | None, scale: float
 ) -> torch.Tensor:
     """The definition; see [`tree_attention`]. Computes in float32, or in float64 if the tensors are."""
     num_prefix, num_nodes = committed.shape[1], query.shape[2]
@@ -238,15 +231,8 @@ if triton is not None:
         return max(1, min(wanted, most, triton.cdiv(num_prefix, block_k)))
 
     def _tree_attention_fwd(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        ancestors: torch.Tensor,
-        committed: torch.Tensor,
-        node_index: torch.Tensor | None,
-        sliding_window: int | None,
-        softcap: float | None,
-        scale: float,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
+        node_index: torch.Tensor | None, sliding_window: int | None, softcap: float | None, scale: float
     ) -> torch.Tensor:
         num_batch, num_heads, num_nodes, head_dim = query.shape
         num_groups, num_prefix = key.shape[1], committed.shape[1]

@@ -51,19 +51,9 @@ WARPERS = {
 
 
 def verify_tree_reference(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    num_steps: int,
-    noise: torch.Tensor | None,
-    noise_steps: torch.Tensor | None,
-    noise_rows: torch.Tensor | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    typical_p: float | None,
+    logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
+    noise: torch.Tensor | None, noise_steps: torch.Tensor | None, noise_rows: torch.Tensor | None,
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, typical_p: float | None
 ) -> torch.Tensor:
     """The definition; see [`verify_tree`]. The warpers are transformers' own."""
     scores = logits.float()
@@ -349,12 +339,8 @@ if triton is not None:
         return {"BLOCK_V": min(most, max(128, triton.next_power_of_2(vocab_size))), "num_warps": num_warps}
 
     def _verify_tree_bounds_fwd(
-        logits: torch.Tensor,
-        scale: float,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        typical_p: float | None,
+        logits: torch.Tensor, scale: float, top_k: int | None, top_p: float | None, min_p: float | None,
+        typical_p: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_batch, num_nodes, vocab_size = logits.shape
         bounds = torch.empty((num_batch, num_nodes, 2), dtype=torch.float32, device=logits.device)
@@ -382,19 +368,10 @@ if triton is not None:
         return bounds, first_ties
 
     def _verify_tree_fwd(
-        logits: torch.Tensor,
-        token_ids: torch.Tensor,
-        parents: torch.Tensor,
-        depths: torch.Tensor,
-        num_steps: int,
-        noise: torch.Tensor | None,
-        noise_steps: torch.Tensor | None,
-        noise_rows: torch.Tensor | None,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        typical_p: float | None,
+        logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
+        noise: torch.Tensor | None, noise_steps: torch.Tensor | None, noise_rows: torch.Tensor | None,
+        temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+        typical_p: float | None
     ) -> torch.Tensor:
         num_batch, num_nodes, vocab_size = logits.shape
         device, scale = logits.device, _LOG2_E / (temperature or 1.0)
