@@ -7,6 +7,7 @@ Nothing about a kernel is written down twice: signatures, constants and grids ar
 runs the calls of `bench/kernel_cases/` on tensors of the meta device.
 """
 
+import hashlib
 import itertools
 import re
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,15 +137,20 @@ def compile_launch(launch: Launch, arch: str) -> dict:
 def _ptxas_figures(ptx: str, arch: str) -> dict:
     """What `ptxas -v` says of a kernel; PTX for sm_90 and later needs the newer one of the two that Triton brings."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    from triton.runtime.cache import get_cache_manager
 
     capability = ARCHITECTURES[arch]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        name = sm_arch_from_capability(capability)
-        command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", str(file)]
-        result = subprocess.run([*command, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True)
-    log = result.stderr
+    command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(capability)}"]
+    # Kept where Triton keeps what it compiles, since the assembler takes as long again.
+    cache = get_cache_manager(hashlib.sha256("\n".join([*command, version("triton"), ptx]).encode()).hexdigest())
+    path = cache.get_file("ptxas.log")
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "kernel.ptx"
+            file.write_text(ptx)
+            words = [*command, str(file), "-o", f"{folder}/kernel.o"]
+            path = cache.put(subprocess.run(words, capture_output=True, text=True, check=True).stderr, "ptxas.log", binary=False)
+    log = Path(path).read_text()
     return {
         "registers": _number(r"Used (\d+) registers", log),
         "spill_bytes": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),

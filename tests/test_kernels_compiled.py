@@ -93,6 +93,18 @@ def test_spills_are_seen():
 
 
 @pytest.mark.quick
+def test_figures_are_kept_and_no_launch_is_compiled_twice(monkeypatch):
+    """The assembler does not run again for a kernel that it has seen, and equal launches of several cases are one row."""
+    rows = bench.compile_all(["compact_cache"], ["sm_90"])
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **kwargs: pytest.fail("the assembler ran again"))
+    assert bench.compile_all(["compact_cache"], ["sm_90"]) == rows
+    case, compiled = kernel_modules()["compact_cache"].cases()[0], []
+    monkeypatch.setattr(kernel_modules()["compact_cache"], "cases", lambda: [case, case])
+    monkeypatch.setattr(bench, "compile_launch", lambda *launch: compiled.append(launch) or {})
+    assert len(bench.compile_all(["compact_cache"], ["sm_90"])) == len(compiled) == 1
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("num_nodes", [16, 64])
 def test_kernel_moves_no_more_than_it_should(kernel, num_nodes):

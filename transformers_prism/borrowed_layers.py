@@ -11,6 +11,7 @@ Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lack
 import contextlib
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class BorrowedLayers:
     embedding: nn.Embedding
     head: nn.Linear
     sizes: tuple  # of the vocabulary, the embedding and the head, which can be resized in place
-    head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
+    head_rows: Any = None  # the head's rows for the draft vocabulary
     rows_version: tuple = ()
 
     @classmethod
@@ -198,7 +199,7 @@ class TextRows:
         self.text_ids = torch.cat((self.text_ids, token_ids.to(self.text_ids.device)))
         self._token_ids = None
         if self._weight is not None:
-            self._append_weight(rows.weight.detach())
+            self._weight = self._with_more(self._weight, rows.weight.detach())
         self.parts.append(rows)
         while len(self.parts) > 1 and 2 * self.parts[-1].out_features > self.parts[-2].out_features:
             self.parts[-2:] = [_joined(*self.parts[-2:])]
@@ -227,13 +228,12 @@ class TextRows:
         parts = (self.draft_head, *self.parts)
         return None if self.parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
 
-    def _append_weight(self, new: torch.Tensor) -> None:
+    def _with_more(self, weight: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         end = len(self.draft_to_target) + len(self.text_ids)
-        if end > len(self._weight):
-            room = self._weight.new_empty((end // 8, new.shape[1]))
-            self._weight = torch.cat((self._weight[: end - len(new)], new, room))
-        else:
-            self._weight[end - len(new) : end] = new
+        if end > len(weight):
+            return torch.cat((weight[: end - len(new)], new, weight.new_empty((end // 8, new.shape[1]))))
+        weight[end - len(new) : end] = new
+        return weight
 
 
 def _joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
@@ -264,7 +264,7 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
         return _frozen(head.weight.detach()[token_ids], None if bias is None else bias.detach()[token_ids], kind)
 
 
-def float_weight(layer: nn.Module) -> torch.Tensor | None:
+def float_weight(layer: Any) -> torch.Tensor | None:
     """The weight of a layer if it is a matrix of numbers as they are: not quantised, nor behind a method."""
     return layer.weight if has_plain_weight(layer) else None
 
@@ -273,12 +273,12 @@ def float_weight(layer: nn.Module) -> torch.Tensor | None:
 def _dequantised_rows(head: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Rows of a quantised head as plain numbers, and their biases; None where it does not tell them."""
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    readers: list = [getattr(head, "dequantize", None)]
+    readers: list[Any] = [getattr(head, "dequantize", None)]
     if isinstance(weight, torch.Tensor) and type(weight).dequantize is not torch.Tensor.dequantize:
         readers.insert(0, weight.dequantize)
     with torch.inference_mode(False), contextlib.suppress(RuntimeError, TypeError, NotImplementedError, AttributeError):
         for read in filter(callable, readers):
-            numbers: torch.Tensor = read()  # type: ignore[operator]
+            numbers: Any = read()
             ids = token_ids.to(numbers.device)
             rows = nn.functional.embedding(ids, numbers).clone(), None if bias is None else bias[ids].clone()
             state = torch.linspace(-1, 1, numbers.shape[1], device=numbers.device, dtype=numbers.dtype)[None]

@@ -275,7 +275,7 @@ class PreparedModels:
         for check in self.checks:
             check.handle.remove()
         for linear in self.linears:
-            linear.__class__ = nn.Linear
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
             for name in ("_packed", "packed_from", "packed_to"):
                 linear.__dict__.pop(name, None)
         self.linears, self.checks = [], []

@@ -219,8 +219,8 @@ def plot_step_shares(metrics: dict, path: Path) -> None:
 
 
 def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> ModelCardData:
-    base_model = about["base_model"] or fingerprint.get("name")
-    is_hub_id = bool(base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.endswith(".gguf")
+    base_model: str = about["base_model"] or fingerprint.get("name") or ""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model or "") and not base_model.endswith(".gguf")
     results = []
     for record in metrics["generate"]:
         settings, summary, prompts = record["settings"], record["summary"], Path(record["settings"]["prompts"]).stem

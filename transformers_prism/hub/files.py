@@ -138,7 +138,8 @@ def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: 
     if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return [CARD, METRICS]  # saved as a variant, under other names
     found = {name: find_file(loaded_from, name, revision) for name in _WEIGHT_FILES}
-    metrics = json.loads(found[METRICS].read_text(encoding="utf-8")) if found[METRICS] else {}
+    measured = found[METRICS]
+    metrics = json.loads(measured.read_text(encoding="utf-8")) if measured else {}
     if metrics and metrics.get("weights_sha256") == weights_sha256(folder):
         return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
     if write_card is None:
@@ -194,7 +195,7 @@ def card_license(card: Path | None) -> str | None:
     """The licence in a card's metadata; None without one, or without a readable card."""
     # The errors of YAML come from a package that need not be imported here.
     with contextlib.suppress(Exception):
-        name = metadata_load(card)["license"]
+        name = (metadata_load(card) or {}).get("license") if card else None
         return name if isinstance(name, str) else None
     return None
 

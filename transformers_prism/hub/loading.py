@@ -149,9 +149,10 @@ def _shapes_of(source, where: dict) -> dict[str, tuple[int, ...]] | None:
     single = find(SAFE_WEIGHTS_NAME)
     index = find(SAFE_WEIGHTS_INDEX_NAME) if single is None else None
     files = [single] if index is None else [find(name) for name in shard_names(index)]
+    found = [file for file in files if file is not None]
     try:
-        return {name: shape for file in files for name, shape in header_shapes(file).items()}
-    except (OSError, TypeError, SafetensorError):
+        return {name: shape for file in found for name, shape in header_shapes(file).items()} if found == files else None
+    except (OSError, SafetensorError):
         return None
 
 

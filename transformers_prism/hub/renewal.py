@@ -28,8 +28,8 @@ def renew_code(
         ValueError: if the repository is not a PRISM draft, or one that this package cannot read.
     """
     api = HfApi(token=token)
-    info = api.repo_info(repo_id, revision=revision)
-    there = {file.rfilename for file in info.siblings}
+    info = api.model_info(repo_id, revision=revision)
+    there = {file.rfilename for file in info.siblings or ()}
     files = code_files()
     config = _config_with_auto_map(api, repo_id, info.sha, there)
     if config is not None:
@@ -52,7 +52,7 @@ def _is_code(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _CODE)
 
 
-def _config_with_auto_map(api: HfApi, repo_id: str, commit: str, there: set[str]) -> bytes | None:
+def _config_with_auto_map(api: HfApi, repo_id: str, commit: str | None, there: set[str]) -> bytes | None:
     """The configuration with an `auto_map` that names this code; None where it does.
 
     Raises:

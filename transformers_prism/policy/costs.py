@@ -133,8 +133,9 @@ class TreeOverhead:
     @property
     def seconds(self) -> float:
         """The difference, 0 until both were seen."""
-        is_known = self.plain is not None and self.with_tree is not None
-        return max(self.with_tree - self.plain, 0.0) if is_known else 0.0
+        if self.plain is None or self.with_tree is None:
+            return 0.0
+        return max(self.with_tree - self.plain, 0.0)
 
 
 def _between(points: list[int], num_tokens: int) -> tuple[int, float]:
@@ -257,9 +258,9 @@ def kept_frequencies(*models: nn.Module) -> Iterator[None]:
                 module.__dict__.update(state)
                 module._buffers.clear()
                 module._buffers.update(buffers)
-                for name, copy in copies.items():
-                    if not torch.equal(buffers[name], copy):  # written to in place
-                        buffers[name].copy_(copy)
+                for buffer, copy in copies:
+                    if not torch.equal(buffer, copy):  # written to in place
+                        buffer.copy_(copy)
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -271,8 +272,9 @@ def _public_state(module: nn.Module) -> dict:
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
 
 
-def _copies(buffers: dict) -> dict:
-    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None and not buffer.is_meta}
+def _copies(buffers: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers, each with a copy of what it holds."""
+    return [(buffer, buffer.clone()) for buffer in buffers.values() if buffer is not None and not buffer.is_meta]
 
 
 def _folder() -> Path:

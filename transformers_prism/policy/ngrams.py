@@ -49,7 +49,7 @@ class Texts:
     def __getitem__(self, sequence: int) -> NgramIndex:
         """The sequence's text so far."""
         text, num_indexed = self.indexes[sequence], self.num_indexed[sequence]
-        if num_indexed is None:
+        if text is None or num_indexed is None:
             prompt, num_indexed = self.sequences.ids[sequence, : self.sequences.prompt_length].tolist(), 0
             if text is None or prompt[: len(text.token_ids)] != text.token_ids:
                 text = self.indexes[sequence] = NgramIndex([])

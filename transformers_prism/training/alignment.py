@@ -190,7 +190,7 @@ class AlignedPasses:
         return function(*args)
 
 
-def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.BoolTensor:
+def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.Tensor:
     """Rows of each aligned forward that have a valid history, False at rows 0..k-1 of each sequence in forward k:
     `(S, T)`, or `(S, B, T)` with the `starts` of [`aligned_forward`]."""
     rows = torch.arange(num_rows, device=device)

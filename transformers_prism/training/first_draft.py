@@ -18,7 +18,7 @@ from transformers_prism.training.warm_start import warm_start, with_modules
 logger = logging.getLogger(__name__)
 
 
-def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.LongTensor, float]:
+def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.Tensor, float]:
     """The `size` most frequent tokens of the answers, increasing, and the share of answer tokens that they cover, in
     0..1; filled up with the smallest unused ids where the data has fewer tokens."""
     counts = _answer_tokens(conversations)
@@ -63,7 +63,7 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     """
     source = source_config(config)
     num_modules = _num_modules(config, source)
-    overrides = {
+    overrides: dict = {
         "module_form": config.module_form,
         # EAGLE-3 learns a head of its own.
         "share_target_head": config.module_form != "eagle3",
@@ -87,16 +87,14 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
 
 def _num_modules(config: TrainConfig, source: PrismConfig | None) -> int:
     """Modules of the finished draft."""
-    first = 1 if source is None else source.num_processing_modules
-    if first > config.num_modules:
-        raise ValueError(
-            f"num_modules: expected at least the {first} of {Path(config.init_from or '').name}, got {config.num_modules}"
-        )
+    first, wanted = 1 if source is None else source.num_processing_modules, config.num_modules
+    assert wanted is not None  # the recipe has filled it in
+    if first > wanted:
+        raise ValueError(f"num_modules: expected at least the {first} of {Path(config.init_from or '').name}, got {wanted}")
     made = plan_stages(config, first)[-1].num_modules
-    if made < config.num_modules and has_own_num_modules(config):
+    if made < wanted and has_own_num_modules(config):
         raise ValueError(
-            f"num_modules: expected {made}, since only stage split makes more and its split_epochs are 0, got "
-            f"{config.num_modules}"
+            f"num_modules: expected {made}, since only stage split makes more and its split_epochs are 0, got {wanted}"
         )
     return made
 
@@ -138,9 +136,9 @@ def first_draft(
             100 * coverage,
             report["num_answer_tokens_outside_draft_vocab"],
         )
-    if source is not None:
-        earlier = find_file(config.init_from, TRAINING)
+    if source is not None and config.init_from:
+        name, earlier = Path(config.init_from).name, find_file(config.init_from, TRAINING)
         record = json.loads(earlier.read_text(encoding="utf-8")) if earlier else None
-        report["init_from"] = {"name": Path(config.init_from).name, "training": record}
-        logger.info("Started from %s: %s", Path(config.init_from).name, warm_start(draft, source))
+        report["init_from"] = {"name": name, "training": record}
+        logger.info("Started from %s: %s", name, warm_start(draft, source))
     return draft

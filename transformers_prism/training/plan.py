@@ -109,7 +109,7 @@ def describe_plan(config: TrainConfig) -> str:
         f"recipe      {config.recipe}: {_num_parameters(draft_config, draft_config.num_processing_modules) / 1e6:.1f} "
         f"million parameters in {draft_config.num_processing_modules} modules of {draft_config.num_layers_per_module} "
         f"layers ({draft_config.module_form}), steps on modules {draft_config.draft_step_to_module}",
-        f"target      {draft_config.target_fingerprint.get('name') or config.target}, states {draft_config.target_layer_ids}, "
+        f"target      {(draft_config.target_fingerprint or {}).get('name') or config.target}, states {draft_config.target_layer_ids}, "
         f"draft vocabulary {draft_config.draft_vocab_size or draft_config.vocab_size}; {target_size / 1e6:.0f} million "
         f"parameters, {target_size * config.dtype.itemsize / _GIB:.2f} GiB in {config.compute_dtype}",
         f"data        {data['num_conversations']} conversations, {data['num_tokens']} tokens, "

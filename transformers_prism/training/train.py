@@ -11,6 +11,7 @@ import logging
 import math
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class AlignedTrainer(Trainer):
     """Transformers' Trainer with our order of batches, our loss, and our evaluation; acceptance is measured on
     `prompts`."""
 
-    def __init__(self, *args, prompts: list[Conversation] = (), **kwargs):
+    def __init__(self, *args, prompts: Sequence[Conversation] = (), **kwargs):
         super().__init__(*args, **kwargs)
         self.prompts = list(prompts)
         self._parts: list[torch.Tensor] = []
@@ -236,6 +237,7 @@ def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[Fe
     state = PartialState()
     share = (state.process_index, state.num_processes)
     training, validation = parts
+    stores: list[FeatureStore | OnlineFeatures]
     if config.validation_data:
         stores = [
             compute_features(target, training.conversations, layer_ids, folder, training.indices, share),

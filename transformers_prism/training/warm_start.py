@@ -204,5 +204,5 @@ def _describe_rows(draft: PrismDraftModel, source: PrismDraftModel) -> str:
 
 def _copy_head_rows(draft: PrismDraftModel, source: PrismDraftModel) -> None:
     rows, source_rows = _shared_tokens(draft, source)
-    weight = source.lm_head.weight[source_rows.to(source.lm_head.weight.device)]
-    draft.lm_head.weight[rows.to(draft.lm_head.weight.device)] = weight.to(draft.lm_head.weight)
+    ours, theirs = (one.get_parameter("lm_head.weight") for one in (draft, source))
+    ours[rows.to(ours.device)] = theirs[source_rows.to(theirs.device)].to(ours)

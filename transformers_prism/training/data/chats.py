@@ -184,7 +184,7 @@ def _history(pairs) -> list[dict]:
 
 
 def _transcript(text) -> list[dict]:
-    _, *pieces = _TRANSCRIPT.split(text_of(text, "chosen"))
+    _, *pieces = _TRANSCRIPT.split(text_of(text, "chosen") or "")
     if not pieces:
         raise RowError(f"expected a prompt with chosen, or a transcript in it, got {shown(text)}")
     turns = zip(pieces[::2], pieces[1::2], strict=True)
@@ -235,7 +235,7 @@ def _user(content, name: str) -> dict:
 
 
 def _assistant(turn: dict, name: str) -> dict:
-    message = {"role": "assistant", "content": text_of(turn["content"], name) or ""}
+    message: dict = {"role": "assistant", "content": text_of(turn["content"], name) or ""}
     given = turn.get("tool_calls")
     calls = _tool_calls(given) if given else None
     if calls:
@@ -289,4 +289,4 @@ def _text_of_part(part, name: str) -> str:
         part = part.get("text")
     if not isinstance(part, str):
         raise RowError(f"expected text parts in {name}, got {shown(part)}")
-    return text_of(part, name)
+    return text_of(part, name) or ""

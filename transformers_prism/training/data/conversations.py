@@ -236,11 +236,8 @@ def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
     if not training:
         raise ValueError("validation_data: expected data to hold other conversations, too, got none")
     logger.info("Left out of training, since they are validated on: %d conversations.", len(conversations) - len(training))
-    validation = range(len(held_out))
-    return (
-        Part(conversations, training[: config.num_conversations or None]),
-        Part(held_out, list(validation[: config.num_validation or None])),
-    )
+    validation = list(range(len(held_out)))[: config.num_validation or None]
+    return Part(conversations, training[: config.num_conversations or None]), Part(held_out, validation)
 
 
 def _place(conversation: Conversation) -> float:

@@ -164,16 +164,15 @@ class Synthesizer:
         topic = ""
         if config.topics and chance.random() < config.topic_share:
             topic = chance.choice(TOPICS[chance.choice(config.topics)])
-        if self.chats is None:
-            tokens = tokenize(self.tokenizer, opening(self.tokenizer, system))
-            row = WrittenRow(index, tokens, temperature, num_turns, deque(), generator, is_user=True)
-            row.user_start = row.start = len(tokens)
-            row.forced.extend(tokenize(self.tokenizer, topic) if topic else [])
-            return row
-        return self._row_of_chat(index, temperature, system, generator)
+        if self.chats is not None:
+            return self._row_of_chat(index, self.chats[index], temperature, system, generator)
+        tokens = tokenize(self.tokenizer, opening(self.tokenizer, system))
+        row = WrittenRow(index, tokens, temperature, num_turns, deque(), generator, is_user=True)
+        row.user_start = row.start = len(tokens)
+        row.forced.extend(tokenize(self.tokenizer, topic) if topic else [])
+        return row
 
-    def _row_of_chat(self, index: int, temperature: float, system: str | None, generator) -> WrittenRow:
-        chat = self.chats[index]
+    def _row_of_chat(self, index: int, chat: list[dict], temperature: float, system: str | None, generator) -> WrittenRow:
         own_system = next((turn["content"] for turn in chat if turn["role"] == "system"), system)
         turns = [tokenize(self.tokenizer, turn["content"]) for turn in chat if turn["role"] == "user"]
         given = deque(turns[1 : self.config.max_turns])
