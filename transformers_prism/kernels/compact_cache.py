@@ -102,10 +102,7 @@ if triton is not None:
 
 
 def compact_cache(
-    buffers: list[torch.Tensor],
-    source: torch.Tensor,
-    destination: torch.Tensor,
-    implementation: str = "auto",
+    buffers: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor, implementation: str = "auto"
 ) -> None:
     """Move positions within each row of key and value buffers, in place; all moves happen at the same time.
 

@@ -476,12 +476,8 @@ if triton is not None:
 
 
 def context_alignment_attention(
-    query: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    starts: torch.Tensor | None = None,
-    scale: float | None = None,
-    implementation: str = "auto",
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None = None,
+    scale: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """Attention of draft step k over the committed rows, as step 0 wrote them, and over each row's own path.
 

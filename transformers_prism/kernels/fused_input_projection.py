@@ -107,13 +107,8 @@ if triton is not None:
 
 
 def fused_input_projection(
-    token_ids: torch.Tensor,
-    hidden: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    implementation: str = "auto",
+    token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None = None, scale: float = 1.0, implementation: str = "auto"
 ) -> torch.Tensor:
     """Project token embeddings and hidden states, joined in this order, to one residual stream.
 

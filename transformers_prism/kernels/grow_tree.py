@@ -306,13 +306,8 @@ if triton is not None:
 
 
 def grow_tree(
-    child_ids: torch.Tensor,
-    child_log_probs: torch.Tensor,
-    log_probs: torch.Tensor,
-    ancestors: torch.Tensor,
-    num_next: int,
-    first_bit: int,
-    implementation: str = "auto",
+    child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
+    num_next: int, first_bit: int, implementation: str = "auto"
 ) -> GrownStep:
     """Add the children that a draft step has drawn, and say which of them the next step goes on with.
 
@@ -360,13 +355,8 @@ def grow_tree(
 
 
 def choose_nodes(
-    root_ids: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    log_probs: torch.Tensor,
-    num_nodes: int,
-    implementation: str = "auto",
+    root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
+    log_probs: torch.Tensor, num_nodes: int, implementation: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keep the most probable of C candidates as a tree below each row's last committed token.
 

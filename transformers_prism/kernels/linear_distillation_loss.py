@@ -445,15 +445,9 @@ if triton is not None:
 
 
 def linear_distillation_loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    head: torch.Tensor,
-    losses: tuple[str, ...] = ("cross_entropy",),
-    student_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    implementation: str = "auto",
+    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: tuple[str, ...] = ("cross_entropy",),
+    student_scale: float = 1.0, student_softcap: float | None = None, teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """How far the distributions are apart that a frozen head makes of two hidden states, in nats.
 

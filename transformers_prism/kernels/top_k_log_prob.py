@@ -215,14 +215,9 @@ if triton is not None:
 
 
 def top_k_log_prob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    k: int,
-    bias: torch.Tensor | None = None,
-    token_ids: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    implementation: str = "auto",
+    hidden: torch.Tensor, weight: torch.Tensor, k: int, bias: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None, scale: float = 1.0, softcap: float | None = None,
+    implementation: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k most probable next tokens after each hidden state, best first; it has no gradients.
 

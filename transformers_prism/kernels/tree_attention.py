@@ -275,16 +275,9 @@ if triton is not None:
 
 
 def tree_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ancestors: torch.Tensor,
-    committed: torch.Tensor,
-    node_index: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    implementation: str = "auto",
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
+    node_index: torch.Tensor | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    scale: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """Attention of tree nodes to the committed prefix and to their own ancestors.
 

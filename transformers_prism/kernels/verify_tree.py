@@ -408,20 +408,10 @@ if triton is not None:
 
 
 def verify_tree(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    num_steps: int,
-    noise: torch.Tensor | None = None,
-    noise_steps: torch.Tensor | None = None,
-    noise_rows: torch.Tensor | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    implementation: str = "auto",
+    logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
+    noise: torch.Tensor | None = None, noise_steps: torch.Tensor | None = None, noise_rows: torch.Tensor | None = None,
+    temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+    typical_p: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """Walk from each row's root to the children that hold the chosen tokens, without a read by the host.
 
