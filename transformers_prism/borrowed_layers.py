@@ -94,11 +94,10 @@ class BorrowedLayers:
         return None if weight is None else weight.shape[0]
 
     def gather_rows(self, draft_to_target: torch.Tensor, draft_layer: nn.Linear, looks_closely: bool) -> None:
-        """Keep the head's rows of a draft vocabulary; gathered again if the head's weight is another one, or was moved,
-        cast or written to.
+        """Keep the head's rows of a draft vocabulary `(W,)`; gathered again if the head's weight is another one, or
+        was moved, cast or written to.
 
         Args:
-            draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
             draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
             looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
                 `.data`, by a comparison that synchronises with the device.
@@ -175,16 +174,10 @@ class ChosenLogits(nn.Module):
 
 
 class TextRows:
-    """The head's rows for tokens of a text that the draft vocabulary lacks; logits over both have the text's last.
+    """The head's rows for K tokens of a text that the draft vocabulary lacks; logits over both have the text's last.
 
-    A text grows, so its rows lie in several layers, each at least twice as long as the next: what a new token costs does
-    not grow with the text.
-
-    Args:
-        draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
-        draft_head (`nn.Linear`): its rows.
-        text_ids (`torch.LongTensor` of shape `(K,)`): the tokens that it lacks.
-        rows (`nn.Linear`): theirs.
+    A text grows, so its rows lie in several layers, each at least twice as long as the next: what a new token costs
+    does not grow with the text.
     """
 
     def __init__(self, draft_to_target: torch.Tensor, draft_head: nn.Linear, text_ids: torch.Tensor, rows: nn.Linear):

@@ -251,12 +251,7 @@ def trusting_packed_weights() -> Iterator[None]:
 
 
 class PreparedModels:
-    """What [`prepare_for_cpu`] changed, and its undo; as a context manager it undoes at the end.
-
-    Args:
-        linears (`list[PackedLinear]`): that were prepared.
-        checks (`list[WeightCheck]`): hooks of the models.
-    """
+    """What [`prepare_for_cpu`] changed, and its undo; as a context manager it undoes at the end."""
 
     def __init__(self, linears: list[PackedLinear], checks: list[WeightCheck] | None = None):
         self.linears, self.checks = linears, checks or []

@@ -79,15 +79,10 @@ def aligned_forward(
 
 
 class AlignedPasses:
-    """The keys and values that aligned forwards leave behind for later ones.
+    """The keys and values that training-time-test steps leave behind for later ones.
 
     A view holds, for each draft step and layer, keys and values `(B, G, T, E)`. There is one view that all modules
-    write to, or one for each module.
-
-    Args:
-        draft (`PrismDraftModel`): its weights are used, not its forward.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): tokens, the same for every step.
-        checkpoint_activations, starts, implementation: see [`aligned_forward`].
+    write to, or one for each module. Arguments are those of [`aligned_forward`].
     """
 
     def __init__(

@@ -45,12 +45,10 @@ class ConversationDataset(Dataset):
 def collate(items: list[dict]) -> dict:
     """Join conversations of T + 1 tokens into rows of T: a row reads a token's state and the token after it.
 
-    Args:
-        items (`list[dict]`): of a [`ConversationDataset`].
     Returns:
-        `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states
-        that are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
-        predicted state belongs to a span that is trained or comes right before one.
+        `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states that
+            are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
+            predicted state belongs to a span that is trained or comes right before one.
     """
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]

@@ -57,15 +57,12 @@ def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
 
 
 def expand_modules(draft: PrismDraftModel, num_modules_or_config: int | PrismConfig) -> PrismDraftModel:
-    """A draft with more processing modules, each a copy of the one that served its first draft step.
+    """A draft with more processing modules, each a copy of the one that served its first draft step: M of them, or
+    those of the same architecture with more modules, where steps share modules in another way than one each.
 
-    Args:
-        draft (`PrismDraftModel`): trained; not changed.
-        num_modules_or_config (`int` or `PrismConfig`): M, at least as many as the draft has; or the same architecture
-            with that many modules, where steps share modules in another way than one each.
-    Returns:
-        `PrismDraftModel`: new, in the draft's dtype, on its device and with its generation settings, bound to no target;
-        nothing is shared. Its first M steps compute what the draft's compute.
+    The new draft has the dtype, device and generation settings of the old one, is bound to no target and shares
+    nothing with it. Its first M steps compute what the draft's compute.
+
     Raises:
         ValueError: if there would be fewer modules, or the configuration describes other weights, listing them.
     Source: PRISM (arXiv:2602.01762), which splits a trained module before its second training stage.

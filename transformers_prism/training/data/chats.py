@@ -41,14 +41,12 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
 def chat_of(row) -> list[dict]:
-    """A row as messages.
+    """A row, an object or a list of messages, as messages.
 
-    Args:
-        row: the JSON value of a row; an object, or a list of messages.
     Returns:
         `list[dict]`: messages with `role` (user, assistant, system, tool) and `content`, both text; an answer may have
-        `tool_calls`. An answer with `"weight": 0` stays in the chat and is not trained: the row says so, or it is empty,
-        or its tool call cannot be read.
+            `tool_calls`. An answer with `"weight": 0` stays in the chat and is not trained: the row says so, or it is
+            empty, or its tool call cannot be read.
     Raises:
         RowError: if the row has no known shape, or something else in the place of text.
     """
@@ -86,11 +84,8 @@ def tools_of(row) -> list[dict] | None:
 
 
 def text_of(content, name: str) -> str | None:
-    """Text, or a list of text parts as one text; None for null.
+    """Text, or a list of text parts as one text; None for null. `name` is the column's, for the error.
 
-    Args:
-        content: a JSON value.
-        name (`str`): of the column, for the error.
     Raises:
         RowError: for anything else, and for text that is not valid Unicode.
     """

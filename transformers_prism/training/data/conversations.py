@@ -62,20 +62,20 @@ class Part:
 def read_conversations(
     sources, vocab_size: int, max_length: int | None = None, tokenizer=None, max_bad_share: float = MAX_BAD_SHARE
 ) -> list[Conversation]:
-    """Read conversations of token ids, or finished chats.
+    """Read conversations of token ids, or finished chats, from sources one after the other.
 
     Args:
-        sources (`str`, path, or a list of them): files, folders, or data sets on the Hub, read one after the other.
         vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
         max_length (`int`, *optional*): tokens that are kept of each conversation; cut ones are counted in a warning.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; renders chats.
-        max_bad_share (`float`): of the rows of a source, 0 to 1, that may be unusable. They are left out with a warning.
+        max_bad_share (`float`): of the rows of a source, 0 to 1, that may be unusable. They are left out with a
+            warning.
     Returns:
         `list[Conversation]`: those with at least one answer token after the cut, in order.
     Raises:
         FileNotFoundError: if a source is not there.
-        ValueError: if a source cannot be read, if too many rows of it cannot be used, or if nothing is left, saying where,
-            expected and got.
+        ValueError: if a source cannot be read, if too many rows of it cannot be used, or if nothing is left, saying
+            where, expected and got.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
 

@@ -73,14 +73,12 @@ class RowCounts:
 def usable_rows(
     source, convert: Callable, max_bad_share: float = MAX_BAD_SHARE, split: str = "train", counts: RowCounts | None = None
 ) -> Iterator:
-    """What `convert` makes of each row of a source; rows for which it raises [`RowError`] are counted and left out.
+    """What `convert` makes of the JSON value of each row of a source; rows for which it raises [`RowError`] are
+    counted, in `counts` if given, else in a warning of the log, and left out.
 
     Args:
-        source (`str` or path): as for [`read_rows`].
-        convert (`Callable`): takes the JSON value of a row.
         max_bad_share (`float`): of the rows, 0 to 1, that may be left out.
         split (`str`): of a data set on the Hub.
-        counts (`RowCounts`, *optional*): is filled; without it what is left out is logged as a warning.
     Raises:
         FileNotFoundError: if the source is not there.
         ValueError: if the source cannot be read, or if more rows are unusable.

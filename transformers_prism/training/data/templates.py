@@ -70,14 +70,10 @@ def tokenized_chat(
     """Token ids of a chat, and `(start, end)` of each answer that is trained, with the token that ends its turn.
 
     An answer is trained if the text before it is what the target would be given to answer, and if its tokens read back
-    as what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are trained
-    as the template writes them; if it leaves them out, that turn is not trained, and neither are answers to tool results
-    that it leaves out.
+    as what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are
+    trained as the template writes them; if it leaves them out, that turn is not trained, and neither are answers to
+    tool results that it leaves out. The tokenizer has to tell character offsets (a fast one).
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the target, with character offsets (a fast one).
-        chat (`list[dict]`): of `chat_of`.
-        tools (`list[dict]`, *optional*): of `tools_of`.
     Raises:
         NoAnswer: if the chat has nothing to train on.
         RowError: if the template refuses the chat or changes its answers, or if the tokens do not read back.
