@@ -10,10 +10,8 @@ import platform
 from pathlib import Path
 
 import torch
-import transformers
 
-import transformers_prism
-from transformers_prism.command_line import this_command
+from transformers_prism.command_line import this_command, versions
 from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
@@ -39,11 +37,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
         "device": target.device.type,
         "hardware": hardware(target.device),
         "num_threads": torch.get_num_threads(),
-        "versions": {
-            "transformers_prism": transformers_prism.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "settings": settings,
     }
 

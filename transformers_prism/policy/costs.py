@@ -192,7 +192,7 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
 
 def costs_path(target, draft, num_rows: int) -> Path:
     """The file in which the costs of this target, draft and number of sequences are kept on this machine."""
-    return _folder() / f"{_key(target, draft, num_rows)}.json"
+    return Path(constants.HF_HOME) / "prism" / "round_costs" / f"{_key(target, draft, num_rows)}.json"
 
 
 def _read(path: Path, num_rows: int) -> RoundCosts | None:
@@ -275,10 +275,6 @@ def _public_state(module: nn.Module) -> dict:
 def _copies(buffers: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Buffers, each with a copy of what it holds."""
     return [(buffer, buffer.clone()) for buffer in buffers.values() if buffer is not None and not buffer.is_meta]
-
-
-def _folder() -> Path:
-    return Path(constants.HF_HOME) / "prism" / "round_costs"
 
 
 def _key(target, draft, num_rows: int) -> str:

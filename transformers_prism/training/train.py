@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import DistributedType, PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-import transformers_prism
-from transformers_prism.command_line import command_line
+from transformers_prism.command_line import command_line, versions
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -406,12 +404,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     record = {
         "command": None if argv is None else command_line(argv),
         "config": settings,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "transformers_prism": transformers_prism.__version__,
-        },
+        "versions": {"python": platform.python_version(), **versions()},
         **report,
         "stages": [_without_history(stage) for stage in report["stages"]],
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_prism.command_line import versions
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.training.data.chats import RowError
 from transformers_prism.training.data.conversations import Contamination, loop_period
@@ -337,10 +338,6 @@ def _numbers(writer: ShardWriter, part: tuple[int, int], num_conversations: int 
 
 
 def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes: int) -> dict:
-    import transformers
-
-    import transformers_prism
-
     return {
         "target": target_fingerprint(target.config, tokenizer),
         "compute_dtype": str(target.dtype).removeprefix("torch."),
@@ -348,9 +345,5 @@ def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes
         "source": "the target's own user turns" if chats is None else f"{len(chats)} given prompts",
         "config": json.loads(json.dumps(asdict(config))),
         "num_processes": num_processes,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "transformers_prism": transformers_prism.__version__,
-        },
+        "versions": versions(),
     }
