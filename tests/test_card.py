@@ -39,7 +39,7 @@ def measured(tiny_folders, tmp_path_factory):
             *("bench", "acceptance", *models, "--prompts", str(prompts), "--num-prompts", "2", "--max-new-tokens", "24"),
             *("--tree", "7/3/3", "--tree", "3/3/1", "--temperature", "0"),
         ),
-        "verify": ("verify", *models, "--prompts", str(prompts), "--num-prompts", "1", "--max-new-tokens", "12"),
+        "verify": ("verify", *models, "--max-new-tokens", "12"),
     }
     files = []
     for name, command in commands.items():
