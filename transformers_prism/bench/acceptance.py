@@ -42,15 +42,8 @@ def packed_for_cpu(target, draft, packed: bool) -> PreparedModels:
 
 @torch.no_grad()
 def decode_prompts(
-    target,
-    draft,
-    questions: Iterable[tuple[str, dict]],
-    tree: str,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    is_coupled: bool = True,
-    advance: Callable[[], None] = lambda: None,
+    target, draft, questions: Iterable[tuple[str, dict]], tree: str, temperature: float, max_new_tokens: int,
+    seed: int, is_coupled: bool = True, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
     """Decode prompts with a draft, one by one; its tree settings are changed. At temperature 0 greedily.
 
@@ -100,14 +93,8 @@ def acceptance_figures(answers: list[dict]) -> dict:
 
 
 def bench_acceptance(
-    target,
-    draft,
-    questions: list[tuple[str, dict]],
-    settings: dict,
-    weights: str,
-    path: Path | None = None,
-    resume: bool = False,
-    advance: Callable[[], None] = lambda: None,
+    target, draft, questions: list[tuple[str, dict]], settings: dict, weights: str, path: Path | None = None,
+    resume: bool = False, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
     """Measure a draft with every tree at every temperature; the file is written after each of them.
 

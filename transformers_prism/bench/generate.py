@@ -123,13 +123,8 @@ class TokenClock(BaseStreamer):
 
 
 def bench_generate(
-    contest: Contest,
-    items: list[Item],
-    settings: dict,
-    repeat: int = 3,
-    seed: int = 0,
-    warm_up: int = 1,
-    advance: Callable[[], None] = lambda: None,
+    contest: Contest, items: list[Item], settings: dict, repeat: int = 3, seed: int = 0, warm_up: int = 1,
+    advance: Callable[[], None] = lambda: None
 ) -> Iterator[ItemResult]:
     """Time every method on every item; each result comes as soon as it is whole.
 

@@ -40,17 +40,8 @@ class GenerateMeasurement:
     assistant: str | None = None
 
     def run(
-        self,
-        target,
-        tokenizer,
-        draft,
-        weights: str,
-        make_inputs: Callable[..., dict],
-        chosen: list[dict],
-        records: list[dict],
-        path: Path | None,
-        is_resumed: bool,
-        console: Console,
+        self, target, tokenizer, draft, weights: str, make_inputs: Callable[..., dict], chosen: list[dict],
+        records: list[dict], path: Path | None, is_resumed: bool, console: Console
     ) -> dict:
         """Measure, writing the file after every prompt or batch; returns what [`as_json`] makes of it.
 

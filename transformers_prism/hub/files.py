@@ -94,11 +94,8 @@ def code_files() -> dict[str, bytes]:
 
 
 def write_published_files(
-    folder: str | Path,
-    loaded_from: str,
-    revision: str | None,
-    target_name: str | None,
-    write_card: Callable[[Path], object] | None = None,
+    folder: str | Path, loaded_from: str, revision: str | None, target_name: str | None,
+    write_card: Callable[[Path], object] | None = None
 ) -> None:
     """Add to a draft's weights and configurations what a repository needs; a warning names what is missing.
 
@@ -201,13 +198,8 @@ def card_license(card: Path | None) -> str | None:
 
 
 def upload(
-    folder: str | Path,
-    repo_id: str,
-    tags: list[str] | None,
-    private: bool | None,
-    token,
-    loaded_from: str = "",
-    **commit,
+    folder: str | Path, repo_id: str, tags: list[str] | None, private: bool | None, token, loaded_from: str = "",
+    **commit
 ) -> CommitInfo:
     """Upload a draft's folder to the Hub in one commit; a missing repository is created.
 

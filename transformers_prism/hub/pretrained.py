@@ -106,12 +106,8 @@ class PrismPreTrainedModel(PreTrainedModel):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ):
-        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit; as `PreTrainedModel.push_to_hub`, but
-        the card is the draft's own.
-
-        Returns:
-            `CommitInfo`: of the commit.
-        """
+        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit, of which it returns the
+        `CommitInfo`; as `PreTrainedModel.push_to_hub`, but the card is the draft's own."""
         with tempfile.TemporaryDirectory() as scratch:
             # The card calls the draft by the name of its folder.
             folder = Path(scratch) / repo_id.split("/")[-1]

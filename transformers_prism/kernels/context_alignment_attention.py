@@ -36,13 +36,8 @@ MAX_HEAD_DIM = 256
 def context_alignment_scores(
     query: torch.Tensor, keys: list[torch.Tensor], starts: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """The scores that the definition takes the softmax of; minus infinity where a row does not see.
-
-    Args:
-        query, keys, starts, scale: see [`context_alignment_attention`].
-    Returns:
-        `torch.Tensor` of shape `(B, G, H / G, T, T + k)`: of the rows of step 0, then of the path's steps 1..k.
-    """
+    """The scores that the definition takes the softmax of, minus infinity where a row does not see, `(B, G, H / G, T,
+    T + k)`: of the rows of step 0, then of the path's steps 1..k."""
     step, num_rows = len(keys) - 1, query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scale).unflatten(1, (keys[0].shape[1], -1))  # [B, G, R, T, E]
@@ -203,9 +198,8 @@ if triton is not None:
             own = tl.load(address + own_place[:, None] * value_strides[step][2], mask=seen_mask, other=0.0)  # [M, E]
             grad_weight = tl.sum(grads.to(tl.float32) * own.to(tl.float32), 1)
             address = keys[step] + batch * key_strides[step][0] + group * key_strides[step][1] + element[None, :]
-            own = tl.load(address + own_place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0).to(
-                tl.float32
-            )
+            own = tl.load(address + own_place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0)
+            own = own.to(tl.float32)
             score = tl.sum(rows.to(tl.float32) * own, 1) * log2_scale
             weight = tl.where(is_seen, tl.exp2(score - log_sum), 0.0)
             result += (weight * (grad_weight - delta))[:, None] * own
@@ -413,25 +407,19 @@ if triton is not None:
         tiles, key_tiles = _backward_tiles(head_dim, query.element_size(), step)
         first_rows = log_sums if starts is None else starts
         sizes = (num_heads, num_rows, scale)
-        constants = {
-            **{"STEP": step, "GROUP": num_heads // num_groups, "HEAD_DIM": head_dim},
-            "HAS_STARTS": starts is not None,
-        }
+        group = num_heads // num_groups
+        constants = {"STEP": step, "GROUP": group, "HEAD_DIM": head_dim, "HAS_STARTS": starts is not None}
         query_strides = tuple(query.stride()[:3])
         strides = (query_strides, _strides(keys), _strides(values))
-        _context_alignment_attention_query_bwd_kernel[
-            (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
-        ](
+        grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
+        _context_alignment_attention_query_bwd_kernel[grid](
             *(query, tuple(keys), tuple(values), first_rows, output, log_sums, grad_output, grad_query, deltas),
-            *strides, *sizes,
-            **constants, **tiles,
+            *strides, *sizes, **constants, **tiles,
         )
-        _context_alignment_attention_key_bwd_kernel[
-            (triton.cdiv(num_rows, key_tiles["BLOCK_K"]), num_batch * num_groups)
-        ](
+        grid = (triton.cdiv(num_rows, key_tiles["BLOCK_K"]), num_batch * num_groups)
+        _context_alignment_attention_key_bwd_kernel[grid](
             *(query, keys[0], values[0], first_rows, log_sums, deltas, grad_output, grad_keys[0], grad_values[0]),
-            *(query_strides, strides[1][0], strides[2][0]), *sizes,
-            **constants, **key_tiles,
+            *(query_strides, strides[1][0], strides[2][0]), *sizes, **constants, **key_tiles,
         )
         if step:
             block_k = max(16, 2048 // tiles["BLOCK_E"])

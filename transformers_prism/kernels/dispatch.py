@@ -20,16 +20,11 @@ NUM_PROGRAMS = 304
 
 
 def operator_namespace(module_name: str, source_file: str) -> str:
-    """A namespace of `torch.library` that belongs to one copy of a kernel file.
+    """A namespace of `torch.library`, "prism_" and a hash, that belongs to one copy of a kernel file, by its
+    `__name__` and `__file__`.
 
     A second registration of a name replaces the first without a word, and a process may hold this package beside older
     and newer copies of its files that came with drafts.
-
-    Args:
-        module_name (`str`): `__name__` of the kernel file.
-        source_file (`str`): `__file__` of the kernel file.
-    Returns:
-        `str`: "prism_" and a hash of both the file's bytes and the module's name.
     """
     digest = hashlib.sha256(module_name.encode() + b"\n" + Path(source_file).read_bytes())
     return f"prism_{digest.hexdigest()[:16]}"

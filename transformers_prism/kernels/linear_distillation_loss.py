@@ -46,13 +46,8 @@ _MAX_WORKSPACE_TOKENS = 4096
 def distillation_losses(
     log_probs: torch.Tensor, target_log_probs: torch.Tensor, target: torch.Tensor, losses: tuple[str, ...]
 ) -> torch.Tensor:
-    """Each loss from whole distributions, `(..., V)` each: `(K, ...)`, in the order of `losses`.
-
-    Args:
-        log_probs, target_log_probs (`torch.Tensor`): logarithms of q and p.
-        target (`torch.Tensor`): p itself.
-        losses (`tuple` of `str`): some of `LOSSES`.
-    """
+    """Some of `LOSSES` from whole distributions, the logarithms of q and p and p itself, `(..., V)` each: `(K, ...)`,
+    in the order of `losses`."""
     # No `vecdot`, which rounds to 16 bits under autocast.
     def of(name: str) -> torch.Tensor:
         if name == "cross_entropy":

@@ -66,8 +66,7 @@ class RoundCosts:
     """Seconds of the parts of a round for a batch.
 
     Args:
-        num_tokens: tokens in a target forward, all sequences together, increasing.
-        verify_seconds: of a target forward over that many tokens.
+        num_tokens, verify_seconds: tokens in a target forward, all sequences together, increasing, and what it takes.
         step_seconds: of one draft step with its proposals and its share of choosing nodes.
         spread: slowest over fastest repetition when they were measured, of the usual forward.
         num_measured: how often they were measured in this process.
@@ -246,7 +245,8 @@ def _undisturbed(target, draft) -> Iterator[None]:
 def kept_frequencies(*models: nn.Module) -> Iterator[None]:
     """Rotary embeddings are left as they are: those of the types "dynamic" and "longrope" keep what they computed for the
     longest text, or for the last one, and serve the next with it."""
-    found = {module for model in models for module in model.modules() if _is_rotary(module)}
+    modules = {module for model in models for module in model.modules()}
+    found = [one for one in modules if hasattr(one, "rope_type") or any(name.endswith("inv_freq") for name in one._buffers)]
     kept = [(module, _public_state(module), dict(module._buffers), _copies(module._buffers)) for module in found]
     try:
         yield
@@ -261,10 +261,6 @@ def kept_frequencies(*models: nn.Module) -> Iterator[None]:
                 for buffer, copy in copies:
                     if not torch.equal(buffer, copy):  # written to in place
                         buffer.copy_(copy)
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    return hasattr(module, "rope_type") or any(name.endswith("inv_freq") for name in module._buffers)
 
 
 def _public_state(module: nn.Module) -> dict:

@@ -50,11 +50,10 @@ def measure_acceptance(
 
 
 def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
-    """Figures of [`measure_acceptance`]'s counts, none without rounds.
-
-    `tau` is the acceptance length pooled over rounds, the bonus included; `conditional_<i>` the share of rounds that
-    accepted more than i tokens among those that accepted i; `speedup_estimate` tau times the seconds of a plain step
-    over those of a round; `loop_share` that of answers that end in a loop, which flatters tau.
+    """Figures of [`measure_acceptance`]'s counts, none without rounds: `tau`, pooled over rounds, the bonus included;
+    `conditional_<i>`, the share of rounds that accepted more than i tokens among those that accepted i;
+    `speedup_estimate`, tau times the seconds of a plain step over those of a round; `loop_share`, of answers that end
+    in a loop, which flatters tau.
     """
     rounds, committed, round_seconds, plain_seconds, num_plain, num_answers, num_loops = counts[:7].tolist()
     tau = acceptance_length(committed, rounds)

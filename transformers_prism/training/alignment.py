@@ -25,14 +25,8 @@ from transformers_prism.training.flash_alignment import flash_alignment_attentio
 
 
 def aligned_forward(
-    draft,
-    input_ids: torch.LongTensor,
-    target_hidden: torch.Tensor,
-    num_steps: int,
-    is_detached: bool = False,
-    checkpoint_activations: bool = False,
-    starts: torch.Tensor | None = None,
-    implementation: str = "auto",
+    draft, input_ids: torch.LongTensor, target_hidden: torch.Tensor, num_steps: int, is_detached: bool = False,
+    checkpoint_activations: bool = False, starts: torch.Tensor | None = None, implementation: str = "auto"
 ) -> list[torch.Tensor]:
     """Run `num_steps` draft steps over all rows at once, each fed the predictions of the one before.
 
@@ -86,12 +80,8 @@ class AlignedPasses:
     """
 
     def __init__(
-        self,
-        draft,
-        input_ids: torch.LongTensor,
-        checkpoint_activations: bool = False,
-        starts: torch.Tensor | None = None,
-        implementation: str = "auto",
+        self, draft, input_ids: torch.LongTensor, checkpoint_activations: bool = False,
+        starts: torch.Tensor | None = None, implementation: str = "auto"
     ):
         self.draft, self.starts, self.implementation = draft, starts, implementation
         self.checkpoint_activations = checkpoint_activations

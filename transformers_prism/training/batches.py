@@ -15,11 +15,8 @@ class ConversationDataset(Dataset):
     answers."""
 
     def __init__(
-        self,
-        conversations: list[Conversation],
-        store: FeatureStore | OnlineFeatures,
-        indices: list[int],
-        learn_prompts: bool = False,
+        self, conversations: list[Conversation], store: FeatureStore | OnlineFeatures, indices: list[int],
+        learn_prompts: bool = False
     ):
         self.conversations, self.store, self.indices = conversations, store, list(indices)
         self.learn_prompts = learn_prompts

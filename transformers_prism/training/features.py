@@ -110,12 +110,8 @@ class OnlineFeatures:
 
 
 def compute_features(
-    target,
-    conversations: list[Conversation],
-    layer_ids: list[int],
-    folder,
-    needed: list[int] | None = None,
-    part: tuple[int, int] = (0, 1),
+    target, conversations: list[Conversation], layer_ids: list[int], folder, needed: list[int] | None = None,
+    part: tuple[int, int] = (0, 1)
 ) -> FeatureStore:
     """Run the target over conversations once and keep its hidden states; shards that are there are not redone.
 

@@ -50,13 +50,8 @@ class AlignedLoss:
 
 
 def aligned_loss(
-    draft,
-    predictions: list[torch.Tensor],
-    label_hidden: torch.Tensor,
-    mask: torch.Tensor,
-    weights: LossWeights,
-    implementation: str = "auto",
-    text: TextRows | None = None,
+    draft, predictions: list[torch.Tensor], label_hidden: torch.Tensor, mask: torch.Tensor, weights: LossWeights,
+    implementation: str = "auto", text: TextRows | None = None
 ) -> AlignedLoss:
     """Distances from the target's distribution over the draft vocabulary, and from its hidden states, summed over
     steps, each step normalised by the number of its rows.
@@ -87,13 +82,8 @@ def aligned_loss(
 
 
 def vocabulary_loss(
-    draft,
-    predictions: torch.Tensor,
-    label_hidden: torch.Tensor,
-    row_weights: torch.Tensor,
-    weights: LossWeights,
-    implementation: str = "auto",
-    text: TextRows | None = None,
+    draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights,
+    implementation: str = "auto", text: TextRows | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
 

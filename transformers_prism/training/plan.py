@@ -96,7 +96,8 @@ def describe_plan(config: TrainConfig) -> str:
     feature_bytes = num_tokens * width * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    target_size = _num_target_parameters(target_config)
+    with torch.device("meta"):
+        target_size = AutoModelForCausalLM.from_config(target_config).num_parameters()
     target_flops = 2e-15 * target_size * num_tokens
     costs = stage_costs(config, draft_config, [len(one.input_ids) for one in used])
     if config.online_features:
@@ -129,8 +130,3 @@ def describe_plan(config: TrainConfig) -> str:
 
 def _hours(petaflops: float, config: TrainConfig) -> str:
     return f", {petaflops / config.teraflops / 3.6:.2g} hours" if config.teraflops else ""
-
-
-def _num_target_parameters(target_config) -> int:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(target_config).num_parameters()

@@ -23,13 +23,8 @@ class ProgressBar:
     """
 
     def __init__(
-        self,
-        description: str,
-        total: int | None,
-        unit: str = "",
-        completed: int = 0,
-        console: Console | None = None,
-        is_shown: bool = True,
+        self, description: str, total: int | None, unit: str = "", completed: int = 0, console: Console | None = None,
+        is_shown: bool = True
     ):
         self.description, self.total, self.unit = description, total, unit
         self.completed = self.first = completed

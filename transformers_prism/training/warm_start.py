@@ -132,7 +132,8 @@ def warm_start(draft: PrismDraftModel, source: PrismDraftModel, fresh: Collectio
         elif origin not in theirs:
             problems.append(f"{name} (the source has none)")
         elif name == "lm_head.weight" and tensor.shape[1] == theirs[origin].shape[1]:
-            report.matched[name] = _describe_rows(draft, source)
+            counts = f"{len(_shared_tokens(draft, source)[0])} of {draft.config.num_draft_tokens} rows"
+            report.matched[name] = f"{name}, {counts}; the others keep their initial values"
             origins[name] = origin
         elif tensor.shape != theirs[origin].shape:
             problems.append(f"{name} (shape {list(tensor.shape)}, the source's {list(theirs[origin].shape)})")
@@ -190,13 +191,6 @@ def _tokens(draft: PrismDraftModel) -> torch.Tensor:
     if draft.draft_to_target is not None:
         return draft.draft_to_target.cpu()
     return torch.arange(draft.config.vocab_size)
-
-
-def _describe_rows(draft: PrismDraftModel, source: PrismDraftModel) -> str:
-    num_shared = len(_shared_tokens(draft, source)[0])
-    return (
-        f"lm_head.weight, {num_shared} of {draft.config.num_draft_tokens} rows; the others keep their initial values"
-    )
 
 
 def _copy_head_rows(draft: PrismDraftModel, source: PrismDraftModel) -> None:

@@ -35,8 +35,7 @@ class KernelCase:
     Args:
         config: sizes and dtype, to read.
         make: the arguments, from [`Inputs`]; called anew for each run, since an operation may write to them.
-        call: the public function; takes the arguments and `implementation`.
-        launch: the launcher of the Triton kernels; takes the arguments.
+        call, launch: the public function, which takes the arguments and `implementation`; the launcher of its kernels.
         tolerance: largest difference from the PyTorch path, relative to its largest value.
         results: the tensors to compare, from the arguments and what `call` returned.
     """

@@ -288,14 +288,9 @@ class Synthesizer:
 
 
 def synthesize(
-    target,
-    tokenizer,
-    config: SynthesisConfig,
-    output,
-    chats: list[list[dict]] | None = None,
-    contamination: Contamination | None = None,
-    part: tuple[int, int] = (0, 1),
-    report: Callable[[dict], None] = lambda progress: None,
+    target, tokenizer, config: SynthesisConfig, output, chats: list[list[dict]] | None = None,
+    contamination: Contamination | None = None, part: tuple[int, int] = (0, 1),
+    report: Callable[[dict], None] = lambda progress: None
 ) -> dict:
     """Write conversations to Parquet shards in a folder; a folder with a part of them is resumed.
 
