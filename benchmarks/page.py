@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 
 from benchmarks import plots
+from benchmarks.scaling import axis_rows, modules_ratio, modules_text
 from transformers_prism.bench.acceptance import acceptance_rows
 from transformers_prism.bench.figures import method_rows, task_rows
 from transformers_prism.bench.record import UNTRAINED, read_record
 from transformers_prism.bench.rounds import profile_rows
-from transformers_prism.bench.scaling import axis_rows, modules_ratio, modules_text
 from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 

@@ -24,7 +24,7 @@ def mean_of(records: list[dict], name: str) -> float:
     return sum(record[name] for record in records) / len(records)
 
 
-def tau_interval(records: list[dict], seed: int = 0) -> tuple[float, float]:
+def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
     """95 % interval of [`pooled_tau`] by bootstrap: seeds are drawn again, and each seed's prompts.
 
     Args:
@@ -42,7 +42,7 @@ def tau_interval(records: list[dict], seed: int = 0) -> tuple[float, float]:
     return _bootstrap(draw, seed)
 
 
-def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tuple[float, float, float]:
+def ratio_interval(records: list[dict], others: list[dict], *, seed: int = 0) -> tuple[float, float, float]:
     """tau of some records over that of others, and its 95 % interval by paired bootstrap.
 
     Seeds are drawn again, and prompts, the same ones for both sides, since what a prompt accepts with one draft says much
@@ -66,7 +66,7 @@ def ratio_interval(records: list[dict], others: list[dict], seed: int = 0) -> tu
 
 
 def growth_interval(
-    large: list[dict], small: list[dict], other_large: list[dict], other_small: list[dict], seed: int = 0
+    large: list[dict], small: list[dict], other_large: list[dict], other_small: list[dict], *, seed: int = 0
 ) -> tuple[float, float, float]:
     """The factor by which more data raises a recipe's tau, over that of another recipe, and its 95 % interval.
 

@@ -17,8 +17,8 @@ import torch
 import typer
 from transformers.utils import logging
 
+from benchmarks.scaling import bootstrap_median
 from transformers_prism.bench.record import write_record
-from transformers_prism.bench.scaling import bootstrap_median
 from transformers_prism.cli.options import JsonOption, TargetOption, report_file, user_errors
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.modeling_prism import PrismDraftModel

@@ -14,6 +14,7 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import constants
 from tiny_models import tiny_draft, tiny_target, word_tokenizer
 
+from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
 from transformers_prism.policy import automatic
 from transformers_prism.policy.costs import RoundCosts
 
@@ -72,6 +73,21 @@ def tiny_folders(tmp_path_factory) -> tuple[str, str]:
     word_tokenizer().save_pretrained(target_folder)
     tiny_draft(target).save_pretrained(draft_folder)
     return str(target_folder), str(draft_folder)
+
+
+@pytest.fixture(scope="module")
+def saved_pair(tmp_path_factory):
+    """A target and its folder, and a draft for it."""
+    target, folder = tiny_target("llama", 3), tmp_path_factory.mktemp("target")
+    target.save_pretrained(folder)
+    return target, folder, tiny_draft(target)
+
+
+@pytest.fixture
+def device_walk():
+    """What accelerators do, which a CPU does not do by itself."""
+    with treating_cpus_as_accelerators():
+        yield
 
 
 @pytest.fixture

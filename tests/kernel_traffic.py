@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.compile_kernels import recorded_launches
 from transformers_prism.bench.kernel_cases import Inputs
 from transformers_prism.bench.kernel_cases import compact_cache as compact_cache_cases
 from transformers_prism.bench.kernel_cases import context_alignment_attention as context_alignment_attention_cases
@@ -13,7 +14,6 @@ from transformers_prism.bench.kernel_cases import linear_distillation_loss as li
 from transformers_prism.bench.kernel_cases import top_k_log_prob as top_k_log_prob_cases
 from transformers_prism.bench.kernel_cases import tree_attention as tree_attention_cases
 from transformers_prism.bench.kernel_cases import verify_tree as verify_tree_cases
-from transformers_prism.bench.kernels import recorded_launches
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_models import write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench.acceptance import acceptance_figures, decode_prompts, tree_settings
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.quick
 def command(tiny_folders, tmp_path):
     """Words of the command on tiny models, its file last."""
     records = [{"question_id": i, "category": task, "turns": [f"w{i + 5} w9"]} for i, task in enumerate(("qa", "rag"))]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_lines(tmp_path / "prompts.jsonl", records)
     target, draft = tiny_folders
     sizes = "--num-prompts 2 --max-new-tokens 8 --tree 5/2/3 --tree 2/2/1".split()
     words = ["bench", "acceptance", "--target", target, "--draft", draft, "--prompts", tmp_path / "prompts.jsonl", *sizes]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import tiny_draft, tiny_target, word_tokenizer
+from tiny_models import tiny_draft, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench import measurement
@@ -32,9 +32,7 @@ ALL_METHODS = "lookup:3 assisted draft auto auto-no-ngrams chain:3 static:2,2,5"
 @pytest.fixture
 def prompt_file(tmp_path):
     """Records of three tasks, two of them categories of MT-bench."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(map(json.dumps, RECORDS)))
-    return path
+    return write_lines(tmp_path / "prompts.jsonl", RECORDS)
 
 
 @pytest.fixture

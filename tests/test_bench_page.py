@@ -1,4 +1,4 @@
-"""`bench scaling`, `bench rounds` and `bench page`: sizes that were asked for, parts that add up, a page without other figures."""
+"""`bench rounds`, `benchmarks.scaling` and `benchmarks.page`: sizes that were asked for, parts that add up, a page without other figures."""
 
 import json
 import re
@@ -6,33 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target
+from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target, write_lines
 from typer.testing import CliRunner
 
-from benchmarks import training
+from benchmarks import scaling, training
 from benchmarks.page import levers, write_page
 from benchmarks.plots import colour_of
+from benchmarks.scaling import Point, bench_scaling, bootstrap_median, modules_ratio, modules_text, num_calls
 from transformers_prism.bench.rounds import PARTS, profile_rounds, watched, weight_bytes
-from transformers_prism.bench.scaling import (
-    Point,
-    bench_scaling,
-    bootstrap_median,
-    modules_ratio,
-    modules_text,
-    num_calls,
-)
 from transformers_prism.cli.main import app
 
 pytestmark = pytest.mark.quick
 
 
-def run(*words) -> str:
-    """Output of a command that must succeed."""
+def run(*words, app=app) -> None:
+    """Run a command, which must succeed and keep to 100 columns."""
     result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100"})
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert "\u2026" not in result.output
     assert max(map(len, result.output.splitlines())) <= 100
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +35,7 @@ def measured(tiny_folders, tmp_path_factory):
     texts = [" ".join(f"w{(7 * index + 3 * place) % 40 + 50}" for place in range(12)) for index in range(8)]
     tasks = ("qa", "writing") * 4
     records = [{"question_id": i, "category": tasks[i], "turns": [text]} for i, text in enumerate(texts)]
-    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_lines(root / "prompts.jsonl", records)
     source = ("--target", target, "--draft", draft, "--prompts", root / "prompts.jsonl")
     sizes = "--num-prompts 2 --max-new-tokens 8 --repeat 1 --method static".split()
     run("bench", "generate", *source, *sizes, "--json", root / "greedy.json")
@@ -53,10 +45,9 @@ def measured(tiny_folders, tmp_path_factory):
     sizes = "--method static --context 30 --num-rounds 3".split()
     run("bench", "rounds", *source, *sizes, "--json", root / "rounds.json")
     sizes = "--modules 1 --modules 2 --nodes 5 --num-rounds 5 --tree-top-k 4 --tree-depth 4".split()
-    run("bench", "scaling", "--target", target, *sizes, "--json", root / "scaling.json")
+    run("--target", target, *sizes, "--json", root / "scaling.json", app=scaling.app)
     sizes = "--repeat 2 --length 16 --most-steps 3 --no-memory".split()
-    result = CliRunner().invoke(training.app, ["--target", target, *sizes, "--json", str(root / "training.json")])
-    assert result.exit_code == 0, result.output
+    run("--target", target, *sizes, "--json", root / "training.json", app=training.app)
     names = ("greedy", "batch", "acceptance", "rounds", "scaling", "training")
     # Of `bench modules`, which is gone.
     kept = Path(__file__).parent.parent / "docs" / "performance" / "modules.json"

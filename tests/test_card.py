@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_published_set import run_without_package
-from tiny_models import tiny_draft
+from tiny_models import tiny_draft, write_lines
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
@@ -28,9 +28,8 @@ def measured(tiny_folders, tmp_path_factory):
     target_folder, draft_folder = tiny_folders
     folder = root / "tiny-PRISM"
     shutil.copytree(draft_folder, folder)
-    prompts = root / "prompts.jsonl"
     records = [{"question_id": i, "category": c, "turns": [f"w{i + 5} w9"]} for i, c in enumerate(("qa", "writing"))]
-    prompts.write_text("\n".join(map(json.dumps, records)))
+    prompts = write_lines(root / "prompts.jsonl", records)
     models = ("--target", target_folder, "--draft", str(folder))
     bench = ("bench", "generate", *models, "--prompts", str(prompts), "--num-prompts", "2", "--max-new-tokens", "40")
     commands = {

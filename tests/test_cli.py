@@ -1,13 +1,12 @@
 """The commands demo, generate and bench on tiny models; errors of users are one line and a status."""
 
-import json
 import re
 import shutil
 import warnings
 
 import pytest
 import torch
-from tiny_models import scripted_draft, tiny_target
+from tiny_models import scripted_draft, tiny_target, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import choose_prompts, read_prompts
@@ -40,9 +39,7 @@ def prompt_file(tmp_path):
         {"question_id": number, "category": category, "turns": [f"w{number + 5} w9 w11", "w4"]}
         for number, category in enumerate(categories)
     ]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps(record) for record in records))
-    return path
+    return write_lines(tmp_path / "prompts.jsonl", records)
 
 
 def test_cli_help_lists_the_commands():
@@ -118,8 +115,10 @@ def test_cli_streamer_tells_accepted_from_bonus(tiny_folders):
         (("bench", "page", "x.json"), "python -m benchmarks.page"),
         (("bench", "training", "--help"), "python -m benchmarks.training"),
         (("bench", "synthesize"), "python -m benchmarks.synthesize"),
-        (("bench", "modules", "--packed"), "transformers-prism bench scaling --modules 1 --modules 8"),
-        (("bench", "scaling", "--plot", "x.png"), "python -m benchmarks.page"),
+        (("bench", "modules", "--packed"), "python -m benchmarks.scaling --modules 1 --modules 8"),
+        (("bench", "scaling", "--modules", "1"), "python -m benchmarks.scaling"),
+        (("bench", "rounds", "--plot", "x.png"), "python -m benchmarks.page"),
+        (("bench", "kernels", "--compile-only"), "python -m benchmarks.compile_kernels"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from tiny_models import VOCAB_SIZE, chat_tokenizer
+from tiny_models import VOCAB_SIZE, chat_tokenizer, write_lines
 
 from transformers_prism.training.data.conversations import (
     Contamination,
@@ -24,11 +24,6 @@ CHAT = [
     {"role": "assistant", "content": "w23"},
 ]
 CHAT_IDS = (4, 10, 11, 1, 5, 20, 21, 22, 1, 4, 12, 1, 5, 23, 1)
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
 
 def test_sources_of_all_kinds_are_read_in_order(tmp_path):
     """Token ids with a prompt's length or with spans, gzipped or not, Parquet, and chats."""

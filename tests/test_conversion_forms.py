@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eagle3_vectors import LLAMA3
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
@@ -38,14 +39,7 @@ HELD = {
         "projection_bias": False,
         "share_target_head": False,
         "draft_vocab_size": 40,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        "rope_parameters": LLAMA3,
     },
     "eagle3, whole vocabulary": {
         "module_form": "eagle3",

@@ -11,10 +11,9 @@ from tiny_models import (
     VOCAB_SIZE,
     generate_twice,
     prompts,
-    scripted_draft,
+    scripted_pair,
     tiny_draft,
     tiny_target,
-    varied_target,
     word_tokenizer,
 )
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -50,20 +49,8 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def device_walk():
-    """What accelerators do, which a CPU does not do by itself."""
-    with treating_cpus_as_accelerators():
-        yield
-
-
 def scripted(num_rows, settings, architecture="llama"):
-    """Target, prompts, and a draft that is right and wrong about what plain decoding emits with seed 5."""
-    input_ids, mask = prompts(num_rows)
-    target = varied_target(architecture, input_ids, mask, **LENGTH)
-    torch.manual_seed(5)
-    plain = target.generate(input_ids, attention_mask=mask, **settings, **LENGTH)
-    return target, scripted_draft(target, plain, input_ids.shape[1]), input_ids, mask
+    return scripted_pair(num_rows, {**settings, **LENGTH}, architecture)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

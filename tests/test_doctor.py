@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import chat_tokenizer, tiny_draft, tiny_target, word_tokenizer
+from tiny_models import save_chat_target, tiny_draft, tiny_target, word_tokenizer
 from typer.testing import CliRunner
 
 from transformers_prism.cli import doctor
@@ -29,9 +29,7 @@ def examine(tmp_path, *arguments, exit_code: int = 0) -> dict[str, dict]:
 @pytest.fixture
 def target_folder(tmp_path) -> Path:
     """A tiny target with a chat template."""
-    tiny_target("llama", seed=3).save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
-    return tmp_path / "target"
+    return save_chat_target(tmp_path / "target")
 
 
 def test_doctor_examines_a_pair(tmp_path, target_folder):

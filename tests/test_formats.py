@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_models import VOCAB_SIZE, chat_tokenizer, tiny_target
+from tiny_models import VOCAB_SIZE, chat_tokenizer, save_chat_target, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import read_prompts, task_of
@@ -287,9 +287,7 @@ def test_commands_take_a_sharegpt_array(tmp_path, monkeypatch):
 
 def test_data_check_counts_rows_and_answers(tmp_path):
     """Without a target the shapes, with one its template, too."""
-    folder = tmp_path / "target"
-    tiny_target("llama").save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
+    folder = save_chat_target(tmp_path / "target")
     rows = [ROW, {"messages": [CHAT[0], {"role": "assistant", "content": "w5 <end> w6"}]}, {"prompt": "w1"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnull\n")
     result = CliRunner().invoke(app, ["data", "check", str(tmp_path / "a.jsonl")])

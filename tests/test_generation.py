@@ -11,6 +11,7 @@ from tiny_models import (
     generate_twice,
     prompts,
     scripted_draft,
+    scripted_pair,
     tiny_draft,
     tiny_target,
     varied_target,
@@ -39,11 +40,8 @@ LENGTH = {"max_new_tokens": 30, "pad_token_id": PAD_ID}
 
 
 def scripted(num_rows=1, architecture="llama", **kwargs):
-    """Target, scripted draft and prompts for greedy output of 30 tokens."""
-    input_ids, mask = prompts(num_rows)
-    target = varied_target(architecture, input_ids, mask, **LENGTH)
-    plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH)
-    return target, scripted_draft(target, plain, input_ids.shape[1], **kwargs), input_ids, mask
+    """For greedy output of 30 tokens."""
+    return scripted_pair(num_rows, {"do_sample": False, **LENGTH}, architecture, **kwargs)
 
 
 class RecordingStreamer(BaseStreamer):

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from test_published_set import LENGTH, run_without_package
-from tiny_models import prompts, tiny_draft, tiny_target, word_tokenizer
+from tiny_models import prompts, tiny_draft, word_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -22,14 +22,6 @@ from transformers_prism.hub.card import write_card
 from transformers_prism.hub.files import OPEN_LICENSES, published_files, published_name
 
 NAME = "me/tiny-PRISM"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A target and its folder, and a draft for it."""
-    target, folder = tiny_target("llama", 3), tmp_path_factory.mktemp("target")
-    target.save_pretrained(folder)
-    return target, folder, tiny_draft(target)
 
 
 def changed(draft: PrismDraftModel) -> PrismDraftModel:
@@ -54,9 +46,9 @@ def environment(hub, tmp_path) -> dict:
     }
 
 
-def test_push_is_one_commit_of_a_whole_repository(hub, pair):
+def test_push_is_one_commit_of_a_whole_repository(hub, saved_pair):
     """Code, custom_generate, configurations, card, metrics, licence, and the weights as a large file."""
-    commit = pair[2].push_to_hub(NAME)
+    commit = saved_pair[2].push_to_hub(NAME)
     repository = hub.repositories[NAME]
     assert repository.branches == {"main": commit.oid}
     assert len(repository.commits) == 2
@@ -67,13 +59,13 @@ def test_push_is_one_commit_of_a_whole_repository(hub, pair):
     assert set(files) == {".gitattributes", *others, *code, *custom}
     assert hashlib.sha256(hub.objects[files["model.safetensors"]]).hexdigest() == files["model.safetensors"]
     assert f'"{NAME}"'.encode() in files["README.md"]
-    pair[2].push_to_hub(NAME, tags=["tiny"])
+    saved_pair[2].push_to_hub(NAME, tags=["tiny"])
     assert ModelCard.load(NAME).data.tags[-1] == "tiny"
 
 
-def test_the_command_pushes_a_folder(hub, pair, tmp_path):
+def test_the_command_pushes_a_folder(hub, saved_pair, tmp_path):
     """To a branch, if asked; the repository on the Hub can be pushed on by its name."""
-    pair[2].save_pretrained(tmp_path / "draft")
+    saved_pair[2].save_pretrained(tmp_path / "draft")
     result = CliRunner().invoke(app, ["push", str(tmp_path / "draft"), NAME, "--revision", "trial"])
     assert result.exit_code == 0, result.output
     branches = hub.repositories[NAME].branches
@@ -82,11 +74,11 @@ def test_the_command_pushes_a_folder(hub, pair, tmp_path):
     assert HfApi().list_repo_refs(NAME).branches[1].target_commit == branches["trial"]
 
 
-def test_a_cards_code_loads_from_where_it_is_pushed_to(hub, pair, tmp_path):
+def test_a_cards_code_loads_from_where_it_is_pushed_to(hub, saved_pair, tmp_path):
     """Whatever the folder was called when the card was written, and from one repository to the next; prose stays."""
     folder = tmp_path / "first name"
-    pair[2].save_pretrained(folder)
-    (folder / "about.json").write_text(json.dumps({"limits": ["Each user/assistant pair is the target's, see me/other."]}))
+    saved_pair[2].save_pretrained(folder)
+    (folder / "about.json").write_text(json.dumps({"limits": ["Each user/assistant saved_pair is the target's, see me/other."]}))
     write_card(folder, [])
     folder = folder.rename(tmp_path / "second name")
     for source, repository in ((str(folder), "me/first"), ("me/first", "you/second")):
@@ -96,23 +88,23 @@ def test_a_cards_code_loads_from_where_it_is_pushed_to(hub, pair, tmp_path):
         files = hub.repositories[repository].commits[branches["main"]]
         text = files["README.md"].decode()
         assert text.count(f'"{repository}"') == 3
-        assert "Each user/assistant pair is the target's, see me/other." in text
+        assert "Each user/assistant saved_pair is the target's, see me/other." in text
         assert '"user/' not in text
         assert repository == "me/first" or "me/first" not in text
         assert json.loads(files["about.json"])["limits"]
 
 
-def test_an_update_replaces_what_it_no_longer_needs(hub, pair):
+def test_an_update_replaces_what_it_no_longer_needs(hub, saved_pair):
     """Shards and their index go when one file takes their place; old commits still load."""
-    first = pair[2].push_to_hub(NAME, max_shard_size="20KB")
-    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
-    other = changed(pair[2])
+    first = saved_pair[2].push_to_hub(NAME, max_shard_size="20KB")
+    assert is_same(PrismDraftModel.from_pretrained(NAME), saved_pair[2])
+    other = changed(saved_pair[2])
     second = other.push_to_hub(NAME, commit_message="Better")
     names = set(hub.repositories[NAME].commits[second.oid])
     assert [name for name in names if "safetensors" in name] == ["model.safetensors"]
     assert is_same(PrismDraftModel.from_pretrained(NAME), other)
-    assert is_same(PrismDraftModel.from_pretrained(NAME, revision=first.oid), pair[2])
-    assert changed(pair[2]).push_to_hub(NAME).oid == second.oid
+    assert is_same(PrismDraftModel.from_pretrained(NAME, revision=first.oid), saved_pair[2])
+    assert changed(saved_pair[2]).push_to_hub(NAME).oid == second.oid
 
 
 LOAD_REVISIONS = """
@@ -142,9 +134,9 @@ print([new_weight, old_weight, results, [draft.last_speculation.accepted_per_rou
 
 
 @pytest.mark.slow
-def test_revisions_load_without_the_package(hub, pair, tmp_path):
+def test_revisions_load_without_the_package(hub, saved_pair, tmp_path):
     """New and old weights, code of another revision, devices, dtypes and shards; by object and by name alone."""
-    target, folder, draft = pair
+    target, folder, draft = saved_pair
     first = draft.push_to_hub(NAME, max_shard_size="20KB").oid
     other = changed(draft)
     other.push_to_hub(NAME)
@@ -179,9 +171,9 @@ print(results)
 
 
 @pytest.mark.slow
-def test_what_was_downloaded_is_saved_with_the_same_bytes_and_loads_offline(hub, pair, tmp_path):
+def test_what_was_downloaded_is_saved_with_the_same_bytes_and_loads_offline(hub, saved_pair, tmp_path):
     """By a process without the package that loads from the Hub, and by one without a network after it."""
-    target, folder, draft = pair
+    target, folder, draft = saved_pair
     commit = draft.push_to_hub(NAME)
     again, settings = tmp_path / "again", environment(hub, tmp_path)
     run_without_package(NAME, folder, f"AGAIN = {str(again)!r}\n{SAVE_AGAIN}", **settings)
@@ -202,17 +194,17 @@ def test_the_hub_of_the_tests_is_small():
     assert len(Path(__file__).with_name("hub_server.py").read_text().splitlines()) < 200
 
 
-def test_the_hub_takes_the_cards_metadata(hub, pair, tmp_path):
+def test_the_hub_takes_the_cards_metadata(hub, saved_pair, tmp_path):
     """huggingface_hub's own validation, which a push does before it uploads anything."""
-    pair[2].save_pretrained(tmp_path / "draft")
+    saved_pair[2].save_pretrained(tmp_path / "draft")
     ModelCard.load(tmp_path / "draft" / "README.md").validate()
     with pytest.raises(ValueError, match="invalid metadata"):
         ModelCard("---\nlicense: Apache\n---\n").validate()
 
 
-def test_a_targets_tokenizer_travels_if_its_licence_lets_it(hub, pair, tmp_path):
+def test_a_targets_tokenizer_travels_if_its_licence_lets_it(hub, saved_pair, tmp_path):
     """By the licence in the target's card, which is read as data."""
-    target, folder, _ = pair
+    target, folder, _ = saved_pair
     word_tokenizer().save_pretrained(folder)
     api = HfApi()
     licences = {"free": "apache-2.0", "closed": "llama3", "hostile": "!!python/object/apply:os.mkdir [made]"}
@@ -244,9 +236,9 @@ def test_the_page_on_cards_lists_the_licences():
     assert tuple(re.split(r",\s+|\s+and\s+", sentence)) == OPEN_LICENSES
 
 
-def test_a_tokenizer_put_beside_the_draft_travels(hub, pair, tmp_path):
+def test_a_tokenizer_put_beside_the_draft_travels(hub, saved_pair, tmp_path):
     """As the warning says: by whoever may give it away; a GGUF file has no card that could name a licence."""
-    draft = tiny_draft(pair[0])
+    draft = tiny_draft(saved_pair[0])
     draft.config.target_fingerprint = {**draft.config.target_fingerprint, "name": "some-wheel/model.Q4_1.gguf"}
     with pytest.warns(UserWarning, match=r"left out the tokenizer of some-wheel/model.Q4_1.gguf: no licence of it is known"):
         draft.save_pretrained(tmp_path / "draft")
@@ -265,11 +257,11 @@ def push_must_fail(draft, repository, error, match: str) -> None:
     assert (repository.branches, repository.commits) == before
 
 
-def test_no_token_is_a_clear_error(hub, pair, monkeypatch):
+def test_no_token_is_a_clear_error(hub, saved_pair, monkeypatch):
     """401 before anything is made; in the command one line and a status."""
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HfHubHTTPError, match="401"):
-        pair[2].push_to_hub(NAME)
+        saved_pair[2].push_to_hub(NAME)
     assert not hub.repositories
 
 
@@ -277,85 +269,85 @@ def test_no_token_is_a_clear_error(hub, pair, monkeypatch):
     ("kind", "path", "error"),
     [(401, "/commit/", HfHubHTTPError), (404, "/commit/", RepositoryNotFoundError), (401, "/preupload/", HfHubHTTPError)],
 )
-def test_a_refused_commit_changes_nothing(hub, pair, kind, path, error):
+def test_a_refused_commit_changes_nothing(hub, saved_pair, kind, path, error):
     """Whichever request is refused; pushing again works."""
-    pair[2].push_to_hub(NAME)
+    saved_pair[2].push_to_hub(NAME)
     hub.fail(kind, "POST", path)
-    push_must_fail(changed(pair[2]), hub.repositories[NAME], error, str(kind))
-    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
-    changed(pair[2]).push_to_hub(NAME)
-    assert is_same(PrismDraftModel.from_pretrained(NAME, force_download=True), changed(pair[2]))
+    push_must_fail(changed(saved_pair[2]), hub.repositories[NAME], error, str(kind))
+    assert is_same(PrismDraftModel.from_pretrained(NAME), saved_pair[2])
+    changed(saved_pair[2]).push_to_hub(NAME)
+    assert is_same(PrismDraftModel.from_pretrained(NAME, force_download=True), changed(saved_pair[2]))
 
 
 @pytest.mark.parametrize("kind", [429, "cut"])
-def test_an_upload_is_tried_again(hub, pair, kind):
+def test_an_upload_is_tried_again(hub, saved_pair, kind):
     """A Hub that is busy, and a connection that is lost in the middle of the weights."""
     hub.fail(kind, "PUT", "/lfs/", times=2)
-    pair[2].push_to_hub(NAME)
+    saved_pair[2].push_to_hub(NAME)
     assert sum(request.startswith("PUT") for request in hub.requests) == 3
-    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    assert is_same(PrismDraftModel.from_pretrained(NAME), saved_pair[2])
 
 
 @pytest.mark.parametrize("kind", [401, 404, 429, "cut", "size"])
-def test_an_upload_that_fails_for_good_changes_nothing(hub, pair, tmp_path, kind):
+def test_an_upload_that_fails_for_good_changes_nothing(hub, saved_pair, tmp_path, kind):
     """The error says so; what was there before still loads, and pushing again works."""
-    pair[2].push_to_hub(NAME)
+    saved_pair[2].push_to_hub(NAME)
     hub.fail(kind, "PUT", "/lfs/", times=20)
-    push_must_fail(changed(pair[2]), hub.repositories[NAME], OSError, "holds what it held before.*model.safetensors")
-    changed(pair[2]).save_pretrained(tmp_path / "draft")
+    push_must_fail(changed(saved_pair[2]), hub.repositories[NAME], OSError, "holds what it held before.*model.safetensors")
+    changed(saved_pair[2]).save_pretrained(tmp_path / "draft")
     result = CliRunner().invoke(app, ["push", str(tmp_path / "draft"), NAME])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith(f"error: {NAME} holds what it held before")
-    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    assert is_same(PrismDraftModel.from_pretrained(NAME), saved_pair[2])
     hub.faults.clear()
-    changed(pair[2]).push_to_hub(NAME)
-    assert is_same(PrismDraftModel.from_pretrained(NAME), changed(pair[2]))
+    changed(saved_pair[2]).push_to_hub(NAME)
+    assert is_same(PrismDraftModel.from_pretrained(NAME), changed(saved_pair[2]))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [(401, "401"), (404, "404|not a valid model"), (429, "429"), ("cut", "Can't load the model"), ("size", "should be of size")],
 )
-def test_a_download_that_fails_gives_no_draft(hub, pair, kind, message):
+def test_a_download_that_fails_gives_no_draft(hub, saved_pair, kind, message):
     """Of the weights, the last thing that is loaded; afterwards the draft is whole."""
-    pair[2].push_to_hub(NAME)
+    saved_pair[2].push_to_hub(NAME)
     hub.fail(kind, "GET", "model.safetensors", times=20)
     with pytest.raises(OSError, match=message):
         PrismDraftModel.from_pretrained(NAME)
     hub.faults.clear()
-    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    assert is_same(PrismDraftModel.from_pretrained(NAME), saved_pair[2])
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model-00002-of-"])
 @pytest.mark.parametrize("kind", [401, 404, 429, "cut", "size"])
-def test_every_file_of_a_draft_is_needed(hub, pair, kind, name):
+def test_every_file_of_a_draft_is_needed(hub, saved_pair, kind, name):
     """transformers makes up a generation config where the download of one fails, and so would lose the draft's trees."""
-    pair[2].push_to_hub(NAME, max_shard_size="20KB")
+    saved_pair[2].push_to_hub(NAME, max_shard_size="20KB")
     hub.fail(kind, "GET", f"/{name}", times=40)
     # A connection that is lost among several shards is told as the HTTP client tells it.
     with pytest.raises(Exception, match=r"me/tiny-PRISM|should be of size|peer closed connection"):
         PrismDraftModel.from_pretrained(NAME)
     hub.faults.clear()
     draft = PrismDraftModel.from_pretrained(NAME)
-    assert is_same(draft, pair[2])
-    assert draft.generation_config.to_dict() == pair[2].generation_config.to_dict()
+    assert is_same(draft, saved_pair[2])
+    assert draft.generation_config.to_dict() == saved_pair[2].generation_config.to_dict()
 
 
-def test_a_draft_without_its_trees_is_refused(pair, tmp_path):
+def test_a_draft_without_its_trees_is_refused(saved_pair, tmp_path):
     """In a folder too; trees that are given take their place."""
-    pair[2].save_pretrained(tmp_path)
+    saved_pair[2].save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(OSError, match="generation_config.json"):
         PrismDraftModel.from_pretrained(tmp_path)
-    given = PrismDraftModel.from_pretrained(tmp_path, generation_config=pair[2].generation_config)
-    assert given.generation_config.tree == pair[2].generation_config.tree
+    given = PrismDraftModel.from_pretrained(tmp_path, generation_config=saved_pair[2].generation_config)
+    assert given.generation_config.tree == saved_pair[2].generation_config.tree
 
 
 @pytest.mark.parametrize("kind", [429, "cut"])
-def test_a_download_is_tried_again(hub, pair, kind):
+def test_a_download_is_tried_again(hub, saved_pair, kind):
     """And goes on where it was cut off."""
-    pair[2].push_to_hub(NAME)
+    saved_pair[2].push_to_hub(NAME)
     hub.fail(kind, "GET", "model.safetensors", times=2)
-    assert is_same(PrismDraftModel.from_pretrained(NAME), pair[2])
+    assert is_same(PrismDraftModel.from_pretrained(NAME), saved_pair[2])
     ranges = [request.split()[2] for request in hub.requests if "model.safetensors bytes=" in request]
     assert len(ranges) == (2 if kind == "cut" else 0)

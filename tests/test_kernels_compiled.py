@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ pytest.importorskip("triton")
 
 from kernel_traffic import TRAFFIC
 
-from transformers_prism.bench import kernels as bench
+import transformers_prism
+from benchmarks import compile_kernels as bench
+from transformers_prism.bench.kernels import kernel_modules, relative_error
 from transformers_prism.cli.main import app
 from transformers_prism.kernels import context_alignment_attention, top_k_log_prob, tree_attention
 
-KERNELS = sorted(bench.kernel_modules())
+KERNELS = sorted(kernel_modules())
 NUM_MULTIPROCESSORS = 132  # of an H100 and an H200; an A100 has 108. Source: NVIDIA's data sheets.
 TILED = ["context_alignment_attention", "top_k_log_prob", "tree_attention"]
 
@@ -73,7 +76,7 @@ def test_every_tile_is_among_those_compiled(kernel):
     """No shape of a head dimension of 32 or more makes a launcher choose what the test above has not compiled."""
     wanted = tiles_by_shape(kernel)
     names = {name for tiles in wanted for name, _ in tiles}
-    launches = [launch for case in bench.kernel_modules()[kernel].every_tile() for launch in bench.launches_of(case)]
+    launches = [launch for case in bench.cases_of_every_tile(kernel) for launch in bench.launches_of(case)]
     compiled = {tuple(sorted((k, v) for k, v in launch.kwargs.items() if k in names)) for launch in launches}
     assert wanted <= compiled
 
@@ -81,12 +84,24 @@ def test_every_tile_is_among_those_compiled(kernel):
 @pytest.mark.quick
 def test_spills_are_seen():
     """The figures are real: a kernel that is denied registers is caught."""
-    launch = bench.launches_of(bench.kernel_modules()["compact_cache"].cases()[3])[0]
+    launch = bench.launches_of(kernel_modules()["compact_cache"].cases()[3])[0]
     launch.kwargs["maxnreg"] = 24
     figures = bench.compile_launch(launch, "sm_90")
     assert figures["spill_bytes"] > 0
     with pytest.raises(AssertionError):
         check_rows([{"arch": "sm_90", **figures}])
+
+
+@pytest.mark.quick
+def test_figures_are_kept_and_no_launch_is_compiled_twice(monkeypatch):
+    """The assembler does not run again for a kernel that it has seen, and equal launches of several cases are one row."""
+    rows = bench.compile_all(["compact_cache"], ["sm_90"])
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **kwargs: pytest.fail("the assembler ran again"))
+    assert bench.compile_all(["compact_cache"], ["sm_90"]) == rows
+    case, compiled = kernel_modules()["compact_cache"].cases()[0], []
+    monkeypatch.setattr(kernel_modules()["compact_cache"], "cases", lambda: [case, case])
+    monkeypatch.setattr(bench, "compile_launch", lambda *launch: compiled.append(launch) or {})
+    assert len(bench.compile_all(["compact_cache"], ["sm_90"])) == len(compiled) == 1
 
 
 @pytest.mark.quick
@@ -110,8 +125,8 @@ def test_kernel_moves_no_more_than_it_should(kernel, num_nodes):
 def test_bench_kernels_writes_rows(tmp_path):
     """The command prints the table and writes rows with the six keys."""
     file = tmp_path / "compiled.json"
-    arguments = ["bench", "kernels", "--compile-only", "--kernel", "compact_cache", "--arch", "sm_90"]
-    result = CliRunner().invoke(app, [*arguments, "--json", str(file)], env={"COLUMNS": "200"})
+    arguments = ["--kernel", "compact_cache", "--arch", "sm_90"]
+    result = CliRunner().invoke(bench.app, [*arguments, "--json", str(file)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())["rows"]
     assert rows
@@ -128,23 +143,23 @@ def test_bench_kernels_needs_a_gpu_to_measure():
         pytest.skip("there is a GPU")
     result = CliRunner().invoke(app, ["bench", "kernels"])
     assert result.exit_code == 1
-    assert "expected a device of ('cuda', 'xpu'), got cpu; --compile-only needs none" in result.output
+    assert "expected a device of ('cuda', 'xpu'), got cpu" in result.output
 
 
 @pytest.mark.quick
 def test_readme_holds_every_compiled_kernel():
     """The table in kernels/README.md was written by the command for the kernels that exist."""
-    text = (bench.Path(bench.__file__).parent.parent / "kernels" / "README.md").read_text(encoding="utf-8")
-    for module in bench.kernel_modules().values():
+    text = (Path(transformers_prism.__file__).parent / "kernels" / "README.md").read_text(encoding="utf-8")
+    for module in kernel_modules().values():
         for case in module.cases():
             for launch in bench.launches_of(case):
                 assert f"`{launch.function.__name__.strip('_')}`" in text
-                assert launch.constants in text, "run: transformers-prism bench kernels --compile-only --readme"
+                assert launch.constants in text, "run: python -m benchmarks.compile_kernels --readme"
 
 
 @pytest.mark.gpu
 def test_kernels_equal_pytorch_on_the_gpu():
     """Every case of every kernel, as the bench checks it."""
-    for name, module in bench.kernel_modules().items():
+    for name, module in kernel_modules().items():
         for case in module.cases():
-            assert bench.relative_error(case, "cuda") <= case.tolerance, (name, case.config)
+            assert relative_error(case, "cuda") <= case.tolerance, (name, case.config)

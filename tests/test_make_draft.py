@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from tiny_models import chat_tokenizer, tiny_target, word_tokenizer
+from tiny_models import chat_tokenizer, save_chat_target, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
@@ -27,9 +27,7 @@ def small_steps(monkeypatch):
 @pytest.fixture
 def model(tmp_path):
     """A target with a chat template."""
-    tiny_target("llama", seed=3).save_pretrained(tmp_path / "model")
-    chat_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_chat_target(tmp_path / "model")
 
 
 def words(model, *more) -> list[str]:
@@ -127,7 +125,7 @@ def test_a_chat_template_can_be_given(tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(model)
     prompts = [{"prompt": f"w{number} w{number + 1} w{number + 2}"} for number in range(10, 40)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    write_lines(tmp_path / "prompts.jsonl", prompts)
     options = ("--chat-template", tmp_path / "template.jinja", "--prompts", tmp_path / "prompts.jsonl")
     assert "with made" in run(model, *options)
     settings = json.loads((tmp_path / "made.work" / "data-0" / "provenance.json").read_text())

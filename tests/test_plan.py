@@ -6,7 +6,7 @@ import re
 
 import pytest
 from test_training import settings, write_data
-from tiny_models import chat_tokenizer, tiny_draft, tiny_target
+from tiny_models import save_chat_target, tiny_draft, tiny_target
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
@@ -23,9 +23,7 @@ ONE_STAGE = {"single_step_epochs": 0.0, "warm_up_epochs": 0.0, "split_epochs": 1
 @pytest.fixture
 def folder(tmp_path):
     """A target in a folder."""
-    tiny_target("llama", seed=3).save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
-    return tmp_path
+    return save_chat_target(tmp_path / "target").parent
 
 
 @pytest.fixture
@@ -44,9 +42,7 @@ def trained(monkeypatch):
 
 def test_plan_says_what_a_run_does_and_writes_nothing(tmp_path, monkeypatch):
     """Updates, tokens and features are what the run then has."""
-    target = tiny_target("llama", seed=3)
-    target.save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
+    save_chat_target(tmp_path / "target")
     data = write_data(tmp_path / "data.jsonl")
     options = ["--data", str(data), "--target", str(tmp_path / "target"), "--output", str(tmp_path / "run")]
     options += ["--draft_vocab_size", "40", "--batch_size", "4", "--split_epochs", "0", "--use_cpu"]
@@ -68,9 +64,7 @@ def test_plan_says_what_a_run_does_and_writes_nothing(tmp_path, monkeypatch):
 
 def test_plan_estimates_hours_from_a_speed(tmp_path, monkeypatch):
     """Ten times the speed, a tenth of the hours; online features need no disk, but the target again in each epoch."""
-    target = tiny_target("llama", seed=3)
-    target.save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
+    save_chat_target(tmp_path / "target")
     options = {"target": str(tmp_path / "target"), "recipe": "hass"}
     hours = {
         speed: re.findall(r"([\d.e-]+) hours", describe_plan(settings(tmp_path, teraflops=speed, **options)))

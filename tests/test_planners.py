@@ -3,29 +3,17 @@
 import pytest
 import torch
 from test_automatic import ARGUMENTS, LENGTH, always_right, batch_trees
-from tiny_models import generate_twice, prompts, scripted_draft, tiny_draft, varied_target
+from tiny_models import generate_twice, prompts, scripted_pair, tiny_draft, varied_target
 
 from transformers_prism.decoding.round_values import plain_step
-from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
 from transformers_prism.policy.experience import PlanValues
 from transformers_prism.policy.planners import AheadOfRound, Lesson, Outlook
 
-pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(autouse=True)
-def planned():
-    """What accelerators do, which a CPU does not do by itself."""
-    with treating_cpus_as_accelerators():
-        yield
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("device_walk")]
 
 
 def scripted(num_rows, **settings):
-    """Target, draft and prompts; the draft is right and wrong about plain decoding's text."""
-    input_ids, mask = prompts(num_rows)
-    target = varied_target("llama", input_ids, mask, **LENGTH)
-    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
-    return target, scripted_draft(target, plain, input_ids.shape[1], tree="auto", **settings), input_ids, mask
+    return scripted_pair(num_rows, ARGUMENTS, tree="auto", **settings)
 
 
 def make_planner(**settings) -> AheadOfRound:

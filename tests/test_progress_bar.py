@@ -57,21 +57,14 @@ def test_a_goal_may_grow(clock):
         assert bar.text() == "10 of 20, 10/s, 0:00:01 left"
 
 
-def test_other_processes_show_nothing(clock):
+@pytest.mark.parametrize(("rank", "options"), [("0", {"is_shown": False}), ("1", {})])
+def test_only_the_first_process_shows_a_bar(clock, monkeypatch, rank, options):
+    monkeypatch.setenv("RANK", rank)
     console = console_of(False)
-    with ProgressBar("features", 10, console=console, is_shown=False) as bar:
+    with ProgressBar("features", 10, console=console, **options) as bar:
         clock[0] += 60.0
         bar.advance()
         bar.print("a row")
-    assert console.file.getvalue() == ""
-
-
-def test_only_the_first_process_shows_a_bar(clock, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    console = console_of(False)
-    with ProgressBar("features", 10, console=console) as bar:
-        clock[0] += 60.0
-        bar.advance()
     assert console.file.getvalue() == ""
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from test_published_set import LENGTH, run_without_package
-from tiny_models import prompts, tiny_draft, tiny_target
+from tiny_models import prompts
 from typer.testing import CliRunner
 
 from transformers_prism.cli.main import app
@@ -25,18 +25,10 @@ OLD = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A target and its folder, and a draft for it."""
-    target, folder = tiny_target("llama", 3), tmp_path_factory.mktemp("target")
-    target.save_pretrained(folder)
-    return target, folder, tiny_draft(target)
-
-
 @pytest.fixture
-def repository(hub, pair):
+def repository(hub, saved_pair):
     """A draft's repository with the code of an earlier release."""
-    pair[2].push_to_hub(NAME)
+    saved_pair[2].push_to_hub(NAME)
     repository = hub.repositories[NAME]
     repository.commit("main", {**files_of(repository), **OLD})
     hub.requests.clear()
@@ -87,9 +79,9 @@ print([results, draft.last_speculation.declined, draft.last_speculation.accepted
 """
 
 
-def test_a_renewed_draft_loads_and_drafts(hub, repository, pair, tmp_path):
+def test_a_renewed_draft_loads_and_drafts(hub, repository, saved_pair, tmp_path):
     """Where the package is not installed; with the old code it did not load."""
-    target, folder, draft = pair
+    target, folder, draft = saved_pair
     settings = {
         **{"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
         **{"HF_HUB_CACHE": str(tmp_path / "other cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")},

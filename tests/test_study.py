@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from test_training import write_data
-from tiny_models import chat_tokenizer, tiny_target
+from tiny_models import save_chat_target, write_lines
 from typer.testing import CliRunner
 
 from benchmarks.study import RECIPES, Run, StudyConfig, _lock_path, _share_runs, app, plan_runs
@@ -42,12 +42,11 @@ KEYS = {
 @pytest.fixture
 def folder(tmp_path):
     """A target, conversations and prompts."""
-    tiny_target("llama", seed=3).save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
+    save_chat_target(tmp_path / "target")
     write_data(tmp_path / "data.jsonl", num_conversations=40)
-    with open(tmp_path / "prompts.jsonl", "w") as file:
-        for number, task in enumerate(("writing", "qa", "rag")):
-            file.write(json.dumps({"question_id": number, "category": task, "turns": [f"w{10 + number} w20"]}) + "\n")
+    tasks = enumerate(("writing", "qa", "rag"))
+    prompts = [{"question_id": number, "category": task, "turns": [f"w{10 + number} w20"]} for number, task in tasks]
+    write_lines(tmp_path / "prompts.jsonl", prompts)
     return tmp_path
 
 

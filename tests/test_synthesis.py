@@ -9,7 +9,7 @@ import pytest
 import torch
 from compatibility_runs import Case
 from pretend_accelerator import PretendedAccelerator, move_model
-from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, tiny_target
+from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, save_chat_target, tiny_target, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.cli.main import app
@@ -223,10 +223,8 @@ def test_processes_share_the_work(tmp_path, target):
 
 def test_the_command_shares_the_work(tmp_path, target):
     """Started twice on a machine without an accelerator: the processes know of each other."""
-    target.save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(40)))
+    save_chat_target(tmp_path / "target", target)
+    prompts = write_lines(tmp_path / "prompts.jsonl", ({"messages": chat} for chat in chats(40)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "transformers_prism.cli.main", "synthesize", "--output", str(tmp_path / "data")]
     command += ["--target", str(tmp_path / "target"), "--prompts", str(prompts), "--num-tokens", "400"]

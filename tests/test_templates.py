@@ -4,7 +4,7 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, chat_tokenizer, word_tokenizer
 
 from transformers_prism.training.data.chats import NoAnswer, RowError, chat_of
-from transformers_prism.training.data.templates import ChatPieces, opening, render, tokenized_chat
+from transformers_prism.training.data.templates import between_turns, opening, render, tokenized_chat
 
 pytestmark = pytest.mark.quick
 
@@ -183,12 +183,12 @@ def test_a_call_from_a_row_is_trained_as_it_is():
 
 def test_template_pieces():
     tokenizer = chat_tokenizer()
-    assert ChatPieces.of(tokenizer) == ChatPieces(" <end> <assistant> ", " <end> <user> ")
+    assert between_turns(tokenizer) == (" <end> <assistant> ", " <end> <user> ")
     assert opening(tokenizer) == "<user> "
     assert opening(tokenizer, "w30") == "<system> w30 <end> <user> "
     tokenizer.chat_template = "{% for turn in messages if turn['role'] == 'user' %}{{ turn['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match=r"expected one that writes user and assistant turns once each, got \[1, 0, 1\]"):
-        ChatPieces.of(tokenizer)
+        between_turns(tokenizer)
 
 
 def test_render_takes_a_prompt():

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from test_training import settings, write_data
-from tiny_models import chat_tokenizer, tiny_target
+from tiny_models import save_chat_target, tiny_target
 from transformers import Trainer
 
 from transformers_prism import PrismDraftModel
@@ -33,9 +33,7 @@ OPTIONS = {
 @pytest.fixture
 def folders(tmp_path):
     """A target in a folder, and data of 24 conversations of which 16 are trained on."""
-    target = tiny_target("llama", seed=3)
-    target.save_pretrained(tmp_path / "target")
-    chat_tokenizer().save_pretrained(tmp_path / "target")
+    save_chat_target(tmp_path / "target")
     write_data(tmp_path / "data.jsonl", num_conversations=24)
     return tmp_path
 

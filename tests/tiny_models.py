@@ -1,6 +1,8 @@
 """Tiny random targets of many architectures, and a draft that is scripted to be right and wrong at random places."""
 
+import json
 import random
+from pathlib import Path
 
 import torch
 import transformers
@@ -216,6 +218,16 @@ def scripted_draft(target, plain_sequences, prompt_length: int, seed=0, is_stric
     return draft
 
 
+def scripted_pair(num_rows: int, decoding: dict, architecture: str = "llama", **settings):
+    """Target, prompts with their mask, and a draft that is right and wrong about what plain decoding emits with seed 5."""
+    input_ids, mask = prompts(num_rows)
+    length = {name: decoding[name] for name in ("max_new_tokens", "pad_token_id")}
+    target = varied_target(architecture, input_ids, mask, **length)
+    torch.manual_seed(5)
+    plain = target.generate(input_ids, attention_mask=mask, **decoding)
+    return target, scripted_draft(target, plain, input_ids.shape[1], **settings), input_ids, mask
+
+
 def generate_twice(target, draft, input_ids, attention_mask=None, seed: int = 5, **kwargs):
     """Plain output, output with the draft, and whether both left the global generator in the same state."""
     states = []
@@ -261,3 +273,16 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         additional_special_tokens=list(special[4:]),
     )
+
+
+def save_chat_target(folder: Path, target=None) -> Path:
+    """Save a target, or the usual tiny one, with a tokenizer that has a chat template; returns the folder."""
+    (tiny_target("llama", seed=3) if target is None else target).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_lines(path: Path, rows) -> Path:
+    """Write JSON lines; returns the file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -11,6 +11,7 @@ Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lack
 import contextlib
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class BorrowedLayers:
     embedding: nn.Embedding
     head: nn.Linear
     sizes: tuple  # of the vocabulary, the embedding and the head, which can be resized in place
-    head_rows: nn.Linear | None = None  # the head's rows for the draft vocabulary
+    head_rows: Any = None  # the head's rows for the draft vocabulary
     rows_version: tuple = ()
 
     @classmethod
@@ -93,11 +94,10 @@ class BorrowedLayers:
         return None if weight is None else weight.shape[0]
 
     def gather_rows(self, draft_to_target: torch.Tensor, draft_layer: nn.Linear, looks_closely: bool) -> None:
-        """Keep the head's rows of a draft vocabulary; gathered again if the head's weight is another one, or was moved,
-        cast or written to.
+        """Keep the head's rows of a draft vocabulary `(W,)`; gathered again if the head's weight is another one, or
+        was moved, cast or written to.
 
         Args:
-            draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
             draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
             looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
                 `.data`, by a comparison that synchronises with the device.
@@ -153,12 +153,7 @@ class BorrowedLayers:
 
 
 class ChosenLogits(nn.Module):
-    """Logits of some tokens by a head's own forward, which follows whatever the head computes now.
-
-    Args:
-        head (`nn.Module`): the target's.
-        token_ids (`torch.LongTensor` of shape `(W,)`): the tokens.
-    """
+    """Logits of some tokens `(W,)` by a head's own forward, which follows whatever the head computes now."""
 
     bias = None
 
@@ -179,16 +174,10 @@ class ChosenLogits(nn.Module):
 
 
 class TextRows:
-    """The head's rows for tokens of a text that the draft vocabulary lacks; logits over both have the text's last.
+    """The head's rows for K tokens of a text that the draft vocabulary lacks; logits over both have the text's last.
 
-    A text grows, so its rows lie in several layers, each at least twice as long as the next: what a new token costs does
-    not grow with the text.
-
-    Args:
-        draft_to_target (`torch.LongTensor` of shape `(W,)`): the draft vocabulary.
-        draft_head (`nn.Linear`): its rows.
-        text_ids (`torch.LongTensor` of shape `(K,)`): the tokens that it lacks.
-        rows (`nn.Linear`): theirs.
+    A text grows, so its rows lie in several layers, each at least twice as long as the next: what a new token costs
+    does not grow with the text.
     """
 
     def __init__(self, draft_to_target: torch.Tensor, draft_head: nn.Linear, text_ids: torch.Tensor, rows: nn.Linear):
@@ -203,7 +192,7 @@ class TextRows:
         self.text_ids = torch.cat((self.text_ids, token_ids.to(self.text_ids.device)))
         self._token_ids = None
         if self._weight is not None:
-            self._append_weight(rows.weight.detach())
+            self._weight = self._with_more(self._weight, rows.weight.detach())
         self.parts.append(rows)
         while len(self.parts) > 1 and 2 * self.parts[-1].out_features > self.parts[-2].out_features:
             self.parts[-2:] = [_joined(*self.parts[-2:])]
@@ -232,13 +221,12 @@ class TextRows:
         parts = (self.draft_head, *self.parts)
         return None if self.parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
 
-    def _append_weight(self, new: torch.Tensor) -> None:
+    def _with_more(self, weight: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         end = len(self.draft_to_target) + len(self.text_ids)
-        if end > len(self._weight):
-            room = self._weight.new_empty((end // 8, new.shape[1]))
-            self._weight = torch.cat((self._weight[: end - len(new)], new, room))
-        else:
-            self._weight[end - len(new) : end] = new
+        if end > len(weight):
+            return torch.cat((weight[: end - len(new)], new, weight.new_empty((end // 8, new.shape[1]))))
+        weight[end - len(new) : end] = new
+        return weight
 
 
 def _joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
@@ -259,13 +247,8 @@ def _frozen(weight: torch.Tensor, bias: torch.Tensor | None, kind: type[PackedLi
 
 
 def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLinear] | None) -> nn.Linear:
-    """A layer of some rows of a head, without gradients.
-
-    Args:
-        head (`nn.Linear`): the target's, with weights in floating point.
-        token_ids (`torch.LongTensor` of shape `(n,)`): the rows.
-        kind (`type`, *optional*): how it is to be packed for a CPU.
-    """
+    """A layer of some rows `(n,)` of a head with weights in floating point, without gradients, packed for a CPU as
+    `kind` says."""
     bias = getattr(head, "bias", None)
     token_ids = token_ids.to(head.weight.device)
     # Rows that were gathered in inference mode serve a training step later, too.
@@ -274,7 +257,7 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
         return _frozen(head.weight.detach()[token_ids], None if bias is None else bias.detach()[token_ids], kind)
 
 
-def float_weight(layer: nn.Module) -> torch.Tensor | None:
+def float_weight(layer: Any) -> torch.Tensor | None:
     """The weight of a layer if it is a matrix of numbers as they are: not quantised, nor behind a method."""
     return layer.weight if has_plain_weight(layer) else None
 
@@ -283,12 +266,12 @@ def float_weight(layer: nn.Module) -> torch.Tensor | None:
 def _dequantised_rows(head: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Rows of a quantised head as plain numbers, and their biases; None where it does not tell them."""
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    readers: list = [getattr(head, "dequantize", None)]
+    readers: list[Any] = [getattr(head, "dequantize", None)]
     if isinstance(weight, torch.Tensor) and type(weight).dequantize is not torch.Tensor.dequantize:
         readers.insert(0, weight.dequantize)
     with torch.inference_mode(False), contextlib.suppress(RuntimeError, TypeError, NotImplementedError, AttributeError):
         for read in filter(callable, readers):
-            numbers: torch.Tensor = read()  # type: ignore[operator]
+            numbers: Any = read()
             ids = token_ids.to(numbers.device)
             rows = nn.functional.embedding(ids, numbers).clone(), None if bias is None else bias[ids].clone()
             state = torch.linspace(-1, 1, numbers.shape[1], device=numbers.device, dtype=numbers.dtype)[None]
@@ -309,13 +292,8 @@ def _check_rows(draft_to_target: torch.Tensor, num_rows: int) -> None:
 
 
 def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Where a layer of a target takes its inputs, and in which dtype.
-
-    Args:
-        layer (`nn.Module`): the embedding or the head.
-        target (`PreTrainedModel`): whose it is.
-        dtype (`torch.dtype`): of what comes in, which a quantised weight takes as it is.
-    """
+    """Where the embedding or the head of a target takes its inputs, and in which dtype; a quantised weight takes that
+    of what comes in."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
         return target.device, target.dtype

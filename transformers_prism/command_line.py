@@ -1,4 +1,4 @@
-"""The command behind a figure or a draft, as their records tell it."""
+"""The command behind a figure or a draft, and versions, as their records tell them."""
 
 import re
 import sys
@@ -20,4 +20,6 @@ def this_command() -> str:
     return command_line([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
 
 
-__all__ = ["command_line", "this_command"]
+def versions() -> dict[str, str]:
+    """Versions of what computed something."""
+    return {name: sys.modules[name].__version__ for name in ("transformers_prism", "torch", "transformers")}

@@ -19,8 +19,8 @@ _MOST_WEIGHTS = 10**11
 
 
 def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
-    """Low, middle and high indices into `hidden_states` of a target with `num_hidden_layers` layers (index 0 is the
-    embedding, `num_hidden_layers` the last state after the final norm).
+    """Low, middle and high indices into `hidden_states` of a target (0 is the embedding, `num_hidden_layers` the last
+    state after the final norm).
 
     Source: PRISM artifact (3, 17 and 30 of 32), made relative to depth.
     """
@@ -31,12 +31,9 @@ def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
 
 
 def target_numerics(target_config) -> dict:
-    """The scalar operations that a target applies around its embedding and its vocabulary head.
+    """What a target multiplies its embedding (outside the embedding module) and logits by, and the soft-cap of its
+    logits.
 
-    Args:
-        target_config (`PreTrainedConfig`): text configuration of the target.
-    Returns:
-        `dict` with `embedding_scale` (applied outside the embedding module), `logit_scale` and `logit_softcap`.
     Source: transformers' modeling files of granite (`embedding_multiplier`, `logits_scaling`), cohere (`logit_scale`)
     and gemma (`final_logit_softcapping`; gemma scales inside its embedding module).
     """
@@ -54,10 +51,8 @@ def target_numerics(target_config) -> dict:
 
 
 def num_target_layers(target_config) -> int:
-    """Layers of a target whose states it returns: `hidden_states` holds one more, that of the embedding.
+    """Layers of a target, by its text configuration: `hidden_states` holds one more, that of the embedding.
 
-    Args:
-        target_config (`PreTrainedConfig`): text configuration of the target.
     Raises:
         ValueError: if it tells of none.
     """
@@ -389,11 +384,9 @@ class PrismConfig(PreTrainedConfig):
         return self.draft_step_to_module[min(draft_step, len(self.draft_step_to_module) - 1)]
 
     def target_differences(self, target_config, tokenizer=None) -> tuple[list[str], list[str]]:
-        """Compare a target with what this draft was made for, part by part of the fingerprint; unknown parts are equal.
+        """Compare a target with what this draft was made for, part by part of the fingerprint; unknown parts are
+        equal.
 
-        Args:
-            target_config (`PreTrainedConfig`): the target's.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): the target's.
         Returns:
             `tuple` of two lists of sentences: why the two cannot work together, and why fewer tokens may be accepted.
         """
@@ -460,14 +453,8 @@ class PrismConfig(PreTrainedConfig):
 
 
 def target_fingerprint(target_config, tokenizer=None) -> dict:
-    """What identifies a target, part by part; parts that cannot be known here are None.
-
-    Args:
-        target_config (`PreTrainedConfig`): the target's configuration.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, whose vocabulary is hashed.
-    Returns:
-        `dict` with the keys `FINGERPRINT_PARTS`. `name` is a Hub id or None: a folder's path says nothing elsewhere.
-    """
+    """What identifies a target, by the keys `FINGERPRINT_PARTS`; parts that cannot be known here are None. The
+    tokenizer's vocabulary is hashed. `name` is a Hub id or None: a folder's path says nothing elsewhere."""
     text = target_config.get_text_config()
     name = name_of(target_config) or None
     if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
@@ -483,13 +470,7 @@ def target_fingerprint(target_config, tokenizer=None) -> dict:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """sha256 of a tokenizer's vocabulary, tokens and ids, in the order of ids.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): any tokenizer with `get_vocab`.
-    Returns:
-        `str`: 64 hexadecimal digits.
-    """
+    """sha256 of a tokenizer's vocabulary, tokens and ids, in the order of ids; 64 hexadecimal digits."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 

@@ -190,11 +190,7 @@ class HalfLinear(PackedLinear):
 
 
 class WeightCheck:
-    """A forward pre-hook of a prepared model: packs again what was written to, before a sequence begins.
-
-    Args:
-        linears (`list[PackedLinear]`): the model's.
-    """
+    """A forward pre-hook of a prepared model: packs again what was written to, before a sequence begins."""
 
     def __init__(self, linears: list[PackedLinear]):
         self.linears = linears
@@ -255,12 +251,7 @@ def trusting_packed_weights() -> Iterator[None]:
 
 
 class PreparedModels:
-    """What [`prepare_for_cpu`] changed, and its undo; as a context manager it undoes at the end.
-
-    Args:
-        linears (`list[PackedLinear]`): that were prepared.
-        checks (`list[WeightCheck]`): hooks of the models.
-    """
+    """What [`prepare_for_cpu`] changed, and its undo; as a context manager it undoes at the end."""
 
     def __init__(self, linears: list[PackedLinear], checks: list[WeightCheck] | None = None):
         self.linears, self.checks = linears, checks or []
@@ -271,11 +262,7 @@ class PreparedModels:
         return sum(linear.weight.numel() * linear.BYTES_PER_WEIGHT for linear in self.linears)
 
     def refresh(self) -> int:
-        """Check all weights now, and pack again what was written to, however it was.
-
-        Returns:
-            `int`: layers that were packed again.
-        """
+        """Check all weights now, and pack again what was written to, however it was; returns how many layers were."""
         return sum(linear.refresh() for linear in self.linears)
 
     def undo(self) -> None:
@@ -283,7 +270,7 @@ class PreparedModels:
         for check in self.checks:
             check.handle.remove()
         for linear in self.linears:
-            linear.__class__ = nn.Linear
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
             for name in ("_packed", "packed_from", "packed_to"):
                 linear.__dict__.pop(name, None)
         self.linears, self.checks = [], []

@@ -48,8 +48,7 @@ class ServedTarget:
     """The target that answers are drafted for.
 
     Args:
-        name (`str`): the model's id for clients.
-        draft_name (`str`): the draft's, shown by `/v1/models`.
+        name, draft_name (`str`): the model's id for clients; the draft's, shown by `/v1/models`.
         load (`Callable`): returns target, tokenizer and the draft bound to it; called again after they were unloaded.
         model_timeout (`int`): seconds without a request after which target and draft are unloaded; -1 is never.
         allows_other_models (`bool`): whether a request may name another model, which then decodes without a draft.
@@ -115,11 +114,7 @@ def _number(body: dict, name: str, kind: type, at_least: float = -math.inf):
 
 
 class ClientWatch:
-    """ASGI application around another: notices during an answer that its client has hung up.
-
-    Args:
-        app: the application.
-    """
+    """ASGI application around another: notices during an answer that its client has hung up."""
 
     def __init__(self, app):
         self.app = app
@@ -154,12 +149,8 @@ class ClientWatch:
 
 
 class Models(parts.ModelManager):  # type: ignore[name-defined]
-    """Loads models as transformers does, and the served target with its draft.
-
-    Args:
-        served (`ServedTarget`): the target.
-        options: of transformers' ModelManager, for other models.
-    """
+    """Loads models as transformers does, and the served target with its draft; `options` are those of transformers'
+    ModelManager, for other models."""
 
     def __init__(self, served: ServedTarget, **options):
         super().__init__(model_timeout=served.model_timeout, **options)
@@ -292,15 +283,8 @@ class _DraftedCall:
 
 
 def report_of(num_tokens: int, seconds: float, speculation: Speculation | None) -> dict:
-    """What an answer reports in its usage.
-
-    Args:
-        num_tokens (`int`): new tokens.
-        seconds (`float`): of the whole generate() call, the prompt included.
-        speculation (`Speculation`, *optional*): the draft's statistics; None without a draft.
-    Returns:
-        `dict`: tokens per second; with a draft rounds and acceptance length, or why the draft was not used.
-    """
+    """What an answer reports in its usage: tokens per second, the prompt's time included; with a draft rounds and
+    acceptance length, or why the draft was not used."""
     report: dict = {"tokens": num_tokens, "seconds": round(seconds, 3)}
     report["tokens_per_second"] = round(num_tokens / seconds, 2) if seconds > 0 else None
     if speculation is None:
@@ -322,12 +306,8 @@ def summary_of(report: dict) -> str:
 
 
 class Generation(parts.GenerateManager):  # type: ignore[name-defined]
-    """Generates in one thread for all models and requests: they wait for each other, as the generator of random numbers
-    that gives a seed its meaning is one for all.
-
-    Args:
-        draft_of (`Callable`): the draft bound to a model, or None.
-    """
+    """Generates in one thread for all models and requests: they wait for each other, as the generator of random
+    numbers that gives a seed its meaning is one for all."""
 
     def __init__(self, draft_of: Callable):
         super().__init__()
@@ -422,14 +402,8 @@ def _error(message: str, status: int = 400) -> dict:
 
 
 def build_app(served: ServedTarget, **options):
-    """An ASGI application that serves a target with its draft, and has loaded them.
-
-    Args:
-        served (`ServedTarget`): what to serve.
-        options: `device`, `dtype`, ... of transformers' ModelManager, for other models than the target.
-    Returns:
-        the application; its attribute `models` is the `Models`.
-    """
+    """An ASGI application that serves a target with its draft, and has loaded them; its attribute `models` is the
+    `Models`, which `options` (`device`, `dtype`, ...) are for."""
     models = Models(served, **options)
     state = State(Generation(models.draft_of))
 
@@ -478,14 +452,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run_server(app, listener: socket.socket) -> None:
-    """Serve until interrupted.
-
-    Args:
-        app: of [`build_app`].
-        listener (`socket.socket`): of [`listen`].
-    """
+    """Serve until interrupted."""
     # An answer that is being written holds no process up for longer than this many seconds.
     uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5)).run(sockets=[listener])
-
-
-__all__ = ["NO_CONTINUOUS_BATCHING", "ServedTarget", "build_app", "listen", "report_of", "run_server", "summary_of"]

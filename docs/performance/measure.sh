@@ -73,9 +73,9 @@ measure() {
     earlier) at_commit 65a8405 rounds "auto, prepared, at 65a8405" ;;
     rounds) rounds "auto, prepared" ;;
     scaling)
-      transformers-prism bench scaling --modules 1 --modules 2 --modules 4 --modules 8 --nodes 3 --nodes 15 --nodes 63 \
+      python -m benchmarks.scaling --modules 1 --modules 2 --modules 4 --modules 8 --nodes 3 --nodes 15 --nodes 63 \
         --context 256 --context 2048 --context 7936 --json "$step.json" ;;
-    modules) transformers-prism bench scaling --modules 1 --modules 8 --num-rounds 200 --json "$step.json" ;;
+    modules) python -m benchmarks.scaling --modules 1 --modules 8 --num-rounds 200 --json "$step.json" ;;
     accepted_greedy) transformers-prism bench acceptance --prompts "$prompts" --temperature 0 --json "$step.json" ;;
     accepted_sampled) transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --json "$step.json" ;;
     uncoupled)

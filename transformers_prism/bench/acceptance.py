@@ -42,24 +42,14 @@ def packed_for_cpu(target, draft, packed: bool) -> PreparedModels:
 
 @torch.no_grad()
 def decode_prompts(
-    target,
-    draft,
-    questions: Iterable[tuple[str, dict]],
-    tree: str,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    is_coupled: bool = True,
-    advance: Callable[[], None] = lambda: None,
+    target, draft, questions: Iterable[tuple[str, dict]], tree: str, temperature: float, max_new_tokens: int,
+    seed: int, is_coupled: bool = True, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
-    """Decode prompts with a draft, one by one.
+    """Decode prompts with a draft, one by one; its tree settings are changed. At temperature 0 greedily.
 
     Args:
-        target, draft: the models, bound to each other; the draft's tree settings are changed.
         questions: task and generate()'s inputs of each prompt.
         tree (`str`): nodes/depth/top-k.
-        temperature (`float`): 0 is greedy.
-        max_new_tokens, seed (`int`): of each answer.
         is_coupled (`bool`): whether the draft uses the random numbers of sampling.
         advance: called after each answer.
     Returns:
@@ -90,12 +80,8 @@ def decode_prompts(
 
 
 def acceptance_figures(answers: list[dict]) -> dict:
-    """What [`decode_prompts`] found, summed up.
-
-    Returns:
-        `dict`: `num_rounds`, `num_committed`, their quotient `tau` (None without rounds), and
-        `share_of_answers_in_a_loop`, which flatters tau.
-    """
+    """What [`decode_prompts`] found, summed up: `num_rounds`, `num_committed`, their quotient `tau` (None without
+    rounds), and `share_of_answers_in_a_loop`, which flatters tau."""
     num_rounds, num_committed = (sum(one[name] for one in answers) for name in ("num_rounds", "num_committed"))
     tau = acceptance_length(num_committed, num_rounds)
     return {
@@ -107,28 +93,21 @@ def acceptance_figures(answers: list[dict]) -> dict:
 
 
 def bench_acceptance(
-    target,
-    draft,
-    questions: list[tuple[str, dict]],
-    settings: dict,
-    weights: str,
-    path: Path | None = None,
-    resume: bool = False,
-    advance: Callable[[], None] = lambda: None,
+    target, draft, questions: list[tuple[str, dict]], settings: dict, weights: str, path: Path | None = None,
+    resume: bool = False, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
     """Measure a draft with every tree at every temperature; the file is written after each of them.
 
     Args:
-        target, draft: the models, bound to each other.
         questions: task and generate()'s inputs of each prompt.
-        settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `coupled`, `packed`, and what else the file is
-            to record; `text_tokens` is the draft's own setting.
+        settings (`dict`): `trees`, `temperatures`, `max_new_tokens`, `seed`, `coupled`, `packed`, and what else the
+            file is to record; `text_tokens` is the draft's own setting.
         weights (`str`): [`weights_sha256`] of the draft.
-        path (`Path`, *optional*): of the measurement's file.
         resume (`bool`): keep what the file holds already.
         advance: called after each answer.
     Returns:
-        `list[dict]`: per tree and temperature [`acceptance_figures`], those of each task in `tasks`, and the `answers`.
+        `list[dict]`: per tree and temperature [`acceptance_figures`], those of each task in `tasks`, and the
+            `answers`.
     Raises:
         ValueError: for a tree that cannot be read, or a file of another measurement.
     """
@@ -171,15 +150,3 @@ def acceptance_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     lines = [[task, *taus([row["tasks"][task] for row in rows])] for task in rows[0]["tasks"]]
     loops = [f"{row['share_of_answers_in_a_loop']:.2f}" for row in rows]
     return heading, [*lines, ["all", *taus(rows)], ["share of answers in a loop", *loops]]
-
-
-__all__ = [
-    "TEMPERATURES",
-    "TREES",
-    "acceptance_figures",
-    "acceptance_rows",
-    "bench_acceptance",
-    "decode_prompts",
-    "packed_for_cpu",
-    "tree_settings",
-]

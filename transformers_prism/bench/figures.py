@@ -17,18 +17,7 @@ from transformers_prism.decoding.speculation import acceptance_length
 
 _PHASES = ("draft", "verify", "commit", "other")
 # The pages and cards tell of one method; of those that were measured, the first of these.
-_MAIN_KINDS = (
-    "auto",
-    "draft",
-    "static",
-    "chain",
-    "auto-no-ngrams",
-    "assisted",
-    "lookup",
-    "compiled",
-    "prepared",
-    "plain",
-)
+_MAIN_KINDS = "auto draft static chain auto-no-ngrams assisted lookup compiled prepared plain".split()
 
 
 def main_method(methods: list[Method]) -> Method:
@@ -37,16 +26,12 @@ def main_method(methods: list[Method]) -> Method:
 
 
 def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -> dict:
-    """Figures of one method over items.
+    """Figures of one method over items; `baselines` are the plain methods that were measured, the method's own first.
 
-    Args:
-        results: of [`bench_generate`].
-        method: which.
-        baselines: names of the plain methods that were measured, the method's own first.
     Returns:
         `dict`: counts of prompts, tau pooled and as the mean over prompts, milliseconds of a round, tokens per second,
-        and in "over" the ratios to each baseline; those to the method's own are also at the top level. None where there is
-        nothing to say.
+            and in "over" the ratios to each baseline; those to the method's own are also at the top level. None where
+            there is nothing to say.
     """
     outcomes = [result.outcomes[method.name] for result in results]
     taus = [
@@ -192,11 +177,8 @@ def method_rows(figures: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, parts in figures.items():
         one = parts["summary"]
-        round_ms = one["round_ms"] or {
-            "draft": None,
-            "verify": one["step_ms"] if name in baselines else None,
-            "rest": None,
-        }
+        plain_ms = {"draft": None, "verify": one["step_ms"] if name in baselines else None, "rest": None}
+        round_ms = one["round_ms"] or plain_ms
         rows.append(
             [
                 name,

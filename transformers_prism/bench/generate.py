@@ -24,13 +24,8 @@ _WARM_UP_TOKENS = 16
 
 @dataclass
 class Item:
-    """Prompts that are decoded together: one, or a batch.
-
-    Args:
-        question_ids: which prompts.
-        task: of all of them, or "mixed".
-        inputs: of generate(), `(B, T)`.
-    """
+    """Prompts that are decoded together, one or a batch: which, their task or "mixed", and inputs of generate(), `(B,
+    T)`."""
 
     question_ids: list
     task: str
@@ -43,7 +38,6 @@ def make_items(records: list[dict], rows: list[dict], batch_size: int, pad_token
     Args:
         records: in Spec-Bench's form.
         rows: inputs of generate() for each of them, `(1, T)`.
-        batch_size: rows decoded at once.
         pad_token_id: masked out, so that any id will do.
     Raises:
         ValueError: if a batch would be left with fewer rows.
@@ -129,19 +123,12 @@ class TokenClock(BaseStreamer):
 
 
 def bench_generate(
-    contest: Contest,
-    items: list[Item],
-    settings: dict,
-    repeat: int = 3,
-    seed: int = 0,
-    warm_up: int = 1,
-    advance: Callable[[], None] = lambda: None,
+    contest: Contest, items: list[Item], settings: dict, repeat: int = 3, seed: int = 0, warm_up: int = 1,
+    advance: Callable[[], None] = lambda: None
 ) -> Iterator[ItemResult]:
     """Time every method on every item; each result comes as soon as it is whole.
 
     Args:
-        contest: the models and methods.
-        items: what to decode.
         settings: further arguments of generate(), the same for all methods.
         repeat: how often each method is timed on each item; the methods take turns, each second time backwards.
         seed: set before every run, so that sampled runs can be compared.

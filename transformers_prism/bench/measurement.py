@@ -23,10 +23,7 @@ class GenerateMeasurement:
     """Settings of `bench generate`.
 
     Args:
-        methods: of [`parse_methods`].
         generate: arguments of generate() that all methods share.
-        prompts: name of the file.
-        batch_size: prompts decoded at once.
         context: tokens that prompts are brought to; None leaves them as they are.
         repeat, warm_up, seed: as for [`bench_generate`].
         assistant: name of the model for assisted decoding, or None.
@@ -43,17 +40,8 @@ class GenerateMeasurement:
     assistant: str | None = None
 
     def run(
-        self,
-        target,
-        tokenizer,
-        draft,
-        weights: str,
-        make_inputs: Callable[..., dict],
-        chosen: list[dict],
-        records: list[dict],
-        path: Path | None,
-        is_resumed: bool,
-        console: Console,
+        self, target, tokenizer, draft, weights: str, make_inputs: Callable[..., dict], chosen: list[dict],
+        records: list[dict], path: Path | None, is_resumed: bool, console: Console
     ) -> dict:
         """Measure, writing the file after every prompt or batch; returns what [`as_json`] makes of it.
 
@@ -61,11 +49,8 @@ class GenerateMeasurement:
             target, tokenizer, draft: the models, not prepared.
             weights: [`weights_sha256`] of the draft.
             make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
-            chosen: records to decode.
-            records: all of the file; the text of the others may lengthen prompts.
-            path: the file; None for no file.
+            chosen, records: those to decode, and all of the file; the text of the others may lengthen prompts.
             is_resumed: whether to keep what is in the file and to decode the rest.
-            console: for the bar and the lines of single prompts.
         Raises:
             ValueError: if the file is of other settings, or the settings cannot be served.
         """

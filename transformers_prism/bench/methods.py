@@ -20,16 +20,15 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, StaticCache
 
+from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
+from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
 # A random model that is as cheap as an assistant can be; what it proposes is almost never right.
 _RANDOM_ASSISTANT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2},
 }
 _STATIC_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
 DRAFT_KINDS = ("draft", "auto", "auto-no-ngrams", "chain", "static")
@@ -40,14 +39,8 @@ _SINGLE_ROW_KINDS = ("lookup", "assisted")
 
 @dataclass(frozen=True)
 class Method:
-    """A way of decoding.
-
-    Args:
-        name: as given, such as "static:10,6,59".
-        kind: the name without its numbers.
-        is_prepared: whether the target's weights are packed.
-        numbers: the numbers of the name.
-    """
+    """A way of decoding: its name as given, such as "static:10,6,59", its kind and numbers, and whether the target's
+    weights are packed."""
 
     name: str
     kind: str
@@ -78,12 +71,9 @@ class Method:
 
 
 def parse_methods(names: list[str], is_packed: bool, batch_size: int = 1) -> list[Method]:
-    """Methods by name, with the plain methods that they are compared with; those with the same target side by side.
+    """Methods by name, as at the head of this file, with the plain methods that they are compared with; those with the
+    same target are neighbours. `is_packed` says whether methods decode with the prepared target.
 
-    Args:
-        names: see the head of this file.
-        is_packed: whether methods decode with the prepared target.
-        batch_size: rows decoded at once.
     Raises:
         ValueError: if a name is unknown, comes twice, or cannot be served.
     """
@@ -121,11 +111,9 @@ def _parse(name: str, is_packed: bool) -> Method:
 class Contest:
     """The models of all methods in one process; the target is packed and unpacked as they need it.
 
+    Each method that uses the draft gets a copy, so that none learns from the rounds of another.
+
     Args:
-        target (`PreTrainedModel`): not prepared.
-        draft (`PrismDraftModel`): each method that uses it gets a copy, so that none learns from the rounds of another.
-        assistant (`PreTrainedModel`): for assisted decoding; None if no method asks for it.
-        methods (`list[Method]`): of [`parse_methods`].
         max_length (`int`): tokens of the longest prompt with its answer.
     Raises:
         ValueError: if assisted decoding is asked for without an assistant.
@@ -199,3 +187,18 @@ def load_assistant(name: str | None, target):
     if found != vocab_size:
         raise ValueError(f"assistant: expected the target's vocabulary of {vocab_size} tokens, got {found}")
     return model.to(device=target.device, dtype=target.dtype).eval()
+
+
+def random_draft(target, num_modules: int, tree_settings: dict, seed: int = 0) -> PrismDraftModel:
+    """An untrained draft of the target's width whose step k is served by module k; what it proposes does not matter."""
+    config = PrismConfig.from_target(
+        target,
+        num_processing_modules=num_modules,
+        draft_step_to_module=list(range(num_modules)),
+        context_kv="prefill_module",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        draft = PrismDraftModel(config).to(device=target.device, dtype=target.dtype).eval()
+    draft.generation_config.update(**{"tree": "static", **tree_settings})
+    return draft

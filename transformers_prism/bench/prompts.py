@@ -60,12 +60,9 @@ def choose_prompts(records: list[dict], num_prompts: int) -> list[dict]:
 
 
 class ContextFiller:
-    """Brings prompts to one length: longer by text of other records put before them, or shorter by their middle.
+    """Brings prompts to `num_tokens` tokens, the chat template's included: longer by text of other records put before
+    them, or shorter by their middle. Text of records that are measured would be copied from.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the target's.
-        records (`list[dict]`): whose text is used; not those that are measured, which would then be copied from.
-        num_tokens (`int`): tokens of each prompt at most, the chat template's included.
     Raises:
         ValueError: if the records have less text.
     """
@@ -81,12 +78,9 @@ class ContextFiller:
             )
 
     def fit(self, prompt: str, index: int, make_inputs: Callable[[str], dict]) -> dict:
-        """Inputs of generate() for a prompt, `num_tokens` long or a few tokens less.
+        """Inputs of generate() for a prompt, `num_tokens` long or a few tokens less; each `index` begins at another
+        place of the text.
 
-        Args:
-            prompt (`str`): the user's turn.
-            index (`int`): of the prompt; each begins at another place of the text.
-            make_inputs (`Callable`): gives the inputs for a turn.
         Raises:
             ValueError: if the chat template leaves no room.
         """
@@ -119,11 +113,8 @@ class ContextFiller:
 def contexts_of(
     tokenizer, records: list[dict], chosen: list[dict], num_tokens: int | None, make_inputs: Callable[[str], dict]
 ) -> list[dict]:
-    """Inputs of generate() for the chosen records, brought to one length by text of the others.
-
-    Args:
-        num_tokens (`int`, *optional*): None leaves every prompt as it is.
-    """
+    """Inputs of generate() for the chosen records, brought to one length by text of the others; None leaves every
+    prompt as it is."""
     prompts = [record["turns"][0] for record in chosen]
     if num_tokens is None:
         return [make_inputs(prompt) for prompt in prompts]
@@ -132,12 +123,8 @@ def contexts_of(
 
 
 def batch_rows(rows: list[dict], pad_token_id: int) -> dict:
-    """Inputs of generate() for several prompts, `(B, T)`, the shorter ones padded on the left.
-
-    Args:
-        rows (`list[dict]`): inputs of single prompts, `(1, T)` each.
-        pad_token_id (`int`): masked out, so that any id will do.
-    """
+    """Inputs of generate() for several prompts, `(B, T)`, from those of single ones; the shorter ones are padded on
+    the left and masked, so that any id will do."""
     input_ids, masks = ([row[name][0] for row in rows] for name in ("input_ids", "attention_mask"))
     return {
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id, padding_side="left"),

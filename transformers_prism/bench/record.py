@@ -10,10 +10,8 @@ import platform
 from pathlib import Path
 
 import torch
-import transformers
 
-import transformers_prism
-from transformers_prism.command_line import this_command
+from transformers_prism.command_line import this_command, versions
 from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
@@ -26,7 +24,6 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
 
     Args:
         kind (`str`): which measurement: "generate", "verify", "modules" and so on.
-        target (`PreTrainedModel`): what was sped up.
         settings (`dict`): how it was measured: tree, batch, baseline and whatever else decides the figures.
         weights (`str`, *optional*): [`weights_sha256`] of the draft, or `UNTRAINED`.
     """
@@ -40,11 +37,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
         "device": target.device.type,
         "hardware": hardware(target.device),
         "num_threads": torch.get_num_threads(),
-        "versions": {
-            "transformers_prism": transformers_prism.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "settings": settings,
     }
 
@@ -73,11 +66,8 @@ def read_record(path: Path) -> dict:
 
 
 def finished_part(path: Path, head: dict) -> dict | None:
-    """What an interrupted measurement left; None if there is no such file.
+    """What an interrupted measurement left, if it is of the same [`record_head`]; None if there is no such file.
 
-    Args:
-        path (`Path`): the measurement's file.
-        head (`dict`): [`record_head`] of the measurement to resume.
     Raises:
         ValueError: if the file's figures were measured in another way, saying what differs.
     """

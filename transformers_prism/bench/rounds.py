@@ -127,15 +127,12 @@ def watched(target, draft) -> Iterator[Stopwatch]:
 
 
 def profile_rounds(target, draft, items: list[dict], num_rounds: int, max_new_tokens: int = 64) -> dict:
-    """Where the time goes, on average over rounds.
+    """Where the time goes, on average over at least `num_rounds` rounds, if `items`, inputs of generate(), give as
+    many.
 
-    Args:
-        target, draft: the models; the draft's `generation_config` says which trees.
-        items: inputs of generate(), decoded one after the other until there are enough rounds.
-        num_rounds: rounds that are wanted.
-        max_new_tokens: of each generate() call.
     Returns:
-        `dict`: milliseconds of a round, of its parts, of a plain step and of a draft step, tau, the share of what is no forward.
+        `dict`: milliseconds of a round, of its parts, of a plain step and of a draft step, tau, the share of what is
+            no forward.
     Raises:
         ValueError: if the items give no round at all.
     """

@@ -1,6 +1,5 @@
 """The commands of `transformers-prism bench`. Each imports what it needs when it runs, so that `--help` is quick."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -44,10 +43,16 @@ def _no_plot(path: Path | None) -> None:
         )
 
 
-# The spelling of the last release, which says where it went.
+def _no_compilation(is_wanted: bool) -> None:
+    if is_wanted:
+        raise typer.BadParameter("kernels are compiled by `python -m benchmarks.compile_kernels`, in a clone of the repository")
+
+
+# Spellings of the last release, which say where they went.
 PlotOption = Annotated[Path | None, typer.Option("--plot", hidden=True, callback=_no_plot)]
-add_moved(bench_app, "modules", "transformers-prism bench scaling --modules 1 --modules 8")
-for _name in ("page", "training", "synthesize"):
+CompileOnlyOption = Annotated[bool, typer.Option("--compile-only", hidden=True, callback=_no_compilation)]
+add_moved(bench_app, "modules", "python -m benchmarks.scaling --modules 1 --modules 8")
+for _name in ("page", "training", "synthesize", "scaling"):
     add_moved(bench_app, _name, f"python -m benchmarks.{_name}")
 
 
@@ -59,8 +64,8 @@ def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) 
 
 def _load_draft(name: str | None, target):
     """A draft by name, the shipped one without, and the hash of its weights; "random" is an untrained one."""
+    from transformers_prism.bench.methods import random_draft
     from transformers_prism.bench.record import UNTRAINED
-    from transformers_prism.bench.scaling import random_draft
     from transformers_prism.cli.demo import SHIPPED_DRAFT, load_draft
     from transformers_prism.hub.files import weights_sha256
 
@@ -254,100 +259,28 @@ def bench_acceptance_command(
 
 @bench_app.command("kernels")
 def bench_kernels_command(
-    compile_only: Annotated[
-        bool, typer.Option("--compile-only", help="Compile for GPUs that need not be here.")
-    ] = False,
     kernel: Annotated[
         list[str] | None, typer.Option(help="Only this kernel; may be repeated.", show_default=False)
     ] = None,
-    arch: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all if absent.", rich_help_panel=ADVANCED)
-    ] = None,
-    readme: Annotated[
-        Path | None, typer.Option(help="Markdown file whose table is replaced.", rich_help_panel=ADVANCED)
-    ] = None,
     json_file: JsonOption = None,
+    compile_only: CompileOnlyOption = False,
 ):
-    """Triton kernels: registers, spills and shared memory; on a GPU checked against PyTorch and timed.
+    """Triton kernels on a GPU, checked against PyTorch and timed.
 
     Not yet run on a GPU. Exits with 1 if a kernel's check fails; such a kernel is not timed.
     """
     import torch
 
-    from transformers_prism.bench import kernels as bench
+    from transformers_prism.bench.kernels import bench_kernels, timing_table, timings_as_json
 
-    bench.check_choice(kernel, arch)
-    if compile_only:
-        rows = bench.compile_all(kernel, arch or tuple(bench.ARCHITECTURES), typer.echo)
-        typer.echo(bench.compiled_table(rows))
-        if readme is not None:
-            bench.write_table(readme, rows)
-        figures: dict = {"rows": rows}
-    else:
-        accelerator = torch.accelerator.current_accelerator()
-        timings = bench.bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
-        typer.echo(bench.timing_table(timings))
-        figures = bench.timings_as_json(timings, accelerator)
+    accelerator = torch.accelerator.current_accelerator()
+    timings = bench_kernels(accelerator or torch.device("cpu"), kernel, typer.echo)
+    typer.echo(timing_table(timings))
     if json_file is not None:
-        write_json(json_file, figures)
+        write_json(json_file, timings_as_json(timings, accelerator))
         report_file(json_file)
-    if not compile_only and not all(timing.is_right for timing in timings):
+    if not all(timing.is_right for timing in timings):
         raise typer.Exit(1)
-
-
-@bench_app.command("scaling")
-def bench_scaling_command(
-    target: TargetOption = None,
-    modules: Annotated[
-        list[int] | None, typer.Option(min=1, help="M; several. 1, 2, 4, 8 if no axis is named.")
-    ] = None,
-    nodes: Annotated[list[int] | None, typer.Option(min=1, help="Drafted nodes; several. 3 to 63.")] = None,
-    context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens of the prompt; several. 128 to 2048.")
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; several. 1, 2, 4, 8.")] = None,
-    tree_top_k: Annotated[
-        int, typer.Option(min=1, help="Nodes kept per depth, and children per node.", rich_help_panel=ADVANCED)
-    ] = 10,
-    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps of every tree.", rich_help_panel=ADVANCED)] = 8,
-    num_rounds: Annotated[int, typer.Option(min=5, help="Timed rounds of each point.", rich_help_panel=COST)] = 60,
-    packed: PackedOption = True,
-    json_file: JsonOption = None,
-    plot: PlotOption = None,
-):
-    """Latency of a round against modules M, nodes of the tree, context and batch, each beside a plain step.
-
-    Where an axis is named, only those that are named are measured. Of several M, the last is compared with the first.
-    """
-    from rich.console import Console
-
-    from transformers_prism.bench.figures import table_of
-    from transformers_prism.bench.record import write_record
-    from transformers_prism.bench.scaling import (
-        DEFAULT_AXES,
-        Point,
-        axis_rows,
-        bench_scaling,
-        modules_text,
-        num_calls,
-    )
-    from transformers_prism.target import load_target
-    from transformers_prism.training.progress_bar import ProgressBar
-
-    console = Console()
-    named = {"modules": modules, "nodes": nodes, "context": context, "batch": batch}
-    axes = {name: values for name, values in named.items() if values} or DEFAULT_AXES
-    base = Point(modules=4, nodes=31, context=128, batch=1)
-    model, _ = load_target(target)
-    with ProgressBar("calls", num_calls(axes, base, num_rounds), console=console) as bar:
-        figures = bench_scaling(model, axes, base, tree_top_k, tree_depth, num_rounds, packed, bar.advance)
-    console.print(table_of(*axis_rows(figures), "random drafts"))
-    if (text := modules_text(figures)) is not None:
-        console.print(text, highlight=False)
-    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
-    settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
-    write_record(json_file, "scaling", model, settings, {"axes": figures})
-    report_file(json_file)
 
 
 @bench_app.command("rounds")

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from transformers_prism.bench.scaling import random_draft
+from transformers_prism.bench.methods import random_draft
 from transformers_prism.cli.demo import PROMPTS, chat_inputs, compare, load_draft
 from transformers_prism.cli.options import ADVANCED, COST, Commands, PackedOption, TargetOption, report_file
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.policy.costs import costs_path
 from transformers_prism.target import HUB_TIMEOUT_SECONDS, check_folder, hub_answers, load_target, read_target_config
-from transformers_prism.training.data.templates import ChatPieces
+from transformers_prism.training.data.templates import between_turns
 from transformers_prism.transformers_names import name_of
 from transformers_prism.tried_releases import TRIED_TRANSFORMERS, untried_release
 from transformers_prism.whole_files import write_json
@@ -188,7 +188,7 @@ def tokenizer_findings(tokenizer, vocab_size: int) -> list[Finding]:
     text = f"{len(tokenizer)} tokens, the model has {vocab_size}" + ("" if fits else "; expected no more than that")
     findings = [Finding("tokenizer", "ok" if fits else "fails", text)]
     try:
-        ChatPieces.of(tokenizer)
+        between_turns(tokenizer)
     # Whatever a template, which is a program of its own, fails with.
     except Exception as error:
         remedy = "decoding works; `make-draft` needs --chat-template FILE, or --format text for a base model"

@@ -37,7 +37,7 @@ PRISM_TREE = "prism_tree"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
 _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # Where products over all keys were seen to beat SDPA on CPUs (9 heads of 64 in groups of 3, float32): from this number of
-# keys on, for up to this number of queries. `bench scaling --context` shows what it is worth.
+# keys on, for up to this number of queries. `benchmarks.scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
 

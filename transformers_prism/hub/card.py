@@ -13,7 +13,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from transformers_prism.hub.files import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
-from transformers_prism.hub.metrics import KINDS, gather, read_metrics, write_metrics
+from transformers_prism.hub.metrics import KINDS, gather, read_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.whole_files import write_json, write_text
 
@@ -26,15 +26,13 @@ MIN_ROUNDS = 20
 
 
 def write_card(folder: str | Path, measurements: list[Path] | None = None, with_plot: bool = True) -> list[str]:
-    """Write a draft's README.md, and with measurements first metrics.json and the plot.
+    """Write a draft's README.md, and with measurements first metrics.json and the plot; returns the names of the
+    files.
 
     Args:
-        folder (`str` or `Path`): the draft's folder.
         measurements (`list[Path]`, *optional*): see [`gather`]. If None, metrics.json stays as it is; where there is
             none, one without figures is written.
         with_plot (`bool`): draw the plot if there are figures for it; needs matplotlib.
-    Returns:
-        `list[str]`: names of the files that were written.
     Raises:
         ImportError: if the plot needs matplotlib and it is missing.
         ValueError: if a figure is missing or a file is unusable. No file is changed then.
@@ -53,23 +51,15 @@ def _write(folder: Path, metrics: dict, with_plot: bool, has_new_metrics: bool) 
         plot_step_shares(metrics, folder / PLOT)
         written.append(PLOT)
     if has_new_metrics:
-        write_metrics(folder, metrics)
+        write_json(folder / METRICS, metrics)
         written.append(METRICS)
     write_text(folder / CARD, card)
     return written
 
 
 def add_to_card(folder: str | Path, measurement: Path) -> list[str]:
-    """Write a draft's card with one more measurement; it replaces one with the same settings and hardware.
-
-    Args:
-        folder (`str` or `Path`): the draft's folder.
-        measurement (`Path`): see [`gather`].
-    Returns:
-        `list[str]`: names of the files that were written.
-    Raises:
-        ValueError: as [`write_card`].
-    """
+    """Write a draft's card with one more measurement, which replaces one with the same settings and hardware; returns
+    the names of the files. Errors are those of [`write_card`]."""
     added = gather(folder, [measurement])
     known = read_metrics(folder) if (Path(folder) / METRICS).is_file() else {kind: [] for kind in KINDS}
     for kind in KINDS:
@@ -98,12 +88,8 @@ def names_target(folder: str | Path) -> bool:
 
 
 def render_card(folder: str | Path, metrics: dict | None = None) -> str:
-    """The text of a draft's card.
-
-    Args:
-        folder (`str` or `Path`): the draft's folder; its name is the draft's.
-        metrics (`dict`, *optional*): see [`gather`]; metrics.json if absent.
-    """
+    """The text of the card of a draft, which its folder names; with metrics.json's figures unless given those of
+    [`gather`]."""
     folder = Path(folder).resolve()
     config = _read_json(folder / "config.json")
     about = _read_about(folder / ABOUT)
@@ -214,11 +200,7 @@ def label_of(record: dict) -> str:
 
 
 def plot_step_shares(metrics: dict, path: Path) -> None:
-    """Draw [`step_shares`] as a PNG file.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-    """
+    """Draw [`step_shares`] as a PNG file."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -237,8 +219,8 @@ def plot_step_shares(metrics: dict, path: Path) -> None:
 
 
 def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> ModelCardData:
-    base_model = about["base_model"] or fingerprint.get("name")
-    is_hub_id = bool(base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.endswith(".gguf")
+    base_model: str = about["base_model"] or fingerprint.get("name") or ""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model or "") and not base_model.endswith(".gguf")
     results = []
     for record in metrics["generate"]:
         settings, summary, prompts = record["settings"], record["summary"], Path(record["settings"]["prompts"]).stem
@@ -293,6 +275,3 @@ def _read_about(path: Path) -> dict:
     if unknown:
         raise ValueError(f"{path}: expected only {', '.join(ABOUT_KEYS)}, got {', '.join(unknown)}")
     return {**dict.fromkeys(ABOUT_KEYS), **about}
-
-
-__all__ = ["add_to_card", "name_target", "names_target", "plot_step_shares", "render_card", "training_runs", "verify_rows", "write_card"]

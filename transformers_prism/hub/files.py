@@ -94,19 +94,15 @@ def code_files() -> dict[str, bytes]:
 
 
 def write_published_files(
-    folder: str | Path,
-    loaded_from: str,
-    revision: str | None,
-    target_name: str | None,
-    write_card: Callable[[Path], object] | None = None,
+    folder: str | Path, loaded_from: str, revision: str | None, target_name: str | None,
+    write_card: Callable[[Path], object] | None = None
 ) -> None:
     """Add to a draft's weights and configurations what a repository needs; a warning names what is missing.
 
     Args:
         folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
-        loaded_from (`str`): folder or repository that the draft was loaded from, for files that this copy of the code
-            does not have; may be empty.
-        revision (`str`, *optional*): of that repository.
+        loaded_from, revision (`str`): folder or repository that the draft was loaded from, for files that this copy of
+            the code does not have; may be empty.
         target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
             a licence that allows it.
         write_card (`Callable`, *optional*): writes card and metrics into a folder whose weights are new, or raises
@@ -139,7 +135,8 @@ def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: 
     if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return [CARD, METRICS]  # saved as a variant, under other names
     found = {name: find_file(loaded_from, name, revision) for name in _WEIGHT_FILES}
-    metrics = json.loads(found[METRICS].read_text(encoding="utf-8")) if found[METRICS] else {}
+    measured = found[METRICS]
+    metrics = json.loads(measured.read_text(encoding="utf-8")) if measured else {}
     if metrics and metrics.get("weights_sha256") == weights_sha256(folder):
         return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
     if write_card is None:
@@ -195,32 +192,22 @@ def card_license(card: Path | None) -> str | None:
     """The licence in a card's metadata; None without one, or without a readable card."""
     # The errors of YAML come from a package that need not be imported here.
     with contextlib.suppress(Exception):
-        name = metadata_load(card)["license"]
+        name = (metadata_load(card) or {}).get("license") if card else None
         return name if isinstance(name, str) else None
     return None
 
 
 def upload(
-    folder: str | Path,
-    repo_id: str,
-    tags: list[str] | None,
-    private: bool | None,
-    token,
-    loaded_from: str = "",
-    **commit,
+    folder: str | Path, repo_id: str, tags: list[str] | None, private: bool | None, token, loaded_from: str = "",
+    **commit
 ) -> CommitInfo:
     """Upload a draft's folder to the Hub in one commit; a missing repository is created.
 
     Args:
         folder (`str` or `Path`): of [`write_published_files`]; its card's code gets the repository's name.
-        repo_id (`str`): "user/name".
         tags (`list[str]`, *optional*): added to those of the card.
-        private (`bool`, *optional*): of a new repository.
-        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
         loaded_from (`str`): folder or repository that the draft was loaded from, whose name its card may have.
         commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
-    Returns:
-        `CommitInfo`: of the commit.
     Raises:
         HfHubHTTPError: if the Hub refuses; the repository then holds what it held before.
         OSError: if the weights cannot be uploaded, with the reason; as above.
@@ -264,13 +251,9 @@ def _with_tags(text: str, tags: list[str]) -> str:
 
 
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:
-    """A hash of a draft's weights that does not depend on how they are split into files.
+    """A hash of a draft's weights, in a folder or repository, that does not depend on how they are split into files:
+    sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
 
-    Args:
-        source (`str` or `Path`): the draft's folder or repository.
-        revision (`str`, *optional*): of the repository.
-    Returns:
-        `str`: sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.
     Raises:
         OSError: if there are no safetensors weights.
         ValueError: if a file is damaged, or an index names files elsewhere.

@@ -19,10 +19,8 @@ _MOST_NAMED = 100
 
 
 def check_memory(config) -> None:
-    """Refuse to create a draft whose weights exceed this machine's memory.
+    """Refuse to create a draft, on torch's default device, whose weights exceed this machine's memory.
 
-    Args:
-        config (`PrismConfig`): of the draft, about to be created on torch's default device.
     Raises:
         ValueError: if they do, with the sizes.
     """
@@ -47,7 +45,6 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
 
     Args:
         draft_class (`type`): the class that is about to be loaded.
-        source (`str` or path): folder or repository.
         ignores_sizes (`bool`): accept other shapes.
         kwargs: further arguments of `from_pretrained`.
     Raises:
@@ -79,11 +76,8 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
 
 def check_names_and_shapes(missing, unknown, other_shapes) -> None:
     """Refuse weights other than those which the configuration describes: a module with random weights would show only
-    as low acceptance.
+    as low acceptance. `other_shapes` are of name, found and expected shape.
 
-    Args:
-        missing, unknown: names of weights.
-        other_shapes: of name, found and expected shape.
     Raises:
         ValueError: listing all of them.
     """
@@ -100,11 +94,9 @@ def check_names_and_shapes(missing, unknown, other_shapes) -> None:
 
 
 def check_values(draft, source: str | os.PathLike) -> None:
-    """Refuse NaN and infinity in weights, and a draft vocabulary with ids outside the target's.
+    """Refuse NaN and infinity in the weights of a draft that was just loaded, and a draft vocabulary with ids outside
+    the target's.
 
-    Args:
-        draft (`PrismDraftModel`): just loaded.
-        source (`str` or path): from where.
     Raises:
         ValueError: naming the first such tensor.
     """
@@ -130,10 +122,6 @@ def check_values(draft, source: str | os.PathLike) -> None:
 def complete_tree_settings(draft, source: str | os.PathLike, **kwargs) -> None:
     """Give a loaded draft the tree settings of its generation_config.json, and defaults for newer settings.
 
-    Args:
-        draft (`PrismDraftModel`): just loaded.
-        source (`str` or path): from where.
-        kwargs: further arguments of `from_pretrained`.
     Raises:
         OSError: if that file is missing or cannot be downloaded.
     """
@@ -161,9 +149,10 @@ def _shapes_of(source, where: dict) -> dict[str, tuple[int, ...]] | None:
     single = find(SAFE_WEIGHTS_NAME)
     index = find(SAFE_WEIGHTS_INDEX_NAME) if single is None else None
     files = [single] if index is None else [find(name) for name in shard_names(index)]
+    found = [file for file in files if file is not None]
     try:
-        return {name: shape for file in files for name, shape in header_shapes(file).items()}
-    except (OSError, TypeError, SafetensorError):
+        return {name: shape for file in found for name, shape in header_shapes(file).items()} if found == files else None
+    except (OSError, SafetensorError):
         return None
 
 
@@ -171,13 +160,3 @@ def header_shapes(file: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Shapes of weights by name from the header of one safetensors file."""
     with safe_open(file, framework="pt") as stream:
         return {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}
-
-
-__all__ = [
-    "check_headers",
-    "check_memory",
-    "check_names_and_shapes",
-    "check_values",
-    "complete_tree_settings",
-    "header_shapes",
-]

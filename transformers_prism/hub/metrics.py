@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from transformers_prism.hub.files import METRICS, weights_sha256
-from transformers_prism.whole_files import write_json
 
 KINDS = ("generate", "acceptance", "verify")
 _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
@@ -23,13 +22,8 @@ _NEEDED_SETTINGS = {
 
 
 def gather(folder: str | Path, files: list[Path]) -> dict:
-    """The metrics of a draft from the files of its measurements.
+    """What a draft's metrics.json holds, from the files of its measurements in the order of the card.
 
-    Args:
-        folder (`str` or `Path`): the draft's folder.
-        files (`list[Path]`): written by those commands with `--json`, in the order of the card.
-    Returns:
-        `dict`: what metrics.json holds.
     Raises:
         ValueError: if a file is not such a measurement, lacks its settings or surroundings, or is of other weights.
     """
@@ -73,11 +67,6 @@ def read_metrics(folder: str | Path) -> dict:
     return metrics
 
 
-def write_metrics(folder: str | Path, metrics: dict) -> None:
-    """Write what [`gather`] returned."""
-    write_json(Path(folder) / METRICS, metrics)
-
-
 def _read(path: Path) -> dict:
     def refuse(constant: str):
         raise ValueError(f"expected finite numbers, got {constant}")
@@ -103,6 +92,3 @@ def _check(record: dict, weights: str, where: str) -> None:
         raise ValueError(
             f"{where}: expected figures of the draft's weights ({weights}), got figures of {record['weights_sha256']}"
         )
-
-
-__all__ = ["gather", "read_metrics", "write_metrics"]

@@ -16,16 +16,7 @@ from .files import AUTO_MAP, upload, write_published_files
 from .loading import check_headers, check_names_and_shapes, check_values, complete_tree_settings
 
 # What save_pretrained() hands on to push_to_hub().
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "token",
-    "private",
-    "revision",
-    "create_pr",
-    "commit_message",
-    "commit_description",
-    "tags",
-)
+_HUB_ARGUMENTS = "repo_id token private revision create_pr commit_message commit_description tags".split()
 
 
 def default_generation_config(config: PrismConfig) -> GenerationConfig:
@@ -115,12 +106,8 @@ class PrismPreTrainedModel(PreTrainedModel):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ):
-        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit; as `PreTrainedModel.push_to_hub`, but
-        the card is the draft's own.
-
-        Returns:
-            `CommitInfo`: of the commit.
-        """
+        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit, of which it returns the
+        `CommitInfo`; as `PreTrainedModel.push_to_hub`, but the card is the draft's own."""
         with tempfile.TemporaryDirectory() as scratch:
             # The card calls the draft by the name of its folder.
             folder = Path(scratch) / repo_id.split("/")[-1]
@@ -137,6 +124,3 @@ class PrismPreTrainedModel(PreTrainedModel):
                 commit_message=commit_message or "Upload draft",
                 commit_description=commit_description,
             )
-
-
-__all__ = ["PrismPreTrainedModel", "default_generation_config"]

@@ -20,22 +20,16 @@ def renew_code(
 ) -> tuple[CommitInfo, bool]:
     """Replace the code of a draft on the Hub by this package's, in one commit; weights, card, metrics and trees stay.
 
-    Only the configuration is downloaded. Only its `auto_map` changes, if it does not name this code.
+    Only the configuration is downloaded. Only its `auto_map` changes, if it does not name this code. Returns the
+    commit, and whether it is new; if not, the repository had this code already.
 
-    Args:
-        repo_id (`str`): "user/name".
-        token (`bool` or `str`, *optional*): for the Hub; the stored one if absent.
-        revision (`str`, *optional*): branch of the repository.
-        message (`str`): of the commit.
-    Returns:
-        `tuple`: the commit, and whether it is new; if not, the repository had this code already.
     Raises:
         OSError: if the Hub refuses, or has no such repository or branch. Nothing has changed then.
         ValueError: if the repository is not a PRISM draft, or one that this package cannot read.
     """
     api = HfApi(token=token)
-    info = api.repo_info(repo_id, revision=revision)
-    there = {file.rfilename for file in info.siblings}
+    info = api.model_info(repo_id, revision=revision)
+    there = {file.rfilename for file in info.siblings or ()}
     files = code_files()
     config = _config_with_auto_map(api, repo_id, info.sha, there)
     if config is not None:
@@ -58,7 +52,7 @@ def _is_code(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _CODE)
 
 
-def _config_with_auto_map(api: HfApi, repo_id: str, commit: str, there: set[str]) -> bytes | None:
+def _config_with_auto_map(api: HfApi, repo_id: str, commit: str | None, there: set[str]) -> bytes | None:
     """The configuration with an `auto_map` that names this code; None where it does.
 
     Raises:
@@ -82,6 +76,3 @@ def _config_with_auto_map(api: HfApi, repo_id: str, commit: str, there: set[str]
         return None
     # As transformers writes it, so that no other line changes.
     return (json.dumps({**content, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n").encode()
-
-
-__all__ = ["renew_code"]

@@ -35,10 +35,6 @@ class WeightHeaders:
 def read_weight_headers(folder: str | Path) -> WeightHeaders:
     """Read the headers of a draft's safetensors files, one or those of an index.
 
-    Args:
-        folder (`str` or `Path`): the draft's folder.
-    Returns:
-        `WeightHeaders`: of all of its weights.
     Raises:
         ValueError: if there is no such file, one is damaged, or an index names files elsewhere.
     """
@@ -55,6 +51,3 @@ def read_weight_headers(folder: str | Path) -> WeightHeaders:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / name}: expected a whole safetensors file, got {error}") from error
     return WeightHeaders(shapes, {name: (folder / name).stat().st_size for name in names})
-
-
-__all__ = ["WeightHeaders", "read_weight_headers"]

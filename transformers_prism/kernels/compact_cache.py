@@ -13,7 +13,7 @@ Source: ours.
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import expect, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -58,19 +58,9 @@ if triton is not None:
 
     @triton.jit
     def _compact_cache_fwd_kernel(
-        pointers,
-        first_buffer,
-        source,
-        destination,
-        stride_b,
-        stride_g,
-        stride_c,
-        num_heads,
-        length,
-        num_moves,
-        HEAD_DIM: tl.constexpr,
-        BLOCK_A: tl.constexpr,
-        BLOCK_E: tl.constexpr,
+        pointers, first_buffer, source, destination,
+        stride_b, stride_g, stride_c, num_heads, length, num_moves,
+        HEAD_DIM: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: all moves of one head of one row in one buffer, a part of the head dimension at a time.
         row = tl.program_id(0).to(tl.int64) // num_heads
@@ -98,18 +88,8 @@ if triton is not None:
         block_e = min(triton.next_power_of_2(head_dim), _TILE_ELEMENTS // block_a)
         grid = (num_rows * num_heads, len(buffers), triton.cdiv(head_dim, block_e))
         _compact_cache_fwd_kernel[grid](
-            pointers,
-            first,
-            source,
-            destination,
-            *first.stride()[:3],
-            num_heads,
-            length,
-            source.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_A=block_a,
-            BLOCK_E=block_e,
-            num_warps=4,
+            pointers, first, source, destination, *first.stride()[:3], num_heads, length, source.shape[1],
+            HEAD_DIM=head_dim, BLOCK_A=block_a, BLOCK_E=block_e, num_warps=4,
         )
 
     _compact_cache = torch.library.custom_op(
@@ -122,10 +102,7 @@ if triton is not None:
 
 
 def compact_cache(
-    buffers: list[torch.Tensor],
-    source: torch.Tensor,
-    destination: torch.Tensor,
-    implementation: str = "auto",
+    buffers: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor, implementation: str = "auto"
 ) -> None:
     """Move positions within each row of key and value buffers, in place; all moves happen at the same time.
 
@@ -146,10 +123,8 @@ def compact_cache(
     first = buffers[0]
     expect(first.dim() == 4 and first.numel() > 0, "buffers", "4 dimensions, none empty", tuple(first.shape))
     pairs = (first.shape[0], source.shape[-1] if source.dim() else 0)
-    for name, positions in (("source", source), ("destination", destination)):
-        expect(tuple(positions.shape) == pairs, name, f"shape {pairs}", tuple(positions.shape))
-        expect(positions.dtype == torch.int64, name, "dtype torch.int64", positions.dtype)
-        expect(positions.device == first.device, name, f"device {first.device}", positions.device)
+    positions = {"source": (source, pairs, torch.int64), "destination": (destination, pairs, torch.int64)}
+    expect_tensors(first.device, **positions)
     limit = MAX_MOVES if implementation == "triton" else pairs[1]
     expect(0 < pairs[1] <= limit, "source", f"1 to {MAX_MOVES} positions per row", pairs[1])
     kinds: dict = {}

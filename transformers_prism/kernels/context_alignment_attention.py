@@ -21,7 +21,7 @@ and its backward as in FlashAttention-2 (arXiv:2307.08691).
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -30,20 +30,14 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
 
 def context_alignment_scores(
     query: torch.Tensor, keys: list[torch.Tensor], starts: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """The scores that the definition takes the softmax of; minus infinity where a row does not see.
-
-    Args:
-        query, keys, starts, scale: see [`context_alignment_attention`].
-    Returns:
-        `torch.Tensor` of shape `(B, G, H / G, T, T + k)`: of the rows of step 0, then of the path's steps 1..k.
-    """
+    """The scores that the definition takes the softmax of, minus infinity where a row does not see, `(B, G, H / G, T,
+    T + k)`: of the rows of step 0, then of the path's steps 1..k."""
     step, num_rows = len(keys) - 1, query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scale).unflatten(1, (keys[0].shape[1], -1))  # [B, G, R, T, E]
@@ -62,11 +56,8 @@ def context_alignment_scores(
 
 
 def context_alignment_attention_reference(
-    query: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    starts: torch.Tensor | None,
-    scale: float,
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None,
+    scale: float
 ) -> torch.Tensor:
     """The definition; see [`context_alignment_attention`]. Computes in float32, or in float64 if the tensors are."""
     step, num_rows = len(keys) - 1, query.shape[2]
@@ -98,26 +89,10 @@ if triton is not None:
 
     @triton.jit
     def _context_alignment_attention_fwd_kernel(
-        query,
-        keys,
-        values,
-        starts,
-        output,
-        log_sums,
-        query_strides,
-        key_strides,
-        value_strides,
-        num_heads,
-        num_rows,
-        scale,
-        STEP: tl.constexpr,
-        GROUP: tl.constexpr,
-        HEAD_DIM: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_E: tl.constexpr,
+        query, keys, values, starts, output, log_sums,
+        query_strides, key_strides, value_strides, num_heads, num_rows, scale,
+        STEP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_STARTS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: a tile of rows of one head. The running softmax is kept in powers of two.
         batch = tl.program_id(1).to(tl.int64) // num_heads
@@ -185,29 +160,10 @@ if triton is not None:
 
     @triton.jit
     def _context_alignment_attention_query_bwd_kernel(
-        query,
-        keys,
-        values,
-        starts,
-        output,
-        log_sums,
-        grad_output,
-        grad_query,
-        deltas,
-        query_strides,
-        key_strides,
-        value_strides,
-        num_heads,
-        num_rows,
-        scale,
-        STEP: tl.constexpr,
-        GROUP: tl.constexpr,
-        HEAD_DIM: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_E: tl.constexpr,
+        query, keys, values, starts, output, log_sums, grad_output, grad_query, deltas,
+        query_strides, key_strides, value_strides, num_heads, num_rows, scale,
+        STEP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_STARTS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: a tile of rows of one head, as forward. It also writes deltas [B, H, T], the products of outputs
         # with their gradients, for the kernels that follow.
@@ -242,9 +198,8 @@ if triton is not None:
             own = tl.load(address + own_place[:, None] * value_strides[step][2], mask=seen_mask, other=0.0)  # [M, E]
             grad_weight = tl.sum(grads.to(tl.float32) * own.to(tl.float32), 1)
             address = keys[step] + batch * key_strides[step][0] + group * key_strides[step][1] + element[None, :]
-            own = tl.load(address + own_place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0).to(
-                tl.float32
-            )
+            own = tl.load(address + own_place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0)
+            own = own.to(tl.float32)
             score = tl.sum(rows.to(tl.float32) * own, 1) * log2_scale
             weight = tl.where(is_seen, tl.exp2(score - log_sum), 0.0)
             result += (weight * (grad_weight - delta))[:, None] * own
@@ -270,29 +225,10 @@ if triton is not None:
 
     @triton.jit
     def _context_alignment_attention_key_bwd_kernel(
-        query,
-        key,
-        value,
-        starts,
-        log_sums,
-        deltas,
-        grad_output,
-        grad_key,
-        grad_value,
-        query_strides,
-        key_strides,
-        value_strides,
-        num_heads,
-        num_rows,
-        scale,
-        STEP: tl.constexpr,
-        GROUP: tl.constexpr,
-        HEAD_DIM: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_E: tl.constexpr,
+        query, key, value, starts, log_sums, deltas, grad_output, grad_key, grad_value,
+        query_strides, key_strides, value_strides, num_heads, num_rows, scale,
+        STEP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_STARTS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: a tile of step 0's keys and values of one group, over all later rows of the group's heads.
         num_groups = num_heads // GROUP
@@ -349,27 +285,10 @@ if triton is not None:
 
     @triton.jit
     def _context_alignment_attention_path_bwd_kernel(
-        query,
-        keys,
-        values,
-        starts,
-        log_sums,
-        deltas,
-        grad_output,
-        grad_keys,
-        grad_values,
-        query_strides,
-        key_strides,
-        value_strides,
-        num_heads,
-        num_rows,
-        scale,
-        STEP: tl.constexpr,
-        GROUP: tl.constexpr,
-        HEAD_DIM: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_E: tl.constexpr,
+        query, keys, values, starts, log_sums, deltas, grad_output, grad_keys, grad_values,
+        query_strides, key_strides, value_strides, num_heads, num_rows, scale,
+        STEP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_STARTS: tl.constexpr,
+        BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: a tile of keys and values of steps 1..k of one group; each is seen by one row of every head.
         num_groups = num_heads // GROUP
@@ -459,11 +378,8 @@ if triton is not None:
         return tuple(tuple(tensor.stride()[:3]) for tensor in tensors)
 
     def _context_alignment_attention_fwd(
-        query: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        starts: torch.Tensor | None,
-        scale: float,
+        query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None,
+        scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_batch, num_heads, num_rows, head_dim = query.shape
         output = torch.empty((num_batch, num_rows, num_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -471,35 +387,16 @@ if triton is not None:
         tiles = _tiles(head_dim, query.element_size(), len(keys) - 1)
         grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
         _context_alignment_attention_fwd_kernel[grid](
-            query,
-            tuple(keys),
-            tuple(values),
-            log_sums if starts is None else starts,
-            output,
-            log_sums,
-            tuple(query.stride()[:3]),
-            _strides(keys),
-            _strides(values),
-            num_heads,
-            num_rows,
-            scale,
-            STEP=len(keys) - 1,
-            GROUP=num_heads // keys[0].shape[1],
-            HEAD_DIM=head_dim,
-            HAS_STARTS=starts is not None,
+            query, tuple(keys), tuple(values), log_sums if starts is None else starts, output, log_sums,
+            tuple(query.stride()[:3]), _strides(keys), _strides(values), num_heads, num_rows, scale,
+            STEP=len(keys) - 1, GROUP=num_heads // keys[0].shape[1], HEAD_DIM=head_dim, HAS_STARTS=starts is not None,
             **tiles,
         )
         return output, log_sums
 
     def _context_alignment_attention_bwd(
-        grad_output: torch.Tensor,
-        output: torch.Tensor,
-        log_sums: torch.Tensor,
-        query: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        starts: torch.Tensor | None,
-        scale: float,
+        grad_output: torch.Tensor, output: torch.Tensor, log_sums: torch.Tensor, query: torch.Tensor,
+        keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None, scale: float
     ) -> list[torch.Tensor]:
         num_batch, num_heads, num_rows, head_dim = query.shape
         num_groups, step = keys[0].shape[1], len(keys) - 1
@@ -510,41 +407,26 @@ if triton is not None:
         tiles, key_tiles = _backward_tiles(head_dim, query.element_size(), step)
         first_rows = log_sums if starts is None else starts
         sizes = (num_heads, num_rows, scale)
-        constants = {
-            **{"STEP": step, "GROUP": num_heads // num_groups, "HEAD_DIM": head_dim},
-            "HAS_STARTS": starts is not None,
-        }
+        group = num_heads // num_groups
+        constants = {"STEP": step, "GROUP": group, "HEAD_DIM": head_dim, "HAS_STARTS": starts is not None}
         query_strides = tuple(query.stride()[:3])
         strides = (query_strides, _strides(keys), _strides(values))
-        _context_alignment_attention_query_bwd_kernel[
-            (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
-        ](
+        grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
+        _context_alignment_attention_query_bwd_kernel[grid](
             *(query, tuple(keys), tuple(values), first_rows, output, log_sums, grad_output, grad_query, deltas),
-            *strides,
-            *sizes,
-            **constants,
-            **tiles,
+            *strides, *sizes, **constants, **tiles,
         )
-        _context_alignment_attention_key_bwd_kernel[
-            (triton.cdiv(num_rows, key_tiles["BLOCK_K"]), num_batch * num_groups)
-        ](
+        grid = (triton.cdiv(num_rows, key_tiles["BLOCK_K"]), num_batch * num_groups)
+        _context_alignment_attention_key_bwd_kernel[grid](
             *(query, keys[0], values[0], first_rows, log_sums, deltas, grad_output, grad_keys[0], grad_values[0]),
-            *(query_strides, strides[1][0], strides[2][0]),
-            *sizes,
-            **constants,
-            **key_tiles,
+            *(query_strides, strides[1][0], strides[2][0]), *sizes, **constants, **key_tiles,
         )
         if step:
             block_k = max(16, 2048 // tiles["BLOCK_E"])
             _context_alignment_attention_path_bwd_kernel[(triton.cdiv(num_rows, block_k), num_batch * num_groups)](
                 *(query, tuple(keys), tuple(values), first_rows, log_sums, deltas, grad_output),
-                *(tuple(grad_keys[1:]), tuple(grad_values[1:])),
-                *strides,
-                *sizes,
-                **constants,
-                BLOCK_K=block_k,
-                BLOCK_E=tiles["BLOCK_E"],
-                num_warps=8,
+                *(tuple(grad_keys[1:]), tuple(grad_values[1:])), *strides, *sizes,
+                **constants, BLOCK_K=block_k, BLOCK_E=tiles["BLOCK_E"], num_warps=8,
             )
         return [grad_query, *grads]
 
@@ -582,12 +464,8 @@ if triton is not None:
 
 
 def context_alignment_attention(
-    query: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    starts: torch.Tensor | None = None,
-    scale: float | None = None,
-    implementation: str = "auto",
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None = None,
+    scale: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """Attention of draft step k over the committed rows, as step 0 wrote them, and over each row's own path.
 
@@ -611,7 +489,7 @@ def context_alignment_attention(
     expect(query.dim() == 4 and query.numel() > 0, "query", "4 dimensions, none empty", tuple(query.shape))
     num_batch, num_heads, num_rows, head_dim = query.shape
     expect(head_dim <= MAX_HEAD_DIM, "query", f"a head dimension up to {MAX_HEAD_DIM}", head_dim)
-    expect(query.dtype in (*_DTYPES, torch.float64), "query", "dtype float32, float16 or bfloat16", query.dtype)
+    expect_float("query", query, has_double=True)
     expect(len(keys) > 0, "keys", "those of step 0 at least", "none")
     expect(len(values) == len(keys), "values", f"those of {len(keys)} steps", len(values))
     fits = keys[0].dim() == 4 and keys[0].shape[1] > 0
@@ -620,15 +498,10 @@ def context_alignment_attention(
     expect(num_heads % shape[1] == 0, "query", f"a multiple of {shape[1]} heads", num_heads)
     for name, states in (("keys", keys), ("values", values)):
         for tensor in states:
-            expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-            expect(tensor.dtype == query.dtype, name, f"dtype {query.dtype}", tensor.dtype)
-            expect(tensor.device == query.device, name, f"device {query.device}", tensor.device)
-            expect(tensor.stride(3) == 1, name, "the last dimension contiguous", f"strides {tensor.stride()}")
+            expect_tensors(query.device, **{name: (tensor, shape, query.dtype)})
+            expect_rows(name, tensor)
     if starts is not None:
-        expected = (num_batch, num_rows)
-        expect(tuple(starts.shape) == expected, "starts", f"shape {expected}", tuple(starts.shape))
-        expect(starts.dtype == torch.int64, "starts", "dtype torch.int64", starts.dtype)
-        expect(starts.device == query.device, "starts", f"device {query.device}", starts.device)
+        expect_tensors(query.device, starts=(starts, (num_batch, num_rows), torch.int64))
         starts = starts.contiguous()
     scale = head_dim**-0.5 if scale is None else float(scale)
     if query.dtype == torch.float64:

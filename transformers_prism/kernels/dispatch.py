@@ -13,19 +13,18 @@ except ImportError:
 
 # ROCm calls its devices "cuda" as well.
 TRITON_DEVICES = ("cuda", "xpu")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Programs that a launch should have: as many as the MI300X has multiprocessors, more than any other of the GPUs in mind
+# (A100 108, H100 and H200 132, B200 148).
+NUM_PROGRAMS = 304
 
 
 def operator_namespace(module_name: str, source_file: str) -> str:
-    """A namespace of `torch.library` that belongs to one copy of a kernel file.
+    """A namespace of `torch.library`, "prism_" and a hash, that belongs to one copy of a kernel file, by its
+    `__name__` and `__file__`.
 
     A second registration of a name replaces the first without a word, and a process may hold this package beside older
     and newer copies of its files that came with drafts.
-
-    Args:
-        module_name (`str`): `__name__` of the kernel file.
-        source_file (`str`): `__file__` of the kernel file.
-    Returns:
-        `str`: "prism_" and a hash of both the file's bytes and the module's name.
     """
     digest = hashlib.sha256(module_name.encode() + b"\n" + Path(source_file).read_bytes())
     return f"prism_{digest.hexdigest()[:16]}"
@@ -55,3 +54,22 @@ def expect(is_met: bool, name: str, expected: str, got) -> None:
     """Raise a `ValueError` that says what was expected of `name` and what came, unless it was met."""
     if not is_met:
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def expect_float(name: str, tensor: torch.Tensor, has_double: bool = False) -> None:
+    """Check a tensor against the dtypes that kernels take; float64 is for PyTorch's path."""
+    is_float = tensor.dtype in FLOATS or has_double and tensor.dtype == torch.float64
+    expect(is_float, name, "dtype float32, float16 or bfloat16", tensor.dtype)
+
+
+def expect_tensors(device: torch.device, **tensors: tuple[torch.Tensor, tuple, torch.dtype]) -> None:
+    """Check each tensor, given with its shape and dtype, and all against one device."""
+    for name, (tensor, shape, dtype) in tensors.items():
+        expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
+        expect(tensor.dtype == dtype, name, f"dtype {dtype}", tensor.dtype)
+        expect(tensor.device == device, name, f"device {device}", tensor.device)
+
+
+def expect_rows(name: str, tensor: torch.Tensor) -> None:
+    """Check that the last dimension of a tensor is contiguous."""
+    expect(tensor.stride(-1) == 1, name, "the last dimension contiguous", f"strides {tensor.stride()}")

@@ -14,7 +14,7 @@ Source: ours; the formula is EAGLE's (arXiv:2401.15077).
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -23,20 +23,13 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rows that the kernel takes: as many as the smallest matrix product of a tensor core.
 MAX_ROWS = 16
-# As many as the MI300X has processors, more than any other of the GPUs in mind: A100 108, H100 and H200 132, B200 148.
-_WANTED_PROGRAMS = 304
 
 
 def fused_input_projection_reference(
-    token_ids: torch.Tensor,
-    hidden: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
+    token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """The definition; see [`fused_input_projection`]."""
     joined = torch.cat((embedding[token_ids] * scale, hidden), dim=-1)  # [N, 2 * D]
@@ -47,24 +40,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
     def _fused_input_projection_fwd_kernel(
-        token_ids,
-        hidden,
-        embedding,
-        weight,
-        bias,
-        output,
-        stride_hidden,
-        stride_embedding,
-        stride_weight,
-        num_rows,
-        num_tokens,
-        scale,
-        HIDDEN_SIZE: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        BLOCK_K: tl.constexpr,
+        token_ids, hidden, embedding, weight, bias, output,
+        stride_hidden, stride_embedding, stride_weight, num_rows, num_tokens, scale,
+        HIDDEN_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         # One program: BLOCK_D columns of the output for all rows.
         row = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -96,7 +75,7 @@ if triton is not None:
 
     def _tiles(hidden_size: int, itemsize: int) -> dict:
         """Columns of a program: fewer where there would be too few programs; what a load brings is 16 KB at most."""
-        block_d = 32 if hidden_size >= 32 * _WANTED_PROGRAMS else 16
+        block_d = 32 if hidden_size >= 32 * NUM_PROGRAMS else 16
         block_k = min(64 if itemsize == 4 else 128, max(16, triton.next_power_of_2(hidden_size)))
         # float32 as six products of bfloat16 parts, which are as exact.
         precision = "bf16x6" if itemsize == 4 else "ieee"
@@ -104,33 +83,17 @@ if triton is not None:
         return {**tiles, "num_warps": 4, "num_stages": 4}
 
     def _fused_input_projection_fwd(
-        token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        embedding: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
+        token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+        bias: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         num_rows, hidden_size = hidden.shape
         output = torch.empty((num_rows, hidden_size), dtype=hidden.dtype, device=hidden.device)
         tiles = _tiles(hidden_size, hidden.element_size())
         grid = (triton.cdiv(hidden_size, tiles["BLOCK_D"]),)
         _fused_input_projection_fwd_kernel[grid](
-            token_ids,
-            hidden,
-            embedding,
-            weight,
-            weight if bias is None else bias,
-            output,
-            hidden.stride(0),
-            embedding.stride(0),
-            weight.stride(0),
-            num_rows,
-            embedding.shape[0],
-            scale,
-            HIDDEN_SIZE=hidden_size,
-            HAS_BIAS=bias is not None,
-            **tiles,
+            token_ids, hidden, embedding, weight, weight if bias is None else bias, output, hidden.stride(0),
+            embedding.stride(0), weight.stride(0), num_rows, embedding.shape[0], scale,
+            HIDDEN_SIZE=hidden_size, HAS_BIAS=bias is not None, **tiles,
         )
         return output
 
@@ -144,13 +107,8 @@ if triton is not None:
 
 
 def fused_input_projection(
-    token_ids: torch.Tensor,
-    hidden: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    implementation: str = "auto",
+    token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None = None, scale: float = 1.0, implementation: str = "auto"
 ) -> torch.Tensor:
     """Project token embeddings and hidden states, joined in this order, to one residual stream.
 
@@ -174,30 +132,25 @@ def fused_input_projection(
         ValueError: if shapes, strides, dtypes or devices do not fit.
     """
     expect(hidden.dim() > 0 and hidden.numel() > 0, "hidden", "rows that are not empty", tuple(hidden.shape))
-    expect(hidden.dtype in _DTYPES, "hidden", "dtype float32, float16 or bfloat16", hidden.dtype)
-    hidden_size = hidden.shape[-1]
-    shape = tuple(hidden.shape[:-1])
-    expect(tuple(token_ids.shape) == shape, "token_ids", f"shape {shape}", tuple(token_ids.shape))
-    expect(token_ids.dtype == torch.int64, "token_ids", "dtype torch.int64", token_ids.dtype)
+    expect_float("hidden", hidden)
+    hidden_size, dtype = hidden.shape[-1], hidden.dtype
     fits = embedding.dim() == 2 and embedding.shape[0] > 0 and embedding.shape[1] == hidden_size
     expect(fits, "embedding", f"shape {('V', hidden_size)}", tuple(embedding.shape))
-    shape = (hidden_size, 2 * hidden_size)
-    expect(tuple(weight.shape) == shape, "weight", f"shape {shape}", tuple(weight.shape))
-    tensors = {"embedding": embedding, "weight": weight}
-    if bias is not None:
-        expect(tuple(bias.shape) == (hidden_size,), "bias", f"shape {(hidden_size,)}", tuple(bias.shape))
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        expect(tensor.dtype == hidden.dtype, name, f"dtype {hidden.dtype}", tensor.dtype)
-        expect(tensor.stride(-1) == 1, name, "the last dimension contiguous", f"strides {tensor.stride()}")
-    for name, tensor in {"token_ids": token_ids, **tensors}.items():
-        expect(tensor.device == hidden.device, name, f"device {hidden.device}", tensor.device)
+    expect_tensors(hidden.device, token_ids=(token_ids, tuple(hidden.shape[:-1]), torch.int64))
+    tensors = {
+        "embedding": (embedding, tuple(embedding.shape), dtype),
+        "weight": (weight, (hidden_size, 2 * hidden_size), dtype),
+        **({} if bias is None else {"bias": (bias, (hidden_size,), dtype)}),
+    }
+    expect_tensors(hidden.device, **tensors)
+    for name, (tensor, *_) in tensors.items():
+        expect_rows(name, tensor)
     num_rows = token_ids.numel()
     limit = MAX_ROWS if implementation == "triton" else num_rows
     expect(num_rows <= limit, "hidden", f"at most {MAX_ROWS} rows", num_rows)
     has_kernel = use_triton(implementation, hidden.device)
     if implementation == "auto":
-        parts = [hidden, *tensors.values()]
+        parts = [hidden, *(tensor for tensor, *_ in tensors.values())]
         wants_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         has_kernel = has_kernel and num_rows <= MAX_ROWS and not wants_gradient
     if not has_kernel:

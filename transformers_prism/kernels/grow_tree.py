@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import expect, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -59,12 +59,8 @@ def stable_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def grow_tree_reference(
-    child_ids: torch.Tensor,
-    child_log_probs: torch.Tensor,
-    log_probs: torch.Tensor,
-    ancestors: torch.Tensor,
-    num_next: int,
-    first_bit: int,
+    child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
+    num_next: int, first_bit: int
 ) -> GrownStep:
     """The definition; see [`grow_tree`]."""
     all_log_probs = (log_probs[..., None] + child_log_probs).flatten(1)  # [B, C]
@@ -87,12 +83,8 @@ def _own_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
 
 
 def choose_nodes_reference(
-    root_ids: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    log_probs: torch.Tensor,
-    num_nodes: int,
+    root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
+    log_probs: torch.Tensor, num_nodes: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition; see [`choose_nodes`]."""
     chosen = stable_top_k(log_probs, num_nodes).sort(dim=-1).values  # [B, n]
@@ -147,24 +139,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_children", "first_bit"])
     def _grow_tree_fwd_kernel(
-        child_ids,
-        child_log_probs,
-        log_probs,
-        ancestors,
-        all_log_probs,
-        chosen,
-        next_ids,
-        next_log_probs,
-        next_parents,
-        next_ancestors,
-        num_children,
-        first_bit,
-        TOP_K: tl.constexpr,
-        NUM_NEXT: tl.constexpr,
-        NUM_WORDS: tl.constexpr,
-        NUM_BEST: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-        BLOCK_W: tl.constexpr,
+        child_ids, child_log_probs, log_probs, ancestors, all_log_probs, chosen, next_ids, next_log_probs,
+        next_parents, next_ancestors,
+        num_children, first_bit,
+        TOP_K: tl.constexpr, NUM_NEXT: tl.constexpr, NUM_WORDS: tl.constexpr, NUM_BEST: tl.constexpr,
+        BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     ):
         # One program: all children of one row.
         row = tl.program_id(0).to(tl.int64)
@@ -201,19 +180,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_candidates"])
     def _choose_nodes_fwd_kernel(
-        root_ids,
-        token_ids,
-        parents,
-        depths,
-        log_probs,
-        tree_ids,
-        tree_parents,
-        tree_depths,
-        tree_log_probs,
+        root_ids, token_ids, parents, depths, log_probs, tree_ids, tree_parents, tree_depths, tree_log_probs,
         num_candidates,
-        NUM_NODES: tl.constexpr,
-        NUM_BEST: tl.constexpr,
-        BLOCK_C: tl.constexpr,
+        NUM_NODES: tl.constexpr, NUM_BEST: tl.constexpr, BLOCK_C: tl.constexpr,
     ):
         # One program: all candidates of one row.
         row = tl.program_id(0).to(tl.int64)
@@ -264,12 +233,8 @@ if triton is not None:
         tl.store(bits + (row * NUM_NODES + node)[:, None] * NUM_WORDS + word[None, :], result, mask=mask)
 
     def _grow_tree_fwd(
-        child_ids: torch.Tensor,
-        child_log_probs: torch.Tensor,
-        log_probs: torch.Tensor,
-        ancestors: torch.Tensor,
-        num_next: int,
-        first_bit: int,
+        child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
+        num_next: int, first_bit: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows, width, top_k = child_ids.shape
         num_words, device = ancestors.shape[2], child_ids.device
@@ -281,30 +246,15 @@ if triton is not None:
         outputs = (all_log_probs, chosen, next_ids, next_log_probs, next_parents, next_ancestors)
         block_c = triton.next_power_of_2(width * top_k)
         _grow_tree_fwd_kernel[(num_rows,)](
-            child_ids,
-            child_log_probs,
-            log_probs,
-            ancestors,
-            *outputs,
-            width * top_k,
-            first_bit,
-            TOP_K=top_k,
-            NUM_NEXT=num_next,
-            NUM_WORDS=num_words,
-            NUM_BEST=max(2, triton.next_power_of_2(num_next)),
-            BLOCK_C=max(2, block_c),
-            BLOCK_W=triton.next_power_of_2(num_words),
-            num_warps=8 if block_c > 1024 else 4,
+            child_ids, child_log_probs, log_probs, ancestors, *outputs, width * top_k, first_bit,
+            TOP_K=top_k, NUM_NEXT=num_next, NUM_WORDS=num_words, NUM_BEST=max(2, triton.next_power_of_2(num_next)),
+            BLOCK_C=max(2, block_c), BLOCK_W=triton.next_power_of_2(num_words), num_warps=8 if block_c > 1024 else 4,
         )
         return outputs
 
     def _choose_nodes_fwd(
-        root_ids: torch.Tensor,
-        token_ids: torch.Tensor,
-        parents: torch.Tensor,
-        depths: torch.Tensor,
-        log_probs: torch.Tensor,
-        num_nodes: int,
+        root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
+        log_probs: torch.Tensor, num_nodes: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows, num_candidates = token_ids.shape
         tree_ids = torch.empty((num_rows, num_nodes + 1), dtype=torch.int64, device=token_ids.device)
@@ -313,17 +263,8 @@ if triton is not None:
         outputs = (tree_ids, tree_parents, tree_depths, tree_log_probs)
         num_best = max(2, triton.next_power_of_2(num_nodes))
         _choose_nodes_fwd_kernel[(num_rows,)](
-            root_ids,
-            token_ids,
-            parents,
-            depths,
-            log_probs,
-            *outputs,
-            num_candidates,
-            NUM_NODES=num_nodes,
-            NUM_BEST=num_best,
-            BLOCK_C=1024,
-            num_warps=8 if num_best > 64 else 4,
+            root_ids, token_ids, parents, depths, log_probs, *outputs, num_candidates,
+            NUM_NODES=num_nodes, NUM_BEST=num_best, BLOCK_C=1024, num_warps=8 if num_best > 64 else 4,
         )
         return outputs
 
@@ -332,12 +273,8 @@ if triton is not None:
         num_words = triton.cdiv(num_nodes, _WORD)
         bits = torch.empty((num_rows, num_nodes, num_words), dtype=torch.int64, device=parents.device)
         _ancestor_bits_fwd_kernel[(num_rows,)](
-            parents,
-            bits,
-            NUM_NODES=num_nodes,
-            NUM_WORDS=num_words,
-            BLOCK_N=max(2, triton.next_power_of_2(num_nodes)),
-            num_warps=4,
+            parents, bits,
+            NUM_NODES=num_nodes, NUM_WORDS=num_words, BLOCK_N=max(2, triton.next_power_of_2(num_nodes)), num_warps=4,
         )
         return bits
 
@@ -368,22 +305,9 @@ if triton is not None:
         return parents.new_empty((*parents.shape, -(-parents.shape[1] // _WORD)))
 
 
-def _expect_all(device, **tensors) -> None:
-    """Check each tensor against its shape and dtype, and all against one device."""
-    for name, (tensor, shape, dtype) in tensors.items():
-        expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-        expect(tensor.dtype == dtype, name, f"dtype {dtype}", tensor.dtype)
-        expect(tensor.device == device, name, f"device {device}", tensor.device)
-
-
 def grow_tree(
-    child_ids: torch.Tensor,
-    child_log_probs: torch.Tensor,
-    log_probs: torch.Tensor,
-    ancestors: torch.Tensor,
-    num_next: int,
-    first_bit: int,
-    implementation: str = "auto",
+    child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
+    num_next: int, first_bit: int, implementation: str = "auto"
 ) -> GrownStep:
     """Add the children that a draft step has drawn, and say which of them the next step goes on with.
 
@@ -409,7 +333,7 @@ def grow_tree(
     num_rows, width, top_k = child_ids.shape
     expect(child_ids.dtype == torch.int64, "child_ids", "dtype torch.int64", child_ids.dtype)
     num_words = ancestors.shape[-1] if ancestors.dim() else 0
-    _expect_all(
+    expect_tensors(
         child_ids.device,
         child_log_probs=(child_log_probs, (num_rows, width, top_k), torch.float32),
         log_probs=(log_probs, (num_rows, width), torch.float32),
@@ -431,13 +355,8 @@ def grow_tree(
 
 
 def choose_nodes(
-    root_ids: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    log_probs: torch.Tensor,
-    num_nodes: int,
-    implementation: str = "auto",
+    root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
+    log_probs: torch.Tensor, num_nodes: int, implementation: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keep the most probable of C candidates as a tree below each row's last committed token.
 
@@ -461,7 +380,7 @@ def choose_nodes(
         token_ids.dim() == 2 and token_ids.numel() > 0, "token_ids", "2 dimensions, none empty", tuple(token_ids.shape)
     )
     shape, integer = tuple(token_ids.shape), torch.int64
-    _expect_all(
+    expect_tensors(
         token_ids.device,
         token_ids=(token_ids, shape, integer),
         root_ids=(root_ids, shape[:1], integer),

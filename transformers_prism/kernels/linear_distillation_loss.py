@@ -24,7 +24,7 @@ Leviathan et al. 2023 (arXiv:2211.17192).
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -33,7 +33,6 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOSSES = ("cross_entropy", "kl", "reverse_kl", "total_variation", "negative_log_acceptance")
 # Acceptance below this counts as this, and has no gradient.
 _LEAST_ACCEPTANCE = 1e-9
@@ -42,20 +41,13 @@ _NUM_STATISTICS = 8
 # Of gradients of logits: 4096 tokens by a few thousand rows in 16 bits stay in an H100's second-level cache.
 _WORKSPACE_BYTES = 64 * 1024**2
 _MAX_WORKSPACE_TOKENS = 4096
-# As many as the MI300X has processors, more than any other of the GPUs in mind: A100 108, H100 and H200 132, B200 148.
-_WANTED_PROGRAMS = 304
 
 
 def distillation_losses(
     log_probs: torch.Tensor, target_log_probs: torch.Tensor, target: torch.Tensor, losses: tuple[str, ...]
 ) -> torch.Tensor:
-    """Each loss from whole distributions, `(..., V)` each: `(K, ...)`, in the order of `losses`.
-
-    Args:
-        log_probs, target_log_probs (`torch.Tensor`): logarithms of q and p.
-        target (`torch.Tensor`): p itself.
-        losses (`tuple` of `str`): some of `LOSSES`.
-    """
+    """Some of `LOSSES` from whole distributions, the logarithms of q and p and p itself, `(..., V)` each: `(K, ...)`,
+    in the order of `losses`."""
     # No `vecdot`, which rounds to 16 bits under autocast.
     def of(name: str) -> torch.Tensor:
         if name == "cross_entropy":
@@ -71,14 +63,8 @@ def distillation_losses(
 
 
 def linear_distillation_loss_reference(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    head: torch.Tensor,
-    losses: str,
-    student_scale: float,
-    student_softcap: float | None,
-    teacher_scale: float,
-    teacher_softcap: float | None,
+    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: str, student_scale: float,
+    student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None
 ) -> torch.Tensor:
     """The definition; see [`linear_distillation_loss`]. Computes in float32, or in float64 if the tensors are."""
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -106,25 +92,10 @@ if triton is not None:
 
     @triton.jit
     def _both_logits(
-        student,
-        teacher,
-        head,
-        row,
-        is_row,
-        token,
-        is_token,
-        num_teacher_rows,
-        student_scale,
-        student_softcap,
-        teacher_scale,
-        teacher_softcap,
-        HIDDEN_SIZE: tl.constexpr,
-        HAS_STUDENT_CAP: tl.constexpr,
-        HAS_TEACHER_CAP: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_V: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        student, teacher, head, row, is_row, token, is_token,
+        num_teacher_rows, student_scale, student_softcap, teacher_scale, teacher_softcap,
+        HIDDEN_SIZE: tl.constexpr, HAS_STUDENT_CAP: tl.constexpr, HAS_TEACHER_CAP: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     ):
         # A tile [N, V] of the student's logits and of the teacher's, from one load of the head's rows.
         ours = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -145,25 +116,11 @@ if triton is not None:
 
     @triton.jit
     def _linear_distillation_loss_fwd_kernel(
-        student,
-        teacher,
-        head,
-        parts,
-        num_rows,
-        num_teacher_rows,
-        num_tokens,
-        split_length,
-        student_scale,
-        student_softcap,
-        teacher_scale,
+        student, teacher, head, parts,
+        num_rows, num_teacher_rows, num_tokens, split_length, student_scale, student_softcap, teacher_scale,
         teacher_softcap,
-        HAS_REVERSE: tl.constexpr,
-        HIDDEN_SIZE: tl.constexpr,
-        HAS_STUDENT_CAP: tl.constexpr,
-        HAS_TEACHER_CAP: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_V: tl.constexpr,
+        HAS_REVERSE: tl.constexpr, HIDDEN_SIZE: tl.constexpr, HAS_STUDENT_CAP: tl.constexpr,
+        HAS_TEACHER_CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         # One program: a tile of rows over one part of the vocabulary. Sums are relative to the largest logit so far.
@@ -243,26 +200,11 @@ if triton is not None:
 
     @triton.jit
     def _linear_distillation_loss_acceptance_fwd_kernel(
-        student,
-        teacher,
-        head,
-        statistics,
-        parts,
-        num_rows,
-        num_teacher_rows,
-        num_tokens,
-        split_length,
-        student_scale,
-        student_softcap,
-        teacher_scale,
+        student, teacher, head, statistics, parts,
+        num_rows, num_teacher_rows, num_tokens, split_length, student_scale, student_softcap, teacher_scale,
         teacher_softcap,
-        HIDDEN_SIZE: tl.constexpr,
-        HAS_STUDENT_CAP: tl.constexpr,
-        HAS_TEACHER_CAP: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_V: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        HIDDEN_SIZE: tl.constexpr, HAS_STUDENT_CAP: tl.constexpr, HAS_TEACHER_CAP: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     ):
         # One program: sums of min(p, q) and of a q over one part of the vocabulary.
         row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -290,30 +232,12 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["first_token", "num_part_tokens"])
     def _linear_distillation_loss_logits_bwd_kernel(
-        student,
-        teacher,
-        head,
-        statistics,
-        coefficients,
-        grad_logits,
-        num_rows,
-        num_teacher_rows,
-        first_token,
-        num_part_tokens,
-        stride_grad,
-        student_scale,
-        student_softcap,
-        teacher_scale,
-        teacher_softcap,
-        HAS_REVERSE: tl.constexpr,
-        HAS_ACCEPTANCE: tl.constexpr,
-        HIDDEN_SIZE: tl.constexpr,
-        HAS_STUDENT_CAP: tl.constexpr,
-        HAS_TEACHER_CAP: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_V: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        student, teacher, head, statistics, coefficients, grad_logits,
+        num_rows, num_teacher_rows, first_token, num_part_tokens, stride_grad, student_scale, student_softcap,
+        teacher_scale, teacher_softcap,
+        HAS_REVERSE: tl.constexpr, HAS_ACCEPTANCE: tl.constexpr, HIDDEN_SIZE: tl.constexpr,
+        HAS_STUDENT_CAP: tl.constexpr, HAS_TEACHER_CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     ):
         # One program: gradients of one tile of logits, [N, V], into the workspace.
         row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -348,17 +272,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["first_token", "num_part_tokens"])
     def _linear_distillation_loss_hidden_bwd_kernel(
-        grad_logits,
-        head,
-        grad_student,
-        num_rows,
-        first_token,
-        num_part_tokens,
-        stride_grad,
-        HIDDEN_SIZE: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_V: tl.constexpr,
+        grad_logits, head, grad_student,
+        num_rows, first_token, num_part_tokens, stride_grad,
+        HIDDEN_SIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         # One program: a tile of the student's gradient [N, D], to which this part of the vocabulary is added.
@@ -374,16 +290,10 @@ if triton is not None:
         for start in range(0, num_part_tokens, BLOCK_V):
             column = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
             is_token = column < num_part_tokens
-            grads = tl.load(
-                grad_logits + row[:, None] * stride_grad + column[None, :],
-                mask=is_row[:, None] & is_token[None, :],
-                other=0.0,
-            )  # [N, V]
-            weights = tl.load(
-                head + (first_token + column)[:, None] * HIDDEN_SIZE + feature[None, :],
-                mask=is_token[:, None] & is_feature[None, :],
-                other=0.0,
-            )  # [V, D]
+            place = grad_logits + row[:, None] * stride_grad + column[None, :]
+            grads = tl.load(place, mask=is_row[:, None] & is_token[None, :], other=0.0)  # [N, V]
+            place = head + (first_token + column)[:, None] * HIDDEN_SIZE + feature[None, :]
+            weights = tl.load(place, mask=is_token[:, None] & is_feature[None, :], other=0.0)  # [V, D]
             result = tl.dot(grads, weights, result, input_precision=PRECISION)
         tl.store(address, result, mask=mask)
 
@@ -403,7 +313,7 @@ if triton is not None:
         """Tiles of rows by parts of the vocabulary, as many as give every processor a program, and a part's length."""
         num_tiles = triton.cdiv(num_tokens, tiles["BLOCK_V"])
         row_tiles = triton.cdiv(num_rows, tiles["BLOCK_N"])
-        num_splits = min(num_tiles, triton.cdiv(_WANTED_PROGRAMS, row_tiles))
+        num_splits = min(num_tiles, triton.cdiv(NUM_PROGRAMS, row_tiles))
         split_length = triton.cdiv(num_tiles, num_splits) * tiles["BLOCK_V"]
         return (row_tiles, triton.cdiv(num_tokens, split_length)), split_length
 
@@ -428,14 +338,8 @@ if triton is not None:
         return "reverse_kl" in losses, "total_variation" in losses or "negative_log_acceptance" in losses
 
     def _linear_distillation_loss_fwd(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        head: torch.Tensor,
-        losses: str,
-        student_scale: float,
-        student_softcap: float | None,
-        teacher_scale: float,
-        teacher_softcap: float | None,
+        student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: str, student_scale: float,
+        student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (num_rows, hidden_size), num_tokens = student.shape, head.shape[0]
         tiles = _tiles(hidden_size, student.element_size())
@@ -476,16 +380,9 @@ if triton is not None:
         return torch.stack((forward, gradient.get("reverse_kl", zero), reverse_kl, acceptance))
 
     def _linear_distillation_loss_bwd(
-        grad_losses: torch.Tensor,
-        statistics: torch.Tensor,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        head: torch.Tensor,
-        losses: str,
-        student_scale: float,
-        student_softcap: float | None,
-        teacher_scale: float,
-        teacher_softcap: float | None,
+        grad_losses: torch.Tensor, statistics: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor,
+        head: torch.Tensor, losses: str, student_scale: float, student_softcap: float | None, teacher_scale: float,
+        teacher_softcap: float | None
     ) -> torch.Tensor:
         (num_rows, hidden_size), num_tokens = student.shape, head.shape[0]
         coefficients = _coefficients(grad_losses, statistics, losses)
@@ -505,11 +402,8 @@ if triton is not None:
             count = min(width, num_tokens - first)
             _linear_distillation_loss_logits_bwd_kernel[(row_tiles, triton.cdiv(count, tiles["BLOCK_V"]))](
                 *(student, teacher, head, statistics, coefficients, grad_logits),
-                *(num_rows, teacher.shape[0], first, count, width),
-                *scales,
-                HAS_REVERSE=has_reverse,
-                HAS_ACCEPTANCE=has_acceptance,
-                **options,
+                *(num_rows, teacher.shape[0], first, count, width), *scales,
+                HAS_REVERSE=has_reverse, HAS_ACCEPTANCE=has_acceptance, **options,
             )
             _linear_distillation_loss_hidden_bwd_kernel[(row_tiles, triton.cdiv(hidden_size, tiles["BLOCK_D"]))](
                 *(grad_logits, head, grad_student, num_rows, first, count, width),
@@ -546,15 +440,9 @@ if triton is not None:
 
 
 def linear_distillation_loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    head: torch.Tensor,
-    losses: tuple[str, ...] = ("cross_entropy",),
-    student_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    implementation: str = "auto",
+    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: tuple[str, ...] = ("cross_entropy",),
+    student_scale: float = 1.0, student_softcap: float | None = None, teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """How far the distributions are apart that a frozen head makes of two hidden states, in nats.
 
@@ -576,14 +464,12 @@ def linear_distillation_loss(
         ValueError: if shapes, strides, dtypes, devices or losses do not fit.
     """
     expect(student.dim() >= 2 and student.numel() > 0, "student", "rows that are not empty", tuple(student.shape))
-    expect(student.dtype in (*_DTYPES, torch.float64), "student", "dtype float32, float16 or bfloat16", student.dtype)
+    expect_float("student", student, has_double=True)
     shape = tuple(student.shape[-2:])
-    expect(tuple(teacher.shape) == shape, "teacher", f"shape {shape}", tuple(teacher.shape))
     fits = head.dim() == 2 and head.shape[0] > 0 and head.shape[1] == shape[1]
     expect(fits, "head", f"shape {('V', shape[1])}", tuple(head.shape))
-    for name, tensor in (("teacher", teacher), ("head", head)):
-        expect(tensor.dtype == student.dtype, name, f"dtype {student.dtype}", tensor.dtype)
-        expect(tensor.device == student.device, name, f"device {student.device}", tensor.device)
+    tensors = {"teacher": (teacher, shape, student.dtype), "head": (head, tuple(head.shape), student.dtype)}
+    expect_tensors(student.device, **tensors)
     expect(head.is_contiguous(), "head", "contiguous rows", f"strides {head.stride()}")
     is_known = len(losses) > 0 and set(losses) <= set(LOSSES) and len(set(losses)) == len(losses)
     expect(is_known, "losses", f"different ones of {', '.join(LOSSES)}", losses)

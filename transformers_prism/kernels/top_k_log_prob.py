@@ -18,7 +18,7 @@ Source: ours; the running sum is that of online softmax (Milakov and Gimelshein,
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -27,12 +27,9 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of the kernel: a program keeps so many of the best for each row.
 MAX_TOP_K = 64
 MAX_TOKENS = 262144
-# As many as the MI300X has processors, more than any other of the GPUs in mind: A100 108, H100 and H200 132, B200 148.
-_WANTED_PROGRAMS = 304
 
 
 def top_k_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,13 +41,8 @@ def top_k_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 
 
 def top_k_log_prob_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    token_ids: torch.Tensor | None,
-    k: int,
-    scale: float,
-    softcap: float | None,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
+    scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition; see [`top_k_log_prob`]. It alone leaves ties to `torch.topk`."""
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float()) * scale
@@ -77,27 +69,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_rows", "split_length"])
     def _top_k_log_prob_fwd_kernel(
-        hidden,
-        weight,
-        bias,
-        part_best,
-        part_max,
-        part_sum,
-        stride_hidden,
-        stride_weight,
-        num_rows,
-        num_tokens,
-        split_length,
-        scale,
-        softcap,
-        HIDDEN_SIZE: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        NUM_BEST: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_V: tl.constexpr,
-        BLOCK_K: tl.constexpr,
+        hidden, weight, bias, part_best, part_max, part_sum,
+        stride_hidden, stride_weight, num_rows, num_tokens, split_length, scale, softcap,
+        HIDDEN_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NUM_BEST: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         # One program: BLOCK_N rows over a part of the vocabulary.
         row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -148,17 +123,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_splits"])
     def _top_k_log_prob_reduce_fwd_kernel(
-        part_best,
-        part_max,
-        part_sum,
-        token_ids,
-        best_ids,
-        best_log_probs,
+        part_best, part_max, part_sum, token_ids, best_ids, best_log_probs,
         num_splits,
-        NUM_CHOSEN: tl.constexpr,
-        HAS_IDS: tl.constexpr,
-        NUM_BEST: tl.constexpr,
-        BLOCK_S: tl.constexpr,
+        NUM_CHOSEN: tl.constexpr, HAS_IDS: tl.constexpr, NUM_BEST: tl.constexpr, BLOCK_S: tl.constexpr,
         BLOCK_C: tl.constexpr,
     ):
         # One program: the parts of one row.
@@ -211,18 +178,13 @@ if triton is not None:
         return next(size for size in (2, 16, MAX_TOP_K) if k <= size)
 
     def _top_k_log_prob_fwd(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        token_ids: torch.Tensor | None,
-        k: int,
-        scale: float,
-        softcap: float | None,
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
+        scale: float, softcap: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, hidden_size = hidden.shape
         num_tokens, device = weight.shape[0], hidden.device
         tiles = _tiles(num_rows, hidden_size, hidden.element_size())
-        split_length = triton.cdiv(triton.cdiv(num_tokens, _WANTED_PROGRAMS), tiles["BLOCK_V"]) * tiles["BLOCK_V"]
+        split_length = triton.cdiv(triton.cdiv(num_tokens, NUM_PROGRAMS), tiles["BLOCK_V"]) * tiles["BLOCK_V"]
         num_splits = triton.cdiv(num_tokens, split_length)
         num_best = _num_best(k)
         part_best = torch.empty((num_rows, num_splits, num_best), dtype=torch.int64, device=device)
@@ -231,39 +193,16 @@ if triton is not None:
         best_ids = torch.empty((num_rows, k), dtype=torch.int64, device=device)
         best_log_probs = torch.empty((num_rows, k), dtype=torch.float32, device=device)
         _top_k_log_prob_fwd_kernel[(triton.cdiv(num_rows, tiles["BLOCK_N"]), num_splits)](
-            hidden,
-            weight,
-            weight if bias is None else bias,
-            part_best,
-            part_max,
-            part_sum,
-            hidden.stride(0),
-            weight.stride(0),
-            num_rows,
-            num_tokens,
-            split_length,
-            scale,
-            softcap or 1.0,
-            HIDDEN_SIZE=hidden_size,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            NUM_BEST=num_best,
+            hidden, weight, weight if bias is None else bias, part_best, part_max, part_sum, hidden.stride(0),
+            weight.stride(0), num_rows, num_tokens, split_length, scale, softcap or 1.0,
+            HIDDEN_SIZE=hidden_size, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, NUM_BEST=num_best,
             **tiles,
         )
         _top_k_log_prob_reduce_fwd_kernel[(num_rows,)](
-            part_best,
-            part_max,
-            part_sum,
-            best_ids if token_ids is None else token_ids,
-            best_ids,
-            best_log_probs,
+            part_best, part_max, part_sum, best_ids if token_ids is None else token_ids, best_ids, best_log_probs,
             num_splits,
-            NUM_CHOSEN=k,
-            HAS_IDS=token_ids is not None,
-            NUM_BEST=num_best,
-            BLOCK_S=triton.next_power_of_2(_WANTED_PROGRAMS),
-            BLOCK_C=1024,
-            num_warps=4,
+            NUM_CHOSEN=k, HAS_IDS=token_ids is not None, NUM_BEST=num_best,
+            BLOCK_S=triton.next_power_of_2(NUM_PROGRAMS), BLOCK_C=1024, num_warps=4,
         )
         return best_ids, best_log_probs
 
@@ -276,14 +215,9 @@ if triton is not None:
 
 
 def top_k_log_prob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    k: int,
-    bias: torch.Tensor | None = None,
-    token_ids: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    implementation: str = "auto",
+    hidden: torch.Tensor, weight: torch.Tensor, k: int, bias: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None, scale: float = 1.0, softcap: float | None = None,
+    implementation: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k most probable next tokens after each hidden state, best first; it has no gradients.
 
@@ -309,12 +243,12 @@ def top_k_log_prob(
         ValueError: if shapes, strides, dtypes or devices do not fit.
     """
     expect(hidden.dim() > 0 and hidden.numel() > 0, "hidden", "rows that are not empty", tuple(hidden.shape))
-    expect(hidden.dtype in _DTYPES, "hidden", "dtype float32, float16 or bfloat16", hidden.dtype)
+    expect_float("hidden", hidden)
     hidden_size = hidden.shape[-1]
     fits = weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden_size
     expect(fits, "weight", f"shape {('V', hidden_size)}", tuple(weight.shape))
-    expect(weight.dtype == hidden.dtype, "weight", f"dtype {hidden.dtype}", weight.dtype)
-    expect(weight.stride(1) == 1, "weight", "the last dimension contiguous", f"strides {weight.stride()}")
+    expect_tensors(hidden.device, weight=(weight, tuple(weight.shape), hidden.dtype))
+    expect_rows("weight", weight)
     num_tokens = weight.shape[0]
     most_tokens, most = num_tokens, num_tokens
     if implementation == "triton":
@@ -324,11 +258,8 @@ def top_k_log_prob(
     expect(softcap is None or softcap > 0, "softcap", "more than 0", softcap)
     for name, tensor, dtype in (("bias", bias, hidden.dtype), ("token_ids", token_ids, torch.int64)):
         if tensor is not None:
-            expect(tuple(tensor.shape) == (num_tokens,), name, f"shape {(num_tokens,)}", tuple(tensor.shape))
-            expect(tensor.dtype == dtype, name, f"dtype {dtype}", tensor.dtype)
-            expect(tensor.stride(0) == 1, name, "it contiguous", f"strides {tensor.stride()}")
-            expect(tensor.device == hidden.device, name, f"device {hidden.device}", tensor.device)
-    expect(weight.device == hidden.device, "weight", f"device {hidden.device}", weight.device)
+            expect_tensors(hidden.device, **{name: (tensor, (num_tokens,), dtype)})
+            expect_rows(name, tensor)
     has_kernel = use_triton(implementation, hidden.device) and num_tokens <= MAX_TOKENS and k <= MAX_TOP_K
     rows = hidden.detach().reshape(-1, hidden_size).contiguous()
     run = _top_k_log_prob if has_kernel else top_k_log_prob_reference

@@ -19,7 +19,7 @@ Source: online softmax and splits as in FlashAttention (arXiv:2205.14135) and Fl
 
 import torch
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -28,11 +28,8 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 _WORD = 64
-# As many as the MI300X has processors, more than any other of the GPUs in mind: A100 108, H100 and H200 132, B200 148.
-_WANTED_PROGRAMS = 304
 
 
 def pack_ancestors(ancestors: torch.Tensor) -> torch.Tensor:
@@ -49,15 +46,8 @@ def unpack_ancestors(ancestors: torch.Tensor, num_keys: int) -> torch.Tensor:
 
 
 def tree_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ancestors: torch.Tensor,
-    committed: torch.Tensor,
-    node_index: torch.Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
+    node_index: torch.Tensor | None, sliding_window: int | None, softcap: float | None, scale: float
 ) -> torch.Tensor:
     """The definition; see [`tree_attention`]. Computes in float32, or in float64 if the tensors are."""
     num_prefix, num_nodes = committed.shape[1], query.shape[2]
@@ -84,17 +74,9 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        query,
-        keys,
-        values,
-        visible,
-        output,
-        row_max,
-        row_sum,
-        scale,
-        softcap,
-        HAS_SOFTCAP: tl.constexpr,
-        PRECISION: tl.constexpr,
+        query, keys, values, visible, output, row_max, row_sum,
+        scale, softcap,
+        HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     ):
         # One tile of keys [E, K] and values [K, E] into the running softmax, which is kept in powers of two.
         scores = tl.dot(query, keys, input_precision=PRECISION) * scale  # [M, K]
@@ -113,41 +95,12 @@ if triton is not None:
     # What grows from round to round must not compile anything anew.
     @triton.jit(do_not_specialize=["num_prefix", "num_tree_keys", "split_length", "num_words"])
     def _tree_attention_fwd_kernel(
-        query,
-        key,
-        value,
-        ancestors,
-        committed,
-        node_index,
-        output,
-        part_sums,
-        stride_qb,
-        stride_qh,
-        stride_qn,
-        stride_kb,
-        stride_kg,
-        stride_kt,
-        stride_vb,
-        stride_vg,
-        stride_vt,
-        stride_committed,
-        num_nodes,
-        num_heads,
-        num_prefix,
-        num_tree_keys,
-        num_words,
-        split_length,
-        sliding_window,
-        scale,
-        softcap,
-        GROUP: tl.constexpr,
-        HEAD_DIM: tl.constexpr,
-        HAS_WINDOW: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        IS_SPLIT: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
+        query, key, value, ancestors, committed, node_index, output, part_sums,
+        stride_qb, stride_qh, stride_qn, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt,
+        stride_committed, num_nodes, num_heads, num_prefix, num_tree_keys, num_words, split_length, sliding_window,
+        scale, softcap,
+        GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+        IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         BLOCK_E: tl.constexpr,
     ):
         # One program: a tile of the rows that share a head of keys, over one part of the prefix; the last part also
@@ -223,14 +176,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_splits"])
     def _tree_attention_reduce_fwd_kernel(
-        parts,
-        part_sums,
-        output,
-        num_cells,
-        num_splits,
-        HEAD_DIM: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_E: tl.constexpr,
+        parts, part_sums, output,
+        num_cells, num_splits,
+        HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: the parts of one query of one head.
         cell = tl.program_id(0).to(tl.int64)
@@ -278,20 +226,13 @@ if triton is not None:
         num_programs: int, num_rows: int, num_prefix: int, head_dim: int, itemsize: int, block_k: int
     ) -> int:
         """Parts of the prefix: enough programs, no part shorter than a tile, no more partial results than prefix."""
-        wanted = triton.cdiv(_WANTED_PROGRAMS, num_programs)
+        wanted = triton.cdiv(NUM_PROGRAMS, num_programs)
         most = 2 * num_prefix * head_dim * itemsize // (4 * num_rows * (head_dim + 1))
         return max(1, min(wanted, most, triton.cdiv(num_prefix, block_k)))
 
     def _tree_attention_fwd(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        ancestors: torch.Tensor,
-        committed: torch.Tensor,
-        node_index: torch.Tensor | None,
-        sliding_window: int | None,
-        softcap: float | None,
-        scale: float,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
+        node_index: torch.Tensor | None, sliding_window: int | None, softcap: float | None, scale: float
     ) -> torch.Tensor:
         num_batch, num_heads, num_nodes, head_dim = query.shape
         num_groups, num_prefix = key.shape[1], committed.shape[1]
@@ -311,33 +252,12 @@ if triton is not None:
             part_sums = torch.empty(shape[:-1], dtype=torch.float32, device=query.device)
         grid = (*programs, num_splits)
         _tree_attention_fwd_kernel[grid](
-            query,
-            key,
-            value,
-            ancestors,
-            committed,
-            ancestors if node_index is None else node_index,
-            parts,
-            part_sums,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            committed.stride(0),
-            num_nodes,
-            num_heads,
-            num_prefix,
-            key.shape[2] - num_prefix,
-            ancestors.shape[2],
-            split_length,
-            sliding_window or 0,
-            scale,
+            query, key, value, ancestors, committed, ancestors if node_index is None else node_index, parts, part_sums,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], committed.stride(0), num_nodes, num_heads,
+            num_prefix, key.shape[2] - num_prefix, ancestors.shape[2], split_length, sliding_window or 0, scale,
             softcap or 1.0,
-            GROUP=num_heads // num_groups,
-            HEAD_DIM=head_dim,
-            HAS_WINDOW=sliding_window is not None,
-            HAS_SOFTCAP=softcap is not None,
-            IS_SPLIT=num_splits > 1,
-            **tiles,
+            GROUP=num_heads // num_groups, HEAD_DIM=head_dim, HAS_WINDOW=sliding_window is not None,
+            HAS_SOFTCAP=softcap is not None, IS_SPLIT=num_splits > 1, **tiles,
         )
         if num_splits > 1:
             num_cells = num_batch * num_nodes * num_heads
@@ -355,16 +275,9 @@ if triton is not None:
 
 
 def tree_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ancestors: torch.Tensor,
-    committed: torch.Tensor,
-    node_index: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    implementation: str = "auto",
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
+    node_index: torch.Tensor | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    scale: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """Attention of tree nodes to the committed prefix and to their own ancestors.
 
@@ -393,19 +306,16 @@ def tree_attention(
     expect(query.dim() == 4 and query.numel() > 0, "query", "4 dimensions, none empty", tuple(query.shape))
     num_batch, num_heads, num_nodes, head_dim = query.shape
     expect(head_dim <= MAX_HEAD_DIM, "query", f"a head dimension up to {MAX_HEAD_DIM}", head_dim)
-    expect(query.dtype in _DTYPES, "query", "dtype float32, float16 or bfloat16", query.dtype)
+    expect_float("query", query)
     fits = key.dim() == 4 and key.shape[0] == num_batch and key.shape[3] == head_dim and key.shape[1] > 0
     expect(fits, "key", f"shape {(num_batch, 'G', 'P + R', head_dim)}", tuple(key.shape))
-    expect(value.shape == key.shape, "value", f"shape {tuple(key.shape)}", tuple(value.shape))
     expect(num_heads % key.shape[1] == 0, "query", f"a multiple of {key.shape[1]} heads", num_heads)
     fits = committed.dim() == 2 and committed.shape[0] == num_batch
     expect(fits, "committed", f"shape {(num_batch, 'P')}", tuple(committed.shape))
-    expect(committed.dtype == torch.bool, "committed", "dtype torch.bool", committed.dtype)
     num_tree_keys = key.shape[2] - committed.shape[1]
     expect(num_tree_keys >= num_nodes, "key", f"{committed.shape[1]} + {num_nodes} positions or more", key.shape[2])
     fits = ancestors.dim() == 3 and tuple(ancestors.shape[:2]) == (num_batch, num_nodes)
     expect(fits, "ancestors", f"shape {(num_batch, num_nodes, 'W')}", tuple(ancestors.shape))
-    expect(ancestors.dtype == torch.int64, "ancestors", "dtype torch.int64", ancestors.dtype)
     limit = _WORD * ancestors.shape[2]
     expect(num_tree_keys <= limit, "key", f"a tree of at most {limit} nodes, the bits of ancestors", num_tree_keys)
     expect(
@@ -415,18 +325,20 @@ def tree_attention(
         node_index,
     )
     if node_index is not None:
-        shape = (num_batch, num_tree_keys)
-        expect(tuple(node_index.shape) == shape, "node_index", f"shape {shape}", tuple(node_index.shape))
-        expect(node_index.dtype == torch.int64, "node_index", "dtype torch.int64", node_index.dtype)
-        expect(node_index.device == query.device, "node_index", f"device {query.device}", node_index.device)
+        expect_tensors(query.device, node_index=(node_index, (num_batch, num_tree_keys), torch.int64))
         expect(sliding_window is not None and sliding_window > 0, "sliding_window", "at least 1", sliding_window)
         node_index = node_index.contiguous()
     expect(softcap is None or softcap > 0, "softcap", "more than 0", softcap)
-    for name, tensor in (("key", key), ("value", value)):
-        expect(tensor.dtype == query.dtype, name, f"dtype {query.dtype}", tensor.dtype)
-        expect(tensor.stride(3) == 1, name, "the last dimension contiguous", f"strides {tensor.stride()}")
-    for name, tensor in (("key", key), ("value", value), ("ancestors", ancestors), ("committed", committed)):
-        expect(tensor.device == query.device, name, f"device {query.device}", tensor.device)
+    shape = tuple(key.shape)
+    expect_tensors(
+        query.device,
+        key=(key, shape, query.dtype),
+        value=(value, shape, query.dtype),
+        ancestors=(ancestors, tuple(ancestors.shape), torch.int64),
+        committed=(committed, tuple(committed.shape), torch.bool),
+    )
+    expect_rows("key", key)
+    expect_rows("value", value)
     if query.stride(3) != 1:
         query = query.contiguous()
     if committed.shape[1] > 1 and committed.stride(1) != 1:

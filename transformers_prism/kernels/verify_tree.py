@@ -29,7 +29,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .dispatch import expect, operator_namespace, use_triton
+from .dispatch import expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -38,7 +38,6 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The walk holds a row's whole tree in registers.
 MAX_NODES = 1024
 # Settings by the names of `verify_tree`, in the order in which transformers applies the warpers.
@@ -52,19 +51,9 @@ WARPERS = {
 
 
 def verify_tree_reference(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    num_steps: int,
-    noise: torch.Tensor | None,
-    noise_steps: torch.Tensor | None,
-    noise_rows: torch.Tensor | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    typical_p: float | None,
+    logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
+    noise: torch.Tensor | None, noise_steps: torch.Tensor | None, noise_rows: torch.Tensor | None,
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, typical_p: float | None
 ) -> torch.Tensor:
     """The definition; see [`verify_tree`]. The warpers are transformers' own."""
     scores = logits.float()
@@ -231,24 +220,10 @@ if triton is not None:
 
     @triton.jit
     def _verify_tree_bounds_fwd_kernel(
-        logits,
-        bounds,
-        first_ties,
-        stride_b,
-        stride_n,
-        num_nodes,
-        vocab_size,
-        scale,
-        top_k,
-        rest,
-        min_p,
-        mass,
-        HAS_TOP_K: tl.constexpr,
-        HAS_TOP_P: tl.constexpr,
-        HAS_MIN_P: tl.constexpr,
-        HAS_TYPICAL: tl.constexpr,
-        SHIFT: tl.constexpr,
-        BLOCK_V: tl.constexpr,
+        logits, bounds, first_ties,
+        stride_b, stride_n, num_nodes, vocab_size, scale, top_k, rest, min_p, mass,
+        HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr, HAS_TYPICAL: tl.constexpr,
+        SHIFT: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
         # One program: what the warpers keep of one node's tokens. Those of probability 0 never count.
         cell = tl.program_id(0).to(tl.int64)
@@ -283,26 +258,9 @@ if triton is not None:
     # The steps of noise that are held change from round to round.
     @triton.jit(do_not_specialize=["num_noise_steps", "num_noise_rows"])
     def _verify_tree_choose_fwd_kernel(
-        logits,
-        depths,
-        noise,
-        noise_steps,
-        noise_rows,
-        bounds,
-        first_ties,
-        part_values,
-        part_largest,
-        part_tokens,
-        stride_b,
-        stride_n,
-        num_nodes,
-        vocab_size,
-        num_noise_steps,
-        num_noise_rows,
-        scale,
-        IS_SAMPLED: tl.constexpr,
-        HAS_BOUNDS: tl.constexpr,
-        BLOCK_V: tl.constexpr,
+        logits, depths, noise, noise_steps, noise_rows, bounds, first_ties, part_values, part_largest, part_tokens,
+        stride_b, stride_n, num_nodes, vocab_size, num_noise_steps, num_noise_rows, scale,
+        IS_SAMPLED: tl.constexpr, HAS_BOUNDS: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
         # One program: the best of BLOCK_V tokens of one node.
         cell = tl.program_id(0).to(tl.int64)
@@ -333,20 +291,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_steps"])
     def _verify_tree_walk_fwd_kernel(
-        token_ids,
-        parents,
-        part_values,
-        part_largest,
-        part_tokens,
-        output,
-        num_nodes,
-        num_steps,
-        num_parts,
-        scale,
-        IS_SAMPLED: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_P: tl.constexpr,
+        token_ids, parents, part_values, part_largest, part_tokens, output,
+        num_nodes, num_steps, num_parts, scale,
+        IS_SAMPLED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
     ):
         # One program: the walk of one row.
         batch = tl.program_id(0).to(tl.int64)
@@ -392,12 +339,8 @@ if triton is not None:
         return {"BLOCK_V": min(most, max(128, triton.next_power_of_2(vocab_size))), "num_warps": num_warps}
 
     def _verify_tree_bounds_fwd(
-        logits: torch.Tensor,
-        scale: float,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        typical_p: float | None,
+        logits: torch.Tensor, scale: float, top_k: int | None, top_p: float | None, min_p: float | None,
+        typical_p: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_batch, num_nodes, vocab_size = logits.shape
         bounds = torch.empty((num_batch, num_nodes, 2), dtype=torch.float32, device=logits.device)
@@ -425,19 +368,10 @@ if triton is not None:
         return bounds, first_ties
 
     def _verify_tree_fwd(
-        logits: torch.Tensor,
-        token_ids: torch.Tensor,
-        parents: torch.Tensor,
-        depths: torch.Tensor,
-        num_steps: int,
-        noise: torch.Tensor | None,
-        noise_steps: torch.Tensor | None,
-        noise_rows: torch.Tensor | None,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        typical_p: float | None,
+        logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
+        noise: torch.Tensor | None, noise_steps: torch.Tensor | None, noise_rows: torch.Tensor | None,
+        temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+        typical_p: float | None
     ) -> torch.Tensor:
         num_batch, num_nodes, vocab_size = logits.shape
         device, scale = logits.device, _LOG2_E / (temperature or 1.0)
@@ -453,38 +387,15 @@ if triton is not None:
             bounds, first_ties = _verify_tree_bounds_fwd(logits, scale, top_k, top_p, min_p, typical_p)
         is_sampled = noise is not None
         _verify_tree_choose_fwd_kernel[(num_batch * num_nodes, num_parts)](
-            logits,
-            depths,
-            *((noise, noise_steps, noise_rows) if is_sampled else (values, depths, depths)),
-            bounds,
-            first_ties,
-            values,
-            largest,
-            tokens,
-            *logits.stride()[:2],
-            num_nodes,
-            vocab_size,
-            *(noise.shape[:2] if noise is not None else (0, 0)),
-            scale,
-            IS_SAMPLED=is_sampled,
-            HAS_BOUNDS=has_bounds,
-            **tile,
+            logits, depths, *((noise, noise_steps, noise_rows) if is_sampled else (values, depths, depths)), bounds,
+            first_ties, values, largest, tokens, *logits.stride()[:2], num_nodes, vocab_size,
+            *(noise.shape[:2] if noise is not None else (0, 0)), scale,
+            IS_SAMPLED=is_sampled, HAS_BOUNDS=has_bounds, **tile,
         )
         _verify_tree_walk_fwd_kernel[(num_batch,)](
-            token_ids,
-            parents,
-            values,
-            largest,
-            tokens,
-            output,
-            num_nodes,
-            num_steps,
-            num_parts,
-            scale,
-            IS_SAMPLED=is_sampled,
-            BLOCK_N=max(2, triton.next_power_of_2(num_nodes)),
-            BLOCK_S=max(2, triton.next_power_of_2(num_steps)),
-            BLOCK_P=max(2, triton.next_power_of_2(num_parts)),
+            token_ids, parents, values, largest, tokens, output, num_nodes, num_steps, num_parts, scale,
+            IS_SAMPLED=is_sampled, BLOCK_N=max(2, triton.next_power_of_2(num_nodes)),
+            BLOCK_S=max(2, triton.next_power_of_2(num_steps)), BLOCK_P=max(2, triton.next_power_of_2(num_parts)),
             num_warps=1,
         )
         return output
@@ -497,20 +408,10 @@ if triton is not None:
 
 
 def verify_tree(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    num_steps: int,
-    noise: torch.Tensor | None = None,
-    noise_steps: torch.Tensor | None = None,
-    noise_rows: torch.Tensor | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    implementation: str = "auto",
+    logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
+    noise: torch.Tensor | None = None, noise_steps: torch.Tensor | None = None, noise_rows: torch.Tensor | None = None,
+    temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+    typical_p: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
     """Walk from each row's root to the children that hold the chosen tokens, without a read by the host.
 
@@ -538,12 +439,12 @@ def verify_tree(
         ValueError: if shapes, strides, dtypes, devices or settings do not fit, before anything is computed.
     """
     expect(logits.dim() == 3 and logits.numel() > 0, "logits", "3 dimensions, none empty", tuple(logits.shape))
-    expect(logits.dtype in _DTYPES, "logits", "dtype float32, float16 or bfloat16", logits.dtype)
-    expect(logits.stride(2) == 1, "logits", "the last dimension contiguous", f"strides {logits.stride()}")
+    expect_float("logits", logits)
+    expect_rows("logits", logits)
     expect(num_steps > 0, "num_steps", "at least 1", num_steps)
     num_batch, num_nodes, vocab_size = logits.shape
     for name, tensor in (("token_ids", token_ids), ("parents", parents), ("depths", depths)):
-        _expect_integers(name, tensor, (num_batch, num_nodes), logits.device)
+        expect_tensors(logits.device, **{name: (tensor, (num_batch, num_nodes), torch.int64)})
     settings = (temperature, top_k, top_p, min_p, typical_p)
     if noise is None:
         named = zip(("noise_steps", "noise_rows", *WARPERS), (noise_steps, noise_rows, *settings), strict=True)
@@ -552,10 +453,11 @@ def verify_tree(
     else:
         fits = noise.dim() == 3 and noise.numel() > 0 and noise.shape[2] == vocab_size and noise.is_contiguous()
         expect(fits, "noise", f"shape {('W', 'R', vocab_size)}, contiguous", tuple(noise.shape))
-        expect(noise.dtype == torch.float32, "noise", "dtype torch.float32", noise.dtype)
-        expect(noise.device == logits.device, "noise", f"device {logits.device}", noise.device)
+        expect_tensors(logits.device, noise=(noise, tuple(noise.shape), torch.float32))
         for name, indices in (("noise_steps", noise_steps), ("noise_rows", noise_rows)):
-            _expect_integers(name, indices, (num_batch,), logits.device)
+            if indices is None:
+                raise ValueError(f"{name}: expected it with noise, got None")
+            expect_tensors(logits.device, **{name: (indices, (num_batch,), torch.int64)})
         for warper, setting in zip(WARPERS.values(), settings, strict=True):
             if setting is not None:
                 warper(setting)  # refuses what makes no sense
@@ -568,11 +470,3 @@ def verify_tree(
         noise_steps, noise_rows = noise_steps.contiguous(), noise_rows.contiguous()
     drawn = (noise, noise_steps, noise_rows)
     return run(logits, *tree, num_steps, *drawn, temperature, top_k, top_p, min_p, typical_p)
-
-
-def _expect_integers(name: str, tensor: torch.Tensor | None, shape: tuple, device: torch.device) -> None:
-    if tensor is None:
-        raise ValueError(f"{name}: expected it with noise, got None")
-    expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-    expect(tensor.dtype == torch.int64, name, "dtype torch.int64", tensor.dtype)
-    expect(tensor.device == device, name, f"device {device}", tensor.device)

@@ -60,14 +60,8 @@ def experience_of(draft, do_sample: bool) -> Experience:
 
 
 class AutomaticTrees:
-    """Proposes a tree per round, and learns from what becomes of it.
-
-    Args:
-        settings (`TreeSettings`): the largest tree that may be chosen.
-        target (`PreTrainedModel`), draft (`PrismDraftModel`): bound to each other.
-        sequences (`Sequences`), sampler (`Sampler`): of the call.
-        text (`NgramIndex`, *optional*): the beginning of a single sequence, indexed by an earlier call.
-    """
+    """Proposes a tree per round, at most as large as `settings` say, and learns from what becomes of it; `text` is the
+    beginning of a single sequence, indexed by an earlier call."""
 
     def __init__(
         self, settings: TreeSettings, target, draft, sequences: Sequences, sampler: Sampler, text: NgramIndex | None = None
@@ -120,10 +114,8 @@ class AutomaticTrees:
         """Learn from a round.
 
         Args:
-            proposal (`Proposal`): the round's.
-            kept (`list[list[int]]`): of each active sequence the nodes that a token was emitted at, the root first; [] if
-                it is done.
-            verified (`Verified`): the round's.
+            kept (`list[list[int]]`): of each active sequence the nodes that a token was emitted at, the root first; []
+                if it is done.
         Returns:
             `Proposal`: with what was expected of it, which of a planned tree is only known now.
         """

@@ -27,13 +27,8 @@ class CarriedTokens:
             self.share_accepted += _RATE * ((num_kept == num_nodes) - self.share_accepted)
 
     def should_move_on(self, num_carried: int, rate: float, costs) -> bool:
-        """Whether a round without drafted tokens pays.
-
-        Args:
-            num_carried (`int`): tokens that the next forward runs besides its tree.
-            rate (`float`): tokens per second that time is worth.
-            costs (`RoundCosts`): of the target's forwards and of a draft step.
-        """
+        """Whether a round without drafted tokens pays, where the next forward runs `num_carried` tokens besides its
+        tree and time is worth `rate` tokens per second."""
         if not num_carried:
             return False
         verify = costs.verify

@@ -66,8 +66,7 @@ class RoundCosts:
     """Seconds of the parts of a round for a batch.
 
     Args:
-        num_tokens: tokens in a target forward, all sequences together, increasing.
-        verify_seconds: of a target forward over that many tokens.
+        num_tokens, verify_seconds: tokens in a target forward, all sequences together, increasing, and what it takes.
         step_seconds: of one draft step with its proposals and its share of choosing nodes.
         spread: slowest over fastest repetition when they were measured, of the usual forward.
         num_measured: how often they were measured in this process.
@@ -133,8 +132,9 @@ class TreeOverhead:
     @property
     def seconds(self) -> float:
         """The difference, 0 until both were seen."""
-        is_known = self.plain is not None and self.with_tree is not None
-        return max(self.with_tree - self.plain, 0.0) if is_known else 0.0
+        if self.plain is None or self.with_tree is None:
+            return 0.0
+        return max(self.with_tree - self.plain, 0.0)
 
 
 def _between(points: list[int], num_tokens: int) -> tuple[int, float]:
@@ -158,12 +158,9 @@ def _bounded(ratio: float) -> float:
 
 def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = None) -> RoundCosts:
     """The costs of rounds with `num_rows` sequences: those known, from the disk, or measured, which takes a few dozen
-    target forwards and is logged.
+    target forwards and is logged. Models and random generators are left as they are.
 
     Args:
-        target (`PreTrainedModel`): left as it is; its random generator too.
-        draft (`PrismDraftModel`): bound to it.
-        num_rows (`int`): B.
         known (`RoundCosts`, *optional*): of earlier calls in this process.
     Returns:
         `RoundCosts`: `known` itself if it is not in doubt, else new, for the caller to correct.
@@ -177,7 +174,8 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
         return kept
     if known is not None:
         logger.warning("measuring this machine again: it was busy when the costs of drafting were measured")
-    costs = measure(target, draft, num_rows, lambda count, seconds: _announce(count, seconds, path))
+    announcement = "measuring this machine: %d target forwards, about %.1f s; kept in %s"
+    costs = measure(target, draft, num_rows, lambda count, seconds: logger.warning(announcement, count, seconds, path))
     costs.num_measured = 1 if known is None else known.num_measured + 1
     if costs.is_busy:
         logger.warning(
@@ -191,13 +189,9 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
     return costs
 
 
-def _announce(num_forwards: int, seconds: float, path: Path) -> None:
-    logger.warning("measuring this machine: %d target forwards, about %.1f s; kept in %s", num_forwards, seconds, path)
-
-
 def costs_path(target, draft, num_rows: int) -> Path:
     """The file in which the costs of this target, draft and number of sequences are kept on this machine."""
-    return _folder() / f"{_key(target, draft, num_rows)}.json"
+    return Path(constants.HF_HOME) / "prism" / "round_costs" / f"{_key(target, draft, num_rows)}.json"
 
 
 def _read(path: Path, num_rows: int) -> RoundCosts | None:
@@ -251,7 +245,8 @@ def _undisturbed(target, draft) -> Iterator[None]:
 def kept_frequencies(*models: nn.Module) -> Iterator[None]:
     """Rotary embeddings are left as they are: those of the types "dynamic" and "longrope" keep what they computed for the
     longest text, or for the last one, and serve the next with it."""
-    found = {module for model in models for module in model.modules() if _is_rotary(module)}
+    modules = {module for model in models for module in model.modules()}
+    found = [one for one in modules if hasattr(one, "rope_type") or any(name.endswith("inv_freq") for name in one._buffers)]
     kept = [(module, _public_state(module), dict(module._buffers), _copies(module._buffers)) for module in found]
     try:
         yield
@@ -263,13 +258,9 @@ def kept_frequencies(*models: nn.Module) -> Iterator[None]:
                 module.__dict__.update(state)
                 module._buffers.clear()
                 module._buffers.update(buffers)
-                for name, copy in copies.items():
-                    if not torch.equal(buffers[name], copy):  # written to in place
-                        buffers[name].copy_(copy)
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    return hasattr(module, "rope_type") or any(name.endswith("inv_freq") for name in module._buffers)
+                for buffer, copy in copies:
+                    if not torch.equal(buffer, copy):  # written to in place
+                        buffer.copy_(copy)
 
 
 def _public_state(module: nn.Module) -> dict:
@@ -277,12 +268,9 @@ def _public_state(module: nn.Module) -> dict:
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
 
 
-def _copies(buffers: dict) -> dict:
-    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None and not buffer.is_meta}
-
-
-def _folder() -> Path:
-    return Path(constants.HF_HOME) / "prism" / "round_costs"
+def _copies(buffers: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers, each with a copy of what it holds."""
+    return [(buffer, buffer.clone()) for buffer in buffers.values() if buffer is not None and not buffer.is_meta]
 
 
 def _key(target, draft, num_rows: int) -> str:
@@ -311,11 +299,7 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
     """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
 
     A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
-    correct that.
-
-    Args:
-        target, draft, num_rows: as for [`load_or_measure`].
-        announce (`Callable`): told once, when it can be foreseen: target forwards in all, and seconds that they take.
+    correct that. `announce` is told once, when it can be foreseen: target forwards in all, and seconds that they take.
     """
     per_row = _counts_of_one_row(num_rows)
     times: dict[int, list[float]] = {count: [] for count in per_row}

@@ -34,11 +34,7 @@ MAX_PLANNED = 127  # nodes
 
 
 class AcceptanceTable:
-    """How often nodes were accepted, by cell.
-
-    Args:
-        prior (`torch.DoubleTensor`): probability that each cell starts from, `(rows, columns)`.
-    """
+    """How often nodes were accepted, by cell; each starts from the probability that `prior` `(rows, columns)` says."""
 
     def __init__(self, prior: torch.Tensor):
         self.num_columns = prior.shape[1]
@@ -98,12 +94,8 @@ def _rank_values() -> torch.Tensor:
 
 @dataclass
 class PlanValues:
-    """What a tree that is planned before its round should bring, on average over sequences.
-
-    Args:
-        first: value of the nodes that step 0 proposes.
-        ranks: `(MAX_PLANNED,)`, value of the best node, of the second best and so on.
-    """
+    """What a tree that is planned before its round should bring, on average over sequences: value of the nodes that
+    step 0 proposes, and `(MAX_PLANNED,)` that of the best node, of the second best and so on."""
 
     first: float = FIRST_VALUE
     ranks: torch.Tensor = field(default_factory=_rank_values)
@@ -120,12 +112,8 @@ class PlanValues:
 
 @dataclass
 class Payoff:
-    """Whether rounds with the draft pay for a number of active sequences.
-
-    Args:
-        advantage: tokens per second of rounds with the draft over plain decoding, as last seen.
-        pause: plain rounds after the next try that does not pay.
-    """
+    """Whether rounds with the draft pay for a number of active sequences: tokens per second over plain decoding, as
+    last seen, and plain rounds after the next try that does not pay."""
 
     advantage: float = 1.0
     pause: int = FIRST_PAUSE

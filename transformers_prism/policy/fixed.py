@@ -26,12 +26,7 @@ class PlainSteps:
 
 
 class FixedTrees(PlainSteps):
-    """Proposes trees of the same settings in every round.
-
-    Args:
-        settings (`TreeSettings`): of the call.
-        sampler (`Sampler`): whose draws the draft may see.
-    """
+    """Proposes trees of the same settings in every round."""
 
     def __init__(self, settings: TreeSettings, sampler: Sampler):
         self.settings, self.sampler = settings, sampler

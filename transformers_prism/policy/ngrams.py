@@ -10,11 +10,7 @@ MIN_MATCH = 2
 
 
 class NgramIndex:
-    """Where each short run of tokens ended last, over the growing text of one sequence.
-
-    Args:
-        token_ids (`list[int]`): the text so far.
-    """
+    """Where each short run of tokens ended last, over the growing text of one sequence."""
 
     def __init__(self, token_ids: list[int]):
         self.token_ids: list[int] = []
@@ -32,13 +28,8 @@ class NgramIndex:
             self.token_ids.append(token)
 
     def continuation(self, max_tokens: int) -> tuple[int, list[int]]:
-        """What followed the longest run that the text ends in, where it stood last.
-
-        Args:
-            max_tokens (`int`): length of the continuation at most, in tokens.
-        Returns:
-            `tuple`: length of the match in tokens and the continuation; 0 and [] without a match.
-        """
+        """What followed the longest run that the text ends in, where it stood last: length of the match in tokens, and
+        at most `max_tokens` of the continuation; 0 and [] without a match."""
         for length in range(min(MAX_MATCH, len(self.token_ids)), MIN_MATCH - 1, -1):
             start = self.following[length].get(tuple(self.token_ids[-length:]))
             if start is not None:
@@ -47,12 +38,8 @@ class NgramIndex:
 
 
 class Texts:
-    """The texts of a call's sequences, indexed when they are asked for.
-
-    Args:
-        sequences (`Sequences`): of the call.
-        text (`NgramIndex`, *optional*): the beginning of a single sequence, indexed by an earlier call.
-    """
+    """The texts of a call's sequences, indexed when they are asked for; `text` is the beginning of a single sequence,
+    indexed by an earlier call."""
 
     def __init__(self, sequences, text: NgramIndex | None = None):
         self.sequences = sequences
@@ -62,7 +49,7 @@ class Texts:
     def __getitem__(self, sequence: int) -> NgramIndex:
         """The sequence's text so far."""
         text, num_indexed = self.indexes[sequence], self.num_indexed[sequence]
-        if num_indexed is None:
+        if text is None or num_indexed is None:
             prompt, num_indexed = self.sequences.ids[sequence, : self.sequences.prompt_length].tolist(), 0
             if text is None or prompt[: len(text.token_ids)] != text.token_ids:
                 text = self.indexes[sequence] = NgramIndex([])

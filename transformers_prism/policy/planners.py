@@ -92,12 +92,8 @@ class Lesson:
 def best_tree(
     known: Knowledge, outlook: Outlook, sequences: Sequences, candidates: list[Candidates], limits: Limits, **fields
 ) -> Proposal:
-    """The tree of those candidates and copies of the text that pay best.
-
-    Args:
-        candidates (`list[Candidates]`): of each active sequence; copies are added to them.
-        fields: of the [`Lesson`], and `num_steps` of the [`Proposal`].
-    """
+    """The tree of those candidates and copies of the text that pay best; `fields` are those of the [`Lesson`], and
+    `num_steps` of the [`Proposal`]. Copies are added to the candidates."""
     num_steps = fields.pop("num_steps", 0)
     if known.settings.ngrams:
         longest = min(limits.depth, limits.nodes, MAX_COPIED, known.settings.num_nodes)

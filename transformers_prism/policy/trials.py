@@ -16,12 +16,7 @@ _SHARE_OF_TRIES = 0.01
 
 
 class Trials:
-    """Watches the payoff of a call's rounds with the draft.
-
-    Args:
-        payoffs (`dict[int, Payoff]`): what is known, see [`Experience`]; corrected here.
-        num_sequences (`int`): of the call.
-    """
+    """Watches the payoff of a call's rounds with the draft, and corrects what [`Experience`] knows of it."""
 
     def __init__(self, payoffs: dict[int, Payoff], num_sequences: int):
         self.payoffs = payoffs
@@ -70,8 +65,8 @@ class Trials:
 
         Args:
             tokens (`float`): that it committed, per active sequence and by weight.
-            plain_steps (`float`): its time, in plain steps.
-            plain_steps_with_reading (`float`): the same with the time in which the draft caught up on earlier rounds.
+            plain_steps, plain_steps_with_reading (`float`): its time, in plain steps; the latter with the time in
+                which the draft caught up on earlier rounds.
         """
         self.tokens = _RATE_FADE * self.tokens + tokens
         self.plain_steps = _RATE_FADE * self.plain_steps + plain_steps

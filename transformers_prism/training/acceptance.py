@@ -20,13 +20,11 @@ NUM_NEW_TOKENS = 48
 def measure_acceptance(
     draft, target, conversations: list[Conversation], num_new_tokens: int = NUM_NEW_TOKENS
 ) -> torch.Tensor:
-    """Decode the beginnings of conversations greedily with a draft.
+    """Decode the beginnings of conversations greedily with a draft that is bound to the target, at most
+    `num_new_tokens` each.
 
-    Args:
-        draft (`PrismDraftModel`): bound; its generation settings are left as they were.
-        target (`PreTrainedModel`): the model to be sped up. Both decode in eval mode, and are left in the mode they had.
-        conversations (`list[Conversation]`): their tokens before the first answer are the prompts.
-        num_new_tokens (`int`): tokens per prompt at most.
+    Both decode in eval mode and are left as they were.
+
     Returns:
         `torch.Tensor` of shape `(8 + depth,)`, float64, to be summed over processes: rounds, committed tokens, seconds
         of all rounds, seconds of plain steps, their number, answers, answers that end in a loop, then how many rounds
@@ -52,13 +50,10 @@ def measure_acceptance(
 
 
 def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
-    """Figures of [`measure_acceptance`]'s counts.
-
-    Returns:
-        `dict`: `tau`, the acceptance length pooled over rounds, the bonus included; `conditional_<i>`, the share of
-        rounds that accepted more than i tokens among those that accepted i; `speedup_estimate`, tau times the seconds
-        of a plain step over those of a round; `loop_share`, of answers that end in a loop, which flatters tau. Without
-        rounds there is none of them.
+    """Figures of [`measure_acceptance`]'s counts, none without rounds: `tau`, pooled over rounds, the bonus included;
+    `conditional_<i>`, the share of rounds that accepted more than i tokens among those that accepted i;
+    `speedup_estimate`, tau times the seconds of a plain step over those of a round; `loop_share`, of answers that end
+    in a loop, which flatters tau.
     """
     rounds, committed, round_seconds, plain_seconds, num_plain, num_answers, num_loops = counts[:7].tolist()
     tau = acceptance_length(committed, rounds)
@@ -103,6 +98,3 @@ def _plain_steps(target, prompt: torch.Tensor, count: int = 8) -> tuple[float, i
     for _ in range(count):
         target(token, **cache_argument(target, cache), use_cache=True)
     return time.perf_counter() - start, count
-
-
-__all__ = ["acceptance_metrics", "measure_acceptance"]

@@ -17,15 +17,8 @@ def label_width(config) -> int:
 
 
 class AlignedTraining(nn.Module):
-    """What the Trainer trains: the draft's training-time-test steps with the loss of one stage on top.
-
-    Args:
-        draft (`PrismDraftModel`): bound to its target.
-        target (`PreTrainedModel`): for evaluation.
-        stage (`Stage`): number of steps and loss.
-        text_tokens (`bool`): whether the tokens of a batch's texts join the draft vocabulary.
-        options (`dict`): further arguments of [`aligned_forward`].
-    """
+    """What the Trainer trains: the training-time-test steps of a draft, bound to its target, with the loss of one
+    stage on top; `options` are further arguments of [`aligned_forward`]."""
 
     def __init__(self, draft: PrismDraftModel, target, stage: Stage, text_tokens: bool = True, **options):
         super().__init__()
@@ -113,6 +106,3 @@ def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:
     modules = {draft.config.module_of_step(step) for step in range(stage.num_steps)}
     has_head_loss = bool(stage.loss.of_vocabulary) or not draft.head_parameters()
     return len(modules) == draft.config.num_processing_modules and has_head_loss
-
-
-__all__ = ["AlignedTraining", "label_width", "reaches_all_weights"]

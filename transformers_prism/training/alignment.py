@@ -25,14 +25,8 @@ from transformers_prism.training.flash_alignment import flash_alignment_attentio
 
 
 def aligned_forward(
-    draft,
-    input_ids: torch.LongTensor,
-    target_hidden: torch.Tensor,
-    num_steps: int,
-    is_detached: bool = False,
-    checkpoint_activations: bool = False,
-    starts: torch.Tensor | None = None,
-    implementation: str = "auto",
+    draft, input_ids: torch.LongTensor, target_hidden: torch.Tensor, num_steps: int, is_detached: bool = False,
+    checkpoint_activations: bool = False, starts: torch.Tensor | None = None, implementation: str = "auto"
 ) -> list[torch.Tensor]:
     """Run `num_steps` draft steps over all rows at once, each fed the predictions of the one before.
 
@@ -79,24 +73,15 @@ def aligned_forward(
 
 
 class AlignedPasses:
-    """The keys and values that aligned forwards leave behind for later ones.
+    """The keys and values that training-time-test steps leave behind for later ones.
 
     A view holds, for each draft step and layer, keys and values `(B, G, T, E)`. There is one view that all modules
-    write to, or one for each module.
-
-    Args:
-        draft (`PrismDraftModel`): its weights are used, not its forward.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): tokens, the same for every step.
-        checkpoint_activations, starts, implementation: see [`aligned_forward`].
+    write to, or one for each module. Arguments are those of [`aligned_forward`].
     """
 
     def __init__(
-        self,
-        draft,
-        input_ids: torch.LongTensor,
-        checkpoint_activations: bool = False,
-        starts: torch.Tensor | None = None,
-        implementation: str = "auto",
+        self, draft, input_ids: torch.LongTensor, checkpoint_activations: bool = False,
+        starts: torch.Tensor | None = None, implementation: str = "auto"
     ):
         self.draft, self.starts, self.implementation = draft, starts, implementation
         self.checkpoint_activations = checkpoint_activations
@@ -190,13 +175,10 @@ class AlignedPasses:
         return function(*args)
 
 
-def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.BoolTensor:
+def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.Tensor:
     """Rows of each aligned forward that have a valid history, False at rows 0..k-1 of each sequence in forward k:
     `(S, T)`, or `(S, B, T)` with the `starts` of [`aligned_forward`]."""
     rows = torch.arange(num_rows, device=device)
     rows = rows[None] if starts is None else (rows - starts)[None]
     steps = torch.arange(num_steps, device=device)
     return rows >= steps.view(-1, *[1] * (rows.dim() - 1))
-
-
-__all__ = ["AlignedPasses", "aligned_forward", "history_mask"]

@@ -11,21 +11,12 @@ UPDATES_PER_POOL = 25
 
 
 class ConversationDataset(Dataset):
-    """Conversations with their features, by index.
-
-    Args:
-        conversations (`list[Conversation]`): all of them, as the store knows them.
-        store (`FeatureStore` or `OnlineFeatures`): their features.
-        indices (`list[int]`): the conversations that belong to this set.
-        learn_prompts (`bool`): whether prompts count like answers.
-    """
+    """The conversations at some indices of a list, with their features; with `learn_prompts`, prompts count like
+    answers."""
 
     def __init__(
-        self,
-        conversations: list[Conversation],
-        store: FeatureStore | OnlineFeatures,
-        indices: list[int],
-        learn_prompts: bool = False,
+        self, conversations: list[Conversation], store: FeatureStore | OnlineFeatures, indices: list[int],
+        learn_prompts: bool = False
     ):
         self.conversations, self.store, self.indices = conversations, store, list(indices)
         self.learn_prompts = learn_prompts
@@ -51,12 +42,10 @@ class ConversationDataset(Dataset):
 def collate(items: list[dict]) -> dict:
     """Join conversations of T + 1 tokens into rows of T: a row reads a token's state and the token after it.
 
-    Args:
-        items (`list[dict]`): of a [`ConversationDataset`].
     Returns:
-        `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states
-        that are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
-        predicted state belongs to a span that is trained or comes right before one.
+        `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states that
+            are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
+            predicted state belongs to a span that is trained or comes right before one.
     """
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]
@@ -80,16 +69,10 @@ def collate(items: list[dict]) -> dict:
 
 
 class LengthSampler(Sampler):
-    """Indices in an order in which neighbours are of like length, drawn afresh from (seed, epoch).
+    """Indices in an order in which neighbours are of like length in tokens, drawn afresh from (seed, epoch).
 
     The order depends on nothing else, so that a resumed run sees the batches that it would have seen. All batches of
-    an update are neighbours: no process waits for one with longer rows.
-
-    Args:
-        lengths (`list[int]`): of the conversations, in tokens.
-        batch_size (`int`): conversations of one forward.
-        seed (`int`): of the order.
-        batches_per_update (`int`): forwards of all processes between two updates.
+    an update, those of all processes, are neighbours: no process waits for one with longer rows.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, batches_per_update: int = 1):

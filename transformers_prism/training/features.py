@@ -32,14 +32,8 @@ _LEAST_CORRELATION = 0.8
 
 
 class FeatureStore:
-    """The target's hidden states over a list of conversations, memory-mapped from a folder of shards.
-
-    Args:
-        folder (`str` or path): where the shards are, or will be.
-        conversations (`list[Conversation]`): what they are states of.
-        layer_ids (`list[int]`): indices into the target's `hidden_states`, C of them.
-        width (`int`): of all C states together, in values.
-    """
+    """The target's hidden states over a list of conversations, memory-mapped from a folder of shards; a token's C
+    states at `layer_ids` have `width` values together."""
 
     def __init__(self, folder, conversations: list[Conversation], layer_ids: list[int], width: int):
         self.folder = Path(folder)
@@ -97,11 +91,6 @@ class OnlineFeatures:
 
     Each conversation runs through the target by itself, here as in [`compute_features`], so that both give the same
     numbers.
-
-    Args:
-        target (`PreTrainedModel`): in the dtype to compute in.
-        conversations (`list[Conversation]`): the data.
-        layer_ids (`list[int]`): indices into the target's `hidden_states`, C of them.
     """
 
     def __init__(self, target, conversations: list[Conversation], layer_ids: list[int]):
@@ -121,25 +110,17 @@ class OnlineFeatures:
 
 
 def compute_features(
-    target,
-    conversations: list[Conversation],
-    layer_ids: list[int],
-    folder,
-    needed: list[int] | None = None,
-    part: tuple[int, int] = (0, 1),
+    target, conversations: list[Conversation], layer_ids: list[int], folder, needed: list[int] | None = None,
+    part: tuple[int, int] = (0, 1)
 ) -> FeatureStore:
     """Run the target over conversations once and keep its hidden states; shards that are there are not redone.
 
     Args:
         target (`PreTrainedModel`): in the dtype to compute in; states are kept in bfloat16 in any case.
-        conversations (`list[Conversation]`): the data.
-        layer_ids (`list[int]`): indices into the target's `hidden_states`.
-        folder (`str` or path): made if it is not there; must belong to the same target and layers if it is, and to the
-            same data or to its first conversations.
+        folder: made if it is not there; must belong to the same target and layers if it is, and to the same data or to
+            its first conversations.
         needed (`list[int]`, *optional*): indices of the conversations that are needed; their shards are computed.
         part (`tuple[int, int]`): of `(index, count)`, do only the shards whose number is `index` modulo `count`.
-    Returns:
-        `FeatureStore`: over `folder`.
     Raises:
         ValueError: if the folder holds features of something else.
         OSError: if the disk has no room for them, with both sizes in bytes.
@@ -164,15 +145,12 @@ def state_widths(target, layer_ids: list[int]) -> list[int]:
 
 
 def check_states(target, layer_ids: list[int], label_width: int) -> None:
-    """Check that what a draft is trained on is what the target's vocabulary head reads.
+    """Check that what a draft is trained on, the target's states at `layer_ids`, the last one last, is what the
+    target's vocabulary head reads.
 
-    Args:
-        target (`PreTrainedModel`): on its device.
-        layer_ids (`list[int]`): indices into its `hidden_states`, the last state last.
-        label_width (`int`): of the last state.
     Raises:
-        ValueError: if the states have other widths, or if the target transforms its last state before the head (electra,
-            rembert, bert).
+        ValueError: if the states have other widths, or if the target transforms its last state before the head
+            (electra, rembert, bert).
     """
     text_config = target.config.get_text_config()
     widths, expected = state_widths(target, layer_ids), [text_config.hidden_size] * (len(layer_ids) - 1) + [label_width]

@@ -18,15 +18,9 @@ from transformers_prism.training.warm_start import warm_start, with_modules
 logger = logging.getLogger(__name__)
 
 
-def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.LongTensor, float]:
-    """The `size` most frequent tokens of the answers and the share of answer tokens that they cover.
-
-    Args:
-        conversations (`list[Conversation]`): the training data.
-        size (`int`): of the draft vocabulary; filled with the smallest unused ids where the data has fewer tokens.
-    Returns:
-        `tuple` of increasing token ids `(size,)` and the coverage in 0..1.
-    """
+def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.Tensor, float]:
+    """The `size` most frequent tokens of the answers, increasing, and the share of answer tokens that they cover, in
+    0..1; filled up with the smallest unused ids where the data has fewer tokens."""
     counts = _answer_tokens(conversations)
     total = counts.total()
     # Tokens of the prompts come after all answer tokens, and ids that never occur last.
@@ -59,23 +53,17 @@ def source_config(config: TrainConfig) -> PrismConfig | None:
 
 
 def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
-    """The architecture of the finished draft.
+    """The architecture of the finished draft, for a target or its configuration; the tokenizer is for the fingerprint.
 
     Without stage split a draft keeps the modules that it starts with, whatever the recipe would split them into.
 
-    Args:
-        config (`TrainConfig`): of the run.
-        target (`PreTrainedModel` or `PreTrainedConfig`): the model to be sped up, or its configuration.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, for the fingerprint.
-    Returns:
-        `PrismConfig`: with the target's fingerprint.
     Raises:
         ValueError: if the draft to start from has more modules than the finished one, if the run asks for more modules
             than its stages make, or for an architecture that contradicts itself.
     """
     source = source_config(config)
     num_modules = _num_modules(config, source)
-    overrides = {
+    overrides: dict = {
         "module_form": config.module_form,
         # EAGLE-3 learns a head of its own.
         "share_target_head": config.module_form != "eagle3",
@@ -99,16 +87,14 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
 
 def _num_modules(config: TrainConfig, source: PrismConfig | None) -> int:
     """Modules of the finished draft."""
-    first = 1 if source is None else source.num_processing_modules
-    if first > config.num_modules:
-        raise ValueError(
-            f"num_modules: expected at least the {first} of {Path(config.init_from or '').name}, got {config.num_modules}"
-        )
+    first, wanted = 1 if source is None else source.num_processing_modules, config.num_modules
+    assert wanted is not None  # the recipe has filled it in
+    if first > wanted:
+        raise ValueError(f"num_modules: expected at least the {first} of {Path(config.init_from or '').name}, got {wanted}")
     made = plan_stages(config, first)[-1].num_modules
-    if made < config.num_modules and has_own_num_modules(config):
+    if made < wanted and has_own_num_modules(config):
         raise ValueError(
-            f"num_modules: expected {made}, since only stage split makes more and its split_epochs are 0, got "
-            f"{config.num_modules}"
+            f"num_modules: expected {made}, since only stage split makes more and its split_epochs are 0, got {wanted}"
         )
     return made
 
@@ -119,7 +105,6 @@ def first_draft(
     """A new draft with one module, or what the draft that is started from knows, in as many modules as it has.
 
     Args:
-        config (`TrainConfig`): of the run; `seed` draws new weights.
         draft_config (`PrismConfig`): of the finished draft.
         training (`list[Conversation]`): their answers choose the draft vocabulary.
         report (`dict`): gets the draft vocabulary's coverage, and what was started from, with its own training record.
@@ -151,9 +136,9 @@ def first_draft(
             100 * coverage,
             report["num_answer_tokens_outside_draft_vocab"],
         )
-    if source is not None:
-        earlier = find_file(config.init_from, TRAINING)
+    if source is not None and config.init_from:
+        name, earlier = Path(config.init_from).name, find_file(config.init_from, TRAINING)
         record = json.loads(earlier.read_text(encoding="utf-8")) if earlier else None
-        report["init_from"] = {"name": Path(config.init_from).name, "training": record}
-        logger.info("Started from %s: %s", Path(config.init_from).name, warm_start(draft, source))
+        report["init_from"] = {"name": name, "training": record}
+        logger.info("Started from %s: %s", name, warm_start(draft, source))
     return draft

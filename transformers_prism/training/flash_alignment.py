@@ -102,6 +102,3 @@ def _visible(scores: torch.Tensor, num_before: int) -> torch.Tensor:
 def _of_groups(gradients: torch.Tensor, groups: int) -> torch.Tensor:
     """Gradients of repeated keys or values, `(B, H, T, E)`, summed to `(B, G, T, E)`."""
     return gradients.unflatten(1, (-1, groups)).sum(dim=2)
-
-
-__all__ = ["flash_alignment_attention"]

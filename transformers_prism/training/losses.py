@@ -18,14 +18,8 @@ ROWS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much each part of the loss counts.
-
-    Args:
-        token: of the soft cross-entropy.
-        acceptance: of the negative log of the probability that a drafted token is accepted.
-        hidden: of the distance between hidden states.
-        steps: of draft steps 0, 1, ...; the last one counts for all later steps.
-    """
+    """How much each part of the loss counts: soft cross-entropy, negative log of the probability that a drafted token
+    is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps."""
 
     token: float = 0.1
     acceptance: float = 0.0
@@ -46,14 +40,8 @@ class LossWeights:
 
 @dataclass
 class AlignedLoss:
-    """The loss and its parts. `total` carries gradients; the parts are means over the rows that count.
-
-    Args:
-        total (`torch.Tensor` of shape `()`): sum over steps of the weighted parts.
-        token (`torch.Tensor` of shape `(S,)`): soft cross-entropy in nats.
-        acceptance (`torch.Tensor` of shape `(S,)`): negative log of the acceptance probability, in nats.
-        hidden (`torch.Tensor` of shape `(S,)`): SmoothL1 distance, mean over features, too.
-    """
+    """The loss, with gradients, and for each step means of its parts over the rows that count, `(S,)`: soft
+    cross-entropy and negative log of the acceptance probability in nats, SmoothL1 distance of hidden states."""
 
     total: torch.Tensor
     token: torch.Tensor
@@ -62,26 +50,17 @@ class AlignedLoss:
 
 
 def aligned_loss(
-    draft,
-    predictions: list[torch.Tensor],
-    label_hidden: torch.Tensor,
-    mask: torch.Tensor,
-    weights: LossWeights,
-    implementation: str = "auto",
-    text: TextRows | None = None,
+    draft, predictions: list[torch.Tensor], label_hidden: torch.Tensor, mask: torch.Tensor, weights: LossWeights,
+    implementation: str = "auto", text: TextRows | None = None
 ) -> AlignedLoss:
-    """Distances from the target's distribution over the draft vocabulary, and from its hidden states.
+    """Distances from the target's distribution over the draft vocabulary, and from its hidden states, summed over
+    steps, each step normalised by the number of its rows.
 
     Args:
-        draft (`PrismDraftModel`): bound to its target.
-        predictions (`list` of S `torch.Tensor` of shape `(B, T, D)`): outputs of the aligned forwards.
+        predictions (`list` of S `torch.Tensor` of shape `(B, T, D)`): outputs of the training-time-test steps.
         label_hidden (`torch.Tensor` of shape `(B, T, D)`): the target's last, normed states that they predict.
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
-        weights (`LossWeights`): of the parts and of the steps.
-        implementation (`str`): see [`vocabulary_loss`].
         text (`TextRows`, *optional*): tokens that the draft can propose in addition to its vocabulary.
-    Returns:
-        `AlignedLoss`: summed over steps, each step normalised by the number of its rows.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
     """
     # Indices, since every use of a mask of unknown size would wait for the device.
@@ -103,32 +82,22 @@ def aligned_loss(
 
 
 def vocabulary_loss(
-    draft,
-    predictions: torch.Tensor,
-    label_hidden: torch.Tensor,
-    row_weights: torch.Tensor,
-    weights: LossWeights,
-    implementation: str = "auto",
-    text: TextRows | None = None,
+    draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights,
+    implementation: str = "auto", text: TextRows | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
 
-    With p the target's and q the draft's distribution over the draft vocabulary, the soft cross-entropy is
-    -sum(p log q), and a token drawn from q is accepted with probability sum(min(p, q)) = 1 - TV(p, q).
+    With p the target's and q the draft's distribution over the draft vocabulary, the soft cross-entropy is -sum(p log
+    q), and a token drawn from q is accepted with probability sum(min(p, q)) = 1 - TV(p, q).
 
     Args:
-        draft (`PrismDraftModel`): bound to its target.
-        predictions (`torch.Tensor` of shape `(S, R, D)`): predicted hidden states.
-        label_hidden (`torch.Tensor` of shape `(R, D)`): the target's states.
+        predictions, label_hidden (`torch.Tensor`): predicted hidden states `(S, R, D)`, and the target's `(R, D)`.
         row_weights (`torch.Tensor` of shape `(S, R)`): of each row in the sums.
-        weights (`LossWeights`): of the two parts.
-        implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU where the
-            draft has no norm or head of its own to train; else logits are made in chunks of rows.
+        implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU where
+            the draft has no norm or head of its own to train; else logits are made in chunks of rows.
     Returns:
         `tuple` of the weighted sum, the soft cross-entropy and the negative log acceptance, each of shape `(S,)` in
-        nats; only the first carries gradients.
-    Raises:
-        ValueError: if Triton is asked for where it cannot run.
+            nats; only the first carries gradients.
     """
     coefficients = weights.of_vocabulary
     zero = predictions.new_zeros(len(predictions), dtype=torch.float32)
@@ -198,6 +167,3 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
         gradient, *head_gradient = ctx.saved_tensors
         head = [torch.tensordot(grad_losses.to(part.dtype), part, dims=1) for part in head_gradient]
         return None, None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
-
-
-__all__ = ["AlignedLoss", "LossWeights", "aligned_loss", "vocabulary_loss"]

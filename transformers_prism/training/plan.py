@@ -24,15 +24,9 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StageCost:
-    """Estimates for one stage.
-
-    Args:
-        stage: which.
-        num_updates: of the optimizer.
-        num_tokens: seen, epochs counted.
-        petaflops: 1e15 products and sums of the draft, forward and backward.
-        peak_bytes: of draft, gradients, optimizer and activations in one process; the target is not counted.
-    """
+    """Estimates for one stage: updates of the optimizer; tokens seen, epochs counted; 1e15 products and sums of the
+    draft, forward and backward; bytes of draft, gradients, optimizer and activations in one process, the target not
+    counted."""
 
     stage: Stage
     num_updates: int
@@ -42,14 +36,7 @@ class StageCost:
 
 
 def stage_costs(config: TrainConfig, draft_config, lengths: list[int], num_processes: int = 1) -> list[StageCost]:
-    """Estimate the stages of a run.
-
-    Args:
-        config (`TrainConfig`): of the run.
-        draft_config (`PrismConfig`): of the finished draft.
-        lengths (`list[int]`): tokens of the conversations that are trained on.
-        num_processes (`int`): that share each update.
-    """
+    """Estimate the stages of a run over conversations of these lengths in tokens."""
     source = source_config(config)
     stages = plan_stages(config, 1 if source is None else source.num_processing_modules)
     return [_stage_cost(stage, config, draft_config, lengths, num_processes) for stage in stages]
@@ -109,7 +96,8 @@ def describe_plan(config: TrainConfig) -> str:
     feature_bytes = num_tokens * width * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    target_size = _num_target_parameters(target_config)
+    with torch.device("meta"):
+        target_size = AutoModelForCausalLM.from_config(target_config).num_parameters()
     target_flops = 2e-15 * target_size * num_tokens
     costs = stage_costs(config, draft_config, [len(one.input_ids) for one in used])
     if config.online_features:
@@ -122,7 +110,7 @@ def describe_plan(config: TrainConfig) -> str:
         f"recipe      {config.recipe}: {_num_parameters(draft_config, draft_config.num_processing_modules) / 1e6:.1f} "
         f"million parameters in {draft_config.num_processing_modules} modules of {draft_config.num_layers_per_module} "
         f"layers ({draft_config.module_form}), steps on modules {draft_config.draft_step_to_module}",
-        f"target      {draft_config.target_fingerprint.get('name') or config.target}, states {draft_config.target_layer_ids}, "
+        f"target      {(draft_config.target_fingerprint or {}).get('name') or config.target}, states {draft_config.target_layer_ids}, "
         f"draft vocabulary {draft_config.draft_vocab_size or draft_config.vocab_size}; {target_size / 1e6:.0f} million "
         f"parameters, {target_size * config.dtype.itemsize / _GIB:.2f} GiB in {config.compute_dtype}",
         f"data        {data['num_conversations']} conversations, {data['num_tokens']} tokens, "
@@ -142,11 +130,3 @@ def describe_plan(config: TrainConfig) -> str:
 
 def _hours(petaflops: float, config: TrainConfig) -> str:
     return f", {petaflops / config.teraflops / 3.6:.2g} hours" if config.teraflops else ""
-
-
-def _num_target_parameters(target_config) -> int:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(target_config).num_parameters()
-
-
-__all__ = ["StageCost", "describe_plan", "stage_costs"]

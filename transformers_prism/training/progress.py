@@ -32,12 +32,7 @@ _VALIDATION = {
 
 
 class TrainingLog(TrainerCallback):
-    """A table of a stage's figures, a row a line of the log and one a validation, above a bar with the time left.
-
-    Args:
-        title (`str`): of the stage.
-        console (`Console`, *optional*): where it is shown; the standard error stream if left out.
-    """
+    """A table of a stage's figures, a row a line of the log and one a validation, above a bar with the time left."""
 
     def __init__(self, title: str, console: Console | None = None):
         self.title, self.console = title, console
@@ -87,11 +82,7 @@ def _cells(logs: dict, columns: dict[str, str]) -> dict[str, str]:
 
 
 class UpdateClock(TrainerCallback, ExportableState):
-    """Seconds spent in updates, over a run and its resumptions; validation and checkpoints are not counted.
-
-    Args:
-        seconds (`float`): spent before.
-    """
+    """Seconds spent in updates, over a run and its resumptions; validation and checkpoints are not counted."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.started = seconds, 0.0
@@ -118,14 +109,12 @@ def smoothed(line: list[tuple[float, float]], share: float = 0.05) -> list[tuple
 
 
 def plot_curves(results: list[dict], path) -> None:
-    """Loss, top-1 accuracy and, where it was measured, tau over the tokens seen, all stages one after the other.
+    """Loss, top-1 accuracy and, where it was measured, tau over the tokens seen, all stages one after the other, as a
+    PNG file.
 
-    The loss is drawn pale as logged and dark as a running mean. Validations are joined across stages. What never changes
-    (as a share of loops that is always 0) gets no panel.
-
-    Args:
-        results (`list[dict]`): of the stages, each with its `history`, `num_updates` and `tokens_seen`.
-        path (`str` or path): of the PNG file.
+    The loss is drawn pale as logged and dark as a running mean. Validations are joined across stages. What never
+    changes (as a share of loops that is always 0) gets no panel. `results` are the stages' `history`, `num_updates`,
+    `tokens_seen`.
     """
     import matplotlib.figure
 
@@ -162,6 +151,3 @@ def plot_curves(results: list[dict], path) -> None:
         axes.set(xlabel="million tokens seen", title=panels[name])
     with whole_file(Path(path)) as unfinished:
         figure.savefig(unfinished, dpi=120, format="png")
-
-
-__all__ = ["TrainingLog", "UpdateClock", "plot_curves"]

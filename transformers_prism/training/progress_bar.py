@@ -14,25 +14,17 @@ _STANDARD_ERROR = Console(stderr=True)
 
 
 class ProgressBar:
-    """A bar for the time of a `with` block.
+    """A bar for the time of a `with` block, on the standard error stream unless a console is given.
 
     Args:
-        description (`str`): what is being done.
-        total (`int`, *optional*): how much of it there is; None if that is not known.
-        unit (`str`): what is counted.
+        total (`int`, *optional*): how much there is to do; None if that is not known.
         completed (`int`): done before, by an earlier run.
-        console (`Console`, *optional*): where it is shown; the standard error stream if left out.
         is_shown (`bool`): False shows nothing, as in all processes of a run but the first.
     """
 
     def __init__(
-        self,
-        description: str,
-        total: int | None,
-        unit: str = "",
-        completed: int = 0,
-        console: Console | None = None,
-        is_shown: bool = True,
+        self, description: str, total: int | None, unit: str = "", completed: int = 0, console: Console | None = None,
+        is_shown: bool = True
     ):
         self.description, self.total, self.unit = description, total, unit
         self.completed = self.first = completed
@@ -83,6 +75,3 @@ class ProgressBar:
         """Print something above the bar; long lines are not broken."""
         if self.is_shown:
             self.console.print(*shown, soft_wrap=True, highlight=False, markup=False)
-
-
-__all__ = ["ProgressBar"]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -190,28 +191,17 @@ class Stage:
 
 
 def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
-    """The stages of a recipe in order, those of 0 epochs left out.
-
-    Args:
-        config (`TrainConfig`): of the run.
-        num_modules (`int`): of the draft that the run starts with; no stage has fewer.
-    """
-    rate = config.learning_rate
-    loss = LossWeights(
-        config.token_weight, config.acceptance_weight, config.hidden_weight, tuple(config.numbers("step_weights", float))
-    )
+    """The stages of a recipe in order, those of 0 epochs left out, for a run that starts from a draft of
+    `num_modules`."""
+    run: Any = config  # whose recipe has filled in what was None
+    rate, num_split = run.learning_rate, max(num_modules, run.num_modules)
+    step_weights = tuple(run.numbers("step_weights", float))
+    loss = LossWeights(run.token_weight, run.acceptance_weight, run.hidden_weight, step_weights)
+    split_loss = dataclasses.replace(loss, hidden=0.0)
     stages = [
-        Stage("single_step", num_modules, 1, config.single_step_epochs, rate, loss, False),
-        Stage("warm_up", num_modules, config.warm_up_steps, config.warm_up_epochs, rate, loss, config.is_detached),
-        Stage(
-            "split",
-            max(num_modules, config.num_modules),
-            config.split_steps,
-            config.split_epochs,
-            config.split_learning_rate,
-            dataclasses.replace(loss, hidden=0.0),
-            False,
-        ),
+        Stage("single_step", num_modules, 1, run.single_step_epochs, rate, loss, False),
+        Stage("warm_up", num_modules, run.warm_up_steps, run.warm_up_epochs, rate, loss, run.is_detached),
+        Stage("split", num_split, run.split_steps, run.split_epochs, run.split_learning_rate, split_loss, False),
     ]
     return [stage for stage in stages if stage.num_epochs > 0]
 
@@ -230,6 +220,3 @@ def count_updates(stage: Stage, config: TrainConfig, num_conversations: int, num
     num_updates = max(1, math.ceil(stage.num_epochs * per_epoch))
     whole_epochs, rest = divmod(num_updates, per_epoch)
     return num_updates, whole_epochs + rest * config.accumulation / num_batches
-
-
-__all__ = ["BY_RECIPE", "RECIPES", "Stage", "TrainConfig", "count_updates", "has_own_num_modules", "plan_stages"]

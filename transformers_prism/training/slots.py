@@ -109,15 +109,12 @@ _LAYERS = {
 
 
 class Slots:
-    """A target that decodes up to `num_slots` rows at once.
+    """A target that decodes up to `num_slots` rows (B) at once, in eval mode whatever mode it is in; `max_length`
+    positions of each slot are allocated at once.
 
-    Args:
-        target (`PreTrainedModel`): with full or sliding attention layers, or with recurrent and full attention layers;
-            read in eval mode whatever mode it is in.
-        num_slots (`int`): B.
-        max_length (`int`): positions of a slot; allocated at once.
     Raises:
-        ValueError: if the target's forward takes no mask of ours.
+        ValueError: if the target's forward takes no mask of ours and its layers are not recurrent ones beside full
+            attention.
     """
 
     def __init__(self, target, num_slots: int, max_length: int):
@@ -143,13 +140,8 @@ class Slots:
 
     @torch.no_grad()
     def fill(self, slot: int, token_ids: list[int], is_shared: bool = False) -> torch.Tensor:
-        """Put a new row in a slot; returns the logits `(V,)` after its tokens.
-
-        Args:
-            slot (`int`): which; what it held is forgotten.
-            token_ids (`list[int]`): at least one, fewer than `max_length`.
-            is_shared (`bool`): whether other rows will begin with exactly these tokens.
-        """
+        """Put a new row of 1 to `max_length` - 1 tokens in a slot; returns the logits `(V,)` after them. `is_shared`
+        says that other rows will begin with exactly these tokens."""
         if not 0 < len(token_ids) < self.max_length:
             raise ValueError(f"token_ids: expected 1 to {self.max_length - 1} tokens, got {len(token_ids)}")
         read = self._read.get(tuple(token_ids))

@@ -11,18 +11,17 @@ import logging
 import math
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import DistributedType, PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-import transformers_prism
-from transformers_prism.command_line import command_line
+from transformers_prism.command_line import command_line, versions
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -44,13 +43,10 @@ logger = logging.getLogger(__name__)
 
 
 class AlignedTrainer(Trainer):
-    """Transformers' Trainer with our order of batches, our loss, and our evaluation.
+    """Transformers' Trainer with our order of batches, our loss, and our evaluation; acceptance is measured on
+    `prompts`."""
 
-    Args:
-        prompts (`list[Conversation]`): held-out conversations on whose prompts acceptance is measured.
-    """
-
-    def __init__(self, *args, prompts: list[Conversation] = (), **kwargs):
+    def __init__(self, *args, prompts: Sequence[Conversation] = (), **kwargs):
         super().__init__(*args, **kwargs)
         self.prompts = list(prompts)
         self._parts: list[torch.Tensor] = []
@@ -239,6 +235,7 @@ def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[Fe
     state = PartialState()
     share = (state.process_index, state.num_processes)
     training, validation = parts
+    stores: list[FeatureStore | OnlineFeatures]
     if config.validation_data:
         stores = [
             compute_features(target, training.conversations, layer_ids, folder, training.indices, share),
@@ -407,12 +404,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     record = {
         "command": None if argv is None else command_line(argv),
         "config": settings,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "transformers_prism": transformers_prism.__version__,
-        },
+        "versions": {"python": platform.python_version(), **versions()},
         **report,
         "stages": [_without_history(stage) for stage in report["stages"]],
     }
@@ -424,6 +416,3 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     if config.push_to_hub:
         PrismDraftModel.from_pretrained(folder).push_to_hub(config.push_to_hub)
         logger.info("Draft pushed to %s.", config.push_to_hub)
-
-
-__all__ = ["AlignedTrainer", "train"]

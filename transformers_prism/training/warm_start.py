@@ -16,25 +16,16 @@ from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.modeling_prism import PrismDraftModel
 
 # Fields that weights of the same shapes can have been trained with differently.
-_MEANING = (
-    "target_layer_ids",
-    "normalize_target_hidden",
-    "context_kv",
-    "rope_parameters",
-    "rms_norm_eps",
-    "logit_scale",
-)
+_MEANING = "target_layer_ids normalize_target_hidden context_kv rope_parameters rms_norm_eps logit_scale".split()
 
 
 @dataclass
 class WarmStartReport:
     """What a warm start did; `str()` of it is for people.
 
-    Args:
-        matched (`dict[str, str]`): name in the new draft, and where its values come from.
-        initial (`dict[str, str]`): names in the new draft that keep their initial values, and why.
-        unused (`list[str]`): names in the source that nothing was taken from.
-        notes (`list[str]`): settings in which the two drafts differ.
+    `matched` names weights of the new draft and where their values come from, `initial` those that keep their initial
+    values and why, `unused` those of the source that nothing was taken from, `notes` settings in which the two drafts
+    differ.
     """
 
     matched: dict[str, str] = field(default_factory=dict)
@@ -57,15 +48,8 @@ class WarmStartReport:
 
 
 def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
-    """The same architecture with `num_modules` processing modules: as it is if it has that many, else one for each of the
-    first draft steps.
-
-    Args:
-        config (`PrismConfig`): of any number of modules; not changed.
-        num_modules (`int`): at least 1.
-    Returns:
-        `PrismConfig`: new.
-    """
+    """The same architecture with `num_modules` processing modules, in a new configuration: as it is if it has that
+    many, else one for each of the first draft steps."""
     changes: dict = {}
     if num_modules != config.num_processing_modules:
         changes = {"num_processing_modules": num_modules, "draft_step_to_module": list(range(num_modules))}
@@ -73,15 +57,12 @@ def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
 
 
 def expand_modules(draft: PrismDraftModel, num_modules_or_config: int | PrismConfig) -> PrismDraftModel:
-    """A draft with more processing modules, each a copy of the one that served its first draft step.
+    """A draft with more processing modules, each a copy of the one that served its first draft step: M of them, or
+    those of the same architecture with more modules, where steps share modules in another way than one each.
 
-    Args:
-        draft (`PrismDraftModel`): trained; not changed.
-        num_modules_or_config (`int` or `PrismConfig`): M, at least as many as the draft has; or the same architecture
-            with that many modules, where steps share modules in another way than one each.
-    Returns:
-        `PrismDraftModel`: new, in the draft's dtype, on its device and with its generation settings, bound to no target;
-        nothing is shared. Its first M steps compute what the draft's compute.
+    The new draft has the dtype, device and generation settings of the old one, is bound to no target and shares
+    nothing with it. Its first M steps compute what the draft's compute.
+
     Raises:
         ValueError: if there would be fewer modules, or the configuration describes other weights, listing them.
     Source: PRISM (arXiv:2602.01762), which splits a trained module before its second training stage.
@@ -151,7 +132,8 @@ def warm_start(draft: PrismDraftModel, source: PrismDraftModel, fresh: Collectio
         elif origin not in theirs:
             problems.append(f"{name} (the source has none)")
         elif name == "lm_head.weight" and tensor.shape[1] == theirs[origin].shape[1]:
-            report.matched[name] = _describe_rows(draft, source)
+            counts = f"{len(_shared_tokens(draft, source)[0])} of {draft.config.num_draft_tokens} rows"
+            report.matched[name] = f"{name}, {counts}; the others keep their initial values"
             origins[name] = origin
         elif tensor.shape != theirs[origin].shape:
             problems.append(f"{name} (shape {list(tensor.shape)}, the source's {list(theirs[origin].shape)})")
@@ -211,17 +193,7 @@ def _tokens(draft: PrismDraftModel) -> torch.Tensor:
     return torch.arange(draft.config.vocab_size)
 
 
-def _describe_rows(draft: PrismDraftModel, source: PrismDraftModel) -> str:
-    num_shared = len(_shared_tokens(draft, source)[0])
-    return (
-        f"lm_head.weight, {num_shared} of {draft.config.num_draft_tokens} rows; the others keep their initial values"
-    )
-
-
 def _copy_head_rows(draft: PrismDraftModel, source: PrismDraftModel) -> None:
     rows, source_rows = _shared_tokens(draft, source)
-    weight = source.lm_head.weight[source_rows.to(source.lm_head.weight.device)]
-    draft.lm_head.weight[rows.to(draft.lm_head.weight.device)] = weight.to(draft.lm_head.weight)
-
-
-__all__ = ["WarmStartReport", "expand_modules", "warm_start", "with_modules"]
+    ours, theirs = (one.get_parameter("lm_head.weight") for one in (draft, source))
+    ours[rows.to(ours.device)] = theirs[source_rows.to(theirs.device)].to(ours)

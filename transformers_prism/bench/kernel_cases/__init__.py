@@ -1,21 +1,15 @@
-"""The calls of each kernel that are compiled, checked and timed: a file for each kernel.
+"""The calls of each kernel that are compiled, checked and timed: a file for each kernel, whose `cases()` lists them."""
 
-    cases()        a list of `KernelCase`
-    every_tile()   where tiles depend on shapes, one `KernelCase` for each choice of them, only to be compiled
-"""
-
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 
 class Inputs:
-    """Makes arguments: random on a real device, without memory on the meta device; the same at every call.
-
-    Args:
-        device (`torch.device` or `str`): of the tensors.
-    """
+    """Makes arguments: random on a real device, without memory on the meta device; the same at every call."""
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -41,8 +35,7 @@ class KernelCase:
     Args:
         config: sizes and dtype, to read.
         make: the arguments, from [`Inputs`]; called anew for each run, since an operation may write to them.
-        call: the public function; takes the arguments and `implementation`.
-        launch: the launcher of the Triton kernels; takes the arguments.
+        call, launch: the public function, which takes the arguments and `implementation`; the launcher of its kernels.
         tolerance: largest difference from the PyTorch path, relative to its largest value.
         results: the tensors to compare, from the arguments and what `call` returned.
     """
@@ -53,3 +46,14 @@ class KernelCase:
     launch: Callable
     tolerance: float
     results: Callable = field(default=lambda arguments, returned: returned)
+
+
+def cases_of(
+    sizes: dict[str, dict], make: Callable, call: Callable, launch: Callable, tolerance, **options
+) -> list[KernelCase]:
+    """A case for each of these arguments of `make`; one tolerance, or one for each `dtype`, bfloat16 if none is named."""
+    tolerances = tolerance if isinstance(tolerance, dict) else defaultdict(lambda: tolerance)
+    return [
+        KernelCase(config, partial(make, **size), call, launch, tolerances[size.get("dtype", torch.bfloat16)], **options)
+        for config, size in sizes.items()
+    ]

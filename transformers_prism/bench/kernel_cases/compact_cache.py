@@ -1,10 +1,8 @@
 """Calls of `compact_cache`: keys and values of many layers after a round."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.compact_cache import _compact_cache_fwd, compact_cache
 
 
@@ -24,14 +22,4 @@ def cases() -> list[KernelCase]:
         "fp32 E256 A64": {"head_dim": 256, "num_moves": 64, "dtype": torch.float32},
         "bf16 E128 A1024": {"num_moves": 1024},
     }
-    return [
-        KernelCase(
-            config,
-            partial(_make, **size),
-            compact_cache,
-            _compact_cache_fwd,
-            tolerance=0.0,
-            results=lambda arguments, returned: arguments[0],
-        )
-        for config, size in sizes.items()
-    ]
+    return cases_of(sizes, _make, compact_cache, _compact_cache_fwd, 0.0, results=lambda arguments, returned: arguments[0])

@@ -1,10 +1,8 @@
 """Calls of `context_alignment_attention`: steps of a training batch, every dtype, head dimension and tile."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.context_alignment_attention import (
     _context_alignment_attention_bwd,
     _context_alignment_attention_fwd,
@@ -13,14 +11,8 @@ from transformers_prism.kernels.context_alignment_attention import (
 
 
 def _make(
-    inputs: Inputs,
-    step=2,
-    num_rows=2048,
-    num_heads=32,
-    num_groups=8,
-    head_dim=128,
-    num_sequences=None,
-    dtype=torch.bfloat16,
+    inputs: Inputs, step=2, num_rows=2048, num_heads=32, num_groups=8, head_dim=128, num_sequences=None,
+    dtype=torch.bfloat16
 ):
     def heads(count):
         # As a linear layer's output lies in memory.
@@ -62,26 +54,4 @@ def cases() -> list[KernelCase]:
     # Products of 16-bit numbers are exact in float32; weights and their gradients are rounded to 16 bits before the
     # second products.
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-    return [
-        KernelCase(
-            config, partial(_make, **size), _call, _launch, tolerance=tolerance[size.get("dtype", torch.bfloat16)]
-        )
-        for config, size in sizes.items()
-    ]
-
-
-def every_tile() -> list[KernelCase]:
-    """A call for each tile that the launcher may choose, forward and backward, in packed sequences with a short path and a
-    long one."""
-    return [
-        KernelCase(
-            f"{dtype} E{head_dim} k{step}",
-            partial(_make, step=step, head_dim=head_dim, num_sequences=4, dtype=dtype),
-            _call,
-            _launch,
-            tolerance=0.0,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (32, 64, 128, 256)
-        for step in (2, 7)
-    ]
+    return cases_of(sizes, _make, _call, _launch, tolerance)

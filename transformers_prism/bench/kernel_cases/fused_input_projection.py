@@ -1,10 +1,8 @@
 """Calls of `fused_input_projection`: the frontier of a draft step, every dtype and width of tile."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.fused_input_projection import _fused_input_projection_fwd, fused_input_projection
 
 
@@ -28,13 +26,4 @@ def cases() -> list[KernelCase]:
     }
     # Sums in float32 of exact products, in another order; the output is rounded to its dtype.
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-    return [
-        KernelCase(
-            config,
-            partial(_make, **size),
-            fused_input_projection,
-            _fused_input_projection_fwd,
-            tolerance=tolerance[size.get("dtype", torch.bfloat16)],
-        )
-        for config, size in sizes.items()
-    ]
+    return cases_of(sizes, _make, fused_input_projection, _fused_input_projection_fwd, tolerance)

@@ -1,10 +1,8 @@
 """Calls of `linear_distillation_loss`: rows of a training batch, every dtype and set of losses."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.linear_distillation_loss import (
     LOSSES,
     _linear_distillation_loss_bwd,
@@ -14,14 +12,8 @@ from transformers_prism.kernels.linear_distillation_loss import (
 
 
 def _make(
-    inputs: Inputs,
-    num_steps=3,
-    num_rows=1024,
-    hidden_size=4096,
-    num_tokens=32000,
-    losses=("cross_entropy",),
-    softcap=None,
-    dtype=torch.bfloat16,
+    inputs: Inputs, num_steps=3, num_rows=1024, hidden_size=4096, num_tokens=32000, losses=("cross_entropy",),
+    softcap=None, dtype=torch.bfloat16
 ):
     student = inputs.normal(num_steps, num_rows, hidden_size, dtype=dtype)
     teacher = inputs.normal(num_rows, hidden_size, dtype=dtype)
@@ -61,9 +53,4 @@ def cases() -> list[KernelCase]:
     # Losses are differences of sums in float32; gradients of logits are rounded to 16 bits before the second product, and
     # the result again.
     tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-    return [
-        KernelCase(
-            config, partial(_make, **size), _call, _launch, tolerance=tolerance[size.get("dtype", torch.bfloat16)]
-        )
-        for config, size in sizes.items()
-    ]
+    return cases_of(sizes, _make, _call, _launch, tolerance)

@@ -1,23 +1,14 @@
 """Calls of `top_k_log_prob`: the frontier of a draft step over whole and draft vocabularies."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.top_k_log_prob import _top_k_log_prob_fwd, top_k_log_prob
 
 
 def _make(
-    inputs: Inputs,
-    num_rows=10,
-    hidden_size=4096,
-    num_tokens=32000,
-    k=10,
-    has_bias=False,
-    has_ids=False,
-    softcap=None,
-    dtype=torch.bfloat16,
+    inputs: Inputs, num_rows=10, hidden_size=4096, num_tokens=32000, k=10, has_bias=False, has_ids=False,
+    softcap=None, dtype=torch.bfloat16
 ):
     hidden = inputs.normal(num_rows, hidden_size, dtype=dtype)
     weight = inputs.normal(num_tokens, hidden_size, dtype=dtype, scale=hidden_size**-0.5)
@@ -50,30 +41,5 @@ def cases() -> list[KernelCase]:
     }
     # Log-probabilities only: tokens whose logits are nearly equal may change places. Products of 16-bit numbers are
     # exact in float32, so that all differ by the order of sums alone.
-    return [
-        KernelCase(
-            config,
-            partial(_make, **size),
-            _call,
-            _top_k_log_prob_fwd,
-            tolerance=1e-4 if size.get("dtype") == torch.float32 else 1e-5,
-            results=lambda arguments, returned: returned[1],
-        )
-        for config, size in sizes.items()
-    ]
-
-
-def every_tile() -> list[KernelCase]:
-    """A call for each tile and length of list that the launcher may choose."""
-    return [
-        KernelCase(
-            f"{dtype} N{num_rows} k{k}",
-            partial(_make, num_rows=num_rows, hidden_size=2048, k=k, has_bias=True, softcap=30.0, dtype=dtype),
-            _call,
-            _top_k_log_prob_fwd,
-            tolerance=0.0,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for num_rows in (16, 32, 64, 128)
-        for k in (1, 10, 64)
-    ]
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+    return cases_of(sizes, _make, _call, _top_k_log_prob_fwd, tolerance, results=lambda arguments, returned: returned[1])

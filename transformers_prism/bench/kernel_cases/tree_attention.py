@@ -1,23 +1,14 @@
 """Calls of `tree_attention`: drafts and verification, every dtype, head dimension and tile."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.tree_attention import _tree_attention_fwd, pack_ancestors, tree_attention
 
 
 def _make(
-    inputs: Inputs,
-    num_nodes=64,
-    num_prefix=4096,
-    num_heads=32,
-    num_groups=8,
-    head_dim=128,
-    dtype=torch.bfloat16,
-    sliding_window=None,
-    softcap=None,
+    inputs: Inputs, num_nodes=64, num_prefix=4096, num_heads=32, num_groups=8, head_dim=128, dtype=torch.bfloat16,
+    sliding_window=None, softcap=None
 ):
     num_keys = num_prefix + num_nodes
     query = inputs.normal(1, num_heads, num_nodes, head_dim, dtype=dtype)
@@ -31,63 +22,22 @@ def _make(
     depths = torch.stack([nodes >> shift > 0 for shift in range(7)]).sum(0)
     committed = torch.ones((1, num_prefix), dtype=torch.bool, device=inputs.device)
     node_index = None if sliding_window is None else (num_prefix + depths)[None]
-    return (
-        query,
-        key,
-        value,
-        pack_ancestors(ancestors[None]),
-        committed,
-        node_index,
-        sliding_window,
-        softcap,
-        head_dim**-0.5,
-    )
+    bits = pack_ancestors(ancestors[None])
+    return query, key, value, bits, committed, node_index, sliding_window, softcap, head_dim**-0.5
 
 
 def cases() -> list[KernelCase]:
     """Each size of tile, so that whatever the launcher may choose is compiled."""
+    half, window = {"dtype": torch.float16}, {"sliding_window": 1024}
     sizes: dict[str, dict] = {
         "bf16 E128 N64": {},
         "bf16 E128 N10": {"num_nodes": 10},
-        "bf16 E64 N4 window": {
-            **{"num_nodes": 4, "head_dim": 64, "num_heads": 9, "num_groups": 3, "sliding_window": 1024},
-        },
-        "fp16 E80 N16 short prefix": {
-            **{"dtype": torch.float16, "num_nodes": 16, "head_dim": 80, "num_groups": 32, "num_prefix": 64},
-        },
-        "fp16 E256 N64 window softcap": {
-            **{"dtype": torch.float16, "head_dim": 256, "num_heads": 16, "sliding_window": 1024, "softcap": 50.0},
-        },
+        "bf16 E64 N4 window": {"num_nodes": 4, "head_dim": 64, "num_heads": 9, "num_groups": 3, **window},
+        "fp16 E80 N16 short prefix": {**half, "num_nodes": 16, "head_dim": 80, "num_groups": 32, "num_prefix": 64},
+        "fp16 E256 N64 window softcap": {**half, **window, "head_dim": 256, "num_heads": 16, "softcap": 50.0},
         "fp32 E128 N64": {"dtype": torch.float32},
         "fp32 E256 N10": {"dtype": torch.float32, "num_nodes": 10, "head_dim": 256, "num_heads": 8, "num_groups": 4},
     }
     # Products of 16-bit numbers are exact in float32; weights are rounded to 16 bits before the second product.
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-    return [
-        KernelCase(
-            config,
-            partial(_make, **size),
-            tree_attention,
-            _tree_attention_fwd,
-            tolerance=tolerance[size.get("dtype", torch.bfloat16)],
-        )
-        for config, size in sizes.items()
-    ]
-
-
-def every_tile() -> list[KernelCase]:
-    """A call for each tile that the launcher may choose, with everything that takes registers."""
-    return [
-        KernelCase(
-            f"{dtype} E{head_dim} M{num_rows}",
-            partial(
-                _make, num_nodes=num_rows // 4, head_dim=head_dim, dtype=dtype, sliding_window=1024, softcap=50.0
-            ),
-            tree_attention,
-            _tree_attention_fwd,
-            tolerance=0.0,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (32, 64, 128, 256)
-        for num_rows in (16, 32, 64, 128)
-    ]
+    return cases_of(sizes, _make, tree_attention, _tree_attention_fwd, tolerance)

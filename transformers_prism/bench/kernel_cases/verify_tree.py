@@ -1,24 +1,16 @@
 """Calls of `verify_tree`: greedy, sampled, every warper and every dtype."""
 
-from functools import partial
-
 import torch
 
-from transformers_prism.bench.kernel_cases import Inputs, KernelCase
+from transformers_prism.bench.kernel_cases import Inputs, KernelCase, cases_of
 from transformers_prism.kernels.verify_tree import _verify_tree_fwd, verify_tree, verify_tree_reference
 
 _ALL_WARPERS = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.9}
 
 
 def _make(
-    inputs: Inputs,
-    num_nodes=64,
-    vocab_size=128256,
-    num_rows=1,
-    dtype=torch.bfloat16,
-    is_sampled=True,
-    num_steps=7,
-    **warpers,
+    inputs: Inputs, num_nodes=64, vocab_size=128256, num_rows=1, dtype=torch.bfloat16, is_sampled=True,
+    num_steps=7, **warpers
 ):
     logits = inputs.normal(num_rows, num_nodes, vocab_size, dtype=dtype, scale=3.0)
     nodes = torch.arange(num_nodes, device=inputs.device).repeat(num_rows, 1)
@@ -71,7 +63,4 @@ def cases() -> list[KernelCase]:
         },
     }
     # Integers; random numbers make no near-ties here.
-    return [
-        KernelCase(config, partial(_make, **size), verify_tree, _verify_tree_fwd, tolerance=0.0)
-        for config, size in sizes.items()
-    ]
+    return cases_of(sizes, _make, verify_tree, _verify_tree_fwd, 0.0)

@@ -41,14 +41,12 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
 def chat_of(row) -> list[dict]:
-    """A row as messages.
+    """A row, an object or a list of messages, as messages.
 
-    Args:
-        row: the JSON value of a row; an object, or a list of messages.
     Returns:
         `list[dict]`: messages with `role` (user, assistant, system, tool) and `content`, both text; an answer may have
-        `tool_calls`. An answer with `"weight": 0` stays in the chat and is not trained: the row says so, or it is empty,
-        or its tool call cannot be read.
+            `tool_calls`. An answer with `"weight": 0` stays in the chat and is not trained: the row says so, or it is
+            empty, or its tool call cannot be read.
     Raises:
         RowError: if the row has no known shape, or something else in the place of text.
     """
@@ -66,11 +64,8 @@ def chat_of(row) -> list[dict]:
 
 
 def prompt_of(row) -> list[dict]:
-    """A row as messages of which at least one is by the user.
-
-    Raises:
-        RowError: as for [`chat_of`], and if there is none.
-    """
+    """A row as messages of which at least one is by the user; a [`RowError`] if there is none, or as for
+    [`chat_of`]."""
     chat = chat_of(row)
     if all(turn["role"] != "user" for turn in chat):
         raise RowError(f"expected at least one turn by the user, got {len(chat)} turns by others")
@@ -89,11 +84,8 @@ def tools_of(row) -> list[dict] | None:
 
 
 def text_of(content, name: str) -> str | None:
-    """Text, or a list of text parts as one text; None for null.
+    """Text, or a list of text parts as one text; None for null. `name` is the column's, for the error.
 
-    Args:
-        content: a JSON value.
-        name (`str`): of the column, for the error.
     Raises:
         RowError: for anything else, and for text that is not valid Unicode.
     """
@@ -187,7 +179,7 @@ def _history(pairs) -> list[dict]:
 
 
 def _transcript(text) -> list[dict]:
-    _, *pieces = _TRANSCRIPT.split(text_of(text, "chosen"))
+    _, *pieces = _TRANSCRIPT.split(text_of(text, "chosen") or "")
     if not pieces:
         raise RowError(f"expected a prompt with chosen, or a transcript in it, got {shown(text)}")
     turns = zip(pieces[::2], pieces[1::2], strict=True)
@@ -238,7 +230,7 @@ def _user(content, name: str) -> dict:
 
 
 def _assistant(turn: dict, name: str) -> dict:
-    message = {"role": "assistant", "content": text_of(turn["content"], name) or ""}
+    message: dict = {"role": "assistant", "content": text_of(turn["content"], name) or ""}
     given = turn.get("tool_calls")
     calls = _tool_calls(given) if given else None
     if calls:
@@ -292,7 +284,4 @@ def _text_of_part(part, name: str) -> str:
         part = part.get("text")
     if not isinstance(part, str):
         raise RowError(f"expected text parts in {name}, got {shown(part)}")
-    return text_of(part, name)
-
-
-__all__ = ["COLUMNS", "ROLES", "NoAnswer", "RowError", "chat_of", "is_messages", "prompt_of", "shown", "text_of", "tools_of"]
+    return text_of(part, name) or ""

@@ -27,13 +27,8 @@ _LOOP_REPEATS, _LOOP_MIN_TOKENS, _LOOP_MAX_PERIOD = 3, 24, 64
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids of a conversation.
-
-    Args:
-        input_ids: the whole conversation, template included.
-        assistant_spans: `(start, end)` of each answer, rising and apart from each other.
-        is_cut: whether there was more of it than training takes.
-    """
+    """Token ids of a whole conversation, template included, and `(start, end)` of each answer, rising and apart from
+    each other; `is_cut` if there was more of it than training takes."""
 
     input_ids: tuple[int, ...]
     assistant_spans: tuple[tuple[int, int], ...]
@@ -52,12 +47,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Part:
-    """The conversations that a run trains on, or those that it is validated on.
-
-    Args:
-        conversations: a list that features are kept of as a whole.
-        indices: those of the list that belong to this part.
-    """
+    """The conversations that a run trains on, or is validated on: those at `indices` of a list that features are kept
+    of."""
 
     conversations: list[Conversation]
     indices: list[int]
@@ -71,20 +62,20 @@ class Part:
 def read_conversations(
     sources, vocab_size: int, max_length: int | None = None, tokenizer=None, max_bad_share: float = MAX_BAD_SHARE
 ) -> list[Conversation]:
-    """Read conversations of token ids, or finished chats.
+    """Read conversations of token ids, or finished chats, from sources one after the other.
 
     Args:
-        sources (`str`, path, or a list of them): files, folders, or data sets on the Hub, read one after the other.
         vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
         max_length (`int`, *optional*): tokens that are kept of each conversation; cut ones are counted in a warning.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; renders chats.
-        max_bad_share (`float`): of the rows of a source, 0 to 1, that may be unusable. They are left out with a warning.
+        max_bad_share (`float`): of the rows of a source, 0 to 1, that may be unusable. They are left out with a
+            warning.
     Returns:
         `list[Conversation]`: those with at least one answer token after the cut, in order.
     Raises:
         FileNotFoundError: if a source is not there.
-        ValueError: if a source cannot be read, if too many rows of it cannot be used, or if nothing is left, saying where,
-            expected and got.
+        ValueError: if a source cannot be read, if too many rows of it cannot be used, or if nothing is left, saying
+            where, expected and got.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
 
@@ -105,12 +96,8 @@ def read_conversations(
 
 
 def conversation_of(row, vocab_size: int, tokenizer=None) -> Conversation:
-    """One row, of token ids or a chat, as a conversation.
+    """One row, of token ids or a chat, as a conversation; without a tokenizer there can be no chats.
 
-    Args:
-        row: the JSON value.
-        vocab_size (`int`): tokens of the target's vocabulary.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; without it there can be no chats.
     Raises:
         RowError: if the row cannot be used.
         ValueError: for token ids outside the vocabulary, which are another tokenizer's, as all of the source must be.
@@ -148,13 +135,12 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
 
 
 def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, list[str]]:
-    """What a source holds: its counts, and lines to print with chats and answers that can be used, and what is left out and
-    why.
+    """What a source holds: its counts, and lines to print with chats and answers that can be used, and what is left
+    out and why.
 
     Args:
-        source (`str` or path): a file, a folder, or a data set on the Hub.
-        target (`tuple`, *optional*): size of the vocabulary and tokenizer of a target, whose template then renders the chats;
-            without it only the shapes are checked, and token ids not at all.
+        target (`tuple`, *optional*): size of the vocabulary and tokenizer of a target, whose template then renders the
+            chats; without it only the shapes are checked, and token ids not at all.
         split (`str`): of a data set on the Hub.
     Raises:
         FileNotFoundError, ValueError: if the source is not there or cannot be read.
@@ -203,18 +189,15 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation 
 def split_conversations(
     conversations: list[Conversation], validation_share: float, num_training: int = 0, num_validation: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation.
+    """Indices for training in the order of the data, and for validation in an order of their own.
 
-    A conversation's own tokens decide where it belongs, whatever else there is: what one run holds out, another run over
-    more data, or the same in another order, holds out as well, so that a draft that is fine-tuned is never validated on
-    what it was trained on. Copies stay together.
+    A conversation's own tokens decide where it belongs, whatever else there is: what one run holds out, another run
+    over more data, or the same in another order, holds out as well, so that a draft that is fine-tuned is never
+    validated on what it was trained on. Copies stay together.
 
     Args:
-        conversations (`list[Conversation]`): all of them.
         validation_share (`float`): held out, above 0 and below 1; at least one conversation, never all.
         num_training, num_validation (`int`): use the first N of each part; 0 is all.
-    Returns:
-        training indices in the order of the data, and validation indices in an order of their own.
     Raises:
         ValueError: if there are too few conversations for both.
     """
@@ -230,17 +213,12 @@ def split_conversations(
 
 
 def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
-    """What a run trains on and is validated on: a share of its data, or conversations of their own.
+    """What a run trains on and is validated on: a share of its data, or conversations of their own, which are then
+    left out of training.
 
-    Args:
-        config (`TrainConfig`): names the sources and how many to use.
-        vocab_size (`int`): of the target.
-        tokenizer (`PreTrainedTokenizerBase`): of the target.
-    Returns:
-        the training part and the validation part. With `validation_data` all of `data` is trained on but what is in both.
     Raises:
-        FileNotFoundError, ValueError: for data that cannot be used, as [`read_conversations`] says; if nothing is left to
-            learn.
+        FileNotFoundError, ValueError: for data that cannot be used, as [`read_conversations`] says; if nothing is left
+            to train on.
     """
 
     def read(sources: str) -> list[Conversation]:
@@ -258,11 +236,8 @@ def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
     if not training:
         raise ValueError("validation_data: expected data to hold other conversations, too, got none")
     logger.info("Left out of training, since they are validated on: %d conversations.", len(conversations) - len(training))
-    validation = range(len(held_out))
-    return (
-        Part(conversations, training[: config.num_conversations or None]),
-        Part(held_out, list(validation[: config.num_validation or None])),
-    )
+    validation = list(range(len(held_out)))[: config.num_validation or None]
+    return Part(conversations, training[: config.num_conversations or None]), Part(held_out, validation)
 
 
 def _place(conversation: Conversation) -> float:
@@ -296,12 +271,7 @@ def loop_period(token_ids: Iterable[int]) -> int | None:
 
 
 class Contamination:
-    """Runs of tokens that benchmark prompts hold, to keep conversations with any of them out of the data.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the target.
-        texts (`Iterable[str]`): the prompts.
-    """
+    """Runs of tokens that benchmark prompts hold, to keep conversations with any of them out of the data."""
 
     def __init__(self, tokenizer, texts: Iterable[str]):
         self.ngrams: set[tuple[int, ...]] = set()

@@ -32,11 +32,7 @@ _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".
 
 
 class RowCounts:
-    """How many rows of a source were used, and why others were not.
-
-    Args:
-        source (`str`): its name.
-    """
+    """How many rows of a source were used, and why others were not."""
 
     def __init__(self, source: str):
         self.source, self.num_rows, self.num_bad = source, 0, 0
@@ -60,11 +56,7 @@ class RowCounts:
         ]
 
     def check(self, max_bad_share: float) -> None:
-        """Stop if too many rows cannot be used.
-
-        Raises:
-            ValueError: naming the first of each kind.
-        """
+        """Raise a ValueError that names the first rows of each kind if too many cannot be used."""
         if self.num_bad > max_bad_share * self.num_rows:
             raise ValueError(
                 f"data: expected at most {max_bad_share:.0%} of the rows in {self.source} to be unusable (max_bad_share), "
@@ -81,14 +73,12 @@ class RowCounts:
 def usable_rows(
     source, convert: Callable, max_bad_share: float = MAX_BAD_SHARE, split: str = "train", counts: RowCounts | None = None
 ) -> Iterator:
-    """What `convert` makes of each row of a source; rows for which it raises [`RowError`] are counted and left out.
+    """What `convert` makes of the JSON value of each row of a source; rows for which it raises [`RowError`] are
+    counted, in `counts` if given, else in a warning of the log, and left out.
 
     Args:
-        source (`str` or path): as for [`read_rows`].
-        convert (`Callable`): takes the JSON value of a row.
         max_bad_share (`float`): of the rows, 0 to 1, that may be left out.
         split (`str`): of a data set on the Hub.
-        counts (`RowCounts`, *optional*): is filled; without it what is left out is logged as a warning.
     Raises:
         FileNotFoundError: if the source is not there.
         ValueError: if the source cannot be read, or if more rows are unusable.
@@ -117,13 +107,8 @@ def usable_rows(
 
 
 def read_chats(source, max_bad_share: float = MAX_BAD_SHARE, split: str = "train") -> list[list[dict]]:
-    """Prompts of a source: chats as messages ([`chat_of`]) of which at least one is by the user.
-
-    Args:
-        source, max_bad_share, split: as for [`usable_rows`].
-    Raises:
-        FileNotFoundError, ValueError: as [`usable_rows`]; ValueError if there is no chat at all.
-    """
+    """Prompts of a source: chats as messages ([`chat_of`]) of which at least one is by the user; errors as of
+    [`usable_rows`], and a ValueError if there is none at all."""
     chats = list(usable_rows(source, prompt_of, max_bad_share, split))
     if not chats:
         raise ValueError(f"data: expected at least one chat in {Path(source).name}, got none")
@@ -279,13 +264,3 @@ _READERS: dict[str, Callable] = {
     ".tsv": _table_rows,
     ".txt": _text_rows,
 }
-
-__all__ = [
-    "MAX_BAD_SHARE",
-    "RowCounts",
-    "check_source",
-    "is_token_ids",
-    "read_chats",
-    "read_rows",
-    "usable_rows",
-]

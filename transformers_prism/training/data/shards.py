@@ -157,6 +157,3 @@ class ShardWriter:
             "left_out": dict(self.refused.most_common()),
             "num_shards": self.num_shards,
         }
-
-
-__all__ = ["CONVERSATIONS_PER_SHARD", "ShardWriter", "WrittenRow", "claim_folder"]

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+from transformers_prism.command_line import versions
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.training.data.chats import RowError
 from transformers_prism.training.data.conversations import Contamination, loop_period
 from transformers_prism.training.data.shards import ShardWriter, WrittenRow, claim_folder
-from transformers_prism.training.data.templates import ChatPieces, opening, template_hash, tokenize
+from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize
 from transformers_prism.training.slots import Slots
 
 # Ways to begin a user turn that lead to a kind of task; the target writes the rest.
@@ -104,13 +105,9 @@ class SynthesisConfig:
 
 
 class Synthesizer:
-    """Writes conversations.
+    """Writes conversations of an instruct model with its chat template: answers to `chats`, conversation i to chat i,
+    or without them user turns and answers both.
 
-    Args:
-        target (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): an instruct model with its chat template.
-        config (`SynthesisConfig`): of the run.
-        chats (`list[list[dict]]`, *optional*): given prompts as messages; conversation i answers chat i. Without them
-            the target writes the user turns, too.
     Raises:
         ValueError: if the template cannot be taken apart.
     """
@@ -121,11 +118,9 @@ class Synthesizer:
         if eos is None:
             eos = tokenizer.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
-        pieces = ChatPieces.of(tokenizer)
+        self.to_assistant, self.to_user = (tokenize(tokenizer, text) for text in between_turns(tokenizer))
         for system in config.system_prompts:
             opening(tokenizer, system)  # refused now or never
-        self.to_assistant = tokenize(tokenizer, pieces.user_to_assistant)
-        self.to_user = tokenize(tokenizer, pieces.assistant_to_user)
 
     @property
     def num_conversations(self) -> int | None:
@@ -170,16 +165,15 @@ class Synthesizer:
         topic = ""
         if config.topics and chance.random() < config.topic_share:
             topic = chance.choice(TOPICS[chance.choice(config.topics)])
-        if self.chats is None:
-            tokens = tokenize(self.tokenizer, opening(self.tokenizer, system))
-            row = WrittenRow(index, tokens, temperature, num_turns, deque(), generator, is_user=True)
-            row.user_start = row.start = len(tokens)
-            row.forced.extend(tokenize(self.tokenizer, topic) if topic else [])
-            return row
-        return self._row_of_chat(index, temperature, system, generator)
+        if self.chats is not None:
+            return self._row_of_chat(index, self.chats[index], temperature, system, generator)
+        tokens = tokenize(self.tokenizer, opening(self.tokenizer, system))
+        row = WrittenRow(index, tokens, temperature, num_turns, deque(), generator, is_user=True)
+        row.user_start = row.start = len(tokens)
+        row.forced.extend(tokenize(self.tokenizer, topic) if topic else [])
+        return row
 
-    def _row_of_chat(self, index: int, temperature: float, system: str | None, generator) -> WrittenRow:
-        chat = self.chats[index]
+    def _row_of_chat(self, index: int, chat: list[dict], temperature: float, system: str | None, generator) -> WrittenRow:
         own_system = next((turn["content"] for turn in chat if turn["role"] == "system"), system)
         turns = [tokenize(self.tokenizer, turn["content"]) for turn in chat if turn["role"] == "user"]
         given = deque(turns[1 : self.config.max_turns])
@@ -294,14 +288,9 @@ class Synthesizer:
 
 
 def synthesize(
-    target,
-    tokenizer,
-    config: SynthesisConfig,
-    output,
-    chats: list[list[dict]] | None = None,
-    contamination: Contamination | None = None,
-    part: tuple[int, int] = (0, 1),
-    report: Callable[[dict], None] = lambda progress: None,
+    target, tokenizer, config: SynthesisConfig, output, chats: list[list[dict]] | None = None,
+    contamination: Contamination | None = None, part: tuple[int, int] = (0, 1),
+    report: Callable[[dict], None] = lambda progress: None
 ) -> dict:
     """Write conversations to Parquet shards in a folder; a folder with a part of them is resumed.
 
@@ -344,10 +333,6 @@ def _numbers(writer: ShardWriter, part: tuple[int, int], num_conversations: int 
 
 
 def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes: int) -> dict:
-    import transformers
-
-    import transformers_prism
-
     return {
         "target": target_fingerprint(target.config, tokenizer),
         "compute_dtype": str(target.dtype).removeprefix("torch."),
@@ -355,9 +340,5 @@ def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes
         "source": "the target's own user turns" if chats is None else f"{len(chats)} given prompts",
         "config": json.loads(json.dumps(asdict(config))),
         "num_processes": num_processes,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "transformers_prism": transformers_prism.__version__,
-        },
+        "versions": versions(),
     }

@@ -40,37 +40,23 @@ def template_hash(tokenizer) -> str:
     return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class ChatPieces:
-    """What a chat template writes around the words, as text.
+def between_turns(tokenizer) -> tuple[str, str]:
+    """What a chat template writes between a user's words and the answer, and between an answer and the next user's words;
+    found by rendering a conversation of marks.
 
-    Args:
-        user_to_assistant: between a user's words and the answer.
-        assistant_to_user: between an answer and the next user's words.
+    Raises:
+        ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
     """
-
-    user_to_assistant: str
-    assistant_to_user: str
-
-    @classmethod
-    def of(cls, tokenizer) -> "ChatPieces":
-        """Found by rendering a conversation of marks.
-
-        Raises:
-            ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
-        """
-        marks = ["MARKONE", "MARKTWO", "MARKTHREE"]
-        roles = ("user", "assistant", "user")
-        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        text = render(tokenizer, chat, add_generation_prompt=True)
-        counts = [text.count(mark) for mark in marks]
-        if counts != [1, 1, 1]:
-            raise ValueError(
-                f"chat_template: expected one that writes user and assistant turns once each, got {counts} of them"
-            )
-        _, after_first = text.split(marks[0])
-        to_assistant, after_answer = after_first.split(marks[1])
-        return cls(to_assistant, after_answer.split(marks[2])[0])
+    marks = ["MARKONE", "MARKTWO", "MARKTHREE"]
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    text = render(tokenizer, chat, add_generation_prompt=True)
+    counts = [text.count(mark) for mark in marks]
+    if counts != [1, 1, 1]:
+        raise ValueError(f"chat_template: expected one that writes user and assistant turns once each, got {counts} of them")
+    _, after_first = text.split(marks[0])
+    to_assistant, after_answer = after_first.split(marks[1])
+    return to_assistant, after_answer.split(marks[2])[0]
 
 
 def is_trained(turn: dict) -> bool:
@@ -84,14 +70,10 @@ def tokenized_chat(
     """Token ids of a chat, and `(start, end)` of each answer that is trained, with the token that ends its turn.
 
     An answer is trained if the text before it is what the target would be given to answer, and if its tokens read back
-    as what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are trained
-    as the template writes them; if it leaves them out, that turn is not trained, and neither are answers to tool results
-    that it leaves out.
+    as what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are
+    trained as the template writes them; if it leaves them out, that turn is not trained, and neither are answers to
+    tool results that it leaves out. The tokenizer has to tell character offsets (a fast one).
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the target, with character offsets (a fast one).
-        chat (`list[dict]`): of `chat_of`.
-        tools (`list[dict]`, *optional*): of `tools_of`.
     Raises:
         NoAnswer: if the chat has nothing to train on.
         RowError: if the template refuses the chat or changes its answers, or if the tokens do not read back.
@@ -226,6 +208,3 @@ def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span
             "target's tokenizer?"
         )
     return inside[0], inside[-1] + 1
-
-
-__all__ = ["ChatPieces", "is_trained", "opening", "render", "template_hash", "tokenize", "tokenized_chat"]

@@ -1,7 +1,7 @@
 """How long a round takes as modules M, nodes of the tree, context and batch grow, each compared with a plain step.
 
-    transformers-prism bench scaling --json scaling.json
-    transformers-prism bench scaling --modules 1 --modules 8 --num-rounds 200
+    python -m benchmarks.scaling --json scaling.json
+    python -m benchmarks.scaling --modules 1 --modules 8 --num-rounds 200
 
 Random drafts, random prompts: what is proposed does not matter, since every round drafts and verifies trees of one size.
 The second command is the check of PRISM's claim that a round with many modules takes no longer than one with a single one.
@@ -11,14 +11,22 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
 
 import torch
+import typer
+from rich.console import Console
 from transformers.generation import BaseStreamer
+from transformers.utils import logging
 
+from transformers_prism.bench.figures import table_of
 from transformers_prism.bench.generate import TokenClock
-from transformers_prism.configuration_prism import PrismConfig
+from transformers_prism.bench.methods import random_draft
+from transformers_prism.bench.record import write_record
+from transformers_prism.cli.options import JsonOption, PackedOption, TargetOption, report_file, user_errors
 from transformers_prism.cpu import prepare_for_cpu
-from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.target import load_target
+from transformers_prism.training.progress_bar import ProgressBar
 
 # Rounds of one generate() call; the first, which reads the prompt, is not timed.
 _ROUNDS_PER_CALL = 6
@@ -74,21 +82,6 @@ class RoundTimes(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to close."""
-
-
-def random_draft(target, num_modules: int, tree_settings: dict, seed: int = 0) -> PrismDraftModel:
-    """An untrained draft of the target's width whose step k is served by module k; what it proposes does not matter."""
-    config = PrismConfig.from_target(
-        target,
-        num_processing_modules=num_modules,
-        draft_step_to_module=list(range(num_modules)),
-        context_kv="prefill_module",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        draft = PrismDraftModel(config).to(device=target.device, dtype=target.dtype).eval()
-    draft.generation_config.update(**{"tree": "static", **tree_settings})
-    return draft
 
 
 def bench_scaling(
@@ -241,3 +234,45 @@ def bootstrap_median(values: list[float], num_resamples: int = 5000, confidence:
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = medians.quantile(tails).tolist()
     return low, high
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    target: TargetOption = None,
+    modules: Annotated[list[int] | None, typer.Option(min=1, help="M; several. 1, 2, 4, 8 if no axis is named.")] = None,
+    nodes: Annotated[list[int] | None, typer.Option(min=1, help="Drafted nodes; several. 3 to 63.")] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of the prompt; several. 128 to 2048.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences; several. 1, 2, 4, 8.")] = None,
+    tree_top_k: Annotated[int, typer.Option(min=1, help="Nodes kept per depth, and children per node.")] = 10,
+    tree_depth: Annotated[int, typer.Option(min=1, help="Draft steps of every tree.")] = 8,
+    num_rounds: Annotated[int, typer.Option(min=5, help="Timed rounds of each point.")] = 60,
+    packed: PackedOption = True,
+    json_file: JsonOption = None,
+):
+    """Latency of a round against modules M, nodes of the tree, context and batch, each compared with a plain step.
+
+    Where an axis is named, only those that are named are measured. Of several M, the last is compared with the first.
+    """
+    logging.disable_progress_bar()
+    console = Console()
+    named = {"modules": modules, "nodes": nodes, "context": context, "batch": batch}
+    axes = {name: values for name, values in named.items() if values} or DEFAULT_AXES
+    base = Point(modules=4, nodes=31, context=128, batch=1)
+    with user_errors():
+        model, _ = load_target(target)
+        with ProgressBar("calls", num_calls(axes, base, num_rounds), console=console) as bar:
+            figures = bench_scaling(model, axes, base, tree_top_k, tree_depth, num_rounds, packed, bar.advance)
+    console.print(table_of(*axis_rows(figures), "random drafts"))
+    if (text := modules_text(figures)) is not None:
+        console.print(text, highlight=False)
+    tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}
+    settings = {"base": asdict(base), "num_rounds": num_rounds, "packed": packed, **tree}
+    write_record(json_file, "scaling", model, settings, {"axes": figures})
+    report_file(json_file)
+
+
+if __name__ == "__main__":
+    app()
