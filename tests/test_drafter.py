@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import prompts, tiny_draft, tiny_target
 
+from transformers_prism.decoding.static_shapes import StaticShapes
 from transformers_prism.decoding.tree import select_nodes
 from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.transformers_names import cache_of
@@ -75,7 +76,13 @@ def check_tree(draft, tree, row, token_ids, states, text_ids=None):
         assert float(tree.log_probs[row, node]) == pytest.approx(expected, abs=2e-4)
 
 
+def padding(draft, width):
+    """Shapes of a compiled draft, whose steps run uncompiled."""
+    return StaticShapes(capacity=64, num_read=3, width=width, run_module=type(draft).run_module)
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize(
     ("num_modules", "step_map", "num_layers", "module_form"),
@@ -88,7 +95,7 @@ def check_tree(draft, tree, row, token_ids, states, text_ids=None):
         (2, [0, 1, 1], 2, "eagle3"),
     ],
 )
-def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, step_map, num_layers, module_form):
+def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, step_map, num_layers, module_form, is_padded):
     """Two rows that commit different numbers of tokens, three rounds on one cache, with a draft vocabulary."""
     target = tiny_target()
     draft = tiny_draft(
@@ -107,6 +114,7 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
     if context_kv == "prefill_module" and draft.config.module_of_step(0) != 0:
         pytest.skip("the slow twin names modules by step, and step 0's module is its first")
     drafter = draft.make_drafter()
+    drafter.use_shapes(padding(draft, 2) if is_padded else None)
     token_ids, _ = prompts(2, length=20)
     token_ids[token_ids == 0] = 5
     states = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(1))
@@ -150,9 +158,10 @@ def test_tokens_of_the_text_join_the_draft_vocabulary(text_tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize("widths", [(1, 3, 2, 3), (3, 1, 1, 0), (2, 1, 3, 1)])
-def test_steps_of_changing_width_equal_the_slow_twin(context_kv, widths):
+def test_steps_of_changing_width_equal_the_slow_twin(context_kv, widths, is_padded):
     """A step that goes on with more or fewer nodes than the one before: every node still sees its own path."""
     target = tiny_target()
     draft = tiny_draft(target, num_processing_modules=3, context_kv=context_kv, initializer_range=0.1).bind(target)
@@ -161,6 +170,7 @@ def test_steps_of_changing_width_equal_the_slow_twin(context_kv, widths):
     states = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1))
     drafter = draft.make_drafter()
     drafter.prefill(token_ids, states, torch.arange(5).expand(2, -1), [5, 5])
+    drafter.use_shapes(padding(draft, 3) if is_padded else None)
     coming = iter(widths)
     pool = drafter.draw(3, 5, lambda log_probs: next(coming))
     assert pool.token_ids.shape[1] == 3 + 3 * sum(widths)
@@ -249,6 +259,38 @@ def test_the_draft_phase_reads_nothing_back(monkeypatch, form, attention, tree):
     assert grown.token_ids.shape == (2, tree.num_nodes + 1)
     assert grown.token_ids.device.type == "meta"
     assert grown.ancestors().shape == (2, tree.num_nodes + 1, tree.num_nodes + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [{}, {"context_kv": "own_module"}])
+def test_a_compiled_draft_phase_launches_less_than_half(monkeypatch, form):
+    """Of the operations of a round of eight draft steps, on the kernels' operators, a graph counted as one; none reads back."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Launches(TorchDispatchMode):
+        count, is_in_graph = 0, False
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            is_view = any(one.alias_info and not one.alias_info.is_write for one in function._schema.returns)
+            self.count += not (is_view or self.is_in_graph)
+            return function(*args, **(kwargs or {}))
+
+    def graph(draft, *arguments):
+        launches.is_in_graph = True
+        output = type(draft).run_module(draft, *arguments)
+        launches.is_in_graph, launches.count = False, launches.count + 1
+        return output
+
+    counts = []
+    for attention, shapes in (("prism_tree", None), ("sdpa", StaticShapes(256, 16, 10, graph))):
+        drafter = on_meta(monkeypatch, num_processing_modules=2, attn_implementation=attention, **form)
+        drafter.use_shapes(shapes)
+        token_ids = torch.zeros((2, 3), dtype=torch.long)
+        with Launches() as launches:
+            drafter.prefill(token_ids, torch.empty((2, 3, 96), device="meta"), token_ids, [3, 1])
+            drafter.grow(TreeSettings("static", 10, 8, 63))
+        counts.append(launches.count)
+    assert counts[1] < 0.5 * counts[0], counts
 
 
 @torch.no_grad()

@@ -151,6 +151,9 @@ class ScriptedDrafter:
     def use_text_tokens(self, is_wanted):
         """The script knows no vocabulary."""
 
+    def use_shapes(self, shapes):
+        """Nothing is compiled."""
+
     def keep_sequences(self, rows):
         """Go on with these rows."""
         self.scripts = [self.scripts[row] for row in rows]

@@ -30,6 +30,7 @@ from .decoding.round_values import Limits, Proposal, Verified
 from .decoding.sampler import Sampler
 from .decoding.sequences import Sequences
 from .decoding.speculation import Speculation, warn_if_hardly_used
+from .decoding.static_shapes import static_shapes
 from .decoding.target_choice import make_target
 from .decoding.target_side import TargetSide
 from .decoding.target_support import Declined, reason_against_training
@@ -41,6 +42,7 @@ from .policy.settings import TreeSettings
 from .transformers_names import (
     assisted_decoding,
     cache_of,
+    compiled_forward,
     decode_plainly,
     decoder_only_output,
     decoding_experts,
@@ -166,10 +168,15 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
     if target_side.why_no_tree is not None:
         _tell_of_chain(target, settings, target_side.why_no_tree)
         settings = settings.as_chain()
+    is_target_compiled = compiled_forward(target, model_kwargs, generation_config) is not None
+    shapes = static_shapes(draft, settings, generation_config, is_target_compiled)
+    target_side.keeps_finished |= shapes is not None
     try:
-        with in_eval_mode(draft), decoding_experts(target), lent_attention(target, draft):
+        with in_eval_mode(draft), decoding_experts(target), lent_attention(target, draft, shapes is not None):
             chat = Chat.of(target_side.cache, draft, len(sequences))
-            chat.draft_side.drafter.use_text_tokens(settings.text_tokens)
+            drafter = chat.draft_side.drafter
+            drafter.use_text_tokens(settings.text_tokens)
+            drafter.use_shapes(shapes)
             if settings.tree == "auto":
                 policy = AutomaticTrees(settings, target, draft, sequences, sampler, chat.text)
             else:

@@ -368,16 +368,17 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer
             )
         module = self.processing_modules[index]
+        output = self.run_module(module, input_ids, hidden_states, attention_mask, position_ids, cache, num_outputs)
+        return BaseModelOutputWithPast(last_hidden_state=output, **{CACHE_KEYWORD: cache})
+
+    def run_module(
+        self, module, input_ids, hidden_states, attention_mask, position_ids, cache, num_outputs: int | None = None
+    ) -> torch.Tensor:
+        """What [`~PrismDraftModel.forward`] computes once its inputs are checked; this is what gets compiled. The module is an
+        argument, not a number, so that one graph serves all modules that share a cache layer."""
         embeddings, stream = self._enter(module, input_ids, hidden_states)
-        output = module(
-            embeddings,
-            stream,
-            self.rotary_emb(hidden_states, position_ids),
-            attention_mask,
-            cache,
-            num_outputs,
-        )
-        return BaseModelOutputWithPast(last_hidden_state=self.output_states(output), **{CACHE_KEYWORD: cache})
+        rotary = self.rotary_emb(hidden_states, position_ids)
+        return self.output_states(module(embeddings, stream, rotary, attention_mask, cache, num_outputs))
 
     def _enter(self, module, input_ids, hidden_states):
         """Token embeddings, or None where nothing behind the projection reads them, and the stream that enters the

@@ -202,7 +202,7 @@ def lent_sdpa(function) -> Iterator[None]:
 
 
 @contextmanager
-def lent_attention(target, draft) -> Iterator[None]:
+def lent_attention(target, draft, is_draft_compiled: bool = False) -> Iterator[None]:
     """Lend a target and a draft on "sdpa" the attention that suits their device.
 
     On a CPU that is grouped attention, since keys and values would be repeated. Where Triton computes, the draft gets
@@ -210,8 +210,9 @@ def lent_attention(target, draft) -> Iterator[None]:
 
     Args:
         target, draft (`PreTrainedModel`): the draft gets back what it had.
+        is_draft_compiled (`bool`): its masks are dense then, which the kernel does not take.
     """
-    takes_kernel = use_triton("auto", draft.device) and attention_name(draft.config) == "sdpa"
+    takes_kernel = not is_draft_compiled and use_triton("auto", draft.device) and attention_name(draft.config) == "sdpa"
     try:
         if takes_kernel:
             draft.set_attn_implementation(PRISM_TREE)

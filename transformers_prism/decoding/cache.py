@@ -291,6 +291,15 @@ def new_tree_cache() -> DynamicCache:
     return cache
 
 
+def relaid(cache: Cache, capacity: int | None) -> DynamicCache:
+    """A copy of a cache of our layers, in `StaticTreeLayer`s of `capacity` positions; None: in `TreeLayer`s."""
+    copy = new_tree_cache()
+    copy.layers = [
+        _with_states_of(layer, TreeLayer() if capacity is None else StaticTreeLayer(capacity)) for layer in cache.layers
+    ]
+    return copy
+
+
 def is_adoptable(cache) -> bool:
     """Whether [`AdoptedLayers`] can serve this cache: full and sliding attention, dynamic or static, not offloaded."""
     return (

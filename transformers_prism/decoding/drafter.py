@@ -8,15 +8,18 @@ Shape letters: B batch, D draft hidden size, K frontier nodes, R tree nodes proc
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.nn.functional import pad
 
 from ..kernels.grow_tree import grow_tree
 from ..kernels.tree_attention import pack_ancestors, unpack_ancestors
 from ..transformers_names import attention_name
 from .attention import PRISM_TREE, attach_tree
-from .cache import CommittedCache, new_tree_cache
+from .cache import CommittedCache, new_tree_cache, relaid
 from .sampling_noise import NUM_COMPETING, Coupling
+from .static_shapes import StaticShapes
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
 
 # Positions that are seldom read at once, but for a prompt.
@@ -46,6 +49,7 @@ class Drafter:
         if config.context_kv == "own_module":
             steps = (config.draft_step_to_module.index(module) for module in range(config.num_processing_modules))
             self.prefill_steps = sorted(steps, reverse=True)
+        self.shapes: StaticShapes | None = None  # those of a compiled draft
         self.cache: CommittedCache | None = None
         self.causal: torch.Tensor | None = None  # of many positions, once some were read after the prompt
         self.last_hidden: torch.Tensor | None = None  # [B, D], step 0's output at the last committed position
@@ -83,6 +87,26 @@ class Drafter:
         if not is_wanted:
             self.text = self.can_propose = None
 
+    def use_shapes(self, shapes: StaticShapes | None) -> None:
+        """From now on pad to these shapes, and run compiled steps; None: shapes as they come."""
+        before, self.shapes = self.shapes, shapes
+        if self.cache is not None and (before and before.capacity) != (shapes and shapes.capacity):
+            self.cache.cache = relaid(self.cache.cache, shapes and shapes.capacity)
+
+    def _uncompiled(self) -> AbstractContextManager:
+        """For what is seldom run, and never twice in the same shape."""
+        return torch.compiler.set_stance("force_eager") if self.shapes else nullcontext()
+
+    def _run(self, step: int, token_ids, hidden, mask, position_ids, cache, num_outputs: int | None = None) -> torch.Tensor:
+        """Outputs of the module that serves a draft step."""
+        index = self.draft.config.module_of_step(step)
+        if self.shapes and self.shapes.run_module and self.cache is not None:  # the prompt has no mask, or one of its own
+            module = self.draft.processing_modules[index]
+            states = map(_with_usual_strides, (token_ids, hidden, mask, position_ids))
+            return self.shapes.run_module(self.draft, module, *states, cache, num_outputs)
+        step = self.draft.config.draft_step_to_module.index(index)  # steps of one module share what is compiled
+        return self.draft(token_ids, hidden, step, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
+
     def _join_vocabulary(self, token_ids) -> None:
         """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""
         if self.can_propose is None:
@@ -108,15 +132,21 @@ class Drafter:
                 itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
                 visible = self._causal(token_ids) & visible | itself
             mask = attention_mask(visible, attention_name(self.draft.config), hidden.dtype)
-        output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
-        self.cache = CommittedCache(cache, committed)
+        with self._uncompiled():
+            output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
+        self.cache = CommittedCache(relaid(cache, self.shapes.capacity) if self.shapes else cache, committed)
         return output
 
     def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
         """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
-        hidden = self.draft.fuse(target_hidden)
+        hidden, length = self.draft.fuse(target_hidden), token_ids.shape[1]
+        is_compiled = self.shapes is not None and length <= self.shapes.num_read
+        if is_compiled:
+            # Padding is behind all that is real, and what is appended for it is not committed.
+            token_ids, hidden, position_ids = _padded(self.shapes.num_read, token_ids, hidden, position_ids)
         mask = self._mask(self._causal(token_ids), hidden.dtype)
-        return self._step_0(token_ids, hidden, position_ids, mask, self.cache.cache)
+        with nullcontext() if is_compiled else self._uncompiled():
+            return self._step_0(token_ids, hidden, position_ids, mask, self.cache.cache)[:, :length]
 
     def _causal(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Each position and those before it, `(B, A, A)` bool."""
@@ -130,9 +160,8 @@ class Drafter:
     def _step_0(self, token_ids, hidden, position_ids, mask, cache, num_outputs: int | None = None) -> torch.Tensor:
         """Step 0's output; the modules of other steps only keep their keys and values."""
         for step in self.prefill_steps[:-1]:
-            self.draft(token_ids, hidden, step, mask, position_ids, cache, num_outputs=0)
-        last = self.prefill_steps[-1]
-        return self.draft(token_ids, hidden, last, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
+            self._run(step, token_ids, hidden, mask, position_ids, cache, num_outputs=0)
+        return self._run(self.prefill_steps[-1], token_ids, hidden, mask, position_ids, cache, num_outputs)
 
     def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor | int) -> None:
         """Keep what the next tree begins with; `num_new` is of each sequence `(B,)`, or of all."""
@@ -212,7 +241,10 @@ class Drafter:
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
         """What new nodes see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
         implementation = attention_name(self.draft.config)
-        mask = attention_mask(visible_keys(self.cache.committed, ancestors), implementation, dtype)
+        visible = visible_keys(self.cache.committed, ancestors)
+        if self.shapes is not None:
+            return attention_mask(pad(visible, (0, self.shapes.capacity - visible.shape[2])), implementation, dtype)
+        mask = attention_mask(visible, implementation, dtype)
         if implementation != PRISM_TREE:
             return mask
         return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
@@ -244,20 +276,23 @@ class _Frontier:
     def step(self, step: int, token_ids, hidden, ancestors) -> torch.Tensor:
         """Outputs `(B, K, D)` of a draft step over the frontier, given the ancestor bits `(B, K, words)` of its nodes."""
         drafter, width = self.drafter, token_ids.shape[1]
+        if drafter.shapes is not None:
+            # No node descends from padding, so none sees it.
+            token_ids, hidden, ancestors = _padded(drafter.shapes.width, token_ids, hidden, ancestors)
         self._append(step, token_ids, hidden, ancestors)
         cache_index = drafter.draft.config.module_of_step(step) if len(self.num_written) > 1 else 0
-        start = self.num_written[cache_index]
+        start, first = self.num_written[cache_index], self.num_nodes - token_ids.shape[1]
         bits = self.ancestors[:, start:]
-        output = drafter.draft(
+        output = drafter._run(
+            step,
             self.token_ids[:, start:],
             self.hidden[:, start:],
-            step,
             drafter._mask(unpack_ancestors(bits, self.num_nodes), hidden.dtype, bits),
             self.position_ids[:, start:],
             drafter.cache.cache,
-        ).last_hidden_state
+        )
         self.num_written[cache_index] = self.num_nodes
-        return output[:, -width:]
+        return output[:, first - start : first - start + width]
 
     def _append(self, step, token_ids, hidden, ancestors) -> None:
         position_ids = (self.drafter.last_position[:, None] + step).expand(-1, token_ids.shape[1])
@@ -265,3 +300,15 @@ class _Frontier:
         for name, values in new.items():
             setattr(self, name, values if self.num_nodes == 0 else torch.cat((getattr(self, name), values), dim=1))
         self.num_nodes += token_ids.shape[1]
+
+
+def _padded(length: int, *states: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors `(B, n, ...)` with zeros behind, `(B, length, ...)`."""
+    return [pad(one, (0, 0) * (one.dim() - 2) + (0, length - one.shape[1])) for one in states]
+
+
+def _with_usual_strides(states: torch.Tensor) -> torch.Tensor:
+    """The same tensor, or a copy of a slice. Graphs are compiled for strides, of a batch of one sequence, too, where any
+    stride counts as contiguous."""
+    is_slice = states.storage_offset() > 0 or not states.is_contiguous()
+    return states.clone(memory_format=torch.contiguous_format) if is_slice else states

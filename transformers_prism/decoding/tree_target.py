@@ -196,7 +196,8 @@ class TreeTarget(TargetSide):
         steps = []
         for token in token_ids.split(1, dim=1):
             root = root_tree(token[:, 0])
-            steps.append((self._plain_step(root) or self.verify(root))[0])
+            # A copy: the next run of a CUDA graph overwrites what this one returned.
+            steps.append((self._plain_step(root) or self.verify(root))[0].clone())
             self.commit([[0]] * len(position))
         vars(self.committed).update(state)
         self.next_position = position

@@ -235,7 +235,8 @@ def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
 def _undisturbed(target, draft) -> Iterator[None]:
     """Nothing is compiled or dropped out, and random generators and models are left as they are."""
     devices = [target.device] if target.device.type == "cuda" else []
-    uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(target) else contextlib.nullcontext()
+    are_compiled = is_compiled(target) or is_compiled(draft)
+    uncompiled = torch.compiler.set_stance("force_eager") if are_compiled else contextlib.nullcontext()
     with torch.random.fork_rng(devices=devices), uncompiled, trusting_packed_weights():
         with in_eval_mode(target, draft), kept_frequencies(target, draft):
             yield
