@@ -68,7 +68,12 @@ def _compute(function, args, kwargs, note, note_upload=lambda name: None):
         note(name)
         stays = False
     to_device = name == "copy_" and _is_on_device(args[0]) and not _is_on_device(args[1])
-    if to_device or (name == "_to_copy" and not is_any_on_device and asked is not None and asked.type == DEVICE.type):
+    if name == "_to_copy" and not is_any_on_device and asked is not None and asked.type == DEVICE.type:
+        to_device = waits
+    # Indices of the host are brought over as well.
+    if name in ("index", "index_put", "index_put_") and _is_on_device(args[0]):
+        to_device = any(index is not None and not _is_on_device(index) for index in args[1])
+    if to_device and any(tensor.numel() for tensor in tensors if not _is_on_device(tensor)):
         note_upload(name)
     if name in ("index", "index_put", "index_put_") and any(
         _is_on_device(index) and index.dtype == torch.bool for index in args[1] if index is not None
@@ -107,7 +112,7 @@ class _BesidesDispatch(TorchFunctionMode):
 
 class PretendedAccelerator(TorchDispatchMode):
     """While it is on, tensors can be made on `DEVICE`; `reads` notes what the host waited for, and where, and `uploads`
-    what it brought over."""
+    what it brought over, waiting for everything that was queued before."""
 
     def __init__(self):
         super().__init__()
@@ -127,11 +132,19 @@ class PretendedAccelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Compute and note."""
-        return _compute(function, args, kwargs or {}, self._note, self.uploads.append)
+        return _compute(
+            function,
+            args,
+            kwargs or {},
+            lambda name: self.reads.append(_with_place(name)),
+            lambda name: self.uploads.append(_with_place(name)),
+        )
 
-    def _note(self, name: str) -> None:
-        ours = [frame for frame in traceback.extract_stack() if "transformers" in frame.filename]
-        self.reads.append(f"{name} at {ours[-1].filename}:{ours[-1].lineno}" if ours else name)
+
+def _with_place(name: str) -> str:
+    """The name of an operation, and the line of ours that asked for it."""
+    ours = [frame for frame in traceback.extract_stack() if "transformers" in frame.filename]
+    return f"{name} at {ours[-1].filename}:{ours[-1].lineno}" if ours else name
 
 
 def move_model(model: torch.nn.Module) -> None:

@@ -236,6 +236,7 @@ def move_to_accelerator(monkeypatch, target, draft):
     monkeypatch.setattr(draft, "bind", lambda target, tokenizer: draft)  # refuses weights on such a device
     move_model(target)
     move_model(draft)
+    monkeypatch.setattr("transformers_prism.decoding.transfer.ASYNCHRONOUS_DEVICES", (DEVICE.type,))
     for module in ("decoding.sampler", "decoding.sampling_noise"):
         monkeypatch.setattr(f"transformers_prism.{module}.TRITON_DEVICES", (DEVICE.type,))
     generator = types.SimpleNamespace(
@@ -255,18 +256,24 @@ def reads_by_round(
     torch.manual_seed(5)
     plain = target.generate(input_ids, attention_mask=mask, **settings)
     move_to_accelerator(monkeypatch, target, draft)
-    accelerator, starts = PretendedAccelerator(), []
+    accelerator, starts, uploads = PretendedAccelerator(), [], []
     drop_finished = generation._drop_finished
+
     # The first thing that a round does.
-    monkeypatch.setattr(
-        generation, "_drop_finished", lambda *args: starts.append(len(accelerator.reads)) or drop_finished(*args)
-    )
+    def begin_round(*args):
+        starts.append(len(accelerator.reads))
+        uploads.append(len(accelerator.uploads))
+        return drop_finished(*args)
+
+    monkeypatch.setattr(generation, "_drop_finished", begin_round)
     torch.manual_seed(5)
     with accelerator:
         output = target.generate(OnDevice(input_ids), attention_mask=OnDevice(mask), assistant_model=draft, **settings)
     assert torch.equal(output.host, plain)
     assert tree is not None or draft.last_speculation.acceptance_length > 1
     assert draft.last_speculation.walk == walk
+    # A copy to the device that the host waits for would stop it until all that is queued is done.
+    assert walk == "host" or accelerator.uploads[uploads[0] : uploads[-1]] == []
     # What follows the last round is not told apart from it.
     return [accelerator.reads[start:end] for start, end in zip(starts, starts[1:], strict=False)]
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .cpu import HalfLinear, PackedLinear, pack
 from .decoding.layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
+from .decoding.transfer import on_device
 from .transformers_names import output_embeddings
 
 # How far logits of dequantised rows may be from the head's own, as a share of the largest.
@@ -189,7 +190,7 @@ class TextRows:
 
     def add(self, token_ids: torch.Tensor, rows: nn.Linear) -> None:
         """Append tokens `(n,)` that are not among these, and their rows."""
-        self.text_ids = torch.cat((self.text_ids, token_ids.to(self.text_ids.device)))
+        self.text_ids = torch.cat((self.text_ids, on_device(token_ids, self.text_ids.device)))
         self._token_ids = None
         if self._weight is not None:
             self._weight = self._with_more(self._weight, rows.weight.detach())
@@ -250,7 +251,7 @@ def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLine
     """A layer of some rows `(n,)` of a head with weights in floating point, without gradients, packed for a CPU as
     `kind` says."""
     bias = getattr(head, "bias", None)
-    token_ids = token_ids.to(head.weight.device)
+    token_ids = on_device(token_ids, head.weight.device)
     # Rows that were gathered in inference mode serve a training step later, too.
     with torch.inference_mode(False), torch.no_grad():
         token_ids = token_ids.clone()

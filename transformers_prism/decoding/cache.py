@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from ..kernels.compact_cache import compact_cache
+from .transfer import on_device
 
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 # Positions that a mask is made longer by than is needed at once.
@@ -190,7 +191,7 @@ class CommittedCache:
         if num_new == len(offsets):
             self._grow_mask([width], [width + num_new])
         else:
-            is_kept = torch.tensor([[offset in offsets for offset in range(num_new)]], device=self.committed.device)
+            is_kept = on_device([[offset in offsets for offset in range(num_new)]], self.committed.device)
             self.committed = torch.cat((self.committed, is_kept), dim=1)
         self.lengths = [self.lengths[0] + len(offsets)]
         self._close_too_many_holes()
@@ -207,9 +208,9 @@ class CommittedCache:
         buffers: dict = {}
         for layer in self._layers():
             buffers.setdefault(layer.key_buffer.device, []).extend((layer.key_buffer, layer.value_buffer))
-        for device, on_device in buffers.items():
-            source, destination = table.to(device).unbind(-1)  # [B, A] each
-            compact_cache(on_device, source, destination)
+        for device, of_device in buffers.items():
+            source, destination = on_device(table, device).unbind(-1)  # [B, A] each
+            compact_cache(of_device, source, destination)
 
     def _grow_mask(self, ends: list[int], new_ends: list[int]) -> None:
         width = max(new_ends)
@@ -219,7 +220,7 @@ class CommittedCache:
             self.committed = self.part_of_longer = self.longer[:, :width]
         else:
             index = torch.arange(width, device=self.committed.device)
-            limits = torch.tensor([ends, new_ends], device=self.committed.device)[..., None]  # [2, B, 1]
+            limits = on_device([ends, new_ends], self.committed.device)[..., None]  # [2, B, 1]
             is_new = (index >= limits[0]) & (index < limits[1])
             padding = self.committed.new_zeros((len(new_ends), width - self.width))
             self.committed = torch.cat((self.committed, padding), dim=1) | is_new
@@ -248,7 +249,7 @@ class CommittedCache:
         start, end = self.num_dense, max(self.lengths)
         device = self.committed.device
         index = torch.arange(end - start, device=device)
-        is_key = index < (torch.tensor(self.lengths, device=device) - start)[:, None]
+        is_key = index < (on_device(self.lengths, device) - start)[:, None]
         if self.max_holes and end > start:
             # False sorts before True: the keys of each sequence in order, then its holes.
             order = (~self.committed[:, start:]).sort(dim=1, stable=True).indices[:, : end - start]
@@ -265,7 +266,7 @@ class CommittedCache:
     def keep_sequences(self, places: list[int]) -> None:
         """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
         self.lengths = [self.lengths[place] for place in places]
-        self.committed = self.committed[torch.tensor(places, device=self.committed.device)]
+        self.committed = self.committed[on_device(places, self.committed.device)]
         for layer in self._layers():
             layer.keep_sequences(places)
         self._close_too_many_holes()

@@ -10,6 +10,7 @@ import torch
 from .drafter import Drafter
 from .round_values import NewPositions, Prompt, joined, joined_states
 from .sequences import Sequences
+from .transfer import on_device
 
 
 class DraftSide:
@@ -53,7 +54,7 @@ class DraftSide:
             hidden = joined_states([state[:, :longest] for state in states])
         else:
             hidden = joined_states(states)
-            of_nodes = torch.tensor(index, device=hidden.device)[..., None]  # [B, A, 1]
+            of_nodes = on_device(index, hidden.device)[..., None]  # [B, A, 1]
             hidden = hidden.gather(1, of_nodes.expand(-1, -1, hidden.shape[-1]))
         token_ids = torch.tensor(tokens, dtype=sequences.ids.dtype)
         self.unread.append(NewPositions(token_ids, hidden, torch.tensor(positions), num_new))

@@ -20,6 +20,7 @@ from .attention import PRISM_TREE, attach_tree
 from .cache import CommittedCache, new_tree_cache, relaid
 from .sampling_noise import NUM_COMPETING, Coupling
 from .static_shapes import StaticShapes
+from .transfer import on_device
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
 
 # Positions that are seldom read at once, but for a prompt.
@@ -69,7 +70,7 @@ class Drafter:
         """
         if self.text_tokens and self.draft.takes_text_rows:
             self._join_vocabulary(token_ids)
-        token_ids, position_ids = token_ids.to(self.device), position_ids.to(self.device)
+        token_ids, position_ids = on_device(token_ids, self.device), on_device(position_ids, self.device)
         if self.cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
@@ -78,7 +79,7 @@ class Drafter:
         self.cache.commit([list(range(count)) for count in num_new])
         are_alike = len(set(num_new)) == 1
         self._remember_last(
-            token_ids, output, position_ids, num_new[0] if are_alike else torch.tensor(num_new, device=self.device)
+            token_ids, output, position_ids, num_new[0] if are_alike else on_device(num_new, self.device)
         )
 
     def use_text_tokens(self, is_wanted: bool) -> None:
@@ -100,10 +101,14 @@ class Drafter:
     def _run(self, step: int, token_ids, hidden, mask, position_ids, cache, num_outputs: int | None = None) -> torch.Tensor:
         """Outputs of the module that serves a draft step."""
         index = self.draft.config.module_of_step(step)
-        if self.shapes and self.shapes.run_module and self.cache is not None:  # the prompt has no mask, or one of its own
-            module = self.draft.processing_modules[index]
-            states = map(_with_usual_strides, (token_ids, hidden, mask, position_ids))
-            return self.shapes.run_module(self.draft, module, *states, cache, num_outputs)
+        if self.shapes and self.cache is not None:  # behind the prompt, which has no mask, or one of its own
+            states = (token_ids, hidden, mask, position_ids)
+            token_ids, hidden, mask, position_ids = map(_with_usual_strides, states)
+            if self.shapes.run_module:
+                module = self.draft.processing_modules[index]
+                return self.shapes.run_module(
+                    self.draft, module, token_ids, hidden, mask, position_ids, cache, num_outputs
+                )
         step = self.draft.config.draft_step_to_module.index(index)  # steps of one module share what is compiled
         return self.draft(token_ids, hidden, step, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
 
@@ -254,7 +259,7 @@ class Drafter:
         if self.cache is None:
             return
         self.cache.keep_sequences(places)
-        index = torch.tensor(places, device=self.root_ids.device)
+        index = on_device(places, self.root_ids.device)
         self.last_hidden = self.last_hidden[index]
         self.last_position = self.last_position[index]
         self.root_ids = self.root_ids[index]

@@ -22,6 +22,7 @@ from .memory import kept_with
 from .round_values import Prompt
 from .target_side import TargetSide
 from .target_support import Declined
+from .transfer import on_device
 from .tree import Tree, chain_tree, root_tree
 
 # Carried tokens from which on a round without drafted tokens moves the state on. `tree="auto"` does so earlier if it pays.
@@ -99,7 +100,7 @@ class RecurrentTarget(TargetSide):
         )
 
     def _verify(self, tree: Tree):
-        self.token_ids = tree.token_ids.to(self.carried.device)
+        self.token_ids = on_device(tree.token_ids, self.carried.device)
         tokens = torch.cat((self.carried, self.token_ids), dim=1)
         num_nodes, width = tree.num_nodes, tokens.shape[1]
         mask = self._mask_over(self.num_stored + width)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .transfer import on_device
 from .tree import Tree, root_tree
 
 
@@ -104,9 +105,9 @@ class NewPositions(NamedTuple):
 
     def select(self, places: list[int]) -> "NewPositions":
         """These sequences of the batch."""
-        padding_mask = None if self.padding_mask is None else self.padding_mask[places]
+        parts = (self.token_ids, self.target_hidden, self.position_ids, self.padding_mask)
+        *states, padding_mask = (None if part is None else part[on_device(places, part.device)] for part in parts)
         num_new = [self.num_new[place] for place in places]
-        states = (self.token_ids[places], self.target_hidden[places], self.position_ids[places])
         return NewPositions(*states, num_new, padding_mask, self.is_prompt)
 
 
@@ -127,7 +128,7 @@ def joined(parts: list[NewPositions]) -> NewPositions:
     num_new = [len(indices) for indices in real]
     longest = max(num_new)
     index = torch.tensor([indices + [0] * (longest - len(indices)) for indices in real])  # [B, longest]
-    of_states = index[..., None].expand(-1, -1, target_hidden.shape[-1]).to(target_hidden.device)
+    of_states = on_device(index, target_hidden.device)[..., None].expand(-1, -1, target_hidden.shape[-1])
     return NewPositions(
         token_ids.gather(1, index), target_hidden.gather(1, of_states), position_ids.gather(1, index), num_new
     )

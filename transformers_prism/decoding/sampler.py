@@ -23,6 +23,7 @@ from ..kernels.dispatch import TRITON_DEVICES
 from ..kernels.verify_tree import WARPERS
 from .sampling_noise import Coupling, StepNoise
 from .sequences import Sequences
+from .transfer import on_device
 
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
 _CRITERIA_OF_IDS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
@@ -167,7 +168,7 @@ class Sampler:
         places = [
             0 if step is None else step - self.noise.starts[index] for index, step in zip(active, steps, strict=True)
         ]
-        return noise, torch.tensor(places, device=self.device), torch.tensor(active, device=self.device)
+        return noise, on_device(places, self.device), on_device(active, self.device)
 
     def forget_passed_noise(self, sequences: Sequences) -> None:
         """Free the sampling noise of steps that sequences have passed, and of those that have ended."""

@@ -7,7 +7,7 @@ Prompts, and the rare rounds that commit more positions, are read uncompiled.
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,12 +66,12 @@ def static_shapes(draft, settings, generation_config, is_target_compiled: bool) 
 
 def _compiled(draft, compile_config) -> Callable:
     """The draft's `run_module`, compiled lazily and once for equal configurations."""
-    arguments = compile_config.to_dict()
+    supported = inspect.signature(torch.compile).parameters
+    limits = {name: value for name, value in _LIMITS.items() if name in supported}
+    arguments: dict[str, Any] = {**compile_config.to_dict(), **limits}
     known, run_module = kept_with(draft, "compiled", lambda: (None, None))
     if known != arguments:
-        supported = inspect.signature(torch.compile).parameters
-        limits = {name: value for name, value in _LIMITS.items() if name in supported}
         # Not a bound method, which would keep the draft alive.
-        run_module = torch.compile(type(draft).run_module, **arguments, **limits)
+        run_module = torch.compile(type(draft).run_module, **arguments)
         keep_with(draft, "compiled", (arguments, run_module))
     return run_module

@@ -32,6 +32,7 @@ from .target_support import (
     reason_against_switch,
     rotary_switches,
 )
+from .transfer import on_device
 from .tree import Tree
 
 # What generate() prepares and a verification forward replaces.
@@ -281,11 +282,11 @@ class TargetSide:
             inputs["logits_to_keep"] = num_logits
         if self.takes_position_ids:
             along = position_ids if self.axes is None else self.axes.along(position_ids)
-            inputs["position_ids"] = along.to(self.device)
+            inputs["position_ids"] = on_device(along, self.device)
         for name, kind in self.token_types.items():
-            inputs[name] = torch.full_like(tree.token_ids, kind).to(self.device)
+            inputs[name] = on_device(torch.full_like(tree.token_ids, kind), self.device)
         outputs = self.model_forward(
-            input_ids=tree.token_ids.to(self.device),
+            input_ids=on_device(tree.token_ids, self.device),
             attention_mask=mask,
             **cache_argument(self.target, self.cache),
             use_cache=True,

@@ -29,6 +29,7 @@ from .layer_check import input_device
 from .memory import keep_with, kept_with
 from .target_side import TargetSide
 from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text
+from .transfer import on_device
 from .tree import Tree, ancestor_mask, attention_mask, chain_tree, root_tree, visible_keys, within_window
 
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
@@ -112,10 +113,10 @@ class TreeTarget(TargetSide):
         if self.capacity is not None:
             tree = _padded(tree, static_size(num_nodes))
         device = self.committed.committed.device
-        depths = tree.depths.to(device)
+        depths = on_device(tree.depths, device)
         # Sequences near their end cannot use the deepest nodes; the target may not even have positions for them.
         limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
-        first, limit = torch.tensor([self.next_position, limits], device=device)[..., None]  # [B, 1] each
+        first, limit = on_device([self.next_position, limits], device)[..., None]  # [B, 1] each
         position_ids = (first + depths).minimum(limit)
         logits, states = self._forward(tree, self._masks(tree, depths), position_ids)
         return logits[:, :num_nodes], states
@@ -123,7 +124,7 @@ class TreeTarget(TargetSide):
     def _masks(self, tree: Tree, depths: torch.Tensor):
         """What each node sees, as the target's forward takes it: a mask, or one of each kind of layer by name."""
         committed = self.committed.committed
-        parents = tree.parents.to(committed.device)
+        parents = on_device(tree.parents, committed.device)
         takes_bits = self.attn_implementation == PRISM_TREE and self.capacity is None
         bits = ancestor_bits(parents) if takes_bits else None
         ancestors = ancestor_mask(parents) if bits is None else unpack_ancestors(bits, tree.num_nodes)
@@ -133,7 +134,7 @@ class TreeTarget(TargetSide):
             seen, node_index = visible, None
             if window is not None:
                 # A window counts keys of the text, so holes and nodes beside the path do not use it up.
-                lengths = torch.tensor(self.committed.lengths, device=committed.device)[:, None]
+                lengths = on_device(self.committed.lengths, committed.device)[:, None]
                 node_index = lengths + depths
                 places = torch.cat((self.committed.places(), node_index), dim=1)
                 seen = visible & within_window(node_index, places, window)

@@ -16,6 +16,7 @@ from ..kernels.verify_tree import verify_tree
 from .round_values import Proposal, Verified
 from .sampler import Sampler, refuse_nan
 from .sequences import Sequences
+from .transfer import on_device
 from .tree import Tree
 
 
@@ -58,7 +59,7 @@ def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, d
         drawn = dict(zip(names, noise, strict=True)) | sampler.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits
-    token_ids, parents, depths = (part.to(sampler.device) for part in (tree.token_ids, tree.parents, tree.depths))
+    token_ids, parents, depths = (on_device(part, sampler.device) for part in (tree.token_ids, tree.parents, tree.depths))
     walks = verify_tree(logits.to(sampler.device), token_ids, parents, depths, num_steps, **drawn).tolist()
     kept: list[list[int]] = []
     for index, (num_emitted, *walked) in zip(sequences.active, walks, strict=True):
