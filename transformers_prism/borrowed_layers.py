@@ -171,7 +171,7 @@ class ChosenLogits(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `(..., W)` at states `(..., D)`."""
         logits = self.__dict__["head"](hidden_states)
-        return logits.index_select(-1, self.token_ids.to(logits.device))
+        return logits.index_select(-1, on_device(self.token_ids, logits.device))
 
 
 class TextRows:
@@ -206,7 +206,7 @@ class TextRows:
     def token_ids(self) -> torch.Tensor:
         """Ids in the target's vocabulary of all W + K tokens."""
         if self._token_ids is None:
-            self._token_ids = torch.cat((self.draft_to_target, self.text_ids.to(self.draft_to_target.device)))
+            self._token_ids = torch.cat((self.draft_to_target, on_device(self.text_ids, self.draft_to_target.device)))
         return self._token_ids
 
     @property

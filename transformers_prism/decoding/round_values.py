@@ -105,9 +105,11 @@ class NewPositions(NamedTuple):
 
     def select(self, places: list[int]) -> "NewPositions":
         """These sequences of the batch."""
-        parts = (self.token_ids, self.target_hidden, self.position_ids, self.padding_mask)
-        *states, padding_mask = (None if part is None else part[on_device(places, part.device)] for part in parts)
+        padding_mask, target_hidden = self.padding_mask, self.target_hidden[on_device(places, self.target_hidden.device)]
+        if padding_mask is not None:
+            padding_mask = padding_mask[on_device(places, padding_mask.device)]
         num_new = [self.num_new[place] for place in places]
+        states = (self.token_ids[places], target_hidden, self.position_ids[places])
         return NewPositions(*states, num_new, padding_mask, self.is_prompt)
 
 
