@@ -87,7 +87,7 @@ def _differences(target, inputs: dict, settings: dict, sequences: torch.Tensor) 
     end_ids = settings.get("eos_token_id", target.generation_config.eos_token_id)
     end_ids = torch.tensor([] if end_ids is None else end_ids, device=sequences.device).flatten()
     # Without what steps set for themselves; their cache grows.
-    settings = {name: value for name, value in settings.items() if name not in (*_ONE_TOKEN, "cache_implementation")}
+    settings = {name: value for name, value in settings.items() if name not in (*_ONE_TOKEN, "cache_implementation", "attention_mask")}
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, sequences.shape[1] - start), value=1)
     has_ended = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
     cache = None
@@ -122,7 +122,7 @@ def _set_generator_state(device: torch.device, state: torch.Tensor) -> None:
 def _one_step(target, input_ids: torch.Tensor, mask: torch.Tensor, settings: dict, cache=None) -> _Step:
     """The next token; the generator moves on as by one step of plain decoding."""
     kept = {} if cache is None else {CACHE_KEYWORD: cache}
-    output = target.generate(input_ids, attention_mask=mask, **settings, **_ONE_TOKEN, **kept)
+    output = target.generate(input_ids=input_ids, attention_mask=mask, **settings, **_ONE_TOKEN, **kept)
     return _Step(output.sequences[:, -1], output.logits[0].float(), output.scores[0], output[CACHE_KEYWORD])
 
 
