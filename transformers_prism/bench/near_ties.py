@@ -87,7 +87,8 @@ def _differences(target, inputs: dict, settings: dict, sequences: torch.Tensor) 
     end_ids = settings.get("eos_token_id", target.generation_config.eos_token_id)
     end_ids = torch.tensor([] if end_ids is None else end_ids, device=sequences.device).flatten()
     # Without what steps set for themselves; their cache grows.
-    settings = {name: value for name, value in settings.items() if name not in (*_ONE_TOKEN, "cache_implementation", "attention_mask")}
+    own = (*_ONE_TOKEN, "cache_implementation", "prefill_chunk_size", "attention_mask")
+    settings = {name: value for name, value in settings.items() if name not in own}
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, sequences.shape[1] - start), value=1)
     has_ended = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
     cache = None
