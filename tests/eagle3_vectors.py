@@ -1,5 +1,6 @@
-"""Makes tests/data/eagle3/*.npz: random EAGLE-3 drafts of the classes of speculators 0.9 and SpecForge 0.2, and what they
-compute, step by step. By hand, in an environment that has both: `python tests/eagle3_vectors.py`.
+"""Makes tests/data/eagle3/*.npz: random EAGLE-3 drafts of the classes of speculators 0.9, SpecForge 0.2 and vLLM 0.32, and
+what they compute, step by step. By hand, in environments that have them: `python tests/eagle3_vectors.py speculators`,
+`... specforge` and `... vllm`.
 
 Of each draft the file holds `config` (its config.json), `w.*` (its weights under its own names), `tokens` (T + S), `states`
 (T, L * D) and, for each of S steps, `hidden` and `logits`: outputs of the step at the last of T positions, the chain behind
@@ -64,6 +65,20 @@ SPECFORGE = {
         "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
     },
 }
+VLLM = {
+    "vllm_plain": {},
+    "vllm_norm_before_residual": {"norm_before_residual": True},
+    "vllm_norm_before_fc": {"eagle_config": {"norm_before_fc": True, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
+    "vllm_fc_norm": {"fc_norm": True},
+    "vllm_norm_output": {"norm_output": True},
+    "vllm_logit_scale": {"logit_scale": 0.5},
+    "vllm_wide_target": {"target_hidden_size": 24},
+    "vllm_whole_vocabulary": {"draft_vocab_size": None},
+    "vllm_llama3": {"rope_parameters": LLAMA3},
+    "vllm_biases": {"attention_bias": True, "mlp_bias": True},
+    "vllm_two_layers": {"num_hidden_layers": 2},
+    "vllm_qwen3": {"model_type": "qwen3"},
+}
 
 
 def tables(draft_vocab_size):
@@ -91,7 +106,11 @@ def saved(model):
 
 def write(name, model, tokens, states, hidden, logits):
     """One file of vectors."""
-    config, weights = saved(model)
+    write_arrays(name, *saved(model), tokens, states, hidden, logits)
+
+
+def write_arrays(name, config, weights, tokens, states, hidden, logits):
+    """The same of `config.json` and weights."""
     arrays = {f"w.{key}": tensor.numpy() for key, tensor in weights.items()}
     config = np.frombuffer(json.dumps(config).encode(), dtype=np.uint8)
     outputs = {"hidden": torch.stack(hidden).numpy(), "logits": torch.stack(logits).numpy()}
@@ -177,9 +196,108 @@ def make_specforge(name, **settings):
     write(name, model, tokens, states, hidden, logits)
 
 
+def published_weights(config, is_qwen3):
+    """Random weights under the names that drafts are published with."""
+    width, head_dim = config.hidden_size, config.head_dim
+    num_heads, num_groups = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    of_target = 3 * getattr(config, "target_hidden_size", width)
+    shapes = {"embed_tokens.weight": (VOCAB_SIZE, width), "fc.weight": (width, of_target), "norm.weight": (width,)}
+    shapes["lm_head.weight"] = (config.draft_vocab_size or VOCAB_SIZE, width)
+    shapes |= {"input_norm.weight": (of_target,)} if getattr(config, "eagle_config", None) else {}
+    shapes |= {f"fc_norm.{i}.weight": (of_target // 3,) for i in range(3) if getattr(config, "fc_norm", False)}
+    for layer in range(config.num_hidden_layers):
+        name = "midlayer" if config.num_hidden_layers == 1 else f"layers.{layer}"
+        read = 2 * width if layer == 0 else width
+        sizes = {"q": (num_heads, read), "k": (num_groups, read), "v": (num_groups, read), "o": (width, num_heads)}
+        matrices = {f"self_attn.{part}_proj": size for part, size in sizes.items()}
+        inner = config.intermediate_size
+        matrices |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+        shapes |= {f"{name}.{part}.weight": size for part, size in matrices.items()}
+        biased = [part for part in matrices if config.attention_bias and ("self" in part or config.mlp_bias)]
+        shapes |= {f"{name}.{part}.bias": matrices[part][:1] for part in biased}
+        norms = ["input_layernorm", "post_attention_layernorm"] + ["hidden_norm"] * (layer == 0)
+        shapes |= {f"{name}.{norm}.weight": (width,) for norm in norms}
+        shapes |= {f"{name}.self_attn.{part}_norm.weight": (head_dim,) for part in "qk" if is_qwen3}
+    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    weights = {name: weight + 1 if "norm" in name else weight for name, weight in weights.items()}
+    return weights | ({} if config.draft_vocab_size is None else tables(config.draft_vocab_size))
+
+
+class PlainAttention(torch.nn.Module):
+    """In the place of vLLM's attention over its paged cache: causal, over keys and values that are kept."""
+
+    def __init__(self, num_heads, head_size, scale, num_kv_heads, **kwargs):
+        super().__init__()
+        self.shape, self.scale, self.keys, self.values = (num_heads, num_kv_heads, head_size), scale, [], []
+
+    def forward(self, query, key, value):
+        """Rows are positions, which follow those of earlier calls."""
+        num_heads, num_groups, size = self.shape
+        self.keys.append(key.view(-1, num_groups, size))
+        self.values.append(value.view(-1, num_groups, size))
+        keys, values = (torch.cat(parts).transpose(0, 1) for parts in (self.keys, self.values))
+        query = query.view(-1, num_heads, size).transpose(0, 1)
+        mask = torch.ones(query.shape[1], keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - query.shape[1])
+        arguments = {"attn_mask": mask, "scale": self.scale, "enable_gqa": True}
+        output = torch.nn.functional.scaled_dot_product_attention(query[None], keys[None], values[None], **arguments)
+        return output[0].transpose(0, 1).flatten(1)
+
+
+def make_vllm(name, model_type="llama", **settings):
+    """One draft of vLLM's class, which loads random weights under the names of published drafts."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from transformers import AutoConfig
+    from vllm import config as vllm_config
+    from vllm import distributed
+    from vllm.model_executor.models import llama, llama_eagle3, qwen3, qwen3_eagle3
+
+    config = AutoConfig.for_model(model_type, **{**LAYER, "draft_vocab_size": 40, **settings})
+    config.mlp_bias = getattr(config, "mlp_bias", False)
+    weights = published_weights(config, model_type == "qwen3")
+    whole = vllm_config.VllmConfig(compilation_config=vllm_config.CompilationConfig(mode=0))
+    model_config = SimpleNamespace(
+        hf_config=config,
+        dtype=torch.float32,
+        head_dtype=torch.float32,
+        get_total_num_hidden_layers=lambda: 8,
+        get_vocab_size=lambda: VOCAB_SIZE,
+        quantization=None,
+    )
+    kind = llama_eagle3.Eagle3LlamaForCausalLM if model_type == "llama" else qwen3_eagle3.Eagle3Qwen3ForCausalLM
+    with vllm_config.set_current_vllm_config(whole), mock.patch.object(llama, "Attention", PlainAttention):
+        if not distributed.model_parallel_is_initialized():
+            distributed.init_distributed_environment(1, 0, "tcp://127.0.0.1:29555", 0, backend="gloo")
+            distributed.initialize_model_parallel()
+        object.__setattr__(whole, "model_config", model_config)
+        speculation = SimpleNamespace(draft_model_config=model_config, parallel_drafting=False, quantization=None)
+        object.__setattr__(whole, "speculative_config", speculation)
+        with mock.patch.object(qwen3, "Attention", PlainAttention):
+            model = kind(vllm_config=whole).float().eval()
+        model.load_weights(weights.items())
+        for module in model.modules():
+            if hasattr(module, "quant_method"):
+                module.quant_method.process_weights_after_loading(module)
+        tokens, states = inputs(weights["fc.weight"].shape[1])
+        hidden, logits = [], []
+        with torch.no_grad():
+            stream = model.combine_hidden_states(states)
+            for step in range(NUM_STEPS):
+                places = torch.arange(NUM_POSITIONS) if step == 0 else torch.tensor([NUM_POSITIONS - 1 + step])
+                normed, stream = model(tokens[places], places, stream)
+                stream = stream[-1:]
+                hidden.append(stream[0])
+                chosen = model.compute_logits(normed[-1:])[0]
+                logits.append(chosen[chosen.isfinite().nonzero()[:, 0]])
+    settings = {name: value for name, value in config.to_diff_dict().items() if "target_layer_count" not in name}
+    write_arrays(name, {**LAYER, **settings}, weights, tokens, states, hidden, logits)
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for make, cases in ((make_speculators, SPECULATORS), (make_specforge, SPECFORGE)):
-        for name, settings in cases.items():
-            torch.manual_seed(0)
-            make(name, **settings)
+    makers = {"speculators": (make_speculators, SPECULATORS), "specforge": (make_specforge, SPECFORGE), "vllm": (make_vllm, VLLM)}
+    make, cases = makers[sys.argv[1]]
+    for name, settings in cases.items():
+        torch.manual_seed(0)
+        make(name, **settings)

@@ -1,8 +1,12 @@
-"""What docs/targets.md says of the demo target: `python -m tests.real_quantised [CASE ...]` prints, for each way to quantise
-or adapt it, whether the shipped draft leaves its greedy text as it is, and tau. Speed is measured by `bench generate`."""
+"""What docs/targets.md says of the demo target: `python -m tests.real_quantised [CASE ...] --json FILE` measures, for each way
+to quantise or adapt it, whether the shipped draft leaves its greedy text as it is, tau, and tokens per second. Run again, it
+goes on with the cases that FILE lacks. On a machine that does nothing else."""
 
+import argparse
 import copy
+import json
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -10,7 +14,9 @@ import torch
 from torch import nn
 
 from transformers_prism import load_draft
+from transformers_prism.bench.near_ties import find_differences
 from transformers_prism.target import load_target
+from transformers_prism.whole_files import write_json
 
 DRAFT = Path(__file__).parent.parent / "hub_cards" / "SmolLM2-135M-Instruct-PRISM"
 PROMPTS = (
@@ -18,7 +24,6 @@ PROMPTS = (
     "Explain how a bicycle stays upright.",
     "Write a Python function that reverses a string.",
 )
-NUM_TOKENS = 32
 
 
 def torchao(config_name, **settings):
@@ -128,37 +133,81 @@ CASES = {
 }
 
 
-def compare(target, tokenizer):
-    """One line: prompts whose text is plain decoding's, near-ties, other differences, tau."""
+def compare(target, tokenizer, num_tokens):
+    """What one row of the table says: prompts whose text is plain decoding's, near-ties, errors, tau, and tokens per second of
+    plain and drafted decoding, prompt by prompt in turn."""
     draft = load_draft(DRAFT, target)
     draft.generation_config.update(tree="static", tree_top_k=4, tree_depth=5, tree_num_nodes=15)
-    num_equal = num_ties = num_others = num_tokens = num_rounds = 0
-    arguments = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for prompt in PROMPTS:
+    found = dict.fromkeys(("prompts", "equal", "near_ties", "errors", "tokens", "rounds"), 0)
+    seconds = {"plain": 0.0, "drafted": 0.0}
+    settings = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 2, "repetition_penalty": 1.0}
+    num_plain = num_drafted = 0
+
+    def timed(kind, inputs, **assistant):
+        start = time.perf_counter()
+        output = target.generate(**inputs, **settings, **assistant)
+        seconds[kind] += time.perf_counter() - start
+        return output
+
+    for number, prompt in enumerate((PROMPTS[0], *PROMPTS)):
         turns = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        plain = target.generate(**inputs, **arguments)
-        found = target.generate(**inputs, assistant_model=draft, **arguments)
+        plain = timed("plain", inputs)
+        drafted = timed("drafted", inputs, assistant_model=draft)
         if draft.last_speculation.declined:
-            return f"plain: {draft.last_speculation.declined[:150]}"
-        num_tokens += sum(draft.last_speculation.num_committed)
-        num_rounds += sum(draft.last_speculation.num_rounds)
-        length = min(plain.sequences.shape[1], found.sequences.shape[1])
-        differs = (plain.sequences[0, :length] != found.sequences[0, :length]).nonzero()
-        if not len(differs):
-            num_equal += 1
+            return {"declined": draft.last_speculation.declined}
+        if number == 0:  # layers are checked and memory is taken
+            seconds = {"plain": 0.0, "drafted": 0.0}
             continue
-        place = int(differs[0]) - inputs["input_ids"].shape[1]
-        logits, of_tree = plain.logits[place][0].float(), found.logits[place][0].float()
-        best, second = logits.topk(2).values
-        is_tie = best - second < 2 * (logits - of_tree).abs().max()
-        num_ties, num_others = num_ties + bool(is_tie), num_others + (not is_tie)
-    return f"{num_equal} of {len(PROMPTS)} equal, {num_ties} part at a near-tie, {num_others} otherwise; tau {num_tokens / num_rounds:.2f}"
+        length = inputs["input_ids"].shape[1]
+        num_plain, num_drafted = num_plain + plain.shape[1] - length, num_drafted + drafted.shape[1] - length
+        found["prompts"] += 1
+        found["tokens"] += sum(draft.last_speculation.num_committed)
+        found["rounds"] += sum(draft.last_speculation.num_rounds)
+        found["equal"] += torch.equal(plain, drafted)
+        if not torch.equal(plain, drafted):
+            differences, _ = find_differences(target, inputs, settings, drafted)
+            found["near_ties"] += sum(one.is_near_tie for one in differences)
+            found["errors"] += sum(not one.is_near_tie for one in differences)
+    speeds = {"plain_per_second": num_plain / seconds["plain"], "drafted_per_second": num_drafted / seconds["drafted"]}
+    return {**found, **speeds, "tau": found["tokens"] / found["rounds"]}
+
+
+def table(results):
+    """Rows for docs/targets.md."""
+    lines = [
+        "| target | prompts with plain decoding's text | near-ties | errors | tau | tokens/s plain | tokens/s drafted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in results.items():
+        cells = ["decoded plainly", *[""] * 5]
+        if "declined" not in one:
+            speeds = (f"{one[kind]:.1f}" for kind in ("plain_per_second", "drafted_per_second"))
+            cells = [f"{one['equal']} of {one['prompts']}", one["near_ties"], one["errors"], f"{one['tau']:.2f}", *speeds]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments=None):
+    """Run what the file of results lacks, write it after each case, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", help=f"all of them if absent: {', '.join(CASES)}")
+    parser.add_argument("--num-tokens", type=int, default=32)
+    parser.add_argument("--json", type=Path, default=Path("real_quantised.json"), help="results; cases that it has are kept")
+    parsed = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    kept = json.loads(parsed.json.read_text()) if parsed.json.is_file() else {}
+    results = kept["results"] if kept.get("num_tokens") == parsed.num_tokens else {}
+    base, tokenizer = load_target()
+    for name in parsed.cases or CASES:
+        if name in results:
+            continue
+        results[name] = compare(CASES[name](copy.deepcopy(base)).eval(), tokenizer, parsed.num_tokens)
+        write_json(parsed.json, {"num_tokens": parsed.num_tokens, "num_threads": torch.get_num_threads(), "results": results})
+        sys.stdout.write(f"{name}: {results[name]}\n")
+        sys.stdout.flush()
+    sys.stdout.write(table(results))
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    base, tokenizer = load_target()
-    for name in sys.argv[1:] or CASES:
-        sys.stdout.write(f"{name}: {compare(CASES[name](copy.deepcopy(base)).eval(), tokenizer)}\n")
-        sys.stdout.flush()
+    main()

@@ -1,4 +1,5 @@
-"""load_draft: drafts of every form, against what the classes of speculators and SpecForge compute, and played in our loop."""
+"""load_draft: drafts of every form, against what the classes of speculators, SpecForge and vLLM compute, and played in our
+loop."""
 
 import importlib.util
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import Repository
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS_ID, PAD_ID, prompts, tiny_draft, tiny_target
 from transformers import DynamicCache
@@ -37,7 +39,7 @@ def write_source(folder, case, change=None):
 
 def vector_target(case, **overrides):
     """A random target that the draft of this case fits."""
-    width = 24 if case == "specforge_wide_target" else 16
+    width = 24 if case.endswith("_wide_target") else 16
     target = tiny_target(num_hidden_layers=8, hidden_size=width, head_dim=width // 4, **overrides)
     target.config._name_or_path = "org/target"
     return target
@@ -205,6 +207,100 @@ def put(**fields):
     return lambda config, weights: config.update(fields)
 
 
+def in_layer(**fields):
+    """A change in the part of speculators' config.json that describes the layer."""
+    return lambda config, weights: config["transformer_layer_config"].update(fields)
+
+
+def tie_head(config, weights):
+    """The head is the embedding, as SGLang reads it."""
+    config["tie_word_embeddings"] = True
+    weights["embed_tokens.weight"] = weights.pop("lm_head.weight")
+
+
+def older_norms(config, weights):
+    """Names of norms before fc that SGLang still reads."""
+    del config["fc_norm"]
+    config["use_aux_norm"] = True
+    for state, name in enumerate(("low", "mid", "high")):
+        weights[f"aux_norm_{name}.weight"] = weights.pop(f"fc_norm.{state}.weight")
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("speculators_plain", lambda config, weights: config.pop("draft_vocab_size")),
+        ("speculators_plain", put(speculators_config={"verifier": None})),
+        ("specforge_plain", lambda config, weights: weights.pop("t2d")),
+        ("specforge_plain", lambda config, weights: weights.update({"midlayer.self_attn.rotary_emb.inv_freq": torch.ones(2)})),
+        ("vllm_fc_norm", older_norms),
+    ],
+)
+def test_forms_read_files_that_say_less_or_say_it_otherwise(tmp_path, case, change):
+    """Without optional fields, under older names: the same states and logits."""
+    vectors = write_source(tmp_path / "theirs", case, change)
+    draft = load_draft(tmp_path / "theirs", vector_target(case))
+    hidden, logits = play(draft, vectors, len(vectors["hidden"]))
+    assert (hidden - vectors["hidden"]).abs().max() < 1e-4
+    assert (logits - vectors["logits"]).abs().max() < 1e-4
+
+
+def test_forms_read_a_head_that_is_the_embedding(tmp_path):
+    """Where the file has no other."""
+    vectors = write_source(tmp_path / "theirs", "vllm_whole_vocabulary", tie_head)
+    draft = load_draft(tmp_path / "theirs", vector_target("vllm_whole_vocabulary"))
+    assert torch.equal(draft.lm_head.weight, vectors["w.lm_head.weight"])
+    assert torch.equal(draft.embed_tokens.weight, vectors["w.lm_head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["shards", "pickle", "pickled shards", "bfloat16"])
+def test_forms_read_every_kind_of_weight_file(tmp_path, kind):
+    """Whole, in shards, and PyTorch's."""
+    write_source(tmp_path / "whole", "specforge_plain")
+    write_source(tmp_path / "theirs", "specforge_plain")
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    if kind == "bfloat16":
+        weights = {name: weight.bfloat16() if weight.is_floating_point() else weight for name, weight in weights.items()}
+        save_file(weights, tmp_path / "theirs" / "model.safetensors")
+    else:
+        (tmp_path / "theirs" / "model.safetensors").unlink()
+        stem, save = ("model", save_file) if kind == "shards" else ("pytorch_model", torch.save)
+        ending = "safetensors" if kind == "shards" else "bin"
+        names, files = sorted(weights), {f"{stem}.{ending}": set(weights)}
+        if "shards" in kind:
+            files = {f"{stem}-0000{part + 1}-of-00002.{ending}": set(names[part::2]) for part in range(2)}
+            index = {"weight_map": {name: file for file, kept in files.items() for name in kept}}
+            (tmp_path / "theirs" / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+        for file, kept in files.items():
+            save({name: weights[name] for name in kept}, tmp_path / "theirs" / file)
+    loaded, expected = (load_draft(tmp_path / name, num_target_layers=8) for name in ("theirs", "whole"))
+    assert loaded.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name].to(weight.dtype)), name
+
+
+def test_forms_refuse_a_scale_that_is_no_number(tmp_path):
+    """vLLM's field."""
+    write_source(tmp_path / "theirs", "vllm_logit_scale", put(logit_scale="x"))
+    with pytest.raises(ValueError, match="logit_scale to be a number, got 'x'"):
+        load_draft(tmp_path / "theirs", num_target_layers=8)
+
+
+def test_forms_read_the_configuration_of_a_repository_first(hub, tmp_path, monkeypatch):
+    """A draft of this package is loaded by its own from_pretrained(), and nothing that it does not need is downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    target = tiny_target()
+    tiny_draft(target).save_pretrained(tmp_path / "draft")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "draft").iterdir() if path.is_file()}
+    hub.repositories["me/draft"] = repository = Repository()
+    repository.commit("main", {**files, "other.safetensors": b"x" * 100})
+    draft = load_draft("me/draft", target)
+    assert draft._borrowed.target is target
+    assert not any("other.safetensors" in request for request in hub.requests)
+    with pytest.raises(ValueError, match="expected a folder or a name on the Hub, got me/nothing"):
+        load_draft("me/nothing")
+
+
 def test_forms_refuse_an_unknown_one(tmp_path):
     """Naming what was looked for and what is there."""
 
@@ -229,6 +325,17 @@ def test_forms_refuse_an_unknown_one(tmp_path):
         (put(transformer_layer_config={"model_type": "gpt2"}), "model_type llama or qwen3, got 'gpt2'"),
         (lambda config, weights: weights.pop("layers.0.hidden_norm.weight"), "missing weights: .*hidden_norm"),
         (lambda config, weights: weights["norm.weight"].fill_(torch.nan), "norm.weight"),
+        (put(speculators_config="x"), "speculators_config and its verifier to be objects, got 'x'"),
+        (put(speculators_config={"verifier": "x"}), "its verifier to be objects"),
+        (put(quantization_config={"quant_method": "fp8"}), "quantization_config to be absent or false, got .*fp8"),
+        (in_layer(num_attention_heads="x"), "(?s)transformer_layer_config: .*num_attention_heads.* expected int"),
+        (in_layer(layer_types=["sliding_attention"]), "layer_types of full attention, got .*sliding_attention"),
+        (in_layer(sliding_window=4), "without a sliding window, got sliding_window=4"),
+        (put(draft_vocab_size="40"), "draft_vocab_size to be a whole number above 0, got '40'"),
+        (
+            lambda config, weights: weights.update({name: w.to(torch.float8_e4m3fn) for name, w in weights.items() if w.is_floating_point()}),
+            "at least 16 bits, got .*float8",
+        ),
     ],
 )
 def test_forms_refuse_what_no_draft_here_computes(tmp_path, change, match):

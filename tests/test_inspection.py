@@ -132,7 +132,7 @@ def test_what_is_no_draft_is_refused(hub, tiny_folders, folder):
     (folder / "config.json").write_text(json.dumps({**config, "num_processing_modules": 1, "draft_step_to_module": [0]}))
     assert "expected weights of 1 processing modules, got 2" in run(folder, exit_code=1)
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
-    assert "got others: processing_modules.0.layers.0.mlp." in run(folder, exit_code=1)
+    assert "got: processing_modules.0.layers.0.mlp." in run(folder, exit_code=1)
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 0}))
     assert "hidden_size" in run(folder, exit_code=1)
 

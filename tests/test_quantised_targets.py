@@ -1,7 +1,6 @@
 """Targets in 8 and 4 bits, in short floats, with adapters, offloaded: the text is their own, or they are decoded plainly.
 
-A text may part from plain decoding only at a near-tie: where the two best logits are closer than twice the largest
-difference between those of plain decoding and those of the tree for the same prefix.
+A text may part from plain decoding only at near-ties (`bench/near_ties.py`).
 """
 
 import contextlib
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from transformers_prism import load_draft, prepare_for_cpu
+from transformers_prism.bench.near_ties import find_differences
 from transformers_prism.cpu import PackedLinear
 from transformers_prism.decoding.layer_check import is_plain_linear, reason_against_target
 
@@ -208,22 +208,15 @@ def assert_own_text(target, draft, input_ids, attention_mask, max_new_tokens=LEN
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "pad_token_id": PAD_ID,
-        "output_logits": True,
-        "return_dict_in_generate": True,
     }
-    plain = target.generate(input_ids, **arguments)
-    drafted = target.generate(input_ids, assistant_model=draft, **arguments)
-    num_parted = 0
-    for row in range(len(input_ids)):
-        differs = (plain.sequences[row] != drafted.sequences[row]).nonzero()
-        if not len(differs):
-            continue
-        place = int(differs[0]) - input_ids.shape[1]
-        logits, of_tree = plain.logits[place][row].float(), drafted.logits[place][row].float()
-        best, second = logits.topk(2).values
-        assert best - second < 2 * (logits - of_tree).abs().max(), f"row {row} parts at {place} without a near-tie"
-        num_parted += 1
-    return num_parted
+    plain = target.generate(input_ids=input_ids, **arguments)
+    drafted = target.generate(input_ids=input_ids, assistant_model=draft, **arguments)
+    if torch.equal(plain, drafted):
+        return 0
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    differences, _ = find_differences(target, inputs, arguments, drafted)
+    assert all(one.is_near_tie for one in differences), differences[-1]
+    return len({one.row for one in differences})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,11 +4,12 @@ negative control on each: a verifier that is broken on purpose must be caught, o
     transformers-prism verify
     transformers-prism verify --target some/target --draft some/draft --json report.json
 
-With the shipped draft it takes a few minutes on two cores: some 85 calls of 64 tokens.
+With the shipped draft it takes a few minutes on two cores: some 95 calls of 64 tokens.
 """
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
+from transformers_prism.bench.near_ties import TIE_FACTOR, Difference, find_differences, generator_state
 from transformers_prism.bench.prompts import batch_rows
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.decoding import target_choice
@@ -30,8 +32,6 @@ from transformers_prism.policy import automatic
 from transformers_prism.policy.experience import Experience
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
-# Two ways of computing the same logits differ by rounding; a gap within ten times that difference is a near-tie.
-TIE_FACTOR = 10.0
 CONTROL = "negative control"
 TREE = {"tree": "static", "tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 15}
 CHAIN = {"tree": "chain", "tree_depth": 4}
@@ -88,6 +88,8 @@ PATHS = (
     DecodingPath("static cache, sampled", {**SAMPLING, **STATIC_CACHE}, TREE),
     DecodingPath("chat", GREEDY, TREE, "chat"),
     DecodingPath("chat, sampled", SAMPLING, TREE, "chat"),
+    DecodingPath("chat, automatic trees", SAMPLING, AUTO, "chat"),
+    DecodingPath("prefill in chunks", {**GREEDY, "prefill_chunk_size": 8}, TREE),
     DecodingPath("prepared", GREEDY, TREE, is_prepared=True),
     DecodingPath("prepared, sampled", SAMPLING, AUTO, is_prepared=True),
     DecodingPath("batched greedy", GREEDY, TREE, "batch"),
@@ -96,6 +98,7 @@ PATHS = (
     DecodingPath("batched, chain", SAMPLING, CHAIN, "batch"),
     DecodingPath("batched, processors", PENALIZED, TREE, "batch", keeps_scores=True),
     DecodingPath("batched, device", SAMPLING, TREE, "batch", walks_on_device=True),
+    DecodingPath("batched, automatic trees, device", SAMPLING, AUTO, "batch", walks_on_device=True),
     DecodingPath("batched, static cache", {**SAMPLING, **STATIC_CACHE}, TREE, "batch"),
 )
 
@@ -109,12 +112,12 @@ class Check:
         prompt: index of the prompt; None for a batch of all of them.
         num_tokens: tokens compared, all rows together.
         is_identical: whether every token is the same.
-        row, position: where a row that differs does so first, in new tokens: the first row that rounding does not excuse,
-            else the last one; None if none differs.
-        gap: there, what separates the two best choices of plain decoding: their scores, or in sampled runs their log
-            probabilities with the noise that was drawn.
-        rounding: there, the largest difference between its logits and those of one forward over all tokens: what two
-            sound ways of computing them differ by, the draft not asked.
+        num_near_ties: places of the drafted text where plain decoding, given the text before, chooses another token, and
+            rounding decides between the two: see `near_ties.py`.
+        num_errors: such places that rounding does not excuse, or a text of another length; None if nothing was compared.
+        row, position: the first place that rounding does not excuse, in new tokens, else the near-tie with the widest
+            gap; None if there is neither.
+        gap, rounding: there, as in [`Difference`]: a near-tie's gap is below twice the rounding.
         has_same_generator: whether the random generator was left in the state that plain decoding leaves.
         acceptance_length: tau of the run with the draft, its last call where it has several.
         path: what that call did, from its statistics: "target", "walk" and "coupled" of [`Speculation`], the kind of
@@ -132,15 +135,15 @@ class Check:
     position: int | None = None
     gap: float | None = None
     rounding: float | None = None
+    num_near_ties: int = 0
+    num_errors: int | None = None
     path: dict = field(default_factory=dict)
     control_of: str | None = None
 
     @property
     def is_near_tie(self) -> bool:
-        """Whether rounding decides at the first difference, so that either token is plain decoding's."""
-        if self.is_identical or self.gap is None or self.rounding is None:
-            return False
-        return self.gap <= TIE_FACTOR * self.rounding
+        """Whether the text differs, and rounding explains all of it."""
+        return not self.is_identical and self.num_errors == 0
 
     @property
     def is_caught(self) -> bool:
@@ -149,10 +152,11 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """For the negative control: it was caught, unless no node was drafted. Else: identical, or parted at a near-tie."""
+        """For the negative control: it was caught, unless no node was drafted. Else: identical but for near-ties, and as
+        many random numbers drawn."""
         if self.name == CONTROL:
             return self.is_caught or self.path.get("drafted") == 0
-        return (self.is_identical and self.has_same_generator) or self.is_near_tie
+        return self.has_same_generator and not self.is_caught
 
 
 class _Run(NamedTuple):
@@ -298,13 +302,24 @@ def _compare(run: _Run, target, draft, plain_runs: dict) -> Check:
         path=_path_taken(draft.last_speculation, run.path),
     )
     if not check.is_identical:
-        # A turn behind it went on from another text.
-        turn, other = next(pair for pair in pairs if not torch.equal(pair[0].sequences, pair[1].sequences))
-        steps = _first_differences(turn.sequences, other.sequences, turn.start)
-        if steps:
-            scored = _plain_scores(run, target, turn, max(steps.values()) + 1)
-            _explain(check, target, turn, scored, steps, run.seed if run.settings["do_sample"] else None)
+        _explain(check, run, target, speculative)
     return check
+
+
+def _explain(check: Check, run: _Run, target, turns: list["_Turn"]) -> None:
+    """Note whether rounding explains each place where a drafted text is not plain decoding's, turn by turn."""
+    found: list[Difference] = []
+    check.has_same_generator = True
+    for turn in turns:
+        differences, state = find_differences(target, turn.inputs, run.settings, turn.sequences, run.seed)
+        found += differences
+        check.has_same_generator &= torch.equal(state, turn.state)
+    check.num_near_ties = sum(difference.is_near_tie for difference in found)
+    errors = [difference for difference in found if not difference.is_near_tie]
+    check.num_errors = len(errors)
+    if found:
+        widest = max(found, key=lambda one: one.gap / max(one.rounding, sys.float_info.min))
+        check.row, check.position, check.gap, check.rounding = errors[0] if errors else widest
 
 
 def _plain(run: _Run, target, plain_runs: dict) -> list["_Turn"] | str:
@@ -349,22 +364,8 @@ def _decode(run: _Run, target, draft) -> list[_Turn]:
         torch.manual_seed(run.seed)
         output = target.generate(**inputs, **settings)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        turns.append(_Turn(inputs, sequences, _generator_state(sequences.device)))
+        turns.append(_Turn(inputs, sequences, generator_state(sequences.device)))
     return turns
-
-
-def _plain_scores(run: _Run, target, turn: _Turn, num_tokens: int):
-    """Plain decoding of a turn once more, as far as it matters, with the scores and logits that tokens were chosen from."""
-    wanted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
-    torch.manual_seed(run.seed)
-    return target.generate(**turn.inputs, **{**run.settings, **wanted, "max_new_tokens": num_tokens})
-
-
-def _first_differences(sequences: torch.Tensor, others: torch.Tensor, start: int) -> dict[int, int]:
-    """Of each row that differs, the first new token that does; none where one is the other's beginning."""
-    shared = min(sequences.shape[1], others.shape[1])
-    differs = sequences[:, start:shared] != others[:, start:shared]
-    return {row: int(differs[row].nonzero()[0]) for row in differs.any(dim=1).nonzero().flatten().tolist()}
 
 
 def _path_taken(speculation, path: DecodingPath) -> dict:
@@ -381,50 +382,11 @@ def _path_taken(speculation, path: DecodingPath) -> dict:
     }
 
 
-def _generator_state(device: torch.device) -> torch.Tensor:
-    """Of the generator that sampling on this device draws from."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-@torch.no_grad()
-def _explain(check: Check, target, turn: _Turn, plain, steps: dict[int, int], noise_seed: int | None) -> None:
-    """Note where rows differ first, and whether rounding can have decided there; stops at the first row that it cannot
-    excuse.
-
-    Args:
-        check: written to.
-        turn: as it was decoded plainly.
-        plain: output of generate() with scores and logits of these steps.
-        steps: the first difference of each row that differs.
-        noise_seed: of sampling; None where nothing was drawn.
-    """
-    for row, step in steps.items():
-        choices = plain.scores[step]
-        if noise_seed is not None:
-            choices = choices.log_softmax(dim=-1) - _noise(choices, step, noise_seed).log()
-        best = choices[row].topk(2).values
-        check.row, check.position = row, step
-        check.gap = float(best[0] - best[1])
-        first = int(turn.inputs["attention_mask"][row].argmax())  # behind the padding
-        logits = target(turn.sequences[row : row + 1, first : turn.start + step]).logits[0, -1]
-        check.rounding = float((plain.logits[step][row] - logits.float()).abs().max())
-        if not check.is_near_tie:
-            return
-
-
-def _noise(scores: torch.Tensor, step: int, seed: int) -> torch.Tensor:
-    """What plain decoding drew at a step: `multinomial(p, 1)` is the argmax of p / noise, drawn once for every token."""
-    torch.manual_seed(seed)
-    for _ in range(step + 1):
-        noise = torch.empty_like(scores).exponential_(1)
-    return noise
-
-
 def as_json(checks: list[Check]) -> dict:
     """What the JSON file holds besides the run's settings."""
     return {
         "holds": all(check.holds for check in checks) and any(check.is_caught for check in checks if check.name == CONTROL),
-        "num_near_ties": sum(check.is_near_tie for check in checks),
+        "num_near_ties": sum(check.num_near_ties for check in checks if check.name != CONTROL),
         "tie_factor": TIE_FACTOR,
         "checks": [
             {
@@ -470,9 +432,11 @@ def path_in_words(path: dict) -> str:
 def _result(check: Check) -> str:
     if check.name == CONTROL:
         return "nothing was drafted" if check.holds else "NOT CAUGHT"
+    draws = "" if check.has_same_generator else ", BUT THE GENERATOR'S STATE DIFFERS"
     if check.is_identical:
-        return "identical" if check.has_same_generator else "identical, BUT THE GENERATOR'S STATE DIFFERS"
+        return "identical" + draws
     if check.position is None:
-        return "DIFFERS in length"
-    verdict = "near-tie" if check.is_near_tie else "DIFFERS"
-    return f"{verdict} at row {check.row}, token {check.position}: gap {check.gap:.1e}, rounding {check.rounding:.1e}"
+        return f"a text of single steps{draws}"
+    verdict = f"{check.num_near_ties} near-ties, the widest" if check.is_near_tie else "DIFFERS"
+    place = f"at row {check.row}, token {check.position}: gap {check.gap:.1e}, rounding {check.rounding:.1e}"
+    return f"{verdict} {place}{draws}"

@@ -37,8 +37,31 @@ def checkpoint_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ValueError(f"source: expected a folder or a name on the Hub, got {source}: {reason}") from error
+        raise _no_source(source, error) from error
+
+
+def read_config(source: str | Path) -> dict:
+    """The `config.json` of a checkpoint; of a name on the Hub, that file alone is downloaded.
+
+    Args:
+        source (`str` or `Path`): a folder, or a name on the Hub.
+    Returns:
+        `dict`: what it holds.
+    Raises:
+        ValueError: if it is neither, or has no such file.
+    """
+    if Path(source).is_dir():
+        return read_json(Path(source) / "config.json")
+    try:
+        found = cached_file(str(source), "config.json")
+    except (OSError, ValueError) as error:
+        raise _no_source(source, error) from error
+    return read_json(Path(str(found)))
+
+
+def _no_source(source: str | Path, error: Exception) -> ValueError:
+    reason = str(error).strip().split("\n", 1)[0]
+    return ValueError(f"source: expected a folder or a name on the Hub, got {source}: {reason}")
 
 
 def read_json(path: Path) -> dict:

@@ -17,10 +17,11 @@ The states are those before layers 2, n // 2 and n - 3 of n, unless `config.json
 `eagle_config.eagle_aux_hidden_state_layer_ids` counts layers from 0 and means their outputs, vLLM's field of that name
 outside `eagle_config` counts as `hidden_states` does.
 Source: SafeAILab/EAGLE, `eagle/model/cnets.py` and `modeling_llama_kv.py`; SGLang, `llama_eagle3.py` and `llama.py`;
-vLLM, `llama_eagle3.py` and `gpu_model_runner.py`; SpecForge 0.2, `modeling/draft/llama3_eagle.py`.
+vLLM 0.32, `llama_eagle3.py`, `qwen3_eagle3.py` and `gpu_model_runner.py`; SpecForge 0.2, `modeling/draft/llama3_eagle.py`.
 """
 
 import functools
+import re
 
 import torch
 
@@ -33,9 +34,10 @@ from transformers_prism.modeling_prism import PrismDraftModel
 # Settings of these drafts that a plain Llama layer does not have.
 SETTINGS = ("attention_bias", "mlp_bias", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 TRIED = (
-    "experimental: tried with random drafts that the classes of speculators and SpecForge made; no published file could be "
+    "experimental: tried with random drafts of the classes of speculators, SpecForge and vLLM; no published file could be "
     "tried"
 )
+_ROTARY = re.compile(r"(?:midlayer|layers\.\d+)\.self_attn\.rotary_emb\.inv_freq")
 
 
 def read_eagle3(config: dict, weights: dict) -> SourceDraft:
@@ -46,6 +48,7 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
     """
     nested = config.get("eagle_config") if isinstance(config.get("eagle_config"), dict) else {}
     config = {**{name: nested[name] for name in SETTINGS if name in nested}, **config}
+    _read_older_names(config, weights)
     if nested.get("use_aux_hidden_state") is False:
         raise ValueError("config.json: expected eagle_config.use_aux_hidden_state to be true, got false")
     fields = read_llama_config(config, allowed=SETTINGS)
@@ -61,11 +64,16 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
         fields["target_norm"] = "joint" if config.get("norm_before_fc") else "each"
     fields["query_key_norm"] = any(name.endswith("q_norm.weight") for name in weights)
     fields["target_hidden_size"] = config.get("target_hidden_size") or fields["hidden_size"]
+    fields["logit_scale"] = config.get("logit_scale", 1.0)
+    if type(fields["logit_scale"]) not in (int, float):
+        raise ValueError(f"config.json: expected logit_scale to be a number, got {fields['logit_scale']!r}")
     fields.update(module_form="eagle3", projection_bias="fc.bias" in weights, share_target_head=False)
     draft_vocab_size = config.get("draft_vocab_size")
+    if draft_vocab_size is None and "d2t" in weights:
+        draft_vocab_size = weights["d2t"].numel()
     if draft_vocab_size is None and "lm_head.weight" not in weights:
         fields["share_target_head"] = True
-    ignored: dict[str, str] = {}
+    ignored = {name: "derived from config.json" for name in weights if _ROTARY.fullmatch(name)}
     if draft_vocab_size in (None, fields["vocab_size"]):
         whole = "the draft vocabulary is the whole one"
         ignored.update((name, whole) for name in ("d2t", "t2d") if name in weights)
@@ -78,6 +86,17 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
     their_name = functools.partial(_their_name, first_layer=first_layer, target_norm=fields.get("target_norm"))
     layer_ids, notes = _layer_ids(config)
     return SourceDraft(fields, weights, their_name, layer_ids, ignored=ignored, notes=[TRIED, *notes])
+
+
+def _read_older_names(config: dict, weights: dict) -> None:
+    """What SGLang still reads: other names of the norms before fc, and a head that is the embedding."""
+    if config.get("use_aux_norm") and not config.get("fc_norm"):
+        config["fc_norm"] = True
+    for state, name in enumerate(("low", "mid", "high")):
+        if (older := f"aux_norm_{name}.weight") in weights:
+            weights[f"fc_norm.{state}.weight"] = weights.pop(older)
+    if config.get("tie_word_embeddings") and "lm_head.weight" not in weights and "embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"].clone()
 
 
 def read(config: dict, weights: dict) -> SourceDraft:

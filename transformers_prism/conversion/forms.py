@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang, speculators
-from transformers_prism.conversion.checkpoint import checkpoint_folder, read_json
+from transformers_prism.conversion.checkpoint import checkpoint_folder, read_config
 from transformers_prism.conversion.importing import SourceDraft, form_of, read_draft
 from transformers_prism.modeling_prism import PrismDraftModel
 
@@ -46,7 +46,7 @@ def load_draft(
     Args:
         source (`str` or `Path`): folder, or name on the Hub.
         target (`PreTrainedModel`, or its folder or name, *optional*): the model that the draft is for. The draft is
-            compared with it, and moved to the device and cast to the dtype of a loaded one.
+            compared with it, and with a loaded one moved to its device, cast to its dtype and bound to it.
         dtype (`torch.dtype`, *optional*): of the draft's weights; that of a loaded target, or the file's, where absent.
         num_target_layers (`int`, *optional*): decoder layers of the target, where the states that a draft reads depend
             on it and `target` is not given.
@@ -56,21 +56,20 @@ def load_draft(
         ValueError: if the form is unknown, naming what was looked for; if weights are missing, unknown or of another
             shape; if the draft was made for another target.
     """
-    folder = checkpoint_folder(source)
     is_loaded = target is not None and not isinstance(target, (str, Path))
-    if read_json(folder / "config.json").get("model_type") == "prism":
+    if read_config(source).get("model_type") == "prism":
         draft, report = PrismDraftModel.from_pretrained(str(source)), None
-        fatal, _ = draft.config.target_differences(target.config) if is_loaded else ([], [])
-        if fatal:
-            raise ValueError(f"{source}: this draft was made for another target. " + "; ".join(fatal))
     else:
+        folder = checkpoint_folder(source)
         draft, report = read_draft(_read_any, folder, target, num_target_layers=num_target_layers)
         states = f"it reads the states {draft.config.target_layer_ids} of the target"
         _logger.warning("; ".join([f"{source}: {report.notes[0]}", states, *report.notes[1:]]))
     draft.conversion_report = report
-    if is_loaded:
-        draft = draft.to(draft.device if target.device.type == "meta" else target.device, dtype or target.dtype)
-    return (draft if dtype is None else draft.to(dtype)).eval()
+    draft = draft.eval() if dtype is None else draft.to(dtype).eval()
+    if not is_loaded:
+        return draft
+    draft = draft.to(draft.device if target.device.type == "meta" else target.device, dtype or target.dtype)
+    return draft.bind(target)
 
 
 def _read_any(config: dict, weights: dict) -> SourceDraft:

@@ -422,6 +422,8 @@ def _other_form(theirs: SourceDraft) -> str:
 
 def _common_dtype(weights: list[torch.Tensor]) -> torch.dtype:
     dtypes = {tensor.dtype for tensor in weights}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        raise ValueError(f"expected weights of one floating point dtype, got {sorted(str(dtype) for dtype in dtypes)}")
-    return dtypes.pop()
+    if len(dtypes) != 1 or not (dtype := next(iter(dtypes))).is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"expected weights of one floating point dtype of at least 16 bits, got {sorted(str(dtype) for dtype in dtypes)}"
+        )
+    return dtype

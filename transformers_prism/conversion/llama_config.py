@@ -17,7 +17,10 @@ _ABSENT = (
     "norm_output",
     "moe_config",
     "use_adapter",
+    "quantization_config",
 )
+_NUMBERS = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers".split()
+_FULL_ATTENTION = "full_attention"
 
 
 def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
@@ -32,13 +35,20 @@ def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
     Raises:
         ValueError: if fields are missing, or ask for what a draft here cannot compute.
     """
-    required = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers".split()
-    absent = [name for name in required if config.get(name) is None]
+    absent = [name for name in _NUMBERS if config.get(name) is None]
     if absent:
         raise ValueError(f"config.json: expected the fields of a Llama layer, got none named {absent}")
+    for name in (*_NUMBERS, "num_key_value_heads", "head_dim", "draft_vocab_size", "target_hidden_size"):
+        if type(config.get(name, 1)) not in (int, type(None)) or (config.get(name) or 1) < 1:
+            raise ValueError(f"config.json: expected {name} to be a whole number above 0, got {config[name]!r}")
     for name in _ABSENT:
         if config.get(name) and name not in allowed:
             raise ValueError(f"config.json: expected {name} to be absent or false, got {config[name]!r}")
+    window, layer_types = config.get("sliding_window"), config.get("layer_types")
+    if window and config.get("use_sliding_window", True) and layer_types is None:
+        raise ValueError(f"config.json: expected a draft without a sliding window, got sliding_window={window!r}")
+    if set(layer_types or ()) - {_FULL_ATTENTION}:
+        raise ValueError(f"config.json: expected layer_types of full attention, got {layer_types}")
     fields = {
         "num_key_value_heads": config["num_attention_heads"],
         "hidden_act": "silu",
@@ -47,7 +57,7 @@ def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
         "target_hidden_size": config["hidden_size"],
     }
     given = {
-        name: config[name] for name in (*required, *fields, "head_dim", *TOKEN_IDS) if config.get(name) is not None
+        name: config[name] for name in (*_NUMBERS, *fields, "head_dim", *TOKEN_IDS) if config.get(name) is not None
     }
     fields.update(given)
     fields["num_layers_per_module"] = fields.pop("num_hidden_layers")

@@ -9,6 +9,7 @@ Source: speculators 0.9, `models/eagle3` and `config.py`.
 
 import functools
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from transformers_prism.conversion.eagle3 import (
@@ -43,15 +44,17 @@ def read(config: dict, weights: dict) -> SourceDraft:
         raise ValueError(
             f"config.json: expected {_LAYER_CONFIG} of model_type {' or '.join(_LAYER_TYPES)}, got {layer['model_type']!r}"
         )
-    # What equals a default of the class is not in the file.
-    whole = AutoConfig.for_model(**layer).to_dict()
-    if set(whole.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"config.json: expected layer_types of full attention, got {whole['layer_types']}")
-    names = (*SETTINGS, "draft_vocab_size", "target_hidden_size", AUX_LAYERS)
+    try:  # what equals a default of the class is not in the file
+        whole = AutoConfig.for_model(**layer).to_dict()
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json: {_LAYER_CONFIG}: {error}") from error
+    names = (*SETTINGS, "draft_vocab_size", "quantization_config", "target_hidden_size", AUX_LAYERS)
     given = {name: config[name] for name in names if config.get(name) is not None}
     theirs = read_eagle3({**whole, **given}, weights)
     speculation = config.get("speculators_config") or {}
-    verifier = speculation.get("verifier") or {}
+    verifier = (isinstance(speculation, dict) and speculation.get("verifier")) or {}
+    if not isinstance(speculation, dict) or not isinstance(verifier, dict):
+        raise ValueError(f"config.json: expected speculators_config and its verifier to be objects, got {speculation!r}")
     name = verifier.get("name_or_path") or ""
     theirs.target_name = name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
     theirs.target_architectures = verifier.get("architectures") or []

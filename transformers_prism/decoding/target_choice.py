@@ -12,6 +12,7 @@ from .target_support import (
     reason_against_inputs,
     reason_against_masks,
     reason_against_untried_chat,
+    reason_against_virtual_tokens,
     rotary_switches,
     why_no_chain,
     why_no_tree,
@@ -32,8 +33,10 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     # Plain decoding asks the model itself for the inputs of every step; so do we, once.
     inputs = inputs_of_next_step(target, input_ids, model_kwargs)
     config = target.config.get_text_config()
-    reason = reason_against_masks(config) or reason_against_inputs(
-        inputs, rotary_switches(config), input_ids.shape[1]
+    reason = (
+        reason_against_masks(config)
+        or reason_against_virtual_tokens(target)
+        or reason_against_inputs(inputs, rotary_switches(config), input_ids.shape[1])
     )
     if reason is None and not is_tried(target):
         reason = reason_against_untried_chat(cache)

@@ -141,6 +141,15 @@ def reason_against_masks(text_config) -> str | None:
     return None
 
 
+def reason_against_virtual_tokens(target) -> str | None:
+    """Why a target that peft lets read tokens of no text cannot be served; None if there are none."""
+    # peft puts its own method in the place of the model's.
+    owner = getattr(vars(target).get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
+        return "peft's prompt and prefix tuning put virtual tokens before the text, for which a draft has no states"
+    return None
+
+
 def reason_against_untried_chat(cache) -> str | None:
     """Why a target that nobody has tried cannot go on with a caller's cache; None if it can."""
     # Its own masks, which read what follows, may rest on a window's cache holding the window only.

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.hub.files import METRICS
+from transformers_prism.hub.loading import check_shapes
 from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -143,7 +144,7 @@ def inspect_draft(source: str | Path, target_name: str | None = None, revision: 
     folder = draft_folder(source, revision)
     config = _read_config(folder)
     headers = read_weight_headers(folder)
-    _check_shapes(config, headers)
+    check_shapes(PrismDraftModel, config, headers.shapes)
     fingerprint_name = (config.target_fingerprint or {}).get("name")
     found = read_target_config(target_name or fingerprint_name) if target_name or fingerprint_name else None
     if found is None and target_name is not None:
@@ -205,20 +206,6 @@ def _read_config(folder: Path) -> PrismConfig:
         return PrismConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
-
-
-def _check_shapes(config: PrismConfig, headers: WeightHeaders) -> None:
-    """The configuration describes exactly these weights."""
-    modules = {name.split(".")[1] for name in headers.shapes if name.startswith("processing_modules.")}
-    # Before they are built.
-    if len(modules) != config.num_processing_modules:
-        raise ValueError(f"expected weights of {config.num_processing_modules} processing modules, got {len(modules)}")
-    with torch.device("meta"):
-        expected = {name: tuple(weight.shape) for name, weight in PrismDraftModel(config).state_dict().items()}
-    names = sorted(expected.keys() | headers.shapes.keys())
-    wrong = [name for name in names if expected.get(name) != headers.shapes.get(name)]
-    if wrong:
-        raise ValueError(f"expected exactly the weights that the configuration describes, got others: {_joined(wrong)}")
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -64,6 +64,24 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
     found = _shapes_of(source, where)
     if found is None:  # weights of another form, or none: the loader has a message for that
         return
+    check_shapes(draft_class, config, found, ignores_sizes)
+
+
+def check_shapes(draft_class, config, found: dict[str, tuple[int, ...]], ignores_sizes: bool = False) -> None:
+    """Compare the shapes of weights with a configuration.
+
+    Args:
+        draft_class (`type`): built on the meta device.
+        config (`PrismConfig`): what it is built from.
+        found (`dict`): shapes by name.
+        ignores_sizes (`bool`): accept other shapes.
+    Raises:
+        ValueError: as [`check_names_and_shapes`].
+    """
+    modules = {name.split(".")[1] for name in found if name.startswith("processing_modules.")}
+    # Before they are built.
+    if len(modules) != config.num_processing_modules:
+        raise ValueError(f"expected weights of {config.num_processing_modules} processing modules, got {len(modules)}")
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in draft_class(config).state_dict().items()}
     same = expected.keys() & found.keys()
