@@ -1,12 +1,13 @@
 """What drafts bring for a target with recurrent layers: a random qwen3_5_text of a real size, and a draft by script.
 
-    python -m benchmarks.hybrid                      the width and depth of a model of 0.8 billion parameters
+    python -m benchmarks.hybrid --json hybrid.json   the width and depth of a model of 0.8 billion parameters: some minutes on
+                                                     two cores, 8 GB of memory
     python -m benchmarks.hybrid --width 64 --layers 4 --vocab-size 512 --new-tokens 24      a trial of a few seconds
 
 First the cost of forwards over 1, 4, 8 and 16 tokens behind a state, then tokens per second of plain decoding, of chains of
 one length and of `tree="auto"`, taken in turns, with the share of the time that carried tokens cost. Each drafted token is
-what plain decoding says with the probability `--acceptance`; drafting itself takes next to no time, so that what is
-measured is the target's side.
+what plain decoding says with the probability `--acceptance`; drafting itself takes next to no time, which `auto` is told,
+so that what is measured is the target's side.
 """
 
 import json
@@ -25,9 +26,11 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.decoding.cache import CacheSnapshot
 from transformers_prism.decoding.tree import CandidatePool, Tree
+from transformers_prism.policy.automatic import known_costs
 from transformers_prism.transformers_names import cache_argument
 
 COUNTS = (1, 4, 8, 16)
+_SECONDS_OF_SCRIPT = 1e-4  # of a draft step
 
 
 def random_target(width: int, num_layers: int, vocab_size: int, dtype: torch.dtype):
@@ -88,7 +91,7 @@ class _ScriptedDrafter:
     def _chain(self, depth: int) -> list[int]:
         right = self.script[self.num_emitted : self.num_emitted + depth]
         right += [0] * (depth - len(right))
-        return [token if self.random.random() < self.acceptance else token + 1 for token in right]
+        return [token if self.random.random() < self.acceptance else token - 1 if token else 1 for token in right]
 
     def grow(self, settings, coupling=None) -> Tree:
         """A chain as long as the settings say."""
@@ -153,16 +156,22 @@ def _decode(target, prompt, num_new: int, draft=None, **settings) -> dict:
         in_rounds = sizes[len(sizes) - len(trees) :]
         found["carried"] = [(size - tree.num_nodes - 1, size) for size, tree in zip(in_rounds, trees, strict=True)]
         found["tau"] = draft.last_speculation.acceptance_length
+        found["nodes"] = statistics.mean(tree.num_nodes for tree in trees)
     return found
 
 
 def measure(target, prompt_length: int, num_new: int, acceptance: float, depth: int, repeats: int) -> dict:
     """Everything this page says, as a dictionary."""
     prompt = torch.randint(1, target.config.vocab_size - 1, (1, prompt_length), generator=torch.Generator().manual_seed(1))
+    say("forwards over " + ", ".join(map(str, COUNTS)) + " tokens")
     counts = forward_seconds(target, prompt, repeats)
+    say("the text of plain decoding, which the draft will know")
     plain = _decode(target, prompt, num_new)
     draft = ScriptedDraft(PrismConfig.from_target(target, draft_vocab_size=None)).eval().to(target.dtype)
     draft.script, draft.acceptance = plain["tokens"], acceptance
+    say("costs that auto goes by")
+    draft.bind(target)
+    known_costs(target, draft, 1).step_seconds = _SECONDS_OF_SCRIPT
     ways: dict[str, tuple] = {
         "plain": (None, {}),
         "chain": (draft, {"tree": "chain", "tree_depth": depth, "tree_num_nodes": depth}),
@@ -172,6 +181,7 @@ def measure(target, prompt_length: int, num_new: int, acceptance: float, depth: 
     for repeat in range(repeats + 1):  # the first of each pays for what is made once
         for name, (assistant, settings) in ways.items():
             run = _decode(target, prompt, num_new, assistant, **settings)
+            say(f"repetition {repeat} of {repeats}, {name}: {num_new / run['seconds']:.2f} tokens/s")
             if run["tokens"] != plain["tokens"] and target.dtype == torch.float32:
                 raise AssertionError(f"{name}: expected the text of plain decoding")
             if repeat:
@@ -186,9 +196,16 @@ def measure(target, prompt_length: int, num_new: int, acceptance: float, depth: 
             "tokens_per_second": speed[name],
             "over_plain": speed[name] / speed["plain"],
             "tau": runs[name][-1].get("tau", 1.0),
+            "nodes_per_round": runs[name][-1].get("nodes", 0.0),
             "share_of_carried": cost / sum(run["seconds"] for run in runs[name]),
         }
     return result
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main(
@@ -196,14 +213,15 @@ def main(
     layers: Annotated[int, typer.Option(help="layers, every fourth with full attention")] = 24,
     vocab_size: Annotated[int, typer.Option(help="tokens of the vocabulary")] = 248320,
     prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="tokens of each answer")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="tokens of each answer")] = 64,
     acceptance: Annotated[float, typer.Option(help="probability that a drafted token is right")] = 0.7,
     depth: Annotated[int, typer.Option(help="drafted tokens of the chain of one length")] = 4,
-    repeats: Annotated[int, typer.Option(help="measured repetitions, of which the median is told")] = 5,
+    repeats: Annotated[int, typer.Option(help="measured repetitions, of which the median is told")] = 3,
     dtype: Annotated[str, typer.Option(help="of the target's weights")] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Measure and print."""
+    say("making a random target")
     target = random_target(width, layers, vocab_size, getattr(torch, dtype))
     result = measure(target, prompt, new_tokens, acceptance, depth, repeats)
     lines = [
@@ -218,7 +236,9 @@ def main(
             f"{name:6s} {way['tokens_per_second']:8.2f} tokens/s, {way['over_plain']:.2f} times plain, tau {way['tau']:.2f}, "
             f"carried tokens {way['share_of_carried']:.1%} of the time"
         )
-    sys.stdout.write("\n".join(lines) + "\n")
+    say("\n".join(lines))
+    result["settings"] = {"width": width, "layers": layers, "vocab_size": vocab_size, "prompt": prompt, "new_tokens": new_tokens}
+    result["settings"] |= {"acceptance": acceptance, "depth": depth, "dtype": dtype, "threads": torch.get_num_threads()}
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 

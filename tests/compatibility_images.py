@@ -20,6 +20,11 @@ _TOKENS = {
 }
 
 
+_OF_TOKENS = {"cross_attention_mask", "image_attention_mask"}
+# Of these a model may take fewer than its configuration lets expect.
+_TYPES = {"mm_token_type_ids", "token_type_ids"}
+
+
 def set_image_tokens(target) -> None:
     """Give the special tokens of images ids of the small vocabulary."""
     for config in (target.config, target.config.get_text_config()):
@@ -48,7 +53,11 @@ def _forms(target) -> list[dict]:
     flat = _pixels(grid * grid, channels * frames * patch * patch)
     grids = torch.tensor([[1, grid, grid]])
     sizes = torch.tensor([[size, size]])
-    return [
+    square = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), dim=-1).reshape(1, 16, 2)
+    patches = _pixels(1, 16, channels * patch * patch)
+    one_tile = torch.ones(1, 1, dtype=torch.long)
+    tiles = getattr(vision, "max_num_tiles", 1)
+    forms = [
         {"pixel_values": flat, "image_grid_thw": grids},
         {"pixel_values": _pixels(grid * grid, channels, patch, patch), "image_grid_thw": grids},
         {"pixel_values": _pixels(1, 3, size, size)},
@@ -57,7 +66,23 @@ def _forms(target) -> list[dict]:
         {"pixel_values": _pixels(1, 2, 3, size, size), "image_sizes": sizes},
         {"pixel_values": _pixels(1, 1, 3, size, size), "pixel_attention_mask": torch.ones(1, 1, size, size, dtype=torch.long)},
         {"pixel_values": flat[None], "image_grid_thw": grids[None]},
+        {"pixel_values": _pixels(grid * grid, 2 * channels * frames * patch * patch), "image_grid_thw": grids},
+        {"pixel_values": flat, "image_grid_thw": grids, "image_merge_sizes": torch.tensor([merge])},
+        {"pixel_values": patches, "image_position_ids": square},
+        {"pixel_values": patches, "spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": torch.ones(1, 16).long()},
+        {"pixel_values": _pixels(1, 3, patch, 16 * patch), "target_sizes": torch.tensor([[4, 4]])},
+        {
+            "pixel_values": _pixels(1, 1, tiles, 3, size, size),
+            "aspect_ratio_ids": one_tile,
+            "aspect_ratio_mask": torch.ones(1, 1, tiles).long(),
+            "cross_attention_mask": torch.ones(1, 1, 1, tiles).long(),
+        },
+        {"pixel_values": _pixels(1, 1, 3, size, size), "image_attention_mask": torch.ones(1, 1, 1).long()},
+        {"pixel_values": _pixels(1, 3, size, size), "image_embeds_position_mask": one_tile},
     ]
+    # What only some models take says which form is theirs.
+    shared = {"pixel_values", "image_grid_thw", "image_sizes"}
+    return sorted(forms, key=lambda form: set(form) <= shared or not set(form) <= _parameters(target))
 
 
 def _with_tokens(target, form: dict, num_tokens: int, num_rows: int = 1) -> dict:
@@ -73,6 +98,10 @@ def _with_tokens(target, form: dict, num_tokens: int, num_rows: int = 1) -> dict
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     for name, value in form.items():
         inputs[name] = value.repeat(num_rows, *[1] * (value.dim() - 1))
+    for name in _OF_TOKENS & set(form):  # what each token sees of the image
+        inputs[name] = inputs[name].repeat(1, input_ids.shape[1], *[1] * (form[name].dim() - 2))
+    if "image_embeds_position_mask" in form:
+        inputs["image_embeds_position_mask"] = (input_ids == IMAGE_ID).long()
     if "mm_token_type_ids" in _parameters(target) or hasattr(target.config, "vision_start_token_id"):
         inputs["mm_token_type_ids"] = (input_ids == IMAGE_ID).long()
     if "token_type_ids" in _parameters(target):
@@ -95,22 +124,37 @@ def image_prompt(target, num_rows: int = 1) -> dict:
     for form in _forms(target):
         if not set(form) <= _parameters(target) | {"image_grid_thw"}:
             continue
-        num_tokens = 4
-        for _ in range(3):
+        num_tokens, without = 4, set()
+        for _ in range(4):
             inputs = _with_tokens(target, form, num_tokens, num_rows)
+            inputs = {name: value for name, value in inputs.items() if name not in without}
             try:
-                target.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
+                target.generate(**inputs, max_new_tokens=2, do_sample=False)
                 return inputs
             except Exception as error:
-                if "not used by the model" in str(error):
+                text = str(error)
+            if "not used by the model" in text:
+                unused = {name for name in _TYPES if name in text} - without
+                if not unused:
                     break
-                errors.append(f"{sorted(form)} {num_tokens}: {type(error).__name__}: {str(error)[:150]}")
-                told = re.search(r"tokens: (\d+), features:? (\d+)", str(error))
-                if told is None or int(told[2]) == num_tokens * num_rows or int(told[2]) % num_rows:
-                    break
-                features = int(told[2]) // num_rows
-                num_tokens = features if features < 200 else features // 64
+                without |= unused
+                continue
+            errors.append(f"{sorted(form)} {num_tokens}: {text[:150]}")
+            wanted = _wanted_tokens(text, num_rows)
+            if wanted in (None, num_tokens):
+                break
+            num_tokens = wanted
     raise ValueError("; ".join(errors))
+
+
+def _wanted_tokens(error: str, num_rows: int) -> int | None:
+    """Image tokens of each row that a model says it expects; None if it says nothing."""
+    told = re.search(r"tokens: \d+, features:? (\d+)", error)
+    if told is not None and int(told[1]) % num_rows == 0:
+        features = int(told[1]) // num_rows
+        return features if features < 200 else features // 64
+    told = re.search(r"span_length=\d+, expected (\d+)|value tensor of shape \[(\d+), \d+\] cannot be broadcast to indexing", error)
+    return None if told is None else int(told[1] or told[2]) // (1 if told[1] else num_rows)
 
 
 def takes_images(target) -> bool:

@@ -129,6 +129,15 @@ _DOTS3 = {
 }
 
 
+# Which the configuration leaves out unless it is given.
+_GEMMA4_VISION = {
+    "vision_config": {
+        **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16},
+        **{"num_key_value_heads": 4, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 64},
+    }
+}
+
+
 def _of_text(settings: dict) -> dict:
     return {f"text_config.{name}": value for name, value in settings.items()}
 
@@ -206,6 +215,9 @@ SETTINGS: dict[str, dict] = {
     **{name: {"mm_tokens_per_image": 4} for name in ("gemma3", "shieldgemma2")},
     **{name: {"image_grid_pinpoints": [[32, 32]]} for name in ("llava_next", "llava_onevision", "llava_next_video")},
     "paligemma": {"projection_dim": 64},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4_VISION),
+    "mllama": {"vision_config.intermediate_layers_indices": [0], "vision_config.vision_output_dim": 128, "text_config.cross_attention_layers": [1, 3]},
     "vipllava": {"vision_feature_layers": [-1]},
 }
 # Models that the automatic classes do not make of their type's configuration, and the part of it that they take.

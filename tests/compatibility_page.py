@@ -31,7 +31,8 @@ A type counts as drafted if its text was the same token for token, greedy and sa
 committed {rate:.0f} tokens and more, at lengths beyond every window, top-k, chunk and original length of its configuration
 (8 tokens, and 24 for rotary tables). Drafts are scripted to be right most of the time. Every target that counts was
 shown to give a different text when the mask of a round is off by one, or when keys are moved to a wrong place and recurrent
-states are halved: an error of that kind could not have hidden. Audio models get text alone.
+states are halved: an error of that kind could not have hidden. Audio models get text alone here;
+prompts with sounds are in `tests/test_audio_targets.py`.
 
 The numbers are tokens a round. "batch" is three rows with left padding, "static" `cache_implementation="static"`, "chat"
 a second call with the cache of the first, "image" a picture in the prompt and a second call behind it, for image models

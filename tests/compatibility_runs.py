@@ -126,7 +126,7 @@ def _generate(target, input_ids, mask, draft=None, **arguments):
     torch.manual_seed(5)
     if draft is not None:
         arguments["assistant_model"] = draft
-    return target.generate(input_ids, attention_mask=mask, pad_token_id=PAD_ID, **arguments)
+    return target.generate(input_ids=input_ids, attention_mask=mask, pad_token_id=PAD_ID, **arguments)
 
 
 @dataclass
@@ -387,7 +387,7 @@ def run_case(case: Case) -> dict:
         try:
             reason, plain = _hidden_by(target, case, "greedy")
         except Exception as error:
-            return {"outcome": "fails", "detail": _line(error)}
+            return _of_images_alone(target, case, _line(error))
         if reason is not None:
             continue
         result = compare(target, case, "greedy", plain)
@@ -409,6 +409,16 @@ def run_case(case: Case) -> dict:
     if result["outcome"] in ("plain", "refused"):
         return _all_runs(target, case, {"greedy": plain}, result, seed)
     return {"outcome": "unproven", "detail": f"no target in {len(_DRAWS)} draws: {reason}"}
+
+
+def _of_images_alone(target, case: Case, why_no_text: str) -> dict:
+    """The result of a case whose plain decoding of text fails: its prompts with an image, if it takes those."""
+    result: dict = {"outcome": "fails", "detail": why_no_text}
+    if takes_images(target):
+        result["runs"] = {run: compare(target, case, run) for run in IMAGE_RUNS}
+        bad = [found for found in result["runs"].values() if found["outcome"] in BAD]
+        result.update(bad[0] if bad else {})
+    return result
 
 
 def _leaves_target_alone(target, case: Case, plain: _Texts) -> bool:

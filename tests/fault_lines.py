@@ -20,7 +20,7 @@ import torch
 import transformers
 from fitted_pairs import text_of
 from soak import Pair, fit_pair
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,7 +28,7 @@ import transformers_prism
 from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
 from transformers_prism.policy import automatic
 from transformers_prism.policy.costs import RoundCosts
-from transformers_prism.transformers_names import CACHE_KEYWORD, assisted_decoding
+from transformers_prism.transformers_names import ASSISTED_DECODING, CACHE_KEYWORD
 
 PACKAGE = str(Path(transformers_prism.__file__).parent)
 _TRANSFORMERS = str(Path(transformers.__file__).parent)
@@ -122,7 +122,7 @@ class Call:
 
 def state_of(pair: Pair, cache) -> dict:
     """What a call must leave as it was, by name."""
-    state: dict = {"grad mode": torch.is_grad_enabled(), "hook": assisted_decoding()}
+    state: dict = {"grad mode": torch.is_grad_enabled(), "hook": getattr(GenerationMixin, ASSISTED_DECODING)}
     state["lent attention"] = dict(vars(ALL_ATTENTION_FUNCTIONS["sdpa"].prism_lent))
     for owner, model in (("target", pair.target), ("draft", pair.draft)):
         state[f"{owner} generation_config"] = str(model.generation_config)

@@ -123,7 +123,8 @@ def observe(trees: AutomaticTrees, sequences: Sequences, expected: float, kept: 
     """A round of one draft step, from which this many tokens were expected."""
     outlook = trees.begin_round(sequences)
     lesson = Lesson(outlook.weights, 0.0, [], [])
-    trees.observe_payoff(plain_step(sequences.last_tokens(), num_steps=1, expected_tokens=expected, lesson=lesson), kept)
+    seconds = trees.known.costs.verify(len(kept))
+    trees.observe_payoff(plain_step(sequences.last_tokens(), num_steps=1, expected_tokens=expected, lesson=lesson), kept, seconds)
 
 
 def test_auto_tokens_count_less_in_sequences_that_are_ahead(cheap_rounds):

@@ -1,6 +1,7 @@
-"""When the state of a target with recurrent layers should move on."""
+"""When the state of a target with recurrent layers should move on, and what `tree="auto"` makes of such a target's costs."""
 
 import pytest
+from simulated_rounds import SimulatedRounds
 
 from transformers_prism.policy.carried_tokens import CarriedTokens
 from transformers_prism.policy.costs import RoundCosts
@@ -48,3 +49,39 @@ def test_a_state_that_soon_moves_by_itself_is_left_alone():
 def test_plain_rounds_teach_nothing():
     """Rounds without drafted tokens say nothing about chains."""
     assert vars(after(10, 1, 1)) == vars(CarriedTokens())
+
+
+def memory_bound(num_tokens: int) -> float:
+    """Seconds of a forward that mostly reads weights."""
+    return 1 + 0.05 * (num_tokens - 1)
+
+
+def compute_bound(num_tokens: int) -> float:
+    """Seconds of a forward whose every token costs the same."""
+    return float(num_tokens)
+
+
+def chunked(num_tokens: int) -> float:
+    """Seconds of a forward that handles several tokens in chunks, however few they are."""
+    return 1.0 if num_tokens == 1 else 4 + 0.02 * num_tokens
+
+
+@pytest.mark.parametrize("acceptance", [0.02, 0.7])
+@pytest.mark.parametrize("forward_seconds", [compute_bound, chunked])
+def test_automatic_chains_cost_nothing_where_they_do_not_pay(monkeypatch, forward_seconds, acceptance):
+    """Tries, the draft's reading and carried tokens included, in the first call and in later ones."""
+    rounds = SimulatedRounds(forward_seconds, 0.1, acceptance)
+    assert all(rounds.call(monkeypatch, 128) > 0.97 for _ in range(3))
+
+
+@pytest.mark.parametrize("step_seconds", [0.001, 0.1])
+def test_automatic_chains_bring_what_costs_allow(monkeypatch, step_seconds):
+    """Seven of ten drafted tokens are right."""
+    rounds = SimulatedRounds(memory_bound, step_seconds, 0.7)
+    assert all(rounds.call(monkeypatch, 128) > (1.5 if step_seconds < 0.1 else 1.2) for _ in range(3))
+
+
+def test_costs_that_were_measured_far_too_low_are_soon_found_out(monkeypatch):
+    """Where several tokens were believed to cost no more than one, what rounds take decides whether they pay."""
+    rounds = SimulatedRounds(compute_bound, 0.1, 0.7, believed_seconds=lambda num_tokens: 1.0)
+    assert rounds.call(monkeypatch, 128) > 0.7  # 0.35 by beliefs alone

@@ -5,7 +5,7 @@ import torch
 from test_sequences import started
 
 from transformers_prism.decoding.draft_side import DraftSide
-from transformers_prism.decoding.round_values import Prompt
+from transformers_prism.decoding.round_values import Prompt, Verified
 
 pytestmark = pytest.mark.quick
 
@@ -29,6 +29,11 @@ def states(*rows) -> list[torch.Tensor]:
     return [torch.tensor(rows, dtype=torch.float32)[..., None]]
 
 
+def verified(root_positions, *rows) -> Verified:
+    """What a target said at nodes with these states."""
+    return Verified(torch.zeros(len(rows), len(rows[0]), 9), states(*rows), root_positions, 0.0)
+
+
 def test_rounds_are_read_together_when_a_tree_is_wanted():
     """Each token with the state and position of the one before it; the prompt by itself; sequences that left, not at all."""
     sequences, _ = started(num_rows=2)
@@ -37,20 +42,17 @@ def test_rounds_are_read_together_when_a_tree_is_wanted():
         sequences.append(index, token)
     positions = torch.tensor([[0, 1, 2], [0, 0, 1]])
     side.commit_prompt(sequences, Prompt(torch.zeros(2, 9), states([0, 1, 2], [3, 4, 5])[0], positions, None))
-    assert side.next_position == [3, 2]
     assert not side.is_behind
     # The first commits two nodes of a tree, which are not next to each other, the second its root.
     for index, tokens in enumerate(([8, 9], [10])):
         for token in tokens:
             sequences.append(index, token)
-    side.commit(sequences, [[0, 2], [0]], states([10, 11, 12], [13, 14, 15]))
-    assert side.next_position == [5, 3]
+    side.commit(sequences, [[0, 2], [0]], verified([3, 2], [10, 11, 12], [13, 14, 15]))
     assert side.is_behind
     sequences.keep_sequences([1])
     side.keep_sequences([1])
     sequences.append(1, 5)
-    side.commit(sequences, [[0]], states([16]))
-    assert side.next_position == [4]
+    side.commit(sequences, [[0]], verified([3], [16]))
     drafter = side.read()
     assert drafter.read == [[([4, 5, 7], [0, 0, 1], [3, 4, 5])], [([10, 5], [2, 3], [13, 16])]]
     assert drafter.kept == [[1]]

@@ -525,6 +525,20 @@ def test_inputs_embeds_are_decoded_plainly():
         )
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_inputs_embeds_with_their_ids_are_drafted_for(num_rows):
+    """As models that put images into the embeddings call their text part: the prompt is read as given, the draft reads ids."""
+    target = varied_target("llama", *prompts(num_rows), **LENGTH)
+    input_ids, mask = prompts(num_rows)
+    embeds = target.get_input_embeddings()(input_ids).detach() + 0.3
+    arguments = {"inputs_embeds": embeds, "attention_mask": mask, "do_sample": False, **LENGTH}
+    plain = target.generate(input_ids=input_ids, **arguments)
+    draft = scripted_draft(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids=input_ids, assistant_model=draft, **arguments), plain)
+    assert draft.last_speculation.acceptance_length > 1.5
+
+
+
 def test_prompt_lookup_beside_a_draft_changes_nothing():
     """The draft is used; the text is plain's."""
     target, draft, input_ids, mask = scripted()

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from compatibility_images import SPECIAL_IDS, image_prompt
+from compatibility_images import IMAGE_ID, SPECIAL_IDS, VIDEO_ID, image_prompt
 from compatibility_models import build
 from compatibility_runs import Case, compare, scripted
 from transformers import AutoModelForCausalLM
@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from transformers_prism import PrismConfig
 from transformers_prism.decoding.positions import AxisPositions, text_positions, token_types
 from transformers_prism.decoding.target_support import Declined, input_of_single_tokens
+from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 ARGUMENTS = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "suppress_tokens": SPECIAL_IDS}
-# Three axes, three and one of the text, one axis, types of tokens, a recurrent text part.
-IMAGE_TEXT = ["qwen2_vl", "qwen3_vl", "glm4v", "llava", "gemma3", "idefics3", "qwen3_5 (image-text)"]
+# Three axes, three and one of the text, one axis, types of tokens, patches with positions, a recurrent text part.
+IMAGE_TEXT = ["qwen2_vl", "qwen3_vl", "glm4v", "llava", "gemma3", "gemma4", "idefics3", "lfm2_vl", "qwen3_5 (image-text)"]
 
 
 def image_target(name: str = "qwen2_vl", num_rows: int = 1):
@@ -78,9 +79,9 @@ def test_text_behind_an_image_is_that_of_plain_decoding(name):
     case, seen = Case(name, name), {}
     for run in ("image", "image rows", "image sampled"):
         seen[run] = compare(target, case, run)
-    wanted = "chain" if name.startswith("qwen3_5") else "tree"
+    wanted = "chain" if name.startswith(("qwen3_5", "lfm2")) else "tree"
     assert seen["image"]["outcome"] == seen["image sampled"]["outcome"] == wanted, seen
-    assert seen["image rows"]["outcome"] == ("plain" if wanted == "chain" else "tree"), seen
+    assert seen["image rows"]["outcome"] == wanted, seen
     assert seen["image"]["tokens_per_round"] > 1.5
 
 
@@ -111,6 +112,57 @@ def test_an_input_that_cannot_be_extended_is_declined_by_name():
     draft = scripted(target, plain, inputs["input_ids"].shape[1])
     with pytest.warns(UserWarning, match="the model input own_types cannot be carried along a tree"):
         assert torch.equal(target.generate(**inputs, **ARGUMENTS, assistant_model=draft), plain)
+
+
+def test_cross_attention_to_an_image_is_declined():
+    """Its mask would have to be extended along a tree, and its layers of the cache hold the image: in the first call, without
+    that mask, and in a chat that goes on behind the image."""
+    target, inputs, _ = image_target("mllama (image-text)")
+    seen = {run: compare(target, Case("mllama", "mllama (image-text)"), run) for run in ("image", "image rows")}
+    assert [found["outcome"] for found in seen.values()] == ["plain", "plain"], seen
+    del inputs["cross_attention_mask"]
+    plain = target.generate(**inputs, **ARGUMENTS)
+    draft = scripted(target, plain, inputs["input_ids"].shape[1])
+    with pytest.warns(UserWarning, match="positions of something else than the text"):
+        assert torch.equal(target.generate(**inputs, **ARGUMENTS, assistant_model=draft), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5 (image-text)"])
+def test_a_chat_from_image_to_text_to_image(name):
+    """The third turn's image is read behind a cache that holds the first."""
+    target, inputs, _ = image_target(name)
+    question = {"input_ids": torch.tensor([[20, 21, 22]]), "mm_token_type_ids": torch.zeros((1, 3), dtype=torch.long)}
+    arguments = {**ARGUMENTS, "return_dict_in_generate": True}
+    texts: list[list] = [[], []]
+    for drafted in (False, True):
+        used = copy.deepcopy(target)
+        for turn, more in enumerate((inputs, question, inputs)):
+            more = {key: value for key, value in more.items() if key in inputs and key != "attention_mask"}
+            if turn:
+                last = texts[drafted][-1]
+                before = {"input_ids": last.sequences, "mm_token_type_ids": torch.zeros_like(last.sequences)}
+                more |= {key: torch.cat((before[key], more[key]), dim=1) for key in before if key in more}
+                more[CACHE_KEYWORD] = cache_of(last)
+            if drafted:
+                plain = texts[False][turn].sequences
+                more["assistant_model"] = scripted(used, plain, more["input_ids"].shape[1])
+            texts[drafted].append(used.generate(**more, attention_mask=torch.ones_like(more["input_ids"]), **arguments))
+            if drafted:
+                assert torch.equal(texts[True][turn].sequences, plain)
+                assert texts[True][turn].speculation.acceptance_length > 1.3
+
+
+def test_videos_are_read_as_images_are():
+    """Frames, their grids, and seconds between them, which belong to the prompt alone."""
+    target, inputs, _ = image_target("qwen2_5_vl")
+    inputs["pixel_values_videos"], inputs["video_grid_thw"] = inputs.pop("pixel_values"), inputs.pop("image_grid_thw")
+    inputs["second_per_grid_ts"] = torch.tensor([0.5])
+    inputs["input_ids"][inputs["input_ids"] == IMAGE_ID] = VIDEO_ID
+    inputs["mm_token_type_ids"] *= 2
+    plain = copy.deepcopy(target).generate(**inputs, **ARGUMENTS)
+    draft = scripted(target, plain, inputs["input_ids"].shape[1])
+    assert torch.equal(target.generate(**inputs, **ARGUMENTS, assistant_model=draft), plain)
+    assert draft.last_speculation.target == "tree"
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])

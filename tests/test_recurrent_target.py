@@ -11,9 +11,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from transformers_prism import generation
-from transformers_prism.decoding import round_check
+from transformers_prism.decoding import recurrent_target, round_check
+from transformers_prism.decoding.cache import CacheSnapshot
 from transformers_prism.decoding.memory import keep_with
 from transformers_prism.decoding.recurrent_target import MAX_CARRIED
+from transformers_prism.policy.fixed import FixedTrees, PlainSteps
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 ARGUMENTS = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": PAD_ID}
@@ -104,7 +106,7 @@ def test_accepted_tokens_run_again_in_the_next_forward(monkeypatch):
     target, input_ids, plain = target_and_text()
     draft = chain(target, plain, tree="chain", tree_depth=4)
     forwards = Forwards(target)
-    keep_with(target, "checks of states", {(torch.float32, "cpu"): None})
+    keep_with(target, "checks of states", {(torch.float32, "cpu", False, False, 0): None})
     monkeypatch.setattr(round_check, "is_tried", lambda target: True)
     target.generate(input_ids, assistant_model=draft, **ARGUMENTS)
     accepted, trees = draft.last_speculation.accepted_per_round[0], draft.last_speculation.trees
@@ -128,15 +130,90 @@ def test_the_state_moves_on_when_much_is_carried():
     assert max(forwards.num_tokens[1:]) <= MAX_CARRIED + 3
 
 
-def test_a_batch_is_declined_with_the_reason():
-    """Rows that accept different numbers of tokens cannot share a state."""
-    target, _, _ = target_and_text()
-    input_ids, mask = prompts(2)
-    plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
+def test_rounds_without_a_tree_copy_no_state(monkeypatch):
+    """Only a forward that may have to be forgotten needs one; plain stretches of `tree="auto"` do not."""
+    target, input_ids, plain = target_and_text()
+    copies = []
+    monkeypatch.setattr(recurrent_target, "CacheSnapshot", lambda cache: copies.append(1) or CacheSnapshot(cache))
+    keep_with(target, "checks of states", {(torch.float32, "cpu", False, False, 0): None})
+    monkeypatch.setattr(round_check, "is_tried", lambda target: True)
+    draft = chain(target, plain, tree="chain", tree_depth=4)
+    monkeypatch.setattr(FixedTrees, "propose", PlainSteps.propose)
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **ARGUMENTS), plain)
+    assert not copies
+
+
+def batch_and_text(name: str = "qwen3_next", **arguments):
+    """A tiny target, padded prompts of three sequences, and their text by plain decoding."""
+    target, _, _ = target_and_text(name)
+    input_ids, mask = prompts(3)
+    torch.manual_seed(7)
+    return target, {"input_ids": input_ids, "attention_mask": mask, **ARGUMENTS, **arguments}
+
+
+@pytest.mark.parametrize("name", [*(name for name in CONTINUED if name != "deepseek_v4"), "lfm2", "falcon"])
+def test_a_batch_equals_plain_decoding(name):
+    """Sequences that accept different numbers of tokens, also of targets that get no tree for another reason."""
+    target, arguments = batch_and_text(name)
+    if name == "falcon":
+        target = Case(name, name, {"alibi": True}).draw(4)
+    plain = target.generate(**arguments)
     draft = chain(target, plain)
-    with pytest.warns(UserWarning, match="rows of a batch accept different numbers of tokens"):
-        got = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS)
-    assert torch.equal(got, plain)
+    assert torch.equal(target.generate(**arguments, assistant_model=draft), plain)
+    speculation = draft.last_speculation
+    assert (speculation.declined, speculation.target) == (None, "chain")
+    assert speculation.acceptance_length > 1.3
+    assert len({tuple(rounds) for rounds in speculation.accepted_per_round}) > 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "deepseek_v4", "qwen4_exp_text"])
+def test_a_padded_batch_of_models_that_choose_keys_is_decoded_plainly(name):
+    """Their index chooses other keys for several tokens at once than for single ones where there is padding."""
+    target, arguments = batch_and_text(name)
+    plain = target.generate(**arguments)
+    with pytest.warns(UserWarning, match="chooses some keys by an index"):
+        assert torch.equal(target.generate(**arguments, assistant_model=chain(target, plain)), plain)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_batch_whose_sequences_end_at_different_tokens(do_sample):
+    """Those that have ended go on with padding, as in plain decoding; what is returned of the cache is the same."""
+    target, arguments = batch_and_text(do_sample=do_sample, return_dict_in_generate=True)
+    plain = target.generate(**arguments)
+    ends = [int(row[place]) for row, place in zip(plain.sequences, (14, 24, 35), strict=True)]
+    arguments["eos_token_id"] = ends
+    outputs, states, draft = [], [], None
+    for _ in range(2):
+        torch.manual_seed(7)
+        outputs.append(target.generate(**arguments, assistant_model=draft))
+        states.append(torch.get_rng_state())
+        draft = chain(target, outputs[0].sequences)
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(*states)
+    for one, other in zip(cache_of(outputs[1]).layers, cache_of(outputs[0]).layers, strict=True):
+        for state, expected in zip(_tensors(one), _tensors(other), strict=True):
+            torch.testing.assert_close(state, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_state_of_a_batch_moves_on_in_a_forward_of_its_own():
+    """By what all sequences have committed, where one of them carries much; `tree="auto"` says the same."""
+    target, arguments = batch_and_text(max_new_tokens=60)
+    plain = target.generate(**arguments)
+    for settings in ({"tree": "chain", "tree_depth": 4}, {"tree": "auto"}):
+        draft = chain(target, plain, **settings)
+        draft.script[1] = [96 - token for token in draft.script[1]]  # one is always wrong
+        forwards = Forwards(target)
+        assert torch.equal(target.generate(**arguments, assistant_model=draft), plain)
+        # The first is as far ahead as it accepts more, and the others' part is never run twice sixteen times over.
+        assert max(forwards.num_tokens[1:]) < 60 + 5
+
+
+def test_a_static_cache_has_no_room_for_a_batch():
+    """Sequences that run ahead of each other need more positions than the longest text has."""
+    target, arguments = batch_and_text(cache_implementation="static")
+    plain = target.generate(**arguments)
+    with pytest.warns(UserWarning, match="StaticCache has no room for sequences of a batch"):
+        assert torch.equal(target.generate(**arguments, assistant_model=chain(target, plain)), plain)
 
 
 @pytest.mark.parametrize("cache_implementation", [None, "static"])

@@ -29,7 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_prism.decoding.target_support import RotarySwitch, layer_windows, rotary_switches, takes_tree_mask
+from transformers_prism.decoding.target_support import (
+    RotarySwitch,
+    layer_windows,
+    reason_against_layers,
+    rotary_switches,
+    takes_tree_mask,
+)
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
 SMALL = {"vocab_size": 97, "pad_token_id": PAD_ID, "bos_token_id": 2, "eos_token_id": None, "initializer_range": 0.3}
@@ -127,7 +133,7 @@ def test_local_attention_over_places_is_a_chain():
     assert speculation.acceptance_length > 1.3
     # Said once for a target.
     assert not decoded(target, length=20)[1]
-    assert "only one row" in decoded(target, num_rows=3)[0].declined
+    assert decoded(target, num_rows=3)[0].target == "chain"
 
 
 def test_alibi_is_a_chain():
@@ -370,3 +376,14 @@ def test_layer_windows_are_keyed_as_masks_are():
     """One tensor, or one for each kind of layer; none where a kind has no tree mask."""
     assert layer_windows(Phi3Config(**WIDTHS, sliding_window=None)) in ({None: None}, {"full_attention": None})
     assert layer_windows(Lfm2Config(**WIDTHS, layer_types=["conv"] * 4)) is None
+
+
+@pytest.mark.quick
+def test_layers_that_hold_something_else_than_the_text_are_named():
+    """Cross-attention keeps an image's keys, however many; layers without keys hold nothing."""
+    cache, states = DynamicCache(), torch.zeros(1, 1, 5, 2)
+    for layer in range(3):
+        cache.update(states, states, layer)
+    assert reason_against_layers(LlamaConfig(**WIDTHS), cache, 5) is None
+    assert "layer 0 of its cache holds 5 positions" in reason_against_layers(LlamaConfig(**WIDTHS), cache, 6)
+    assert "layer 1" in reason_against_layers(LlamaConfig(**WIDTHS, cross_attention_layers=[1]), cache, 5)

@@ -10,7 +10,6 @@ taken:
 The loop is [`_decode`]; what its parts hand to each other stands in `decoding/round_values.py`.
 """
 
-import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +39,14 @@ from .policy.automatic import AutomaticTrees
 from .policy.fixed import FixedTrees, PlainSteps
 from .policy.settings import TreeSettings
 from .transformers_names import (
-    assisted_decoding,
+    ASSISTED_DECODING,
     cache_of,
     compiled_forward,
     decode_plainly,
     decoder_only_output,
     decoding_experts,
-    set_assisted_decoding,
+    replace_method,
+    restore_method,
 )
 from .tried_releases import warn_of_untried_release
 
@@ -58,27 +58,22 @@ def install() -> None:
     """Let `generate(assistant_model=...)` reach drafts of model type "prism". Doing it twice changes nothing."""
     install_lending()
     install_for_stateful()
-    original = assisted_decoding()
-    if getattr(original, "_prism_original", None) is not None:
-        return
 
-    # The signature stays the original's: generate() passes some arguments only to methods that name them.
-    @functools.wraps(original)
-    def _assisted_decoding(self, *args, **kwargs):
-        draft = kwargs.get("assistant_model")
-        if draft is not None and draft.config.model_type == "prism":
-            return draft.assist(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+    def make(original):
+        def _assisted_decoding(self, *args, **kwargs):
+            draft = kwargs.get("assistant_model")
+            if draft is not None and draft.config.model_type == "prism":
+                return draft.assist(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
-    _assisted_decoding._prism_original = original  # type: ignore[attr-defined]
-    set_assisted_decoding(_assisted_decoding)
+        return _assisted_decoding
+
+    replace_method(ASSISTED_DECODING, make)
 
 
 def uninstall() -> None:
     """Undo [`install`]; making or loading a draft installs the hook again."""
-    original = getattr(assisted_decoding(), "_prism_original", None)
-    if original is not None:
-        set_assisted_decoding(original)
+    restore_method(ASSISTED_DECODING)
     uninstall_lending()
     uninstall_for_stateful()
 
@@ -229,7 +224,7 @@ def _decode(
     speculation.walk, speculation.coupled = "device" if sampler.walks_on_device else "host", sampler.is_coupled
     prompt = target_side.prefill(input_ids)
     check = RoundCheck(target_side)
-    walk(sequences, sampler, Proposal(root_tree(input_ids[:, -1])), Verified(prompt.logits[:, None], [], 0.0))
+    walk(sequences, sampler, Proposal(root_tree(input_ids[:, -1])), Verified(prompt.logits[:, None], [], [], 0.0))
     draft_side.commit_prompt(sequences, prompt)
     sequences.stream()
     while not sequences.are_done:
@@ -248,7 +243,7 @@ def _decode(
             kept = walk(sequences, sampler, proposal, verified)
             target_side.commit(kept)
             if not target_side.has_given_up:
-                draft_side.commit(sequences, kept, verified.states)
+                draft_side.commit(sequences, kept, verified)
         with speculation.timed("other"):
             speculation.add_rounds(sequences.active, kept, policy.learn(proposal, kept, verified))
         sequences.stream(kept)
@@ -301,8 +296,9 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
         raise Declined(f"{type(target).__name__} keeps its state in no cache of transformers that could be rolled back")
     if plain_arguments["synced_gpus"]:
         raise Declined("synced_gpus asks for the same forwards on every process")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise Declined("inputs_embeds has no token ids for the draft to read; pass input_ids")
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
+        raise Declined("inputs_embeds has no token ids for the draft to read; pass the input_ids of the same prompt, too")
     if generation_config.return_dict_in_generate and (
         generation_config.output_attentions or generation_config.output_hidden_states
     ):

@@ -7,6 +7,7 @@ field), never a version number: 5.23 calls the cache of keys and values `past_ke
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -64,24 +65,26 @@ def decoder_only_output(cache, **fields) -> GenerateDecoderOnlyOutput:
     return GenerateDecoderOnlyOutput(**fields, **{next(name for name in CACHE_NAMES if name in names): cache})
 
 
-def assisted_decoding():
-    """The function that generate() calls for an assistant, with the hook if it is installed."""
-    return getattr(GenerationMixin, ASSISTED_DECODING)
+def replace_method(name: str, make: Callable[[Callable], Callable]) -> None:
+    """Let generate() call another function in place of a method; doing it twice changes nothing.
+
+    Args:
+        name (`str`): `ASSISTED_DECODING` or `GENERATION_MODE_CHECK`.
+        make (`Callable`): gets the method and returns the function. generate() passes some arguments only to methods whose
+            signature names them, so the signature stays the method's.
+    """
+    original = getattr(GenerationMixin, name)
+    if getattr(original, "_prism_original", None) is None:
+        replacement = functools.wraps(original)(make(original))
+        replacement._prism_original = original  # type: ignore[attr-defined]
+        setattr(GenerationMixin, name, replacement)
 
 
-def set_assisted_decoding(function) -> None:
-    """Let generate() call another function for an assistant."""
-    setattr(GenerationMixin, ASSISTED_DECODING, function)
-
-
-def generation_mode_check():
-    """The method of generate() that refuses what a generation mode cannot do, with the hook if it is installed."""
-    return getattr(GenerationMixin, GENERATION_MODE_CHECK)
-
-
-def set_generation_mode_check(function) -> None:
-    """Let generate() check generation modes by another function."""
-    setattr(GenerationMixin, GENERATION_MODE_CHECK, function)
+def restore_method(name: str) -> None:
+    """Undo [`replace_method`], by whichever copy of this code it was done."""
+    original = getattr(getattr(GenerationMixin, name), "_prism_original", None)
+    if original is not None:
+        setattr(GenerationMixin, name, original)
 
 
 def is_stateful(target) -> bool:

@@ -8,7 +8,7 @@ Shape letters: B sequences, A new positions.
 import torch
 
 from .drafter import Drafter
-from .round_values import NewPositions, Prompt, joined, joined_states
+from .round_values import NewPositions, Prompt, Verified, joined, joined_states
 from .sequences import Sequences
 from .transfer import on_device
 
@@ -23,7 +23,6 @@ class DraftSide:
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.unread: list[NewPositions] = []
-        self.next_position: list[int] = []  # of each sequence: the position of the next one to be committed
 
     def commit_prompt(self, sequences: Sequences, prompt: Prompt) -> None:
         """Take over the prompt as far as its states are known: not what a cache already held, and of a chunked prefill
@@ -33,19 +32,19 @@ class DraftSide:
         token_ids = sequences.ids[:, last - length : last].cpu()
         position_ids, num_new = prompt.position_ids.cpu(), [length] * len(sequences)
         self.unread.append(NewPositions(token_ids, prompt.hidden, position_ids, num_new, prompt.mask, is_prompt=True))
-        self.next_position = [position + 1 for position in position_ids[:, -1].tolist()]
 
-    def commit(self, sequences: Sequences, kept: list[list[int]], states: list[torch.Tensor]) -> None:
+    def commit(self, sequences: Sequences, kept: list[list[int]], verified: Verified) -> None:
         """Take over what a round committed: the emitted tokens, each with the states of the node before it.
 
         Args:
             kept (`list[list[int]]`): nodes of each active sequence.
-            states (`list[torch.Tensor]`): `(B, N, target_hidden_size)` of each layer, at all nodes.
+            verified (`Verified`): the round's.
         """
+        states = verified.states
         num_new = [len(nodes) for nodes in kept]
         longest = max(num_new)
         tokens, positions, index = [], [], []
-        for sequence, nodes, start in zip(sequences.active, kept, self.next_position, strict=True):
+        for sequence, nodes, start in zip(sequences.active, kept, verified.root_positions, strict=True):
             emitted, padding = sequences.new_tokens[sequence], [0] * (longest - len(nodes))
             tokens.append(emitted[len(emitted) - len(nodes) :] + padding)
             positions.append(list(range(start, start + longest)))
@@ -58,7 +57,6 @@ class DraftSide:
             hidden = hidden.gather(1, of_nodes.expand(-1, -1, hidden.shape[-1]))
         token_ids = torch.tensor(tokens, dtype=sequences.ids.dtype)
         self.unread.append(NewPositions(token_ids, hidden, torch.tensor(positions), num_new))
-        self.next_position = [start + count for start, count in zip(self.next_position, num_new, strict=True)]
 
     def read(self) -> Drafter:
         """Let the draft read everything that was committed since it read last; returns it, to draw a tree."""
@@ -79,4 +77,3 @@ class DraftSide:
         """Go on with the sequences at these places of the batch only."""
         self.drafter.keep_sequences(places)
         self.unread = [part.select(places) for part in self.unread]
-        self.next_position = [self.next_position[place] for place in places]

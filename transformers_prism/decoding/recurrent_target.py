@@ -1,4 +1,4 @@
-"""Verification for targets with recurrent layers: a chain with lazy replay.
+"""Verification for targets with recurrent layers, and for batches that need chains: a chain with lazy replay.
 
 A recurrent state cannot be rolled back, and running accepted tokens in a forward of their own would cost one more forward
 per round. So the cache stays at the last state that is known to be right, and the tokens committed since then are carried:
@@ -8,51 +8,70 @@ per round. So the cache stays at the last state that is known to be right, and t
              else: the cache goes back to the state, and the accepted tokens join those that are carried
 
 A forward over a few more tokens costs next to nothing as long as it is bound by reading the weights. When many tokens are
-carried, a round without drafted tokens moves the state on. Attention layers go back to the same length as the state.
-Shape letters: C carried tokens, N chain nodes, V vocabulary.
+carried, a round without drafted tokens moves the state on. Attention layers go back to the same length as the state. States
+are copied before a forward that may have to be forgotten, so that rounds without drafted tokens cost no copy.
+
+Sequences of a batch share one length of the state and carry different numbers of tokens. Shorter ones are padded behind
+their chain, where nothing of theirs reads it, and no padding ever becomes part of a state: it moves on by what all sequences
+have committed. Where one carries much, that takes a forward of its own.
+Shape letters: B sequences, C carried tokens, N chain nodes, W tokens of a forward, V vocabulary.
 """
 
-import functools
-
 import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
 
-from ..transformers_names import generation_mode_check, is_stateful, set_generation_mode_check
+from ..transformers_names import GENERATION_MODE_CHECK, is_stateful, replace_method, restore_method
 from .cache import CacheSnapshot
 from .memory import kept_with
 from .round_values import Prompt
 from .target_side import TargetSide
 from .target_support import Declined
 from .transfer import on_device
-from .tree import Tree, chain_tree, root_tree
+from .tree import Tree, chain_tree
 
 # Carried tokens from which on a round without drafted tokens moves the state on. `tree="auto"` does so earlier if it pays.
 MAX_CARRIED = 16
 # Tokens of the check, and the error that rounding explains: units in the last place of float32 or of the dtype, at most
 # this share of the logits' spread. Float64 models compute parts in float32.
 _NUM_CHECKED, _ROUNDING, _MOST_ROUNDING = 8, 512, 0.05
+# Fields of configurations whose models attend to the keys that an index chooses.
+_CHOOSES_KEYS = ("index_topk", "indexer_budget", "compress_rates")
+# Places that a check tells apart: models that join keys join a number that divides this.
+_CHUNK = 16
 
 
 class RecurrentTarget(TargetSide):
-    """A target that verifies a chain for one row by lazy replay; any cache whose states can be copied."""
+    """A target that verifies chains by lazy replay; any cache whose states can be copied."""
 
     kind = "chain"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.num_stored = 0  # tokens in the cache's state
-        self.carried = torch.zeros((1, 0), dtype=torch.long)  # [1, C], committed tokens that it does not hold
-        self.token_ids = self.carried  # [1, N], of the latest chain
-        self.state = self.snapshot
+        self.keeps_finished = True  # a state is one of all sequences
+        self.num_stored = 0  # tokens of each sequence, padding included, in the cache's state
+        self.stored_position: list[int] = []  # of each sequence: the position behind them
+        self.num_carried_of = [0] * len(self.sequences)  # C, committed tokens of each sequence that the state does not hold
+        self.padding_places: set[int] = set()  # tokens of padding, as far as models that count by places tell them apart
+        self.num_run = 0  # W, of the latest forward over a chain
+        self.state: CacheSnapshot | None = None  # to go back to; None until a forward may have to be forgotten
 
     @property
     def num_carried(self) -> int:
-        """C: tokens that the next forward runs besides the tree."""
-        return self.carried.shape[1]
+        """Tokens that the next forward runs besides the chains, all sequences together."""
+        return len(self.num_carried_of) * self._most_carried()
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether rounds are compared with single steps whatever the target: some choose keys by places where there is padding,
+        from lengths on that their configuration names."""
+        return self.is_padded
 
     @property
     def max_depth(self) -> float:
         """Draft steps that the next tree may have; 0 when so much is carried that the state has to move on."""
-        return 0 if self.num_carried >= MAX_CARRIED else super().max_depth
+        is_one = len(self.num_carried_of) == 1
+        return 0 if is_one and self.num_carried >= MAX_CARRIED else super().max_depth
 
     def prefill(self, input_ids: torch.LongTensor) -> Prompt:
         """Run the prompt.
@@ -60,33 +79,39 @@ class RecurrentTarget(TargetSide):
         Raises:
             Declined: if the model computes other logits for several tokens at once than for one at a time.
         """
+        config = self.target.config.get_text_config()
+        if self.is_padded and any(getattr(config, name, None) is not None for name in _CHOOSES_KEYS):
+            raise Declined("the model chooses some keys by an index, others for several tokens at once where there is padding")
         prompt = super().prefill(input_ids)
-        self.carried = input_ids[:, :0]
-        self._move_on()
+        self.stored_position = list(self.next_position)
         # Of each target, not of its class: limits in a configuration, which single steps of some ignore, decide as well.
-        found, kind = kept_with(self.target, "checks of states", dict), (prompt.logits.dtype, self.device.type)
-        if kind not in found:
+        found = kept_with(self.target, "checks of states", dict)
+        on, is_batch = (prompt.logits.dtype, self.device.type), len(input_ids) > 1
+        kinds = [(*on, is_batch, self.is_padded, place) for place in self.padding_places]
+        if not all(kind in found for kind in kinds):
             num_tokens = min(_NUM_CHECKED, self.generation_config.max_length - input_ids.shape[1] - 1)
             if num_tokens < 2:  # no room to check, and hardly any to draft
                 self.has_given_up = True
                 return prompt
-            found[kind] = self._check(prompt.logits.topk(num_tokens).indices.to(input_ids))
-        if (reason := found[kind]) is not None:
+            reason = self._check(prompt.logits.topk(num_tokens).indices.to(input_ids))
+            found.update(dict.fromkeys(kinds, reason))
+        if (reason := next(filter(None, map(found.get, kinds)), None)) is not None:
             raise Declined(reason)
         return prompt
 
     def _after_prefill(self, mask: torch.BoolTensor) -> None:
         self.num_stored = mask.shape[1]
+        self.padding_places = set(((~mask).sum(dim=1) % _CHUNK).tolist())
 
     def _check(self, token_ids: torch.Tensor) -> str | None:
-        """Why a forward over tokens `(1, A)` does not compute what single steps do; None if it does."""
-        name = type(self.target).__name__
+        """Why a forward over tokens `(B, A)` does not compute what single steps do; None if it does."""
+        name, what = type(self.target).__name__, "its recurrent state" if is_stateful(self.target) else "its cache"
         steps = self.plain_steps(token_ids).float()
         try:
             together = self.verify(chain_tree(token_ids)).logits.float()
         except Exception as error:
             # Whatever a model fails with that was not made for several tokens behind a state.
-            return f"{name} refuses several tokens behind its recurrent state ({type(error).__name__}: {error})"
+            return f"{name} refuses several tokens behind {what} ({type(error).__name__}: {error})"
         finally:
             self.forget_appended()
         spread = float(steps.std())
@@ -95,68 +120,132 @@ class RecurrentTarget(TargetSide):
         if difference <= min(_ROUNDING * eps, _MOST_ROUNDING):
             return None
         return (
-            f"{name} does not continue its recurrent state over several tokens at once: their logits differ from those of "
+            f"{name} does not continue {what} over several tokens at once: their logits differ from those of "
             f"single steps by {difference:.2g} of their spread"
         )
 
     def _verify(self, tree: Tree):
-        self.token_ids = on_device(tree.token_ids, self.carried.device)
-        tokens = torch.cat((self.carried, self.token_ids), dim=1)
-        num_nodes, width = tree.num_nodes, tokens.shape[1]
-        mask = self._mask_over(self.num_stored + width)
-        position_ids = self.next_position[0] - self.num_carried + torch.arange(width)[None]
-        logits, states = self._forward(chain_tree(tokens), mask, position_ids, num_logits=num_nodes)
-        return logits[:, -num_nodes:], [state[:, -num_nodes:] for state in states]
+        if len(self.num_carried_of) > 1 and self._most_carried() >= MAX_CARRIED:
+            self._catch_up()
+        if tree.num_nodes > 1 or len(set(self._carried())) > 1:
+            self._keep_state()
+        tokens, starts = self._with_carried(tree.token_ids)
+        self.num_run = tokens.shape[1]
+        num_kept = self.num_run - min(starts)  # the last ones, among which all chains are
+        logits, states = self._run(tokens, num_kept)
+        starts = [start - min(starts) for start in starts]
+        return _of_nodes(logits[:, -num_kept:], [state[:, -num_kept:] for state in states], starts, tree.num_nodes)
 
-    def _move_on(self) -> None:
-        """What is carried is in the cache now: keep its state."""
-        self.num_stored += self.num_carried
-        self.carried = self.carried[:, :0]
-        self.state = CacheSnapshot(self.cache)
+    def _carried(self) -> list[int]:
+        """C of each sequence that goes on."""
+        return [count for one, count in enumerate(self.num_carried_of) if not self.sequences.is_done(one)] or self.num_carried_of
+
+    def _most_carried(self) -> int:
+        return max(self._carried())
+
+    def _text(self, width: int) -> torch.Tensor:
+        """The next `width` tokens of each sequence behind the state, `(B, width)`; padding behind those that have ended,
+        zeros behind the others."""
+        start = self.num_stored - self.num_cached_before
+        self.sequences.pad_ended(start + width)
+        ids = self.sequences.ids[:, start : start + width]
+        return pad(ids, (0, width - ids.shape[1]))
+
+    def _with_carried(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Carried tokens, then `token_ids` `(B, N)`, then padding, `(B, W)`, and where `token_ids` begin in each sequence;
+        sequences that have ended go on with what plain decoding gives them."""
+        longest, width = self._most_carried(), self._most_carried() + token_ids.shape[1]
+        text = self._text(width)
+        has_ended = [self.sequences.is_done(one) for one in range(len(self.num_carried_of))]
+        starts = [longest if ended else count for ended, count in zip(has_ended, self.num_carried_of, strict=True)]
+        tokens = torch.cat((text[:, :longest], on_device(token_ids, text.device)), dim=1)
+        if min(starts) < longest:
+            index = torch.arange(width, device=text.device)[None]
+            start = torch.tensor(starts, device=text.device)[:, None]
+            tokens = tokens.gather(1, torch.where(index < start, index, (index + longest - start).clamp(max=width - 1)))
+        if any(has_ended) and not all(has_ended):
+            tokens = torch.where(torch.tensor(has_ended, device=text.device)[:, None], text, tokens)
+        return tokens, starts
+
+    def _run(self, tokens: torch.Tensor, num_logits: int = 0):
+        """Logits and states of a forward over tokens `(B, W)` behind the state."""
+        width = tokens.shape[1]
+        # Padding behind a chain needs no position that the model may not have.
+        limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
+        first, limit = torch.tensor([self.stored_position, limits])[..., None]  # [B, 1] each
+        position_ids = (first + torch.arange(width)).minimum(limit)
+        mask = self._mask_over(self.num_stored + width)
+        return self._forward(chain_tree(tokens), mask, position_ids, num_logits=num_logits)
+
+    def _catch_up(self) -> None:
+        """Move the state on by what all sequences have committed, in a forward of its own."""
+        width = min(self._carried())
+        if width:
+            self._run(self._text(width), 1)
+            self._move_on(width)
+
+    def _keep_state(self) -> None:
+        """Copy the state that the cache has, unless it is kept already."""
+        if self.state is None:
+            self.state = CacheSnapshot(self.cache)
+
+    def _move_on(self, num_tokens: int) -> None:
+        """This many tokens of each sequence are in the cache now."""
+        self.num_stored += num_tokens
+        self.stored_position = [position + num_tokens for position in self.stored_position]
+        self.num_carried_of = [max(count - num_tokens, 0) for count in self.num_carried_of]
+        self.state = None
 
     def forget_appended(self) -> None:
         """Go back to the state that is kept."""
-        self.state.restore()
+        if self.state is not None:
+            self.state.restore()
 
     def commit(self, kept: list[list[int]]) -> None:
-        """Keep these nodes of the chain: in the cache if they are all, else as tokens that are carried."""
-        num_kept = len(kept[0])
-        self.carried = torch.cat((self.carried, self.token_ids[:, :num_kept]), dim=1)
-        if num_kept == self.token_ids.shape[1]:
-            self._move_on()
+        """Keep these nodes of the chains: in the cache if they are all, else as tokens that are carried."""
+        self.num_carried_of = [count + len(nodes) for count, nodes in zip(self.num_carried_of, kept, strict=True)]
+        if all(count == self.num_run for count, nodes in zip(self.num_carried_of, kept, strict=True) if nodes):
+            self._move_on(self.num_run)
         else:
             self.forget_appended()
         super().commit(kept)
 
     def plain_steps(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logits `(1, A, V)` of single steps over tokens `(1, A)` behind what is committed, which stays as it is."""
-        names = ("state", "carried", "num_stored", "next_position")
-        before, num_carried = {name: getattr(self, name) for name in names}, self.num_carried
-        tokens = torch.cat((self.carried, token_ids.to(self.carried)), dim=1)
-        self.carried, self.next_position = self.carried[:, :0], [self.next_position[0] - num_carried]
-        steps = []
+        """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is."""
+        self._keep_state()
+        tokens, starts = self._with_carried(token_ids)
+        before, steps = (self.num_stored, self.stored_position), []
         for token in tokens.split(1, dim=1):
-            steps.append(self.verify(root_tree(token[:, 0])).logits)
-            self.commit([[0]])
-        vars(self).update(before)
+            steps.append(self._run(token, 1)[0][:, -1:])
+            self.num_stored, self.stored_position = self.num_stored + 1, [one + 1 for one in self.stored_position]
+        self.num_stored, self.stored_position = before
         self.forget_appended()
-        return torch.cat(steps[num_carried:], dim=1)
+        return _of_nodes(torch.cat(steps, dim=1), [], starts, token_ids.shape[1])[0]
 
     def finish(self, sequences: torch.LongTensor) -> None:
         """Let a cache that is returned hold all that was committed, as plain decoding leaves it."""
-        if self.returns_cache and self.num_carried:
-            last, self.carried = self.carried[:, -1], self.carried[:, :-1]
-            self.next_position = [self.next_position[0] - 1]
-            self.verify(root_tree(last))
-            self.commit([[0]])
+        rest = sequences[:, self.num_stored - self.num_cached_before : -1]
+        if self.returns_cache and rest.shape[1]:
+            self._run(rest, 1)
+
+
+def _of_nodes(
+    logits: torch.Tensor, states: list[torch.Tensor], starts: list[int], num_nodes: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and states `(B, N, .)` of the `num_nodes` tokens that begin at `starts` in each sequence of `(B, W, .)`."""
+    if len(set(starts)) == 1:
+        return logits[:, starts[0] : starts[0] + num_nodes], [state[:, starts[0] : starts[0] + num_nodes] for state in states]
+    index = torch.tensor(starts)[:, None] + torch.arange(num_nodes)  # [B, N]
+    parts = [part.gather(1, index.to(part.device)[..., None].expand(-1, -1, part.shape[-1])) for part in (logits, *states)]
+    return parts[0], parts[1:]
 
 
 def why_no_replay(cache, num_rows: int) -> str | None:
-    """Why a target with recurrent layers cannot be served by lazy replay; None if it can."""
-    if num_rows > 1:
-        return "rows of a batch accept different numbers of tokens, which one recurrent state cannot follow; pass one row"
+    """Why a target cannot be served by lazy replay; None if it can."""
     if getattr(cache, "offloading", False):
         return "an offloaded cache cannot be rolled back"
+    if num_rows > 1 and type(cache) is not DynamicCache:
+        return f"{type(cache).__name__} has no room for sequences of a batch that run ahead of each other; pass one sequence"
     return None
 
 
@@ -176,23 +265,19 @@ class _NotStateful:
 
 def install_for_stateful() -> None:
     """Let targets with recurrent layers pass transformers' check beside drafts of model type "prism", and no others."""
-    original = generation_mode_check()
-    if getattr(original, "_prism_original", None) is not None:
-        return
 
-    @functools.wraps(original)
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        draft = generation_mode_kwargs.get("assistant_model")
-        is_ours = getattr(getattr(draft, "config", None), "model_type", None) == "prism"
-        seen = _NotStateful(self) if is_ours and is_stateful(self) else self
-        return original(seen, generation_mode, generation_config, generation_mode_kwargs)
+    def make(original):
+        def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+            draft = generation_mode_kwargs.get("assistant_model")
+            is_ours = getattr(getattr(draft, "config", None), "model_type", None) == "prism"
+            seen = _NotStateful(self) if is_ours and is_stateful(self) else self
+            return original(seen, generation_mode, generation_config, generation_mode_kwargs)
 
-    _validate_generation_mode._prism_original = original  # type: ignore[attr-defined]
-    set_generation_mode_check(_validate_generation_mode)
+        return _validate_generation_mode
+
+    replace_method(GENERATION_MODE_CHECK, make)
 
 
 def uninstall_for_stateful() -> None:
     """Undo [`install_for_stateful`]."""
-    original = getattr(generation_mode_check(), "_prism_original", None)
-    if original is not None:
-        set_generation_mode_check(original)
+    restore_method(GENERATION_MODE_CHECK)

@@ -113,7 +113,7 @@ def lengths_named(text_config) -> list[int]:
 
 
 class RoundCheck:
-    """Compares trees with plain steps where a target was not tried.
+    """Compares trees with plain steps where a target was not tried, or not in every way that this call needs.
 
     Args:
         target_side (`TreeTarget` or `ChainTarget`): after the prefill.
@@ -122,7 +122,7 @@ class RoundCheck:
     def __init__(self, target_side):
         self.side, target = target_side, target_side.target
         self.finding: str | None = None  # what differed
-        self.is_needed = not is_tried(target)
+        self.is_needed = target_side.is_checked or not is_tried(target)
         if self.is_needed:
             # What a forward gets differs between these.
             is_batch, is_padded = len(target_side.next_position) > 1, target_side.is_padded

@@ -4,7 +4,7 @@
     proposal = policy.propose(draft_side, sequences, limits)   Proposal
     verified = target_side.verify(proposal.tree)            Verified
     kept = walk(sequences, sampler, proposal, verified)     nodes of each sequence at which a token was emitted
-    draft_side.commit(sequences, kept, verified.states)     NewPositions, which the draft reads when it is next needed
+    draft_side.commit(sequences, kept, verified)            NewPositions, which the draft reads when it is next needed
 
 Shape letters: B sequences that still decode, T prompt positions, A new positions, N tree nodes, L target layers that the
 draft reads, V vocabulary.
@@ -76,11 +76,13 @@ class Verified(NamedTuple):
     Args:
         logits: `(B, N, V)`, at each node.
         states: the states that the draft reads, `(B, N, target_hidden_size)` of each of L layers.
+        root_positions: of each sequence.
         seconds: of the forward, on the host.
     """
 
     logits: torch.Tensor
     states: list[torch.Tensor]
+    root_positions: list[int]
     seconds: float
 
 

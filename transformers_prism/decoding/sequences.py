@@ -145,10 +145,15 @@ class Sequences:
             self.streamer.put(tokens)
         self.num_streamed = end
 
+    def pad_ended(self, width: int) -> None:
+        """Fill sequences that have ended with padding up to this length, where there is any."""
+        if self.stopping.pads:
+            for index, length in enumerate(self.lengths):
+                if self.is_done(index) and length < width:
+                    self.ids[index, length:width] = self.pad_token_id
+
     def finished(self) -> torch.LongTensor:
         """The sequences `(B, T)` as plain decoding returns them."""
         width = max(self.end_lengths)
-        for index, length in enumerate(self.lengths):
-            if length < width:
-                self.ids[index, length:width] = self.pad_token_id
+        self.pad_ended(width)
         return self.ids[:, :width]

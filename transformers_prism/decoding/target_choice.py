@@ -46,8 +46,9 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     arguments = (target, layer_ids, generation_config, model_kwargs, inputs, sequences, why_chain)
     if why_chain is None:
         return TreeTarget(*arguments)
-    kind, why_not = (RecurrentTarget, why_no_replay) if is_stateful(target) else (ChainTarget, why_no_chain)
-    reason = why_not(cache, input_ids.shape[0])
+    num_rows = input_ids.shape[0]
+    is_replayed = is_stateful(target) or num_rows > 1
+    reason = why_no_replay(cache, num_rows) if is_replayed else why_no_chain(cache)
     if reason is not None:
         raise Declined(f"{why_chain}, and {reason}")
-    return kind(*arguments)
+    return (RecurrentTarget if is_replayed else ChainTarget)(*arguments)

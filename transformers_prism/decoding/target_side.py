@@ -29,6 +29,7 @@ from .target_support import (
     hidden_state,
     position_offset,
     reason_against_batch_positions,
+    reason_against_layers,
     reason_against_switch,
     rotary_switches,
 )
@@ -138,6 +139,8 @@ class TargetSide:
             raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
         if width > input_ids.shape[1] and not had_cached:  # an image in front of the text, as in git
             raise Declined(f"the prompt takes {width} places of the cache and has {input_ids.shape[1]} tokens for a draft to read")
+        if (reason := reason_against_layers(self.target.config.get_text_config(), self.cache, width)) is not None:
+            raise Declined(reason)
         self.num_cached_before = width - input_ids.shape[1]
         hidden = joined_states(self._states(outputs))
         mask = self.model_kwargs.get("attention_mask")
@@ -186,7 +189,7 @@ class TargetSide:
         """The target's logits at each node of a tree, and the states that the draft reads, in one forward."""
         start = time.perf_counter()
         logits, states = self._verify(tree)
-        return Verified(logits, states, time.perf_counter() - start)
+        return Verified(logits, states, self.next_position, time.perf_counter() - start)
 
     def _verify(self, tree: Tree) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits and states of [`Verified`]."""
@@ -238,6 +241,11 @@ class TargetSide:
     @property
     def can_read_anew(self) -> bool:
         """Whether the cache can be filled with the whole text once more."""
+        return False
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether rounds are compared with single steps although the target was tried."""
         return False
 
     @property

@@ -158,6 +158,19 @@ def reason_against_untried_chat(cache) -> str | None:
     return None
 
 
+def reason_against_layers(text_config, cache, num_tokens: int) -> str | None:
+    """Why a cache that has read a text of `num_tokens` tokens cannot be rolled back with it: layers of cross-attention hold
+    what they read of an image. None if all layers hold the text."""
+    of_images = getattr(text_config, "cross_attention_layers", None)
+    of_images = of_images if isinstance(of_images, (list, tuple)) else ()
+    for index, layer in enumerate(getattr(cache, "layers", ())):
+        if getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length"):
+            length = int(layer.get_seq_length())
+            if length and (length != num_tokens or index in of_images):
+                return f"layer {index} of its cache holds {length} positions of something else than the text, as of an image"
+    return None
+
+
 def reads_whole_text(inputs: dict | None) -> bool:
     """Whether a step with these inputs reads more than one token."""
     return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
@@ -247,10 +260,8 @@ def reason_against_batch_positions(switches: list[RotarySwitch], positions: list
     return None
 
 
-def why_no_chain(cache, num_rows: int) -> str | None:
+def why_no_chain(cache) -> str | None:
     """Why a target's own cache cannot be rolled back; None if it can, which some layers only tell once they hold something."""
-    if num_rows > 1:
-        return "without trees a batch cannot be verified, only one row"
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
         return f"{kind} cannot be rolled back"

@@ -17,6 +17,7 @@ in one that is far ahead.
 Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGLE-2 (arXiv:2406.16858).
 """
 
+import math
 import time
 from dataclasses import asdict
 from weakref import WeakKeyDictionary
@@ -83,7 +84,9 @@ class AutomaticTrees:
         """The tree of the next round."""
         outlook = self.begin_round(sequences, limits.num_carried)
         depth = min(self.known.settings.depth, limits.depth, limits.nodes)
-        if self.known.experience.carried.should_move_on(limits.num_carried, outlook.rate, self.known.costs):
+        # Of several sequences the target moves the state on by itself.
+        is_one, carried = len(sequences) == 1, self.known.experience.carried
+        if is_one and carried.should_move_on(limits.num_carried, outlook.rate, self.known.costs):
             depth = 0
         is_check = self.planner.observes_times and self.trials.is_check_due
         if depth > 0 and self.trials.is_draft_due and not is_check:
@@ -135,10 +138,10 @@ class AutomaticTrees:
         ):
             table.observe([cell for place in going for cell in cells[place]], is_accepted)
         if proposal.num_steps:
-            self.observe_payoff(proposal, kept)
+            self.observe_payoff(proposal, kept, verified.seconds)
         return proposal
 
-    def observe_payoff(self, proposal: Proposal, kept: list[list[int]]) -> None:
+    def observe_payoff(self, proposal: Proposal, kept: list[list[int]], verify_seconds: float) -> None:
         """Learn whether rounds with the draft pay."""
         costs, lesson = self.known.costs, proposal.lesson
         num_active, num_nodes = len(kept), proposal.tree.num_nodes
@@ -146,7 +149,11 @@ class AutomaticTrees:
         # What was expected is less noisy than what came of it in few sequences, which in turn knows the text at hand.
         tokens = (proposal.expected_tokens + num_active * emitted) / (1 + num_active) / max(sum(lesson.weights), 1.0)
         plain_seconds = costs.verify(num_active)
-        seconds = costs.step_seconds * proposal.num_steps + costs.verify(num_active * num_nodes + lesson.num_carried)
+        seconds = costs.verify(num_active * num_nodes + lesson.num_carried)
+        if self.planner.observes_times:
+            # Half what it took: costs that were measured too low are corrected slowly, and a machine may be busy for a round.
+            seconds = math.sqrt(seconds * verify_seconds)
+        seconds += costs.step_seconds * proposal.num_steps
         seconds += self.known.overhead.seconds if num_nodes > 1 else 0.0
         self.trials.observe(tokens, seconds / plain_seconds, (seconds + lesson.read_seconds) / plain_seconds)
 

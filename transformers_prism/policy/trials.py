@@ -10,9 +10,10 @@ _SHARE_OF_PAUSE = 4
 _CHECK_EVERY, _CLEAR_ADVANTAGE = 16, 1.25
 # How fast the rate of rounds with the draft follows the latest round.
 _RATE_FADE = 0.85
-# Of several sequences: what drafting has to gain, and the share of the time that tries may cost.
+# Of several sequences, what drafting has to gain; and the share of the time that tries may cost, of one sequence from the
+# second try on, so that a draft that was unlucky once is soon tried again.
 _LEAST_ADVANTAGE = 1.03
-_SHARE_OF_TRIES = 0.01
+_SHARE_OF_TRIES, _SHARE_OF_TRIES_OF_ONE = 0.01, 0.03
 
 
 class Trials:
@@ -76,7 +77,9 @@ class Trials:
         if self.payoff.advantage >= (_LEAST_ADVANTAGE if is_batch else 1.0):
             self.payoff.pause = FIRST_PAUSE
             return
-        # In a batch estimates are noisier: a try is not repeated before it has cost a hundredth of the time since.
-        pause = max(self.payoff.pause, round(self.lost / _SHARE_OF_TRIES)) if is_batch else self.payoff.pause
+        # In a batch estimates are noisier.
+        pause, share = self.payoff.pause, _SHARE_OF_TRIES if is_batch else _SHARE_OF_TRIES_OF_ONE
+        if is_batch or pause > FIRST_PAUSE:
+            pause = max(pause, round(self.lost / share))
         self.next_try, self.lost = self.num_rounds + pause, 0.0
         self.payoff.pause = min(2 * self.payoff.pause, _LONGEST_PAUSE)
