@@ -7,6 +7,7 @@ different drafts or machines.
 """
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,13 @@ from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
 KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize")
+# Commands of earlier releases that records name.
+_RENAMED = {
+    "transformers-prism bench modules --packed": "python -m benchmarks.scaling --modules 1 --modules 8",
+    "transformers-prism bench scaling": "python -m benchmarks.scaling",
+    "transformers-prism bench training": "python -m benchmarks.training",
+    "transformers-prism bench synthesize": "python -m benchmarks.synthesize",
+}
 WORDS = """| word | means |
 |---|---|
 | plain | `generate()` of the target as loaded |
@@ -104,8 +112,13 @@ def levers(summary: dict) -> list[tuple[str, float]]:
 
 
 def _command_block(record: dict) -> str:
-    """The command, and draft, machine and date that it was run with."""
-    return f"```\n{record['command']}\n```\n\n{_where(record)}."
+    """The command as it is called today, and draft, machine and date that it was run with."""
+    command = record["command"]
+    for old, new in _RENAMED.items():
+        command = command.replace(old, new)
+    if label := record["settings"].get("label"):
+        command = re.sub(r"--label .*?(?= --|$)", f"--label {shlex.quote(label)}", command)
+    return f"```bash\n{command}\n```\n\n{_where(record)}."
 
 
 def _draft(record: dict) -> str:

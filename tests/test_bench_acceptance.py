@@ -1,4 +1,4 @@
-"""`bench acceptance`: tau by hand, the text of plain decoding, a file that is gone on with, bad input named."""
+"""`bench acceptance`: tau by hand, the text of plain decoding, a file that is resumed, bad input named."""
 
 import json
 
@@ -99,5 +99,5 @@ def test_acceptance_names_bad_input(command, tmp_path):
     assert not (tmp_path / "acceptance.json").exists()
     result = CliRunner().invoke(app, [*command[:-2], "--resume"])
     assert result.exit_code == 1
-    assert "expected --json beside --resume, got none" in result.stderr
+    assert "expected --json with --resume, got none" in result.stderr
     assert tree_settings("5/5/1")["tree"] == "chain"

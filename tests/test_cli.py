@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+import typer
 from tiny_models import scripted_draft, tiny_target, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import choose_prompts, read_prompts
 from transformers_prism.cli import demo
 from transformers_prism.cli.main import app
+from transformers_prism.cli.options import user_errors
 
 pytestmark = pytest.mark.quick
 
@@ -299,3 +301,12 @@ def test_cli_card_of_a_target_without_a_name_asks_for_it(tiny_folders, tmp_path)
         run("push", folder, "me/tiny-PRISM", "--dry-run", "--base-model", "some/other")
     assert "A PRISM draft for `some/other`" in (folder / "README.md").read_text()
     assert "expected the target's name on the Hub" in fails("card", folder, "--base-model", "/a/folder")
+
+
+@pytest.mark.quick
+def test_cli_a_missing_package_names_the_extra(capsys):
+    """It said "No module named 'accelerate'"."""
+    with pytest.raises(typer.Exit), user_errors():
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+    expected = "error: expected the packages of the extra 'train', got no accelerate; pip install accelerate datasets matplotlib pyarrow"
+    assert capsys.readouterr().err.strip() == expected

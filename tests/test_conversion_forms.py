@@ -242,20 +242,20 @@ def test_recorded_drafts_are_the_same_in_either_form(tmp_path, vectors, form, re
     with np.load(VECTORS / f"{vectors}.npz") as arrays:
         weights = {key[2:]: torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith("w.")}
     head = weights.pop("lm_head.weight")
-    roads = {"artifact": (prism_artifact, recorded, weights)}
+    ways = {"artifact": (prism_artifact, recorded, weights)}
     layer = recorded.get("eagle_config", recorded)
     names = {name: name for name in weights}
     for old, new in renamed.items():
         names = {name: re.sub(f"^{re.escape(old)}", new, there) for name, there in names.items()}
     their_weights = {there: weights[name] for name, there in names.items()}
-    roads["other"] = (form, layer, {**their_weights, "lm_head.weight": head})
+    ways["other"] = (form, layer, {**their_weights, "lm_head.weight": head})
     drafts = []
-    for road, (module, settings, tensors) in roads.items():
-        (tmp_path / road).mkdir()
-        (tmp_path / road / "config.json").write_text(json.dumps(settings))
-        save_file(tensors, tmp_path / road / "model.safetensors")
-        module.convert(tmp_path / road, tmp_path / f"{road} draft", num_target_layers=32)
-        drafts.append(AutoModel.from_pretrained(tmp_path / f"{road} draft"))
+    for way, (module, settings, tensors) in ways.items():
+        (tmp_path / way).mkdir()
+        (tmp_path / way / "config.json").write_text(json.dumps(settings))
+        save_file(tensors, tmp_path / way / "model.safetensors")
+        module.convert(tmp_path / way, tmp_path / f"{way} draft", num_target_layers=32)
+        drafts.append(AutoModel.from_pretrained(tmp_path / f"{way} draft"))
     first, second = drafts
     assert first.state_dict().keys() == second.state_dict().keys()
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
@@ -396,7 +396,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path, target, targe
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pickle_with_code_is_refused(tmp_path, target, target_folder, form):
-    """Every form reads weights by the same two roads."""
+    """Every form reads weights by the same two ways."""
     source = broken_source(tmp_path, target, target_folder, form, lambda settings, weights: None)
     (source / "model.safetensors").unlink()
 

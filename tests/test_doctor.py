@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from transformers_prism.cli import doctor
 from transformers_prism.cli.main import app
+from transformers_prism.target import load_target
 
 pytestmark = pytest.mark.quick
 
@@ -101,3 +102,25 @@ def test_doctor_counts_threads(monkeypatch):
     finding = doctor._threads()
     assert finding.state == "note"
     assert "OMP_NUM_THREADS=2" in finding.text
+
+
+def test_doctor_tells_each_finding_at_once(tmp_path, target_folder, monkeypatch):
+    """What is known stands there before the next check begins, which may take a while."""
+    shown = []
+    monkeypatch.setattr(doctor, "findings_table", lambda found: shown.append(found[0].name) or "")
+    monkeypatch.setattr(doctor, "load_target", lambda name: shown.append("loads the target") or load_target(name))
+    CliRunner().invoke(app, ["doctor", "--target", str(target_folder), "--max-new-tokens", "8"])
+    assert shown[:2] == ["versions", "extras"]
+    assert shown[shown.index("chat template") + 1] == "loads the target"
+
+
+def test_doctor_counts_a_missing_package_among_its_findings(tmp_path, monkeypatch):
+    """The demo target's file needs one; this was an error without the table."""
+    monkeypatch.setattr(doctor, "load_target", fails)
+    found = examine(tmp_path, exit_code=1)
+    assert "pip install gguf" in found["target"]["text"]
+
+
+def fails(name):
+    """A target that needs a package."""
+    raise ImportError("expected the package gguf to read x.gguf, got none; pip install gguf")

@@ -230,7 +230,7 @@ def test_the_cost_of_a_step_does_not_depend_on_the_number_of_modules():
 
 
 def on_meta(monkeypatch, **settings):
-    """A drafter whose models and tensors hold no numbers, on the road that accelerators take, after two rounds' reading:
+    """A drafter whose models and tensors hold no numbers, on the path that accelerators take, after two rounds' reading:
     whatever asks for a value fails, and every shape is known beforehand."""
     pytest.importorskip("triton")
     monkeypatch.setattr("transformers_prism.kernels.dispatch.TRITON_DEVICES", ("meta",))

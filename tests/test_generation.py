@@ -713,7 +713,7 @@ def test_settings_survive_saving(tmp_path):
 
 
 def test_the_hook_can_be_undone_and_leaves_other_assistants_alone():
-    """Installing twice wraps once; another model as assistant takes transformers' own road."""
+    """Installing twice wraps once; another model as assistant takes transformers' own path."""
     wrapped = GenerationMixin._assisted_decoding
     install()
     assert GenerationMixin._assisted_decoding is wrapped

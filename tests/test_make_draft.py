@@ -2,8 +2,10 @@
 
 import json
 import re
+import time
 
 import pytest
+from rich.console import Console
 from tiny_models import chat_tokenizer, save_chat_target, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Chunks and answers of a few tokens."""
-    for name, value in {"FIRST_TOKENS": 200, "_ANSWER_TOKENS": 16, "_TRIAL_CONVERSATIONS": 8, "_FEWEST_EPOCHS": 0.5}.items():
+    for name, value in {"FEWEST_TOKENS": 400, "_ANSWER_TOKENS": 24, "_FEWEST_EPOCHS": 0.5}.items():
         monkeypatch.setattr(make_draft, name, value)
 
 
@@ -53,7 +55,7 @@ def test_a_draft_is_made_from_a_name(model):
     draft = PrismDraftModel.from_pretrained(made)
     assert draft.config.target_fingerprint["vocab_size"] == 97
     metrics = json.loads((made / "metrics.json").read_text())
-    assert metrics["generate"][0]["summary"]["num_prompts"] == 3
+    assert f"greedy, 8 new tokens, {metrics['generate'][0]['summary']['num_prompts']} prompt(s)" in output
     record = json.loads((made / "training.json").read_text())
     assert record["command"].startswith("transformers-prism make-draft model --output made")
     again = run(model)
@@ -76,7 +78,6 @@ def stop_at(monkeypatch, place, name: str, call: int) -> None:
 
 PLACES = [
     (synthesis.Synthesizer, "_append", 150),
-    (make_draft.Run, "_vocab_size", 1),
     (train.AlignedTrainer, "compute_loss", 1),
     (train.AlignedTrainer, "compute_loss", 3),
     (train, "_save_run", 1),
@@ -128,7 +129,7 @@ def test_a_chat_template_can_be_given(tmp_path):
     write_lines(tmp_path / "prompts.jsonl", prompts)
     options = ("--chat-template", tmp_path / "template.jinja", "--prompts", tmp_path / "prompts.jsonl")
     assert "with made" in run(model, *options)
-    settings = json.loads((tmp_path / "made.work" / "data-0" / "provenance.json").read_text())
+    settings = json.loads((tmp_path / "made.work" / "data" / "provenance.json").read_text())
     assert settings["source"] == "30 given prompts"
 
 
@@ -146,14 +147,54 @@ def test_other_settings_do_not_resume(model, monkeypatch):
 
 
 def test_epochs_fit_into_the_time(tmp_path):
-    """By the seconds of the trial's updates; not more than teach anything, and not none."""
-    settings = {"minutes": 10, "model": "x"}
-    run = make_draft.Run(tmp_path / "made", settings, None)
-    run.steps["synthesis 0"] = {"num_conversations": 400, "num_tokens": 1, "seconds": 270.0}
-    trial = {"updates": {"single_step": [4, 4.0], "warm_up": [4, 12.0]}}
-    # 240 seconds are left of 510, and an epoch has 100 updates of 1 and 3 seconds.
-    assert run._epochs(trial) == {"single_step_epochs": 1.44, "warm_up_epochs": pytest.approx(0.5)}
-    run.steps["synthesis 0"]["seconds"] = 509.0
+    """By the seconds of the trial's updates and what else it took; not more than teach anything, and not none."""
+    run = make_draft.Run(tmp_path / "made", {"minutes": 10, "model": "x"}, None)
+    run.steps["synthesis"] = {"num_conversations": 400, "num_tokens": 1, "seconds": 200.0}
+    trial = {"updates": {"single_step": [4, 4.0], "warm_up": [4, 12.0]}, "rest_seconds": 14.0, "seconds": 60.0}
+    run.steps["hidden states and trial"] = trial
+    # 236 seconds are left of 510 with what loading and validation took, and an epoch has 100 updates of 1 and 3 seconds.
+    assert run._epochs(trial) == {"single_step_epochs": 1.42, "warm_up_epochs": pytest.approx(0.5)}
+    run.steps["synthesis"]["seconds"] = 509.0
     assert run._epochs(trial)["warm_up_epochs"] == 0.5
-    fast = {"updates": {"single_step": [4, 0.004], "warm_up": [4, 0.004]}}
+    fast = {**trial, "updates": {"single_step": [4, 0.004], "warm_up": [4, 0.004]}}
+    run.steps["synthesis"]["seconds"] = 200.0
     assert run._epochs(fast) == {"single_step_epochs": pytest.approx(6.0), "warm_up_epochs": pytest.approx(4.0)}
+
+
+def test_the_time_of_an_interrupted_step_counts(tmp_path):
+    """Also in the process that resumes it, and the step's own seconds are of both."""
+    run = make_draft.Run(tmp_path / "made", {"minutes": 10, "model": "x"}, Console(quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        run.step("synthesis", interrupted)
+    assert run.spent() >= 0.05
+    again = make_draft.Run(tmp_path / "made", {"minutes": 10, "model": "x"}, Console(quiet=True))
+    assert again.spent() == run.spent()
+    assert again.step("synthesis", dict)["seconds"] >= 0.05
+    assert again.spent() == again.steps["synthesis"]["seconds"]
+    assert not again.interrupted
+
+
+def interrupted() -> dict:
+    """A step that takes some time until somebody stops it."""
+    time.sleep(0.06)
+    raise KeyboardInterrupt
+
+
+def test_openings_are_the_same_whenever_they_are_asked_for():
+    """By number alone, so that a resumed run continues with those that the first one began with."""
+    target, tokenizer = tiny_target("llama", seed=3), word_tokenizer()
+    openings = make_draft.Openings(target, tokenizer)
+    first = openings[:20]
+    assert openings[3] == first[3]
+    assert make_draft.Openings(target, tokenizer)[18] == first[18]
+    assert len({chat[0]["content"] for chat in first}) > 10
+    assert all(chat[0]["role"] == "user" and chat[0]["content"] for chat in first)
+
+
+def test_a_missing_extra_is_said_before_anything_runs(model, monkeypatch):
+    """The one that is needed, with what to install; others do not matter here."""
+    monkeypatch.setattr("transformers_prism.cli.doctor._version", lambda name: None if name in ("pyarrow", "gradio") else "1")
+    result = CliRunner().invoke(app, words(model))
+    assert result.exit_code == 1
+    assert "expected the extra 'train', got a part of it or none; pip install accelerate datasets matplotlib pyarrow" in result.stderr
+    assert "gradio" not in result.stderr

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import PAD_ID, prompts, tiny_draft, tiny_target
+from typer.testing import CliRunner
 
+from benchmarks.memory import WAYS, app
 from transformers_prism.decoding.tree_target import TreeTarget
 from transformers_prism.modeling_prism import PrismDraftModel
 
@@ -111,3 +113,13 @@ def test_memory_of_the_page_s_example(formulas):
     assert formulas["cache_bytes"](30, 1, 3, 64, 1, 4) == 46_080
     assert round(46_080 * 8192 / 1e6) == 377
     assert torch.float32.itemsize == 4
+
+
+@pytest.mark.slow
+def test_peak_memory_is_measured_in_processes_of_their_own(tiny_folders):
+    """A row for each way of decoding, each with what its own process took."""
+    arguments = ["--target", tiny_folders[0], "--draft", tiny_folders[1], "--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    for way in WAYS:
+        assert re.search(rf"^ ?{way} +\d+ *$", result.output, flags=re.MULTILINE), result.output

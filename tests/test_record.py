@@ -64,3 +64,10 @@ def test_a_module_is_recorded_as_it_was_started(monkeypatch):
     monkeypatch.setattr("__main__.__spec__", ModuleSpec("benchmarks.training", None), raising=False)
     monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/training.py", "--json", "/home/me/training.json"])
     assert this_command() == "python -m benchmarks.training --json training.json"
+
+
+@pytest.mark.quick
+def test_a_recorded_command_can_be_copied_into_a_shell():
+    """Words with spaces are quoted, trees stay whole, folders go."""
+    words = ["python -m x", "--label", "59/6/10, prepared", "--json", "/tmp/a/result.json"]
+    assert command_line(words) == "python -m x --label '59/6/10, prepared' --json result.json"

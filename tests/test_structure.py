@@ -176,3 +176,33 @@ def test_structure_public_things_have_docstrings(path):
 def _overrides(node) -> bool:
     """Whether a method says that it takes the place of one that has its documentation elsewhere."""
     return any(isinstance(one, ast.Name) and one.id == "override" for one in node.decorator_list)
+
+
+def imported_at_once(name: str) -> set[str]:
+    """Files of ours that are imported together with a file: by imports outside of functions and conditions, and theirs."""
+    found, waiting = set(), [name]
+    while waiting:
+        path = PACKAGE / f"{waiting.pop().replace('.', '/')}.py"
+        folder = name_of(path).split(".")[:-1]
+        for node in parsed(path).body:
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == PACKAGE.name):
+                base = folder[: len(folder) - node.level + 1] if node.level else []
+                module = (node.module or "").removeprefix(PACKAGE.name).removeprefix(".")
+                module = ".".join([*base, *module.split(".")]).strip(".")
+                names = {module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)}
+                names = {one for one in names if (PACKAGE / f"{one.replace('.', '/')}.py").is_file()} - found
+                found |= names
+                waiting += names
+    return found
+
+
+@pytest.mark.quick
+def test_structure_a_start_imports_little():
+    """`import transformers_prism` reads no other forms of drafts, and `--help` imports nothing of what commands do."""
+    package = imported_at_once("__init__")
+    assert "modeling_prism" in package
+    assert not {name for name in package if room_of(name) in ("conversion", "training", "bench", "cli")}
+    command = imported_at_once("cli.main")
+    assert "cli.decode" in command
+    assert not command & {"cli.demo", "cli.doctor", "cli.make_draft", "cli.web"}
+    assert not {name for name in command if room_of(name) in ("bench", "conversion")}

@@ -59,7 +59,7 @@ def chats(num_chats: int, num_turns: int = 1):
 
 
 def run(target, folder, given=None, **overrides):
-    arguments = {name: overrides.pop(name) for name in ("contamination", "part", "report") if name in overrides}
+    arguments = {name: overrides.pop(name) for name in ("contamination", "part", "report", "is_over") if name in overrides}
     config = SynthesisConfig(**{"num_tokens": 1500, **SETTINGS, **overrides})
     return synthesize(target, chat_tokenizer(), config, folder, given, **arguments)
 
@@ -191,15 +191,40 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, target):
 
         return report
 
-    for num_reports in (3, 70, 90):
+    for num_reports in (3, 40, 70):
         with pytest.raises(KeyboardInterrupt):
             run(target, tmp_path / "cut", num_tokens=6000, report=stop_after(num_reports))
+        if num_reports == 40:  # of a shard of 64, what was decided is kept
+            assert len(indices(tmp_path / "cut")) > 5
     # What was being written when the process died does not count.
     (tmp_path / "cut" / "part-000-00001.1234").write_bytes(b"half a shard")
-    assert run(target, tmp_path / "cut", num_tokens=6000) == whole
+    cut = run(target, tmp_path / "cut", num_tokens=6000)
+    assert {**cut, "num_shards": whole["num_shards"]} == whole
     assert written(tmp_path / "cut") == expected
     # A run that has ended writes nothing more.
-    assert run(target, tmp_path / "cut", num_tokens=6000) == whole
+    assert run(target, tmp_path / "cut", num_tokens=6000) == cut
+
+
+def test_a_run_ends_when_its_time_is_over(tmp_path, target):
+    """Answers end where they are and are kept; what had no answer is left out; nothing more is written later."""
+    num_asked = 0
+
+    def is_over():
+        nonlocal num_asked
+        num_asked += 1
+        return num_asked > 60
+
+    summary = run(target, tmp_path / "timed", num_tokens=10**9, is_over=is_over)
+    found = written(tmp_path / "timed")
+    assert summary["num_conversations"] == len(found) > 0
+    whole = run(target, tmp_path / "whole", num_tokens=6000)
+    assert whole["num_tokens"] > summary["num_tokens"]
+    # Each is the beginning of what a run with more time writes, and ends with an answer.
+    longer = {index: one.input_ids for index, one in zip(indices(tmp_path / "whole"), written(tmp_path / "whole"), strict=True)}
+    for index, one in zip(indices(tmp_path / "timed"), found, strict=True):
+        assert one.input_ids == longer[index][: len(one.input_ids)]
+        assert one.assistant_spans[-1][1] == len(one.input_ids)
+    assert run(target, tmp_path / "timed", num_tokens=10**9) == summary
 
 
 def test_conversations_do_not_depend_on_the_batch(tmp_path, target):

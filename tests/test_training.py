@@ -440,7 +440,7 @@ def test_log_is_a_table():
     view.on_log(None, state, None, logs={"eval_tau": 1.875, "eval_agreement_0": 0.5, "eval_agreement_1": 0.25})
     view.on_train_end(None, state, None)
     text = console.file.getvalue()
-    for shown in ("validation at update 4: agreement by step 0.5 0.25; tau 1.875", "4 of 10 updates", " left"):
+    for shown in ("validation at update 4: top-1 accuracy by step 0.5 0.25; tau 1.875", "4 of 10 updates", " left"):
         assert shown in text
     assert re.search(r" +update +loss +token loss by step\n", text)
     assert re.search(r" +4 +1.25 +2.5 2.75\n", text)

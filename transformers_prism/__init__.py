@@ -1,13 +1,17 @@
 """PRISM drafts for lossless speculative decoding in transformers: `target.generate(**inputs, assistant_model=draft)`."""
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_prism import PrismConfig
-from .conversion.forms import load_draft
 from .cpu import prepare_for_cpu
 from .generation import install, uninstall
 from .modeling_prism import PrismDraftModel
 from .tried_releases import warn_of_untried_release
+
+if TYPE_CHECKING:
+    from .conversion.forms import load_draft
 
 
 def _write_card(folder):
@@ -25,5 +29,14 @@ warn_of_untried_release()
 AutoConfig.register("prism", PrismConfig, exist_ok=True)
 AutoModel.register(PrismConfig, PrismDraftModel, exist_ok=True)
 AutoModelForCausalLM.register(PrismConfig, PrismDraftModel, exist_ok=True)
+
+
+def __getattr__(name: str):
+    if name == "load_draft":  # reads other forms with files that nothing else needs
+        from .conversion.forms import load_draft
+
+        return load_draft
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["PrismConfig", "PrismDraftModel", "install", "load_draft", "prepare_for_cpu", "uninstall"]

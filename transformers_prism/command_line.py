@@ -1,6 +1,7 @@
 """The command behind a figure or a draft, and versions, as their records tell them."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ _PART = re.compile(r"[^,=]*/[^,=]*")
 
 
 def command_line(argv: list[str]) -> str:
-    """A command without the folders of this machine; trees such as 59/6/10 stay whole."""
-    return " ".join(_PART.sub(lambda part: part[0] if _TREE.fullmatch(part[0]) else Path(part[0]).name, word) for word in argv)
+    """A command without the folders of this machine, to be copied into a shell; trees such as 59/6/10 stay whole."""
+    words = (_PART.sub(lambda part: part[0] if _TREE.fullmatch(part[0]) else Path(part[0]).name, word) for word in argv)
+    return " ".join(shlex.quote(word) if " " in word and place else word for place, word in enumerate(words))
 
 
 def this_command() -> str:

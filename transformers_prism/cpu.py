@@ -302,14 +302,14 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     Returns:
         `PreparedModels`: with `undo()`, `refresh()`, and `num_bytes`, the memory that the copies take.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    has_packed_products = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not has_packed_products and any(map(_packable, models)):
         warnings.warn("expected a build of torch with oneDNN, got one without; nothing was prepared", stacklevel=2)
         return PreparedModels([])
     prepared, checks = [], []
     for model in models:
         is_draft = isinstance(model, PreTrainedModel) and model.config.model_type == "prism"
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_packed(module)]
-        packed = [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in linears]
+        packed = [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in _packable(model)]
         prepared += packed
         # A draft's are checked when it is bound, once in a call.
         if packed and not is_draft:
@@ -356,6 +356,10 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
                 product(linear, input)
             taken.append(time.perf_counter() - start)
     return min(seconds[PackedLinear.packed_product]) < min(seconds[nn.Linear.forward])
+
+
+def _packable(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_packed(module)]
 
 
 def _can_be_packed(linear: nn.Linear) -> bool:

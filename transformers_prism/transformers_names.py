@@ -184,7 +184,7 @@ def serve_parts() -> SimpleNamespace:
     if missing:
         raise ImportError(
             f"expected the packages of the extra 'serve', got none named {', '.join(missing)}; "
-            "pip install 'transformers-prism[serve]'"
+            "pip install 'transformers[serving]'"
         )
     with errors_tell_of_untried_release():
         from transformers.cli.serving import (

@@ -8,10 +8,12 @@ import typer
 from transformers_prism.cli.options import (
     ADVANCED,
     COST,
+    AnswerTokensOption,
     Commands,
     JsonOption,
     PackedOption,
     RepetitionPenaltyOption,
+    RunSeedOption,
     TargetOption,
     TemperatureOption,
     TopPOption,
@@ -23,16 +25,20 @@ from transformers_prism.whole_files import write_json
 
 bench_app = Commands(help="Measure: decoding with and without a draft, or a round's cost.")
 
-PromptsOption = Annotated[Path, typer.Option(help="Prompts or chats in any usual shape (docs/data-formats.md), as Spec-Bench's question_id, category, turns.")]
-MeasuredDraftOption = Annotated[
-    str | None,
+PromptsOption = Annotated[
+    Path,
     typer.Option(
-        help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False
+        help="Prompts or chats in any usual shape (docs/data-formats.md), as Spec-Bench's question_id, category, turns."
     ),
 ]
+MeasuredDraftOption = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False),
+]
+NumPromptsOption = Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.", rich_help_panel=COST)]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Measure only what the file lacks.", rich_help_panel=ADVANCED)]
 UpdateCardOption = Annotated[
-    Path | None,
-    typer.Option(help="Draft's folder whose card takes these figures.", show_default=False, rich_help_panel=ADVANCED),
+    Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False, rich_help_panel=ADVANCED)
 ]
 
 
@@ -59,19 +65,25 @@ for _name in ("page", "training", "synthesize", "scaling"):
 def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
     """Refuse to resume, or to put into a card, what is in no file."""
     if (resume or update_card) and json_file is None:
-        raise ValueError(f"expected --json beside {'--resume' if resume else '--update-card'}, got none")
+        raise ValueError(f"expected --json with {'--resume' if resume else '--update-card'}, got none")
 
 
-def _load_draft(name: str | None, target):
-    """A draft by name, the shipped one without, and the hash of its weights; "random" is an untrained one."""
+def _load(prompts: Path, num_prompts: int | None, target: str | None, draft: str | None) -> tuple:
+    """All prompts of a file and those that are measured (None: up to twelve), then target, tokenizer, draft, and the hash of
+    its weights; the draft "random" is an untrained one."""
     from transformers_prism.bench.methods import random_draft
+    from transformers_prism.bench.prompts import choose_prompts, read_prompts
     from transformers_prism.bench.record import UNTRAINED
     from transformers_prism.cli.demo import SHIPPED_DRAFT, load_draft
     from transformers_prism.hub.files import weights_sha256
+    from transformers_prism.target import load_target
 
-    if name == UNTRAINED:
-        return random_draft(target, num_modules=2, tree_settings={"tree": "auto"}).bind(target), name
-    return load_draft(name or SHIPPED_DRAFT, target), weights_sha256(name or SHIPPED_DRAFT)
+    records = read_prompts(prompts)
+    chosen = choose_prompts(records, min(12, len(records) // 2) if num_prompts is None else num_prompts)
+    model, tokenizer = load_target(target)
+    if draft == UNTRAINED:
+        return records, chosen, model, tokenizer, random_draft(model, 2, {"tree": "auto"}).bind(model), draft
+    return records, chosen, model, tokenizer, load_draft(draft or SHIPPED_DRAFT, model), weights_sha256(draft or SHIPPED_DRAFT)
 
 
 def _update_card(folder: Path | None, measurement: Path | None) -> None:
@@ -100,35 +112,27 @@ def bench_generate_command(
     assistant: Annotated[
         str | None,
         typer.Option(
-            help="For assisted: Hub id or folder, or 'random' for a tiny one.",
-            show_default=False,
-            rich_help_panel=ADVANCED,
+            help="For assisted: Hub id or folder, or 'random' for a tiny one.", show_default=False, rich_help_panel=ADVANCED
         ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.", rich_help_panel=COST)] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 128,
+    num_prompts: NumPromptsOption = 8,
+    max_new_tokens: AnswerTokensOption = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.", rich_help_panel=COST)] = 1,
     context: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Bring prompts to this number of tokens, by text of other prompts.", show_default=False
-        ),
+        typer.Option(min=1, help="Bring prompts to this number of tokens, by text of other prompts.", show_default=False),
     ] = None,
     repeat: Annotated[
         int, typer.Option(min=1, help="Runs of each method per prompt, in turn; medians count.", rich_help_panel=COST)
     ] = 3,
-    warm_up: Annotated[
-        int, typer.Option(min=0, help="Short runs of each method beforehand.", rich_help_panel=COST)
-    ] = 1,
+    warm_up: Annotated[int, typer.Option(min=0, help="Short runs of each method beforehand.", rich_help_panel=COST)] = 1,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
-    seed: Annotated[int, typer.Option(help="Set before every run.", rich_help_panel=ADVANCED)] = 0,
+    seed: RunSeedOption = 0,
     packed: PackedOption = True,
     json_file: JsonOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Measure only the prompts that the file lacks.", rich_help_panel=ADVANCED)
-    ] = False,
+    resume: ResumeOption = False,
     update_card: UpdateCardOption = None,
 ):
     """Decode prompts in several ways, in turn: identity, acceptance length, milliseconds of a round, rates.
@@ -140,40 +144,16 @@ def bench_generate_command(
     from transformers_prism.bench.figures import result_tables
     from transformers_prism.bench.measurement import GenerateMeasurement
     from transformers_prism.bench.methods import parse_methods
-    from transformers_prism.bench.prompts import choose_prompts, read_prompts
     from transformers_prism.cli.demo import chat_inputs
-    from transformers_prism.target import load_target
 
     console = Console()
     _check_file(json_file, resume, update_card)
     methods = parse_methods(method or ["draft"], packed, batch_size)
-    records = read_prompts(prompts)
-    chosen = choose_prompts(records, num_prompts)
-    target_model, tokenizer = load_target(target)
-    measured_draft, weights = _load_draft(draft, target_model)
-    measurement = GenerateMeasurement(
-        methods=methods,
-        generate=sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty),
-        prompts=prompts.name,
-        batch_size=batch_size,
-        context=context,
-        repeat=repeat,
-        warm_up=warm_up,
-        seed=seed,
-        assistant=assistant,
-    )
-    figures = measurement.run(
-        target_model,
-        tokenizer,
-        measured_draft,
-        weights,
-        chat_inputs,
-        chosen,
-        records,
-        json_file,
-        resume,
-        console,
-    )
+    generate = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, num_prompts, target, draft)
+    measurement = GenerateMeasurement(methods, generate, prompts.name, batch_size, context, repeat, warm_up, seed, assistant)
+    models = (model, tokenizer, model_draft, weights)
+    figures = measurement.run(*models, chat_inputs, chosen, records, json_file, resume, console)
     for table in result_tables(figures["methods"], f"median of {repeat}, batch {batch_size}"):
         console.print(table)
     report_file(json_file)
@@ -192,11 +172,9 @@ def bench_acceptance_command(
     temperature: Annotated[
         list[float] | None, typer.Option(min=0.0, help="0 is greedy; repeat it for several. 0 and 0.8 if absent.")
     ] = None,
-    num_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts, spread over the tasks.", rich_help_panel=COST)
-    ] = 48,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 128,
-    seed: Annotated[int, typer.Option(help="Set before every answer.", rich_help_panel=ADVANCED)] = 0,
+    num_prompts: NumPromptsOption = 48,
+    max_new_tokens: AnswerTokensOption = 128,
+    seed: RunSeedOption = 0,
     coupled: Annotated[
         bool,
         typer.Option(
@@ -215,9 +193,7 @@ def bench_acceptance_command(
     ] = None,
     packed: PackedOption = True,
     json_file: JsonOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Measure only the trees that the file lacks.", rich_help_panel=ADVANCED)
-    ] = False,
+    resume: ResumeOption = False,
     update_card: UpdateCardOption = None,
 ):
     """Acceptance length of fixed trees, greedy and sampled; nothing is timed, and n-grams take no part."""
@@ -225,9 +201,8 @@ def bench_acceptance_command(
 
     from transformers_prism.bench.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
     from transformers_prism.bench.figures import table_of
-    from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
+    from transformers_prism.bench.prompts import task_of
     from transformers_prism.cli.demo import chat_inputs
-    from transformers_prism.target import load_target
     from transformers_prism.training.progress_bar import ProgressBar
 
     console = Console()
@@ -242,9 +217,7 @@ def bench_acceptance_command(
         "packed": packed,
     }
     _check_file(json_file, resume, update_card)
-    chosen = choose_prompts(read_prompts(prompts), num_prompts)
-    model, tokenizer = load_target(target)
-    model_draft, weights = _load_draft(draft, model)
+    _, chosen, model, tokenizer, model_draft, weights = _load(prompts, num_prompts, target, draft)
     if text_tokens is not None:
         model_draft.generation_config.tree_text_tokens = text_tokens
     settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
@@ -296,8 +269,7 @@ def bench_rounds_command(
     ] = None,
     num_rounds: Annotated[int, typer.Option(min=1, help="Rounds at each context.", rich_help_panel=COST)] = 60,
     label: Annotated[
-        str | None,
-        typer.Option(help="What the page calls this profile.", show_default=False, rich_help_panel=ADVANCED),
+        str | None, typer.Option(help="What the page calls this profile.", show_default=False, rich_help_panel=ADVANCED)
     ] = None,
     packed: PackedOption = True,
     json_file: JsonOption = None,
@@ -308,38 +280,26 @@ def bench_rounds_command(
 
     from transformers_prism.bench.figures import table_of
     from transformers_prism.bench.methods import Contest, parse_methods
-    from transformers_prism.bench.prompts import choose_prompts, contexts_of, read_prompts
+    from transformers_prism.bench.prompts import contexts_of
     from transformers_prism.bench.record import write_record
     from transformers_prism.bench.rounds import profile_rounds, profile_rows, weight_bytes
     from transformers_prism.cli.demo import chat_inputs
-    from transformers_prism.target import load_target
 
     console = Console()
     (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
     if not chosen.uses_draft:
         raise ValueError(f"method: expected one with a draft, got {method!r}")
-    records = read_prompts(prompts)
-    measured = choose_prompts(records, min(12, len(records) // 2))
-    model, tokenizer = load_target(target)
-    measured_draft, weights = _load_draft(draft, model)
+    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, None, target, draft)
     contest = Contest(model, measured_draft, None, [chosen], max_length=1)
     contest.enter(chosen)
     profiles = []
     for length in context or [128, 4096]:
-        inputs = contexts_of(
-            tokenizer, records, measured, length, lambda text: chat_inputs(tokenizer, text, model.device)
-        )
+        inputs = contexts_of(tokenizer, records, measured, length, lambda text: chat_inputs(tokenizer, text, model.device))
         profile = profile_rounds(model, contest.drafts[method], inputs, num_rounds)
         profiles.append({"context": length, **profile})
     figures = {"profiles": profiles, "bytes": weight_bytes(model, contest.drafts[method])}
     contest.close()
     console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"))
-    settings = {
-        "method": method,
-        "label": label,
-        "prompts": prompts.name,
-        "num_rounds": num_rounds,
-        "packed": packed,
-    }
+    settings = {"method": method, "label": label, "prompts": prompts.name, "num_rounds": num_rounds, "packed": packed}
     write_record(json_file, "rounds", model, settings, figures, weights)
     report_file(json_file)

@@ -14,8 +14,7 @@ def add_to(app: Commands) -> None:
 
 def convert(
     source: Annotated[
-        str,
-        typer.Argument(help="Folder or Hub id: a draft from another package with --from, a PRISM draft with --to."),
+        str, typer.Argument(help="Folder or Hub id: a draft from another package with --from, a PRISM draft with --to.")
     ],
     destination: Annotated[str, typer.Argument(help="Folder to write; must be empty or not exist.")],
     from_form: Annotated[
@@ -38,9 +37,7 @@ def convert(
     ] = "prefill_module",
     num_target_layers: Annotated[
         int | None,
-        typer.Option(
-            help="With --from: decoder layers of the target, where --target is not given.", rich_help_panel=ADVANCED
-        ),
+        typer.Option(help="With --from: decoder layers of the target, where --target is not given.", rich_help_panel=ADVANCED),
     ] = None,
 ):
     """Convert a draft from another package, or a PRISM draft for one; all but prism-artifact is experimental."""

@@ -1,5 +1,6 @@
-"""The commands that decode with a draft: `demo`, `generate` and `verify`."""
+"""The commands that decode with a draft: `demo`, `doctor`, `generate` and `verify`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +9,13 @@ import typer
 from transformers_prism.cli.options import (
     ADVANCED,
     COST,
+    AnswerTokensOption,
     Commands,
     DraftOption,
     JsonOption,
     PackedOption,
     RepetitionPenaltyOption,
+    RunSeedOption,
     SeedOption,
     TargetOption,
     TemperatureOption,
@@ -25,6 +28,7 @@ from transformers_prism.cli.options import (
 def add_to(app: Commands) -> None:
     """Add the commands to the command line."""
     app.command("demo")(demo)
+    app.command("doctor")(doctor)
     app.command("generate")(generate)
     app.command("verify")(verify)
 
@@ -47,6 +51,36 @@ def demo(
     from transformers_prism.cli.demo import run_demo
 
     run_demo(target, draft, max_new_tokens, packed, Console())
+
+
+def doctor(
+    target: TargetOption = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a draft; without one an untrained draft is tried.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the trial.", rich_help_panel=COST)] = 64,
+    packed: PackedOption = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write the findings to.", rich_help_panel=ADVANCED)
+    ] = None,
+):
+    """Check this machine, a target and a draft: versions, tokenizer, memory, way of verifying, expected gain.
+
+    Exits with 0 if drafts can be used here, else with 1.
+    """
+    from rich.console import Console
+
+    from transformers_prism.cli.doctor import examine, findings_table, has_failed
+    from transformers_prism.whole_files import write_json
+
+    console, findings = Console(), []
+    for one in examine(target, draft, max_new_tokens, packed):
+        findings.append(one)
+        console.print(findings_table([one]))
+    if json_file is not None:
+        write_json(json_file, {"findings": [asdict(one) for one in findings], "works": not has_failed(findings)})
+        report_file(json_file)
+    raise typer.Exit(1 if has_failed(findings) else 0)
 
 
 def generate(
@@ -78,8 +112,8 @@ def verify(
         Path | None, typer.Option(help="Prompts or chats in any usual shape (docs/data-formats.md); three questions if absent.")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.", rich_help_panel=COST)] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)] = 64,
-    seed: Annotated[int, typer.Option(help="Set before every run.", rich_help_panel=ADVANCED)] = 0,
+    max_new_tokens: AnswerTokensOption = 64,
+    seed: RunSeedOption = 0,
     json_file: JsonOption = None,
 ):
     """Check that a draft is lossless here, on every path of generate(), with a broken verifier that each must catch.

@@ -1,5 +1,6 @@
 """What a terminal shows: text as it is decoded, with accepted and bonus tokens in two colours, and a table of figures."""
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -112,34 +113,59 @@ def load_draft(folder: str | Path, target: PreTrainedModel) -> PrismDraftModel:
 
 
 def load_pair(
-    target_name: str | None, draft_folder: str | None, use_packed_weights: bool = False
+    target_name: str | None,
+    draft_name: str | None,
+    packed: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrismDraftModel]:
     """A target with its tokenizer, and a draft bound to it.
 
     Args:
         target_name (`str`, *optional*): as for [`load_target`]; None is the demo target.
-        draft_folder (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
-        use_packed_weights (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
+        draft_name (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
+        packed (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
+        device (`str` or `torch.device`), dtype (`torch.dtype`): of both models.
     """
-    target, tokenizer = load_target(target_name)
-    draft = load_draft(draft_folder or SHIPPED_DRAFT, target)
-    if use_packed_weights:
+    with _naming("target", target_name):
+        target, tokenizer = load_target(target_name, dtype)
+    target.to(device)
+    with _naming("draft", draft_name):
+        draft = load_draft(draft_name or SHIPPED_DRAFT, target)
+    if packed:
         prepare_for_cpu(target, draft)
     return target, tokenizer, draft
 
 
+@contextlib.contextmanager
+def _naming(kind: str, name: str | None):
+    """Let an error about a file or a repository say which name was asked for; transformers' own may not."""
+    try:
+        yield
+    except OSError as error:
+        if name is None or name in str(error):
+            raise
+        raise OSError(f"expected a {kind} at {name!r}, a folder or a name on the Hub, got: {error}") from error
+
+
+def answer_once(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: PrismDraftModel) -> None:
+    """A short answer in which costs are measured, so that the first one that somebody waits for does not."""
+    inputs = chat_inputs(tokenizer, "Hello!", target.device)
+    target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=draft)
+
+
 def run_demo(
-    target_name: str | None, draft_folder: str | None, max_new_tokens: int, use_packed_weights: bool, console: Console
+    target_name: str | None, draft_folder: str | None, max_new_tokens: int, packed: bool, console: Console
 ) -> None:
     """Answer three prompts with and without the draft: text that streams, then a table.
 
     Args:
-        target_name, draft_folder, use_packed_weights: as for [`load_pair`].
+        target_name, draft_folder, packed: as for [`load_pair`].
         max_new_tokens (`int`): tokens per answer.
         console (`rich.console.Console`): where to print.
     """
-    _log_to(console)
-    target, tokenizer, draft = load_pair(target_name, draft_folder, use_packed_weights)
+    log_to(console)
+    target, tokenizer, draft = load_pair(target_name, draft_folder, packed)
     console.print(f"Target: {name_of(target.config)}. Draft: {draft_folder or SHIPPED_DRAFT.name}.", soft_wrap=True)
     console.print(_legend())
     target.generate(**chat_inputs(tokenizer, "Hello!", target.device), max_new_tokens=8, do_sample=False)
@@ -151,23 +177,23 @@ def run_demo(
         target.generate(**inputs, **settings, assistant_model=draft, streamer=RoundStreamer(console, tokenizer))
         comparisons.append(compare(target, draft, inputs, settings, prompt))
     console.print()
-    weights = "weights packed for the CPU, for both ways" if use_packed_weights else "weights as loaded"
+    weights = "weights packed for the CPU, for both ways" if packed else "weights as loaded"
     console.print(comparison_table(comparisons, f"greedy decoding, {weights}"))
 
 
 def run_generate(
-    target_name, draft_folder, prompt: str, settings: dict, use_packed_weights: bool, console: Console
+    target_name, draft_folder, prompt: str, settings: dict, packed: bool, console: Console
 ) -> None:
     """Answer one prompt with a draft and say how it went.
 
     Args:
-        target_name, draft_folder, use_packed_weights: as for [`load_pair`].
+        target_name, draft_folder, packed: as for [`load_pair`].
         prompt (`str`): the user's turn.
         settings (`dict`): further arguments of generate().
         console (`rich.console.Console`): where to print.
     """
-    _log_to(console)
-    target, tokenizer, draft = load_pair(target_name, draft_folder, use_packed_weights)
+    log_to(console)
+    target, tokenizer, draft = load_pair(target_name, draft_folder, packed)
     console.print(_legend())
     inputs = chat_inputs(tokenizer, prompt, target.device)
     streamer = RoundStreamer(console, tokenizer)
@@ -245,7 +271,7 @@ def _legend() -> Text:
     )
 
 
-def _log_to(console: Console) -> None:
+def log_to(console: Console) -> None:
     """Show what loading the target does (a download, a conversion) where the text goes."""
     logger = logging.getLogger("transformers_prism")
     if not logger.handlers:
@@ -255,4 +281,7 @@ def _log_to(console: Console) -> None:
         logger.setLevel(logging.INFO)
 
 
-__all__ = ["Comparison", "RoundStreamer", "chat_inputs", "compare", "comparison_table", "load_draft", "run_demo", "run_generate"]
+__all__ = [
+    "Comparison", "RoundStreamer", "answer_once", "chat_inputs", "compare", "comparison_table", "load_draft", "load_pair", "log_to",
+    "run_demo", "run_generate",
+]

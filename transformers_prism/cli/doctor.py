@@ -1,41 +1,38 @@
-"""The command `doctor`: whether drafts work on this machine with this target, and what they can be expected to gain."""
+"""What `doctor` finds: whether drafts work on this machine with this target, and what they can be expected to gain."""
 
 import importlib.metadata
+import itertools
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from huggingface_hub import constants
-from rich import box
-from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from transformers_prism.bench.methods import random_draft
 from transformers_prism.cli.demo import PROMPTS, chat_inputs, compare, load_draft
-from transformers_prism.cli.options import ADVANCED, COST, Commands, PackedOption, TargetOption, report_file
+from transformers_prism.cli.options import EXTRAS
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.policy.costs import costs_path
-from transformers_prism.target import HUB_TIMEOUT_SECONDS, check_folder, hub_answers, load_target, read_target_config
+from transformers_prism.target import (
+    HUB_TIMEOUT_SECONDS,
+    check_folder,
+    find_device,
+    hub_answers,
+    load_target,
+    num_parameters,
+    read_target_config,
+)
 from transformers_prism.training.data.templates import between_turns
 from transformers_prism.transformers_names import name_of
 from transformers_prism.tried_releases import TRIED_TRANSFORMERS, untried_release
-from transformers_prism.whole_files import write_json
 
 _GIB = 2**30
 _STYLES = {"ok": "green", "note": "yellow", "fails": "bold red"}
-# What commands need beyond the package itself, by extra.
-_EXTRAS = {
-    "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
-    "gguf": ("gguf",),
-    "triton": ("triton",),
-    "serve": ("fastapi", "uvicorn", "openai"),
-    "web": ("gradio",),
-}
 
 
 @dataclass(frozen=True)
@@ -47,35 +44,20 @@ class Finding:
     text: str
 
 
-def add_to(app: Commands) -> None:
-    """Add the command to the command line."""
-    app.command("doctor")(doctor)
+def examine(target: str | None, draft: str | None, max_new_tokens: int, packed: bool) -> Iterator[Finding]:
+    """All that `doctor` finds, one after the other; models are loaded only where nothing stands in the way.
 
-
-def doctor(
-    target: TargetOption = None,
-    draft: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a draft; without one an untrained draft is tried.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the trial.", rich_help_panel=COST)] = 64,
-    packed: PackedOption = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="File to write the findings to.", rich_help_panel=ADVANCED)
-    ] = None,
-):
-    """Check this machine, a target and a draft: versions, tokenizer, memory, way of verifying, expected gain.
-
-    Exits with 0 if drafts can be used here, else with 1.
+    Args:
+        target (`str`, *optional*), draft (`str`, *optional*): names; without a draft an untrained one is tried.
+        max_new_tokens (`int`): of the trial.
+        packed (`bool`): pack the weights for the CPU, as for [`prepare_for_cpu`].
     """
-    findings = machine_findings()
-    findings += target_findings(target)
-    if not has_failed(findings):
-        findings += trial_findings(target, draft, max_new_tokens, packed)
-    Console().print(findings_table(findings))
-    if json_file is not None:
-        write_json(json_file, {"findings": [asdict(one) for one in findings], "works": not has_failed(findings)})
-        report_file(json_file)
-    raise typer.Exit(1 if has_failed(findings) else 0)
+    found = []
+    for one in itertools.chain(machine_findings(), target_findings(target)):
+        found.append(one)
+        yield one
+    if not has_failed(found):
+        yield from trial_findings(target, draft, max_new_tokens, packed)
 
 
 def has_failed(findings: list[Finding]) -> bool:
@@ -84,35 +66,35 @@ def has_failed(findings: list[Finding]) -> bool:
 
 
 def findings_table(findings: list[Finding]) -> Table:
-    """Findings as a table."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("check", "", "finding"):
-        table.add_column(name)
+    """Findings as a table, whose columns are as wide for one finding as for all."""
+    table = Table.grid(padding=(0, 2))
+    for width in (13, 5, None):
+        table.add_column(width=width, overflow="fold")
     for one in findings:
         table.add_row(one.name, f"[{_STYLES[one.state]}]{one.state}[/]", one.text.replace("[", r"\["))
     return table
 
 
-def machine_findings() -> list[Finding]:
+def machine_findings() -> Iterator[Finding]:
     """Versions, threads, disk, and whether the Hub answers."""
     names = ("transformers_prism", "torch", "transformers", "huggingface_hub")
     untried = untried_release()
     tried = untried or f"tried with transformers {TRIED_TRANSFORMERS[0]} to {TRIED_TRANSFORMERS[1]}"
-    missing = [extra for extra, packages in _EXTRAS.items() if not all(map(_version, packages))]
-    extras = f"without {', '.join(missing)}: pip install 'transformers-prism[...]' adds them" if missing else "all installed"
-    findings = [
-        Finding("versions", "note" if untried else "ok", ", ".join(f"{name} {_version(name)}" for name in names) + f"; {tried}"),
-        Finding("extras", "note" if "train" in missing else "ok", extras),
-        _threads(),
-    ]
+    yield Finding("versions", "note" if untried else "ok", ", ".join(f"{name} {_version(name)}" for name in names) + f"; {tried}")
+    missing = [extra for extra, packages in EXTRAS.items() if not all(map(_version, packages))]
+    extras = f"without {', '.join(missing)}; in a clone: pip install -e '.[{','.join(missing)}]'" if missing else "all installed"
+    yield Finding("extras", "note" if "train" in missing else "ok", extras)
+    yield _threads()
     home = next(path for path in (Path(constants.HF_HOME), *Path(constants.HF_HOME).parents) if path.exists())
     free = shutil.disk_usage(home).free / _GIB
-    findings.append(Finding("disk", "ok" if free > 2 else "note", f"{free:.1f} GiB free at {home}"))
+    yield Finding("disk", "ok" if free > 2 else "note", f"{free:.1f} GiB free at {home}")
+    without_hub = "only models on this machine can be loaded"
     if constants.HF_HUB_OFFLINE:
-        return [*findings, Finding("Hub", "note", "offline by HF_HUB_OFFLINE: only models on this machine can be loaded")]
-    answers = hub_answers()
-    text = "answers" if answers else f"does not answer within {HUB_TIMEOUT_SECONDS:g} s: only models on this machine can be loaded"
-    return [*findings, Finding("Hub", "ok" if answers else "note", text)]
+        yield Finding("Hub", "note", f"offline by HF_HUB_OFFLINE: {without_hub}")
+    elif hub_answers():
+        yield Finding("Hub", "ok", "answers")
+    else:
+        yield Finding("Hub", "note", f"does not answer within {HUB_TIMEOUT_SECONDS:g} s: {without_hub}")
 
 
 def _version(name: str) -> str | None:
@@ -125,8 +107,8 @@ def _version(name: str) -> str | None:
 def _threads() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    text = f"{threads} threads on {cores} cores; " + (f"accelerator {accelerator}" if accelerator else "no accelerator")
+    device = find_device()
+    text = f"{threads} threads on {cores} cores; " + ("no accelerator" if device.type == "cpu" else f"accelerator {device}")
     if threads > cores:
         return Finding("threads", "note", f"{text}. More threads than cores wait for each other: set OMP_NUM_THREADS={cores}")
     return Finding("threads", "ok", text)
@@ -164,8 +146,7 @@ def _load_tokenizer(name: str):
 
 
 def _memory(config: PreTrainedConfig) -> Finding:
-    with torch.device("meta"):
-        needed = 4 * AutoModelForCausalLM.from_config(config).num_parameters() / _GIB
+    needed = 4 * num_parameters(config) / _GIB
     text = f"the target's weights take {needed:.1f} GiB in float32, half of that in bfloat16, twice as much packed for the CPU"
     free = _free_memory()
     if free is None:
@@ -196,34 +177,41 @@ def tokenizer_findings(tokenizer, vocab_size: int) -> list[Finding]:
     return [*findings, Finding("chat template", "ok", "writes user and assistant turns once each")]
 
 
-def trial_findings(target_name: str | None, draft_name: str | None, max_new_tokens: int, packed: bool) -> list[Finding]:
+def trial_findings(target_name: str | None, draft_name: str | None, max_new_tokens: int, packed: bool) -> Iterator[Finding]:
     """Load both models, decode one prompt with and without the draft, and say what generation itself found."""
-    target, tokenizer = load_target(target_name)
-    findings = [] if target_name else tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
+    try:
+        target, tokenizer = load_target(target_name)
+    except (ImportError, OSError, ValueError) as error:
+        yield Finding("target", "fails", " ".join(str(error).split()))
+        return
+    if target_name is None or str(target_name).endswith(".gguf"):
+        yield from tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
     try:
         draft = load_draft(draft_name, target) if draft_name else random_draft(target, 2, {"tree": "auto"}).bind(target)
     except (OSError, ValueError) as error:
-        return [*findings, Finding("draft", "fails", " ".join(str(error).split()))]
-    findings.append(_fingerprint(draft, draft_name, target, tokenizer))
-    if packed and target.device.type == "cpu":
+        yield Finding("draft", "fails", " ".join(str(error).split()))
+        return
+    yield _fingerprint(draft, draft_name, target, tokenizer)
+    if packed:
         prepare_for_cpu(target, draft)
     inputs = chat_inputs(tokenizer, PROMPTS[0], target.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
     compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # what is made once, and the calibration
     result = compare(target, draft, inputs, settings)
     speculation = draft.last_speculation
-    findings += [_way_of_verifying(speculation), _calibration(speculation, costs_path(target, draft, 1))]
-    if not result.is_identical:
-        text = "another text with the draft than without; in float32 that must not be: `transformers-prism verify` looks closer"
-        findings.append(Finding("same output", "fails" if target.dtype == torch.float32 else "note", text))
+    yield _way_of_verifying(speculation)
+    yield _calibration(speculation, costs_path(target, draft, 1))
+    if result.is_identical:
+        yield Finding("same output", "ok", f"{result.num_tokens} tokens")
     else:
-        findings.append(Finding("same output", "ok", f"{result.num_tokens} tokens"))
+        text = "another text with the draft than without; in float32 that must not be: `transformers-prism verify` looks closer"
+        yield Finding("same output", "fails" if target.dtype == torch.float32 else "note", text)
     if draft_name is None:
-        return findings
+        return
     plain, drafted = result.num_tokens / result.plain_seconds, result.num_tokens / result.draft_seconds
     text = f"{drafted / plain:.2f} times plain decoding ({plain:.1f} to {drafted:.1f} tokens/s), tau {speculation.acceptance_length:.2f}, one prompt"
     reason = speculation.why_plain_steps()
-    return [*findings, Finding("expected gain", "ok" if drafted > plain else "note", text + (f"; {reason}" if reason else ""))]
+    yield Finding("expected gain", "ok" if drafted > plain else "note", text + (f"; {reason}" if reason else ""))
 
 
 def _fingerprint(draft, draft_name: str | None, target, tokenizer) -> Finding:

@@ -11,8 +11,7 @@ import typer
 from transformers_prism.cli.options import ADVANCED, Commands
 
 BaseModelOption = Annotated[
-    str | None,
-    typer.Option(help="The target's name on the Hub, user/name, for the card.", show_default=False),
+    str | None, typer.Option(help="The target's name on the Hub, user/name, for the card.", show_default=False)
 ]
 
 
@@ -47,8 +46,7 @@ def card(
 def inspect(
     draft: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub.")],
     target: Annotated[
-        str | None,
-        typer.Option(help="A target on this machine; the one that the draft names if absent.", show_default=False),
+        str | None, typer.Option(help="A target on this machine; the one that the draft names if absent.", show_default=False)
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Of the repository on the Hub.", show_default=False, rich_help_panel=ADVANCED)
@@ -72,37 +70,27 @@ def inspect(
 
 
 def push(
-    folder: Annotated[
-        str, typer.Argument(help="The draft's folder, or its name on the Hub; with --code-only user/name alone.")
-    ],
+    folder: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub; with --code-only user/name alone.")],
     repository: Annotated[
         str | None, typer.Argument(help="user/name on the Hub; made if it is not there.", show_default=False)
     ] = None,
     base_model: BaseModelOption = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is made: for yourself.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be pushed, with sizes, and push nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be pushed, with sizes, and push nothing.")] = False,
     revision: Annotated[
         str | None,
-        typer.Option(
-            help="Branch; made if it is not there, unless --code-only.", show_default=False, rich_help_panel=ADVANCED
-        ),
+        typer.Option(help="Branch; made if it is not there, unless --code-only.", show_default=False, rich_help_panel=ADVANCED),
     ] = None,
     message: Annotated[
         str | None,
         typer.Option(
-            help="Of the commit; 'Upload draft' or 'Renew code' if absent.",
-            show_default=False,
-            rich_help_panel=ADVANCED,
+            help="Of the commit; 'Upload draft' or 'Renew code' if absent.", show_default=False, rich_help_panel=ADVANCED
         ),
     ] = None,
     code_only: Annotated[
         bool,
         typer.Option(
-            "--code-only",
-            help="Renew the code of a draft that is on the Hub; all else there stays.",
-            rich_help_panel=ADVANCED,
+            "--code-only", help="Renew the code of a draft that is on the Hub; all else there stays.", rich_help_panel=ADVANCED
         ),
     ] = False,
 ):
@@ -149,13 +137,9 @@ def _files_to_push(folder: str, repository: str, private: bool, revision: str | 
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / repository.split("/")[-1]
         PrismDraftModel.from_pretrained(folder).save_pretrained(written)
-        sizes = {
-            path.relative_to(written).as_posix(): path.stat().st_size for path in written.rglob("*") if path.is_file()
-        }
+        sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     lines = [f"{size:>12,}  {name}" for name, size in sorted(sizes.items())]
-    place = (
-        f"{repository}, {'private if it is new' if private else 'public if it is new'}, branch {revision or 'main'}"
-    )
+    place = f"{repository}, {'private if it is new' if private else 'public if it is new'}, branch {revision or 'main'}"
     total = f"{sum(sizes.values()):>12,}  bytes in {len(sizes)} files for {place}; nothing was pushed"
     return "\n".join([*lines, total])
 
@@ -194,6 +178,4 @@ def _reachable_hub() -> Iterator[None]:
         if not names & {"TransportError", "OfflineModeIsEnabled"}:
             raise
         reason = " ".join(str(error).split())
-        raise OSError(
-            f"nothing was pushed, the Hub cannot be reached: {reason}; --dry-run lists the files offline"
-        ) from error
+        raise OSError(f"nothing was pushed, the Hub cannot be reached: {reason}; --dry-run lists the files offline") from error

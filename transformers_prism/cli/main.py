@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from transformers_prism.cli import convert, decode, doctor, hub, make_draft, serve, train
+from transformers_prism.cli import convert, decode, hub, serve, train
 from transformers_prism.cli.bench import bench_app
 from transformers_prism.cli.options import Commands, add_moved
 
@@ -28,7 +28,7 @@ def main(
     """Lossless speculative decoding for transformers with PRISM drafts."""
 
 
-for _add_commands in (decode.add_to, doctor.add_to, make_draft.add_to, serve.add_to, train.add_to, hub.add_to, convert.add_to):
+for _add_commands in (decode.add_to, serve.add_to, train.add_to, hub.add_to, convert.add_to):
     _add_commands(app)
 app.add_typer(bench_app, name="bench")
 add_moved(app, "study", "python -m benchmarks.study")

@@ -1,26 +1,23 @@
-"""The command `make-draft`: from a model's name to a draft that can be pushed, within a given time.
+"""What `make-draft` does: from a model's name to a draft that can be pushed, within a given time.
 
-Each step is what another command does: `doctor`'s checks, `synthesize` in chunks until its share of the time is spent, a
-short `train` that measures the time of an update, `train` with as many epochs as fit, and `bench generate`. Steps that are
-finished stand in `steps.json` of the work folder; a step that was interrupted is resumed by its own means.
+Each step is what another command does: `doctor`'s checks, `synthesize` until its share of the time is over, a few updates of
+`train` that tell how long one takes, `train` with as many epochs as fit, and `bench generate`. Steps that are finished stand
+in `steps.json` of the work folder; a step that was interrupted is resumed by its own means.
 """
 
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_prism.cli.demo import PROMPTS, chat_inputs
+from transformers_prism.cli.demo import PROMPTS, chat_inputs, load_draft, log_to
 from transformers_prism.cli.doctor import (
     Finding,
     findings_table,
@@ -29,18 +26,19 @@ from transformers_prism.cli.doctor import (
     target_findings,
     tokenizer_findings,
 )
-from transformers_prism.cli.options import ADVANCED, COST, Commands
+from transformers_prism.cli.options import EXTRAS
 from transformers_prism.hub.card import add_to_card, names_target
+from transformers_prism.target import find_device, load_target
 from transformers_prism.whole_files import write_json
 
 # Shares of the time at whose end a step should be finished; the rest is for measuring.
 _SYNTHESIS_ENDS, _TRAINING_ENDS = 0.45, 0.85
-# Tokens of the first chunk, which tells how fast the target writes.
-FIRST_TOKENS = 4000
-# A chunk that would take less than this share of the synthesis is not begun.
-_SHORTEST_CHUNK = 0.15
-# Conversations and tokens of the trial that tells how long an update takes; of an answer; of a text's opening.
-_TRIAL_CONVERSATIONS, _ANSWER_TOKENS, _OPENING_TOKENS = 16, 300, 12
+# Synthesis takes longer than its share if it has fewer tokens by then: nothing can be learnt from less.
+FEWEST_TOKENS = 2000
+# Tokens of an answer, of a text's opening, and of a conversation at most.
+_ANSWER_TOKENS, _OPENING_TOKENS, _MAX_LENGTH = 300, 12, 1024
+# Updates of each stage that tell how long one takes; conversations of each validation; where the measured openings begin.
+_TRIAL_UPDATES, _NUM_VALIDATION, _MEASURED_SEED = 4, 16, 10**6
 _BATCH_SIZE = 4
 # Of the training time, by stage, and the most epochs of each: more hardly teach anything new.
 _STAGES = {"single_step": (0.6, 6.0), "warm_up": (0.4, 4.0)}
@@ -49,41 +47,27 @@ _FEWEST_EPOCHS = 0.1
 _TEXT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def add_to(app: Commands) -> None:
-    """Add the command to the command line."""
-    app.command("make-draft")(make_draft)
+def run_make_draft(output: Path, settings: dict, words: list[str], console: Console) -> None:
+    """Check, synthesize, train, measure, and say how to push the draft.
 
-
-def make_draft(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="The target: Hub id, folder or .gguf file.")],
-    output: Annotated[Path, typer.Option(help="Folder for the finished draft; work goes on in OUTPUT.work beside it.")],
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time to take, as closely as steps allow.", rich_help_panel=COST)] = 30,
-    form: Annotated[
-        Literal["chat", "text"],
-        typer.Option("--format", help="What the draft learns: chats, or for base models continuations of the target's own text."),
-    ] = "chat",
-    chat_template: Annotated[
-        Path | None, typer.Option(help="File with a chat template, for a tokenizer without one.", show_default=False)
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts to answer, as for `synthesize`; the target writes its own if absent.", show_default=False),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=8, help="Tokens per answer of the measurement.", rich_help_panel=ADVANCED)
-    ] = 64,
-):
-    """Make a draft for a model: check, synthesize, train and measure. The same command resumes an interrupted run."""
-    console = Console()
-    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
-    settings = {"model": model, "minutes": minutes, "format": form, "chat_template": template, "max_new_tokens": max_new_tokens}
-    check(model, form, template, console)
-    run = Run(output, {**settings, "prompts": prompts and str(prompts)}, console)
+    Args:
+        output (`Path`): folder of the finished draft.
+        settings (`dict`): model, minutes, format, chat_template (its text or None), prompts, max_new_tokens.
+        words (`list[str]`): of the command, for the draft's record.
+        console (`rich.console.Console`): where progress is told.
+    """
+    log_to(console)
+    run = Run(output, settings, console)
+    if not run.steps:
+        check(settings["model"], settings["format"], settings["chat_template"], console)
+    run.claim()
     run.synthesize()
-    run.train(["transformers-prism", "make-draft", *context.meta["words"]])
+    run.train(words)
     figures = run.measure()
     console.print(result_table(figures, run))
+    if run.spent() > 1.2 * run.budget:
+        told = f"That took {run.spent() / 60:.1f} minutes instead of {settings['minutes']:g}: the least that a draft needs takes longer here."
+        console.print(told, style="yellow", soft_wrap=True, highlight=False)
     more = "" if names_target(output) else " --base-model NAME/OF-THE-TARGET"
     console.print(f"Push it: transformers-prism push {output} USER/{output.name}{more}", highlight=False, soft_wrap=True)
 
@@ -103,8 +87,11 @@ def check(model: str, form: str, template: str | None, console: Console) -> None
 
 def _needed(finding: Finding, form: str) -> Finding:
     """A finding that decoding can live with and training cannot."""
-    is_fatal = finding.name == "chat template" and form == "chat" or finding.name == "extras"
-    return Finding(finding.name, "fails", finding.text) if is_fatal and finding.state == "note" else finding
+    if finding.state != "note":
+        return finding
+    if finding.name == "extras":
+        return Finding(finding.name, "fails", f"expected the extra 'train', got a part of it or none; pip install {' '.join(EXTRAS['train'])}")
+    return Finding(finding.name, "fails", finding.text) if finding.name == "chat template" and form == "chat" else finding
 
 
 class Run:
@@ -123,12 +110,14 @@ class Run:
         self.work = output.with_name(f"{output.name}.work")
         self.path = self.work / "steps.json"
         self.budget = 60 * settings["minutes"]
-        self._loaded: tuple | None = None
+        self.steps: dict[str, dict] = {}
+        self.interrupted: dict[str, float] = {}  # seconds of steps that are not finished
+        self._models: tuple | None = None
+        self._packed = None
         if not self.path.is_file():
             if output.exists():
                 raise ValueError(f"output: expected a new folder, got {output}, which is there")
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"settings": settings, "steps": {}})
+            return
         found = json.loads(self.path.read_text(encoding="utf-8"))
         changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
         if changed:
@@ -137,38 +126,52 @@ class Run:
                 f"{name}: expected {found['settings'].get(name)!r} as the run in {self.work} began, got {settings[name]!r}; "
                 "remove that folder to begin anew"
             )
-        self.steps: dict[str, dict] = found["steps"]
+        self.steps, self.interrupted = found["steps"], found.get("interrupted", {})
+
+    def claim(self) -> None:
+        """Write down what is finished; the folder is this run's from the first time on."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"settings": self.settings, "steps": self.steps, "interrupted": self.interrupted})
 
     def step(self, name: str, work: Callable[[], dict]) -> dict:
-        """The result of a step, done now if it was not finished before; the time that it took counts once."""
+        """The result of a step, done now if it was not finished before; all of its time counts, over interruptions."""
         if name not in self.steps:
-            self.console.print(f"{name} ({self.spent() / 60:.1f} of {self.budget / 60:g} minutes)", style="dim")
-            start = time.monotonic()
-            result = work()
-            self.steps[name] = {**result, "seconds": round(time.monotonic() - start, 2)}
-            write_json(self.path, {"settings": self.settings, "steps": self.steps})
+            self.console.print(f"{name}: at {self.spent() / 60:.1f} of {self.budget / 60:g} minutes", style="dim")
+            start, before = time.monotonic(), self.interrupted.get(name, 0.0)
+            try:
+                result = work()
+                self.interrupted.pop(name, None)
+                self.steps[name] = {**result, "seconds": round(before + time.monotonic() - start, 2)}
+            except BaseException:
+                self.interrupted[name] = round(before + time.monotonic() - start, 2)
+                raise
+            finally:
+                self.claim()
         return self.steps[name]
 
     def spent(self) -> float:
-        """Seconds of all finished steps."""
-        return sum(step["seconds"] for step in self.steps.values())
+        """Seconds of all steps, finished or not."""
+        return sum(step["seconds"] for step in self.steps.values()) + sum(self.interrupted.values())
 
-    def loaded(self) -> tuple:
-        """The target on the device that is there, packed on a CPU, and its tokenizer with the template of this run."""
+    def models(self, packed: bool = False) -> tuple:
+        """The target on the device that is there, and its tokenizer with the template of this run.
+
+        Args:
+            packed (`bool`): whether the target's weights are to be packed for the CPU meanwhile.
+        """
         from transformers_prism.cpu import prepare_for_cpu
 
-        if self._loaded is None:
-            self._loaded = self._load()
-            if self._loaded[0].device.type == "cpu":
-                prepare_for_cpu(self._loaded[0])
-        return self._loaded
-
-    def _load(self) -> tuple:
-        from transformers_prism.target import load_target
-
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        target, tokenizer = load_target(self.settings["model"], torch.float32 if device.type == "cpu" else torch.bfloat16)
-        return target.to(device), self._with_template(tokenizer, target)
+        if self._models is None:
+            self.console.print(f"loading {self.settings['model']}", style="dim", highlight=False, soft_wrap=True)
+            device = find_device()
+            target, tokenizer = load_target(self.settings["model"], getattr(torch, _dtype(device)))
+            self._models = target.to(device), self._with_template(tokenizer, target)
+        if packed and self._packed is None:
+            self._packed = prepare_for_cpu(self._models[0])
+        elif not packed and self._packed is not None:
+            self._packed.undo()
+            self._packed = None
+        return self._models
 
     def _with_template(self, tokenizer, target):
         if self.settings["format"] == "text":
@@ -183,140 +186,102 @@ class Run:
             raise ValueError(f"expected a tokenizer and a chat template that training can use, got: {'; '.join(wrong)}")
         return tokenizer
 
-    def chunks(self) -> list[dict]:
-        """The finished chunks of conversations."""
-        return [step for name, step in self.steps.items() if name.startswith("synthesis")]
-
     def synthesize(self) -> None:
-        """Chunk after chunk until its share of the time is spent; each is as large as what is left of it allows."""
-        end = _SYNTHESIS_ENDS * self.budget
-        while "enough conversations" not in self.steps:
-            chunks, left = self.chunks(), end - self.spent()
-            number, goal = len(chunks), float(FIRST_TOKENS)
-            if chunks:
-                seconds, tokens = (sum(chunk[name] for chunk in chunks) for name in ("seconds", "num_tokens"))
-                goal = max(0.9 * left * tokens / max(seconds, 1e-9), 1)
-            is_last = bool(chunks) and (left < _SHORTEST_CHUNK * end or not chunks[-1]["num_conversations"])
-            # A chunk that was begun belongs to the run, however late it is.
-            if is_last and f"size of chunk {number}" not in self.steps:
-                self.step("enough conversations", partial(dict, num_chunks=number))
-                return
-            self.step(f"size of chunk {number}", partial(dict, goal=math.ceil(goal)))
-            self.step(f"synthesis {number}", partial(self._chunk, number))
-
-    def _chunk(self, number: int) -> dict:
-        """Conversations for the goal of this chunk; resumed by the shards that are there."""
+        """Conversations until their share of the time is over; resumed by the shards that are there."""
         from transformers_prism.training.data.synthesis import SynthesisConfig, synthesize
         from transformers_prism.training.progress_bar import ProgressBar
 
-        goal = self.steps[f"size of chunk {number}"]["goal"]
-        target, tokenizer = self.loaded()
-        batch_size = 16 if target.device.type == "cpu" else 64
-        chats = self._chats(number, goal, batch_size)
-        if chats == []:
-            return {"num_conversations": 0, "num_tokens": 0, "num_prompts": 0}
-        config = SynthesisConfig(
-            goal, batch_size=batch_size, max_answer_tokens=_ANSWER_TOKENS, seed=number, max_length=self._max_length(target)
-        )
-        with ProgressBar("synthesis", goal, "tokens") as bar:
-            summary = synthesize(
-                *(target, tokenizer, config, self.work / f"data-{number}", chats),
-                report=lambda told: bar.update(told["kept"], told["goal"]),
+        def work() -> dict:
+            kept = 0
+            end = time.monotonic() + _SYNTHESIS_ENDS * self.budget - self.spent()
+
+            def is_over() -> bool:
+                bar.update(kept)  # also where the first conversations take long
+                return kept >= FEWEST_TOKENS and time.monotonic() > end
+
+            def report(counts: dict) -> None:
+                nonlocal kept
+                kept = counts["kept"]
+                bar.update(kept)
+
+            target, tokenizer = self.models(packed=True)
+            longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
+            config = SynthesisConfig(
+                num_tokens=10**9,  # the time ends it
+                batch_size=16 if target.device.type == "cpu" else 64,
+                max_answer_tokens=_ANSWER_TOKENS,
+                max_length=max(min(longest, _MAX_LENGTH), _ANSWER_TOKENS + 160),
             )
-        counts = {name: summary[name] for name in ("num_conversations", "num_tokens")}
-        return {**counts, "num_prompts": len(chats or [])}
+            with ProgressBar(f"synthesis, until minute {_SYNTHESIS_ENDS * self.budget / 60:.1f}", None, "tokens") as bar:
+                folder = self.work / "data"
+                summary = synthesize(target, tokenizer, config, folder, self._chats(), report=report, is_over=is_over)
+            return {name: summary[name] for name in ("num_conversations", "num_tokens")}
 
-    def _max_length(self, target) -> int:
-        longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) or 1024
-        return max(min(longest, 1024), _ANSWER_TOKENS + 160)
+        self.step("synthesis", work)
 
-    def _chats(self, number: int, goal: int, batch_size: int) -> list[list[dict]] | None:
-        """What the target answers in this chunk: prompts that were given, openings of texts, or None: it asks itself."""
+    def _chats(self) -> Sequence[list[dict]] | None:
+        """What the target answers: prompts that were given, openings of texts, or None: it asks itself."""
         from transformers_prism.training.data.formats import read_chats
 
-        # As long as answers are on average, with some to spare for those that are refused.
-        count = max(math.ceil(4 * goal / _ANSWER_TOKENS), batch_size)
         if self.settings["prompts"]:
-            first = sum(chunk["num_prompts"] for chunk in self.chunks())
-            return read_chats(self.settings["prompts"])[first : first + count]
-        if self.settings["format"] == "text":
-            return [[{"role": "user", "content": text}] for text in self.openings(str(number), count)]
-        return None
+            return read_chats(self.settings["prompts"])
+        return Openings(*self.models()) if self.settings["format"] == "text" else None
 
-    def openings(self, name: str, count: int) -> list[str]:
-        """First words of texts that the target writes from nothing, kept in a file, so that a resumed run has the same."""
-        path = self.work / f"openings-{name}.json"
-        if not path.is_file():
-            target, tokenizer = self.loaded()
-            generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
-            first = tokenizer.bos_token_id
-            texts: list[str] = []
-            while len(texts) < count:
-                start = torch.full((16, 1), first or 0)
-                if first is None:
-                    start = torch.randint(len(tokenizer), (16, 1), generator=generator)
-                start = start.to(target.device)
-                with torch.random.fork_rng():
-                    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-                    settings = {"do_sample": True, "top_k": 200, "max_new_tokens": _OPENING_TOKENS, "pad_token_id": 0}
-                    written = target.generate(start, attention_mask=torch.ones_like(start), **settings)
-                texts += [text.strip() or "The" for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-            write_json(path, {"texts": texts[:count]})
-        return json.loads(path.read_text(encoding="utf-8"))["texts"]
+    def train(self, words: list[str]) -> None:
+        """Hidden states and a few updates, which tell how long one takes; then as many epochs as fit."""
+        trial = self.step("hidden states and trial", self._try)
+        if "epochs" not in self.steps:
+            self.steps["epochs"] = {**self._epochs(trial), "seconds": 0.0}
+            self.claim()
+        epochs = {name: value for name, value in self.steps["epochs"].items() if name != "seconds"}
+        self.step("training", lambda: self._train(self.work / "run", words, **epochs))
 
-    def train(self, argv: list[str]) -> None:
-        """A trial that measures the time of an update, then as many epochs as fit."""
-        if "training" in self.steps:
-            return
-        trial = self.step("time of an update", self._time_updates)
-        epochs = self.step("epochs", lambda: self._epochs(trial))
-        epochs = {name: value for name, value in epochs.items() if name != "seconds"}
-        self.step("training", lambda: self._train(self.work / "run", argv, **epochs))
-
-    def _train(self, folder: Path, argv: list[str] | None, **settings) -> dict:
+    def _train(self, folder: Path, words: list[str] | None, **settings) -> dict:
         """A run of `train`, resumed if it was begun."""
         from transformers_prism.training.recipes import TrainConfig
         from transformers_prism.training.train import train
 
-        self._loaded = None  # the run loads the target for itself
-        data = ",".join(str(self.work / f"data-{number}") for number, one in enumerate(self.chunks()) if one["num_conversations"])
+        target, tokenizer = self.models()
         config = TrainConfig(
-            data=data,
+            data=str(self.work / "data"),
             output=str(folder),
             target=self.settings["model"],
+            features=str(self.work / "features"),
             recipe="hass",
             batch_size=_BATCH_SIZE,
-            compute_dtype="bfloat16" if torch.accelerator.is_available() else "float32",
+            compute_dtype=_dtype(target.device),
             save_updates=25,
-            draft_vocab_size=min(8192, self._vocab_size()),
+            num_validation=_NUM_VALIDATION,
+            draft_vocab_size=min(8192, target.config.get_text_config().vocab_size),
             resume=(folder / "config.json").is_file(),
             **settings,
         )
-        train(config, argv)
+        start = time.monotonic()
+        train(config, words, (target, tokenizer))
+        seconds = time.monotonic() - start
         record = json.loads((folder / "draft" / "training.json").read_text(encoding="utf-8"))
+        updates = {stage["stage"]["name"]: [stage["num_updates"], stage["seconds"]] for stage in record["stages"]}
+        rest = seconds - record["features_seconds"] - sum(spent for _, spent in updates.values())
         return {
             "num_conversations": record["data"]["training"]["num_conversations"],
-            "updates": {stage["stage"]["name"]: [stage["num_updates"], stage["seconds"]] for stage in record["stages"]},
+            "updates": updates,
+            "rest_seconds": round(max(rest, 0.0), 2),  # reading, validation, checkpoints
         }
 
-    def _vocab_size(self) -> int:
-        """Of the target, as the synthesis recorded it."""
-        record = json.loads((self.work / "data-0" / "provenance.json").read_text(encoding="utf-8"))
-        return record["target"]["vocab_size"]
+    def _updates_per_epoch(self) -> int:
+        return math.ceil(self.steps["synthesis"]["num_conversations"] / _BATCH_SIZE)
 
-    def _time_updates(self) -> dict:
-        one_epoch = {"single_step_epochs": 1.0, "warm_up_epochs": 1.0}
-        # Conversations are told apart by their tokens, so that these two runs hold out the same ones.
-        return self._train(self.work / "trial", None, num_conversations=_TRIAL_CONVERSATIONS, num_validation=4, **one_epoch)
+    def _try(self) -> dict:
+        share = _TRIAL_UPDATES / self._updates_per_epoch()
+        return self._train(self.work / "trial", None, single_step_epochs=share, warm_up_epochs=share)
 
     def _epochs(self, trial: dict) -> dict[str, float]:
-        """Epochs of each stage that fit into the time, by the trial's updates."""
-        per_epoch = math.ceil(sum(chunk["num_conversations"] for chunk in self.chunks()) / _BATCH_SIZE)
-        left = max(_TRAINING_ENDS * self.budget - self.spent(), 0.0)
+        """Epochs of each stage that fit into the time, by the trial's updates and by what else the trial took."""
+        left = max(_TRAINING_ENDS * self.budget - self.spent() - trial["rest_seconds"], 0.0)
         epochs = {}
         for name, (share, most) in _STAGES.items():
             num_updates, seconds = trial["updates"][name]
-            fitting = share * left / (per_epoch * max(seconds / num_updates, 1e-6))
+            fitting = share * left / (self._updates_per_epoch() * max(seconds / num_updates, 1e-6))
             epochs[f"{name}_epochs"] = round(min(max(fitting, _FEWEST_EPOCHS), most), 2)
         return epochs
 
@@ -326,37 +291,96 @@ class Run:
         if not self.output.exists():
             shutil.rmtree(finished, ignore_errors=True)
             shutil.copytree(self.work / "run" / "draft", finished)
-            summary = self.step("measuring", lambda: self._measure(finished))
+            self.step("measuring", lambda: self._measure(finished))
             add_to_card(finished, self.work / "bench.json")
             finished.rename(self.output)
-            return summary
         return self.steps["measuring"]
 
     def _measure(self, folder: Path) -> dict:
         from transformers_prism.bench.measurement import GenerateMeasurement
         from transformers_prism.bench.methods import parse_methods
-        from transformers_prism.cli.demo import load_draft
         from transformers_prism.hub.files import weights_sha256
 
-        texts = self.openings("measured", 4)[:3] if self.settings["format"] == "text" else PROMPTS
-        self._loaded = None
-        target, tokenizer = self._load()
+        target, tokenizer = self.models()
+        path, draft = self.work / "bench.json", load_draft(folder, target)
+        texts = list(PROMPTS)
+        if self.settings["format"] == "text":
+            texts = [chat[0]["content"] for chat in Openings(target, tokenizer, first_seed=_MEASURED_SEED)[: len(PROMPTS)]]
+        methods = parse_methods(["auto"], target.device.type == "cpu")
+        num_new = self.settings["max_new_tokens"]
+        if "prompts" not in self.steps:
+            start = time.monotonic()
+            target.generate(**chat_inputs(tokenizer, texts[0], target.device), min_new_tokens=8, max_new_tokens=8)
+            one = len(methods) * num_new * (time.monotonic() - start) / 8
+            fitting = (self.budget - self.spent()) / max(one, 1e-6)
+            self.steps["prompts"] = {"count": int(min(max(fitting, 1), len(texts))), "seconds": 0.0}
+            self.claim()
+        texts = texts[: self.steps["prompts"]["count"]]
         records = [{"question_id": number, "category": "make-draft", "turns": [text]} for number, text in enumerate(texts)]
-        settings = {"max_new_tokens": self.settings["max_new_tokens"], "do_sample": False}
-        measurement = GenerateMeasurement(parse_methods(["auto"], target.device.type == "cpu"), settings, "make-draft.jsonl", repeat=1)
-        models = (target, tokenizer, load_draft(folder, target), weights_sha256(folder))
-        path = self.work / "bench.json"
+        settings = {"max_new_tokens": num_new, "do_sample": False}
+        measurement = GenerateMeasurement(methods, settings, "make-draft.jsonl", repeat=1)
+        models = (target, tokenizer, draft, weights_sha256(folder))
         figures = measurement.run(*models, chat_inputs, records, records, path, path.is_file(), self.console)
         summary = figures["methods"]["auto"]["summary"]
         names = ("plain_tokens_per_second", "draft_tokens_per_second", "acceptance_length_pooled", "ratio", "num_identical")
-        return {name: summary[name] for name in names}
+        return {**{name: summary[name] for name in names}, "num_prompts": len(texts), "packed": methods[-1].is_prepared}
+
+
+class Openings(Sequence):
+    """First words of texts that the target writes from nothing, as user turns; number i is the same whenever it is asked for.
+
+    Args:
+        target (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): what writes.
+        first_seed (`int`): of the first 16 openings; the next have the next one.
+    """
+
+    source = "openings that the target wrote"
+    _BLOCK = 16
+
+    def __init__(self, target, tokenizer, first_seed: int = 0):
+        self.target, self.tokenizer, self.first_seed = target, tokenizer, first_seed
+        self._blocks: dict[int, list[list[dict]]] = {}
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index):
+        """One as messages, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        number, place = divmod(index, self._BLOCK)
+        if number not in self._blocks:
+            self._blocks = {number: self._write(self.first_seed + number)}
+        return self._blocks[number][place]
+
+    def _write(self, seed: int) -> list[list[dict]]:
+        tokenizer, generator = self.tokenizer, torch.Generator().manual_seed(seed)
+        start = torch.randint(len(tokenizer), (self._BLOCK, 1), generator=generator)
+        if tokenizer.bos_token_id is not None:
+            start.fill_(tokenizer.bos_token_id)
+        start = start.to(self.target.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            settings = {"do_sample": True, "top_k": 200, "max_new_tokens": _OPENING_TOKENS, "pad_token_id": 0}
+            written = self.target.generate(start, attention_mask=torch.ones_like(start), **settings)
+        texts = (text.strip() or "The" for text in tokenizer.batch_decode(written, skip_special_tokens=True))
+        return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _dtype(device: torch.device) -> str:
+    return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def result_table(figures: dict, run: Run) -> Table:
     """Before and after, and what it took."""
-    tokens, conversations = (sum(chunk[name] for chunk in run.chunks()) for name in ("num_tokens", "num_conversations"))
+    data = run.steps["synthesis"]
     updates = sum(count for count, _ in run.steps["training"]["updates"].values())
-    caption = f"{conversations} conversations, {tokens} tokens, {updates} updates, {run.spent() / 60:.1f} minutes; greedy, three prompts"
+    packed = ", weights packed for the CPU both times" if figures["packed"] else ""
+    caption = (
+        f"greedy, {run.settings['max_new_tokens']} new tokens, {figures['num_prompts']} prompt(s), {figures['num_identical']} with "
+        f"the same output{packed}\nmade from {data['num_conversations']} conversations, {data['num_tokens']} tokens, {updates} "
+        f"updates in {run.spent() / 60:.1f} minutes"
+    )
     table = Table(box=box.SIMPLE, pad_edge=False, caption=caption)
     for name in ("", "tau", "tokens/s", "ratio"):
         table.add_column(name, justify="left" if not name else "right")

@@ -15,20 +15,24 @@ from typer.core import TyperCommand, TyperOption
 
 # Groups of options in the help; an option that names none is in the first.
 BASIC, COST, ADVANCED = "Basic options", "Cost: time and memory", "Advanced options"
+# What commands need beyond the package itself, by extra.
+EXTRAS = {
+    "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
+    "gguf": ("gguf",),
+    "triton": ("triton",),
+    "serve": ("fastapi", "uvicorn", "openai"),
+    "web": ("gradio",),
+}
 QUIET_VARIABLE = "TRANSFORMERS_PRISM_QUIET"
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 TargetOption = Annotated[
     str | None,
-    typer.Option(
-        help="Hub id, folder or .gguf file of the target; SmolLM2-135M-Instruct if absent.", show_default=False
-    ),
+    typer.Option(help="Hub id, folder or .gguf file of the target; SmolLM2-135M-Instruct if absent.", show_default=False),
 ]
 DraftOption = Annotated[
     str | None,
-    typer.Option(
-        help="Folder or Hub id of the draft; the one that the repository ships if absent.", show_default=False
-    ),
+    typer.Option(help="Folder or Hub id of the draft; the one that the repository ships if absent.", show_default=False),
 ]
 PackedOption = Annotated[
     bool,
@@ -42,11 +46,11 @@ JsonOption = Annotated[
     Path | None, typer.Option("--json", help="File to write settings and figures to.", rich_help_panel=ADVANCED)
 ]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")]
-TopPOption = Annotated[
-    float | None, typer.Option(help="Nucleus sampling; with a temperature.", rich_help_panel=ADVANCED)
-]
+TopPOption = Annotated[float | None, typer.Option(help="Nucleus sampling; with a temperature.", rich_help_panel=ADVANCED)]
 RepetitionPenaltyOption = Annotated[float | None, typer.Option(help="1 is none.", rich_help_panel=ADVANCED)]
 SeedOption = Annotated[int, typer.Option(help="Seed of every random number.", rich_help_panel=ADVANCED)]
+RunSeedOption = Annotated[int, typer.Option(help="Seed, set before every answer.", rich_help_panel=ADVANCED)]
+AnswerTokensOption = Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)]
 
 
 class Commands(typer.Typer):
@@ -87,9 +91,7 @@ class Command(TyperCommand):
         rest = super().parse_args(ctx, words)
         with _shown(is_quiet=ctx.params.get("quiet", False)):
             if notices:
-                warnings.warn(
-                    f"old spelling, which the next release will not know: {', '.join(notices)}", stacklevel=1
-                )
+                warnings.warn(f"old spelling, which the next release will not know: {', '.join(notices)}", stacklevel=1)
         return rest
 
     def invoke(self, ctx):
@@ -112,8 +114,7 @@ def _shared_options() -> list:
             bool, typer.Option("--traceback", help="Show where an error came from.", rich_help_panel=ADVANCED)
         ] = False,
         quiet: Annotated[
-            bool,
-            typer.Option("--quiet", envvar=QUIET_VARIABLE, help="Show no warnings.", rich_help_panel=ADVANCED),
+            bool, typer.Option("--quiet", envvar=QUIET_VARIABLE, help="Show no warnings.", rich_help_panel=ADVANCED)
         ] = False,
     ):
         pass
@@ -128,12 +129,7 @@ def present_spelling(params, args: list[str]) -> tuple[list[str], list[str]]:
         params: the command's options and arguments.
         args (`list[str]`): the words after its name.
     """
-    options = {
-        name: param
-        for param in params
-        if isinstance(param, TyperOption)
-        for name in (*param.opts, *param.secondary_opts)
-    }
+    options = {name: param for param in params if isinstance(param, TyperOption) for name in (*param.opts, *param.secondary_opts)}
     words: list[str] = []
     notices: list[str] = []
     rest = deque(args)
@@ -198,15 +194,19 @@ def user_errors(has_traceback: bool | None = None) -> Iterator[None]:
             if has_traceback is None:
                 raise
             text = f"{type(error).__name__}: {text}"
+        elif isinstance(error, ModuleNotFoundError):
+            text = next((_missing(name, error.name) for name, packages in EXTRAS.items() if error.name in packages), text)
         if has_traceback:
             typer.echo(traceback.format_exc(), err=True, nl=False)
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(1) from error
 
 
-def sampling_settings(
-    max_new_tokens: int, temperature: float, top_p: float | None, repetition_penalty: float | None
-) -> dict:
+def _missing(extra: str, package: str) -> str:
+    return f"expected the packages of the extra {extra!r}, got no {package}; pip install {' '.join(EXTRAS[extra])}"
+
+
+def sampling_settings(max_new_tokens: int, temperature: float, top_p: float | None, repetition_penalty: float | None) -> dict:
     """Arguments of generate(): greedy at temperature 0, else sampling."""
     settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

@@ -1,6 +1,5 @@
 """The command `serve`: an OpenAI-compatible server whose answers are drafted."""
 
-import contextlib
 import logging
 from typing import Annotated, Literal
 
@@ -36,7 +35,6 @@ def serve(
     POST /v1/chat/completions, /v1/completions and /v1/responses, streamed or not; GET /v1/models and /health.
     Requests wait for each other: continuous batching of transformers takes no draft.
     """
-
     from transformers_prism import serving
     from transformers_prism.cli.demo import SHIPPED_DRAFT
     from transformers_prism.target import DEMO_HUB_ID
@@ -75,30 +73,9 @@ def load(target_name: str | None, draft_name: str | None, device: str, dtype: st
     """
     import torch
 
-    from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-    from transformers_prism.cpu import prepare_for_cpu
-    from transformers_prism.target import load_target
+    from transformers_prism.cli.demo import answer_once, load_pair
+    from transformers_prism.target import find_device
 
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
-    with _naming("target", target_name):
-        target, tokenizer = load_target(target_name, getattr(torch, dtype))
-    target.to(device)
-    with _naming("draft", draft_name):
-        draft = load_draft(draft_name or SHIPPED_DRAFT, target)
-    if packed and target.device.type == "cpu" and target.dtype == torch.float32:
-        prepare_for_cpu(target, draft)
-    inputs = chat_inputs(tokenizer, "Hello!", target.device)
-    target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=draft)
-    return target, tokenizer, draft
-
-
-@contextlib.contextmanager
-def _naming(kind: str, name: str | None):
-    """Let an error about a file or a repository say which name was asked for; transformers' own may not."""
-    try:
-        yield
-    except OSError as error:
-        if name is None or name in str(error):
-            raise
-        raise OSError(f"expected a {kind} at {name!r}, a folder or a name on the Hub, got: {error}") from error
+    models = load_pair(target_name, draft_name, packed, find_device(device), getattr(torch, dtype))
+    answer_once(*models)
+    return models

@@ -1,4 +1,4 @@
-"""The commands that a draft is made with step by step: `synthesize`, `data` and `train`."""
+"""The commands that make a draft: `make-draft`, and step by step `synthesize`, `data` and `train`."""
 
 import dataclasses
 import functools
@@ -23,16 +23,12 @@ _COST = (
     "checkpoint_activations use_cpu fsdp save_updates validation_updates num_validation num_acceptance_prompts patience"
 ).split()
 _SplitOption = Annotated[
-    str,
-    typer.Option(help="Of a data set on the Hub, or of a folder with files for each split.", rich_help_panel=ADVANCED),
+    str, typer.Option(help="Of a data set on the Hub, or of a folder with files for each split.", rich_help_panel=ADVANCED)
 ]
 _BadShareOption = Annotated[
     float,
     typer.Option(
-        min=0,
-        max=1,
-        help="Share of the rows that may be unusable; they are left out with a warning.",
-        rich_help_panel=ADVANCED,
+        min=0, max=1, help="Share of the rows that may be unusable; they are left out with a warning.", rich_help_panel=ADVANCED
     ),
 ]
 # What the other half of a flag does.
@@ -47,15 +43,50 @@ def add_to(app: Commands) -> None:
     data_app = Commands(help="Look at what training would learn from.")
     data_app.command("check")(data_check)
     data_app.command("preview")(data_preview)
+    app.command("make-draft")(make_draft)
     app.command("synthesize")(synthesize)
     app.add_typer(data_app, name="data")
     app.command("train")(_with_options_of_config(train))
 
 
+def make_draft(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The target: Hub id, folder or .gguf file.")],
+    output: Annotated[Path, typer.Option(help="Folder for the finished draft; OUTPUT.work next to it holds what is in work.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time to take, as closely as steps allow.", rich_help_panel=COST)] = 30,
+    form: Annotated[
+        Literal["chat", "text"],
+        typer.Option("--format", help="What the draft learns: chats, or for base models continuations of the target's own text."),
+    ] = "chat",
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a chat template, for a tokenizer without one.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to answer, as for `synthesize`; the target writes its own if absent.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=8, help="Tokens per answer of the measurement.", rich_help_panel=ADVANCED)
+    ] = 64,
+):
+    """Make a draft for a model: check, synthesize, train and measure. The same command resumes an interrupted run."""
+    from rich.console import Console
+
+    from transformers_prism.cli.make_draft import run_make_draft
+
+    settings = {
+        "model": model,
+        "minutes": minutes,
+        "format": form,
+        "chat_template": None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+        "max_new_tokens": max_new_tokens,
+        "prompts": prompts and str(prompts),
+    }
+    run_make_draft(output, settings, ["transformers-prism", "make-draft", *context.meta["words"]], Console())
+
+
 def synthesize(
-    output: Annotated[
-        Path, typer.Option(help="Folder of Parquet shards; a run that was interrupted there is resumed.")
-    ],
+    output: Annotated[Path, typer.Option(help="Folder of Parquet shards; a run that was interrupted there is resumed.")],
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to keep.")] = 1_000_000,
     target: TargetOption = None,
     prompts: Annotated[
@@ -69,16 +100,13 @@ def synthesize(
     max_bad_share: _BadShareOption = 0.5,
     exclude: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON lines of benchmark prompts; conversations that share 13 tokens in a row with them are left out."
-        ),
+        typer.Option(help="JSON lines of benchmark prompts; conversations that share 13 tokens in a row with them are left out."),
     ] = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Of answers, 0 is greedy; each conversation draws one of those given.")
     ] = None,
     topic: Annotated[
-        list[str] | None,
-        typer.Option(help="code, math, writing, translation, reading: some user turns begin like one."),
+        list[str] | None, typer.Option(help="code, math, writing, translation, reading: some user turns begin like one.")
     ] = None,
     system: Annotated[list[str] | None, typer.Option(help="System prompts; each conversation draws one.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Conversations decoded at once.", rich_help_panel=COST)] = 64,
@@ -87,26 +115,15 @@ def synthesize(
     ] = "float32",
     packed: PackedOption = True,
     max_user_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, help="A longer user turn that the target writes drops the conversation.", rich_help_panel=COST
-        ),
+        int, typer.Option(min=1, help="A longer user turn that the target writes drops the conversation.", rich_help_panel=COST)
     ] = 160,
-    max_answer_tokens: Annotated[
-        int, typer.Option(min=1, help="A longer answer is cut there.", rich_help_panel=COST)
-    ] = 300,
-    max_turns: Annotated[
-        int, typer.Option(min=1, help="User turns of a conversation at most.", rich_help_panel=COST)
-    ] = 2,
-    max_length: Annotated[
-        int, typer.Option(min=8, help="Tokens of a conversation at most.", rich_help_panel=COST)
-    ] = 1024,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, help="A longer answer is cut there.", rich_help_panel=COST)] = 300,
+    max_turns: Annotated[int, typer.Option(min=1, help="User turns of a conversation at most.", rich_help_panel=COST)] = 2,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a conversation at most.", rich_help_panel=COST)] = 1024,
     topic_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of conversations with a --topic.", rich_help_panel=ADVANCED)
     ] = 0.3,
-    top_k: Annotated[
-        int, typer.Option(min=1, help="Tokens that sampling chooses from.", rich_help_panel=ADVANCED)
-    ] = 100,
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens that sampling chooses from.", rich_help_panel=ADVANCED)] = 100,
     seed: SeedOption = 0,
 ):
     """Let the target write conversations: training data for its draft. Processes that `torchrun` starts share the work."""
@@ -146,11 +163,13 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
     state = PartialState(cpu=not torch.accelerator.is_available())
     model, tokenizer = load_target(target, getattr(torch, dtype))
     model.to(state.device)
-    if packed and state.device.type == "cpu" and dtype == "float32":
+    if packed:
         prepare_for_cpu(model)
     contamination = None
     if exclude is not None:
-        contamination = Contamination(tokenizer, (turn["content"] for chat in read_chats(exclude, **read_settings) for turn in chat))
+        contamination = Contamination(
+            tokenizer, (turn["content"] for chat in read_chats(exclude, **read_settings) for turn in chat)
+        )
     part = (state.process_index, state.num_processes)
     with ProgressBar("synthesis", config.num_tokens, "tokens") as bar:
         told = functools.partial(_tell, bar)
@@ -164,8 +183,7 @@ def _tell(bar, counts: dict) -> None:
 def data_check(
     data: Annotated[str, typer.Argument(help="A file, a folder, or a data set on the Hub.")],
     target: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder or .gguf file whose template renders the chats, too.", show_default=False),
+        str | None, typer.Option(help="Hub id, folder or .gguf file whose template renders the chats, too.", show_default=False)
     ] = None,
     split: _SplitOption = "train",
     max_bad_share: _BadShareOption = 0.5,
@@ -200,9 +218,7 @@ def data_preview(
 
     model, tokenizer = load_target(target)
     vocab_size = model.config.get_text_config().vocab_size
-    conversations = read_conversations(
-        data.split(","), vocab_size, tokenizer=tokenizer, max_bad_share=max_bad_share
-    )
+    conversations = read_conversations(data.split(","), vocab_size, tokenizer=tokenizer, max_bad_share=max_bad_share)
     console = Console()
     for conversation in conversations[:count]:
         console.print(preview(conversation, tokenizer), soft_wrap=True)
@@ -243,6 +259,4 @@ def _option(field: dataclasses.Field, kind) -> inspect.Parameter:
     is_shown = field.default not in (None, "", False)
     default = ... if field.name in ("data", "output") else field.default
     option = typer.Option(*words, help=text, rich_help_panel=panel, show_default=is_shown)
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-    )
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

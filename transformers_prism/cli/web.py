@@ -11,7 +11,7 @@ from html import escape
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, RoundStreamer, chat_inputs, load_pair
+from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, RoundStreamer, answer_once, chat_inputs, load_pair
 from transformers_prism.decoding.speculation import acceptance_length
 from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.transformers_names import name_of
@@ -170,29 +170,41 @@ class Comparison:
             seed (`int`): set before each call.
         Yields:
             `tuple[Answer, Answer]`: with the draft and without, the same two objects each time, as they grow. Closing the
-            generator ends the call that runs.
+            generator ends the call that runs at its next token, and waits for nothing: a server closes it in the thread that
+            serves all visitors.
         Raises:
             Exception: what generate() raised.
         """
         drafted, plain, stop = Answer(), Answer(), threading.Event()
-        yield drafted, plain
-        with self._lock:
-            try:
-                for answer, draft in ((drafted, self.draft), (plain, None)):
-                    arguments = (answer, draft, prompt, config, seed, stop)
-                    thread = threading.Thread(target=self._decode, args=arguments, daemon=True)
-                    thread.start()
-                    while thread.is_alive():
-                        thread.join(REFRESH_SECONDS)
-                        yield drafted, plain
-                    if answer.error is not None:
-                        raise answer.error
-            finally:
-                stop.set()
-                thread.join()
+        arguments = (((drafted, self.draft), (plain, None)), prompt, config, seed, stop)
+        thread = threading.Thread(target=self._decode_in_turn, args=arguments, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                yield drafted, plain
+                thread.join(REFRESH_SECONDS)
+            yield drafted, plain
+        finally:
+            stop.set()
+        for answer in (drafted, plain):
+            if answer.error is not None:
+                raise answer.error
+
+    def _decode_in_turn(self, ways, prompt: str, config: GenerationConfig, seed: int, stop: threading.Event):
+        """Both calls of generate(), in a thread of their own, when no other call runs."""
+        while not self._lock.acquire(timeout=REFRESH_SECONDS):
+            if stop.is_set():
+                return
+        try:
+            for answer, draft in ways:
+                if not stop.is_set():
+                    self._decode(answer, draft, prompt, config, seed, stop)
+                if answer.state != "done":
+                    return
+        finally:
+            self._lock.release()
 
     def _decode(self, answer: Answer, draft, prompt: str, config: GenerationConfig, seed: int, stop: threading.Event):
-        """One call of generate(), in a thread of its own."""
         answer.state = "running"
         try:
             inputs = chat_inputs(self.tokenizer, prompt, self.target.device)
@@ -207,15 +219,17 @@ class Comparison:
             answer.state, answer.error = "stopped", error
 
 
-def render(drafted: Answer, plain: Answer, is_replay: bool = False) -> str:
+def render(drafted: Answer, plain: Answer, is_replay: bool = False, is_asked: bool = True) -> str:
     """The page's part that changes, as HTML.
 
     Args:
         drafted (`Answer`), plain (`Answer`): with the draft and without.
         is_replay (`bool`): whether tokens appear again, both ways at once, when they did appear.
+        is_asked (`bool`): whether there was a question.
     """
     kind = "columns replay" if is_replay else "columns"
-    columns = _column("With the draft", drafted) + _column("Without", plain)
+    waits = "waits for another visitor's answer ..." if is_asked and drafted.state == "waiting" else ""
+    columns = _column("With the draft", drafted, waits) + _column("Without", plain, waits)
     return f'<div class="prism">{_LEGEND}<div class="{kind}">{columns}</div>{_verdict(drafted, plain)}{_chart(drafted)}</div>'
 
 
@@ -225,7 +239,7 @@ _LEGEND = (
 )
 
 
-def _column(title: str, answer: Answer) -> str:
+def _column(title: str, answer: Answer, waits: str) -> str:
     figures = []
     if answer.token_ids:
         figures = [f"{len(answer.token_ids)} tokens", f"{answer.tokens_per_second:.1f} tokens/s"]
@@ -233,7 +247,7 @@ def _column(title: str, answer: Answer) -> str:
         figures.append(f"acceptance length {answer.acceptance_length:.2f}")
     if answer.state == "stopped":
         figures.append("stopped")
-    note = " · ".join(figures) or ("reads the prompt ..." if answer.state == "running" else "")
+    note = " · ".join(figures) or ("reads the prompt ..." if answer.state == "running" else waits)
     head = f'<div class="head"><b>{title}</b><span>{note}</span></div>'
     return f'<div class="answer">{head}<div class="text">{_text(answer)}</div></div>'
 
@@ -246,7 +260,8 @@ def _text(answer: Answer) -> str:
             parts.append(("</span>" if current >= 0 else "") + f'<span class="round" title="{_round_title(answer, token.round)}">')
             current = token.round
         style = f'class="token {token.kind}" style="animation-delay:{token.seconds:.2f}s"'
-        parts.append(f"<span {style}>{escape(token.text)}</span>")
+        word = token.text.lstrip(" ")  # the space before a word has no colour, least of all at the end of a line
+        parts.append(f"{' ' * (len(token.text) - len(word))}<span {style}>{escape(word)}</span>")
     return "".join(parts) + ("</span>" if current >= 0 else "")
 
 
@@ -301,8 +316,15 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
         try:
             for drafted, plain in comparison.answers(prompt, config, int(seed or 0)):
                 yield render(drafted, plain), (drafted, plain)
-        except (ValueError, RuntimeError) as error:
-            raise gr.Error(str(error)) from error
+        except Exception as error:  # whatever decoding failed with is told on the page
+            raise gr.Error(f"{type(error).__name__}: {error}") from error
+
+    def show_stopped(answers):
+        if not answers:
+            return gr.skip()
+        for one in answers:
+            one.state = "done" if one.state == "done" else "stopped"
+        return render(*answers)
 
     def replay(answers):
         return render(*answers, is_replay=True) if answers else gr.skip()
@@ -328,43 +350,43 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
                 tree = gr.Radio(["auto", "static", "chain"], value="auto", label="Tree", info="auto: chosen every round")
                 depth = gr.Slider(1, 8, 8, step=1, label="Depth", info="draft steps of a round at most")
                 nodes = gr.Slider(1, 63, 63, step=1, label="Nodes", info="drafted tokens of a round at most")
-        view = gr.HTML(render(Answer(), Answer()), elem_id="view", padding=False)
+        view = gr.HTML(render(Answer(), Answer(), is_asked=False), elem_id="view", padding=False)
         gr.Markdown(
             "Both are decoded in turn, with the draft first, so that each has the machine to itself. Speeds include the "
             "prompt and this page's own work; `transformers-prism bench generate` measures them properly."
         )
         inputs = [prompt, temperature, tree, depth, nodes, tokens, seed]
-        # One at a time: visitors wait for each other, since two calls at once would share the machine.
-        run = gr.on([start.click, prompt.submit], answer, inputs, [view, answers], concurrency_limit=1, show_progress="hidden")
-        stop.click(None, cancels=[run])
+        # Calls wait for each other in [`Comparison`], where a visitor who waits sees it and can stop.
+        run = gr.on([start.click, prompt.submit], answer, inputs, [view, answers], concurrency_limit=None, show_progress="hidden")
+        stop.click(show_stopped, answers, view, cancels=[run], show_progress="hidden")
         again.click(replay, answers, view, show_progress="hidden")
     return page
 
 
-def run_web(target: str | None, draft: str | None, use_packed_weights: bool, port: int, host: str = "127.0.0.1") -> None:
+def run_web(target: str | None, draft: str | None, packed: bool, port: int, host: str = "127.0.0.1") -> None:
     """Show the page until interrupted.
 
     Args:
-        target (`str`, *optional*), draft (`str`, *optional*), use_packed_weights (`bool`): as for [`load_pair`].
-        port (`int`): to listen on.
-        host (`str`): address to listen on.
+        target (`str`, *optional*), draft (`str`, *optional*), packed (`bool`): as for [`load_pair`].
+        port (`int`), host (`str`): to listen on.
     Raises:
         ImportError: if Gradio is missing.
         OSError: if the port is in use.
     """
-    _require_gradio()
-    page = make_page(target, draft, use_packed_weights)
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("expected the package gradio for the page, got none; pip install gradio")
+    page = make_page(target, draft, packed)
     try:
         launch(page, server_name=host, server_port=port)
     except OSError as error:
         raise OSError(f"expected to listen on {host} port {port}, got: {error}; name another with --port") from error
 
 
-def make_page(target: str | None, draft: str | None, use_packed_weights: bool = True):
+def make_page(target: str | None, draft: str | None, packed: bool = True):
     """The page for a target and its draft, both loaded; arguments as for [`load_pair`]. The first answer waits for nothing."""
-    model, tokenizer, draft_model = load_pair(target, draft, use_packed_weights)
-    model.generate(**chat_inputs(tokenizer, "Hello!", model.device), max_new_tokens=8, assistant_model=draft_model)
-    return build_page(Comparison(model, tokenizer, draft_model), name_of(model.config), draft or SHIPPED_DRAFT.name)
+    models = load_pair(target, draft, packed)
+    answer_once(*models)
+    return build_page(Comparison(*models), name_of(models[0].config), draft or SHIPPED_DRAFT.name)
 
 
 def launch(page, **options):
@@ -373,11 +395,6 @@ def launch(page, **options):
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return page.launch(css=CSS, theme=theme, footer_links=[], **options)
-
-
-def _require_gradio() -> None:
-    if importlib.util.find_spec("gradio") is None:
-        raise ImportError("expected the package gradio for the page, got none; pip install 'transformers-prism[web]'")
 
 
 __all__ = ["Answer", "Comparison", "Token", "build_page", "launch", "make_page", "render", "run_web"]

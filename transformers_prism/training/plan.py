@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.target import config_and_tokenizer
+from transformers_prism.target import config_and_tokenizer, num_parameters
 from transformers_prism.training.aligned_training import label_width
 from transformers_prism.training.data.conversations import describe, read_parts
 from transformers_prism.training.features import BYTES_PER_VALUE
@@ -96,8 +95,7 @@ def describe_plan(config: TrainConfig) -> str:
     feature_bytes = num_tokens * width * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    with torch.device("meta"):
-        target_size = AutoModelForCausalLM.from_config(target_config).num_parameters()
+    target_size = num_parameters(target_config)
     target_flops = 2e-15 * target_size * num_tokens
     costs = stage_costs(config, draft_config, [len(one.input_ids) for one in used])
     if config.online_features:

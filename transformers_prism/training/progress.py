@@ -22,7 +22,7 @@ _COLUMNS = {
     "grad_norm": "gradient norm",
 }
 _VALIDATION = {
-    "eval_agreement": "agreement by step",
+    "eval_agreement": "top-1 accuracy by step",
     "eval_acceptance": "acceptance of a drawn token by step",
     "eval_tau": "tau",
     "eval_conditional": "conditional acceptance by step",
@@ -144,7 +144,8 @@ def plot_curves(results: list[dict], path) -> None:
                 if line:
                     axes.plot(*zip(*line, strict=True), color=f"C{place % 10}", alpha=0.25)
                     axes.plot(*zip(*smoothed(line), strict=True), color=f"C{place % 10}", label=result["stage"]["name"])
-            axes.legend()
+            if any(points[name]):  # a short run may have logged nothing
+                axes.legend()
         else:
             joined = [point for line in points[name] for point in line]
             axes.plot(*zip(*joined, strict=True), color="black", marker=".")

@@ -11,6 +11,7 @@ import logging
 import math
 import platform
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,12 +147,13 @@ class _LastUpdateCounts(TrainerCallback):
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel:
+def train(config: TrainConfig, argv: list[str] | None = None, models: tuple | None = None) -> PrismDraftModel:
     """Train a draft and save it in `<output>/draft`, with `training.json` next to its weights.
 
     Args:
         config (`TrainConfig`): the run.
         argv (`list[str]`, *optional*): the command that asked for it, recorded without folders.
+        models (`tuple`, *optional*): the target and its tokenizer where they are loaded already.
     Returns:
         `PrismDraftModel`: trained, bound to its target, in eval mode and float32.
     Raises:
@@ -166,14 +168,18 @@ def train(config: TrainConfig, argv: list[str] | None = None) -> PrismDraftModel
         )
     # Every process has looked before the first one writes.
     state.wait_for_everyone()
-    target, tokenizer = load_target(config.target, config.dtype)
+    target, tokenizer = models or load_target(config.target, config.dtype)
     target.to(state.device)
     vocab_size = target.config.get_text_config().vocab_size
     parts = training_part, validation_part = read_parts(config, vocab_size, tokenizer)
     draft_config = make_draft_config(config, target, tokenizer)
     _claim_output(config)
+    start = time.monotonic()
     training_store, validation_store = _features(config, target, parts, draft_config)
-    report: dict = {"data": {"training": _describe_data(training_part), "validation": _describe_data(validation_part)}}
+    report: dict = {
+        "data": {"training": _describe_data(training_part), "validation": _describe_data(validation_part)},
+        "features_seconds": round(time.monotonic() - start, 1),
+    }
     draft = first_draft(config, draft_config, training_part.chosen, report)
     sets = [
         ConversationDataset(training_part.conversations, training_store, training_part.indices, config.learn_prompts),

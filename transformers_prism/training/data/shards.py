@@ -35,7 +35,6 @@ class WrittenRow:
     refusal: str | None = None
 
 
-
 def claim_folder(folder: Path, provenance: dict) -> None:
     """Record what the folder holds, or compare with what it says it holds."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ class ShardWriter:
         self.refused: Counter[str] = Counter()
         self.seen: set[tuple[int, ...]] = set()
         self.num_tokens = self.num_waiting_tokens = 0
-        self.num_decided = self.num_shards = self.num_kept = 0
+        self.num_decided = self.num_written = self.num_shards = self.num_kept = 0
         self.is_full = False
         self._read_back()
 
@@ -82,7 +81,8 @@ class ShardWriter:
         while self._path(self.num_shards).is_file():
             table = pyarrow.parquet.read_table(self._path(self.num_shards))
             state = json.loads(table.schema.metadata[b"prism_state"])
-            self.num_decided, self.is_full = state["num_decided"], state["is_full"]
+            self.num_decided = self.num_written = state["num_decided"]
+            self.is_full = state["is_full"]
             self.refused = Counter(state["refused"])
             self.seen.update(map(tuple, table["first_user_turn"].to_pylist()))
             self.num_tokens += sum(map(len, table["input_ids"].to_pylist()))
@@ -115,9 +115,14 @@ class ShardWriter:
             self._write()
 
     def finish(self) -> None:
-        """Write what is left where the prompts have run out."""
+        """Write what is left where the prompts or the time have run out."""
         if not self.is_full:
             self.is_full = True
+            self._write()
+
+    def keep(self) -> None:
+        """Write what was decided since the last shard, where a run is interrupted."""
+        if self.num_decided > self.num_written:
             self._write()
 
     def _write(self) -> None:
@@ -146,6 +151,7 @@ class ShardWriter:
         with whole_file(self._path(self.num_shards)) as unfinished:
             pyarrow.parquet.write_table(table, unfinished, compression="zstd")
         self.num_kept += len(self.kept)
+        self.num_written = self.num_decided
         self.num_shards += 1
         self.kept = []
 

@@ -12,7 +12,7 @@ Source: Magpie (arXiv:2406.08464) for asking with the user prefix alone.
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,6 +52,9 @@ TOPICS = {
         "Read the passage and say what it is about.\n\n",
     ),
 }
+
+# An answer that ends for want of time is kept if it has this many tokens.
+FEWEST_CUT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Synthesizer:
         ValueError: if the template cannot be taken apart.
     """
 
-    def __init__(self, target, tokenizer, config: SynthesisConfig, chats: list[list[dict]] | None = None):
+    def __init__(self, target, tokenizer, config: SynthesisConfig, chats: Sequence[list[dict]] | None = None):
         self.target, self.tokenizer, self.config, self.chats = target, tokenizer, config, chats
         eos = target.generation_config.eos_token_id
         if eos is None:
@@ -127,13 +130,21 @@ class Synthesizer:
         """How many there can be; None without end."""
         return None if self.chats is None else len(self.chats)
 
-    def run(self, indices: Iterator[int]) -> Iterator[WrittenRow]:
-        """Write the conversations of these numbers; they come out in the order in which they end."""
+    def run(self, indices: Iterator[int], is_over: Callable[[], bool] = lambda: False) -> Iterator[WrittenRow]:
+        """Write the conversations of these numbers; they come out in the order in which they end.
+
+        Args:
+            indices (`Iterator[int]`): numbers of the conversations.
+            is_over (`Callable`): asked before each forward; once True, answers end where they are.
+        """
         slots = Slots(self.target, self.config.batch_size, self.config.max_length + 1)
         rows: dict[int, WrittenRow] = {}
         logits: dict[int, torch.Tensor] = {}
         waiting = iter(indices)
         while True:
+            if is_over():
+                yield from map(self._cut, rows.values())
+                return
             for slot in range(self.config.batch_size):
                 if slot in rows:
                     continue
@@ -276,6 +287,16 @@ class Synthesizer:
         self._force(row, between)
         row.user_start = row.start
 
+    def _cut(self, row: WrittenRow) -> WrittenRow:
+        """A conversation whose time is over: its last answer as far as it has come, or without a turn that has just begun."""
+        if not row.is_user and len(row.tokens) - row.start >= FEWEST_CUT_TOKENS:
+            self._end_answer(row, is_cut=True)
+        elif row.spans:
+            row.tokens, row.num_turns = row.tokens[: row.spans[-1][1]], len(row.spans)
+        else:
+            row.refusal = "no time for an answer"
+        return row
+
     def _force(self, row: WrittenRow, tokens: list[int]) -> None:
         """Let these tokens come next; the turn begins behind them."""
         row.start = len(row.tokens) + len(tokens)
@@ -288,9 +309,9 @@ class Synthesizer:
 
 
 def synthesize(
-    target, tokenizer, config: SynthesisConfig, output, chats: list[list[dict]] | None = None,
+    target, tokenizer, config: SynthesisConfig, output, chats: Sequence[list[dict]] | None = None,
     contamination: Contamination | None = None, part: tuple[int, int] = (0, 1),
-    report: Callable[[dict], None] = lambda progress: None
+    report: Callable[[dict], None] = lambda progress: None, is_over: Callable[[], bool] = lambda: False
 ) -> dict:
     """Write conversations to Parquet shards in a folder; a folder with a part of them is resumed.
 
@@ -300,6 +321,7 @@ def synthesize(
         contamination (`Contamination`, *optional*): leaves conversations out that hold a benchmark's prompts.
         part (`tuple[int, int]`): of `(index, count)` processes; each writes its share of the tokens to its own shards.
         report (`Callable`): called after each conversation with the tokens kept and the number to keep.
+        is_over (`Callable`): asked before each forward; once True, the run ends with what there is.
     Returns:
         `dict`: counts of what was kept and why the rest was not, over all shards of this process.
     Raises:
@@ -310,14 +332,18 @@ def synthesize(
     provenance = _provenance(target, tokenizer, config, chats, part[1])
     claim_folder(folder, provenance)
     writer = ShardWriter(folder, provenance, config.num_tokens, contamination, part)
-    while not writer.is_full:
-        first = writer.num_decided
-        # What is refused at the end, as a duplicate of what was still being written, is made up for.
-        for row in synthesizer.run(_numbers(writer, part, synthesizer.num_conversations)):
-            writer.add(row)
-            report({"kept": writer.num_tokens, "goal": writer.goal})
-        if writer.num_decided == first:
-            writer.finish()
+    try:
+        while not writer.is_full:
+            first = writer.num_decided
+            # What is refused at the end, as a duplicate of what was still being written, is made up for.
+            for row in synthesizer.run(_numbers(writer, part, synthesizer.num_conversations), is_over):
+                writer.add(row)
+                report({"kept": writer.num_tokens, "goal": writer.goal})
+            if writer.num_decided == first or is_over():
+                writer.finish()
+    except KeyboardInterrupt:
+        writer.keep()
+        raise
     return writer.summary()
 
 
@@ -337,7 +363,7 @@ def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes
         "target": target_fingerprint(target.config, tokenizer),
         "compute_dtype": str(target.dtype).removeprefix("torch."),
         "chat_template_sha256": template_hash(tokenizer),
-        "source": "the target's own user turns" if chats is None else f"{len(chats)} given prompts",
+        "source": getattr(chats, "source", None) or ("the target's own user turns" if chats is None else f"{len(chats)} given prompts"),
         "config": json.loads(json.dumps(asdict(config))),
         "num_processes": num_processes,
         "versions": versions(),
