@@ -18,7 +18,16 @@ Source: ours; the running sum is that of online softmax (Milakov and Gimelshein,
 
 import torch
 
-from .dispatch import ALL_REGISTERS, NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    ALL_REGISTERS,
+    NUM_PROGRAMS,
+    expect,
+    expect_float,
+    expect_rows,
+    expect_tensors,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton

@@ -19,7 +19,16 @@ Source: online softmax and splits as in FlashAttention (arXiv:2205.14135) and Fl
 
 import torch
 
-from .dispatch import ALL_REGISTERS, NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    ALL_REGISTERS,
+    NUM_PROGRAMS,
+    expect,
+    expect_float,
+    expect_rows,
+    expect_tensors,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton
