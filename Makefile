@@ -1,4 +1,5 @@
-# make demo | make test | make test-oldest | make lint | make docs: each makes .venv first and installs what it needs, once.
+# make demo | make test | make test-oldest | make lint | make docs | make gpu: each makes .venv
+# first and installs what it needs, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -17,7 +18,7 @@ OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_side transfor
 # Of `make test-python`.
 OTHER := .venv-$(notdir $(PYTHON))
 
-.PHONY: demo test test-oldest test-python lint quick docs
+.PHONY: demo test test-oldest test-python lint quick docs gpu
 
 demo: $(INSTALLED)
 	$(BIN)/transformers-prism demo
@@ -42,6 +43,10 @@ quick: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# On a machine with CUDA, where .venv has PyPI's torch: gpu-report.json and gpu-report.png, in less than eight minutes.
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 # The documentation site, in site/; a broken link or reference is an error.
 docs: $(INSTALLED)

@@ -21,7 +21,7 @@ and its backward as in FlashAttention-2 (arXiv:2307.08691).
 
 import torch
 
-from .dispatch import expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import ALL_REGISTERS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -426,7 +426,7 @@ if triton is not None:
             _context_alignment_attention_path_bwd_kernel[(triton.cdiv(num_rows, block_k), num_batch * num_groups)](
                 *(query, tuple(keys), tuple(values), first_rows, log_sums, deltas, grad_output),
                 *(tuple(grad_keys[1:]), tuple(grad_values[1:])), *strides, *sizes,
-                **constants, BLOCK_K=block_k, BLOCK_E=tiles["BLOCK_E"], num_warps=8,
+                **constants, BLOCK_K=block_k, BLOCK_E=tiles["BLOCK_E"], num_warps=8, **ALL_REGISTERS,
             )
         return [grad_query, *grads]
 

@@ -24,7 +24,7 @@ Leviathan et al. 2023 (arXiv:2211.17192).
 
 import torch
 
-from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_tensors, operator_namespace, use_triton
+from .dispatch import ALL_REGISTERS, NUM_PROGRAMS, expect, expect_float, expect_tensors, operator_namespace, use_triton
 
 try:
     import triton
@@ -305,9 +305,7 @@ if triton is not None:
         tiles = {"PRECISION": "ieee", "BLOCK_N": block_n, "BLOCK_V": 64, "BLOCK_D": 64}
         if itemsize == 4:
             tiles = {"PRECISION": "bf16x6", "BLOCK_N": 64, "BLOCK_V": 32, "BLOCK_D": 32}
-        # Left to itself, NVIDIA's assembler takes fewer registers on a B200 than these tiles need, and spills.
-        registers = {} if torch.version.hip else {"maxnreg": 255}
-        return {**tiles, "num_warps": 8, "num_stages": 2, **registers}
+        return {**tiles, "num_warps": 8, "num_stages": 2, **ALL_REGISTERS}
 
     def _forward_grid(num_rows: int, num_tokens: int, tiles: dict) -> tuple[tuple[int, int], int]:
         """Tiles of rows by parts of the vocabulary, as many as give every processor a program, and a part's length."""

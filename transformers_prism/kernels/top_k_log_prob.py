@@ -7,7 +7,7 @@ Best first; of equal logits the one with the smaller row of the head. A row of t
 token `token_ids[v]` of a larger vocabulary. A state with a NaN among its logits has no log-probabilities: all k are
 minus infinity, and their tokens are some k different ones.
 
-The head `(V, D)` is all that counts: V * D elements, loaded once for up to 128 rows of `hidden`. Each program goes
+The head `(V, D)` is all that counts: V * D elements, loaded once for up to 128 rows of `hidden` (64 in float32). Each program goes
 through a few tiles of the vocabulary and keeps the largest logit, the sum of exponentials and the best k of what it
 has seen; it writes N * (k' + 1) 8-byte numbers (k' is k rounded up to 2, 16 or 64). A second kernel joins these
 lists. No logits reach memory.
@@ -18,7 +18,16 @@ Source: ours; the running sum is that of online softmax (Milakov and Gimelshein,
 
 import torch
 
-from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    ALL_REGISTERS,
+    NUM_PROGRAMS,
+    expect,
+    expect_float,
+    expect_rows,
+    expect_tensors,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton
@@ -58,7 +67,7 @@ if triton is not None:
     def _insert(candidates, best, NUM_BEST: tl.constexpr):
         # The largest of `best` [N, NUM_BEST] and `candidates` [N, C], in no order; all numbers of `best` differ.
         smallest = tl.min(best, 1)
-        num_better = tl.max(tl.sum((candidates > smallest[:, None]).to(tl.int32), 1), 0)
+        num_better = tl.max(tl.max(tl.sum((candidates > smallest[:, None]).to(tl.int32), 1)[None, :], 1), 0)
         for _ in range(0, tl.minimum(num_better, NUM_BEST)):
             largest = tl.max(candidates, 1)
             smallest = tl.min(best, 1)
@@ -162,8 +171,8 @@ if triton is not None:
         tl.store(best_log_probs + row * NUM_CHOSEN + position, log_prob, mask=is_chosen)
 
     def _tiles(num_rows: int, hidden_size: int, itemsize: int) -> dict:
-        """Tiles by shape alone: rows up to 128, so that the head is read once for so many."""
-        block_n = min(128, max(16, triton.next_power_of_2(num_rows)))
+        """Tiles by shape alone: rows up to 128, in float32 up to 64, so that the head is read once for as many."""
+        block_n = min(64 if itemsize == 4 else 128, max(16, triton.next_power_of_2(num_rows)))
         is_narrow = itemsize == 2 and block_n < 64
         block_k = min(64 if is_narrow else 32, max(16, triton.next_power_of_2(hidden_size)))
         # float32 as six products of bfloat16 parts, which are as exact.
@@ -171,7 +180,7 @@ if triton is not None:
         # 128 rows and their lists, or the parts of float32 products, leave registers for half as many candidates.
         block_v = 32 if block_n == 128 or (itemsize == 4 and block_n == 16) else 64
         tiles = {"PRECISION": precision, "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k}
-        return {**tiles, "num_warps": 8 if block_n > 32 else 4, "num_stages": 4 if is_narrow else 3}
+        return {**tiles, "num_warps": 16 if block_n == 128 else 8, "num_stages": 4 if is_narrow else 3, **ALL_REGISTERS}
 
     def _num_best(k: int) -> int:
         """How many of the best a program keeps: a few sizes, so that each of them is compiled in the tests."""
@@ -203,6 +212,7 @@ if triton is not None:
             num_splits,
             NUM_CHOSEN=k, HAS_IDS=token_ids is not None, NUM_BEST=num_best,
             BLOCK_S=triton.next_power_of_2(NUM_PROGRAMS), BLOCK_C=1024, num_warps=4,
+            **ALL_REGISTERS,
         )
         return best_ids, best_log_probs
 

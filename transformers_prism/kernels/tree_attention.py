@@ -9,8 +9,8 @@ where a prefix key's index is its place and a node's is `node_index`. A query th
 
 Layout: query `(B, H, N, E)`, key and value `(B, G, P + R, E)` of any strides but a contiguous last dimension (views of
 a longer buffer), output `(B, N, H, E)`. Bytes moved: a program holds up to 128 of the N * H / G rows that share a head
-of keys (16 in float32 with E > 128), and each tile of rows reads those keys and values once: 2 * B * G * (P + R) * E
-elements for up to 128 rows.
+of keys (64 with E > 128; in float32 32 with E > 64, 16 with E > 128), and each tile of rows reads those keys and
+values once: 2 * B * G * (P + R) * E elements for each tile of rows.
 Where that makes too few programs the prefix is split; each part writes B * N * H * (E + 1) float32, which a second
 kernel adds up. There are never so many parts that this exceeds the prefix's own bytes.
 
@@ -19,7 +19,16 @@ Source: online softmax and splits as in FlashAttention (arXiv:2205.14135) and Fl
 
 import torch
 
-from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    ALL_REGISTERS,
+    NUM_PROGRAMS,
+    expect,
+    expect_float,
+    expect_rows,
+    expect_tensors,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton
@@ -205,22 +214,21 @@ if triton is not None:
     def _tiles(num_rows: int, head_dim: int, itemsize: int) -> dict:
         """Tiles by shape alone: rows up to 128, and as many keys as registers and shared memory hold beside them.
 
-        float32 products are six products of bfloat16 parts, as exact as float32 itself; where those would not fit into
-        registers, as with wide heads, they are plain float32.
+        float32 products are six products of bfloat16 parts, as exact as float32 itself; with wide heads, where those would not
+        fit into registers, they are plain float32.
         """
         block_e = max(16, triton.next_power_of_2(head_dim))
-        block_m = min(128, max(16, triton.next_power_of_2(num_rows)))
+        block_m = min(64 if block_e > 128 else 128, max(16, triton.next_power_of_2(num_rows)))
         block_k, precision, num_stages = min(64, 8192 // block_e), "ieee", 2
-        num_warps = 8 if block_m * block_e > 8192 or block_m == 128 else 4
+        num_warps = 8 if block_m * block_e * itemsize >= 16384 else 4
         if itemsize == 4:
             # A second stage in flight would not fit into the 64 KiB of an MI300X's processors.
             block_k, precision, num_stages = 16, "bf16x6", 1
-            if block_e > 64 and (block_m < 64 or block_e > 128):
+            if block_e > 64:
                 precision, num_warps, num_stages = "ieee", 8, 2
-            if block_e > 128:
-                block_m = 16
+                block_m = min(block_m, 32 if block_e <= 128 else 16)
         tiles = {"PRECISION": precision, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_E": block_e}
-        return {**tiles, "num_warps": num_warps, "num_stages": num_stages}
+        return {**tiles, "num_warps": num_warps, "num_stages": num_stages, **ALL_REGISTERS}
 
     def _num_splits(
         num_programs: int, num_rows: int, num_prefix: int, head_dim: int, itemsize: int, block_k: int
@@ -262,7 +270,8 @@ if triton is not None:
         if num_splits > 1:
             num_cells = num_batch * num_nodes * num_heads
             _tree_attention_reduce_fwd_kernel[(num_cells,)](
-                parts, part_sums, output, num_cells, num_splits, head_dim, BLOCK_S=16, BLOCK_E=tiles["BLOCK_E"]
+                parts, part_sums, output, num_cells, num_splits, head_dim,
+                BLOCK_S=16, BLOCK_E=tiles["BLOCK_E"], **ALL_REGISTERS,
             )
         return output
 

@@ -1,0 +1,368 @@
+"""How far `tree="auto"` is from the best that could be chosen: recorded rounds, replayed offline at measured costs.
+
+    python -m benchmarks.replay record spec_bench.jsonl rounds.pt --num-prompts 48
+    python -m benchmarks.replay costs costs.json                    on an idle machine
+    python -m benchmarks.replay compare rounds.pt costs.json --json replay.json
+
+Greedy text is the same whatever is drafted. So `record` commits one token a round, and keeps at every position the largest
+tree that the draft would draw there. `compare` then goes through the same texts in several ways, each at the same costs:
+
+    plain           steps without a draft
+    auto            the package's own policy, as it learns from call to call
+    auto, learned   the same once more, with what it learned the first time
+    best sizes      draft steps and nodes chosen in hindsight in each round; which nodes, the policy's estimates say
+    best nodes      nodes chosen in hindsight: only those that are accepted, and only as many as pay
+
+The last two are found exactly, by dynamic programming over each text. What a better choice of sizes could win is the third
+ratio, what better estimates of single nodes could win at the very most is the last. Where a smaller tree than the recorded
+one expands a node that the larger one did not, that node has no children here.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+
+from benchmarks.page import markdown_table
+from transformers_prism import generation
+from transformers_prism.bench.acceptance import packed_for_cpu
+from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
+from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
+from transformers_prism.cli.options import report_file, user_errors
+from transformers_prism.decoding.round_values import Limits, Proposal, Verified
+from transformers_prism.decoding.tree import CandidatePool
+from transformers_prism.policy import automatic
+from transformers_prism.policy.candidates import Candidates
+from transformers_prism.policy.costs import RoundCosts
+from transformers_prism.policy.costs import measure as measure_costs
+from transformers_prism.policy.experience import MAX_COPIED, Experience, cells_of_drafted
+from transformers_prism.policy.fixed import PlainSteps
+from transformers_prism.policy.ngrams import NgramIndex
+from transformers_prism.policy.planners import WithinRound
+from transformers_prism.policy.settings import TreeSettings
+from transformers_prism.target import load_target
+from transformers_prism.whole_files import write_json
+
+_SETTINGS = ("tree", "top_k", "depth", "num_nodes", "ngrams")
+
+
+class _Recorder(PlainSteps):
+    """In place of the automatic policy: draws the largest tree, and commits one token."""
+
+    pools: list[CandidatePool] = []
+    settings: TreeSettings
+
+    def __init__(self, settings, target, draft, sequences, sampler, text=None):
+        type(self).settings = settings
+
+    def propose(self, draft_side, sequences, limits: Limits) -> Proposal:
+        """A plain step, after a look at what the draft would say."""
+        self.pools.append(draft_side.read().draw(self.settings.top_k, self.settings.depth))
+        return super().propose(draft_side, sequences, limits)
+
+
+@torch.no_grad()
+def record(target, draft, records: list[dict], inputs: list[dict], max_new_tokens: int) -> dict:
+    """Decode prompts, keeping what the draft would draw at each position.
+
+    Returns:
+        `dict`: `settings` of the largest tree; `texts`, of each prompt its `task`, `prompt` and `answer`, lists of tokens,
+        and the `steps` of its pools: token ids, parents and log-probabilities, `(positions, n)` each.
+    """
+    draft.generation_config.update(tree="auto")
+    texts = []
+    with mock.patch.object(generation, "AutomaticTrees", _Recorder):
+        for one, arguments in zip(records, inputs, strict=True):
+            _Recorder.pools = []
+            output = target.generate(**arguments, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
+            steps = [
+                (torch.cat([pool.steps[step][0] for pool in _Recorder.pools]).int(),)
+                + tuple(torch.cat([pool.steps[step][part] for pool in _Recorder.pools]) for part in (1, 2))
+                for step in range(_Recorder.settings.depth if _Recorder.pools else 0)
+            ]
+            prompt = arguments["input_ids"][0].tolist()
+            texts.append({"task": task_of(one), "prompt": prompt, "answer": output[0, len(prompt) :].tolist(), "steps": steps})
+    settings = {name: getattr(_Recorder.settings, name) for name in _SETTINGS}
+    return {"settings": settings, "texts": texts}
+
+
+class _FixedCosts(RoundCosts):
+    """Costs that no round corrects."""
+
+    def observe_verify(self, num_tokens: int, seconds: float) -> None:
+        """Nothing."""
+
+    def observe_step(self, seconds: float) -> None:
+        """Nothing."""
+
+
+class _FixedOverhead:
+    """What rounds with a tree take besides; nothing corrects it."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def observe(self, has_tree: bool, seconds: float) -> None:
+        """Nothing."""
+
+
+@dataclasses.dataclass
+class Costs:
+    """Seconds of forwards, of a draft step, and of what else a round with a tree takes."""
+
+    forwards: RoundCosts
+    overhead: float = 0.0
+
+    def round(self, num_nodes: int, num_steps: int) -> float:
+        """Of a round that verifies this many drafted nodes after this many draft steps."""
+        drafted = num_steps * self.forwards.step_seconds + (self.overhead if num_nodes else 0.0)
+        return self.forwards.verify(1 + num_nodes) + drafted
+
+
+class _RecordedDrafter:
+    """Draws from the pool that was recorded at a position."""
+
+    is_behind = False
+
+    def __init__(self, text: dict):
+        self.text, self.position = text, 0
+
+    def read(self) -> "_RecordedDrafter":
+        """Of a draft side, too."""
+        return self
+
+    def draw(self, top_k: int, depth: int, choose_width=None, coupling=None) -> CandidatePool:
+        """As the draft does, of nodes that were recorded."""
+        full = [tuple(part[self.position] for part in step) for step in self.text["steps"][:depth]]
+        # A recorded index in the whole pool -> one in the pool that is drawn here.
+        index_of, steps, num_before, chosen = {-1: -1}, [], 0, {-1}
+        for step, (token_ids, parents, log_probs) in enumerate(full):
+            rows = [row for row, parent in enumerate(parents.tolist()) if parent in chosen]
+            if not rows:
+                break
+            start = len(index_of) - 1
+            index_of.update({num_before + row: start + place for place, row in enumerate(rows)})
+            own = torch.tensor([index_of[int(parents[row])] for row in rows])
+            steps.append((token_ids[rows][None].long(), own[None], log_probs[rows][None]))
+            if step + 1 == depth or choose_width is None:
+                chosen = set(index_of)
+            else:
+                width = choose_width(steps[-1][2][:, None])
+                if width == 0:
+                    break
+                best = log_probs[rows].topk(min(width, len(rows))).indices.tolist()
+                chosen = {num_before + rows[place] for place in best}
+            num_before += len(token_ids)
+        return CandidatePool(steps)
+
+
+class _RecordedSequences:
+    """One sequence whose text is known, of which a part was emitted."""
+
+    def __init__(self, text: dict):
+        self.text, self.active = text, [0]
+        self.prompt_length = len(text["prompt"])
+        self.ids = torch.tensor([text["prompt"]])
+        self.new_tokens: list[list[int]] = [text["answer"][:1]]
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens so far."""
+        return [self.prompt_length + len(self.new_tokens[0])]
+
+    def is_done(self, sequence: int) -> bool:
+        """Whether the answer has ended."""
+        return len(self.new_tokens[0]) == len(self.text["answer"])
+
+    def last_tokens(self) -> list[int]:
+        """The root of the next tree."""
+        return [self.new_tokens[0][-1]]
+
+
+def path_of(token_ids: list[int], parents: list[int], continuation: list[int], root: int = -1) -> list[int]:
+    """Nodes whose tokens are the beginning of a continuation, from the root down."""
+    children = {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(parents, token_ids, strict=True))))}
+    path, node = [], root
+    for token in continuation:
+        found = children.get((node, token))
+        if found is None or found == node:
+            break
+        node = found
+        path.append(node)
+    return path
+
+
+def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int, int]:
+    """The package's policy over all texts; `draft` is what its experience is kept with.
+
+    Returns:
+        `tuple`: seconds, rounds, and tokens that they committed.
+    """
+    settings = TreeSettings(**recorded["settings"])
+    sampler: Any = SimpleNamespace(do_sample=False, coupling=lambda sequences, depth: None)
+    seconds, num_rounds, num_tokens = 0.0, 0, 0
+    for text in recorded["texts"]:
+        # What stands in for the models' halves has only what the policy asks for.
+        sequences: Any = _RecordedSequences(text)
+        drafter: Any = _RecordedDrafter(text)
+        overhead: Any = _FixedOverhead(costs.overhead)
+        with mock.patch.object(automatic, "known_costs", return_value=costs.forwards):
+            policy = automatic.AutomaticTrees(settings, None, draft, sequences, sampler)
+        policy.known = dataclasses.replace(policy.known, overhead=overhead)
+        policy.planner = WithinRound(policy.known)
+        answer = text["answer"]
+        while not sequences.is_done(0):
+            emitted = len(sequences.new_tokens[0])
+            drafter.position = emitted - 1
+            left = len(answer) - emitted
+            proposal = policy.propose(drafter, sequences, Limits(left - 1, settings.num_nodes))
+            tree, tokens = proposal.tree, proposal.tree.token_ids[0].tolist()
+            path = path_of(tokens[1:], [parent - 1 for parent in tree.parents[0].tolist()[1:]], answer[emitted:])
+            kept = [0, *(node + 1 for node in path)][:left]
+            took = costs.round(tree.num_nodes - 1, proposal.num_steps)
+            policy.learn(proposal, [kept], Verified(torch.empty(0), [], took))
+            sequences.new_tokens[0] = answer[: emitted + len(kept)]
+            seconds, num_rounds, num_tokens = seconds + took, num_rounds + 1, num_tokens + len(kept)
+    return seconds, num_rounds, num_tokens
+
+
+def _choices(text: dict, position: int, settings: TreeSettings, index: NgramIndex, experience: Experience) -> tuple[list, list]:
+    """What a round at a position could do: lists of tokens committed, nodes and draft steps, with sizes chosen in hindsight,
+    and with nodes chosen in hindsight."""
+    continuation = text["answer"][position + 1 :][:-1] if settings.depth else []
+    # The last token of an answer is the bonus of its last round.
+    sizes, nodes = [(1, 0, 0)], [(1, 0, 0)]
+    match, copied = index.continuation(MAX_COPIED) if settings.ngrams else (0, [])
+    for num_steps in range(len(text["steps"]) + 1):
+        candidates = Candidates()
+        if num_steps:
+            pool = CandidatePool([tuple(part[position : position + 1] for part in step) for step in text["steps"][:num_steps]])
+            ((token_ids, parents, depths, log_probs),) = pool.rows()
+            cells = cells_of_drafted(depths, log_probs)
+            candidates = Candidates.drafted(token_ids, parents, depths, log_probs, cells, experience.drafted.chances)
+        candidates.add_copy(match, copied, experience.copied.chances)
+        path = path_of(candidates.token_ids, candidates.parents, continuation)
+        ranked = sorted(range(len(candidates.values)), key=candidates.values.__getitem__, reverse=True)
+        rank = {node: place for place, node in enumerate(ranked)}
+        needed = 0
+        for depth, node in enumerate(path, start=1):
+            needed = max(needed, rank[node] + 1)
+            if needed <= settings.num_nodes:
+                sizes.append((depth + 1, needed, num_steps))
+            nodes.append((depth + 1, depth, num_steps))
+    return sizes, nodes
+
+
+def best_seconds(text: dict, settings: TreeSettings, costs: Costs, experience: Experience) -> tuple[float, float]:
+    """Least seconds of a text's rounds, with sizes and with nodes chosen in hindsight."""
+    answer = text["answer"]
+    index = NgramIndex(text["prompt"])
+    options = []
+    for position in range(len(answer) - 1):
+        index.extend([answer[position]])
+        options.append(_choices(text, position, settings, index, experience))
+    totals = []
+    for way in (0, 1):
+        least = [0.0] * len(answer)
+        for position in reversed(range(len(answer) - 1)):
+            least[position] = min(
+                costs.round(num_nodes, num_steps) + least[position + num_tokens]
+                for num_tokens, num_nodes, num_steps in options[position][way]
+            )
+        totals.append(least[0])
+    return totals[0], totals[1]
+
+
+def compare(recorded: dict, costs: Costs) -> dict[str, dict]:
+    """Of each way its seconds, tokens per second over plain steps, and what it gains over auto."""
+    draft: Any = torch.nn.Module()
+    draft.device = torch.device("cpu")
+    settings = TreeSettings(**recorded["settings"])
+    num_tokens = sum(len(text["answer"]) - 1 for text in recorded["texts"])
+    found: dict[str, dict] = {"plain": {"seconds": num_tokens * costs.round(0, 0)}}
+    for name in ("auto", "auto, learned"):
+        seconds, num_rounds, num_committed = replay_auto(recorded, costs, draft)
+        assert num_committed == num_tokens
+        found[name] = {"seconds": seconds, "tau": num_tokens / num_rounds}
+    experience = automatic.experience_of(draft, False)
+    best = [best_seconds(text, settings, costs, experience) for text in recorded["texts"]]
+    for way, name in enumerate(("best sizes", "best nodes")):
+        found[name] = {"seconds": sum(one[way] for one in best)}
+    for one in found.values():
+        one["over_plain"] = found["plain"]["seconds"] / one["seconds"]
+        one["over_auto"] = found["auto"]["seconds"] / one["seconds"]
+    return found
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Replay recorded rounds with other choices of trees.")
+_TargetOption = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file; the demo target if absent")]
+_DraftOption = Annotated[str | None, typer.Option(help="folder or Hub id; the shipped draft if absent")]
+
+
+@app.command("record")
+def record_command(
+    prompts: Annotated[Path, typer.Argument(help="prompts in any usual shape, as Spec-Bench's")],
+    output: Annotated[Path, typer.Argument(help="what was recorded")],
+    target: _TargetOption = None,
+    draft: _DraftOption = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="spread over the tasks")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="of each answer")] = 128,
+) -> None:
+    """Decode prompts and record what the draft would draw at each position. Nothing is timed."""
+    with user_errors():
+        model, tokenizer = load_target(target)
+        loaded = load_draft(draft or SHIPPED_DRAFT, model)
+        chosen = choose_prompts(read_prompts(prompts), num_prompts)
+        inputs = [chat_inputs(tokenizer, one["turns"][0]) for one in chosen]
+        with packed_for_cpu(model, loaded, True):
+            torch.save(record(model, loaded, chosen, inputs, max_new_tokens), output)
+        report_file(output)
+
+
+@app.command("costs")
+def costs_command(
+    output: Annotated[Path, typer.Argument(help="JSON of the costs")],
+    target: _TargetOption = None,
+    draft: _DraftOption = None,
+    overhead: Annotated[float, typer.Option(min=0, help="seconds that a round with a tree takes besides its forwards")] = 0.001,
+) -> None:
+    """Measure forwards and a draft step on this machine, which should be idle."""
+    with user_errors():
+        model, _ = load_target(target)
+        loaded = load_draft(draft or SHIPPED_DRAFT, model)
+        with packed_for_cpu(model, loaded, True):
+            costs = measure_costs(model, loaded, 1)
+        names = ("num_tokens", "verify_seconds", "step_seconds", "spread")
+        write_json(output, {**{name: getattr(costs, name) for name in names}, "overhead_seconds": overhead})
+        report_file(output)
+
+
+@app.command("compare")
+def compare_command(
+    rounds: Annotated[Path, typer.Argument(help="of `record`")],
+    costs: Annotated[Path, typer.Argument(help="of `costs`")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+) -> None:
+    """Go through the recorded texts in every way and print the table."""
+    import json
+
+    with user_errors():
+        content = json.loads(costs.read_text())
+        overhead = content.pop("overhead_seconds", 0.0)
+        found = compare(torch.load(rounds, weights_only=True), Costs(_FixedCosts(**content), overhead))
+        rows = [[name, f"{one['seconds']:.2f}", f"{one['over_plain']:.3f}", f"{one['over_auto']:.3f}"] for name, one in found.items()]
+        typer.echo(markdown_table(["way", "seconds", "over plain", "over auto"], rows))
+        if json_file is not None:
+            write_json(json_file, {"costs": {**content, "overhead_seconds": overhead}, "ways": found})
+        report_file(json_file)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""What else a user could decode the same prompts with, side by side on one machine."""
