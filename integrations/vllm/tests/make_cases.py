@@ -21,7 +21,8 @@ NUM_STEPS, NUM_TOKENS = 4, 32
 _WIDE = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
 _TARGETS = {
     "llama": ("llama", {}),
-    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "granite": ("granite", {"attention_multiplier": 0.2}),
+    "qwen3": ("qwen3", {"num_hidden_layers": 3}),
 }
 _ALL_LAYERS = [0, 1, 3, 4]
 # Name of a draft: its target, and fields of its configuration. Layer 4 is the last state, after the final norm.
@@ -47,7 +48,8 @@ _DRAFTS = {
         {"target_layer_ids": [1, 2, 4], "target_norm": "each", "query_key_norm": True, "attention_bias": True, "mlp_bias": True},
     ),
     "scaled": ("llama", {"target_layer_ids": [1, 3], "embedding_scale": 2.0, "logit_scale": 0.5, "logit_softcap": 60.0}),
-    "gemma3": ("gemma3", {"target_layer_ids": [1, 4], "num_processing_modules": 2}),
+    "granite": ("granite", {"target_layer_ids": [1, 4], "num_processing_modules": 2}),
+    "qwen3": ("qwen3", {"target_layer_ids": [0, 2, 3], "num_processing_modules": 2}),
 }
 
 
@@ -79,7 +81,8 @@ def main(folder: Path) -> None:
     prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator) for length in (5, 40, 23, 33)]
     for index, (name, (target_name, fields)) in enumerate(_DRAFTS.items()):
         target = targets[target_name]
-        draft = tiny_draft(target, seed=index, **fields)
+        # Wider weights would grow the states from step to step, until rounding decides which key a query attends to.
+        draft = tiny_draft(target, seed=index, initializer_range=0.1, **fields)
         if draft.draft_to_target is not None:
             draft.draft_to_target.copy_(torch.randperm(draft.config.vocab_size)[: draft.config.draft_vocab_size].sort().values)
         switches = dict.fromkeys(("tree_ngrams", "tree_coupled", "tree_text_tokens"), False)

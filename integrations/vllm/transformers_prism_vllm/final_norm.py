@@ -13,9 +13,9 @@ from safetensors import safe_open
 SAVED_NAME = "target_final_norm"
 # Targets with an RMSNorm at the end, by what it multiplies by: its weight, or one plus its weight.
 _PLAIN = (
-    "arcee granite granitemoe llama ministral mistral mixtral olmo2 olmo3 phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3"
+    "apertus arcee gemma4 gemma4_text gpt_oss granite granitemoe llama ministral mistral mixtral olmo2 olmo3 phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3"
 ).split()
-_ONE_PLUS = "gemma gemma2 gemma3 gemma3_text qwen3_next".split()
+_ONE_PLUS = "gemma gemma2 gemma3 gemma3_text qwen3_5 qwen3_5_text qwen3_next".split()
 _WEIGHTS = ("model.norm.weight", "norm.weight", "language_model.model.norm.weight", "model.language_model.norm.weight")
 _REMEDY = "save the draft again with transformers-prism after draft.bind(target), which stores the norm with it"
 

@@ -9,29 +9,25 @@ V vocabulary.
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.tokenizers import get_tokenizer
 
 from transformers_prism_vllm.final_norm import SAVED_NAME, read_final_norm
+from transformers_prism_vllm.half_linear import draft_linear, takes_half
 from transformers_prism_vllm.target_checks import check_engine, check_target, embedding_scale
 
 logger = init_logger("vllm.transformers_prism_vllm")
-
-
-def _linear(inputs: int, outputs: int, bias: bool) -> ReplicatedLinear:
-    return ReplicatedLinear(inputs, outputs, bias=bias, return_bias=False)
 
 
 class PrismDecoderLayer(nn.Module):
@@ -47,14 +43,14 @@ class PrismDecoderLayer(nn.Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
         self.input_layernorm = RMSNorm(width, eps=eps) if has_input_norm else None
-        self.qkv_proj = _linear(width, sum(self.sizes), config.attention_bias)
+        self.qkv_proj = draft_linear(width, sum(self.sizes), config.attention_bias)
         self.head_norms = None
         if config.query_key_norm:
             self.head_norms = nn.ModuleList(RMSNorm(config.head_dim, eps=eps) for _ in "qk")
-        self.o_proj = _linear(self.sizes[0], width, config.attention_bias)
+        self.o_proj = draft_linear(self.sizes[0], width, config.attention_bias)
         self.post_attention_layernorm = RMSNorm(width, eps=eps)
-        self.gate_up_proj = _linear(width, 2 * config.intermediate_size, config.mlp_bias)
-        self.down_proj = _linear(config.intermediate_size, width, config.mlp_bias)
+        self.gate_up_proj = draft_linear(width, 2 * config.intermediate_size, config.mlp_bias)
+        self.down_proj = draft_linear(config.intermediate_size, width, config.mlp_bias)
         self.activation = SiluAndMul()
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, rotary: nn.Module, attention: Attention):
@@ -79,7 +75,7 @@ class PrismProcessingModule(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.input_projection = _linear(2 * config.hidden_size, config.hidden_size, config.projection_bias)
+        self.input_projection = draft_linear(2 * config.hidden_size, config.hidden_size, config.projection_bias)
         self.layers = nn.ModuleList(PrismDecoderLayer(config, index > 0) for index in range(config.num_layers_per_module))
 
 
@@ -99,9 +95,11 @@ class PrismModel(nn.Module):
         # vLLM puts the target's in its place; until then it wants one of the same width.
         self.embed_tokens = nn.Embedding(1 if config.share_target_embedding else config.vocab_size, width)
         self.embedding_scale = embedding_scale(config, target)
-        self.fusion_layer = self.target_norm = self.final_norm = None
+        self.fusion_layer: nn.Module | None = None
+        self.target_norm: nn.ModuleList | None = None
+        self.final_norm: nn.Parameter | None = None
         if num_states > 1:
-            self.fusion_layer = _linear(num_states * config.target_hidden_size, width, config.projection_bias)
+            self.fusion_layer = draft_linear(num_states * config.target_hidden_size, width, config.projection_bias)
         if config.target_norm != "none":
             num_norms = 1 if config.target_norm == "joint" else num_states
             norm_width = num_states * config.target_hidden_size // num_norms
@@ -193,12 +191,12 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
         self.has_own_embed_tokens = not config.share_target_embedding
         self.has_own_lm_head = not config.share_target_head
         if self.has_own_lm_head:
-            self.lm_head = _linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            self.lm_head = draft_linear(config.hidden_size, config.draft_vocab_size, bias=False)
         draft_to_target = None
         if config.draft_vocab_size != config.vocab_size:
             draft_to_target = torch.empty(config.draft_vocab_size, dtype=torch.long)
         self.register_buffer("draft_to_target", draft_to_target)
-        self.head: nn.Module | None = None  # over the draft vocabulary, once the target's is there
+        self.head: Any = None  # over the draft vocabulary, once the target's is there
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Begin a round: join the target's states `(N, L * target_hidden_size)` to `(N, D)`."""
@@ -238,7 +236,7 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
         return output, output
 
     def _take_head(self) -> None:
-        """Make the head over the draft vocabulary: the draft's own, or the rows of the target's.
+        """Make the head over the draft vocabulary: the draft's own, the target's, or a copy of rows of the target's.
 
         vLLM lends the target's layers after the draft is loaded, and runs the draft once before any request.
         """
@@ -251,14 +249,15 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
                     f"expected a target whose {name} is a matrix of plain numbers, {config.hidden_size} wide, got "
                     f"{tuple(weight.shape)} in {weight.dtype}; serve a target whose {name} is not quantised"
                 )
-        if self.has_own_lm_head or self.draft_to_target is None:
+        if self.has_own_lm_head or (self.draft_to_target is None and not takes_half(head.weight)):
             self.head = head
             return
+        kept = slice(config.vocab_size) if self.draft_to_target is None else self.draft_to_target
         bias, weight = getattr(head, "bias", None), head.weight
-        rows = _linear(config.hidden_size, config.draft_vocab_size, bias=bias is not None).to(weight.device, weight.dtype)
-        rows.weight.data.copy_(weight[self.draft_to_target])
+        rows = draft_linear(config.hidden_size, config.draft_vocab_size, bias=bias is not None).to(weight.device, weight.dtype)
+        rows.weight.data.copy_(weight[kept])
         if bias is not None:
-            rows.bias.data.copy_(bias[self.draft_to_target])
+            rows.bias.data.copy_(bias[kept])
         rows.quant_method.process_weights_after_loading(rows)
         self.head = rows
 

@@ -9,7 +9,7 @@ from typing import Any
 _FATAL_PARTS = ("vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
 _ALL_PARTS = (*_FATAL_PARTS, "name", "revision")
 # Types of targets whose embedding is scaled by vLLM outside of the layer that drafts share, by sqrt(hidden_size).
-_SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3", "gemma3_text")
+_SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text")
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -85,7 +85,8 @@ def check_target(draft: Any, target: Any, name: str, tokenizer: Any = None) -> s
     found["name"] = None if os.path.exists(name) or name.count("/") != 1 else name
     found["revision"] = getattr(target, "_commit_hash", None) if found["name"] else None
     expected = {**(draft.target_fingerprint or {}), "vocab_size": draft.vocab_size, "hidden_size": draft.target_hidden_size}
-    fatal, mild = [], []
+    fatal: list[str] = []
+    mild: list[str] = []
     for part in _ALL_PARTS:
         if expected.get(part) is None or found[part] is None or expected[part] == found[part]:
             continue
