@@ -120,6 +120,7 @@ def engine(**changes) -> SimpleNamespace:
     settings = {
         "method": "eagle3",
         "parallel_drafting": False,
+        "disable_padded_drafter_batch": False,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "lora_config": None,
@@ -133,7 +134,7 @@ def engine(**changes) -> SimpleNamespace:
         return SimpleNamespace(**{name: settings[name] for name in names})
 
     return SimpleNamespace(
-        speculative_config=part("method", "parallel_drafting"),
+        speculative_config=part("method", "parallel_drafting", "disable_padded_drafter_batch"),
         parallel_config=part("tensor_parallel_size", "pipeline_parallel_size"),
         compilation_config=part("cudagraph_mode"),
         device_config=part("device_type"),
@@ -148,6 +149,7 @@ def engine(**changes) -> SimpleNamespace:
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: expected 1, .*, got 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: expected 1, .*, got 2"),
         ({"parallel_drafting": True}, "parallel_drafting: expected False"),
+        ({"disable_padded_drafter_batch": True, "device_type": "cpu"}, "disable_padded_drafter_batch: expected False on a CPU"),
         ({"lora_config": object()}, "enable_lora: expected False, .*; merge the adapter"),
         (
             {"use_v2_model_runner": True, "cudagraph_mode": "FULL_AND_PIECEWISE"},

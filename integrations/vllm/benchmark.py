@@ -8,6 +8,7 @@ of 135M parameters. A run that was stopped goes on where it was when it is start
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -92,19 +93,45 @@ def _serve(pipe, num_steps: int, arguments: dict[str, Any]) -> None:
     )
     sampling = SamplingParams(temperature=0, max_tokens=arguments["max_new_tokens"])
 
+    spent = _time_drafting()
+
     def run(prompts: list[str]) -> dict[str, Any]:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        before, start = _counts(llm), time.perf_counter()
+        before, start, drafting = _counts(llm), time.perf_counter(), spent[0]
         outputs = llm.chat(chats, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         rounds, accepted = (now - then for now, then in zip(_counts(llm), before, strict=True))
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        return {"tokens": tokens, "seconds": seconds, "rounds": rounds, "accepted": accepted}
+        return {
+            "tokens": tokens,
+            "seconds": seconds,
+            "draft_seconds": spent[0] - drafting,
+            "rounds": rounds,
+            "accepted": accepted,
+        }
 
     run(["Why is the sky blue?"] * max(arguments["batch_sizes"]))
     pipe.send({})
-    while True:
-        pipe.send(run(pipe.recv()))
+    with contextlib.suppress(EOFError):  # the command has ended
+        while True:
+            pipe.send(run(pipe.recv()))
+
+
+def _time_drafting() -> list[float]:
+    """Seconds that vLLM's proposer has taken in this process, as the only entry, which grows."""
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    spent, propose = [0.0], SpecDecodeBaseProposer.propose
+
+    def timed(self, *args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return propose(self, *args, **kwargs)
+        finally:
+            spent[0] += time.perf_counter() - start
+
+    SpecDecodeBaseProposer.propose = timed  # type: ignore[method-assign]
+    return spent
 
 
 def _counts(llm) -> tuple[int, int]:
@@ -134,6 +161,7 @@ def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
             same = [ids == other for unit, twin in pairs for ids, other in zip(unit["tokens"], twin["tokens"], strict=True)]
             entry |= {
                 "acceptance_length": 1 + accepted / rounds if rounds else None,
+                "draft_share": sum(unit["draft_seconds"] for unit in units) / seconds,
                 "speedup": others / own * tokens / sum(len(ids) for _, twin in pairs for ids in twin["tokens"]),
                 "identical": sum(same),
                 "prompts": len(same),
@@ -190,13 +218,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(entries: list[dict[str, Any]]) -> str:
     """A summary as a table in Markdown."""
-    lines = ["| batch | draft tokens | tokens/s | speed-up | acceptance length | same text |", "|---|---|---|---|---|---|"]
+    lines = ["| batch | draft tokens | tokens/s | speed-up | acceptance length | time for drafting | same text |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for entry in entries:
         cells = [entry["batch_size"], entry["num_steps"] or "plain", f"{entry['tokens_per_second']:.1f}"]
         if entry["num_steps"] == PLAIN:
-            cells += ["", "", ""]
+            cells += ["", "", "", ""]
         else:
-            cells += [f"{entry['speedup']:.2f}", f"{entry['acceptance_length']:.3f}", f"{entry['identical']} of {entry['prompts']}"]
+            cells += [f"{entry['speedup']:.2f}", f"{entry['acceptance_length']:.3f}", f"{entry['draft_share']:.0%}"]
+            cells.append(f"{entry['identical']} of {entry['prompts']}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

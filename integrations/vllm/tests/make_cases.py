@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
         target.save_pretrained(folder / "targets" / name)
         word_tokenizer().save_pretrained(folder / "targets" / name)
     generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator) for length in (5, 40, 23, 33)]
+    prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator) for length in (5, 40, 23, 70)]
     for index, (name, (target_name, fields)) in enumerate(_DRAFTS.items()):
         target = targets[target_name]
         # Wider weights would grow the states from step to step, until rounding decides which key a query attends to.

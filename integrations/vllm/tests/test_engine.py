@@ -63,32 +63,44 @@ def test_engine_half_weights(cases, engine, rounds, greedy):
     """Weights in float16 draft nearly the same; the text is the target's."""
     llm = engine("m2_l4")
     assert greedy(llm) == cases.cases["m2_l4"]["tokens"]
-    found = {tuple(ids) for (ids,) in rounds}
-    whole = [tuple(ids) for expected in cases.cases["m2_l4"]["rounds"] for ids in expected if len(ids) == cases.num_steps]
-    assert sum(ids in found for ids in whole) > 0.9 * len(whole)
+    assert share_of_rounds(rounds, cases.cases["m2_l4"]["rounds"], cases.num_steps) > 0.9
+
+
+def share_of_rounds(found: list[list[list[int]]], expected: list[list[list[int]]], num_steps: int) -> float:
+    """How many of the whole rounds of several sequences vLLM's proposer drafted, in whatever batch."""
+    drafted = Counter(tuple(ids) for batch in found for ids in batch)
+    whole = Counter(tuple(ids) for rounds in expected for ids in rounds if len(ids) == num_steps)
+    return 1 - (whole - drafted).total() / whole.total()
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_engine_batch(cases, engine, rounds, greedy):
+    """Four prompts at once."""
+    case = cases.cases["m2_l4"]
+    assert greedy(engine("m2_l4"), at_once=True) == case["tokens"]
+    assert share_of_rounds(rounds, case["rounds"], cases.num_steps) == 1
 
 
 @pytest.mark.usefixtures("in_float32")
 def test_engine_batch_with_chunked_prefill(cases, engine, rounds, greedy):
-    """Four prompts at once, read 16 tokens at a time beside rounds of others."""
-    llm = engine("m2_l4", max_num_batched_tokens=24, enable_prefix_caching=False)
+    """Prompts that are read in pieces of up to 24 tokens while others are in their rounds. At the end of a piece vLLM 0.32
+    hands the draft the prompt's last token in place of the next one, so that some rounds differ."""
     case = cases.cases["m2_l4"]
+    llm = engine("m2_l4", max_num_batched_tokens=24, enable_prefix_caching=False)
     assert greedy(llm, at_once=True) == case["tokens"]
-    drafted = Counter(tuple(ids) for batch in rounds for ids in batch)
-    whole = Counter(tuple(ids) for expected in case["rounds"] for ids in expected if len(ids) == cases.num_steps)
-    assert not whole - drafted
+    assert share_of_rounds(rounds, case["rounds"], cases.num_steps) > 0.9
 
 
 @pytest.mark.usefixtures("in_float32")
 def test_engine_prefix_caching(cases, engine, rounds, greedy):
     """A prompt whose beginning is in the cache, the draft's keys and values with it."""
-    llm = engine("m2_l4", block_size=16, enable_prefix_caching=True, disable_log_stats=False)
+    llm = engine("m2_l4", block_size=32, enable_prefix_caching=True, disable_log_stats=False)
     for _ in range(2):
         rounds.clear()
-        assert greedy(llm, prompts=cases.prompts[1:2]) == [cases.cases["m2_l4"]["tokens"][1]]
-        check_rounds([ids for (ids,) in rounds], cases.cases["m2_l4"]["rounds"][1])
+        assert greedy(llm, prompts=cases.prompts[3:]) == cases.cases["m2_l4"]["tokens"][3:]
+        check_rounds([ids for (ids,) in rounds], cases.cases["m2_l4"]["rounds"][3])
     hits = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits")
-    assert hits >= 16
+    assert hits >= 32
 
 
 @pytest.mark.usefixtures("in_float32")
@@ -108,25 +120,27 @@ def test_engine_bfloat16(cases, engine, rounds, greedy):
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_engine_sampling_keeps_distribution(method, cases, engine):
-    """The second token of many samples is distributed as the target says. By the bound of Bretagnolle, Huber and Carol,
-    2 000 samples over at most 9 outcomes are further than 0.06 from it with a probability below 0.4 %."""
+    """The first two tokens of many samples are distributed as the target says; the second one was drafted or drawn anew. By
+    the bound of Bretagnolle, Huber and Carol, 2 000 samples over 9 outcomes are further than 0.06 from it with a probability
+    below 0.4 %."""
     from transformers import AutoModelForCausalLM
 
-    num_samples, prompt = 2000, cases.prompts[1]
+    num_samples, prompt, temperature = 2000, cases.prompts[1], 0.7
     target = AutoModelForCausalLM.from_pretrained(cases.target("m2_l4"), dtype=torch.float32)
-
-    def top(ids) -> dict[int, float]:
-        with torch.no_grad():
-            values, tokens = target(torch.tensor([ids])).logits[0, -1].topk(3)
-        return dict(zip(tokens.tolist(), (values / 2.0).softmax(-1).tolist(), strict=True))
-
-    expected = {(a, b): p * q for a, p in top(prompt).items() for b, q in top([*prompt, a]).items()}
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        first = (target(ids).logits[0, -1] / temperature).softmax(-1)
+        continued = torch.cat((ids.expand(len(first), -1), torch.arange(len(first))[:, None]), dim=1)
+        second = (target(continued).logits[:, -1] / temperature).softmax(-1)
+    pairs = (first[:, None] * second).flatten()
+    expected, chosen = pairs.topk(8)
     llm = engine("m2_l4", max_num_seqs=64, speculative={"draft_sample_method": method, "num_speculative_tokens": 2})
-    settings = SamplingParams(temperature=2.0, top_k=3, max_tokens=2, ignore_eos=True, detokenize=False, n=num_samples, seed=7)
+    settings = SamplingParams(temperature=temperature, max_tokens=4, ignore_eos=True, detokenize=False, n=num_samples, seed=7)
     output = llm.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)[0]
-    found = Counter(tuple(sample.token_ids) for sample in output.outputs)
-    assert set(found) <= set(expected)
-    assert sum(abs(found[pair] / num_samples - p) for pair, p in expected.items()) / 2 < 0.06
+    found = Counter(sample.token_ids[0] * len(first) + sample.token_ids[1] for sample in output.outputs)
+    shares = torch.tensor([found[pair] / num_samples for pair in chosen.tolist()])
+    distance = ((shares - expected).abs().sum() + (shares.sum() - expected.sum()).abs()) / 2
+    assert distance < 0.06
 
 
 def test_engine_reads_stored_norm(cases, engine, rounds, greedy, tmp_path):
@@ -169,6 +183,7 @@ def test_engine_refuses_drafts(fields, message, cases, engine, tmp_path):
     [
         ({"method": "draft_model"}, {}, "method: expected 'eagle3', got 'draft_model'"),
         ({}, {"enable_lora": True}, "enable_lora: expected False"),
+        ({"disable_padded_drafter_batch": True}, {}, "disable_padded_drafter_batch: expected False"),
     ],
 )
 def test_engine_refuses_settings(speculative, settings, message, cases, engine):

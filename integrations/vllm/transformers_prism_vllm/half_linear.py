@@ -1,6 +1,8 @@
 """Products of a draft on a CPU with weights in float16: a draft step is bound by memory bandwidth, and what a draft proposes
 never changes the output."""
 
+from typing import Any
+
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 
@@ -9,7 +11,7 @@ class HalfLinearMethod(UnquantizedLinearMethod):
     """vLLM's product of a layer, but with the weight packed in float16 where it is float32 on a CPU; inputs and sums stay
     in float32. For one token it takes a third of the time of vLLM's own packed product in float32."""
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight of a loaded layer, and free it."""
         weight = layer.weight
         if not takes_half(weight):

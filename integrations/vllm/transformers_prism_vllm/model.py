@@ -149,7 +149,7 @@ class PrismModel(nn.Module):
 
     def forward(self, module: int, positions: torch.Tensor, embeddings: torch.Tensor, hidden_states: torch.Tensor):
         """Run one processing module over embeddings and states `(N, D)` at positions `(N,)`."""
-        processing_module = self.processing_modules[module]
+        processing_module: Any = self.processing_modules[module]
         if self.embedding_scale != 1.0:
             embeddings = embeddings * self.embedding_scale
         hidden_states = processing_module.input_projection(torch.cat((embeddings, hidden_states), dim=-1))
@@ -295,7 +295,8 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
         if self.model.final_norm is not None and SAVED_NAME not in found:
             target = self.target_config
             found[SAVED_NAME] = read_final_norm(target.model, target.revision, target.hf_text_config)
-        found.pop(SAVED_NAME, None) if self.model.final_norm is None else None
+        if self.model.final_norm is None:
+            found.pop(SAVED_NAME, None)
         wrong = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
         wrong += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
         for name in wanted.keys() & found.keys():
@@ -310,7 +311,8 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
 
     def _places(self) -> dict[str, torch.Tensor]:
         """Where each weight of a draft's file goes, under its name there; several join to one product here."""
-        model, places = self.model, {}
+        places: dict[str, torch.Tensor] = {}
+        model, modules = self.model, list[Any](self.model.processing_modules)
 
         def add(name: str, layer: nn.Module | None, rows: slice = slice(None)) -> None:
             if layer is not None:
@@ -328,7 +330,7 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
             add("lm_head", self.lm_head)
         if self.draft_to_target is not None:
             places["draft_to_target"] = self.draft_to_target
-        for index, module in enumerate(model.processing_modules):
+        for index, module in enumerate(modules):
             name = f"processing_modules.{index}"
             add(f"{name}.input_projection", module.input_projection)
             for depth, layer in enumerate(module.layers):

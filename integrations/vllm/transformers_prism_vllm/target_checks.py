@@ -38,6 +38,14 @@ def check_engine(vllm_config: Any) -> None:
         expect(name, size == 1, "1, since a draft's modules are not split", size, "start one engine per device")
     is_parallel = speculative.parallel_drafting
     expect("parallel_drafting", not is_parallel, "False, since each draft step reads the one before", is_parallel, "leave it out")
+    is_unpadded = speculative.disable_padded_drafter_batch and vllm_config.device_config.device_type == "cpu"
+    expect(
+        "disable_padded_drafter_batch",
+        not is_unpadded,
+        "False on a CPU, where vLLM then counts the keys of each draft step twice",
+        is_unpadded,
+        "leave it out",
+    )
     has_lora = vllm_config.lora_config is not None
     expect("enable_lora", not has_lora, "False, since a draft knows the target without adapters", has_lora, "merge the adapter")
     if (graphs := _graphs_of_draft(vllm_config)) is not None:
