@@ -94,6 +94,15 @@ def test_vllm_defaults_are_the_packages():
     assert theirs.draft_vocab_size == ours.num_draft_tokens
 
 
+def test_vllm_draft_vocabulary_of_all_tokens():
+    """Its order is among the weights if a vocabulary was asked for, also after the configuration was written and read again."""
+    config = plugin("configuration").PrismConfig
+    for size, is_there in ((None, False), (50, True), (97, True)):
+        found = config(**tiny_fields(draft_vocab_size=size))
+        for again in (found, config(**found.to_dict())):
+            assert (again.has_draft_to_target, again.draft_vocab_size) == (is_there, size or 97)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -72,6 +72,8 @@ def vllm_fields(fields: dict[str, Any]) -> dict[str, Any]:
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
     full["target_hidden_size"] = full["target_hidden_size"] or full["hidden_size"]
+    # A vocabulary of all tokens has weights for their order, too, if it was asked for. The first call knows.
+    full.setdefault("has_draft_to_target", full["draft_vocab_size"] is not None)
     full["draft_vocab_size"] = full["draft_vocab_size"] or full["vocab_size"]
     full["draft_step_to_module"] = full["draft_step_to_module"] or list(range(full["num_processing_modules"]))
     full["rope_parameters"] = full["rope_parameters"] or {"rope_type": "default", "rope_theta": 10000.0}

@@ -193,7 +193,7 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
         if self.has_own_lm_head:
             self.lm_head = draft_linear(config.hidden_size, config.draft_vocab_size, bias=False)
         draft_to_target = None
-        if config.draft_vocab_size != config.vocab_size:
+        if config.has_draft_to_target:
             draft_to_target = torch.empty(config.draft_vocab_size, dtype=torch.long)
         self.register_buffer("draft_to_target", draft_to_target)
         self.head: Any = None  # over the draft vocabulary, once the target's is there
