@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 # Before vLLM reads them: the engine in this process, one GB for keys and values.
@@ -12,14 +11,6 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-
-if find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
-
-
-def pytest_report_header(config) -> str:
-    """Why nothing is collected."""
-    return "" if find_spec("vllm") else "tests of transformers-prism-vllm are skipped: vLLM is not installed; `make test-vllm`"
 
 
 class Cases:

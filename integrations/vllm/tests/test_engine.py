@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("vllm", reason="needs vLLM, which `make test-vllm` installs")
+
 from transformers_prism_vllm.model import PrismDraftModel
 from vllm import SamplingParams
 

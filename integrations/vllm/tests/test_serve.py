@@ -12,6 +12,8 @@ import urllib.request
 
 import pytest
 
+pytest.importorskip("vllm", reason="needs vLLM, which `make test-vllm` installs")
+
 # Processes that import vLLM one after the other take long on a machine with other work.
 _MINUTES = 20
 _SCRIPT = """
