@@ -254,6 +254,8 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process for each engine
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+    # Left to itself, vLLM takes one thread where the engine is in the process that asks.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
     if openmp.is_file():
         os.environ.setdefault("LD_PRELOAD", str(openmp))
