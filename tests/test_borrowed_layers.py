@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE, tiny_draft, tiny_target
 from torch import nn
 
 from transformers_prism import PrismDraftModel
-from transformers_prism.borrowed_layers import ChosenLogits, float_weight, place_of, tokens_outside
+from transformers_prism.borrowed_layers import ChosenLogits, final_norm_of, float_weight, place_of, tokens_outside
+from transformers_prism.hub.files import FINAL_NORM
 
 pytestmark = pytest.mark.quick
 
@@ -218,3 +220,35 @@ def test_tokens_outside_a_draft_vocabulary():
     found = tokens_outside(torch.tensor([[9, 3, 9], [5, 8, 0]]), torch.tensor([0, 5]), 10)
     assert found.tolist() == [3, 8, 9]
     assert tokens_outside(torch.tensor([9, 3]), torch.tensor([0, 5]), 10, num_head_rows=9).tolist() == [3]
+
+
+@pytest.mark.parametrize(("architecture", "added"), [("llama", 0.0), ("gemma2", 1.0), ("granite", 0.0)])
+def test_borrowed_layers_final_norm(architecture, added):
+    """What the final norm multiplies by, its weight or one plus its weight."""
+    target = tiny_target(architecture)
+    with torch.no_grad():
+        target.model.norm.weight.copy_(torch.linspace(-1, 2, 32))
+    torch.testing.assert_close(final_norm_of(target), torch.linspace(-1, 2, 32) + added)
+
+
+def test_borrowed_layers_no_final_norm():
+    """A LayerNorm subtracts the mean, which a multiplier alone does not tell; a model on no device tells nothing."""
+    assert final_norm_of(tiny_target("gpt2")) is None
+    assert final_norm_of(tiny_target().to("meta")) is None
+
+
+def test_borrowed_layers_saved_final_norm(tmp_path):
+    """A draft that is bound when it is saved, and reads the last state, carries the norm in a file of its own, which loading
+    leaves alone and a later save keeps."""
+    target = tiny_target()
+    draft = tiny_draft(target, target_layer_ids=[1, 4])
+    draft.save_pretrained(tmp_path / "unbound")
+    assert not (tmp_path / "unbound" / FINAL_NORM).exists()
+    draft.bind(target).save_pretrained(tmp_path / "bound")
+    loaded = PrismDraftModel.from_pretrained(tmp_path / "bound")
+    assert loaded.state_dict().keys() == draft.state_dict().keys()
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("bound", "again"):
+        assert torch.equal(load_file(tmp_path / name / FINAL_NORM)["target_final_norm"], target.model.norm.weight)
+    tiny_draft(target, target_layer_ids=[1, 3]).bind(target).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / FINAL_NORM).exists()

@@ -172,7 +172,10 @@ def test_docs_commands_exist(page):
     for block in blocks_of(page.read_text(encoding="utf-8"), "bash"):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             words = line.split("#")[0].split()
-            if not words or words[0] in ("pip", "git", "cd", "docs/performance/measure.sh"):
+            if not words or words[0] in ("pip", "git", "cd", "vllm", "docs/performance/measure.sh"):
+                continue
+            if words[0] == "python" and words[1].endswith(".py"):
+                assert (ROOT / words[1]).is_file(), line
                 continue
             if words[0] == "make":
                 assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line

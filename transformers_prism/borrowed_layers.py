@@ -230,6 +230,27 @@ class TextRows:
         return weight
 
 
+@torch.no_grad()
+def final_norm_of(target: PreTrainedModel) -> torch.Tensor | None:
+    """What a target's final RMSNorm multiplies by, whether that is its weight or one plus its weight.
+
+    Args:
+        target (`PreTrainedModel`): any.
+    Returns:
+        `torch.FloatTensor` of shape `(D,)` on the CPU; None if it has no such norm.
+    """
+    weights = ((child, getattr(child, "weight", None)) for child in target.get_decoder().children())
+    norms = [child for child, weight in weights if isinstance(weight, torch.Tensor) and weight.dim() == 1]
+    if not norms or (weight := norms[-1].weight).device.type == "meta":
+        return None
+    # So large that epsilon does not count; states of both signs tell a norm that subtracts the mean.
+    state = torch.full_like(weight, 1024.0)
+    signs = torch.ones_like(weight)
+    signs[::2] = -1
+    multiplier, other = norms[-1](state), norms[-1](state * signs) * signs
+    return multiplier.float().cpu() if torch.allclose(multiplier, other) else None
+
+
 def _joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     """Rows of two layers as one, packed as they are."""
     kind = type(first) if isinstance(first, PackedLinear) else None

@@ -14,8 +14,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .borrowed_layers import BorrowedLayers, TextRows, place_of, rows_of_head, tokens_outside
-from .configuration_prism import PrismConfig, target_numerics
+from .borrowed_layers import BorrowedLayers, TextRows, final_norm_of, place_of, rows_of_head, tokens_outside
+from .configuration_prism import PrismConfig, num_target_layers, target_numerics
 from .cpu import refresh_packed_weights
 from .decoding.drafter import Drafter
 from .decoding.speculation import Speculation
@@ -172,6 +172,14 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
                 "be accepted. " + "; ".join(mild),
                 stacklevel=4,
             )
+
+    def target_final_norm(self) -> torch.Tensor | None:
+        """What the target's final norm multiplies by, `(target_hidden_size,)`, for engines that hand a draft the last state
+        before that norm. None if the draft is not bound or does not read that state, or the norm is no RMSNorm."""
+        target = None if self._borrowed is None else self._borrowed.target
+        if target is None or self.config.target_layer_ids[-1] != num_target_layers(target.config.get_text_config()):
+            return None
+        return final_norm_of(target)
 
     def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Token embeddings `(B, T, D)` in the draft's dtype and on its device, the target's unless it owns some."""

@@ -33,6 +33,8 @@ AUTO_MAP = {
 }
 CARD, METRICS, TRAINING, ABOUT, LICENSE = "README.md", "metrics.json", "training.json", "about.json", "LICENSE"
 DRAFT_VOCABULARY = "draft_to_target"  # token ids, the only tensor of a draft that is not a weight
+# Of the target that the draft was bound to when it was saved: vLLM hands a draft the last state before that norm.
+FINAL_NORM = "target_final_norm.safetensors"
 PLOT, CURVES = "conditional_acceptance.png", "curves.png"
 # The folder of the code: the package, of which this file is one folder down, or a draft's own, which is flat.
 _CODE = next(folder for folder in Path(__file__).parents if (folder / "modeling_prism.py").is_file())
@@ -117,7 +119,8 @@ def write_published_files(
     for name in _PACKAGE_FILES:
         if not _copy(_package_file(name) or find_file(loaded_from, name, revision), folder / name):
             absent.append(name)
-    _copy(find_file(loaded_from, ABOUT, revision), folder / ABOUT)
+    for name in (ABOUT, FINAL_NORM):
+        _copy(find_file(loaded_from, name, revision), folder / name)
     if not _copy_tokenizer(loaded_from, revision, folder) and target_name:
         _add_tokenizer_of(target_name, folder)
     absent += _describe(folder, loaded_from, revision, write_card)

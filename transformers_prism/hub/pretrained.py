@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
@@ -12,7 +13,7 @@ from ..configuration_prism import PrismConfig
 from ..policy.settings import default_tree_settings
 from ..transformers_names import CACHE_NAMES, mark_as_own, name_of, revision_of
 from ..tried_releases import errors_tell_of_untried_release
-from .files import AUTO_MAP, upload, write_published_files
+from .files import AUTO_MAP, FINAL_NORM, upload, write_published_files
 from .loading import check_headers, check_names_and_shapes, check_values, complete_tree_settings
 
 # What save_pretrained() hands on to push_to_hub().
@@ -89,6 +90,8 @@ class PrismPreTrainedModel(PreTrainedModel):
             target_name = (self.config.target_fingerprint or {}).get("name")
             revision = revision_of(self.config)
             write_published_files(save_directory, name_of(self.config), revision, target_name, self.write_card)
+            if (norm := self.target_final_norm()) is not None:
+                save_file({FINAL_NORM.removesuffix(".safetensors"): norm}, Path(save_directory) / FINAL_NORM)
         if push_to_hub and is_main_process:
             repo_id = hub_arguments.pop("repo_id", None) or Path(save_directory).name
             self.push_to_hub(repo_id, max_shard_size=kwargs.get("max_shard_size", "50GB"), **hub_arguments)
