@@ -227,7 +227,7 @@ def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int
             path = path_of(tokens[1:], [parent - 1 for parent in tree.parents[0].tolist()[1:]], answer[emitted:])
             kept = [0, *(node + 1 for node in path)][:left]
             took = costs.round(tree.num_nodes - 1, proposal.num_steps)
-            policy.learn(proposal, [kept], Verified(torch.empty(0), [], took))
+            policy.learn(proposal, [kept], Verified(torch.empty(0), [], [], took))
             sequences.new_tokens[0] = answer[: emitted + len(kept)]
             seconds, num_rounds, num_tokens = seconds + took, num_rounds + 1, num_tokens + len(kept)
     return seconds, num_rounds, num_tokens
