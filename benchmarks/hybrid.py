@@ -85,6 +85,9 @@ class _ScriptedDrafter:
     def keep_sequences(self, places):
         """There is one."""
 
+    def use_shapes(self, shapes):
+        """Nothing is compiled."""
+
     def use_text_tokens(self, is_wanted):
         """It proposes nothing else than the script."""
 

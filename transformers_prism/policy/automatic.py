@@ -151,8 +151,9 @@ class AutomaticTrees:
         plain_seconds = costs.verify(num_active)
         seconds = costs.verify(num_active * num_nodes + lesson.num_carried)
         if self.planner.observes_times:
-            # Half what it took: costs that were measured too low are corrected slowly, and a machine may be busy for a round.
-            seconds = math.sqrt(seconds * verify_seconds)
+            # Half what it took, if that was longer: costs that were measured too low are corrected slowly, and a machine may
+            # be busy for a round.
+            seconds = max(seconds, math.sqrt(seconds * verify_seconds))
         seconds += costs.step_seconds * proposal.num_steps
         seconds += self.known.overhead.seconds if num_nodes > 1 else 0.0
         self.trials.observe(tokens, seconds / plain_seconds, (seconds + lesson.read_seconds) / plain_seconds)
