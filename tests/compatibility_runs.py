@@ -18,6 +18,7 @@ import torch
 from compatibility_images import SPECIAL_IDS, image_prompt, takes_images
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
+from transformers import GenerationMixin
 
 from transformers_prism import PrismConfig
 from transformers_prism.decoding import round_check, target_choice
@@ -327,13 +328,17 @@ def broken(target, error: str):
                         state.mul_(0.5)
         return None
 
-    handle, check = target.register_forward_pre_hook(spoil, with_kwargs=True), RecurrentTarget._check
+    # Kosmos-2 decodes with a model of its own inside.
+    parts = [module for module in target.modules() if isinstance(module, GenerationMixin)]
+    handles = [part.register_forward_pre_hook(spoil, with_kwargs=True) for part in parts]
+    check = RecurrentTarget._check
     # It would find the error.
     RecurrentTarget._check = lambda side, token_ids: None
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         RecurrentTarget._check = check
 
 

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from compatibility_models import build
+from compatibility_runs import scripted
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 from transformers import (
     AttentionInterface,
@@ -387,3 +389,22 @@ def test_layers_that_hold_something_else_than_the_text_are_named():
     assert reason_against_layers(LlamaConfig(**WIDTHS), cache, 5) is None
     assert "layer 0 of its cache holds 5 positions" in reason_against_layers(LlamaConfig(**WIDTHS), cache, 6)
     assert "layer 1" in reason_against_layers(LlamaConfig(**WIDTHS, cross_attention_layers=[1]), cache, 5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_padding_tokens_in_a_text_whose_positions_the_model_counts(num_rows):
+    """Kosmos-2.5 gives them no position of their own: what follows one in the same forward would be at another place."""
+    target = build("kosmos-2.5", seed=1)
+    input_ids, mask = prompts(num_rows)
+    skipped = target.config.get_text_config().pad_token_id
+
+    def say_padding(ids, scores):
+        if (ids.shape[1] - input_ids.shape[1]) % 5 == 2:
+            scores = torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([skipped]), 0.0)
+        return scores
+
+    arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24, "logits_processor": [say_padding]}
+    plain = target.generate(input_ids=input_ids, **arguments)
+    draft = scripted(target, plain, input_ids.shape[1])
+    assert torch.equal(target.generate(input_ids=input_ids, assistant_model=draft, **arguments), plain)
+    assert num_rows > 1 or draft.last_speculation.acceptance_length > 1.5

@@ -31,7 +31,13 @@ class ChainTarget(TargetSide):
 
     def _verify(self, tree: Tree):
         mask = self._mask_over(self.num_committed + tree.num_nodes)
-        return self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
+        outputs = self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
+        if self.skipped_token is not None:
+            # What follows it in one forward got other positions than in single steps: no token may match it.
+            is_behind = (tree.token_ids == self.skipped_token).cumsum(dim=1).roll(1, dims=1)
+            is_behind[:, 0] = 0
+            tree.token_ids.masked_fill_(is_behind > 0, -1)
+        return outputs
 
     def forget_appended(self) -> None:
         """Drop what was appended since the last commit."""

@@ -14,6 +14,7 @@ from .target_support import (
     reason_against_untried_chat,
     reason_against_virtual_tokens,
     rotary_switches,
+    skipped_token,
     why_no_chain,
     why_no_tree,
 )
@@ -49,6 +50,8 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     num_rows = input_ids.shape[0]
     is_replayed = is_stateful(target) or num_rows > 1
     reason = why_no_replay(cache, num_rows) if is_replayed else why_no_chain(cache)
+    if is_replayed and skipped_token(target, inputs) is not None:
+        reason = "may leave padding tokens out, which a batch has"
     if reason is not None:
         raise Declined(f"{why_chain}, and {reason}")
     return (RecurrentTarget if is_replayed else ChainTarget)(*arguments)

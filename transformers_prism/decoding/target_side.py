@@ -26,12 +26,14 @@ from .round_values import Prompt, Verified, joined_states
 from .sequences import Sequences
 from .target_support import (
     Declined,
+    counts_positions,
     hidden_state,
     position_offset,
     reason_against_batch_positions,
     reason_against_layers,
     reason_against_switch,
     rotary_switches,
+    skipped_token,
 )
 from .transfer import on_device
 from .tree import Tree
@@ -94,8 +96,8 @@ class TargetSide:
         self.has_given_up = False
         self.rotary_switches = rotary_switches(target.config.get_text_config())
         self.model_forward = target
-        counts_itself = inputs is not None and inputs.get("position_ids") is None
-        self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters and not counts_itself
+        self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters and not counts_positions(inputs)
+        self.skipped_token = skipped_token(target, inputs)
         # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
         kept = model_kwargs if inputs is None else inputs
         self.token_types = token_types(inputs, model_kwargs)

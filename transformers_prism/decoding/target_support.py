@@ -275,6 +275,17 @@ def why_no_tree(target, cache, inputs: dict | None) -> str | None:
     if not is_adoptable(cache):
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
         return f"the cache keeps states that cannot be moved ({type(cache).__name__} of {', '.join(kinds) or 'no layers'})"
-    if inputs is not None and inputs.get("position_ids") is None:
+    if counts_positions(inputs):
         return "the model counts positions by itself"
     return why_no_tree_mask(target)
+
+
+def counts_positions(inputs: dict | None) -> bool:
+    """Whether a model's `prepare_inputs_for_generation`, which made `inputs`, leaves positions to the model."""
+    return inputs is not None and inputs.get("position_ids") is None
+
+
+def skipped_token(target, inputs: dict | None) -> int | None:
+    """The padding token of a model that counts positions by itself, and may leave this token out (Kosmos-2)."""
+    takes_them = "position_ids" in inspect.signature(target.forward).parameters
+    return target.config.get_text_config().pad_token_id if takes_them and counts_positions(inputs) else None
