@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from unittest.mock import MagicMock
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+if __name__ == "__main__":  # the tests import this file, and compile
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import numpy as np
 import torch

@@ -181,7 +181,7 @@ def check_disk(pair: Pair) -> list[str]:
         with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
             folder = Path(scratch) / "costs"
             for owner, attribute, value in [
-                (round_costs, "_folder", lambda folder=folder: folder),
+                (round_costs.constants, "HF_HOME", str(folder)),
                 *((Path, method, value) for method, value in methods.items()),
             ]:
                 stack.callback(setattr, owner, attribute, getattr(owner, attribute))
@@ -192,7 +192,7 @@ def check_disk(pair: Pair) -> list[str]:
                     problems.append(f"disk {name}: wrong output")
             except Exception as error:
                 problems.append(f"disk {name}: {error!r}")
-            left = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+            left = [one.name for one in folder.rglob("*") if one.is_file()]
             if left and name != "unreadable":
                 problems.append(f"disk {name}: left {left} behind")
     take_from(pair.target, "round costs")

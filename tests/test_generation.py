@@ -657,9 +657,11 @@ def test_a_target_without_position_ids_is_served_by_a_chain():
     draft = scripted_draft(target, plain, input_ids.shape[1])
     assert torch.equal(plain, target.generate(input_ids[:1], do_sample=False, assistant_model=draft, **LENGTH))
     assert draft.last_speculation.acceptance_length > 2
-    with pytest.warns(UserWarning, match="counts positions by itself, and without trees a batch cannot be verified"):
-        batch = target.generate(input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **LENGTH)
-    assert torch.equal(batch, target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH))
+    batch = target.generate(input_ids, attention_mask=mask, do_sample=False, **LENGTH)
+    draft = scripted_draft(target, batch, input_ids.shape[1])
+    output = target.generate(input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **LENGTH)
+    assert torch.equal(batch, output)
+    assert draft.last_speculation.acceptance_length > 2
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

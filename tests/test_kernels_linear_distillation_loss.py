@@ -191,7 +191,7 @@ def test_no_number_spoils_its_row_alone(side):
 def test_workspace_of_any_width_gives_the_same(monkeypatch):
     """A part of the vocabulary at a time, the last one narrower, and splits of forward with a short last tile."""
     monkeypatch.setattr(kernel, "_MAX_WORKSPACE_TOKENS", 128)
-    monkeypatch.setattr(kernel, "_WANTED_PROGRAMS", 3)
+    monkeypatch.setattr(kernel, "NUM_PROGRAMS", 3)
     check_kernel(*make(num_tokens=700), LOSSES)
 
 
@@ -234,7 +234,7 @@ def test_backward_leaves_what_others_share():
 def test_no_tensor_of_rows_by_tokens_is_made(monkeypatch):
     """Neither pass allocates more than the workspace."""
     monkeypatch.setattr(kernel, "_MAX_WORKSPACE_TOKENS", 128)
-    monkeypatch.setattr(kernel, "_WANTED_PROGRAMS", 4)
+    monkeypatch.setattr(kernel, "NUM_PROGRAMS", 4)
     student, teacher, head = (one.to(DEVICE) for one in make(num_tokens=1000))
     sizes = []
     original = torch.empty

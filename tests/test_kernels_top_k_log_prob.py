@@ -92,11 +92,11 @@ def test_it_says_what_is_wrong():
         ((hidden, weight, 3, bias[:4]), r"bias: expected shape \(97,\), got \(4,\)"),
         ((hidden, weight, 3, bias.half()), r"bias: expected dtype torch.float32, got torch.float16"),
         ((hidden, weight, 3, bias, ids.int()), r"token_ids: expected dtype torch.int64, got torch.int32"),
-        ((hidden, weight, 3, bias, ids.repeat(2)[::2]), r"token_ids: expected it contiguous, got strides \(2,\)"),
+        ((hidden, weight, 3, bias, ids.repeat(2)[::2]), r"token_ids: expected the last dimension contiguous, got strides \(2,\)"),
         ((hidden, weight, 3, bias, ids.to("meta")), r"token_ids: expected device cpu, got meta"),
         ((hidden, weight, 3, bias, ids, 1.0, 0.0), r"softcap: expected more than 0, got 0.0"),
         ((hidden, weight, 3, bias.to("meta")), r"bias: expected device cpu, got meta"),
-        ((hidden, weight, 3, bias.repeat(2)[::2]), r"bias: expected it contiguous, got strides \(2,\)"),
+        ((hidden, weight, 3, bias.repeat(2)[::2]), r"bias: expected the last dimension contiguous, got strides \(2,\)"),
         ((hidden, weight, 3, bias, ids[:4]), r"token_ids: expected shape \(97,\), got \(4,\)"),
         ((hidden.to("meta"), weight, 3), r"weight: expected device meta, got cpu"),
         ((hidden, weight[:0], 3), r"weight: expected shape \('V', 24\), got \(0, 24\)"),
@@ -175,7 +175,7 @@ def test_kernel_scales_and_caps(scale, softcap):
 @pytest.mark.kernel
 def test_kernel_resolves_ties_to_the_smaller_row(monkeypatch):
     """Within a tile, between tiles and between parts, with zeros of both signs among the logits."""
-    monkeypatch.setattr(kernel, "_WANTED_PROGRAMS", 3)
+    monkeypatch.setattr(kernel, "NUM_PROGRAMS", 3)
     hidden = torch.zeros((3, 16))
     hidden[:, 0] = torch.tensor([1.0, -1.0, 0.0])
     weight = torch.zeros((500, 16))

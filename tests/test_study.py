@@ -86,7 +86,7 @@ def test_study_trains_and_measures_all_recipes(folder):
         assert record["train_seconds"] > 0
     assert {record["recipe"] for record in records} == set(RECIPES)
     by_recipe = {record["recipe"]: record for record in records}
-    folders = {name: next((folder / "runs").glob(f"{name}_*")) / "draft" for name in RECIPES}
+    folders = {name: next((folder / "runs").glob(f"{name}_*_seed0")) / "draft" for name in RECIPES}
     modules = {name: PrismDraftModel.from_pretrained(path).config for name, path in folders.items()}
     assert modules["prism-m3"].num_processing_modules == 3
     assert modules["stacked2"].num_layers_per_module == 2

@@ -53,7 +53,7 @@ def test_a_cache_is_found_under_any_name():
 def test_serving_names_its_extra(monkeypatch):
     """Where a package of it is missing."""
     monkeypatch.setattr(transformers_names.importlib.util, "find_spec", lambda name: None if name == "openai" else name)
-    with pytest.raises(ImportError, match="got none named openai; pip install 'transformers-prism\\[serve\\]'"):
+    with pytest.raises(ImportError, match="got none named openai; pip install 'transformers\\[serving\\]'"):
         transformers_names.serve_parts()
 
 
