@@ -94,7 +94,7 @@ def test_study_trains_and_measures_all_recipes(folder):
     assert {name for name, config in modules.items() if len(config.target_layer_ids) == 1} == {
         *("eagle2", "hass", "stacked2", "stacked3", "prism-m2-last")
     }
-    assert modules["eagle2"].target_layer_ids == [modules["prism-m2"].target_layer_ids[-1]]
+    assert modules["eagle2"].target_layer_ids == [4]  # behind the last of four layers
     assert len({record["checkpoint_sha256"] for record in records}) == len(RECIPES)
     assert by_recipe["hass"]["checkpoint_sha256"] == weights_sha256(folders["hass"])
     assert (folder / "records" / "tau_by_recipe.png").read_bytes().startswith(b"\x89PNG")

@@ -106,11 +106,11 @@ def test_web_closing_waits_for_nothing(comparison):
 
     It joined the thread of generate() there, so that one visitor who left during a slow forward stopped the page for all.
     """
-    comparison.slow.seconds = 1.5
+    comparison.slow.seconds, before = 1.5, comparison.slow.num_forwards
     try:
         answers = comparison.answers(QUESTION, settings(comparison), seed=0)
         drafted, _ = next(answers)
-        wait_until(lambda: drafted.state == "running")
+        wait_until(lambda: comparison.slow.num_forwards > before)
         start = time.monotonic()
         answers.close()
         assert time.monotonic() - start < 0.5
