@@ -200,7 +200,7 @@ def test_docs_figures_name_their_command(page):
     for section in re.split(r"^## ", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE):
         prose = re.sub(r"^```.*?^```", "", section, flags=re.MULTILINE | re.DOTALL)
         if figure.search(prose):
-            assert re.search(r"`(make|transformers-prism) [^`]+`", prose), section.splitlines()[0]
+            assert re.search(r"`(make|transformers-prism|python -m) [^`]+`", prose), section.splitlines()[0]
 
 
 @pytest.mark.quick
