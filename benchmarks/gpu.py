@@ -13,7 +13,6 @@ The exit code is 0 only if every test passes, every kernel agrees with its refer
 """
 
 import gc
-import json
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ from transformers_prism.bench.methods import Contest, parse_methods
 from transformers_prism.bench.record import hardware
 from transformers_prism.decoding.drafter import Drafter
 from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
+from transformers_prism.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_RIGHT = 3  # drafted tokens of a round
@@ -404,7 +404,7 @@ def main(
     device = torch.device("cpu" if is_trial else "cuda")
     with treating_cpus_as_accelerators() if is_trial else nullcontext():
         report = measure(device, TRIAL_SIZES if is_trial else SIZES, minutes, lambda line: typer.echo(line, err=True), not is_trial)
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(output, report)
     timelines = {name: one["timeline"] for name, one in report["targets"].items() if "timeline" in one}
     if timelines:
         draw(output.with_suffix(".png"), timelines)

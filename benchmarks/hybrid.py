@@ -10,7 +10,6 @@ what plain decoding says with the probability `--acceptance`; drafting itself ta
 so that what is measured is the target's side.
 """
 
-import json
 import random
 import statistics
 import sys
@@ -28,6 +27,7 @@ from transformers_prism.decoding.cache import CacheSnapshot
 from transformers_prism.decoding.tree import CandidatePool, Tree
 from transformers_prism.policy.automatic import known_costs
 from transformers_prism.transformers_names import cache_argument
+from transformers_prism.whole_files import write_json
 
 COUNTS = (1, 4, 8, 16)
 _SECONDS_OF_SCRIPT = 1e-4  # of a draft step
@@ -243,7 +243,7 @@ def main(
     result["settings"] = {"width": width, "layers": layers, "vocab_size": vocab_size, "prompt": prompt, "new_tokens": new_tokens}
     result["settings"] |= {"acceptance": acceptance, "depth": depth, "dtype": dtype, "threads": torch.get_num_threads()}
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(json_file, result)
 
 
 if __name__ == "__main__":

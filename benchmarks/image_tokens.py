@@ -9,7 +9,6 @@ reads the embedding of the image token, as for any other token, the other the ta
 read the target's hidden states there. What counts is the acceptance length of chains over pictures that neither has seen.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward
+from transformers_prism.whole_files import write_json
 
 NUM_COLOURS, NUM_CELLS, CELL = 12, 16, 8  # a picture has 4 x 4 cells of 8 x 8 pixels
 IMAGE_ID, FIRST_COLOUR, FIRST_WORD, VOCAB_SIZE = 3, 8, 24, 64
@@ -191,7 +191,7 @@ def main(
     for way in WAYS:
         say(f"{way:16s} {statistics.mean(found[way]):.3f} tokens a round ({', '.join(f'{one:.3f}' for one in found[way])})")
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(json_file, found)
 
 
 if __name__ == "__main__":

@@ -308,36 +308,26 @@ def run_study(
     return records
 
 
-def _share_runs(
-    runs: list[Run], missing: Callable, measure: Callable[[Run], None], report: Callable[[str], None]
-) -> None:
+def _share_runs(runs: list[Run], missing: Callable, measure: Callable[[Run], None], report: Callable[[str], None]) -> None:
     """Do all runs that another process does not do, the first that is free next; say how long the rest may take."""
     begin, num_done, waiting = time.monotonic(), 0, list(runs)
     while waiting:
-        run = _claim(waiting)
-        if run is None:  # others are at work on all that is left
+        num_before = num_done
+        for run in waiting:
+            try:
+                with FileLock(_lock_path(run), timeout=0):
+                    if missing(run):
+                        measure(run)
+                        num_done += 1
+                break
+            except Timeout:  # another process works on it
+                continue
+        else:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            waiting = [run for run in waiting if missing(run)]
-            continue
-        with FileLock(_lock_path(run)):
-            if missing(run):
-                measure(run)
-                num_done += 1
         waiting = [run for run in waiting if missing(run)]
-        if waiting and num_done:
+        if waiting and num_done > num_before:
             minutes = (time.monotonic() - begin) / num_done * len(waiting) / 60
             report(f"{len(runs) - len(waiting)} of {len(runs)} runs, about {minutes:.0f} minutes of one process left")
-
-
-def _claim(runs: list[Run]) -> Run | None:
-    """The first run that no other process works on."""
-    for run in runs:
-        try:
-            with FileLock(_lock_path(run), timeout=0):
-                return run
-        except Timeout:
-            continue
-    return None
 
 
 def _lock_path(run: Run) -> str:

@@ -1,6 +1,7 @@
 """`make gpu` at tiny sizes: scripted models on what behaves as an accelerator, kernels in Triton's interpreter."""
 
 import dataclasses
+import json
 import sys
 import time
 from functools import partial
@@ -105,7 +106,7 @@ def test_the_report_is_wrong_if_a_part_is(monkeypatch, tmp_path):
             gpu.main(tmp_path / "report.json", minutes=1.0, is_trial=True)
         assert ended.value.exit_code == int(not is_right)
     assert (tmp_path / "report.png").stat().st_size > 1000
-    report = gpu.json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text())
     assert "WRONG" in gpu.summary(report)
 
 
