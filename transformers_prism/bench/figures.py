@@ -205,10 +205,11 @@ def task_rows(figures: dict, baseline: str) -> tuple[list[str], list[list[str]]]
 
 
 def table_of(heading: list[str], rows: list[list[str]], caption: str) -> Table:
-    """For a terminal of 100 columns."""
+    """Columns as wide as their longest cell: print it with `soft_wrap=True`, and no figure is cut off in a narrow terminal."""
     table = Table(caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for index, name in enumerate(heading):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True, vertical="bottom")
+    for index, cells in enumerate(zip(heading, *rows, strict=True)):
+        width = max(len(line) for cell in cells for line in cell.split("\n"))
+        table.add_column(heading[index], justify="right" if index else "left", no_wrap=True, min_width=width, vertical="bottom")
     for row in rows:
         table.add_row(*row)
     return table
