@@ -265,7 +265,7 @@ def main(
         model, _ = load_target(target)
         with ProgressBar("calls", num_calls(axes, base, num_rounds), console=console) as bar:
             figures = bench_scaling(model, axes, base, tree_top_k, tree_depth, num_rounds, packed, bar.advance)
-    console.print(table_of(*axis_rows(figures), "random drafts"), soft_wrap=True)
+    console.print(table_of(*axis_rows(figures), "random drafts"), crop=False)
     if (text := modules_text(figures)) is not None:
         console.print(text, highlight=False)
     tree = {"tree_top_k": tree_top_k, "tree_depth": tree_depth}

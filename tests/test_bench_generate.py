@@ -1,18 +1,21 @@
 """`bench generate`: every way of decoding gives plain decoding's tokens, figures follow from the timings, runs go on."""
 
+import io
 import json
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_draft, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench import measurement
-from transformers_prism.bench.figures import as_json, main_method, result_tables, summarize
+from transformers_prism.bench.figures import as_json, main_method, result_tables, summarize, table_of
 from transformers_prism.bench.generate import ItemResult, Outcome, bench_generate, make_items
 from transformers_prism.bench.methods import Contest, load_assistant, parse_methods
 from transformers_prism.bench.prompts import ContextFiller, batch_rows
+from transformers_prism.bench.rounds import PARTS, profile_rows
 from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.main import app
 from transformers_prism.cpu import PackedLinear
@@ -361,3 +364,14 @@ def test_command_refuses_what_cannot_be_before_any_model_is_loaded(command):
     """Options that need a file, and unknown methods."""
     result, _ = command("--method", "fast", status=1)
     assert "got 'fast'" in result.stderr
+
+
+def test_tables_keep_every_figure_in_a_narrow_terminal():
+    parts = dict.fromkeys(PARTS, 123.456)
+    profile = {"context": 4096, "num_rounds": 40, "acceptance_length": 2.5, "round_ms": 1234.5, "parts_ms": parts, "rest_share": 0.0425}
+    heading, rows = profile_rows([profile])
+    console = Console(file=io.StringIO(), width=40)
+    console.print(table_of(heading, rows, "milliseconds"), crop=False)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert all(cell in text for cell in rows[0])

@@ -9,6 +9,7 @@ ratio          tokens per second over a baseline's: all new tokens over the sum 
 import statistics
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from transformers_prism.bench.generate import ItemResult, Outcome
@@ -205,13 +206,13 @@ def task_rows(figures: dict, baseline: str) -> tuple[list[str], list[list[str]]]
 
 
 def table_of(heading: list[str], rows: list[list[str]], caption: str) -> Table:
-    """Columns as wide as their longest cell: print it with `soft_wrap=True`, and no figure is cut off in a narrow terminal."""
+    """As wide as its cells: print it with `crop=False`, and a narrow terminal breaks lines instead of cutting figures off."""
     table = Table(caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for index, cells in enumerate(zip(heading, *rows, strict=True)):
-        width = max(len(line) for cell in cells for line in cell.split("\n"))
-        table.add_column(heading[index], justify="right" if index else "left", no_wrap=True, min_width=width, vertical="bottom")
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True, vertical="bottom")
     for row in rows:
         table.add_row(*row)
+    table.width = Console(width=10_000).measure(table).maximum
     return table
 
 

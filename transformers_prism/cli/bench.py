@@ -155,7 +155,7 @@ def bench_generate_command(
     models = (model, tokenizer, model_draft, weights)
     figures = measurement.run(*models, chat_inputs, chosen, records, json_file, resume, console)
     for table in result_tables(figures["methods"], f"median of {repeat}, batch {batch_size}"):
-        console.print(table, soft_wrap=True)
+        console.print(table, crop=False)
     report_file(json_file)
     _update_card(update_card, json_file)
 
@@ -225,7 +225,7 @@ def bench_acceptance_command(
     num_answers = len(questions) * len(settings["trees"]) * len(settings["temperatures"])
     with ProgressBar("answers", num_answers, console=console) as bar:
         rows = bench_acceptance(model, model_draft, questions, settings, weights, json_file, resume, bar.advance)
-    console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"), soft_wrap=True)
+    console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"), crop=False)
     report_file(json_file)
     _update_card(update_card, json_file)
 
@@ -299,7 +299,7 @@ def bench_rounds_command(
         profiles.append({"context": length, **profile})
     figures = {"profiles": profiles, "bytes": weight_bytes(model, contest.drafts[method])}
     contest.close()
-    console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"), soft_wrap=True)
+    console.print(table_of(*profile_rows(profiles), f"milliseconds of a round, {method}"), crop=False)
     settings = {"method": method, "label": label, "prompts": prompts.name, "num_rounds": num_rounds, "packed": packed}
     write_record(json_file, "rounds", model, settings, figures, weights)
     report_file(json_file)
