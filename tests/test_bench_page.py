@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import prompts, scripted_draft, tiny_draft, tiny_target, write_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from benchmarks import scaling, training
 from benchmarks.page import levers, write_page
 from benchmarks.plots import colour_of
 from benchmarks.scaling import Point, bench_scaling, bootstrap_median, modules_ratio, modules_text, num_calls
-from transformers_prism.bench.rounds import PARTS, profile_rounds, watched, weight_bytes
+from transformers_prism.bench.rounds import FORWARDS, PARTS, profile_rounds, watched, weight_bytes
 from transformers_prism.cli.main import app
 
 pytestmark = pytest.mark.quick
@@ -149,6 +150,40 @@ def test_rounds_are_watched_without_changing_the_text():
     assert len(watch.rounds) == num_rounds
     assert not target._forward_hooks
     assert "compute_logits" not in vars(draft)
+
+
+class OperationsBesideForwards(TorchDispatchMode):
+    """Counts the operations of torch that are part of no forward, at the end of each round."""
+
+    def __init__(self, watch):
+        super().__init__()
+        self.watch, self.count, self.at_ends = watch, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not set(self.watch.running) & set(FORWARDS)
+        return function(*args, **(kwargs or {}))
+
+    def put_round(self, num_accepted):
+        """As of a streamer."""
+        self.at_ends.append(self.count)
+
+    def put(self, value):
+        """Nothing."""
+
+    def end(self):
+        """Nothing."""
+
+
+@pytest.mark.parametrize(("tree", "most"), [("chain", 205), ("static", 205)])
+def test_rounds_take_few_operations_beside_their_forwards(tree, most):
+    """Each takes microseconds, of a few milliseconds that a round has."""
+    target = tiny_target("llama", seed=3)
+    draft = tiny_draft(target, draft_vocab_size=60)
+    draft.generation_config.update(tree=tree, tree_top_k=3, tree_depth=4, tree_num_nodes=12)
+    input_ids, _ = prompts(1)
+    with watched(target, draft) as watch, OperationsBesideForwards(watch) as counting:
+        target.generate(input_ids, max_new_tokens=30, do_sample=False, assistant_model=draft, streamer=counting)
+    assert (counting.at_ends[-1] - counting.at_ends[0]) / (len(counting.at_ends) - 1) <= most
 
 
 def test_rounds_count_the_weights_that_are_read():

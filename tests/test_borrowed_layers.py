@@ -182,8 +182,6 @@ def test_rows_from_inference_mode_serve_training(target):
     with torch.inference_mode():
         draft.bind(target)
         draft.text_rows(torch.arange(60))
-        own = draft.own_tokens()
-    own[3] = True
     draft.train()
     states = torch.randn(2, 5, 32)
     ids = torch.randint(0, 50, (2, 5))

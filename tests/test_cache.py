@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers_prism.decoding import cache as cache_module
 from transformers_prism.decoding.cache import (
     AdoptedLayers,
+    CacheSnapshot,
     CommittedCache,
     TreeLayer,
     is_adoptable,
@@ -246,7 +247,7 @@ def test_lent_layers_leave_what_the_stock_layers_would_hold(kind, length_before)
     for start in range(length_before, length_before + 6):
         append(stock, 2, start, 1)
     append(ours, 2, length_before, 6)
-    adopted.put_back_with_new_states()
+    adopted.put_back()
     for cache in (stock, ours):
         append(cache, 2, length_before + 6, 1)
     for a, b in zip(stock.layers, ours.layers, strict=True):
@@ -261,9 +262,10 @@ def test_a_failed_loop_leaves_the_cache_untouched():
     cache = DynamicCache(config=mistral_config())
     append(cache, 2, 0, 6)
     layers, keys = list(cache.layers), cache.layers[0].keys.clone()
-    adopted = AdoptedLayers(cache).lend()
+    snapshot = CacheSnapshot(cache)
+    AdoptedLayers(cache).lend()
     append(cache, 2, 50, 3)
-    adopted.put_back()
+    snapshot.restore()
     assert cache.layers == layers
     assert torch.equal(cache.layers[0].keys, keys)
     assert cache.get_seq_length() == 6

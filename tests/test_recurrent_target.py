@@ -1,20 +1,22 @@
 """Targets with recurrent layers: a chain with lazy replay, and transformers' refusal."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compatibility_models import build
 from compatibility_runs import Case, compare, scripted
+from pretend_accelerator import DEVICE, OnDevice, PretendedAccelerator
 from tiny_models import PAD_ID, prompts
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from transformers_prism import generation
-from transformers_prism.decoding import recurrent_target, round_check
+from transformers_prism.decoding import recurrent_target, round_check, transfer
 from transformers_prism.decoding.cache import CacheSnapshot
 from transformers_prism.decoding.memory import keep_with
-from transformers_prism.decoding.recurrent_target import MAX_CARRIED
+from transformers_prism.decoding.recurrent_target import MAX_CARRIED, RecurrentTarget
 from transformers_prism.policy.fixed import FixedTrees, PlainSteps
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
@@ -351,3 +353,19 @@ def test_automatic_chains_equal_plain_decoding():
         for _ in range(2):
             assert torch.equal(target.generate(input_ids, assistant_model=draft, **ARGUMENTS), plain)
     assert draft.last_speculation.target == "chain"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("ended", "starts"), [([False, False], [1, 3]), ([True, False], [3, 3])])
+def test_carried_tokens_are_put_before_a_chain_without_a_stop(ended, starts, monkeypatch):
+    """Padding behind the shorter; a sequence that has ended goes on with its text. The device is not waited for."""
+    monkeypatch.setattr(transfer, "ASYNCHRONOUS_DEVICES", (DEVICE.type,))
+    side = RecurrentTarget.__new__(RecurrentTarget)
+    side.num_carried_of, side.num_stored, side.num_cached_before = [1, 3], 0, 0
+    ids = OnDevice(torch.tensor([[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]]))
+    side.sequences = SimpleNamespace(ids=ids, is_done=lambda one: ended[one], pad_ended=lambda width: None)
+    with PretendedAccelerator() as accelerator:
+        tokens, found = side._with_carried(torch.tensor([[7, 8], [9, 10]]))
+    assert (accelerator.uploads, accelerator.reads) == ([], [])
+    assert found == starts
+    assert tokens.host.tolist() == [[1, 2, 3, 4, 5] if ended[0] else [1, 7, 8, 8, 8], [11, 12, 13, 9, 10]]

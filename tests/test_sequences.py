@@ -14,7 +14,7 @@ from transformers.generation import (
 from transformers_prism.decoding.sampler import Sampler
 from transformers_prism.decoding.sequences import Sequences
 from transformers_prism.decoding.tree import Tree
-from transformers_prism.decoding.walk import walk_on_host
+from transformers_prism.decoding.walk import walk_on_device, walk_on_host
 
 pytestmark = pytest.mark.quick
 V = 11
@@ -96,6 +96,16 @@ def test_the_walk_ends_where_the_row_ends():
     sequences, sampler = started(max_length=6)
     assert walk_on_host(sequences, sampler, 0, a_tree(), 0, logits) == [0, 1, 3]
     assert sequences.is_done(0)
+
+
+def test_the_walk_ends_where_the_target_verified_no_further():
+    """A chain of which only the first nodes have logits: what is drafted behind them is not taken."""
+    logits = logits_choosing([6, 8, 1, 9, 2])[:2]
+    sequences, sampler = started()
+    assert walk_on_host(sequences, sampler, 0, a_tree(), 0, logits) == [0, 1]
+    sequences, sampler = started()
+    assert walk_on_device(sequences, sampler, a_tree(), logits[None], depth=3) == [[0, 1]]
+    assert sequences.ids[0, 3:5].tolist() == [6, 8]
 
 
 def test_of_twins_either_may_be_taken():

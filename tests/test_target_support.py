@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from transformers_prism.decoding.chain_target import ChainTarget
 from transformers_prism.decoding.target_support import (
     RotarySwitch,
     layer_windows,
@@ -392,7 +393,7 @@ def test_layers_that_hold_something_else_than_the_text_are_named():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
-def test_padding_tokens_in_a_text_whose_positions_the_model_counts(num_rows):
+def test_padding_tokens_in_a_text_whose_positions_the_model_counts(num_rows, monkeypatch):
     """Kosmos-2.5 gives them no position of their own: what follows one in the same forward would be at another place."""
     target = build("kosmos-2.5", seed=1)
     input_ids, mask = prompts(num_rows)
@@ -406,5 +407,15 @@ def test_padding_tokens_in_a_text_whose_positions_the_model_counts(num_rows):
     arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24, "logits_processor": [say_padding]}
     plain = target.generate(input_ids=input_ids, **arguments)
     draft = scripted(target, plain, input_ids.shape[1])
+    verify, trees = ChainTarget._verify, []
+
+    def noting(self, tree):
+        trees.append((tree.token_ids, tree.token_ids.clone()))
+        return verify(self, tree)
+
+    monkeypatch.setattr(ChainTarget, "_verify", noting)
     assert torch.equal(target.generate(input_ids=input_ids, assistant_model=draft, **arguments), plain)
     assert num_rows > 1 or draft.last_speculation.acceptance_length > 1.5
+    # What was proposed stays what it was.
+    assert all(torch.equal(token_ids, before) for token_ids, before in trees)
+    assert num_rows > 1 or any(skipped in before[:, :-1] for _, before in trees)

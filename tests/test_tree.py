@@ -55,6 +55,18 @@ def test_selection_keeps_parents_and_pool_order(top_k, depth, num_nodes, zeros):
             assert int(tree.depths[row, node]) == int(tree.depths[row, tree.parents[row, node]]) + 1
 
 
+def test_a_pool_as_lists_and_as_tensors():
+    """Two steps of two rows; each parent stands for all of its children."""
+    ids, log_probs = torch.arange(12).view(2, 6), -torch.arange(12.0).view(2, 6)
+    first, second = (ids[:, :2], torch.tensor([[-1], [-1]])), (ids[:, 2:], torch.tensor([[1, 0], [0, 1]]))
+    pool = CandidatePool([(*first, log_probs[:, :2]), (*second, log_probs[:, 2:])])
+    parents, depths = [[-1, -1, 1, 1, 0, 0], [-1, -1, 0, 0, 1, 1]], [1, 1, 2, 2, 2, 2]
+    rows = zip(ids.tolist(), parents, [depths] * 2, log_probs.tolist(), strict=True)
+    assert pool.rows() == list(rows)
+    assert (pool.token_ids.tolist(), pool.parents.tolist(), pool.depths.tolist()) == (ids.tolist(), parents, [depths] * 2)
+    assert torch.equal(pool.log_probs, log_probs)
+
+
 def test_nan_candidates_come_last():
     """A broken draft cannot push its nodes before sound ones."""
     values = torch.tensor([[torch.nan, -1.0, -torch.inf, -0.5]])

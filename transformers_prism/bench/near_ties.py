@@ -116,10 +116,6 @@ def generator_state(device: torch.device) -> torch.Tensor:
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
-def _set_generator_state(device: torch.device, state: torch.Tensor) -> None:
-    torch.set_rng_state(state) if device.type == "cpu" else torch.get_device_module(device).set_rng_state(state, device)
-
-
 def _one_step(target, input_ids: torch.Tensor, mask: torch.Tensor, settings: dict, cache=None) -> _Step:
     """The next token; the generator moves on as by one step of plain decoding."""
     kept = {} if cache is None else {CACHE_KEYWORD: cache}
@@ -128,18 +124,19 @@ def _one_step(target, input_ids: torch.Tensor, mask: torch.Tensor, settings: dic
 
 
 def _noise(scores: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """What plain decoding drew: `multinomial(p, 1)` is the argmax of p / noise. The generator is left as it is."""
-    now = generator_state(scores.device)
-    _set_generator_state(scores.device, state)
-    noise = torch.empty_like(scores).exponential_(1)
-    _set_generator_state(scores.device, now)
-    return noise
+    """What plain decoding drew from a generator in this state: `multinomial(p, 1)` is the argmax of p / noise."""
+    generator = torch.Generator(scores.device)
+    generator.set_state(state)
+    return torch.empty_like(scores).exponential_(1, generator=generator)
 
 
 def _explain(target, prefix, settings: dict, step: _Step, row: int, position: int, written: int, noise) -> Difference:
     """How much better plain decoding's choice is than what was written, and the noise there."""
     logits, scores = step.logits[row], step.scores[row]
-    noise_of_logits = _measure_noise(target, prefix, settings, logits)
+    # Sampled steps draw random numbers.
+    accelerators = [] if prefix.device.type == "cpu" else [prefix.device]
+    with torch.random.fork_rng(accelerators, device_type=prefix.device.type):
+        noise_of_logits = _measure_noise(target, prefix, settings, logits)
     # What temperature and penalties make of a difference.
     rounding = noise_of_logits * settings.get("repetition_penalty", 1.0) / settings.get("temperature", 1.0)
     kept = scores.isfinite()
@@ -156,7 +153,6 @@ def _explain(target, prefix, settings: dict, step: _Step, row: int, position: in
 
 def _measure_noise(target, prefix: torch.Tensor, settings: dict, logits: torch.Tensor) -> float:
     """The largest difference of logits from those of forwards over several tokens."""
-    now = generator_state(prefix.device)
     found = 0.0
     for number, num_behind in _FORWARDS:
         if number is not None and number >= prefix.shape[1]:
@@ -169,5 +165,4 @@ def _measure_noise(target, prefix: torch.Tensor, settings: dict, logits: torch.T
         behind = prefix[:, torch.arange(num_behind, device=prefix.device) % prefix.shape[1]]
         output = target(torch.cat((prefix[:, -number:], behind), dim=1), **kept)
         found = max(found, float((output.logits[0, number - 1].float() - logits).abs().max()))
-    _set_generator_state(prefix.device, now)
     return found

@@ -387,7 +387,10 @@ class AdoptedLayers:
     def lend(self) -> "AdoptedLayers":
         """Give the cache the layers that are lent."""
         # All of them before the cache gets any, so that an error leaves it as it was.
-        self.cache.layers = [self._lent(layer) for layer in self.originals]
+        self.cache.layers = [
+            _sharing(layer) if self._is_shared(layer) else _with_states_of(layer, self.lent_class())
+            for layer in self.originals
+        ]
         if self.layer_class is not None:
             self.cache.layer_class_to_replicate = self.lent_class
         return self
@@ -395,11 +398,6 @@ class AdoptedLayers:
     def _is_shared(self, layer) -> bool:
         """Whether the layer that is lent has the tensors of this one."""
         return type(layer) is StaticLayer and layer.max_cache_len == self.capacity
-
-    def _lent(self, layer):
-        if self._is_shared(layer):
-            return _sharing(layer)
-        return _with_states_of(layer, self.lent_class())
 
     def fill(self, cache: Cache) -> None:
         """Take the states of another cache into the lent layers, which are empty."""
@@ -436,17 +434,9 @@ class AdoptedLayers:
         return window
 
     def put_back(self) -> None:
-        """Restore the layers, without what the loop has committed."""
-        for layer, lent in zip(self.originals, self.cache.layers, strict=False):
-            if self._is_shared(layer):
-                vars(layer).update(vars(lent))  # tensors may have been made only now
-        self.cache.layers = self.originals
-        self.cache.layer_class_to_replicate = self.layer_class
-
-    def put_back_with_new_states(self) -> None:
         """Restore the layers and give them what the loop has committed; all sequences must have one length."""
-        lent = self.cache.layers
-        self.put_back()
+        lent, self.cache.layers = self.cache.layers, self.originals
+        self.cache.layer_class_to_replicate = self.layer_class
         while len(self.cache.layers) < len(lent):
             # A model may have added layers of its own to the first forward.
             self.cache.layers.append((self.layer_class or DynamicLayer)())
@@ -454,7 +444,8 @@ class AdoptedLayers:
             if not layer.is_initialized:
                 continue
             length = int(layer.get_seq_length())
-            if layer.key_buffer is getattr(original, "keys", None):
+            if self._is_shared(original):
+                vars(original).update(vars(layer))  # tensors may have been made only now
                 layer.keys[:, :, length:] = 0
                 layer.values[:, :, length:] = 0
             else:

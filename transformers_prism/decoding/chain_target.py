@@ -8,7 +8,7 @@ import torch
 
 from .target_side import TargetSide
 from .target_support import Declined
-from .tree import Tree, root_tree
+from .tree import Tree, chain_tree, root_tree
 
 
 class ChainTarget(TargetSide):
@@ -30,14 +30,13 @@ class ChainTarget(TargetSide):
         self.num_committed = int(self.cache.get_seq_length())
 
     def _verify(self, tree: Tree):
-        mask = self._mask_over(self.num_committed + tree.num_nodes)
-        outputs = self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
         if self.skipped_token is not None:
-            # What follows it in one forward got other positions than in single steps: no token may match it.
-            is_behind = (tree.token_ids == self.skipped_token).cumsum(dim=1).roll(1, dims=1)
-            is_behind[:, 0] = 0
-            tree.token_ids.masked_fill_(is_behind > 0, -1)
-        return outputs
+            # What follows it in one forward would get other positions than in single steps.
+            token_ids = tree.token_ids[0].tolist()
+            if self.skipped_token in token_ids:
+                tree = chain_tree(tree.token_ids[:, : token_ids.index(self.skipped_token) + 1])
+        mask = self._mask_over(self.num_committed + tree.num_nodes)
+        return self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
 
     def forget_appended(self) -> None:
         """Drop what was appended since the last commit."""

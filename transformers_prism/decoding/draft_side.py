@@ -50,13 +50,14 @@ class DraftSide:
             positions.append(list(range(start, start + longest)))
             index.append(nodes + padding)
         if all(nodes == list(range(longest)) for nodes in kept):
-            hidden = joined_states([state[:, :longest] for state in states])
+            states = [state[:, :longest] for state in states]
         else:
-            hidden = joined_states(states)
-            of_nodes = on_device(index, hidden.device)[..., None]  # [B, A, 1]
-            hidden = hidden.gather(1, of_nodes.expand(-1, -1, hidden.shape[-1]))
+            of_nodes = torch.tensor(index)[..., None]  # [B, A, 1]
+            states = [
+                state.gather(1, on_device(of_nodes, state.device).expand(-1, -1, state.shape[-1])) for state in states
+            ]
         token_ids = torch.tensor(tokens, dtype=sequences.ids.dtype)
-        self.unread.append(NewPositions(token_ids, hidden, torch.tensor(positions), num_new))
+        self.unread.append(NewPositions(token_ids, joined_states(states), torch.tensor(positions), num_new))
 
     def read(self) -> Drafter:
         """Let the draft read everything that was committed since it read last; returns it, to draw a tree."""

@@ -41,9 +41,10 @@ class Drafter:
 
     def __init__(self, draft):
         self.text = None  # what the text so far adds to the draft vocabulary
-        self.can_propose: torch.Tensor | None = None  # [V], tokens of either, on the host
-        self.text_tokens = True
-        self.draft, self.device = draft, draft.device  # which transformers looks up in every module, at each call
+        self.can_propose: bytearray | None = None  # [V], 1 for tokens of either
+        self.text_tokens = draft.takes_text_rows
+        # Which transformers looks up in every module or part of a configuration, at each call.
+        self.draft, self.device, self.attn_implementation = draft, draft.device, attention_name(draft.config)
         config = draft.config
         # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
         self.prefill_steps = [0]
@@ -68,7 +69,7 @@ class Drafter:
                 call all of them are.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
-        if self.text_tokens and self.draft.takes_text_rows:
+        if self.text_tokens:
             self._join_vocabulary(token_ids)
         token_ids, position_ids = on_device(token_ids, self.device), on_device(position_ids, self.device)
         if self.cache is None:
@@ -84,13 +85,13 @@ class Drafter:
 
     def use_text_tokens(self, is_wanted: bool) -> None:
         """Whether tokens of the text that the draft vocabulary lacks join it; if not, those that did leave."""
-        self.text_tokens = is_wanted
-        if not is_wanted:
+        self.text_tokens = is_wanted and self.draft.takes_text_rows
+        if not self.text_tokens:
             self.text = self.can_propose = None
 
     def use_shapes(self, shapes: StaticShapes | None) -> None:
         """From now on pad to these shapes, and run compiled steps; None: shapes as they come."""
-        before, self.shapes = self.shapes, shapes
+        before, self.shapes, self.attn_implementation = self.shapes, shapes, attention_name(self.draft.config)
         if self.cache is not None and (before and before.capacity) != (shapes and shapes.capacity):
             self.cache.cache = relaid(self.cache.cache, shapes and shapes.capacity)
 
@@ -115,14 +116,12 @@ class Drafter:
     def _join_vocabulary(self, token_ids) -> None:
         """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""
         if self.can_propose is None:
-            self.can_propose = self.draft.own_tokens()
-        token_ids = token_ids.flatten().cpu()
-        is_own = self.can_propose[token_ids]
-        if is_own.all():
-            return
-        new = token_ids[~is_own].unique()
-        self.can_propose[new] = True
-        self.text = self.draft.rows_beside(new, self.text)
+            self.can_propose = bytearray(self.draft.own_tokens().numpy())
+        new = sorted({token for token in token_ids.flatten().tolist() if not self.can_propose[token]})
+        if new:
+            for token in new:
+                self.can_propose[token] = 1
+            self.text = self.draft.rows_beside(torch.tensor(new), self.text)
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
         """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""
@@ -136,7 +135,7 @@ class Drafter:
                 # Padding sees itself, since a query that sees nothing may come out as NaN.
                 itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
                 visible = self._causal(token_ids) & visible | itself
-            mask = attention_mask(visible, attention_name(self.draft.config), hidden.dtype)
+            mask = attention_mask(visible, self.attn_implementation, hidden.dtype)
         with self._uncompiled():
             output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
         self.cache = CommittedCache(relaid(cache, self.shapes.capacity) if self.shapes else cache, committed)
@@ -222,12 +221,11 @@ class Drafter:
             width = top_k if next_step < depth else 0
             if width > 0 and choose_width is not None:
                 width = choose_width(log_probs[..., None] + child_log_probs)
-            of_children = candidates[..., None].expand_as(child_ids).flatten(1)
             if width == 0:
-                steps.append((child_ids.flatten(1), of_children, (log_probs[..., None] + child_log_probs).flatten(1)))
+                steps.append((child_ids.flatten(1), candidates, (log_probs[..., None] + child_log_probs).flatten(1)))
                 break
             grown = grow_tree(child_ids, child_log_probs, log_probs, ancestors, width, frontier.num_nodes)
-            steps.append((child_ids.flatten(1), of_children, grown.all_log_probs))
+            steps.append((child_ids.flatten(1), candidates, grown.all_log_probs))
             candidates, log_probs, ancestors = grown.chosen + num_drawn, grown.log_probs, grown.ancestors
             num_drawn += grown.all_log_probs.shape[1]
             hidden = output.gather(1, grown.parents[..., None].expand(-1, -1, output.shape[-1]))
@@ -245,12 +243,11 @@ class Drafter:
 
     def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
         """What new nodes see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
-        implementation = attention_name(self.draft.config)
         visible = visible_keys(self.cache.committed, ancestors)
         if self.shapes is not None:
-            return attention_mask(pad(visible, (0, self.shapes.capacity - visible.shape[2])), implementation, dtype)
-        mask = attention_mask(visible, implementation, dtype)
-        if implementation != PRISM_TREE:
+            visible = pad(visible, (0, self.shapes.capacity - visible.shape[2]))
+        mask = attention_mask(visible, self.attn_implementation, dtype)
+        if self.attn_implementation != PRISM_TREE or self.shapes is not None:
             return mask
         return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
 
@@ -270,13 +267,11 @@ class _Frontier:
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
-        # In each cache: one shared by all modules, or one for each.
-        self.num_written = [0] * len(drafter.prefill_steps)
+        # Steps whose nodes each cache holds: one cache is shared by all modules, or each has its own.
+        self.num_held = [0] * len(drafter.prefill_steps)
         self.num_nodes = 0  # R
-        self.token_ids: torch.Tensor | None = None  # [B, R]
-        self.hidden: torch.Tensor | None = None  # [B, R, D]
-        self.position_ids: torch.Tensor | None = None  # [B, R]
-        self.ancestors: torch.Tensor | None = None  # [B, R, words], bits over the nodes
+        # Of each step's nodes: token ids, hidden states, positions, and ancestor bits over all nodes.
+        self.steps: list[tuple[torch.Tensor, ...]] = []
 
     def step(self, step: int, token_ids, hidden, ancestors) -> torch.Tensor:
         """Outputs `(B, K, D)` of a draft step over the frontier, given the ancestor bits `(B, K, words)` of its nodes."""
@@ -284,27 +279,19 @@ class _Frontier:
         if drafter.shapes is not None:
             # No node descends from padding, so none sees it.
             token_ids, hidden, ancestors = _padded(drafter.shapes.width, token_ids, hidden, ancestors)
-        self._append(step, token_ids, hidden, ancestors)
-        cache_index = drafter.draft.config.module_of_step(step) if len(self.num_written) > 1 else 0
-        start, first = self.num_written[cache_index], self.num_nodes - token_ids.shape[1]
-        bits = self.ancestors[:, start:]
-        output = drafter._run(
-            step,
-            self.token_ids[:, start:],
-            self.hidden[:, start:],
-            drafter._mask(unpack_ancestors(bits, self.num_nodes), hidden.dtype, bits),
-            self.position_ids[:, start:],
-            drafter.cache.cache,
-        )
-        self.num_written[cache_index] = self.num_nodes
-        return output[:, first - start : first - start + width]
-
-    def _append(self, step, token_ids, hidden, ancestors) -> None:
-        position_ids = (self.drafter.last_position[:, None] + step).expand(-1, token_ids.shape[1])
-        new = {"token_ids": token_ids, "hidden": hidden, "position_ids": position_ids, "ancestors": ancestors}
-        for name, values in new.items():
-            setattr(self, name, values if self.num_nodes == 0 else torch.cat((getattr(self, name), values), dim=1))
-        self.num_nodes += token_ids.shape[1]
+        num_new = token_ids.shape[1]
+        position_ids = (drafter.last_position[:, None] + step).expand(-1, num_new)
+        self.steps.append((token_ids, hidden, position_ids, ancestors))
+        self.num_nodes += num_new
+        cache_index = drafter.draft.config.module_of_step(step) if len(self.num_held) > 1 else 0
+        missing = self.steps[self.num_held[cache_index] :]
+        self.num_held[cache_index] = len(self.steps)
+        if len(missing) > 1:
+            token_ids, hidden, position_ids, ancestors = (torch.cat(parts, dim=1) for parts in zip(*missing, strict=True))
+        mask = drafter._mask(unpack_ancestors(ancestors, self.num_nodes), hidden.dtype, ancestors)
+        output = drafter._run(step, token_ids, hidden, mask, position_ids, drafter.cache.cache)
+        first = output.shape[1] - num_new
+        return output[:, first : first + width]
 
 
 def _padded(length: int, *states: torch.Tensor) -> list[torch.Tensor]:

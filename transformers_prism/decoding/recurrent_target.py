@@ -127,9 +127,9 @@ class RecurrentTarget(TargetSide):
     def _verify(self, tree: Tree):
         if len(self.num_carried_of) > 1 and self._most_carried() >= MAX_CARRIED:
             self._catch_up()
-        if tree.num_nodes > 1 or len(set(self._carried())) > 1:
-            self._keep_state()
         tokens, starts = self._with_carried(tree.token_ids)
+        if tree.num_nodes > 1 or min(starts) < max(starts):
+            self._keep_state()
         self.num_run = tokens.shape[1]
         num_kept = self.num_run - min(starts)  # the last ones, among which all chains are
         logits, states = self._run(tokens, num_kept)
@@ -154,17 +154,18 @@ class RecurrentTarget(TargetSide):
     def _with_carried(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Carried tokens, then `token_ids` `(B, N)`, then padding, `(B, W)`, and where `token_ids` begin in each sequence;
         sequences that have ended go on with what plain decoding gives them."""
-        longest, width = self._most_carried(), self._most_carried() + token_ids.shape[1]
+        longest = self._most_carried()
+        width = longest + token_ids.shape[1]
         text = self._text(width)
         has_ended = [self.sequences.is_done(one) for one in range(len(self.num_carried_of))]
         starts = [longest if ended else count for ended, count in zip(has_ended, self.num_carried_of, strict=True)]
         tokens = torch.cat((text[:, :longest], on_device(token_ids, text.device)), dim=1)
         if min(starts) < longest:
             index = torch.arange(width, device=text.device)[None]
-            start = torch.tensor(starts, device=text.device)[:, None]
+            start = on_device(starts, text.device)[:, None]
             tokens = tokens.gather(1, torch.where(index < start, index, (index + longest - start).clamp(max=width - 1)))
         if any(has_ended) and not all(has_ended):
-            tokens = torch.where(torch.tensor(has_ended, device=text.device)[:, None], text, tokens)
+            tokens = torch.where(on_device(has_ended, text.device)[:, None], text, tokens)
         return tokens, starts
 
     def _run(self, tokens: torch.Tensor, num_logits: int = 0):

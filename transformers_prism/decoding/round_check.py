@@ -170,7 +170,7 @@ class RoundCheck:
 
     def differs(self, tree: Tree, logits: torch.Tensor, steps: torch.Tensor | None) -> bool:
         """Whether a tree's logits `(B, N, V)` are not those of the single steps, which is told in a warning."""
-        if steps is None:
+        if steps is None or logits.shape[1] == 1:  # of a chain that the target verified no further than its root
             return False
         index = torch.cat((torch.zeros_like(tree.token_ids[:, :1]), _likeliest_children(tree)), dim=1)  # [B, 2]
         of_tree = logits.gather(1, index[..., None].to(logits.device).expand(-1, -1, logits.shape[-1])).float()

@@ -74,7 +74,7 @@ class Verified(NamedTuple):
     """What the target says about a tree.
 
     Args:
-        logits: `(B, N, V)`, at each node.
+        logits: `(B, N, V)`, at each node, or at the first nodes of a chain that the target verifies no further.
         states: the states that the draft reads, `(B, N, target_hidden_size)` of each of L layers.
         root_positions: of each sequence.
         seconds: of the forward, on the host.

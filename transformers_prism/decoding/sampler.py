@@ -127,9 +127,9 @@ class Sampler:
         if self.logits is not None:
             self.logits[index].append(raw)
         if not self.do_sample:
-            token = int(torch.argmax(scores, dim=-1))
-            # Which takes NaN for the largest.
-            if math.isnan(scores[0, token]):
+            token, score = _largest(scores)
+            # NaN counts as the largest.
+            if math.isnan(score):
                 refuse_nan(sequences, index)
             return token
         probs = torch.nn.functional.softmax(scores, dim=-1)
@@ -139,7 +139,7 @@ class Sampler:
             return int(torch.multinomial(probs, num_samples=1))
         # Equal to torch.multinomial of the whole batch, bit for bit, whichever sequence comes to this step first.
         noise = self.noise.of_step(index, sequences.num_new(index), (self.num_sequences, probs.shape[-1]))
-        return int(torch.argmax(probs / noise, dim=-1))
+        return _largest(probs / noise)[0]
 
     def _process(self, sequences: Sequences, index: int, raw: torch.Tensor) -> torch.Tensor:
         if not self.logits_processor:
@@ -193,6 +193,16 @@ class Sampler:
             return tuple(torch.cat([one[step] if step < len(one) else zeros for one in kept]) for step in range(num_steps))
 
         return {"scores": stacked(self.scores), "logits": stacked(self.logits)}
+
+
+def _largest(values: torch.Tensor) -> tuple[int, float]:
+    """Index of the largest of values `(1, V)`, the first of equal ones, and the value."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        array = values.numpy()  # whose argmax takes a tenth of torch's time
+        token = int(array.argmax())
+        return token, float(array[0, token])
+    value, token = values.max(dim=-1)
+    return int(token), float(value)
 
 
 def refuse_nan(sequences: Sequences, index: int):

@@ -20,6 +20,8 @@ class Stopping:
 
     def __init__(self, criteria: StoppingCriteriaList, device: torch.device, scores: list[torch.Tensor] | None = None):
         self.criteria, self.scores = criteria, scores
+        # Where there are end tokens, sequences that have ended are padded until all have.
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.quiet_until = float("inf")  # length in tokens from which on criteria are always asked
         self.end_tokens: set[int] = set()
         for criterion in criteria:
@@ -34,15 +36,12 @@ class Stopping:
             else:
                 self.quiet_until = 0
 
-    @property
-    def pads(self) -> bool:
-        """Whether sequences that have ended are padded until all have: where there are end tokens."""
-        return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+    def may_end(self, length: int, token: int) -> bool:
+        """Whether a sequence of this length could end behind `token`, its last."""
+        return length >= self.quiet_until or token in self.end_tokens
 
-    def is_end(self, ids: torch.LongTensor, token: int) -> bool:
-        """Whether a sequence `(1, T)` ends behind `token`, its last."""
-        if ids.shape[1] < self.quiet_until and token not in self.end_tokens:
-            return False
+    def is_end(self, ids: torch.LongTensor) -> bool:
+        """Whether a sequence `(1, T)` that could end does."""
         return bool(self.criteria(ids, None if self.scores is None else tuple(self.scores))[0])
 
 
@@ -67,6 +66,8 @@ class Sequences:
         capacity = max(self.max_length, self.prompt_length) + 1
         self.ids = torch.zeros((num_sequences, capacity), dtype=input_ids.dtype, device=device or input_ids.device)
         self.ids[:, : self.prompt_length] = input_ids
+        # The same memory; numpy writes a single number in a tenth of torch's time.
+        self.writable_ids = self.ids.numpy() if self.ids.device.type == "cpu" else self.ids
         self.stopping = Stopping(stopping_criteria, self.ids.device, scores)
         self.lengths = [self.prompt_length] * num_sequences
         self.new_tokens: list[list[int]] = [[] for _ in range(num_sequences)]  # behind the prompts
@@ -109,12 +110,12 @@ class Sequences:
 
     def append(self, index: int, token: int) -> None:
         """Emit `token` in a sequence and ask the stopping criteria."""
-        length = self.lengths[index]
-        self.ids[index, length] = token
+        self.writable_ids[index, self.lengths[index]] = token
         self.new_tokens[index].append(token)
-        self.lengths[index] = length + 1
-        if self.end_lengths[index] is None and self.stopping.is_end(self.ids[index : index + 1, : length + 1], token):
-            self.end_lengths[index] = length + 1
+        self.lengths[index] = length = self.lengths[index] + 1
+        if self.end_lengths[index] is None and self.stopping.may_end(length, token):
+            if self.stopping.is_end(self.ids[index : index + 1, :length]):
+                self.end_lengths[index] = length
 
     def places_to_keep(self) -> list[int]:
         """Places of the batch whose sequences go on; all of them where none or every one has ended."""
@@ -139,9 +140,9 @@ class Sequences:
         end = min(going) if going else max(self.lengths)
         for step in range(self.num_streamed, end):
             tokens = self.ids[:, step].cpu()
-            has_ended = torch.tensor([length <= step for length in self.lengths])
-            if has_ended.any():
-                tokens[has_ended] = self.pad_token_id.to(tokens)
+            has_ended = [length <= step for length in self.lengths]
+            if any(has_ended):
+                tokens[torch.tensor(has_ended)] = self.pad_token_id.to(tokens)
             self.streamer.put(tokens)
         self.num_streamed = end
 

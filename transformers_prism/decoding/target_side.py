@@ -3,7 +3,6 @@
 Shape letters: B sequences that still decode, T prompt positions, N tree nodes, L target layers that the draft reads.
 """
 
-import inspect
 import math
 import sys
 import time
@@ -34,6 +33,7 @@ from .target_support import (
     reason_against_switch,
     rotary_switches,
     skipped_token,
+    takes_positions,
 )
 from .transfer import on_device
 from .tree import Tree
@@ -96,7 +96,7 @@ class TargetSide:
         self.has_given_up = False
         self.rotary_switches = rotary_switches(target.config.get_text_config())
         self.model_forward = target
-        self.takes_position_ids = "position_ids" in inspect.signature(target.forward).parameters and not counts_positions(inputs)
+        self.takes_position_ids = takes_positions(target) and not counts_positions(inputs)
         self.skipped_token = skipped_token(target, inputs)
         # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
         kept = model_kwargs if inputs is None else inputs

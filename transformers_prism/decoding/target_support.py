@@ -108,7 +108,7 @@ def why_no_tree_mask(target) -> str | None:
         return f'its attention, {name}, takes no tree mask; load it with attn_implementation="sdpa"'
     if layer_windows(config) is None:
         return "its layers are neither all full nor sliding attention"
-    if "position_ids" not in inspect.signature(target.forward).parameters:
+    if not takes_positions(target):
         return "its forward takes no positions"
     if getattr(config, "alibi", False):
         return "its alibi biases follow places in the cache, not positions"
@@ -285,7 +285,12 @@ def counts_positions(inputs: dict | None) -> bool:
     return inputs is not None and inputs.get("position_ids") is None
 
 
+def takes_positions(target) -> bool:
+    """Whether a target's forward can be told the positions of tokens."""
+    return "position_ids" in inspect.signature(target.forward).parameters
+
+
 def skipped_token(target, inputs: dict | None) -> int | None:
     """The padding token of a model that counts positions by itself, and may leave this token out (Kosmos-2)."""
-    takes_them = "position_ids" in inspect.signature(target.forward).parameters
-    return target.config.get_text_config().pad_token_id if takes_them and counts_positions(inputs) else None
+    counts_them = counts_positions(inputs) and takes_positions(target)
+    return target.config.get_text_config().pad_token_id if counts_them else None

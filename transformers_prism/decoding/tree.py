@@ -15,7 +15,6 @@ Source: EAGLE-2 (arXiv:2406.16858), section 4; ties and orders as in its release
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
@@ -55,8 +54,9 @@ class CandidatePool:
     """Every node drawn while a tree grows, in the order drawn.
 
     Args:
-        steps: of each draft step the token ids, parents and log-probabilities of the nodes drawn, `(B, n)` each. Parents
-            index the pool, -1 is the root.
+        steps: of each draft step the token ids `(B, n)`, parents `(B, K)` and log-probabilities `(B, n)` of the nodes
+            drawn, which are the same number of children of each parent, one parent after the other. Parents index the
+            pool, -1 is the root.
     """
 
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -69,7 +69,9 @@ class CandidatePool:
     @property
     def parents(self) -> torch.Tensor:
         """`(B, C)`."""
-        return torch.cat([parents for _, parents, _ in self.steps], dim=1)
+        num_children = [token_ids.shape[1] // parents.shape[1] for token_ids, parents, _ in self.steps]
+        parents = [one[1].repeat_interleave(num, dim=1) for one, num in zip(self.steps, num_children, strict=True)]
+        return torch.cat(parents, dim=1)
 
     @property
     def depths(self) -> torch.Tensor:
@@ -84,12 +86,14 @@ class CandidatePool:
 
     def rows(self) -> list[tuple[list[int], list[int], list[int], list[float]]]:
         """Token ids, parents, depths and log-probabilities of each sequence."""
-        parts = [[part.tolist() for part in step] for step in self.steps]
-        rows: list[tuple] = []
-        for row in range(len(parts[0][0])):
-            ids, parents, log_probs = (list(chain(*(step[part][row] for step in parts))) for part in range(3))
-            depths = [depth for depth, step in enumerate(parts, start=1) for _ in step[0][row]]
-            rows.append((ids, parents, depths, log_probs))
+        rows: list[tuple] = [([], [], [], []) for _ in self.steps[0][0]]
+        for depth, step in enumerate(self.steps, start=1):
+            for (ids, parents, depths, log_probs), *drawn in zip(rows, *(part.tolist() for part in step), strict=True):
+                num_children = len(drawn[0]) // len(drawn[1])
+                ids += drawn[0]
+                parents += [parent for parent in drawn[1] for _ in range(num_children)]
+                depths += [depth] * len(drawn[0])
+                log_probs += drawn[2]
         return rows
 
 
@@ -116,16 +120,16 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
     if parents.device.type != "cpu" or use_triton("auto", parents.device):
         return unpack_ancestors(ancestor_bits(parents), parents.shape[1])
     # A dozen operations on a few numbers cost more than the numbers.
-    return torch.tensor([_ancestors_of_row(row) for row in parents.tolist()])
+    ancestors = bytearray().join(row for one in parents.tolist() for row in _ancestors_of(one))
+    return torch.frombuffer(ancestors, dtype=torch.bool).view(*parents.shape, -1)
 
 
-def _ancestors_of_row(parents: list[int]) -> list[list[bool]]:
-    """For each node of a sequence whether each node is the node itself or an ancestor."""
-    num_nodes = len(parents)
-    ancestors = [[True] + [False] * (num_nodes - 1)]
-    for node, parent in enumerate(parents[1:], start=1):
-        ancestors.append(ancestors[parent].copy())
-        ancestors[node][node] = True
+def _ancestors_of(parents: list[int]) -> list[bytearray]:
+    """For each node of a sequence a 1 at the node itself and at its ancestors, else 0."""
+    ancestors: list[bytearray] = []
+    for node, parent in enumerate(parents):
+        ancestors.append(ancestors[parent].copy() if node else bytearray(len(parents)))
+        ancestors[node][node] = 1
     return ancestors
 
 

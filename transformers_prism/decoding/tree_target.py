@@ -103,7 +103,7 @@ class TreeTarget(TargetSide):
     def _verify(self, tree: Tree):
         if self.has_given_up and (step := self._plain_step(tree)) is not None:
             return step
-        if self.can_read_anew and any(switch.length == self.next_position[0] for switch in self.rotary_switches):
+        if any(switch.length == self.next_position[0] for switch in self.rotary_switches) and self.can_read_anew:
             self.committed.close_holes()  # the model asks the cache how long it is
             ids = self.sequences.ids[:, : self.sequences.lengths[0]]
             inputs = inputs_of_next_step(self.target, ids, self._kwargs_so_far())
@@ -228,7 +228,7 @@ class TreeTarget(TargetSide):
             self.abandon()
             return
         self._even_out(sequences)
-        self.adopted.put_back_with_new_states()
+        self.adopted.put_back()
 
     def _even_out(self, sequences: torch.LongTensor) -> None:
         """Bring all to the length that plain decoding stops at; it runs padding through sequences that have ended."""

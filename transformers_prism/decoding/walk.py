@@ -49,7 +49,7 @@ def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, d
 
     Args:
         tree (`Tree`): N nodes of each active sequence.
-        logits (`torch.Tensor` of shape `(B, N, V)`): the target's logits at each node.
+        logits (`torch.Tensor` of shape `(B, N, V)`): the target's logits at each node, or at the first ones.
         depth (`int`): of the deepest node, or more.
     """
     num_steps, drawn = depth + 1, {}
@@ -59,7 +59,8 @@ def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, d
         drawn = dict(zip(names, noise, strict=True)) | sampler.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits
-    token_ids, parents, depths = (on_device(part, sampler.device) for part in (tree.token_ids, tree.parents, tree.depths))
+    parts = (part[:, : logits.shape[1]] for part in (tree.token_ids, tree.parents, tree.depths))
+    token_ids, parents, depths = (on_device(part, sampler.device) for part in parts)
     walks = verify_tree(logits.to(sampler.device), token_ids, parents, depths, num_steps, **drawn).tolist()
     kept: list[list[int]] = []
     for index, (num_emitted, *walked) in zip(sequences.active, walks, strict=True):
@@ -80,9 +81,9 @@ def walk_on_host(sequences: Sequences, sampler: Sampler, index: int, tree: Tree,
     Args:
         index (`int`): of the sequence.
         tree (`Tree`): N nodes; `place` is the tree's row for this sequence.
-        logits (`torch.Tensor` of shape `(N, V)`): the target's logits at each node.
+        logits (`torch.Tensor` of shape `(N, V)`): the target's logits at each node, or at the first ones.
     """
-    children = _children(tree, place)
+    children = _children(tree, place, len(logits))
     node, nodes = 0, [0]
     while True:
         token = sampler.choose(sequences, index, logits[node])
@@ -94,11 +95,7 @@ def walk_on_host(sequences: Sequences, sampler: Sampler, index: int, tree: Tree,
         nodes.append(node)
 
 
-def _children(tree: Tree, place: int) -> dict[tuple[int, int], int]:
-    """(parent, token) -> node; of twins the first."""
-    table: dict[tuple[int, int], int] = {}
-    pairs = zip(tree.parents[place].tolist(), tree.token_ids[place].tolist(), strict=True)
-    for node, pair in enumerate(pairs):
-        if node > 0:
-            table.setdefault(pair, node)
-    return table
+def _children(tree: Tree, place: int, num_nodes: int) -> dict[tuple[int, int], int]:
+    """(parent, token) -> node, of the first nodes; of twins the first."""
+    parents, token_ids = tree.parents[place].tolist(), tree.token_ids[place].tolist()
+    return {(parents[node], token_ids[node]): node for node in range(num_nodes - 1, 0, -1)}

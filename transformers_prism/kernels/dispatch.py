@@ -67,9 +67,10 @@ def expect_float(name: str, tensor: torch.Tensor, has_double: bool = False) -> N
 def expect_tensors(device: torch.device, **tensors: tuple[torch.Tensor, tuple, torch.dtype]) -> None:
     """Check each tensor, given with its shape and dtype, and all against one device."""
     for name, (tensor, shape, dtype) in tensors.items():
-        expect(tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-        expect(tensor.dtype == dtype, name, f"dtype {dtype}", tensor.dtype)
-        expect(tensor.device == device, name, f"device {device}", tensor.device)
+        found = (("shape", shape, tuple(tensor.shape)), ("dtype", dtype, tensor.dtype), ("device", device, tensor.device))
+        for what, expected, got in found:
+            if got != expected:
+                raise ValueError(f"{name}: expected {what} {expected}, got {got}")
 
 
 def expect_rows(name: str, tensor: torch.Tensor) -> None:

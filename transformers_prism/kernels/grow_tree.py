@@ -34,7 +34,7 @@ except ImportError:
 
 _NAMESPACE = operator_namespace(__name__, __file__)
 _WORD = 64
-_BITS = torch.ones(_WORD, 1, dtype=torch.int64) << torch.arange(_WORD)[:, None]  # each number with one bit
+_NUM_KEPT_WORDS = 4
 # Of the kernels: nodes that a step goes on with, children of a step, and nodes of a tree, the root included.
 MAX_WIDTH = 64
 MAX_CHILDREN = 4096
@@ -74,12 +74,18 @@ def grow_tree_reference(
 
 def _own_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
     """Words `(count, num_words)` of which row j has bit `first + j`."""
-    # Small trees have one word.
-    if num_words == 1 and device.type == "cpu":
-        return _BITS[first : first + count]
+    if num_words <= _NUM_KEPT_WORDS and device.type == "cpu":
+        return _BITS[first : first + count, :num_words]
+    return _single_bits(first, count, num_words, device)
+
+
+def _single_bits(first: int, count: int, num_words: int, device) -> torch.Tensor:
     bit = torch.arange(first, first + count, device=device)[:, None]
     own = torch.ones_like(bit) << (bit & (_WORD - 1))
     return own if num_words == 1 else own * (torch.arange(num_words, device=device) == bit // _WORD)
+
+
+_BITS = _single_bits(0, _WORD * _NUM_KEPT_WORDS, _NUM_KEPT_WORDS, torch.device("cpu"))
 
 
 def choose_nodes_reference(

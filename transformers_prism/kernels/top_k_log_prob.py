@@ -44,9 +44,9 @@ MAX_TOKENS = 262144
 def top_k_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k most probable indices `(..., k)` of logits `(..., V)`, best first, and their log-probabilities in float32;
     minus infinity in place of NaN. Ties go as in `torch.topk`."""
-    log_probs = torch.nan_to_num(torch.log_softmax(logits.float(), dim=-1), nan=-torch.inf)
-    values, indices = log_probs.topk(k, dim=-1)
-    return indices, values
+    values, indices = torch.log_softmax(logits.float(), dim=-1).topk(k, dim=-1)
+    # One NaN among the logits makes all log-probabilities NaN.
+    return indices, torch.nan_to_num(values, nan=-torch.inf)
 
 
 def top_k_log_prob_reference(

@@ -39,6 +39,7 @@ except ImportError:
 _NAMESPACE = operator_namespace(__name__, __file__)
 MAX_HEAD_DIM = 256
 _WORD = 64
+_BITS = 1 << torch.arange(_WORD)  # each number with one bit
 
 
 def pack_ancestors(ancestors: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,9 @@ def pack_ancestors(ancestors: torch.Tensor) -> torch.Tensor:
 
 def unpack_ancestors(ancestors: torch.Tensor, num_keys: int) -> torch.Tensor:
     """The inverse of [`pack_ancestors`]: words `(B, N, W)` as a bool mask `(B, N, num_keys)`."""
-    bits = (ancestors[..., None] >> torch.arange(_WORD, device=ancestors.device)) & 1  # [B, N, W, 64]
-    return bits.flatten(2)[..., :num_keys].bool()
+    device = ancestors.device
+    bits = _BITS if device.type == "cpu" else 1 << torch.arange(_WORD, device=device)
+    return (ancestors[..., None] & bits != 0).flatten(2)[..., :num_keys]  # from [B, N, W, 64]
 
 
 def tree_attention_reference(

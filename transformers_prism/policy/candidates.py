@@ -37,6 +37,8 @@ class Candidates:
 
     def add_copy(self, match: int, tokens: list[int], chances: list[float]) -> None:
         """Let a copied continuation join: as further candidates, or in candidates that say the same."""
+        if not tokens:
+            return
         node_of = {pair: node for node, pair in enumerate(zip(self.parents, self.token_ids, strict=True))}
         node, chance = -1, 1.0
         for depth, token in enumerate(tokens):

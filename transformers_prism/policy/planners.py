@@ -22,6 +22,7 @@ import operator
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..decoding.draft_side import DraftSide
@@ -125,19 +126,14 @@ def best_tree(
 
 def _best_size(known: Knowledge, outlook: Outlook, values: list[list[float]], max_nodes: int) -> tuple[int, float]:
     """Nodes of every sequence that pay best, and the tokens, by weight, that the round should then commit in all."""
-    num_active, limit = len(values), min(known.settings.num_nodes, max_nodes)
-    best_first = [sorted(one, reverse=True)[:limit] for one in values]
-    rate, verify, overhead = outlook.rate, known.costs.verify, known.overhead.seconds
-    expected = best = sum(outlook.weights)
-    num_carried = outlook.num_carried
-    best_reward, best_count = expected - rate * verify(num_active + num_carried), 0
     # As many as the sequence with the fewest has: trees of a batch have one size.
-    for count, gains in enumerate(zip(*best_first, strict=False), start=1):
-        expected += sum(map(operator.mul, outlook.weights, gains))
-        reward = expected - rate * (verify(num_active * (count + 1) + num_carried) + overhead)
-        if reward > best_reward:
-            best, best_reward, best_count = expected, reward, count
-    return best_count, best
+    most = min(known.settings.num_nodes, max_nodes, *map(len, values))
+    best_first = np.array([sorted(one, reverse=True)[:most] for one in values])
+    expected = np.cumsum([sum(outlook.weights), *(outlook.weights @ best_first)])  # with 0, 1, ... nodes
+    seconds = known.costs.verify_each(len(values) * np.arange(1, most + 2) + outlook.num_carried)
+    seconds[1:] += known.overhead.seconds
+    count = int((expected - outlook.rate * seconds).argmax())
+    return count, float(expected[count])
 
 
 class WithinRound:
