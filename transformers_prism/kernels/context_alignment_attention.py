@@ -88,6 +88,22 @@ def shift_down(states: torch.Tensor, count: int) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
+    def _program(num_heads, num_rows, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+        # What a program serves: the row of the batch, the head, a tile of rows of T, and the elements of a head.
+        batch = tl.program_id(1).to(tl.int64) // num_heads
+        head = tl.program_id(1).to(tl.int64) % num_heads
+        tile = tl.program_id(0) * BLOCK
+        row = (tile + tl.arange(0, BLOCK)).to(tl.int64)
+        element = tl.arange(0, BLOCK_E)
+        return batch, head, tile, row, row < num_rows, element, element < HEAD_DIM
+
+    @triton.jit
+    def _load(states, strides, batch, head, row, element, mask):
+        # Rows [M, E] of one head of `states` [B, H, T, E].
+        address = states + batch * strides[0] + head * strides[1] + element[None, :]
+        return tl.load(address + row[:, None] * strides[2], mask=mask, other=0.0)
+
+    @triton.jit
     def _context_alignment_attention_fwd_kernel(
         query, keys, values, starts, output, log_sums,
         query_strides, key_strides, value_strides, num_heads, num_rows, scale,
@@ -95,19 +111,13 @@ if triton is not None:
         PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     ):
         # One program: a tile of rows of one head. The running softmax is kept in powers of two.
-        batch = tl.program_id(1).to(tl.int64) // num_heads
-        head = tl.program_id(1).to(tl.int64) % num_heads
+        batch, head, tile, row, is_row, element, is_element = _program(num_heads, num_rows, HEAD_DIM, BLOCK_M, BLOCK_E)
         group = head // GROUP
-        tile = tl.program_id(0) * BLOCK_M
-        row = (tile + tl.arange(0, BLOCK_M)).to(tl.int64)
-        is_row = row < num_rows
-        element = tl.arange(0, BLOCK_E)
-        is_element = element < HEAD_DIM
         first = tl.zeros((BLOCK_M,), tl.int64)
         if HAS_STARTS:
             first = tl.load(starts + batch * num_rows + row, mask=is_row, other=num_rows)
-        query += batch * query_strides[0] + head * query_strides[1] + element[None, :]
-        rows = tl.load(query + row[:, None] * query_strides[2], mask=is_row[:, None] & is_element[None, :], other=0.0)
+        mask = is_row[:, None] & is_element[None, :]
+        rows = _load(query, query_strides, batch, head, row, element, mask)
         scale = scale * 1.4426950408889634
         result = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -116,8 +126,7 @@ if triton is not None:
             own_place = row - (STEP - step)
             is_seen = is_row & (own_place >= first)
             seen_mask = is_seen[:, None] & is_element[None, :]
-            address = keys[step] + batch * key_strides[step][0] + group * key_strides[step][1] + element[None, :]
-            own = tl.load(address + own_place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0)  # [M, E]
+            own = _load(keys[step], key_strides[step], batch, group, own_place, element, seen_mask)  # [M, E]
             score = tl.sum(rows.to(tl.float32) * own.to(tl.float32), 1) * scale
             score = tl.where(is_seen, score, float("-inf"))
             new_max = tl.maximum(row_max, score)
@@ -125,8 +134,7 @@ if triton is not None:
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
             weight = tl.exp2(score - shift)
             decay = tl.exp2(row_max - shift)
-            address = values[step] + batch * value_strides[step][0] + group * value_strides[step][1] + element[None, :]
-            own = tl.load(address + own_place[:, None] * value_strides[step][2], mask=seen_mask, other=0.0)
+            own = _load(values[step], value_strides[step], batch, group, own_place, element, seen_mask)
             result = result * decay[:, None] + weight[:, None] * own.to(tl.float32)
             row_sum = row_sum * decay + weight
             row_max = new_max
@@ -155,7 +163,6 @@ if triton is not None:
         result = result / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
         tl.store(log_sums + (batch * num_heads + head) * num_rows + row, tl.log2(row_sum) + row_max, mask=is_row)
         cell = (batch * num_rows + row) * num_heads + head  # of [B, T, H]
-        mask = is_row[:, None] & is_element[None, :]
         tl.store(output + cell[:, None] * HEAD_DIM + element[None, :], result.to(output.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -167,14 +174,8 @@ if triton is not None:
     ):
         # One program: a tile of rows of one head, as forward. It also writes deltas [B, H, T], the products of outputs
         # with their gradients, for the kernels that follow.
-        batch = tl.program_id(1).to(tl.int64) // num_heads
-        head = tl.program_id(1).to(tl.int64) % num_heads
+        batch, head, tile, row, is_row, element, is_element = _program(num_heads, num_rows, HEAD_DIM, BLOCK_M, BLOCK_E)
         group = head // GROUP
-        tile = tl.program_id(0) * BLOCK_M
-        row = (tile + tl.arange(0, BLOCK_M)).to(tl.int64)
-        is_row = row < num_rows
-        element = tl.arange(0, BLOCK_E)
-        is_element = element < HEAD_DIM
         first = tl.zeros((BLOCK_M,), tl.int64)
         if HAS_STARTS:
             first = tl.load(starts + batch * num_rows + row, mask=is_row, other=num_rows)
@@ -186,20 +187,16 @@ if triton is not None:
         place_of_sums = (batch * num_heads + head) * num_rows + row
         tl.store(deltas + place_of_sums, delta, mask=is_row)
         log_sum = tl.load(log_sums + place_of_sums, mask=is_row, other=0.0)
-        query += batch * query_strides[0] + head * query_strides[1] + element[None, :]
-        rows = tl.load(query + row[:, None] * query_strides[2], mask=mask, other=0.0)
+        rows = _load(query, query_strides, batch, head, row, element, mask)
         result = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         log2_scale = scale * 1.4426950408889634
         for step in tl.static_range(1, STEP + 1):
             own_place = row - (STEP - step)
             is_seen = is_row & (own_place >= first)
             seen_mask = is_seen[:, None] & is_element[None, :]
-            address = values[step] + batch * value_strides[step][0] + group * value_strides[step][1] + element[None, :]
-            own = tl.load(address + own_place[:, None] * value_strides[step][2], mask=seen_mask, other=0.0)  # [M, E]
+            own = _load(values[step], value_strides[step], batch, group, own_place, element, seen_mask)  # [M, E]
             grad_weight = tl.sum(grads.to(tl.float32) * own.to(tl.float32), 1)
-            address = keys[step] + batch * key_strides[step][0] + group * key_strides[step][1] + element[None, :]
-            own = tl.load(address + own_place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0)
-            own = own.to(tl.float32)
+            own = _load(keys[step], key_strides[step], batch, group, own_place, element, seen_mask).to(tl.float32)
             score = tl.sum(rows.to(tl.float32) * own, 1) * log2_scale
             weight = tl.where(is_seen, tl.exp2(score - log_sum), 0.0)
             result += (weight * (grad_weight - delta))[:, None] * own
@@ -232,18 +229,10 @@ if triton is not None:
     ):
         # One program: a tile of step 0's keys and values of one group, over all later rows of the group's heads.
         num_groups = num_heads // GROUP
-        batch = tl.program_id(1).to(tl.int64) // num_groups
-        group = tl.program_id(1).to(tl.int64) % num_groups
-        tile = tl.program_id(0) * BLOCK_K
-        place = (tile + tl.arange(0, BLOCK_K)).to(tl.int64)
-        is_place = place < num_rows
-        element = tl.arange(0, BLOCK_E)
-        is_element = element < HEAD_DIM
+        batch, group, tile, place, is_place, element, is_element = _program(num_groups, num_rows, HEAD_DIM, BLOCK_K, BLOCK_E)
         mask = is_place[:, None] & is_element[None, :]
-        key += batch * key_strides[0] + group * key_strides[1] + element[None, :]
-        value += batch * value_strides[0] + group * value_strides[1] + element[None, :]
-        tile_keys = tl.load(key + place[:, None] * key_strides[2], mask=mask, other=0.0)  # [K, E]
-        tile_values = tl.load(value + place[:, None] * value_strides[2], mask=mask, other=0.0)
+        tile_keys = _load(key, key_strides, batch, group, place, element, mask)  # [K, E]
+        tile_values = _load(value, value_strides, batch, group, place, element, mask)
         end = num_rows
         if HAS_STARTS:
             # Rows whose sequence begins behind this tile see none of it; reading all starts costs next to nothing.
@@ -258,12 +247,11 @@ if triton is not None:
         log2_scale = scale * 1.4426950408889634
         for member in range(0, GROUP):
             head = group * GROUP + member
-            head_query = query + batch * query_strides[0] + head * query_strides[1] + element[None, :]
             for start in range((tile + STEP) // BLOCK_M * BLOCK_M, end, BLOCK_M):
                 row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
                 is_row = row < num_rows
                 row_mask = is_row[:, None] & is_element[None, :]
-                rows = tl.load(head_query + row[:, None] * query_strides[2], mask=row_mask, other=0.0)  # [M, E]
+                rows = _load(query, query_strides, batch, head, row, element, row_mask)  # [M, E]
                 cell = ((batch * num_rows + row) * num_heads + head)[:, None] * HEAD_DIM + element[None, :]
                 grads = tl.load(grad_output + cell, mask=row_mask, other=0.0)
                 place_of_sums = (batch * num_heads + head) * num_rows + row
@@ -292,12 +280,7 @@ if triton is not None:
     ):
         # One program: a tile of keys and values of steps 1..k of one group; each is seen by one row of every head.
         num_groups = num_heads // GROUP
-        batch = tl.program_id(1).to(tl.int64) // num_groups
-        group = tl.program_id(1).to(tl.int64) % num_groups
-        place = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-        is_place = place < num_rows
-        element = tl.arange(0, BLOCK_E)
-        is_element = element < HEAD_DIM
+        batch, group, _, place, is_place, element, is_element = _program(num_groups, num_rows, HEAD_DIM, BLOCK_K, BLOCK_E)
         mask = is_place[:, None] & is_element[None, :]
         address_of_grads = ((batch * num_groups + group) * num_rows + place)[:, None] * HEAD_DIM + element[None, :]
         log2_scale = scale * 1.4426950408889634
@@ -307,16 +290,13 @@ if triton is not None:
             if HAS_STARTS:
                 is_seen = is_seen & (place >= tl.load(starts + batch * num_rows + row, mask=is_seen, other=num_rows))
             seen_mask = is_seen[:, None] & is_element[None, :]
-            address = keys[step] + batch * key_strides[step][0] + group * key_strides[step][1] + element[None, :]
-            own_key = tl.load(address + place[:, None] * key_strides[step][2], mask=seen_mask, other=0.0)  # [K, E]
-            address = values[step] + batch * value_strides[step][0] + group * value_strides[step][1] + element[None, :]
-            own_value = tl.load(address + place[:, None] * value_strides[step][2], mask=seen_mask, other=0.0)
+            own_key = _load(keys[step], key_strides[step], batch, group, place, element, seen_mask)  # [K, E]
+            own_value = _load(values[step], value_strides[step], batch, group, place, element, seen_mask)
             key_result = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
             value_result = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
             for member in range(0, GROUP):
                 head = group * GROUP + member
-                address = query + batch * query_strides[0] + head * query_strides[1] + element[None, :]
-                rows = tl.load(address + row[:, None] * query_strides[2], mask=seen_mask, other=0.0).to(tl.float32)
+                rows = _load(query, query_strides, batch, head, row, element, seen_mask).to(tl.float32)
                 cell = ((batch * num_rows + row) * num_heads + head)[:, None] * HEAD_DIM + element[None, :]
                 grads = tl.load(grad_output + cell, mask=seen_mask, other=0.0).to(tl.float32)
                 place_of_sums = (batch * num_heads + head) * num_rows + row
@@ -400,9 +380,9 @@ if triton is not None:
     ) -> list[torch.Tensor]:
         num_batch, num_heads, num_rows, head_dim = query.shape
         num_groups, step = keys[0].shape[1], len(keys) - 1
-        deltas = torch.empty(log_sums.shape, dtype=torch.float32, device=query.device)
-        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        grads = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (*keys, *values)]
+        deltas = torch.empty_like(log_sums)
+        shaped = (query, *keys, *values)
+        grad_query, *grads = (torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in shaped)
         grad_keys, grad_values = grads[: step + 1], grads[step + 1 :]
         tiles, key_tiles = _backward_tiles(head_dim, query.element_size(), step)
         first_rows = log_sums if starts is None else starts
