@@ -80,6 +80,11 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
         # One more step in training, for the acceptance of late draft steps.
         "prism-m3-s5": {"recipe": "prism", "num_modules": 3, "split_steps": 5},
         "prism-m4-s5": {"recipe": "prism", "num_modules": 4, "split_steps": 5},
+        # Ways to learn more from a token, or in less time.
+        "prism-m2-vocab-sample": {"recipe": "prism", "num_modules": 2, "vocab_sample": 0.25},
+        "prism-m2-vocab-sample-0.1": {"recipe": "prism", "num_modules": 2, "vocab_sample": 0.1},
+        "prism-m2-confidence": {"recipe": "prism", "num_modules": 2, "path_weights": "confidence"},
+        "prism-m2-first-miss": {"recipe": "prism", "num_modules": 2, "path_weights": "first-miss"},
     }
 )
 # The split stage's rate is this share of the others', as in the settings of `train`.
@@ -88,7 +93,7 @@ _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
 # The study sets these for every run, so that nobody else may.
 _OWN = (
     *("recipe", "seed", "num_conversations", "init_from", "target_layer_ids", "split_steps"),
-    *("learning_rate", "split_learning_rate"),
+    *("learning_rate", "split_learning_rate", "vocab_sample", "path_weights"),
     *BY_RECIPE,
 )
 

@@ -20,11 +20,12 @@ from transformers_prism.whole_files import write_text
 
 # What the PRISM paper says: the first accepts more than the second.
 PAPER_CLAIMS = tuple(("prism-m2", other) for other in ("eagle2", "hass", "eagle3", "stacked2", "stacked3"))
-# Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training.
+# Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training, other losses.
 ABLATIONS = (
     *(("hass-fused", "hass"), ("prism-m2", "hass-fused"), ("prism-m2-last", "hass")),
     *(("prism-m2", "prism-m2-split"), ("prism-m2", "prism-m2-scratch")),
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
+    *((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss")),
 )
 CLAIMS = (*PAPER_CLAIMS, *ABLATIONS)
 

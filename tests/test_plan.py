@@ -84,6 +84,17 @@ def test_plan_estimates_hours_from_a_speed(tmp_path, monkeypatch):
     assert "7 conversations held out" in describe_plan(settings(tmp_path, validation_data=fresh, **options))
 
 
+def test_plan_counts_the_work_that_a_sample_of_the_vocabulary_saves(tmp_path):
+    """The target's product with the head stays, the draft's are a share."""
+    save_chat_target(tmp_path / "target")
+    work = []
+    for share in (1.0, 0.6, 0.2):
+        plan = describe_plan(settings(tmp_path, target=str(tmp_path / "target"), vocab_sample=share))
+        work.append(float(re.search(r"split .*about ([\d.e-]+) PFLOP", plan).group(1)))
+    assert work[0] - work[1] == pytest.approx(work[1] - work[2], rel=0.1)
+    assert work[0] > work[2] > 0
+
+
 # Runs in which every option that the plan reads has another value than the default.
 RUNS = {
     "modules": {
@@ -109,6 +120,7 @@ RUNS = {
         "checkpoint_activations": True,
         "step_weights": "1,0.5",
         "token_weight": 0.2,
+        "vocab_sample": 0.5,
     },
     "eagle3": {
         "recipe": "eagle3",
@@ -120,7 +132,7 @@ RUNS = {
         "compute_dtype": "bfloat16",
         "context_kv": "own_module",
     },
-    "form": {"recipe": "hass", "module_form": "eagle3", "acceptance_weight": 0.1, "hidden_weight": 0.5},
+    "form": {"recipe": "hass", "module_form": "eagle3", "acceptance_weight": 0.1, "hidden_weight": 0.5, "path_weights": "confidence"},
     "features": {**ONE_STAGE, "num_modules": 2, "draft_step_to_module": "1,0", "features": "states", "is_detached": True},
     "default": {"split_epochs": 0.0},
     "carried_on": {"num_modules": 3, "split_epochs": 0.0, "init_from": "first/draft"},

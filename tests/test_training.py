@@ -135,10 +135,13 @@ def test_targets_with_recurrent_layers_or_images_train(tmp_path, monkeypatch, na
     assert acceptance_metrics(counts, "eval")["eval_tau"] >= 1
 
 
-@pytest.mark.parametrize("stage", ["warm_up", "split"])
-def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage):
-    """Stopped in the middle of an epoch of any stage, a resumed run ends with the same bits."""
-    whole = train(settings(tmp_path, "whole"))
+SAMPLED = {"vocab_sample": 0.3, "batch_size": 2, "accumulation": 2, "validation_updates": 2}
+
+
+@pytest.mark.parametrize(("stage", "options"), [("warm_up", {}), ("split", {}), ("split", SAMPLED)], ids=str)
+def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage, options):
+    """Stopped in the middle of an epoch of any stage, a resumed run ends with the same bits, random draws included."""
+    whole = train(settings(tmp_path, "whole", **options))
     compute_loss = AlignedTrainer.compute_loss
 
     def stop_at_third_update(self, model, inputs, **kwargs):
@@ -148,7 +151,7 @@ def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage):
 
     monkeypatch.setattr(AlignedTrainer, "compute_loss", stop_at_third_update)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(tmp_path, "cut"))
+        train(settings(tmp_path, "cut", **options))
     monkeypatch.setattr(AlignedTrainer, "compute_loss", compute_loss)
     # A checkpoint without the Trainer's state was cut off while it was written.
     shutil.copytree(tmp_path / "cut" / stage / "checkpoint-6", tmp_path / "cut" / stage / "checkpoint-7")
@@ -156,7 +159,7 @@ def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage):
     shutil.copytree(tmp_path / "cut" / stage / "checkpoint-6", tmp_path / "cut" / stage / "checkpoint-8")
     (tmp_path / "cut" / stage / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": 1.')
     assert last_whole_checkpoint(tmp_path / "cut" / stage).endswith("checkpoint-6")
-    resumed = train(settings(tmp_path, "cut", resume=True))
+    resumed = train(settings(tmp_path, "cut", resume=True, **options))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 

@@ -44,22 +44,32 @@ _MAX_WORKSPACE_TOKENS = 4096
 
 
 def distillation_losses(
-    log_probs: torch.Tensor, target_log_probs: torch.Tensor, target: torch.Tensor, losses: tuple[str, ...]
+    log_probs: torch.Tensor, target_log_probs: torch.Tensor, target: torch.Tensor, losses: tuple[str, ...],
+    token_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Some of `LOSSES` from whole distributions, the logarithms of q and p and p itself, `(..., V)` each: `(K, ...)`,
-    in the order of `losses`."""
+    in the order of `losses`. If the V tokens are a sample, `token_weights` `(V,)` is how many tokens each stands for."""
     # No `vecdot`, which rounds to 16 bits under autocast.
+    def total(terms: torch.Tensor) -> torch.Tensor:
+        return (terms if token_weights is None else terms * token_weights).sum(dim=-1)
+
     def of(name: str) -> torch.Tensor:
         if name == "cross_entropy":
-            return -(target * log_probs).sum(dim=-1)
+            return -total(target * log_probs)
         if name == "kl":
-            return (target * (target_log_probs - log_probs)).sum(dim=-1)
+            return total(target * (target_log_probs - log_probs))
         if name == "reverse_kl":
-            return (log_probs.exp() * (log_probs - target_log_probs)).sum(dim=-1)
-        accepted = torch.minimum(target, log_probs.exp()).sum(dim=-1)
+            return total(log_probs.exp() * (log_probs - target_log_probs))
+        accepted = total(torch.minimum(target, log_probs.exp()))
         return 1 - accepted if name == "total_variation" else -accepted.clamp(min=_LEAST_ACCEPTANCE).log()
 
     return torch.stack([of(name) for name in losses])
+
+
+def head_logits(states: torch.Tensor, head: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """Logits `(..., V)` of a head `(V, D)` at states `(..., D)`, scaled and capped."""
+    logits = states @ head.T * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def linear_distillation_loss_reference(
@@ -71,9 +81,7 @@ def linear_distillation_loss_reference(
     head = head.detach().to(dtype)
 
     def log_softmax(states, scale, softcap):
-        logits = states.to(dtype) @ head.T * scale
-        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
-        return torch.log_softmax(logits, dim=-1)
+        return torch.log_softmax(head_logits(states.to(dtype), head, scale, softcap), dim=-1)
 
     target_log_probs = log_softmax(teacher.detach(), teacher_scale, teacher_softcap)  # [R, V]
     log_probs = log_softmax(student.unflatten(0, (-1, len(teacher))), student_scale, student_softcap)  # [N / R, R, V]

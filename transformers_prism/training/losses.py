@@ -3,6 +3,8 @@
 Shape letters: B batch, T rows, D hidden, S draft steps, V draft vocabulary, R rows that count.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,8 @@ from torch.nn import functional as F
 from transformers_prism.borrowed_layers import TextRows
 from transformers_prism.kernels.dispatch import expect, use_triton
 from transformers_prism.kernels.linear_distillation_loss import distillation_losses, linear_distillation_loss
+from transformers_prism.training.path_weights import PATH_WEIGHTS, PathWeights
+from transformers_prism.training.vocabulary_sample import VocabularySample
 
 # Rows of logits that live at once: 256 rows of 8192 float32 logits are 8 MB, which stays in a CPU's last cache.
 ROWS_PER_CHUNK = 256
@@ -19,12 +23,30 @@ ROWS_PER_CHUNK = 256
 @dataclass(frozen=True)
 class LossWeights:
     """How much each part of the loss counts: soft cross-entropy, negative log of the probability that a drafted token
-    is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps."""
+    is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps.
+
+    Then the share of the vocabulary that the first two are computed over (see [`VocabularySample`]), and how the earlier
+    steps of a path weigh its later ones (see [`PathWeights`]).
+    """
 
     token: float = 0.1
     acceptance: float = 0.0
     hidden: float = 1.0
     steps: tuple[float, ...] = (1.0,)
+    vocab_sample: float = 1.0
+    path_weights: str = "none"
+
+    def __post_init__(self):
+        if not 0 < self.vocab_sample <= 1:
+            raise ValueError(f"vocab_sample: expected a share above 0 and up to 1, got {self.vocab_sample}")
+        if self.path_weights not in PATH_WEIGHTS:
+            raise ValueError(f"path_weights: expected one of {', '.join(PATH_WEIGHTS)}, got {self.path_weights!r}")
+        if self.path_weights != "none" and (self.vocab_sample < 1 or not self.of_vocabulary):
+            raise ValueError(
+                "path_weights: expected vocab_sample 1, and token_weight or acceptance_weight above 0, since the draft's "
+                f"probabilities are those of the loss, got {self.path_weights!r} with {self.vocab_sample}, {self.token} and "
+                f"{self.acceptance}"
+            )
 
     @property
     def of_vocabulary(self) -> dict[str, float]:
@@ -41,7 +63,8 @@ class LossWeights:
 @dataclass
 class AlignedLoss:
     """The loss, with gradients, and for each step means of its parts over the rows that count, `(S,)`: soft
-    cross-entropy and negative log of the acceptance probability in nats, SmoothL1 distance of hidden states."""
+    cross-entropy and negative log of the acceptance probability in nats, SmoothL1 distance of hidden states. Rows are
+    weighted as in the loss, so `path_weights` make later steps' parts smaller."""
 
     total: torch.Tensor
     token: torch.Tensor
@@ -51,7 +74,7 @@ class AlignedLoss:
 
 def aligned_loss(
     draft, predictions: list[torch.Tensor], label_hidden: torch.Tensor, mask: torch.Tensor, weights: LossWeights,
-    implementation: str = "auto", text: TextRows | None = None
+    implementation: str = "auto", text: TextRows | None = None, input_ids: torch.Tensor | None = None
 ) -> AlignedLoss:
     """Distances from the target's distribution over the draft vocabulary, and from its hidden states, summed over
     steps, each step normalised by the number of its rows.
@@ -61,6 +84,7 @@ def aligned_loss(
         label_hidden (`torch.Tensor` of shape `(B, T, D)`): the target's last, normed states that they predict.
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
         text (`TextRows`, *optional*): tokens that the draft can propose in addition to its vocabulary.
+        input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the token after each state; for `path_weights`.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
     """
     # Indices, since every use of a mask of unknown size would wait for the device.
@@ -69,9 +93,16 @@ def aligned_loss(
     row_weights = row_weights / (row_weights.sum(dim=1, keepdim=True) + 1e-5)
     stacked = torch.stack([one.flatten(0, 1).index_select(0, rows) for one in predictions])  # [S, R, D]
     label_hidden = label_hidden.flatten(0, 1).index_select(0, rows).to(stacked.dtype)
+    paths = None
+    if weights.path_weights != "none":
+        if input_ids is None:
+            raise ValueError("input_ids: expected those of the batch, which path_weights are computed from, got none")
+        paths = PathWeights(weights.path_weights, draft, text, input_ids, rows, len(predictions))
     vocabulary, token, acceptance = vocabulary_loss(
-        draft, stacked, label_hidden, row_weights, weights, implementation, text
+        draft, stacked, label_hidden, row_weights, weights, implementation, text, paths
     )
+    if paths is not None:
+        row_weights = row_weights * paths.of_all_steps()
     hidden = vocabulary.new_zeros(vocabulary.shape)
     if weights.hidden:
         distance = F.smooth_l1_loss(stacked.float(), label_hidden.float().expand_as(stacked), reduction="none")
@@ -83,7 +114,7 @@ def aligned_loss(
 
 def vocabulary_loss(
     draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights,
-    implementation: str = "auto", text: TextRows | None = None
+    implementation: str = "auto", text: TextRows | None = None, paths: PathWeights | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
 
@@ -94,7 +125,9 @@ def vocabulary_loss(
         predictions, label_hidden (`torch.Tensor`): predicted hidden states `(S, R, D)`, and the target's `(R, D)`.
         row_weights (`torch.Tensor` of shape `(S, R)`): of each row in the sums.
         implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU where
-            the draft has no norm or head of its own to train; else logits are made in chunks of rows.
+            the draft has no norm or head of its own to train; else logits are made in chunks of rows, and always for a
+            sample of the vocabulary and for weights of paths.
+        paths (`PathWeights`, *optional*): further weights of the rows, which this computes step by step.
     Returns:
         `tuple` of the weighted sum, the soft cross-entropy and the negative log acceptance, each of shape `(S,)` in
             nats; only the first carries gradients.
@@ -103,11 +136,13 @@ def vocabulary_loss(
     zero = predictions.new_zeros(len(predictions), dtype=torch.float32)
     if not coefficients:
         return zero, zero, zero
-    head = draft.shared_head(text) if use_triton(implementation, predictions.device) else None
+    has_kernel = weights.vocab_sample == 1 and paths is None and use_triton(implementation, predictions.device)
+    head = draft.shared_head(text) if has_kernel else None
     expect(head is not None or implementation != "triton", "implementation", "auto or torch for this head", "triton")
     if head is None or not predictions.numel():
+        vocabulary = _vocabulary_of(draft, text, weights.vocab_sample)
         total, sums = _ChunkedVocabularyLoss.apply(
-            draft, text, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
+            vocabulary, paths, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
         )
     else:
         weight, numerics = head
@@ -125,6 +160,34 @@ def vocabulary_loss(
     return total, named.get("cross_entropy", zero), named.get("negative_log_acceptance", zero)
 
 
+def _vocabulary_of(draft, text: TextRows | None, share: float) -> Callable:
+    """What makes, of the target's states of a chunk of rows, the vocabulary that their loss is computed over."""
+    if share == 1:
+        return functools.partial(_WholeVocabulary, draft, text)
+    shared = draft.shared_head(text)
+    if shared is None:
+        raise ValueError(
+            f"vocab_sample: expected 1 for a draft with a head or norm of its own, and for a target whose head is quantised or "
+            f"has a bias, got {share}"
+        )
+    head, numerics = shared
+    return functools.partial(VocabularySample, head, numerics, share)
+
+
+class _WholeVocabulary:
+    """All that the draft can propose; for a part of it see [`VocabularySample`]."""
+
+    token_weights = None
+
+    def __init__(self, draft, text: TextRows | None, label_hidden: torch.Tensor):
+        self.draft, self.text = draft, text
+        self.target_log_probs = torch.log_softmax(draft.compute_target_logits(label_hidden, text).float(), dim=-1)
+
+    def log_probs(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Of the draft, `(R, V)`."""
+        return torch.log_softmax(self.draft.compute_logits(prediction, self.text).float(), dim=-1)
+
+
 def _weighted(sums: torch.Tensor, coefficients: dict[str, float]) -> torch.Tensor:
     # A product with a vector of coefficients would be rounded to 16 bits under autocast.
     return torch.stack([weight * one for weight, one in zip(coefficients.values(), sums, strict=True)]).sum(dim=0)
@@ -137,22 +200,25 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, draft, text, label_hidden, row_weights, coefficients, predictions, *head):
+    def forward(ctx, vocabulary_of, paths, label_hidden, row_weights, coefficients, predictions, *head):
         num_steps, num_rows = predictions.shape[:2]
         sums = predictions.new_zeros(len(coefficients), num_steps, dtype=torch.float32)
         gradient = torch.empty_like(predictions)
         head_gradient = [torch.zeros(num_steps, *parameter.shape).to(parameter) for parameter in head]
         for start in range(0, num_rows, ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
-            target_log_probs = torch.log_softmax(draft.compute_target_logits(label_hidden[chunk], text).float(), dim=-1)
-            target = target_log_probs.exp()
+            vocabulary = vocabulary_of(label_hidden[chunk])
+            distribution = (vocabulary.target_log_probs, vocabulary.target_log_probs.exp())
             for step in range(num_steps):
+                weights = row_weights[step, chunk] if paths is None else row_weights[step, chunk] * paths.of(step, chunk)
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
-                    log_probs = torch.log_softmax(draft.compute_logits(prediction, text).float(), dim=-1)
-                    values = distillation_losses(log_probs, target_log_probs, target, tuple(coefficients))
-                    parts = (values * row_weights[step, chunk]).sum(dim=1)
+                    log_probs = vocabulary.log_probs(prediction)
+                    values = distillation_losses(log_probs, *distribution, tuple(coefficients), vocabulary.token_weights)
+                    parts = (values * weights).sum(dim=1)
                     loss = _weighted(parts, coefficients)
+                if paths is not None:
+                    paths.record(step, chunk, log_probs.detach())
                 found = torch.autograd.grad(loss, [prediction, *head])
                 gradient[step, chunk] = found[0]
                 sums[:, step] += parts.detach()

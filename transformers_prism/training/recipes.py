@@ -97,6 +97,16 @@ class TrainConfig:
     acceptance_weight: float = _option(0.0, "Weight of the negative log of the acceptance probability.")
     hidden_weight: float | None = _by_recipe("Weight of the hidden-state loss before stage split, which has none.")
     step_weights: str = _option("1", "Weight of each draft step's loss, such as 1,0.8; the last goes for later steps.")
+    vocab_sample: float = _option(
+        1.0,
+        "Share of the draft vocabulary that the loss is computed over: half of it the target's most probable tokens, half drawn "
+        "at random for the rest, anew for every 256 tokens.",
+    )
+    path_weights: str = _option(
+        "none",
+        "How a draft step's loss is weighted by the earlier steps of its path: confidence multiplies their probabilities of the "
+        "right tokens, first-miss leaves out what follows a wrong first choice.",
+    )
     is_detached: bool | None = _by_recipe("Cut gradients between the steps of stage warm_up.")
     batch_size: int = _option(8, "Conversations per process and update.")
     accumulation: int = _option(1, "Batches per update.")
@@ -196,7 +206,8 @@ def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
     run: Any = config  # whose recipe has filled in what was None
     rate, num_split = run.learning_rate, max(num_modules, run.num_modules)
     step_weights = tuple(run.numbers("step_weights", float))
-    loss = LossWeights(run.token_weight, run.acceptance_weight, run.hidden_weight, step_weights)
+    parts = (run.token_weight, run.acceptance_weight, run.hidden_weight)
+    loss = LossWeights(*parts, step_weights, run.vocab_sample, run.path_weights)
     split_loss = dataclasses.replace(loss, hidden=0.0)
     stages = [
         Stage("single_step", num_modules, 1, run.single_step_epochs, rate, loss, False),

@@ -1,0 +1,59 @@
+"""Weights of later draft steps by what the earlier steps of the same path got right.
+
+A round reaches draft step k only if all earlier steps of the path proposed the right token, so that training on rows whose
+path would have ended earlier may be wasted. The path of step k at row i is step 0 at row i - k, step 1 at row i - k + 1, and
+so on; the right token is the one of the text. A row without a loss, as in a prompt, begins the path anew.
+
+Shape letters: B batch, T rows, S draft steps, R rows that count, V draft vocabulary.
+Source: weights by confidence from D-PACE (arXiv:2605.18810), the cut after the first miss from Spec-AUF (arXiv:2607.01893).
+"""
+
+import torch
+
+# "confidence" multiplies the draft's probabilities of the right tokens; "first-miss" is 1 until its first choice is wrong, then 0.
+PATH_WEIGHTS = ("none", "confidence", "first-miss")
+
+
+class PathWeights:
+    """Weights of the rows of each draft step, known as soon as the steps before are recorded; they have no gradients.
+
+    Args:
+        kind (`str`): of `PATH_WEIGHTS`.
+        draft (`PrismDraftModel`), text (`TextRows`, *optional*): whose vocabulary counts.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): at row t the token after the one whose state is read there.
+        rows (`torch.LongTensor` of shape `(R,)`): those that count of all B * T, in rising order.
+        num_steps (`int`): S.
+    """
+
+    def __init__(self, kind: str, draft, text, input_ids: torch.Tensor, rows: torch.Tensor, num_steps: int):
+        self.kind, self.rows = kind, rows
+        # What row t predicts is the token after input_ids[t]. The last one is not known, and nothing follows it.
+        right = input_ids.roll(-1, dims=1).flatten()[rows]
+        names = draft.draft_to_target if text is None else text.token_ids
+        if names is not None:
+            places = torch.full((draft.config.vocab_size,), -1, device=rows.device)
+            places[names] = torch.arange(len(names), device=rows.device)
+            right = places[right]
+        self.right = right  # -1 where the draft cannot propose it
+        # One row more: a path goes on at the row after.
+        self.weights = torch.ones(num_steps, input_ids.numel() + 1, device=rows.device)
+
+    def of(self, step: int, chunk: slice) -> torch.Tensor:
+        """Weights of some of the R rows at a step."""
+        return self.weights[step, self.rows[chunk]]
+
+    def of_all_steps(self) -> torch.Tensor:
+        """Weights `(S, R)`, once all steps are recorded."""
+        return self.weights[:, self.rows]
+
+    def record(self, step: int, chunk: slice, log_probs: torch.Tensor) -> None:
+        """What the draft predicted at a step for some of the R rows, `(rows, V)`; after earlier rows and steps."""
+        if step + 1 == len(self.weights):
+            return
+        right = self.right[chunk]
+        if self.kind == "confidence":
+            value = log_probs.gather(-1, right.clamp(min=0)[:, None])[:, 0].exp() * (right >= 0)
+        else:
+            value = (log_probs.argmax(dim=-1) == right).float()
+        rows = self.rows[chunk]
+        self.weights[step + 1, rows + 1] = self.weights[step, rows] * value
