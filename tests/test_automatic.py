@@ -82,11 +82,12 @@ def test_auto_a_useless_draft_is_left_alone(cheap_rounds):
     cheap_rounds.step_seconds = 0.2  # at 0.02, the luck of one token in 97 would nearly pay
     plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
     tried = []
-    for _ in range(3):
+    for _ in range(6):
         assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
-        tried.append([index for index, tree in enumerate(draft.last_speculation.trees) if tree.num_steps])
-    assert tried[0][0] == 0
-    assert 1 <= len(tried[2]) <= len(tried[0]) <= 20  # of some sixty rounds; luck can make a few of them pay
+        tried.append(sum(tree.num_steps > 0 for tree in draft.last_speculation.trees))
+    assert 1 <= tried[0] <= 25  # of some sixty rounds; luck can make a few of them pay
+    assert tried[1] <= 2
+    assert 1 <= sum(tried[2:]) <= 30
 
 
 def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
@@ -139,14 +140,14 @@ def test_auto_sequences_that_gain_do_not_hide_one_that_gains_nothing(cheap_round
     trees, sequences = batch_trees(lengths := [9, 9, 9])
     for _ in range(40):
         weights = trees.begin_round(sequences).weights
-        if not trees.payoff.is_draft_due:
+        if not trees.payoff.is_draft_due():
             break
         observe(trees, sequences, 3 + 2 * sum(weights[::2]), [[0, 1, 2], [0], [0, 1, 2]])
         for index in (0, 2):
             lengths[index] += 3
         lengths[1] += 1
     assert lengths[0] - lengths[1] >= 4
-    assert trees.payoff.recent.advantage < 1.03
+    assert trees.payoff.recent.advantage < 1.1
     # The same rounds pay where no sequence lags behind.
     trees, sequences = batch_trees([9, 9, 9])
     for _ in range(40):
@@ -158,14 +159,14 @@ def test_auto_few_sequences_that_are_left_are_judged_anew(cheap_rounds):
     """Drafting that did not pay for five sequences is tried at once for two."""
     cheap_rounds.step_seconds = 0.5
     trees, sequences = batch_trees([9] * 5)
-    for _ in range(5):
-        if trees.payoff.is_draft_due:
+    trees.begin_round(sequences)
+    for _ in range(20):
+        if trees.payoff.is_draft_due():
             observe(trees, sequences, 5.0, [[0]] * 5)
-        trees.begin_round(sequences)
-    assert not trees.payoff.is_draft_due
+    assert not trees.payoff.is_draft_due()
     sequences.active = [0, 3]
     trees.begin_round(sequences)
-    assert trees.payoff.is_draft_due
+    assert trees.payoff.is_draft_due()
 
 
 def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):

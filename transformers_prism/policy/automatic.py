@@ -83,13 +83,16 @@ class AutomaticTrees:
     def propose(self, draft_side: DraftSide, sequences: Sequences, limits: Limits) -> Proposal:
         """The tree of the next round."""
         outlook = self.begin_round(sequences, limits.num_carried)
-        depth = min(self.known.settings.depth, limits.depth, limits.nodes, self.payoff.most_steps)
+        depth = min(self.payoff.most_steps(self.known.settings.depth), limits.depth, limits.nodes)
         # Of several sequences the target moves the state on by itself.
         is_one, carried = len(sequences) == 1, self.known.experience.carried
         if is_one and carried.should_move_on(limits.num_carried, outlook.rate, self.known.costs):
             depth = 0
         is_check = self.planner.observes_times and self.payoff.is_check_due
-        if depth > 0 and self.payoff.is_draft_due and not is_check:
+        # Carried tokens run once more, at least.
+        num_active, verify = len(sequences.active), self.known.costs.verify
+        owed = verify(num_active + limits.num_carried) / verify(num_active) - 1.0
+        if depth > 0 and self.payoff.is_draft_due(owed) and not is_check:
             proposal = self.planner.propose(outlook, draft_side, sequences, depth, limits)
         elif depth > 0 and not is_check and self.known.settings.ngrams and self.known.texts.all_repeat():
             nothing_drafted = [Candidates() for _ in sequences.active]
@@ -145,12 +148,17 @@ class AutomaticTrees:
         """Learn whether rounds with the draft pay; a plain step that runs carried tokens is a part of their price."""
         costs, lesson, num_active = self.known.costs, proposal.lesson, len(kept)
         num_weighed = max(sum(lesson.weights), 1.0)
-        tokens = sum(weight * len(nodes) for weight, nodes in zip(lesson.weights, kept, strict=True)) / num_weighed
+        counts = [(weight, len(nodes)) for weight, nodes in zip(lesson.weights, kept, strict=True)]
+        emitted = sum(weight * count for weight, count in counts) / num_weighed
+        # How far the slowest sequence has come: a token counts half for each _HALF_LEAD by which one is ahead.
+        most = max(lesson.weights)
+        leads = [_HALF_LEAD * math.log2(most / weight) + count for weight, count in counts if weight > 0.0]
+        tokens = min(leads, default=0.0)
         if not (proposal.num_steps or lesson.num_carried):
             self.payoff.observe_tokens(tokens)
             return
         # What was expected is less noisy than what came of it in few sequences, which in turn knows the text at hand.
-        expected = (proposal.expected_tokens / num_weighed + num_active * tokens) / (1 + num_active)
+        expected = (proposal.expected_tokens / num_weighed + num_active * emitted) / (1 + num_active)
         plain_seconds, num_nodes = costs.verify(num_active), proposal.tree.num_nodes
         seconds = costs.verify(num_active * num_nodes + lesson.num_carried)
         if self.planner.observes_times:

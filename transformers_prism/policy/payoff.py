@@ -3,15 +3,16 @@
 Only drafting shows whether drafting pays, so a draft that does not pay costs something. A balance bounds this cost, in plain
 steps, over all calls in which a process uses a draft:
 
-    it grows by     what rounds with the draft gain, and a share of the committed tokens, once an allowance is used up
+    it starts at    an allowance
+    it grows by     what rounds with the draft gain, and by a share of each token, once that share of all is more than the
+                    allowance
     it shrinks by   what they lose
-    it has a limit, so that yesterday's gains do not pay for a long loss today
+    it has a limit, so that gains of one text do not pay for a long loss in the next
 
-A round drafts if the balance covers what it may lose: its price, less the token that a plain step would have brought, too.
-All losses together are then at most the allowance or that share of all tokens, whichever is more.
+A round drafts if the balance covers what it loses should the target accept nothing. All losses together are then at most
+the allowance or that share of all tokens, whichever is more, and what a round risks more than the one before it.
 """
 
-import math
 from dataclasses import dataclass, field
 
 # Plain steps that drafting may lose; after so many tokens that this share of them is more, the share.
@@ -67,15 +68,14 @@ class Payoff:
         """Judge by rounds of about this many sequences."""
         self.recent = self.by_size.setdefault((num_active - 1).bit_length(), Recent())
 
-    @property
-    def is_draft_due(self) -> bool:
-        """Whether a round may run the draft; one that risks more than the allowance may once that is there."""
-        return self.balance >= min(self.recent.risk, _ALLOWANCE)
+    def is_draft_due(self, owed: float = 0.0) -> bool:
+        """Whether a round may run the draft, where earlier ones will yet cost `owed` plain steps. One that risks more than
+        the allowance may once that is there."""
+        return self.balance - owed >= min(self.recent.risk, _ALLOWANCE)
 
-    @property
-    def most_steps(self) -> float:
-        """Draft steps that a round may have: tries are short."""
-        return math.inf if self.recent.advantage > 1.0 else _STEPS_OF_TRIES
+    def most_steps(self, depth: int) -> int:
+        """Draft steps that a round may have, of at most `depth`: tries are short."""
+        return depth if self.recent.advantage > 1.0 else min(depth, _STEPS_OF_TRIES)
 
     @property
     def is_check_due(self) -> bool:
