@@ -163,7 +163,7 @@ def test_speed_is_that_of_plain_decoding_or_near_the_best(monkeypatch, several, 
 
 
 @pytest.mark.parametrize("kind", [{}, {"top_k": 4}, {"num_sequences": 4}, {"is_recurrent": True}], ids=str)
-def test_a_draft_that_is_surer_than_right_costs_little(monkeypatch, kind):
+def test_an_overconfident_draft_costs_little(monkeypatch, kind):
     """It says 0.9, and is right in half of the cases or never: chains, trees, batches, and carried tokens."""
     for several, step, acceptance in USELESS:
         for num_tokens, num_calls in ((24, 10), (128, 2)):
