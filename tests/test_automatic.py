@@ -74,8 +74,7 @@ def test_auto_a_draft_that_is_always_right_gets_deep_trees(cheap_rounds, monkeyp
 
 
 def test_auto_a_useless_draft_is_left_alone(cheap_rounds):
-    """A random draft is tried a few times, ever more seldom, and most rounds are plain steps; a later call, which knows
-    that it did not pay, waits before it even reads the prompt."""
+    """A random draft is tried a few times, then seldom, and most rounds are plain steps."""
     input_ids, mask = prompts(1)
     target = varied_target("llama", input_ids, mask, **LENGTH)
     draft = tiny_draft(target)
@@ -83,14 +82,12 @@ def test_auto_a_useless_draft_is_left_alone(cheap_rounds):
     cheap_rounds.step_seconds = 0.2  # at 0.02, the luck of one token in 97 would nearly pay
     plain = target.generate(input_ids, attention_mask=mask, **ARGUMENTS)
     tried = []
-    for _ in range(3):
+    for _ in range(6):
         assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **ARGUMENTS), plain)
-        tried.append([index for index, tree in enumerate(draft.last_speculation.trees) if tree.num_steps])
-    assert tried[0][0] == 0
-    pauses = [later - earlier for earlier, later in zip(tried[0], tried[0][1:], strict=False)]
-    assert pauses[-1] > pauses[0]
-    assert tried[2][0] >= 4
-    assert 1 <= len(tried[2]) <= 20  # of some sixty rounds; luck can make a few of them pay
+        tried.append(sum(tree.num_steps > 0 for tree in draft.last_speculation.trees))
+    assert 1 <= tried[0] <= 25  # of some sixty rounds; luck can make a few of them pay
+    assert tried[1] <= 2
+    assert 1 <= sum(tried[2:]) <= 30
 
 
 def test_auto_batches_of_another_size_are_judged_anew(cheap_rounds):
@@ -143,49 +140,33 @@ def test_auto_sequences_that_gain_do_not_hide_one_that_gains_nothing(cheap_round
     trees, sequences = batch_trees(lengths := [9, 9, 9])
     for _ in range(40):
         weights = trees.begin_round(sequences).weights
-        if not trees.trials.is_draft_due:
+        if not trees.payoff.is_draft_due():
             break
         observe(trees, sequences, 3 + 2 * sum(weights[::2]), [[0, 1, 2], [0], [0, 1, 2]])
         for index in (0, 2):
             lengths[index] += 3
         lengths[1] += 1
     assert lengths[0] - lengths[1] >= 4
-    assert trees.trials.payoff.advantage < 1.03
+    assert trees.payoff.recent.advantage < 1.1
     # The same rounds pay where no sequence lags behind.
     trees, sequences = batch_trees([9, 9, 9])
     for _ in range(40):
         observe(trees, sequences, 9.0, [[0, 1, 2]] * 3)
-    assert trees.trials.payoff.advantage > 2
-
-
-def test_auto_a_batch_is_tried_again_when_a_try_costs_a_hundredth(cheap_rounds):
-    """A try that loses half a plain step waits for fifty; a gain of a hundredth is not worth it. One sequence waits less."""
-    cheap_rounds.step_seconds = 0.5
-    for num_sequences, pause in ((4, 50), (1, 4)):
-        trees, sequences = batch_trees([9] * num_sequences)
-        observe(trees, sequences, float(num_sequences), [[0]] * num_sequences)
-        assert trees.trials.next_try - trees.trials.num_rounds == pytest.approx(pause, abs=2)
-    # Two tokens for 1.98 plain steps.
-    for num_sequences, is_left_alone in ((2, True), (1, False)):
-        trees, sequences = batch_trees([9] * num_sequences)
-        cheap_rounds.step_seconds = 0.98 * cheap_rounds.verify(num_sequences)
-        observe(trees, sequences, 2.0 * num_sequences, [[0, 1]] * num_sequences)
-        assert (trees.trials.next_try > trees.trials.num_rounds) == is_left_alone
+    assert trees.payoff.recent.advantage > 2
 
 
 def test_auto_few_sequences_that_are_left_are_judged_anew(cheap_rounds):
     """Drafting that did not pay for five sequences is tried at once for two."""
+    cheap_rounds.step_seconds = 0.5
     trees, sequences = batch_trees([9] * 5)
-    trials = trees.trials
     trees.begin_round(sequences)
-    trials.payoff.pause, trials.next_try = 64, 1000
-    trees.begin_round(sequences)
-    assert trials.next_try == 1000
+    for _ in range(20):
+        if trees.payoff.is_draft_due():
+            observe(trees, sequences, 5.0, [[0]] * 5)
+    assert not trees.payoff.is_draft_due()
     sequences.active = [0, 3]
     trees.begin_round(sequences)
-    assert trials.is_draft_due
-    assert trials.payoff.pause == 4
-    assert {bits: payoff.pause for bits, payoff in trials.payoffs.items()} == {3: 64, 1: 4}
+    assert trees.payoff.is_draft_due()
 
 
 def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):
@@ -206,17 +187,6 @@ def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):
     assert 1 <= sum(tree.num_steps > 0 for tree in trees) <= 8
     assert len(trees) > 90
     assert forwards[1:] == [1 + tree.num_nodes for tree in trees]
-
-
-def test_auto_looks_at_plain_steps_where_drafting_hardly_pays(cheap_rounds):
-    """Once in a number of rounds; where it clearly pays or does not, never."""
-    trials = batch_trees([9])[0].trials
-    trials.payoff.advantage, trials.num_unchecked = 1.1, 15
-    assert not trials.is_check_due
-    trials.num_unchecked = 16
-    assert trials.is_check_due
-    trials.payoff.advantage = 1.5
-    assert not trials.is_check_due
 
 
 def test_auto_expensive_verification_leads_to_plain_decoding(cheap_rounds):

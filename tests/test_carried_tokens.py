@@ -70,18 +70,18 @@ def chunked(num_tokens: int) -> float:
 @pytest.mark.parametrize("forward_seconds", [compute_bound, chunked])
 def test_automatic_chains_cost_nothing_where_they_do_not_pay(monkeypatch, forward_seconds, acceptance):
     """Tries, the draft's reading and carried tokens included, in the first call and in later ones."""
-    rounds = SimulatedRounds(forward_seconds, 0.1, acceptance)
+    rounds = SimulatedRounds(forward_seconds, 0.1, acceptance, is_recurrent=True)
     assert all(rounds.call(monkeypatch, 128) > 0.97 for _ in range(3))
 
 
 @pytest.mark.parametrize("step_seconds", [0.001, 0.1])
 def test_automatic_chains_bring_what_costs_allow(monkeypatch, step_seconds):
     """Seven of ten drafted tokens are right."""
-    rounds = SimulatedRounds(memory_bound, step_seconds, 0.7)
+    rounds = SimulatedRounds(memory_bound, step_seconds, 0.7, is_recurrent=True)
     assert all(rounds.call(monkeypatch, 128) > (1.5 if step_seconds < 0.1 else 1.2) for _ in range(3))
 
 
 def test_costs_that_were_measured_far_too_low_are_soon_found_out(monkeypatch):
     """Where several tokens were believed to cost no more than one, what rounds take decides whether they pay."""
-    rounds = SimulatedRounds(compute_bound, 0.1, 0.7, believed_seconds=lambda num_tokens: 1.0)
+    rounds = SimulatedRounds(compute_bound, 0.1, 0.7, is_recurrent=True, believed_seconds=lambda num_tokens: 1.0)
     assert rounds.call(monkeypatch, 128) > 0.7  # 0.35 by beliefs alone

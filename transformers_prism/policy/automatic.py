@@ -9,8 +9,8 @@ draft's cumulative probability and depth, or, for continuations copied from the 
     draft steps and nodes   those that bring more tokens than their time is worth at this rate (`planners.py`)
 
 which is the rule for the highest average reward per unit of time. Where drafting does not pay, rounds are plain steps,
-which the draft does not even read, and one round now and then tries again. Where it hardly pays, one round now and then
-is a plain step, so that its cost is known (`trials.py`).
+which the draft does not even read, and it is tried again when that costs a small share of the time (`payoff.py`). Where it
+hardly pays, one round now and then is a plain step, so that its cost is known.
 
 Several sequences take as long as the slowest, so a token counts half in one that is a few tokens ahead of that, and hardly
 in one that is far ahead.
@@ -33,9 +33,9 @@ from .candidates import Candidates
 from .costs import RoundCosts, TreeOverhead, load_or_measure
 from .experience import EDGES, Experience
 from .ngrams import NgramIndex, Texts
+from .payoff import Payoff
 from .planners import AheadOfRound, Knowledge, Lesson, Outlook, WithinRound, best_tree
 from .settings import TreeSettings
-from .trials import Trials
 
 # Tokens ahead of the slowest sequence by which one counts half.
 _HALF_LEAD = 4.0
@@ -51,7 +51,7 @@ def known_costs(target, draft, num_sequences: int) -> RoundCosts:
     if before is not None and known[key] is not before:
         # Whether drafting pays was judged by costs that did not hold.
         for do_sample in (False, True):
-            experience_of(draft, do_sample).payoffs.clear()
+            experience_of(draft, do_sample).payoff = Payoff()
     return known[key]
 
 
@@ -75,7 +75,7 @@ class AutomaticTrees:
             experience_of(draft, sampler.do_sample),
             Texts(sequences, text),
         )
-        self.trials = Trials(self.known.experience.payoffs, len(sequences))
+        self.payoff, self.is_first = self.known.experience.payoff, True
         # Choosing within a round needs tensors that can be looked at without waiting.
         is_host = draft.device.type == "cpu" and not is_treated_as_accelerator(draft.device)
         self.planner = WithinRound(self.known) if is_host else AheadOfRound(self.known)
@@ -83,13 +83,16 @@ class AutomaticTrees:
     def propose(self, draft_side: DraftSide, sequences: Sequences, limits: Limits) -> Proposal:
         """The tree of the next round."""
         outlook = self.begin_round(sequences, limits.num_carried)
-        depth = min(self.known.settings.depth, limits.depth, limits.nodes)
+        depth = min(self.payoff.most_steps(self.known.settings.depth), limits.depth, limits.nodes)
         # Of several sequences the target moves the state on by itself.
         is_one, carried = len(sequences) == 1, self.known.experience.carried
         if is_one and carried.should_move_on(limits.num_carried, outlook.rate, self.known.costs):
             depth = 0
-        is_check = self.planner.observes_times and self.trials.is_check_due
-        if depth > 0 and self.trials.is_draft_due and not is_check:
+        is_check = self.planner.observes_times and self.payoff.is_check_due
+        # Carried tokens run once more, at least.
+        num_active, verify = len(sequences.active), self.known.costs.verify
+        owed = verify(num_active + limits.num_carried) / verify(num_active) - 1.0
+        if depth > 0 and self.payoff.is_draft_due(owed) and not is_check:
             proposal = self.planner.propose(outlook, draft_side, sequences, depth, limits)
         elif depth > 0 and not is_check and self.known.settings.ngrams and self.known.texts.all_repeat():
             nothing_drafted = [Candidates() for _ in sequences.active]
@@ -99,19 +102,20 @@ class AutomaticTrees:
             lesson = Lesson(outlook.weights, time.perf_counter(), none, none, num_carried=limits.num_carried)
             proposal = plain_step(sequences.last_tokens(), expected_tokens=sum(outlook.weights), lesson=lesson)
         has_tree = proposal.tree.num_nodes > 1
-        self.trials.num_unchecked = self.trials.num_unchecked + 1 if has_tree else 0
+        self.payoff.num_unchecked = self.payoff.num_unchecked + 1 if has_tree else 0
         return proposal
 
     def begin_round(self, sequences: Sequences, num_carried: int = 0) -> Outlook:
         """Note which sequences are active, and what a token is worth in each."""
-        self.trials.begin_round(len(sequences.active))
+        self.payoff.begin_round(len(sequences.active))
+        is_first, self.is_first = self.is_first, False
         lengths = [0 if sequences.is_done(one) else sequences.lengths[one] for one in sequences.active]
         slowest = min((length for length in lengths if length), default=0)
         weights = [2.0 ** ((slowest - length) / _HALF_LEAD) if length else 0.0 for length in lengths]
         scale = sum(length > 0 for length in lengths) / max(sum(weights), 1.0)
         weights = [scale * weight for weight in weights]
-        rate = sum(weights) / self.known.costs.verify(len(weights)) * self.trials.speedup
-        return Outlook(weights, rate, is_first=self.trials.num_rounds == 1, num_carried=num_carried)
+        rate = sum(weights) / self.known.costs.verify(len(weights)) * self.payoff.speedup
+        return Outlook(weights, rate, is_first, num_carried)
 
     def learn(self, proposal: Proposal, kept: list[list[int]], verified: Verified) -> Proposal:
         """Learn from a round.
@@ -137,18 +141,25 @@ class AutomaticTrees:
             (proposal.lesson.copied_cells, experience.copied),
         ):
             table.observe([cell for place in going for cell in cells[place]], is_accepted)
-        if proposal.num_steps:
-            self.observe_payoff(proposal, kept, verified.seconds)
+        self.observe_payoff(proposal, kept, verified.seconds)
         return proposal
 
     def observe_payoff(self, proposal: Proposal, kept: list[list[int]], verify_seconds: float) -> None:
-        """Learn whether rounds with the draft pay."""
-        costs, lesson = self.known.costs, proposal.lesson
-        num_active, num_nodes = len(kept), proposal.tree.num_nodes
-        emitted = sum(weight * len(nodes) for weight, nodes in zip(lesson.weights, kept, strict=True))
+        """Learn whether rounds with the draft pay; a plain step that runs carried tokens is a part of their price."""
+        costs, lesson, num_active = self.known.costs, proposal.lesson, len(kept)
+        num_weighed = max(sum(lesson.weights), 1.0)
+        counts = [(weight, len(nodes)) for weight, nodes in zip(lesson.weights, kept, strict=True)]
+        emitted = sum(weight * count for weight, count in counts) / num_weighed
+        # How far the slowest sequence has come: a token counts half for each _HALF_LEAD by which one is ahead.
+        most = max(lesson.weights)
+        leads = [_HALF_LEAD * math.log2(most / weight) + count for weight, count in counts if weight > 0.0]
+        tokens = min(leads, default=0.0)
+        if not (proposal.num_steps or lesson.num_carried):
+            self.payoff.observe_tokens(tokens)
+            return
         # What was expected is less noisy than what came of it in few sequences, which in turn knows the text at hand.
-        tokens = (proposal.expected_tokens + num_active * emitted) / (1 + num_active) / max(sum(lesson.weights), 1.0)
-        plain_seconds = costs.verify(num_active)
+        expected = (proposal.expected_tokens / num_weighed + num_active * emitted) / (1 + num_active)
+        plain_seconds, num_nodes = costs.verify(num_active), proposal.tree.num_nodes
         seconds = costs.verify(num_active * num_nodes + lesson.num_carried)
         if self.planner.observes_times:
             # Half what it took, if that was longer: costs that were measured too low are corrected slowly, and a machine may
@@ -156,14 +167,14 @@ class AutomaticTrees:
             seconds = max(seconds, math.sqrt(seconds * verify_seconds))
         seconds += costs.step_seconds * proposal.num_steps
         seconds += self.known.overhead.seconds if num_nodes > 1 else 0.0
-        self.trials.observe(tokens, seconds / plain_seconds, (seconds + lesson.read_seconds) / plain_seconds)
+        self.payoff.observe(tokens, expected, seconds / plain_seconds, lesson.read_seconds / plain_seconds)
 
     def estimates(self) -> dict:
         """What the choices rest on, for a person to read."""
         experience = self.known.experience
         return {
             **asdict(self.known.costs),
-            "advantage": self.trials.payoff.advantage,
+            "advantage": self.payoff.recent.advantage,
             "step_gain": experience.step_gain,
             "probability_edges": list(EDGES),
             "accepted_by_depth_and_probability": experience.drafted.rows(),

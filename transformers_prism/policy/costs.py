@@ -42,9 +42,9 @@ MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 # In one forward, all sequences together: beyond the last point measured the line is continued.
 _MAX_TOKENS = 128
 _NUM_REPEATS = 3
-# A round moves the estimate a tenth of the way to what it measured, and its neighbours' a twentieth.
+# A round moves the estimate a tenth of the way to what it measured, and those of other sizes a fiftieth.
 _RATE = 0.1
-_SPREAD = 0.5
+_SPREAD = 0.2
 _OVERHEAD_RATE = 0.1
 # One round that was interrupted does not count for more than this.
 _MAX_SURPRISE = 2.0

@@ -13,6 +13,7 @@ import torch
 
 from .carried_tokens import CarriedTokens
 from .ngrams import MAX_MATCH
+from .payoff import Payoff
 
 # Edges of the classes of cumulative draft probability, finer where most accepted nodes are.
 EDGES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.11, 0.16, 0.23, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
@@ -24,7 +25,6 @@ _FADE = 0.995
 # A new draft is trusted as if this many nodes of each cell had been seen, accepted a bit less often than it says.
 _PRIOR_WEIGHT = 8.0
 _PRIOR_TRUST = 0.8
-FIRST_PAUSE = 4  # plain rounds after the first try of a draft that does not pay
 # What is expected at first of one more draft step, over the step before it, and how fast that follows the latest round.
 STEP_GAIN = 0.7
 _GAIN_RATE = 0.1
@@ -113,15 +113,6 @@ class PlanValues:
 
 
 @dataclass
-class Payoff:
-    """Whether rounds with the draft pay for a number of active sequences: tokens per second over plain decoding, as
-    last seen, and plain rounds after the next try that does not pay."""
-
-    advantage: float = 1.0
-    pause: int = FIRST_PAUSE
-
-
-@dataclass
 class Experience:
     """What rounds have taught about a draft, kept from one generate() call to the next.
 
@@ -129,7 +120,7 @@ class Experience:
         drafted, copied: acceptance of the draft's nodes and of copied ones.
         step_gain: value that one more draft step brings, over the value of the nodes that it expands.
         plan: what planned trees should bring.
-        payoffs: by the bits of the number of active sequences less one: of 1, 2, up to 4, up to 8 and so on.
+        payoff: whether its rounds pay, and what they may lose.
         carried: of targets with recurrent layers, when their state should move on.
     """
 
@@ -137,7 +128,7 @@ class Experience:
     copied: AcceptanceTable = field(default_factory=lambda: AcceptanceTable(_copied_prior()))
     step_gain: float = STEP_GAIN
     plan: PlanValues = field(default_factory=PlanValues)
-    payoffs: dict[int, Payoff] = field(default_factory=dict)
+    payoff: Payoff = field(default_factory=Payoff)
     carried: CarriedTokens = field(default_factory=CarriedTokens)
 
     def observe_step_gain(self, nodes: list[tuple[int, float]], num_steps: int) -> None:

@@ -76,7 +76,7 @@ class Lesson:
         weights: see [`Outlook`].
         made_at: when the proposal was made, in seconds of the clock.
         drafted_cells, copied_cells: of each sequence the nodes' cells, -1 where none applies.
-        read_seconds: in which the draft caught up on earlier rounds.
+        read_seconds: in which the draft read the prompt or caught up on earlier rounds.
         num_carried: see [`Outlook`].
         drawn: `(2, B, n)`, depths and log-probabilities of planned nodes, on their way to the host.
     """
@@ -149,9 +149,10 @@ class WithinRound:
         self, outlook: Outlook, draft_side: DraftSide, sequences: Sequences, depth: int, limits: Limits
     ) -> Proposal:
         """The best tree of at most `depth` draft steps."""
-        known, is_behind, start = self.known, draft_side.is_behind, time.perf_counter()
+        # The first reads the prompt, one that is behind the rounds that it missed: no usual step.
+        known, reads_more, start = self.known, draft_side.is_behind or outlook.is_first, time.perf_counter()
         drafter = draft_side.read()
-        read_seconds = time.perf_counter() - start if is_behind else 0.0
+        read_seconds = time.perf_counter() - start if reads_more else 0.0
         steps = _StepChoice(known, outlook, depth)
         coupling = known.sampler.coupling(sequences, depth)
         pool = drafter.draw(known.settings.top_k, depth, steps.choose_width, coupling)
@@ -162,8 +163,7 @@ class WithinRound:
         proposal = best_tree(
             known, outlook, sequences, candidates, limits, num_steps=steps.num_steps, read_seconds=read_seconds
         )
-        # The first reads the prompt, one that is behind the rounds that it missed: no usual step.
-        if not (is_behind or outlook.is_first):
+        if not reads_more:
             known.costs.observe_step((time.perf_counter() - start) / steps.num_steps)
         return proposal
 
