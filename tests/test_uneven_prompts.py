@@ -48,8 +48,10 @@ def test_groups_hold_little_padding():
     assert groups_of_like_length(mask_of(40, 200, 190, 41)) == [([1, 2], 0), ([3, 0], 159)]
     # All of about one length, in which padding is cheaper than another forward.
     assert groups_of_like_length(mask_of(200, 190, 180)) == []
-    # 10 + 20 + 30 + 40 is more than 64.
-    assert groups_of_like_length(mask_of(200, 190, 180, 170, 160)) == [([0, 1, 2, 3], 0), ([4], 40)]
+    # 10 + 20 + 30 is more than 32.
+    assert groups_of_like_length(mask_of(200, 190, 180, 170, 160)) == [([0, 1, 2], 0), ([3, 4], 30)]
+    # Long ones one by one.
+    assert groups_of_like_length(mask_of(40, 300, 299)) == [([1], 0), ([2], 1), ([0], 260)]
     # Padded to more than the longest, as by padding="max_length".
     assert groups_of_like_length(torch.nn.functional.pad(mask_of(8, 8), (50, 0))) == [([0, 1], 50)]
 
