@@ -9,8 +9,9 @@ The bound of a batch, without its prefill:
     trees     rounds as they went, each over the nodes of the sequences that were still active, with its draft steps
     bound     seconds of the plain steps over those of the rounds, both from the same measured costs
 
-The share is the measured ratio over the bound. The table says where the rest is: time of drafting and verifying beyond
-its cost, what is no forward, and what the bound itself would be if sequences never waited for the slowest.
+The share is the measured ratio over the bound. Whole calls are compared, too, prefill included: over all batches, and
+of the batch that gains least. The table says where the rest is: time of drafting and verifying beyond its cost, what is no
+forward, and what the bound itself would be if sequences never waited for the slowest.
 """
 
 from pathlib import Path
@@ -78,12 +79,14 @@ def figures_of(result: ItemResult, speculation: Speculation, costs: RoundCosts) 
         for name, one in (("ours", ours), ("plain", plain))
     }
     scale = decoding["plain"] / found["plain"]
-    spent = speculation.seconds
+    spent, lengths = speculation.seconds, result.num_prompt_tokens
     return {
         **found,
         "scale": scale,
         "ratio": decoding["plain"] / decoding["ours"],
         "whole_ratio": min(plain.seconds) / min(ours.seconds),
+        "whole_seconds": {"ours": min(ours.seconds), "plain": min(plain.seconds)},
+        "padding": 1 - sum(lengths) / (num_sequences * max(lengths)),
         "share": decoding["plain"] / decoding["ours"] / found["bound"],
         "seconds": decoding,
         "beyond_draft": spent["draft"] - scale * found["draft"],
@@ -114,10 +117,12 @@ def measure(target, draft, records: list[dict], rows: list[dict], batch_size: in
 
 def rows_of(batches: dict[int, list[dict]]) -> tuple[list[str], list[list[str]]]:
     """Heading and a row for each batch size; seconds are summed over its batches."""
-    heading = ["sequences", "bound", "reached", "share", "whole calls", "lowest", "if none waited", "tau", "draft +%", "verify +%", "no forward %"]
+    heading = ["sequences", "bound", "reached", "share", "whole calls", "lowest", "if none waited", "tau", "padding %"]
+    heading += ["draft +%", "verify +%", "no forward %"]
     rows = []
     for size, figures in batches.items():
         plain, ours = (sum(one["seconds"][name] for one in figures) for name in ("plain", "ours"))
+        whole = {name: sum(one["whole_seconds"][name] for one in figures) for name in ("ours", "plain")}
         modelled = sum(one["scale"] * (one["verify"] + one["draft"]) for one in figures)
         even = sum(one["scale"] * one["plain"] / one["even_bound"] for one in figures)
         parts = [100 * sum(one[name] for one in figures) / ours for name in ("beyond_draft", "beyond_verify", "no_forward")]
@@ -127,10 +132,11 @@ def rows_of(batches: dict[int, list[dict]]) -> tuple[list[str], list[list[str]]]
                 f"{plain / modelled:.2f}",
                 f"{plain / ours:.2f}",
                 f"{modelled / ours:.2f}",
-                f"{sum(one['whole_ratio'] for one in figures) / len(figures):.2f}",
-                f"{min(one['ratio'] for one in figures):.2f}",
+                f"{whole['plain'] / whole['ours']:.2f}",
+                f"{min(one['whole_ratio'] for one in figures):.2f}",
                 f"{plain / even:.2f}",
                 f"{sum(one['tau'] for one in figures) / len(figures):.2f}",
+                f"{100 * sum(one['padding'] for one in figures) / len(figures):.0f}",
                 *(f"{part:.1f}" for part in parts),
             ]
         )

@@ -21,7 +21,7 @@ from tiny_models import ScriptedDraft, ScriptedDrafter
 from transformers import GenerationMixin
 
 from transformers_prism import PrismConfig
-from transformers_prism.decoding import round_check, target_choice
+from transformers_prism.decoding import attention, round_check, target_choice, tree_target, uneven_prompts
 from transformers_prism.decoding.recurrent_target import RecurrentTarget
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
@@ -211,15 +211,19 @@ def _drafts(target, plain: _Texts, used: list):
 
 @contextmanager
 def _rounds_checked(are_checked: bool):
-    """Whether rounds are compared with single steps, as for types that nobody has tried."""
+    """Whether rounds are compared with single steps, as for types that nobody has tried. Prompts of a batch are read one by
+    one, and each row attends by itself, as they would with more padding."""
     original, folder = round_check.is_tried, round_check._folder
-    for module in (round_check, target_choice):
+    costs = uneven_prompts._WORTH_A_FORWARD, attention._WORTH_A_CALL
+    uneven_prompts._WORTH_A_FORWARD = attention._WORTH_A_CALL = 0
+    for module in (round_check, target_choice, tree_target):
         module.is_tried = lambda target: not are_checked
     round_check._folder = lambda: Path(os.devnull) / "nothing"  # no check is kept for later runs
     try:
         yield
     finally:
-        round_check.is_tried = target_choice.is_tried = original
+        round_check.is_tried = target_choice.is_tried = tree_target.is_tried = original
+        uneven_prompts._WORTH_A_FORWARD, attention._WORTH_A_CALL = costs
         round_check._folder = folder
 
 

@@ -132,6 +132,46 @@ def test_grouped_attention_is_sdpa_without_repeated_keys(shares_heads, monkeypat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("long_context", [4096, 1])
+def test_rows_attend_to_their_own_keys(long_context, monkeypatch):
+    """Neighbours together as long as that costs less than a call; the output is that of all rows over all keys."""
+    monkeypatch.setattr(attention, "_WORTH_A_CALL", 4)
+    monkeypatch.setattr(attention, "_LONG_CONTEXT", long_context)
+    generator = torch.Generator().manual_seed(0)
+    module, starts = torch.nn.Module(), [9, 8, 0, 3, 8]
+    module.num_key_value_groups = 2
+    query = torch.randn(5, 4, 2, 16, generator=generator)
+    key, value = (torch.randn(5, 2, 12, 16, generator=generator) for _ in range(2))
+    mask = torch.ones(5, 1, 2, 12, dtype=torch.bool)
+    for row, start in enumerate(starts):
+        mask[row, ..., :start] = False
+    expected, _ = attention.grouped_attention(module, query, key, value, mask)
+    attention.attach_starts(mask, starts)
+    assert mask.prism_runs == [(0, 2, 8), (2, 4, 0), (4, 5, 8)]
+    # What is in front of a row's first key is not read.
+    key[0, :, :8] = value[0, :, :8] = float("nan")
+    found, _ = attention.grouped_attention(module, query, key, value, mask)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for nothing_to_skip in ([], [0, 0], [0, 1]):
+        attention.attach_starts(plain := torch.ones(2, 1, 1, 3, dtype=torch.bool), nothing_to_skip)
+        assert not hasattr(plain, "prism_runs")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_text_is_the_same_where_rows_attend_apart(architecture, monkeypatch):
+    """Of target and draft, in every forward behind the prompts, also where sequences have left the batch."""
+    monkeypatch.setattr(attention, "_WORTH_A_CALL", 0)
+    input_ids, mask = prompts(4)
+    target = tiny_target(architecture, 3, eos_token_id=list(range(5)))
+    plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
+    draft = tiny_draft(target)
+    runs, attend = [], attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda query, *args: runs.append(len(query)) or attend(query, *args))
+    assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH), plain)
+    assert 1 in runs or target.config._attn_implementation == "eager"
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_nodes", [1, 5])
 def test_long_contexts_are_attended_to_as_by_sdpa(num_nodes, dtype, monkeypatch):

@@ -8,10 +8,11 @@ tree's compact form attached to it; a model that hands on something else than th
 result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
 this code was registered last.
 
-Grouped attention is SDPA as transformers calls it, but for two things. Transformers repeats keys and values that several
+Grouped attention is SDPA as transformers calls it, but for three things. Transformers repeats keys and values that several
 query heads share whenever there is a mask, which copies the whole context in every layer; on a CPU that takes longer
-than attending to it. And over a long context the few queries of a round go through one matrix product over all keys
-instead of SDPA's blocks, which are too small to fill a CPU's matrix product.
+than attending to it. Rows of a batch with much left padding attend apart, each to its own keys. And over a long context
+the few queries of a round go through one matrix product over all keys instead of SDPA's blocks, which are too small to fill
+a CPU's matrix product.
 
 While the loop runs, it lends models on "sdpa" what suits their device: grouped attention on a CPU, and `prism_tree`
 to a draft where Triton computes.
@@ -40,6 +41,8 @@ _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # keys on, for up to this number of queries. `benchmarks.scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
+# Keys of one row that take as long to attend to as one more call of SDPA does.
+_WORTH_A_CALL = 128
 
 
 @dataclass
@@ -87,6 +90,31 @@ def attach_tree(
     return mask
 
 
+def attach_starts(mask: torch.Tensor, starts: list[int]) -> None:
+    """Note on a mask `(B, 1, N, K)` which rows attend to keys from where on, for those who compute them apart.
+
+    Args:
+        starts (`list[int]`): the first key of each sequence, behind its left padding; empty if nobody needs to know.
+    """
+    runs = _runs_of_rows(starts)
+    if len(runs) > 1 or any(start > 0 for *_, start in runs):
+        mask.prism_runs = runs  # type: ignore[attr-defined]
+
+
+def _runs_of_rows(starts: list[int]) -> list[tuple[int, int, int]]:
+    """Neighbours that attend together: the first row, the one behind the last, and the first key of all."""
+    runs: list[tuple[int, int, int]] = []
+    for row, start in enumerate(starts):
+        if runs:
+            first_row, _, first_key = runs[-1]
+            together = min(first_key, start)
+            if (row - first_row) * (first_key - together) + start - together <= _WORTH_A_CALL:
+                runs[-1] = (first_row, row + 1, together)
+                continue
+        runs.append((row, row + 1, start))
+    return runs
+
+
 def prism_tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
     """An attention function of transformers.
 
@@ -114,15 +142,28 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
         `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
     """
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
-    if attention_mask is None or query.shape[1] == key.shape[1] or not is_plain:
+    runs = getattr(attention_mask, "prism_runs", None)
+    gains_nothing = runs is None and query.shape[1] == key.shape[1]
+    if attention_mask is None or gains_nothing or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    outputs = [
+        _attend(
+            query[row:end], key[row:end, :, start:], value[row:end, :, start:], attention_mask[row:end, ..., start:], dropout, scaling
+        )
+        for row, end, start in runs or [(0, len(query), 0)]
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
+
+
+def _attend(query, key, value, attention_mask, dropout: float, scaling: float | None) -> torch.Tensor:
+    """Attention of few queries under a mask, `(B, N, H, E)`."""
     if _is_long(query, key) and attention_mask.dtype == torch.bool and not dropout:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return _long_attention(query, key, value, attention_mask, scale), None
+        return _long_attention(query, key, value, attention_mask, scale)
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
 
 
 def _is_long(query: torch.Tensor, key: torch.Tensor) -> bool:

@@ -149,6 +149,8 @@ class CommittedCache:
         self.committed = committed
         self.max_holes = max_holes
         self.lengths = [committed.shape[1]] * committed.shape[0]  # left padding included, without holes
+        # First key of each sequence, behind left padding; elsewhere than on a CPU nobody asks, and a look at it would wait.
+        self.starts = committed.int().argmax(dim=1).tolist() if committed.numel() and committed.device.type == "cpu" else []
         self.num_dense = committed.shape[1]  # positions before which no sequence has a hole
         # A mask with more positions, all committed, and the part of it that is `committed`, where one was made.
         self.longer = self.part_of_longer = committed
@@ -266,6 +268,7 @@ class CommittedCache:
     def keep_sequences(self, places: list[int]) -> None:
         """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
         self.lengths = [self.lengths[place] for place in places]
+        self.starts = [self.starts[place] for place in places] if self.starts else []
         self.committed = self.committed[on_device(places, self.committed.device)]
         for layer in self._layers():
             layer.keep_sequences(places)

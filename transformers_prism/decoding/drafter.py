@@ -16,12 +16,13 @@ from torch.nn.functional import pad
 from ..kernels.grow_tree import grow_tree
 from ..kernels.tree_attention import pack_ancestors, unpack_ancestors
 from ..transformers_names import attention_name
-from .attention import PRISM_TREE, attach_tree
+from .attention import PRISM_TREE, attach_starts, attach_tree
 from .cache import CommittedCache, new_tree_cache, relaid
 from .sampling_noise import NUM_COMPETING, Coupling
 from .static_shapes import StaticShapes
 from .transfer import on_device
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
+from .uneven_prompts import groups_of_like_length, right_aligned, side_by_side
 
 # Positions that are seldom read at once, but for a prompt.
 _MANY_POSITIONS = 32
@@ -125,21 +126,41 @@ class Drafter:
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
         """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""
-        hidden, cache, mask = self.draft.fuse(target_hidden), new_tree_cache(), None
-        committed = torch.ones_like(token_ids, dtype=torch.bool)
+        padding_mask = None if padding_mask is None else padding_mask.to(self.device).bool()
+        groups = [] if self.shapes else groups_of_like_length(padding_mask)
+        states, cache = (token_ids, target_hidden, position_ids), new_tree_cache()
+        if padding_mask is not None and groups:
+            rows, caches = [of_group for of_group, _ in groups], [new_tree_cache() for _ in groups]
+            outputs = [
+                self._read_together([state[of_group, start:] for state in states], padding_mask[of_group, start:], one)
+                for (of_group, start), one in zip(groups, caches, strict=True)
+            ]
+            cache.layers = side_by_side(rows, [one.layers for one in caches], token_ids.shape[1])
+            output = right_aligned(rows, outputs, len(token_ids), 1, dim=1)
+        else:
+            output = self._read_together(states, padding_mask, cache)
+        committed = torch.ones_like(token_ids, dtype=torch.bool) if padding_mask is None else padding_mask
+        self.cache = CommittedCache(relaid(cache, self.shapes.capacity) if self.shapes else cache, committed)
+        return output
+
+    def _read_together(self, states, padding_mask, cache) -> torch.Tensor:
+        """Step 0 over prompts, into an empty cache; returns its output at the last position, `(B, 1, D)`.
+
+        Args:
+            states: token ids, target's states and positions, as for [`~Drafter.prefill`].
+        """
+        token_ids, target_hidden, position_ids = states
+        hidden, mask = self.draft.fuse(target_hidden), None
         if padding_mask is not None:
-            committed = padding_mask.to(hidden.device).bool()
             # A mask of two dimensions would do, but transformers would look at its values.
-            visible = committed[:, None]  # what the last position sees
+            visible = padding_mask[:, None]  # what the last position sees
             if self.draft.config.num_layers_per_module > 1:
                 # Padding sees itself, since a query that sees nothing may come out as NaN.
                 itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
                 visible = self._causal(token_ids) & visible | itself
             mask = attention_mask(visible, self.attn_implementation, hidden.dtype)
         with self._uncompiled():
-            output = self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
-        self.cache = CommittedCache(relaid(cache, self.shapes.capacity) if self.shapes else cache, committed)
-        return output
+            return self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
 
     def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
         """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
@@ -246,8 +267,10 @@ class Drafter:
         visible = visible_keys(self.cache.committed, ancestors)
         if self.shapes is not None:
             visible = pad(visible, (0, self.shapes.capacity - visible.shape[2]))
+            return attention_mask(visible, self.attn_implementation, dtype)
         mask = attention_mask(visible, self.attn_implementation, dtype)
-        if self.attn_implementation != PRISM_TREE or self.shapes is not None:
+        attach_starts(mask, self.cache.starts)
+        if self.attn_implementation != PRISM_TREE:
             return mask
         return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
 

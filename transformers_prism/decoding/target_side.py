@@ -37,6 +37,7 @@ from .target_support import (
 )
 from .transfer import on_device
 from .tree import Tree
+from .uneven_prompts import right_aligned
 
 # What generate() prepares and a verification forward replaces.
 _REPLACED_INPUTS = (
@@ -130,10 +131,7 @@ class TargetSide:
             )
         had_cached = bool(stored_length(self.cache))
         self._before_prefill()
-        # A copy, since transformers' chunked prefill writes to it.
-        model_kwargs = dict(self.model_kwargs, output_hidden_states=self.layer_ids)
-        outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
-        self._take_over(cache_of(outputs))
+        rows, outputs = self._read_prompts(input_ids)
         width = stored_length(self.cache)
         if width is None:  # of recurrent states alone
             width = input_ids.shape[1]
@@ -144,7 +142,11 @@ class TargetSide:
         if (reason := reason_against_layers(self.target.config.get_text_config(), self.cache, width)) is not None:
             raise Declined(reason)
         self.num_cached_before = width - input_ids.shape[1]
-        hidden = joined_states(self._states(outputs))
+        states = [joined_states(self._states(one)) for one in outputs]
+        logits, hidden = outputs[0].logits[:, -1], states[0]
+        if rows:
+            logits = right_aligned(rows, [one.logits[:, -1:] for one in outputs], len(input_ids), 1, dim=1)[:, 0]
+            hidden = right_aligned(rows, states, len(input_ids), input_ids.shape[1], dim=1)
         mask = self.model_kwargs.get("attention_mask")
         mask = torch.ones((len(input_ids), width), device=hidden.device) if mask is None else mask
         mask = mask.bool()
@@ -156,7 +158,19 @@ class TargetSide:
         self._after_prefill(mask)
         length = hidden.shape[1]
         read_mask = mask[:, -length:] if self.is_padded else None
-        return Prompt(outputs.logits[:, -1], hidden, position_ids[:, -length:], read_mask)
+        return Prompt(logits, hidden, position_ids[:, -length:], read_mask)
+
+    def _read_prompts(self, input_ids: torch.LongTensor) -> tuple[list[list[int]], list]:
+        """Run the prompts into the cache: the rows of each forward and its outputs; no rows where one forward read all."""
+        return [], [self._read_together(input_ids)]
+
+    def _read_together(self, input_ids: torch.LongTensor, **replaced):
+        """Outputs of one forward over prompts `(B, T)`, in which some of the inputs are replaced."""
+        # A copy, since transformers' chunked prefill writes to it.
+        model_kwargs = {**self.model_kwargs, **replaced, "output_hidden_states": self.layer_ids}
+        outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
+        self._take_over(cache_of(outputs))
+        return outputs
 
     def _most_tokens(self, input_ids: torch.LongTensor) -> int:
         """Tokens of the longest prompt, padding not counted."""

@@ -23,20 +23,24 @@ from ..transformers_names import (
     compiled_forward,
     is_callers_cache,
 )
-from .attention import PRISM_TREE, attach_tree
-from .cache import AdoptedLayers, CommittedCache, round_up
+from .attention import PRISM_TREE, attach_starts, attach_tree
+from .cache import AdoptedLayers, CommittedCache, round_up, stored_length
 from .layer_check import input_device
 from .memory import keep_with, kept_with
+from .round_check import is_tried
 from .target_side import TargetSide
 from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text
 from .transfer import on_device
 from .tree import Tree, ancestor_mask, attention_mask, chain_tree, root_tree, visible_keys, within_window
+from .uneven_prompts import groups_of_like_length, side_by_side
 
 # Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
 # Positions of a batch's cache that may be left out: more cost attention, fewer are closed more often.
 _MAX_HOLES = 32
+# Inputs of a prompt of text alone.
+_OF_TEXT = {"attention_mask", "position_ids"}
 
 
 class TreeTarget(TargetSide):
@@ -95,6 +99,25 @@ class TreeTarget(TargetSide):
             _prepare_compiled(self.target, self.layer_ids)
         self.adopted.lend()
 
+    def _read_prompts(self, input_ids: torch.LongTensor) -> tuple[list[list[int]], list]:
+        given = {name: value for name, value in self.model_kwargs.items() if isinstance(value, torch.Tensor)}
+        is_text = given.keys() <= _OF_TEXT and all(value.shape == input_ids.shape for value in given.values())
+        # What others may go on with is read as plain decoding does, and so is what depends on the longest text.
+        is_own = is_text and not (self.keeps_finished or self.rotary_switches or stored_length(self.cache))
+        if not (is_own and is_tried(self.target)) or self.generation_config.prefill_chunk_size is not None:
+            return super()._read_prompts(input_ids)
+        rows, outputs, caches = [], [], []
+        for of_group, start in groups_of_like_length(given.get("attention_mask")):
+            self.adopted.lend()
+            parts = {name: value[of_group, start:] for name, value in given.items()}
+            rows.append(of_group)
+            outputs.append(self._read_together(input_ids[of_group, start:], **parts))
+            caches.append(self.cache.layers)
+        if not rows:
+            return super()._read_prompts(input_ids)
+        self.cache.layers = side_by_side(rows, caches, input_ids.shape[1])
+        return rows, outputs
+
     def _after_prefill(self, mask: torch.BoolTensor) -> None:
         """Note what is committed in each sequence, and which forward runs from here on."""
         self.committed = CommittedCache(self.cache, mask, self.committed.max_holes)
@@ -141,6 +164,8 @@ class TreeTarget(TargetSide):
             if self.capacity is not None:
                 seen = pad(seen, (0, self.capacity - seen.shape[2]))
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
+            if self.capacity is None:
+                attach_starts(masks[kind], self.committed.starts)
             if bits is not None:
                 masks[kind] = attach_tree(masks[kind], bits, committed, node_index, window)
         return masks[None] if None in masks else masks
