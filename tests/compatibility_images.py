@@ -96,6 +96,8 @@ def _forms(target) -> list[dict]:
         {"pixel_values": _pixels(4, patch * merge, patch * merge, channels), "image_grid_thw": torch.tensor([[1, 2, 2]])},
         {"pixel_values": _pixels(1, 3, size, size), "high_res_pixel_values": _pixels(1, 3, high_resolution, high_resolution)},
         {"pixel_values": _pixels(1, 1, 3, size, size), "pixel_attention_mask": torch.ones(1, 1).bool()},
+        {"pixel_values": _pixels(1, 3, size, size), "qformer_input_ids": tokens[None], "qformer_attention_mask": one_tile.repeat(1, 4)},
+        {"pixel_values": _pixels(1, 4, 3, size, size), "qformer_input_ids": tokens[None], "qformer_attention_mask": one_tile.repeat(1, 4)},
         {"pixel_values": _pixels(16, channels * patch * patch), "image_grid_hw": torch.tensor([[4, 4]])},
         {
             "pixel_values": patches,

@@ -84,7 +84,8 @@ def page(results: dict[str, dict]) -> str:
         names = [name for name in types if _outcome(results, name) == outcome]
         if names:
             text += f"\n## {heading}\n\n" + _table(outcome, names, results, newest)
-    text += "\n## Images\n\nPrompts with an image that are decoded plainly, or that plain decoding fails at here.\n\n"
+    text += "\n## Images\n\nPrompts with an image that are decoded plainly, or that plain decoding fails at here, be it in\n"
+    text += "the second call of \"image\" alone.\n\n"
     text += _image_table(types, results)
     return text + "\n## Variants\n\n" + _variant_table(variants, results)
 
@@ -190,7 +191,8 @@ def _table(outcome: str, names: list[str], results: dict[str, dict], newest: dic
         ]
         return _markdown(columns, rows)
     rows = [
-        [f"`{name}`", *(_cell(of, name) for of in results.values()), _run_cell(latest[name], "image")]
+        # Where only the second call of "image" fails, the others say what becomes of an image.
+        [f"`{name}`", *(_cell(of, name) for of in results.values()), _run_cell(latest[name], "image sampled")]
         + [_shown(latest[name].get("detail", ""))]
         for name in names
     ]
