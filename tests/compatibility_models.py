@@ -138,6 +138,16 @@ _GEMMA4_VISION = {
 }
 
 
+_GEMMA4_UNIFIED_VISION = {
+    "vision_config": {"patch_size": 8, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 64, "output_proj_dims": 64}
+}
+_MUSE_VISION = {"out_hidden_size": 256, "projector_hidden_size": 64}
+# Tokens of the text that stand for codes of an image: those of code 12 are "BC" in Chameleon's vocabulary.
+_CODES = range(64)
+_CHAMELEON_CODES = {f"IMGIMG{str(code).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z": 8 + code for code in _CODES}
+_EMU3_CODES = {f"<|visual token {code:06d}|>": 8 + code for code in _CODES}
+
+
 def _of_text(settings: dict) -> dict:
     return {f"text_config.{name}": value for name, value in settings.items()}
 
@@ -147,19 +157,20 @@ SETTINGS: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "bert": {"is_decoder": True},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 90, **_CHAMELEON_CODES}},
     "cohere_compass": _of_text(_COMPASS),
     "cohere_compass_text": _COMPASS,
     "cosmos3_edge": _TEXT_MROPE,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": _MLP_TYPES},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": _MLP_TYPES, "vision_config.sam_config.downsample_channels": [32, 64]},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {"text_config.num_experts": 4, "text_config.moe_intermediate_size": 32, "text_config.top_k_experts": 2},
     "dots3_note_text": _DOTS3,
     "roc_bert": {"shape_vocab_size": 97, "pronunciation_vocab_size": 97},
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
-    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
+    "emu3": {"vq_config.hidden_size": 32, "vocabulary_map": {"<image>": 90, "<|extra_200|>": 94, **_EMU3_CODES}},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32], "text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 2, 4]}},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 4, "backbone_hidden_size": 64},
     "glm46v": _TEXT_MROPE,
@@ -169,7 +180,8 @@ SETTINGS: dict[str, dict] = {
     "glm_ocr": _TEXT_MROPE,
     "glmga": _TEXT_MROPE,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1], "image_grid_pinpoints": [[32, 32]]},
+    "granite_docling": {"vision_config.deepstack_visual_indexes": [0], "vision_config.scale_factor": 2},
     "granitemoehybrid": {"layer_types": _ATTENTION_AND_LINEAR},
     "hunyuan_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
     # With 16 heads two keys score the same by chance, and rounding chooses between them, in single steps too.
@@ -178,18 +190,22 @@ SETTINGS: dict[str, dict] = {
     "inkling2_loop": {"vision_config.text_hidden_size": 64},
     "inkling_mm_model": {"vision_config.text_hidden_size": 64, **_INKLING_VISION},
     "mistral4": {"qk_nope_head_dim": 8},
-    "apertus1p5": {"audio_config.codebook_dim": 64, "vision_tokenizer_config.codebook_dim": 64},
+    "apertus1p5": {"audio_config.codebook_dim": 64, "audio_config.codebook_size": 16, "vision_config.codebook_size": 64, "image_token_offset": 8, "audio_token_offset": 72},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_k25": {"projection_hidden_size": 64},
     "kimi_linear": {"layer_types": _ATTENTION_AND_LINEAR},
+    "kosmos-2.5": {"latent_query_num": 4},
     "lfm2": {"full_attn_idxs": [1, 3]},
     "lfm2_vl": {"text_config.full_attn_idxs": [1, 3]},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4": {"vision_config.intermediate_size": 256, **dict.fromkeys((f"vision_config.{name}" for name in ("projector_input_dim", "projector_output_dim", "vision_output_dim")), 64)},
     "longcat_flash": {"num_layers": 2, "head_dim": 8, "qk_rope_head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "qwen4_exp": {**_QWEN4, **_of_text(_QWEN4)},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
+    "unlimited_ocr": {"vision_config.sam_config.downsample_channels": [32, 64]},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "time_step_min": 1e-30},
@@ -197,8 +213,9 @@ SETTINGS: dict[str, dict] = {
     "florence2": {"vision_config.patch_size": [7, 3, 3, 3], "vision_config.embed_dim": [16, 16, 16, 64], "vision_config.num_heads": [2, 2, 2, 2], "vision_config.num_groups": [2, 2, 2, 2], "vision_config.depths": [1, 1, 1, 1]},
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 4, "backbone_hidden_size": 64},
     "molmo2": {"vision_config.image_size": [32, 32], "adapter_config.vision_feature_layer": [0], "adapter_config.text_hidden_size": 64},
-    "muse_spark": {"audio_config.num_hidden_layers": 4},
-    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2, "text_config.time_step_min": 1e-30},
+    "muse_spark": {"audio_config.num_hidden_layers": 4, **_MUSE_VISION},
+    "muse_glimmer": _MUSE_VISION,
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2, "text_config.time_step_min": 1e-30, "image_token_id": 90, "audio_token_id": 94, "vision_hidden_size": 64, "projector_hidden_size": 64},
     "paddleocr_vl": _TEXT_MROPE,
     "qwen2_vl": _TEXT_MROPE,
     "qwen2_5_vl": _TEXT_MROPE,
@@ -206,7 +223,8 @@ SETTINGS: dict[str, dict] = {
     "qwen3_omni_moe_thinker": {**_TEXT_MROPE, "vision_start_token_id": 5},
     "step3p7": {"text_config.sliding_window": WINDOW},
     **{name: {"original_max_position_embeddings": ORIGINAL_NUM_POSITIONS} for name in ("phi3", "phi4_multimodal")},
-    "fast_vlm": {"vision_config": _SIGLIP},
+    # As many patches as an image token of this encoder has features, whose places it exchanges.
+    "fast_vlm": {"vision_config": SiglipVisionConfig(**{**_SIGLIP.to_dict(), "image_size": 64})},
     "perception_lm": {"vision_config": _SIGLIP},
     "zaya": {"num_experts_per_tok": 1},
     # Single steps of this and of zamba2 do not raise time steps to the least one, which several tokens do.
@@ -216,7 +234,8 @@ SETTINGS: dict[str, dict] = {
     **{name: {"image_grid_pinpoints": [[32, 32]]} for name in ("llava_next", "llava_onevision", "llava_next_video")},
     "paligemma": {"projection_dim": 64},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
-    **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4_VISION),
+    "gemma4": _GEMMA4_VISION,
+    "gemma4_unified": _GEMMA4_UNIFIED_VISION,
     "mllama": {"vision_config.intermediate_layers_indices": [0], "vision_config.vision_output_dim": 128, "text_config.cross_attention_layers": [1, 3]},
     "vipllava": {"vision_feature_layers": [-1]},
 }

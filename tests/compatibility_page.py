@@ -5,7 +5,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from compatibility_runs import BAD, DRAFTED
+from compatibility_runs import BAD, DRAFTED, IMAGE_RUNS
 
 ROOT = Path(__file__).resolve().parent.parent
 _HEADINGS = {
@@ -35,9 +35,9 @@ states are halved: an error of that kind could not have hidden. Audio models get
 prompts with sounds are in `tests/test_audio_targets.py`.
 
 The numbers are tokens a round. "batch" is three rows with left padding, "static" `cache_implementation="static"`, "chat"
-a second call with the cache of the first, "image" a picture in the prompt and a second call behind it, for image models
-whose inputs can be made without a processor; there "tree" and "chain" mean the same, "plain" means plain decoding with a
-warning, "-" that plain decoding fails there too.
+a second call with the cache of the first, "image" a picture in the prompt and a second call behind it, for models that take
+images; there "tree" and "chain" mean the same, "plain" means plain decoding with a warning, "-" that plain decoding fails
+there too, which for images is told further below.
 """
 
 
@@ -84,6 +84,9 @@ def page(results: dict[str, dict]) -> str:
         names = [name for name in types if _outcome(results, name) == outcome]
         if names:
             text += f"\n## {heading}\n\n" + _table(outcome, names, results, newest)
+    text += "\n## Images\n\nPrompts with an image that are decoded plainly, or that plain decoding fails at here, be it in\n"
+    text += "the second call of \"image\" alone.\n\n"
+    text += _image_table(types, results)
     return text + "\n## Variants\n\n" + _variant_table(variants, results)
 
 
@@ -188,10 +191,23 @@ def _table(outcome: str, names: list[str], results: dict[str, dict], newest: dic
         ]
         return _markdown(columns, rows)
     rows = [
-        [f"`{name}`", *(_cell(of, name) for of in results.values()), _shown(latest[name].get("detail", ""))]
+        # Where only the second call of "image" fails, the others say what becomes of an image.
+        [f"`{name}`", *(_cell(of, name) for of in results.values()), _run_cell(latest[name], "image sampled")]
+        + [_shown(latest[name].get("detail", ""))]
         for name in names
     ]
-    return _markdown(["type", *results, "why"], rows)
+    return _markdown(["type", *results, "image", "why"], rows)
+
+
+def _image_table(names: list[str], results: dict[str, dict]) -> str:
+    rows = []
+    for name in sorted(names):
+        runs = next(of[name] for of in reversed(list(results.values())) if name in of).get("runs", {})
+        found = {run: runs[run] for run in IMAGE_RUNS if runs.get(run, {}).get("outcome") in ("plain", "fails")}
+        if found:
+            run, first = next(iter(found.items()))
+            rows.append([f"`{name}`", run, first["outcome"], _shown(first.get("detail", ""))])
+    return _markdown(["type", "run", "outcome", "why"], rows)
 
 
 def _variant_table(names: list[str], results: dict[str, dict]) -> str:

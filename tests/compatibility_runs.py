@@ -10,12 +10,12 @@ import copy
 import os
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from compatibility_images import SPECIAL_IDS, image_prompt, takes_images
+from compatibility_images import SPECIAL_IDS, further_turn, image_prompt, takes_images
 from compatibility_models import PAD_ID, VOCAB_SIZE, build
 from tiny_models import ScriptedDraft, ScriptedDrafter
 from transformers import GenerationMixin
@@ -87,7 +87,9 @@ class Case:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() < 2:
-                parameter.data += 0.1 * noise  # what starts as zeros or ones would hide what it is for
+                # What starts as zeros or ones would hide what it is for, most of all a closed gate.
+                is_closed = parameter.numel() == 1 and not parameter.any()
+                parameter.data += noise * (1.0 if is_closed else 0.1)
             elif scale is not None:
                 parameter.data.copy_(noise * scale)
         return target
@@ -194,6 +196,7 @@ def _image_calls(target, arguments: dict, run: str, drafts):
     question, _ = prompt(2, 4)
     input_ids = torch.cat((first.sequences, question[:1]), dim=1)
     arguments[CACHE_KEYWORD] = first[CACHE_KEYWORD]
+    arguments |= further_turn(inputs, input_ids)
     second = _generate(target, input_ids, torch.ones_like(input_ids), next(drafts), **arguments)
     yield second.sequences, input_ids.shape[1]
 
@@ -404,13 +407,13 @@ def run_case(case: Case) -> dict:
             error = _controls_show(target, case, plain, result["outcome"])
             reason = None if error is None else f"an error of the {error} did not show"
         padded = None
-        if reason is None and result["outcome"] in DRAFTED and "padded" in case.runs:
-            try:
+        # What plain decoding cannot do is said by the run itself.
+        with suppress(Exception):
+            if reason is None and result["outcome"] in DRAFTED and "padded" in case.runs:
                 reason, padded = _hidden_by(target, case, "padded")
-            except Exception:  # what plain decoding cannot do is said by the run itself
-                reason = None
-        if reason is None and result["outcome"] in DRAFTED and takes_images(target):
-            reason, _ = _hidden_by(target, case, "image")
+        with suppress(Exception):
+            if reason is None and result["outcome"] in DRAFTED and takes_images(target):
+                reason, _ = _hidden_by(target, case, "image")
         if reason is None:
             return _all_runs(target, case, {"greedy": plain, "padded": padded}, result, seed)
     # Where no draft is used there is nothing to prove.

@@ -271,6 +271,25 @@ def test_a_failed_loop_leaves_the_cache_untouched():
     assert cache.get_seq_length() == 6
 
 
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_layers_that_hold_an_image_are_not_lent(is_lazy):
+    """They keep what they hold, however much is committed elsewhere."""
+    config = mistral_config()
+    config.sliding_window = None
+    cache = DynamicCache() if is_lazy else DynamicCache(config=config)
+    adopted = AdoptedLayers(cache, image_layers=[1]).lend()
+    states = torch.randn(1, 2, 9, 4)
+    for layer, length in ((0, 5), (1, 9)):
+        cache.update(states[:, :, :length], states[:, :, :length], layer)
+    committed = CommittedCache(cache, torch.ones(1, 5, dtype=torch.bool))
+    cache.update(states[:, :, :3], states[:, :, :3], 0)
+    committed.commit([[0, 2]])
+    adopted.put_back_with_new_states()
+    assert [int(layer.get_seq_length()) for layer in cache.layers[:2]] == [7, 9]
+    assert torch.equal(cache.layers[1].keys, states)
+    assert not any(isinstance(layer, TreeLayer) for layer in cache.layers)
+
+
 def test_only_known_layers_are_lent():
     """A layer class that is not known might keep more than keys and values."""
 

@@ -12,8 +12,9 @@ from compatibility_runs import Case, compare, scripted
 from transformers import AutoModelForCausalLM
 
 from transformers_prism import PrismConfig
-from transformers_prism.decoding.positions import AxisPositions, text_positions, token_types
-from transformers_prism.decoding.target_support import Declined, input_of_single_tokens
+from transformers_prism.decoding.positions import AxisPositions, inputs_by_kind, text_positions
+from transformers_prism.decoding.target_support import Declined
+from transformers_prism.training.features import target_states
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
 ARGUMENTS = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "suppress_tokens": SPECIAL_IDS}
@@ -54,22 +55,16 @@ def test_positions_of_the_text_follow_the_mask_where_there_are_several_axes():
 
 
 @pytest.mark.quick
-def test_types_of_tokens_are_extended_as_plain_decoding_does():
-    """The last type of the row, or text; rows that differ are named."""
-    inputs = {"token_type_ids": torch.tensor([[1]]), "mm_token_type_ids": torch.tensor([[1]])}
-    given = {"token_type_ids": torch.tensor([[0, 1]]), "mm_token_type_ids": torch.tensor([[0, 1]])}
-    assert token_types(inputs, given) == {"token_type_ids": 1, "mm_token_type_ids": 0}
-    assert token_types(None, given) == {}
-    with pytest.raises(Declined, match="rows of token_type_ids end with different types"):
-        token_types({"token_type_ids": torch.zeros(2, 1)}, {"token_type_ids": torch.tensor([[0, 1], [0, 0]])})
-
-
-@pytest.mark.quick
-def test_an_input_of_single_tokens_is_named():
-    """What has as many places as the prompt, or one, would have to be extended along the tree; grids would not."""
-    assert input_of_single_tokens({"image_grid_thw": torch.zeros(1, 3), "input_ids": torch.zeros(1, 1)}, 9) is None
-    assert input_of_single_tokens({"image_attention_mask": torch.zeros(1, 9, 2)}, 9) == "image_attention_mask"
-    assert input_of_single_tokens({"router_types": torch.zeros(2, 1)}, 9) == "router_types"
+def test_inputs_of_the_call_and_of_single_tokens_are_told_apart():
+    """What is handed on belongs to the call, what is made anew for each token to that token; what differs is named."""
+    grid, embeddings = torch.ones(1, 3), torch.zeros(2, 1, 4)
+    first = {"input_ids": torch.zeros(2, 1), "grid": grid, "embeddings": embeddings, "types": torch.tensor([[1], [0]]), "flag": True}
+    second = {**first, "grid": grid.clone(), "types": first["types"].clone()}
+    of_call, of_tokens = inputs_by_kind(first, second, ("input_ids",))
+    assert of_call == {"grid": grid, "embeddings": embeddings, "flag": True}
+    assert of_tokens == {"types": first["types"]}
+    with pytest.raises(Declined, match="the model input types cannot be carried along a tree"):
+        inputs_by_kind(first, {**second, "types": first["types"] + 1}, ())
 
 
 @pytest.mark.parametrize("name", IMAGE_TEXT)
@@ -101,7 +96,7 @@ def test_an_input_that_cannot_be_extended_is_declined_by_name():
     class WithOwnInput(type(target)):
         def prepare_inputs_for_generation(self, input_ids, **kwargs):
             made = original(self, input_ids, **kwargs)
-            return {**made, "own_types": torch.zeros_like(made["input_ids"])}
+            return {**made, "own_types": torch.full_like(made["input_ids"], input_ids.shape[1])}
 
         @functools.wraps(type(target).forward)
         def forward(self, *args, own_types=None, **kwargs):
@@ -114,16 +109,72 @@ def test_an_input_that_cannot_be_extended_is_declined_by_name():
         assert torch.equal(target.generate(**inputs, **ARGUMENTS, assistant_model=draft), plain)
 
 
-def test_cross_attention_to_an_image_is_declined():
-    """Its mask would have to be extended along a tree, and its layers of the cache hold the image: in the first call, without
-    that mask, and in a chat that goes on behind the image."""
+@pytest.mark.parametrize("name", ["mllama (image-text)", "idefics"])
+def test_attention_across_to_an_image_is_carried_along(name):
+    """Its mask is extended along the tree, and layers of the cache that hold the image stay as they are: alone, in a chat that
+    goes on behind the image, sampled, and in rows that see different parts of it and end at different lengths."""
+    target, inputs, plain = image_target(name, num_rows=2)
+    seen = {run: compare(target, Case(name, name), run) for run in ("image", "image rows", "image sampled")}
+    assert {found["outcome"] for found in seen.values()} == {"tree"}, seen
+    assert min(found["tokens_per_round"] for found in seen.values()) > 1.5
+    mask = inputs["cross_attention_mask" if "cross_attention_mask" in inputs else "image_attention_mask"]
+    mask[1, -3:] = 0
+    length = inputs["input_ids"].shape[1]
+    others = copy.deepcopy(target).generate(**inputs, **ARGUMENTS)
+    assert torch.equal(others[0], plain[0])
+    assert not torch.equal(others[1], plain[1])
+    arguments = {**ARGUMENTS, "eos_token_id": int(others[0, length + 6])}
+    others = copy.deepcopy(target).generate(**inputs, **arguments)
+    draft = scripted(target, others, length)
+    assert torch.equal(target.generate(**inputs, **arguments, assistant_model=draft), others)
+    assert draft.last_speculation.target == "tree"
+
+
+def test_an_image_in_a_static_cache():
+    """Layers that hold an image have lengths of their own, which no commit changes."""
     target, inputs, _ = image_target("mllama (image-text)")
-    seen = {run: compare(target, Case("mllama", "mllama (image-text)"), run) for run in ("image", "image rows")}
-    assert [found["outcome"] for found in seen.values()] == ["plain", "plain"], seen
-    del inputs["cross_attention_mask"]
-    plain = target.generate(**inputs, **ARGUMENTS)
+    arguments = {**ARGUMENTS, "cache_implementation": "static"}
+    plain = copy.deepcopy(target).generate(**inputs, **arguments)
     draft = scripted(target, plain, inputs["input_ids"].shape[1])
-    with pytest.warns(UserWarning, match="positions of something else than the text"):
+    assert torch.equal(target.generate(**inputs, **arguments, assistant_model=draft), plain)
+    assert draft.last_speculation.declined is None
+    assert draft.last_speculation.acceptance_length > 1.5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_image_that_nothing_masks(implementation):
+    """SDPA without a mask is causal for several tokens, as if an image were text, and not for single ones: plain decoding has
+    to serve that. Eager attention has no such case."""
+    target, inputs, _ = image_target("mllama (image-text)")
+    target.set_attn_implementation(implementation)
+    del inputs["cross_attention_mask"]
+    plain = copy.deepcopy(target).generate(**inputs, **ARGUMENTS)
+    draft = scripted(target, plain, inputs["input_ids"].shape[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(target.generate(**inputs, **ARGUMENTS, assistant_model=draft), plain)
+    declined = draft.last_speculation.declined
+    assert declined is None if implementation == "eager" else "without a cross_attention_mask" in declined
+
+
+def test_layers_of_an_image_are_skipped_without_one():
+    """The draft reads the states before them then, in the prompt and in every round."""
+    target = image_target("mllama (image-text)")[0]
+    found = compare(target, Case("mllama", "mllama (image-text)"), "greedy")
+    assert found["outcome"] == "tree"
+    # Training reads the same: layer 1 is skipped, so that the states behind it are those before it.
+    states = target_states(target, (20, 21, 22), [1, 2, 3])
+    one, two, three = states.chunk(3, dim=-1)
+    assert torch.equal(one, two)
+    assert not torch.equal(two, three)
+
+
+def test_automatic_trees_for_a_target_that_needs_an_image_are_declined():
+    """Their costs are those of forwards over text alone, which idefics refuses."""
+    target, inputs, plain = image_target("idefics")
+    draft = scripted(target, plain, inputs["input_ids"].shape[1])
+    draft.generation_config.tree = "auto"
+    with pytest.warns(UserWarning, match='tree="auto" times forwards over text alone, which IdeficsForVisionText2Text refuses'):
         assert torch.equal(target.generate(**inputs, **ARGUMENTS, assistant_model=draft), plain)
 
 

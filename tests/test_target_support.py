@@ -34,9 +34,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers_prism.decoding.chain_target import ChainTarget
 from transformers_prism.decoding.target_support import (
     RotarySwitch,
+    image_layers,
     layer_windows,
+    place_of_state,
+    reason_against_inputs,
     reason_against_layers,
     rotary_switches,
+    states_to_ask_for,
     takes_tree_mask,
 )
 from transformers_prism.transformers_names import CACHE_KEYWORD
@@ -387,9 +391,29 @@ def test_layers_that_hold_something_else_than_the_text_are_named():
     cache, states = DynamicCache(), torch.zeros(1, 1, 5, 2)
     for layer in range(3):
         cache.update(states, states, layer)
-    assert reason_against_layers(LlamaConfig(**WIDTHS), cache, 5) is None
-    assert "layer 0 of its cache holds 5 positions" in reason_against_layers(LlamaConfig(**WIDTHS), cache, 6)
-    assert "layer 1" in reason_against_layers(LlamaConfig(**WIDTHS, cross_attention_layers=[1]), cache, 5)
+    assert reason_against_layers(cache, 5, ()) is None
+    assert "layer 0 of its cache holds 5 positions" in reason_against_layers(cache, 6, ())
+    of_images = image_layers(LlamaConfig(**WIDTHS, cross_attention_layers=[1]))
+    assert "layer 1" in reason_against_layers(cache, 5, of_images)
+    assert reason_against_layers(cache, 5, of_images, are_left_alone=True) is None
+
+
+@pytest.mark.quick
+def test_hidden_states_of_skipped_layers_are_those_before_them():
+    """Layers 1 and 3 of 4 attend across to an image: without one, a forward returns five states less two."""
+    config = LlamaConfig(**{**WIDTHS, "num_hidden_layers": 4}, cross_attention_layers=[1, 3])
+    assert [place_of_state(layer, config, 5) for layer in range(5)] == [0, 1, 2, 3, 4]
+    assert [place_of_state(layer, config, 3) for layer in range(5)] == [0, 1, 1, 2, 2]
+    assert states_to_ask_for([2, 4], config) == [1, 2, 4]
+    assert states_to_ask_for([2, 4], LlamaConfig(**WIDTHS)) == [2, 4]
+
+
+@pytest.mark.quick
+def test_inputs_that_are_read_bit_by_bit_are_named():
+    """Asking plain decoding for the inputs of a step would take them away from it."""
+    inputs = {"input_ids": torch.zeros(1, 1), "sounds": iter([1])}
+    assert "reads sounds bit by bit" in reason_against_inputs(inputs, [])
+    assert reason_against_inputs({**inputs, "sounds": [1]}, []) is None
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -97,6 +97,11 @@ def prefill(target, input_ids, generation_config, model_kwargs: dict):
     return target._prefill(input_ids, generation_config, model_kwargs)
 
 
+def next_kwargs(target, outputs, model_kwargs: dict) -> dict:
+    """What generate() prepares its next step from, after these outputs; `model_kwargs` stay as they are."""
+    return target._update_model_kwargs_for_generation(outputs, dict(model_kwargs), is_encoder_decoder=False)
+
+
 def decode_plainly(target, input_ids, **arguments):
     """What generate() returns without an assistant; arguments as it prepares them for its decoding methods."""
     return type(target)._sample(target, input_ids, **arguments)

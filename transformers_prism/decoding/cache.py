@@ -11,7 +11,7 @@ compiled forward is never compiled anew.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
@@ -181,7 +181,7 @@ class CommittedCache:
             # -1 moves nothing.
             table = torch.tensor([one + [(-1, -1)] * (num_moves - len(one)) for one in moves])  # [B, A, 2]
             self._move(table)
-        self._set_length(max(new_ends))
+        self.set_length(max(new_ends))
         self._grow_mask(ends, new_ends)
         self.lengths = [length + len(offsets) for length, offsets in zip(self.lengths, accepted, strict=True)]
         self._close_too_many_holes()
@@ -189,7 +189,7 @@ class CommittedCache:
     def _commit_in_place(self, offsets: list[int]) -> None:
         """Of a single sequence: accepted keys stay where they are, and what lies between them becomes holes."""
         width, num_new = self.width, offsets[-1] + 1 if offsets else 0
-        self._set_length(width + num_new)
+        self.set_length(width + num_new)
         if num_new == len(offsets):
             self._grow_mask([width], [width + num_new])
         else:
@@ -199,9 +199,11 @@ class CommittedCache:
         self._close_too_many_holes()
 
     def _layers(self) -> list:
-        return [layer for layer in self.cache.layers if layer.is_initialized]
+        # Others do not hold the text.
+        return [layer for layer in self.cache.layers if layer.is_initialized and hasattr(layer, "key_buffer")]
 
-    def _set_length(self, length: int) -> None:
+    def set_length(self, length: int) -> None:
+        """Keep the first `length` positions, which are noted elsewhere as committed."""
         for layer in self._layers():
             layer.set_length(length)
 
@@ -230,7 +232,7 @@ class CommittedCache:
     def forget_all(self) -> None:
         """Drop all keys, to read a text anew; what is committed stays noted."""
         self.close_holes()
-        self._set_length(0)
+        self.set_length(0)
 
     def places(self) -> torch.Tensor:
         """The index of each key in its sequence, holes not counted, `(B, P)`."""
@@ -257,13 +259,13 @@ class CommittedCache:
             order = (~self.committed[:, start:]).sort(dim=1, stable=True).indices[:, : end - start]
             table = torch.stack((order, index.expand_as(order)), dim=-1) + start
             self._move(torch.where(is_key[..., None], table, -1))
-        self._set_length(end)
+        self.set_length(end)
         self.committed = torch.cat((self.committed[:, :start], is_key), dim=1)
         self.num_dense = min(self.lengths)
 
     def forget_appended(self) -> None:
         """Drop all keys appended since the last commit."""
-        self._set_length(self.width)
+        self.set_length(self.width)
 
     def keep_sequences(self, places: list[int]) -> None:
         """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
@@ -379,21 +381,23 @@ class AdoptedLayers:
         cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed. Only the tensors of
             static layers of exactly `capacity` positions are used as they are, behind what they hold.
         capacity (`int`, *optional*): positions of `StaticTreeLayer`s; without it `TreeLayer`s are lent.
+        image_layers (`Collection[int]`): indices of layers that hold an image and stay the cache's own.
     """
 
-    def __init__(self, cache: Cache, capacity: int | None = None):
-        self.cache, self.capacity = cache, capacity
+    def __init__(self, cache: Cache, capacity: int | None = None, image_layers: Collection[int] = ()):
+        self.cache, self.capacity, self.image_layers = cache, capacity, image_layers
         self.originals = list(cache.layers)
         self.layer_class = cache.layer_class_to_replicate
+        if self.layer_class is not None:
+            while len(self.originals) <= max(image_layers, default=-1):
+                self.originals.append(self.layer_class())
         self.lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
 
     def lend(self) -> "AdoptedLayers":
         """Give the cache the layers that are lent."""
         # All of them before the cache gets any, so that an error leaves it as it was.
-        self.cache.layers = [
-            _sharing(layer) if self._is_shared(layer) else _with_states_of(layer, self.lent_class())
-            for layer in self.originals
-        ]
+        layers = enumerate(self.originals)
+        self.cache.layers = [layer if index in self.image_layers else self._lent(layer) for index, layer in layers]
         if self.layer_class is not None:
             self.cache.layer_class_to_replicate = self.lent_class
         return self
@@ -401,6 +405,9 @@ class AdoptedLayers:
     def _is_shared(self, layer) -> bool:
         """Whether the layer that is lent has the tensors of this one."""
         return type(layer) is StaticLayer and layer.max_cache_len == self.capacity
+
+    def _lent(self, layer):
+        return _sharing(layer) if self._is_shared(layer) else _with_states_of(layer, self.lent_class())
 
     def fill(self, cache: Cache) -> None:
         """Take the states of another cache into the lent layers, which are empty."""
@@ -444,7 +451,7 @@ class AdoptedLayers:
             # A model may have added layers of its own to the first forward.
             self.cache.layers.append((self.layer_class or DynamicLayer)())
         for original, layer in zip(self.cache.layers, lent, strict=True):
-            if not layer.is_initialized:
+            if not layer.is_initialized or layer is original:
                 continue
             length = int(layer.get_seq_length())
             if self._is_shared(original):

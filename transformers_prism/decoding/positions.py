@@ -1,17 +1,16 @@
 """Positions and other inputs of a target that belong to single tokens, along a tree.
 
 Plain decoding extends them token by token: positions by one on each axis that a model counts on (time, height and width
-of images, beside the text), types of tokens by a constant. Along a tree a node at depth d gets what plain decoding would
-give its d-th next token.
+of images, beside the text), types of tokens and what they see of an image by a constant. Along a tree a node at depth d gets
+what plain decoding would give its d-th next token.
 Shape letters: A axes, B rows that still decode, T prompt positions, N tree nodes.
 """
+
+from collections.abc import Collection
 
 import torch
 
 from .target_support import Declined
-
-# Types of tokens, one for each token, and what plain decoding extends them by: None is the last type of the row.
-_TOKEN_TYPES = {"token_type_ids": None, "mm_token_type_ids": 0}
 
 
 def text_positions(position_ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
@@ -41,20 +40,26 @@ class AxisPositions:
         self.offsets = self.offsets[:, places]
 
 
-def token_types(inputs: dict | None, model_kwargs: dict) -> dict[str, int]:
-    """Inputs of a later step that say what type a token is, by name: the one type of all tokens that will be emitted.
+def inputs_by_kind(first: dict, second: dict, replaced: Collection[str]) -> tuple[dict, dict]:
+    """What a target's forward reads beside its text in every step: inputs that belong to the call, and those that belong to
+    single tokens, `(B, 1, ...)` and the same for each.
 
     Args:
-        inputs (`dict`, *optional*): of a step behind the prompt, as plain decoding makes them.
-        model_kwargs (`dict`): as generate() prepared them.
+        first, second (`dict`): inputs of the two steps behind the prompt, as plain decoding makes them.
+        replaced (`Collection[str]`): names that are left out.
     Raises:
-        Declined: naming the input whose rows end with different types.
+        Declined: naming an input that is another in each step.
     """
-    found = {}
-    for name, constant in _TOKEN_TYPES.items():
-        if isinstance((inputs or {}).get(name), torch.Tensor):
-            last = {constant} if constant is not None else set(model_kwargs[name][:, -1].tolist())
-            if len(last) > 1:
-                raise Declined(f"the rows of {name} end with different types, {sorted(last)}")
-            found[name] = last.pop()
-    return found
+    of_call: dict = {}
+    of_tokens: dict = {}
+    for name in [name for name in first if name not in replaced]:
+        value, following = first[name], second.get(name)
+        if not isinstance(value, torch.Tensor) or value is following:
+            of_call[name] = value
+        elif not isinstance(following, torch.Tensor) or not torch.equal(value, following):
+            raise Declined(f"the model input {name} cannot be carried along a tree, since each token gets another")
+        else:
+            # Plain decoding hands on what belongs to the call, and makes anew what belongs to a token.
+            kind = of_tokens if value.dim() > 1 and value.shape[1] == 1 else of_call
+            kind[name] = value
+    return of_call, of_tokens

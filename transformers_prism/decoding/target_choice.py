@@ -37,7 +37,7 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     reason = (
         reason_against_masks(config)
         or reason_against_virtual_tokens(target)
-        or reason_against_inputs(inputs, rotary_switches(config), input_ids.shape[1])
+        or reason_against_inputs(inputs, rotary_switches(config))
     )
     if reason is None and not is_tried(target):
         reason = reason_against_untried_chat(cache)

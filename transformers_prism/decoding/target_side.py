@@ -3,6 +3,7 @@
 Shape letters: B sequences that still decode, T prompt positions, N tree nodes, L target layers that the draft reads.
 """
 
+import copy
 import math
 import sys
 import time
@@ -12,27 +13,33 @@ from torch.nn.functional import pad
 
 from ..transformers_names import (
     CACHE_NAMES,
+    attention_name,
     cache_argument,
     cache_of,
     is_callers_cache,
+    next_kwargs,
     prefill,
     takes_logits_to_keep,
 )
 from .cache import CacheSnapshot, stored_length
 from .layer_check import input_device
-from .positions import AxisPositions, text_positions, token_types
+from .positions import AxisPositions, inputs_by_kind, text_positions
 from .round_values import Prompt, Verified, joined_states
 from .sequences import Sequences
 from .target_support import (
     Declined,
     counts_positions,
     hidden_state,
+    image_layers,
+    inputs_of_next_step,
+    place_of_state,
     position_offset,
     reason_against_batch_positions,
     reason_against_layers,
     reason_against_switch,
     rotary_switches,
     skipped_token,
+    states_to_ask_for,
     takes_positions,
 )
 from .transfer import on_device
@@ -73,6 +80,7 @@ class TargetSide:
     """
 
     kind = "tree"  # what statistics call it
+    leaves_image_layers = False  # whether layers of the cache that hold an image may stay as they are
 
     def __init__(
         self,
@@ -86,12 +94,15 @@ class TargetSide:
     ):
         self.target, self.device = target, input_device(target)
         self.layer_ids = list(layer_ids)
+        self.asked_states = states_to_ask_for(self.layer_ids, target.config)
+        self.image_layers = image_layers(target.config)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.sequences = sequences
         self.why_no_tree = why_no_tree
         self.cache = cache_of(model_kwargs)
         self.snapshot = CacheSnapshot(self.cache)
+        self.own_cache = copy.copy(self.cache)  # which keeps its own layers where others are lent
         self.returns_cache = generation_config.return_dict_in_generate or is_callers_cache(self.cache)
         self.keeps_finished = self.returns_cache  # sequences that have ended stay in the batch
         self.has_given_up = False
@@ -101,14 +112,12 @@ class TargetSide:
         self.skipped_token = skipped_token(target, inputs)
         # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
         kept = model_kwargs if inputs is None else inputs
-        self.token_types = token_types(inputs, model_kwargs)
-        replaced = (*_REPLACED_INPUTS, *self.token_types)
-        self.forward_kwargs = {key: value for key, value in kept.items() if key not in replaced}
-        # Tensors that belong to the call may have a row for each sequence of the batch.
-        self.keeps_finished |= any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
+        self.forward_kwargs = {key: value for key, value in kept.items() if key not in _REPLACED_INPUTS}
+        # Whether the model says what a step reads, and that is more than what a forward gets anyway.
+        has_tensors = any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
+        self.has_more_inputs = inputs is not None and has_tensors
+        self.token_inputs: dict[str, torch.Tensor] = {}  # of single tokens, `(B, 1, ...)`, the same for all that are emitted
         self.axes: AxisPositions | None = None  # where positions have several axes
-        if takes_logits_to_keep(target):
-            self.forward_kwargs["logits_to_keep"] = 0
         self.position_offset = position_offset(inputs, model_kwargs)
         self.num_cached_before = 0  # tokens in the cache that are not among the call's input_ids
         # Of each sequence: the position of its next root, and the last one that plain decoding computes.
@@ -139,8 +148,10 @@ class TargetSide:
             raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
         if width > input_ids.shape[1] and not had_cached:  # an image in front of the text, as in git
             raise Declined(f"the prompt takes {width} places of the cache and has {input_ids.shape[1]} tokens for a draft to read")
-        if (reason := reason_against_layers(self.target.config.get_text_config(), self.cache, width)) is not None:
+        reason = reason_against_layers(self.cache, width, self.image_layers, self.leaves_image_layers)
+        if reason is not None:
             raise Declined(reason)
+        self._take_inputs(input_ids, outputs[0])
         self.num_cached_before = width - input_ids.shape[1]
         states = [joined_states(self._states(one)) for one in outputs]
         logits, hidden = outputs[0].logits[:, -1], states[0]
@@ -167,10 +178,36 @@ class TargetSide:
     def _read_together(self, input_ids: torch.LongTensor, **replaced):
         """Outputs of one forward over prompts `(B, T)`, in which some of the inputs are replaced."""
         # A copy, since transformers' chunked prefill writes to it.
-        model_kwargs = {**self.model_kwargs, **replaced, "output_hidden_states": self.layer_ids}
+        model_kwargs = {**self.model_kwargs, **replaced, "output_hidden_states": self.asked_states}
         outputs = prefill(self.target, input_ids, self.generation_config, model_kwargs)
         self._take_over(cache_of(outputs))
         return outputs
+
+    def _take_inputs(self, input_ids: torch.LongTensor, outputs) -> None:
+        """Note what the forward gets in every round beside what is made for it, as plain decoding gets it from the prompt's
+        outputs."""
+        if self.has_more_inputs:
+            model_kwargs, steps = self.model_kwargs, []
+            for _ in range(2):
+                model_kwargs = next_kwargs(self.target, outputs, model_kwargs)
+                model_kwargs |= {name: self.own_cache for name in CACHE_NAMES if model_kwargs.get(name) is not None}
+                input_ids = pad(input_ids, (0, 1))
+                steps.append(inputs_of_next_step(self.target, input_ids, model_kwargs))
+            if None in steps:
+                raise Declined(f"{type(self.target).__name__} does not say what a step behind its prompt reads")
+            self.forward_kwargs, self.token_inputs = inputs_by_kind(steps[0], steps[1], _REPLACED_INPUTS)
+        if takes_logits_to_keep(self.target):
+            self.forward_kwargs["logits_to_keep"] = 0
+        # Tensors that belong to the call, and an image in the cache, may have a row for each sequence of the batch.
+        self.keeps_finished |= any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
+        layers = enumerate(getattr(self.cache, "layers", ()))
+        if any(int(layer.get_seq_length()) for index, layer in layers if index in self.image_layers):
+            self.keeps_finished = True
+            if not self.token_inputs and attention_name(self.target.config) != "eager":
+                raise Declined(
+                    "without a cross_attention_mask several tokens see other parts of an image than single ones; pass one for the "
+                    "whole text"
+                )
 
     def _most_tokens(self, input_ids: torch.LongTensor) -> int:
         """Tokens of the longest prompt, padding not counted."""
@@ -225,6 +262,7 @@ class TargetSide:
         self.position_limit = [self.position_limit[place] for place in places]
         if self.axes is not None:
             self.axes.keep_sequences(places)
+        self.token_inputs = {name: value[places] for name, value in self.token_inputs.items()}
 
     def finish(self, sequences: torch.LongTensor) -> None:
         """Leave the cache as plain decoding of these sequences `(B, T)` would, if anyone gets it."""
@@ -307,14 +345,14 @@ class TargetSide:
         if self.takes_position_ids:
             along = position_ids if self.axes is None else self.axes.along(position_ids)
             inputs["position_ids"] = on_device(along, self.device)
-        for name, kind in self.token_types.items():
-            inputs[name] = on_device(torch.full_like(tree.token_ids, kind), self.device)
+        for name, value in self.token_inputs.items():
+            inputs[name] = on_device(value, self.device).expand(-1, tree.num_nodes, *value.shape[2:])
         outputs = self.model_forward(
             input_ids=on_device(tree.token_ids, self.device),
             attention_mask=mask,
             **cache_argument(self.target, self.cache),
             use_cache=True,
-            output_hidden_states=self.layer_ids,
+            output_hidden_states=self.asked_states,
             return_dict=True,
             **inputs,
         )
@@ -327,10 +365,11 @@ class TargetSide:
                 f"expected a target that returns hidden states {self.layer_ids}, got none from "
                 f"{type(self.target).__name__}"
             )
-        if max(self.layer_ids) >= len(outputs.hidden_states):
+        num_states = len(outputs.hidden_states)
+        if max(place_of_state(layer, self.target.config, num_states) for layer in self.layer_ids) >= num_states:
             raise Declined(
                 f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns only the first "
-                f"{len(outputs.hidden_states)}"
+                f"{num_states}"
             )
         return [hidden_state(outputs, layer, self.target.config) for layer in self.layer_ids]
 

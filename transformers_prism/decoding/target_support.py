@@ -6,24 +6,19 @@ the answer leaves out (positions) or adds (inputs that nobody could extend along
 
 import inspect
 import math
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache
 
-from ..transformers_names import CACHE_NAMES, attention_name, keeps_no_activations
+from ..transformers_names import attention_name, keeps_no_activations
 from .attention import PRISM_TREE
 from .cache import is_adoptable, stored_length
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # Configuration fields that name a local window or a number of keys to attend to, other than those that masks are made for.
 _OWN_WINDOWS = ("window_size", "attention_window", "local_window_size", "attention_window_size", "local_attention_window")
-# Inputs of a step that are made anew in every round, or that are no tensors of the text.
-_KNOWN_INPUTS = {
-    *CACHE_NAMES,
-    *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "inputs_embeds"),
-    *("output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "mm_token_type_ids"),
-}
 
 
 class Declined(Exception):
@@ -52,11 +47,30 @@ class RotarySwitch(NamedTuple):
 def hidden_state(outputs, layer: int, config) -> torch.Tensor:
     """A hidden state `(B, T, D)` of a target's output; of several streams the one that the model goes on with (gemma3n,
     `(streams, B, T, D)`) or their mean (hyper-connections, `(B, T, streams, D)`)."""
-    state = outputs.hidden_states[layer]
+    state = outputs.hidden_states[place_of_state(layer, config, len(outputs.hidden_states))]
     if state.dim() == 3:
         return state
     active = getattr(config.get_text_config(), "altup_active_idx", None)
     return state.mean(dim=2) if active is None else state[active]
+
+
+def image_layers(config) -> frozenset[int]:
+    """Layers that attend across to an image, which their part of the cache holds (mllama); without one they are skipped."""
+    layers = getattr(config.get_text_config(), "cross_attention_layers", None)
+    return frozenset(layers if isinstance(layers, (list, tuple)) else ())
+
+
+def place_of_state(layer: int, config, num_states: int) -> int:
+    """Where a hidden state stands among the `num_states` of a forward; one of a layer that was skipped is that before it."""
+    skipped = image_layers(config)
+    is_skipping = num_states + len(skipped) == config.get_text_config().num_hidden_layers + 1
+    return layer - sum(one < layer for one in skipped) if is_skipping else layer
+
+
+def states_to_ask_for(layer_ids: list[int], config) -> list[int]:
+    """Which hidden states a forward has to return, so that those of `layer_ids` are among them with and without an image."""
+    skipped = image_layers(config)
+    return sorted({*layer_ids, *(layer - sum(one < layer for one in skipped) for layer in layer_ids)})
 
 
 def rotary_switches(text_config) -> list[RotarySwitch]:
@@ -158,12 +172,12 @@ def reason_against_untried_chat(cache) -> str | None:
     return None
 
 
-def reason_against_layers(text_config, cache, num_tokens: int) -> str | None:
-    """Why a cache that has read a text of `num_tokens` tokens cannot be rolled back with it: layers of cross-attention hold
-    what they read of an image. None if all layers hold the text."""
-    of_images = getattr(text_config, "cross_attention_layers", None)
-    of_images = of_images if isinstance(of_images, (list, tuple)) else ()
+def reason_against_layers(cache, num_tokens: int, of_images: Collection[int], are_left_alone: bool = False) -> str | None:
+    """Why a cache that has read a text of `num_tokens` tokens cannot be rolled back with it: layers `of_images` hold an image.
+    None if all layers hold the text, or others are left alone."""
     for index, layer in enumerate(getattr(cache, "layers", ())):
+        if are_left_alone and index in of_images:
+            continue
         if getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length"):
             length = int(layer.get_seq_length())
             if length and (length != num_tokens or index in of_images):
@@ -176,19 +190,7 @@ def reads_whole_text(inputs: dict | None) -> bool:
     return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
 
 
-def input_of_single_tokens(inputs: dict, num_prompt_tokens: int) -> str | None:
-    """The name of an input that belongs to single tokens and that nobody could extend along a tree; None without one.
-
-    What has neither one place nor as many as the prompt has tokens, such as the grids of images, belongs to the call.
-    """
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and name not in _KNOWN_INPUTS:
-            if value.dim() > 1 and {1, num_prompt_tokens} & set(value.shape[1:]):
-                return name
-    return None
-
-
-def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch], num_prompt_tokens: int) -> str | None:
+def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> str | None:
     """Why a step with these inputs cannot be verified for several tokens at once; None if it can."""
     if inputs is None:
         return None
@@ -198,8 +200,8 @@ def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch], num
     position_ids = inputs.get("position_ids")
     if position_ids is not None and position_ids.dim() not in (2, 3):
         return f"position_ids has {position_ids.dim()} dimensions instead of 2 or 3"
-    extra = input_of_single_tokens(inputs, num_prompt_tokens)
-    return f"the model input {extra} cannot be carried along a tree" if extra else None
+    streamed = next((name for name, value in inputs.items() if isinstance(value, Iterator)), None)
+    return f"the model reads {streamed} bit by bit, one token at a time" if streamed else None
 
 
 def position_offset(inputs: dict | None, model_kwargs: dict) -> int:

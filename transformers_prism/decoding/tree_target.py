@@ -29,7 +29,7 @@ from .layer_check import input_device
 from .memory import keep_with, kept_with
 from .round_check import is_tried
 from .target_side import TargetSide
-from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text
+from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text, states_to_ask_for
 from .transfer import on_device
 from .tree import Tree, ancestor_mask, attention_mask, chain_tree, root_tree, visible_keys, within_window
 from .uneven_prompts import groups_of_like_length, side_by_side
@@ -46,30 +46,36 @@ _OF_TEXT = {"attention_mask", "position_ids"}
 class TreeTarget(TargetSide):
     """Verifies trees; arguments as for [`TargetSide`]."""
 
+    leaves_image_layers = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.capacity = self._static_capacity(len(self.sequences))  # None: layers and masks grow
         self.keeps_finished = self.keeps_finished or self.capacity is not None
         # Layers of more positions may be lent to the caller's cache, which plain decoding could not go on with.
         is_callers = is_callers_cache(self.cache)
-        whole = [layer.max_cache_len for layer in self.cache.layers if is_callers and type(layer) is StaticLayer]
-        self.callers_capacity = min(whole, default=sys.maxsize)
+        self.callers_capacity = min(self._static_lengths(), default=sys.maxsize) if is_callers else sys.maxsize
         config = self.target.config.get_text_config()
         self.windows = layer_windows(config)
         self.attn_implementation = attention_name(self.target.config)
         # Static layers have no room for holes, and the kernel takes a key's place for its index in a window.
         has_window = any(window is not None for window in self.windows.values())
         is_dense = self.capacity is not None or (has_window and self.attn_implementation == PRISM_TREE)
-        self.adopted = AdoptedLayers(self.cache, self.capacity)
+        self.adopted = AdoptedLayers(self.cache, self.capacity, self.image_layers)
         nothing = torch.zeros((len(self.sequences), 0), dtype=torch.bool)
         self.committed = CommittedCache(self.cache, nothing, 0 if is_dense else _MAX_HOLES)
+
+    def _static_lengths(self) -> list[int]:
+        """Positions of the static layers that hold the whole text."""
+        layers = enumerate(self.cache.layers)
+        return [one.max_cache_len for index, one in layers if type(one) is StaticLayer and index not in self.image_layers]
 
     def _static_capacity(self, num_sequences: int) -> int | None:
         """Positions of the layers, if they are to be static: those of the caller's own if they can be used as they are."""
         is_static = type(self.cache) is StaticCache
         if not is_static and not is_compiled(self.target):
             return None
-        whole = [layer.max_cache_len for layer in self.cache.layers if type(layer) is StaticLayer]
+        whole = self._static_lengths()
         # Where the last sequence ends, the others may still need room behind it; one alone needs none.
         if is_static and self.returns_cache and num_sequences == 1 and whole:
             return min(whole)
@@ -195,7 +201,7 @@ class TreeTarget(TargetSide):
     def _read_anew(self, inputs: dict):
         """Read the whole text into the cache, the root last, as plain decoding does where a rotary switch makes it."""
         self.committed.forget_all()
-        own = {**cache_argument(self.target, self.cache), "output_hidden_states": self.layer_ids, "return_dict": True}
+        own = {**cache_argument(self.target, self.cache), "output_hidden_states": self.asked_states, "return_dict": True}
         outputs = self.target(**{**inputs, **own})
         assert int(self.cache.get_seq_length()) == self.committed.width + 1, "the text is what was committed, and the root"
         return outputs.logits[:, -1:], [state[:, -1:] for state in self._states(outputs)]
@@ -271,9 +277,7 @@ class TreeTarget(TargetSide):
             self.position_limit = [position + longest for position in self.next_position]
             self.verify(chain_tree(token_ids))
             self.commit([list(range(max(count, 0))) for count in missing])
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.set_length(goal)
+        self.committed.set_length(goal)
 
 
 def is_compiled(target) -> bool:
@@ -292,7 +296,7 @@ def _prepare_compiled(target, layer_ids: list[int]) -> None:
     def run() -> bool:
         token = torch.zeros((1, 1), dtype=torch.long, device=input_device(target))
         with torch.compiler.set_stance("force_eager"):
-            target(token, use_cache=False, output_hidden_states=layer_ids)
+            target(token, use_cache=False, output_hidden_states=states_to_ask_for(layer_ids, target.config))
         return True
 
     kept_with(target, "returns hidden states", run)

@@ -31,6 +31,7 @@ from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
 from ..decoding.eval_mode import in_eval_mode
 from ..decoding.layer_check import input_device
+from ..decoding.target_support import Declined
 from ..decoding.tree_target import is_compiled
 from ..transformers_names import attention_name, cache_argument, cache_of, is_stateful
 from ..whole_files import name_of_parts, write_json_if_possible
@@ -338,8 +339,11 @@ def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
         first = target(input_ids[:, :1], use_cache=True)
         arguments = {"use_cache": True, **cache_argument(target, cache_of(first))}
     start = _now(input_device(target))
-    outputs = target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
-    del outputs
+    try:
+        target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
+    except ValueError as error:
+        what = f'tree="auto" times forwards over text alone, which {type(target).__name__} refuses'
+        raise Declined(f'{what} ({error}); set tree="static"') from error
     return _now(input_device(target)) - start
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers_prism.borrowed_layers import place_of
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.decoding.eval_mode import in_eval_mode
-from transformers_prism.decoding.target_support import hidden_state
+from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
 from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import output_embeddings
@@ -241,6 +241,8 @@ def _states_of(target, input_ids: tuple[int, ...], layer_ids: list[int]) -> list
     """Hidden states of one conversation at each of `layer_ids`, `(T, D)`."""
     with in_eval_mode(target):
         output = target.base_model(
-            input_ids=torch.tensor([input_ids], device=target.device), output_hidden_states=layer_ids, use_cache=False
+            input_ids=torch.tensor([input_ids], device=target.device),
+            output_hidden_states=states_to_ask_for(layer_ids, target.config),
+            use_cache=False,
         )
     return [hidden_state(output, layer, target.config)[0] for layer in layer_ids]
