@@ -158,7 +158,8 @@ def first_choices(draft, text: Text, wanted: torch.Tensor, num_steps: int) -> li
     """At positions of the prompt, whether the draft's first choice is the target's, `wanted`: of each draft step, for the
     parts that `_EDGES` ends, hits and positions. The tokens before a position are those of the prompt, accepted or not."""
     length = text.prompt_length
-    token_ids, states = text.token_ids[:, 1:length], text.states[:, : length - 1]
+    token_ids: Any = text.token_ids[:, 1:length]
+    states = text.states[:, : length - 1]
     text_rows, found = draft.text_rows(text.token_ids[:, :length]), []
     part_of = torch.bucketize(torch.arange(1, length), torch.tensor(_EDGES), right=True)
     has_history = history_mask(length - 1, num_steps)
@@ -172,7 +173,8 @@ def first_choices(draft, text: Text, wanted: torch.Tensor, num_steps: int) -> li
 
 def _of_windows(draft, windows: list[int], num_positions: int, run: Callable[[], list]) -> dict[str, list]:
     """What `run()` finds without a window and with each, by name; a window that hides nothing has the same as none."""
-    own, found = draft.config.sliding_window, {}
+    own = draft.config.sliding_window
+    found: dict[str, list] = {}
     for window in (None, *windows):
         hides = window is None or window < num_positions
         if hides:
@@ -266,7 +268,7 @@ def measure_command(
     num_steps: Annotated[int, typer.Option(min=1, help="draft steps whose first choices are counted")] = 3,
 ) -> None:
     """Decode each document at each length, and run the draft's rounds on it with each tree and window."""
-    settings = {
+    settings: dict[str, Any] = {
         "lengths": sorted(length or [256, 1024, 2048, 4096, 7936]),
         "windows": sorted(window or [256, 512, 1024, 2048]),
         "trees": tree or ["15/4/4", "59/6/10"],

@@ -91,7 +91,7 @@ class AlignedPasses:
         if starts is not None:
             position_ids = (position_ids - starts).clamp(min=0)
         self.position_embeddings = draft.rotary_emb(self.embeddings, position_ids)
-        self.first_seen = _first_seen(starts, *input_ids.shape, draft.config.sliding_window, self.embeddings.device)
+        self.first_seen = _first_seen(starts, input_ids.shape, draft.config.sliding_window, self.embeddings.device)
         self.streams: list[torch.Tensor] = []
         self.has_own_views = draft.config.context_kv == "own_module"
         num_views = draft.config.num_processing_modules if self.has_own_views else 1
@@ -179,12 +179,12 @@ class AlignedPasses:
 
 
 def _first_seen(
-    starts: torch.Tensor | None, num_sequences: int, num_rows: int, sliding_window: int | None, device
+    starts: torch.Tensor | None, shape: torch.Size, sliding_window: int | None, device
 ) -> torch.Tensor | None:
     """The first row that each row sees, `(B, T)`: of its own sequence, and within the window; None: all from row 0 on."""
-    if sliding_window is None or num_rows <= sliding_window:
+    if sliding_window is None or shape[1] <= sliding_window:
         return starts
-    oldest = (torch.arange(num_rows, device=device) - sliding_window + 1).clamp(min=0).expand(num_sequences, -1)
+    oldest = (torch.arange(shape[1], device=device) - sliding_window + 1).clamp(min=0).expand(shape)
     return oldest.contiguous() if starts is None else starts.maximum(oldest)
 
 
