@@ -140,3 +140,16 @@ def plot_scaling(path: Path, axes_figures: dict) -> None:
             axes.set_ylim(bottom=0)
         panels[0].set_ylabel("milliseconds")
         panels[0].legend(fontsize=8, frameon=False)
+
+
+def plot_windows(path: Path, series: dict[str, dict[int, float]], title: str) -> None:
+    """A line per sliding window of the draft: what was measured, by length or position of the text."""
+    with _figure(path) as (axes,):
+        places = sorted({place for values in series.values() for place in values})
+        for index, (window, values) in enumerate(series.items()):
+            label = "no window" if window == "none" else f"window {window}"
+            axes.plot(list(map(places.index, values)), list(values.values()), marker="o", label=label, color=_COLOURS[index])
+        axes.set_xticks(range(len(places)), list(map(str, places)))
+        axes.set(xlabel="tokens", ylabel=title)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, frameon=False)

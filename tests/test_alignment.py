@@ -53,8 +53,10 @@ def make_pair(dtype=torch.float32, **overrides):
 
 def decode_step(draft, module_step, token_ids, hidden, cache, num_before, is_path):
     """`draft.forward` over rows that follow `num_before` cached ones, with an explicit causal mask."""
-    num_new = token_ids.shape[1]
+    num_new, window = token_ids.shape[1], draft.config.sliding_window
     mask = torch.full((num_new, num_before + num_new), -torch.inf, dtype=hidden.dtype).triu(num_before + 1)
+    if window is not None:
+        mask += torch.full(mask.shape, -torch.inf, dtype=hidden.dtype).tril(num_before - window)
     position_ids = torch.arange(num_before, num_before + num_new)[None]
     return draft(token_ids, hidden, module_step, mask[None, None], position_ids, cache).last_hidden_state
 
@@ -89,7 +91,9 @@ def decode_chain(draft, input_ids, target_hidden, num_committed, num_steps):
 
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("form", [{}, {"module_form": "eagle3"}, NORMS])
+@pytest.mark.parametrize(
+    "form", [{}, {"module_form": "eagle3"}, NORMS, {"sliding_window": 4}, {"sliding_window": 2}, {"sliding_window": 1}]
+)
 @pytest.mark.parametrize(
     ("num_modules", "step_to_module"), [(1, [0]), (2, [0, 1]), (2, [0, 1, 0, 1]), (3, [0, 1, 2]), (3, [0, 2, 1])]
 )
@@ -128,9 +132,10 @@ def test_padding_on_the_right_changes_nothing():
 
 
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
-def test_packed_sequences_equal_each_alone(context_kv):
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_packed_sequences_equal_each_alone(context_kv, window):
     """Sequences one after the other in a row, padding before and behind them: predictions and their masks."""
-    _, draft = make_pair(torch.float64, num_processing_modules=2, context_kv=context_kv)
+    _, draft = make_pair(torch.float64, num_processing_modules=2, context_kv=context_kv, sliding_window=window)
     input_ids = torch.randint(0, VOCABULARY, (1, 14))
     target_hidden = torch.randn(1, 14, draft.config.fused_hidden_size, dtype=torch.float64)
     starts = torch.tensor([[2] * 7 + [7] * 5 + [14] * 2])
@@ -358,7 +363,8 @@ def test_unmasked_softmax_repeats_the_authors_training(name, prism_data):
     [(4, 4, 9, 3), (9, 3, 70, 2), (2, 1, 2, 3), (3, 1, 33, 1), (4, 2, 1, 2)],
     ids=lambda value: str(value),
 )
-def test_flash_attention_is_the_definition(heads, groups, num_rows, step):
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 20])
+def test_flash_attention_is_the_definition(heads, groups, num_rows, step, window):
     """Values and all gradients in float64; also where no row sees a committed one."""
     generator = torch.Generator().manual_seed(num_rows)
 
@@ -368,17 +374,23 @@ def test_flash_attention_is_the_definition(heads, groups, num_rows, step):
 
     query = states(heads)
     keys, values = ([states(groups) for _ in range(step + 1)] for _ in range(2))
-    found = flash_alignment_attention(query, keys, values, 0.3)
-    expected = context_alignment_attention_reference(query, keys, values, None, 0.3)
+    found = flash_alignment_attention(query, keys, values, 0.3, window)
+    starts = None
+    if window is not None:
+        starts = (torch.arange(num_rows) - window + 1).clamp(min=0).expand(2, -1)
+    expected = context_alignment_attention_reference(query, keys, values, starts, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradient = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     inputs = [query, *keys, *values]
-    pairs = zip(torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True)
+    pairs = zip(
+        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
+    )
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_a_cpu_makes_no_score_matrix(monkeypatch):
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cpu_makes_no_score_matrix(window, monkeypatch):
     """Whatever draft step it is, neither the definition nor its scores are asked for."""
 
     def refuse(*args):
@@ -386,7 +398,7 @@ def test_a_cpu_makes_no_score_matrix(monkeypatch):
 
     monkeypatch.setattr("transformers_prism.training.alignment.context_alignment_attention_reference", refuse)
     monkeypatch.setattr("transformers_prism.kernels.context_alignment_attention.context_alignment_scores", refuse)
-    _, draft = make_pair()
+    _, draft = make_pair(sliding_window=window)
     input_ids = torch.arange(NUM_TOKENS)[None]
     states = torch.randn(1, NUM_TOKENS, draft.config.fused_hidden_size)
     sum(one.sum() for one in aligned_forward(draft, input_ids, states, 3)).backward()

@@ -185,6 +185,8 @@ def test_long_contexts_are_attended_to_as_by_sdpa(num_nodes, dtype, monkeypatch)
     mask[..., 50 - num_nodes :] = torch.eye(num_nodes, dtype=torch.bool)
     mask[0, ..., :7] = False
     mask[1, ..., [20, 33]] = False
+    # A sliding window, of which nodes further down the tree see less.
+    mask[2, 0] &= torch.arange(50) > 30 + torch.arange(num_nodes)[:, None]
     for scaling in (None, 0.3):
         expected, _ = attention.grouped_attention(module, query, key, value, mask, scaling=scaling)
         with monkeypatch.context() as patch:

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.quick
         ({"normalize_target_hidden": True}, "normalize_target_hidden: expected False .* got True"),
         ({"draft_vocab_size": 40000}, r"draft_vocab_size: expected None or 1..32000 \(vocab_size\), got 40000"),
         ({"logit_softcap": 0.0}, "logit_softcap: expected None or a positive number, got 0.0"),
+        ({"sliding_window": 0}, r"sliding_window: expected None \(no window\) or at least 1 position, got 0"),
         ({"target_fingerprint": {"colour": 1}}, r"target_fingerprint: expected the parts .* got \['colour'\]"),
         (
             {
@@ -207,6 +208,48 @@ def test_from_target_of_layers_that_differ():
     with pytest.raises(RuntimeError, match="per-layer attribute"):
         _ = target_config.head_dim
     assert PrismConfig.from_target(target_config).head_dim == 16
+
+
+_SHORT, _LONG = [1.0 + 0.1 * pair for pair in range(4)], [4.0 + pair for pair in range(4)]
+SCALED = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 24},
+    "llama3": {
+        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 24,
+    },
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 24, "short_factor": _SHORT, "long_factor": _LONG},
+}
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_a_draft_turns_by_the_angles_of_its_target(rope_type, tmp_path):
+    """Scaled rotary embeddings reach the draft, within the original length and beyond it, also when it was saved."""
+    rope = {"rope_type": rope_type, "rope_theta": 5e4, **SCALED[rope_type]}
+    # Phi-3 has the original length in a field of its own.
+    own = ("phi3", {"original_max_position_embeddings": 24}) if rope_type == "longrope" else ("llama", {})
+    target = tiny_target(own[0], rope_parameters=rope, max_position_embeddings=96, **own[1])
+    config = PrismConfig.from_target(target)
+    assert config.rope_parameters["rope_type"] == rope_type
+    config.save_pretrained(tmp_path)
+    draft = PrismDraftModel(PrismConfig.from_pretrained(tmp_path))
+    for length in (20, 120):  # dynamic and longrope change beyond a length
+        positions = torch.arange(length)[None]
+        states = torch.zeros(1, length, config.hidden_size)
+        found, expected = draft.rotary_emb(states, positions), target.model.rotary_emb(states, positions)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    plain = PrismDraftModel(PrismConfig.from_target(target, rope_parameters=None))
+    assert not torch.equal(plain.rotary_emb(states, positions)[0], found[0])
+
+
+def test_factors_of_longrope_that_do_not_fit_a_draft_leave_the_base():
+    """There is one for each pair of numbers that turns: fewer where a target turns a part of its heads."""
+    rope = {"rope_type": "longrope", "rope_theta": 5e4, **SCALED["longrope"], "partial_rotary_factor": 0.5}
+    rope.update(short_factor=_SHORT[:2], long_factor=_LONG[:2])
+    target = tiny_target("phi3", rope_parameters=rope, original_max_position_embeddings=24)
+    assert PrismConfig.from_target(target).rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
 
 
 def test_from_target_without_special_tokens():

@@ -280,6 +280,7 @@ def test_recorded_drafts_are_the_same_in_either_form(tmp_path, vectors, form, re
             r"target_layer_ids: expected indices from 1 to below 8 .*got \[2, 4, 8\]",
         ),
         ("sglang", {"module_form": "eagle3"}, "module_form: expected 'prism' .*got 'eagle3'"),
+        ("sglang", {"sliding_window": 64}, "sliding_window: expected None .*only the form speculators has it.*got 64"),
         ("eagle", {"num_processing_modules": 2}, "num_processing_modules: expected 1 .*got 2"),
         ("eagle", {"target_layer_ids": [3, 5]}, r"target_layer_ids: expected \[8\] .*no fusion layer.*got \[3, 5\]"),
         ("eagle", {"target_layer_ids": [5]}, r"target_layer_ids: expected \[8\] .*got \[5\]"),

@@ -85,17 +85,23 @@ def padding(draft, width):
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
 @pytest.mark.parametrize(
-    ("num_modules", "step_map", "num_layers", "module_form"),
+    ("num_modules", "step_map", "num_layers", "module_form", "window"),
     [
-        (1, [0], 1, "prism"),
-        (2, [0, 1, 1], 1, "prism"),
-        (3, [0, 1, 2], 2, "prism"),
-        (2, [1, 0, 1], 1, "prism"),
-        (1, [0], 1, "eagle3"),
-        (2, [0, 1, 1], 2, "eagle3"),
+        (1, [0], 1, "prism", None),
+        (2, [0, 1, 1], 1, "prism", None),
+        (3, [0, 1, 2], 2, "prism", None),
+        (2, [1, 0, 1], 1, "prism", None),
+        (1, [0], 1, "eagle3", None),
+        (2, [0, 1, 1], 2, "eagle3", None),
+        (2, [0, 1, 1], 1, "prism", 3),
+        (3, [0, 1, 2], 2, "prism", 2),
+        (2, [0, 1, 1], 2, "eagle3", 5),
+        (1, [0], 2, "prism", 1),
     ],
 )
-def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, step_map, num_layers, module_form, is_padded):
+def test_trees_of_several_rounds_equal_the_slow_twin(
+    context_kv, num_modules, step_map, num_layers, module_form, window, is_padded
+):
     """Two rows that commit different numbers of tokens, three rounds on one cache, with a draft vocabulary."""
     target = tiny_target()
     draft = tiny_draft(
@@ -108,6 +114,7 @@ def test_trees_of_several_rounds_equal_the_slow_twin(context_kv, num_modules, st
         context_kv=context_kv,
         draft_vocab_size=30,
         initializer_range=0.1,
+        sliding_window=window,
     ).bind(target)
     draft.draft_to_target.copy_(torch.arange(30) * 3)
     draft.bind(target)
@@ -180,10 +187,12 @@ def test_steps_of_changing_width_equal_the_slow_twin(context_kv, widths, is_padd
 
 
 @torch.no_grad()
-def test_padding_on_the_left_changes_nothing():
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("window", [None, 2, 4])
+def test_padding_on_the_left_changes_nothing(window, num_layers):
     """A padded row drafts the tree of the row alone."""
     target = tiny_target()
-    draft = tiny_draft(target).bind(target)
+    draft = tiny_draft(target, sliding_window=window, num_layers_per_module=num_layers).bind(target)
     token_ids, mask = prompts(2, length=8)
     states = torch.randn(2, 8, 96, generator=torch.Generator().manual_seed(1))
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
@@ -200,6 +209,38 @@ def test_padding_on_the_left_changes_nothing():
         tree = alone.grow(settings)
         assert torch.equal(tree.token_ids[0], padded.token_ids[row])
         assert torch.equal(tree.parents[0], padded.parents[row])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "prism_tree"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_window_hides_what_is_before_it(num_layers, attention):
+    """Other states outside of it change no node, those inside change some; one layer of them reaches no further."""
+    target, window = tiny_target(), 4
+    draft = tiny_draft(
+        target, sliding_window=window, num_layers_per_module=num_layers, attn_implementation=attention
+    ).bind(target)
+    token_ids, _ = prompts(1, length=20)
+    states = torch.randn(1, 20, 96, generator=torch.Generator().manual_seed(1))
+    settings = TreeSettings("static", 3, 3, 9)
+
+    def drafted(states):
+        drafter = draft.make_drafter()
+        for part in (slice(0, 17), slice(17, 20)):
+            drafter.prefill(token_ids[:, part], states[:, part], torch.arange(20)[None, part], [part.stop - part.start])
+        return drafter.grow(settings)
+
+    tree = drafted(states)
+    # The root's children come from position 19, which sees 16 to 19, and these in a layer below as many before.
+    first_seen = 19 - num_layers * (window - 1)
+    for position, is_seen in ((first_seen - 1, False), (first_seen, True), (19, True)):
+        changed = states.clone()
+        changed[:, position] += 1.0
+        other = drafted(changed)
+        assert torch.equal(other.log_probs, tree.log_probs) is not is_seen
+    changed = states.clone()
+    changed[:, :first_seen] = 100.0
+    assert torch.equal(drafted(changed).token_ids, tree.token_ids)
 
 
 @torch.no_grad()
@@ -246,7 +287,8 @@ def on_meta(monkeypatch, **settings):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "form", [{}, {"context_kv": "own_module"}, {"module_form": "eagle3", "share_target_head": False}]
+    "form",
+    [{}, {"sliding_window": 4}, {"context_kv": "own_module"}, {"module_form": "eagle3", "share_target_head": False}],
 )
 @pytest.mark.parametrize("attention", ["sdpa", "prism_tree"])
 @pytest.mark.parametrize(

@@ -329,8 +329,12 @@ def test_forms_refuse_an_unknown_one(tmp_path):
         (put(speculators_config={"verifier": "x"}), "its verifier to be objects"),
         (put(quantization_config={"quant_method": "fp8"}), "quantization_config to be absent or false, got .*fp8"),
         (in_layer(num_attention_heads="x"), "(?s)transformer_layer_config: .*num_attention_heads.* expected int"),
-        (in_layer(layer_types=["sliding_attention"]), "layer_types of full attention, got .*sliding_attention"),
-        (in_layer(sliding_window=4), "without a sliding window, got sliding_window=4"),
+        (in_layer(layer_types=["sliding_attention"]), "sliding_window to be a whole number above 0, got None"),
+        (in_layer(sliding_window="x"), "sliding_window to be a whole number above 0, got 'x'"),
+        (
+            in_layer(num_hidden_layers=2, sliding_window=4, layer_types=["full_attention", "sliding_attention"]),
+            "layer_types of full_attention or of sliding_attention alone, got .*'full_attention', 'sliding_attention'",
+        ),
         (put(draft_vocab_size="40"), "draft_vocab_size to be a whole number above 0, got '40'"),
         (
             lambda config, weights: weights.update({name: w.to(torch.float8_e4m3fn) for name, w in weights.items() if w.is_floating_point()}),
@@ -343,6 +347,38 @@ def test_forms_refuse_what_no_draft_here_computes(tmp_path, change, match):
     write_source(tmp_path / "theirs", "speculators_plain", change)
     with pytest.raises(ValueError, match=match):
         load_draft(tmp_path / "theirs")
+
+
+_OF_QWEN = {"sliding_window": 4, "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "expected"),
+    [
+        ("speculators_plain", in_layer(sliding_window=4), 4),
+        ("speculators_plain", in_layer(sliding_window=4, layer_types=["sliding_attention"]), 4),
+        ("speculators_plain", in_layer(sliding_window=4, layer_types=["full_attention"]), None),
+        ("speculators_two_layers", in_layer(sliding_window=4, max_window_layers=0), 4),
+        ("speculators_two_layers", in_layer(sliding_window=4, max_window_layers=2), None),
+        ("speculators_qwen3", in_layer(sliding_window=4), None),
+        ("speculators_qwen3", in_layer(**_OF_QWEN), None),
+        ("speculators_qwen3", in_layer(**_OF_QWEN, max_window_layers=0), 4),
+        ("specforge_plain", put(sliding_window=4), 4),
+        ("specforge_plain", put(sliding_window=4, use_sliding_window=False), None),
+        ("specforge_plain", put(sliding_window=None), None),
+    ],
+)
+def test_forms_take_over_a_sliding_window(tmp_path, case, change, expected):
+    """Of all layers, or none; it is written where the form has a place for it, and hides what is before it."""
+    vectors = write_source(tmp_path / "theirs", case, change)
+    draft = load_draft(tmp_path / "theirs", vector_target(case))
+    assert draft.config.sliding_window == expected
+    hidden, _ = play(draft.bind(vector_target(case)), vectors, 2)
+    assert torch.allclose(hidden, vectors["hidden"][:2], atol=1e-4) is (expected is None)
+    if case.startswith("speculators"):
+        draft.save_pretrained(tmp_path / "ours")
+        WRITTEN["speculators"].export(tmp_path / "ours", tmp_path / "again")
+        assert load_draft(tmp_path / "again", vector_target(case)).config.sliding_window == expected
 
 
 @pytest.mark.parametrize(

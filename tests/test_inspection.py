@@ -82,6 +82,14 @@ def test_the_command_tells_what_a_draft_is(tiny_folders):
     assert "not on this machine" in run(folder)
 
 
+def test_a_sliding_window_is_told(folder):
+    """And that there is none."""
+    assert "of the target; all positions" in run(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "sliding_window": 5}))
+    assert "of the target; the last 5 positions" in run(folder)
+
+
 def test_the_code_is_told_as_it_is(tiny_folders, tmp_path):
     """In the folder; in none, as of the drafts that the repository ships; in part; or in another repository."""
     folder = tmp_path / "draft"

@@ -19,8 +19,11 @@ from transformers_prism.training.alignment import aligned_forward
 pytestmark = pytest.mark.quick
 
 
-def make(step=2, num_rows=9, num_heads=4, num_groups=2, head_dim=16, is_packed=False, dtype=torch.float32):
-    """Random arguments for two batch rows; packed, the sequences' lengths differ and the last rows are padding."""
+def make(
+    step=2, num_rows=9, num_heads=4, num_groups=2, head_dim=16, is_packed=False, window=None, dtype=torch.float32
+):
+    """Random arguments for two batch rows; packed, the sequences' lengths differ and the last rows are padding. With a
+    window each row starts where that begins."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads):
@@ -34,6 +37,9 @@ def make(step=2, num_rows=9, num_heads=4, num_groups=2, head_dim=16, is_packed=F
             for cut in cuts:
                 starts[row, cut:] = cut
         starts[1, num_rows - num_rows // 5 :] = num_rows
+    if window is not None:
+        oldest = (torch.arange(num_rows) - window + 1).clamp(min=0).expand(2, -1).contiguous()
+        starts = oldest if starts is None else starts.maximum(oldest)
     return normal(num_heads), keys, values, starts
 
 
@@ -71,7 +77,11 @@ def with_gradients(run, arguments, dtype=None):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("sizes", [{"step": 0}, {"step": 1, "num_rows": 1}, {"step": 3, "num_heads": 6}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"step": 0}, {"step": 1, "num_rows": 1}, {"step": 3, "num_heads": 6}, {"step": 3, "window": 2}, {"window": 4}],
+    ids=str,
+)
 def test_reference_equals_the_loop(sizes, is_packed):
     """Output and every gradient, in float64."""
     arguments = make(**sizes, is_packed=is_packed, dtype=torch.float64)
@@ -154,6 +164,10 @@ SIZES = [
     {"step": 1, "num_rows": 63, "num_heads": 2, "num_groups": 1, "head_dim": 256, "is_packed": True},
     # A path so long that tiles of wide heads hold half as many rows.
     {"step": 4, "num_rows": 111, "num_heads": 1, "num_groups": 1, "head_dim": 128, "is_packed": True},
+    # Windows narrower than a path, than a tile, and wider.
+    {"step": 3, "num_rows": 63, "num_heads": 2, "num_groups": 1, "window": 2},
+    {"step": 1, "num_rows": 257, "num_heads": 2, "num_groups": 1, "window": 20, "is_packed": True},
+    {"step": 0, "num_rows": 257, "num_heads": 1, "num_groups": 1, "window": 150},
 ]
 
 

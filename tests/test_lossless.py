@@ -93,13 +93,14 @@ def test_automatic_trees_equal_plain(architecture, num_rows, do_sample, cheap_ro
 
 @pytest.mark.quick
 @pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
-@pytest.mark.parametrize("draft_vocab_size", [None, 40])
-def test_a_real_draft_changes_nothing(context_kv, draft_vocab_size):
+@pytest.mark.parametrize(("draft_vocab_size", "sliding_window"), [(None, None), (40, None), (None, 5)])
+def test_a_real_draft_changes_nothing(context_kv, draft_vocab_size, sliding_window):
     """The whole package, with a random draft: greedy and sampled, batch 1 and 3."""
     for num_rows in (1, 3):
         input_ids, mask = prompts(num_rows)
         target = varied_target("llama", input_ids, mask, max_new_tokens=NUM_NEW_TOKENS, pad_token_id=PAD_ID)
-        draft = tiny_draft(target, context_kv=context_kv, draft_vocab_size=draft_vocab_size)
+        sizes = {"draft_vocab_size": draft_vocab_size, "sliding_window": sliding_window}
+        draft = tiny_draft(target, context_kv=context_kv, **sizes)
         for settings in ({"do_sample": False}, {"do_sample": True, "temperature": 0.9}):
             plain, speculative, same_state = generate_twice(
                 target, draft, input_ids, mask, max_new_tokens=NUM_NEW_TOKENS, pad_token_id=PAD_ID, **settings

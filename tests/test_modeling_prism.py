@@ -400,6 +400,47 @@ def test_the_other_context_kv_can_be_chosen_at_loading(tmp_path):
     assert [module.layers[0].self_attn.layer_idx for module in draft.processing_modules] == [0, 1]
 
 
+def test_a_sliding_window_can_be_given_at_loading(tmp_path):
+    """To drafts that were saved without one; it is saved with them then."""
+    tiny_draft(tiny_target()).save_pretrained(tmp_path / "draft")
+    draft = AutoModel.from_pretrained(tmp_path / "draft", sliding_window=7)
+    assert draft.config.sliding_window == 7
+    draft.save_pretrained(tmp_path / "again")
+    assert AutoModel.from_pretrained(tmp_path / "again").config.sliding_window == 7
+    assert PrismDraftModel.from_pretrained(tmp_path / "again", sliding_window=None).config.sliding_window is None
+    with pytest.raises(ValueError, match=r"sliding_window: expected None \(no window\) or at least 1 position, got 0"):
+        AutoModel.from_pretrained(tmp_path / "draft", sliding_window=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_attention_keeps_to_the_sliding_window(attention, is_padded):
+    """As with a mask that says so, with and without a cache, and where rows are padded on the left."""
+    draft = tiny_draft(tiny_target(), sliding_window=3, num_layers_per_module=2, attn_implementation=attention)
+    draft.bind(tiny_target())
+    input_ids, padding = prompts(2)
+    length = input_ids.shape[1]
+    states = hidden(draft, 2, length)
+    index = torch.arange(length)
+    visible = (index <= index[:, None]) & (index > index[:, None] - 3)
+    visible = visible.expand(2, 1, -1, -1)
+    if is_padded:
+        visible = visible & padding[:, None, None].bool()
+    ready = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    position_ids = index[None]
+    expected = draft(input_ids, states, 1, ready, position_ids).last_hidden_state
+    mask = padding if is_padded else None
+    real = padding.bool() if is_padded else torch.ones_like(padding).bool()
+    found = draft(input_ids, states, 1, mask, position_ids).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    cache, parts = DynamicCache(), []
+    for part in (slice(0, 5), slice(5, 6), slice(6, length)):
+        seen = None if mask is None else mask[:, : part.stop]
+        arguments = (input_ids[:, part], states[:, part], 1, seen, position_ids[:, part], cache)
+        parts.append(draft(*arguments).last_hidden_state)
+    torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
 def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
     """A module that stayed random would only show as poor acceptance."""
     draft = tiny_draft(tiny_target())

@@ -30,7 +30,7 @@ from transformers_prism.training.data.conversations import (
     split_conversations,
 )
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
-from transformers_prism.training.first_draft import frequent_tokens
+from transformers_prism.training.first_draft import frequent_tokens, make_draft_config
 from transformers_prism.training.plan import describe_plan
 from transformers_prism.training.progress import TrainingLog, plot_curves
 from transformers_prism.training.recipes import TrainConfig, plan_stages
@@ -240,6 +240,17 @@ def test_own_module_context_trains(tmp_path, load_tiny):
     draft = train(settings(tmp_path, context_kv="own_module", num_modules=3, single_step_epochs=0.0))
     assert draft.config.context_kv == "own_module"
     assert draft.config.draft_step_to_module == [0, 1, 2]
+
+
+def test_a_sliding_window_trains(tmp_path, load_tiny, target):
+    """It is the draft's, and that of a draft that is started from it."""
+    draft = train(settings(tmp_path, sliding_window=4, single_step_epochs=0, split_epochs=0, num_modules=1))
+    assert draft.config.sliding_window == 4
+    again = settings(tmp_path, "again", init_from=str(tmp_path / "run" / "draft"), num_modules=1)
+    assert make_draft_config(again, target, None).sliding_window == 4
+    assert make_draft_config(dataclasses.replace(again, sliding_window=9), target, None).sliding_window == 9
+    with pytest.raises(ValueError, match="sliding_window: expected None .* got -1"):
+        make_draft_config(dataclasses.replace(again, sliding_window=-1), target, None)
 
 
 def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):

@@ -87,13 +87,16 @@ def _read_size(target_config, name: str) -> int | None:
     return value if _is_size(value) else None
 
 
-def _plain_rope(target_config) -> dict:
-    """Rotary parameters of the target in the flat form that a Llama layer takes; forms it cannot take keep the base."""
+def _plain_rope(target_config, head_dim: int) -> dict:
+    """Rotary parameters of the target in the flat form that a Llama layer with heads of `head_dim` takes; forms it cannot
+    take keep the base."""
     rope = _read(target_config, "rope_parameters") or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     if nested:
         rope = rope.get("full_attention") or nested[0]
-    if rope.get("rope_type") in ("llama3", "linear", "dynamic", "yarn"):
+    # Of longrope each pair of numbers has a factor of its own, which fits heads of the same size that turn as a whole.
+    fits = all(len(rope.get(name) or ()) == head_dim // 2 for name in ("short_factor", "long_factor"))
+    if rope.get("rope_type") in ("llama3", "linear", "dynamic", "yarn") or (rope.get("rope_type") == "longrope" and fits):
         return {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
     return {"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10000.0)}
 
@@ -163,6 +166,7 @@ class PrismConfig(PreTrainedConfig):
             embeddings and logits by, and the soft-cap of its logits.
         context_kv (`str`): "prefill_module": committed positions carry the keys and values of step 0's module;
             "own_module": every step sees earlier positions through its own module.
+        sliding_window (`int`, *optional*): positions that each attention of the draft sees, its own included; None: all.
         normalize_target_hidden (`bool`): divide each fused target state by its own root mean square.
         target_norm (`str`): RMSNorm with weights before the fusion layer: "none"; "joint", one over all L states
             (speculators' `norm_before_fc`); "each", one for each state (`fc_norm`).
@@ -211,6 +215,7 @@ class PrismConfig(PreTrainedConfig):
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     context_kv: Literal["prefill_module", "own_module"] = "prefill_module"
+    sliding_window: int | None = None
     normalize_target_hidden: bool = False
     target_norm: Literal["none", "joint", "each"] = "none"
     query_key_norm: bool = False
@@ -272,6 +277,10 @@ class PrismConfig(PreTrainedConfig):
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window: expected None (no window) or at least 1 position, got {self.sliding_window}"
+            )
         self._validate_amounts()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -436,7 +445,6 @@ class PrismConfig(PreTrainedConfig):
             "vocab_size": config.vocab_size,
             "target_hidden_size": config.hidden_size,
             "rms_norm_eps": _read(config, "rms_norm_eps") or 1e-6,
-            "rope_parameters": _plain_rope(config),
             "max_position_embeddings": _read_size(config, "max_position_embeddings") or 2048,
             "num_processing_modules": 2,
             "bos_token_id": _read(config, "bos_token_id"),
@@ -447,6 +455,7 @@ class PrismConfig(PreTrainedConfig):
             **target_numerics(config),
         }
         derived.update(_attention_heads(config, derived["hidden_size"]))
+        derived["rope_parameters"] = _plain_rope(config, overrides.get("head_dim") or derived["head_dim"])
         derived.update(overrides)
         derived.setdefault("normalize_target_hidden", len(derived["target_layer_ids"]) > 1)
         return cls(**derived)

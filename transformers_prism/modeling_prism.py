@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -38,6 +38,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     """
 
     def __init__(self, config: PrismConfig):
+        config.validate_architecture()  # fields may have been set since it was made, as by from_pretrained(field=value)
         check_memory(config)
         super().__init__(config)
         self.fusion_layer = None
@@ -343,7 +344,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             draft_step (`int`): 0 for committed positions, k >= 1 for tree nodes at depth k.
             attention_mask (`torch.Tensor`, *optional*): `(B, past + T)` with 0 at padding, or ready for the attention
                 implementation with shape `(B, 1, T, past + T)`, or `(B, 1, 1, past + T)` where one layer gives one
-                output. Causal if absent.
+                output. Causal, within the sliding window, if absent; a mask that is ready has to keep to it itself.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): positions of the hidden states' tokens.
             cache (`Cache`, *optional*): keys and values of earlier positions; T more are written to it. Earlier
                 names of it, as `past_key_values`, are taken, too.
@@ -371,9 +372,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             past = cache.get_seq_length(cache_layer) if cache is not None else 0
             position_ids = torch.arange(past, past + input_ids.shape[1], device=self.device)[None]  # type: ignore[assignment]
         if attention_mask is None or attention_mask.dim() == 2:
-            attention_mask = create_causal_mask(
-                self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer
-            )
+            make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+            attention_mask = make_mask(self.config, hidden_states, attention_mask, cache, layer_idx=cache_layer)
         module = self.processing_modules[index]
         output = self.run_module(module, input_ids, hidden_states, attention_mask, position_ids, cache, num_outputs)
         return BaseModelOutputWithPast(last_hidden_state=output, **{CACHE_KEYWORD: cache})

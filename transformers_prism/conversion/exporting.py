@@ -34,6 +34,7 @@ _EXPECTED_BY_ALL = (
     ("normalize_target_hidden", False, "their fusion layer reads the target's states as they are"),
     ("target_norm", "none", "only the form speculators has it"),
     ("query_key_norm", False, "only the form speculators has it"),
+    ("sliding_window", None, "only the form speculators has it, as sliding_window and layer_types"),
     ("norm_before_residual", False, "only the form speculators has it"),
     ("norm_output", False, "only the form speculators has it"),
 )

@@ -20,7 +20,7 @@ _ABSENT = (
     "quantization_config",
 )
 _NUMBERS = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers".split()
-_FULL_ATTENTION = "full_attention"
+_FULL_ATTENTION, _SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
@@ -44,11 +44,6 @@ def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
     for name in _ABSENT:
         if config.get(name) and name not in allowed:
             raise ValueError(f"config.json: expected {name} to be absent or false, got {config[name]!r}")
-    window, layer_types = config.get("sliding_window"), config.get("layer_types")
-    if window and config.get("use_sliding_window", True) and layer_types is None:
-        raise ValueError(f"config.json: expected a draft without a sliding window, got sliding_window={window!r}")
-    if set(layer_types or ()) - {_FULL_ATTENTION}:
-        raise ValueError(f"config.json: expected layer_types of full attention, got {layer_types}")
     fields = {
         "num_key_value_heads": config["num_attention_heads"],
         "hidden_act": "silu",
@@ -62,7 +57,28 @@ def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
     fields.update(given)
     fields["num_layers_per_module"] = fields.pop("num_hidden_layers")
     fields["rope_parameters"] = _read_rope(config)
+    fields["sliding_window"] = _read_window(config)
     return fields
+
+
+def _read_window(config: dict) -> int | None:
+    """The sliding window that all layers have, None where none of them has one."""
+    num_layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        # In Qwen's configurations a window is there, but not in use; where it is, the first layers may go without.
+        is_used = window and config.get("use_sliding_window", True)
+        num_full = min(config.get("max_window_layers") or 0, num_layers) if is_used else num_layers
+        layer_types = [_FULL_ATTENTION] * num_full + [_SLIDING_ATTENTION] * (num_layers - num_full)
+    if set(layer_types) <= {_FULL_ATTENTION}:
+        return None
+    if set(layer_types) != {_SLIDING_ATTENTION}:
+        raise ValueError(
+            f"config.json: expected layer_types of {_FULL_ATTENTION} or of {_SLIDING_ATTENTION} alone, got {layer_types}"
+        )
+    if type(window) is not int or window < 1:
+        raise ValueError(f"config.json: expected sliding_window to be a whole number above 0, got {window!r}")
+    return window
 
 
 def _read_rope(config: dict) -> dict:
@@ -103,6 +119,15 @@ def write_llama_config(config: PrismConfig) -> dict:
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
         "max_position_embeddings": config.max_position_embeddings,
+        **_window_fields(config),
         "tie_word_embeddings": False,
         **{name: getattr(config, name) for name in TOKEN_IDS},
     }
+
+
+def _window_fields(config: PrismConfig) -> dict:
+    """The fields of a sliding window, none without one."""
+    if config.sliding_window is None:
+        return {}
+    layer_types = [_SLIDING_ATTENTION] * config.num_layers_per_module
+    return {"sliding_window": config.sliding_window, "use_sliding_window": True, "layer_types": layer_types}

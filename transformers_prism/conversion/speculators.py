@@ -71,7 +71,7 @@ def _write(draft: PrismDraftModel, notes: list[str]):
     expect_eagle3(expectations)
     same_width = "its fc reads states as wide as the draft"
     expectations.expect("target_hidden_size", config.hidden_size, same_width)
-    expectations.check(allowed=(*SETTINGS, "target_norm", "query_key_norm", "share_target_embedding"))
+    expectations.check(allowed=(*SETTINGS, "target_norm", "query_key_norm", "sliding_window", "share_target_embedding"))
     layer = write_llama_config(config)
     rope_scaling = layer.pop("rope_scaling") or {"rope_type": "default"}
     layer["rope_parameters"] = {**rope_scaling, "rope_theta": layer.pop("rope_theta")}

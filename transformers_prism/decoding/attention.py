@@ -184,17 +184,20 @@ def _long_attention(query, key, value, mask, scale: float) -> torch.Tensor:
     num_groups, num_keys = key.shape[1:3]
     grouped = (query * scale).reshape(num_rows, num_groups, -1, head_dim)  # [B, G, R * N, E]
     output = query.new_empty((*grouped.shape[:3], value.shape[3]))
-    scores = query.new_empty((grouped.shape[2], num_keys))
     for row in range(num_rows):
+        # No node sees padding, nor what is before a sliding window.
+        visible = mask[row, 0].numpy()
+        start = int(visible.any(axis=0).argmax())
         # Nearly all keys are seen by all nodes; only from the first that is not on is there something to mask.
-        first = int(mask[row, 0].numpy().all(axis=0).argmin())
-        hidden = ~mask[row, 0, :, first:]
+        first = int(visible[:, start:].all(axis=0).argmin())
+        hidden = ~mask[row, 0, :, start + first :]
+        scores = query.new_empty((grouped.shape[2], num_keys - start))
         for group in range(num_groups):
-            torch.mm(grouped[row, group], key[row, group].T, out=scores)
-            masked = scores.view(-1, num_nodes, num_keys)[..., first:]
+            torch.mm(grouped[row, group], key[row, group, start:].T, out=scores)
+            masked = scores.view(-1, num_nodes, num_keys - start)[..., first:]
             masked.masked_fill_(hidden, torch.finfo(scores.dtype).min)
             torch.softmax(scores, -1, out=scores)
-            torch.mm(scores, value[row, group], out=output[row, group])
+            torch.mm(scores, value[row, group, start:], out=output[row, group])
     return output.view(num_rows, num_heads, num_nodes, -1).transpose(1, 2).contiguous()
 
 

@@ -4,10 +4,11 @@ Step 0 runs its module over every newly committed position with the target's tru
 module over the frontier: the token embedding of each node and, as hidden state, the output of the node's parent; it
 attends to the committed positions and to the node's own ancestors. With `context_kv="own_module"` a module first
 catches up on the nodes that other modules processed, so that it sees all of them through its own keys and values.
+With a `sliding_window` every position and node sees only so far back; the masks say so, and the cache keeps everything.
 Shape letters: B batch, D draft hidden size, K frontier nodes, R tree nodes processed so far.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,7 +22,7 @@ from .cache import CommittedCache, new_tree_cache, relaid
 from .sampling_noise import NUM_COMPETING, Coupling
 from .static_shapes import StaticShapes
 from .transfer import on_device
-from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys
+from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys, within_window
 from .uneven_prompts import groups_of_like_length, right_aligned, side_by_side
 
 # Positions that are seldom read at once, but for a prompt.
@@ -151,16 +152,30 @@ class Drafter:
         """
         token_ids, target_hidden, position_ids = states
         hidden, mask = self.draft.fuse(target_hidden), None
-        if padding_mask is not None:
+        committed = torch.ones_like(token_ids, dtype=torch.bool) if padding_mask is None else padding_mask
+        if padding_mask is not None or self._hides(token_ids.shape[1]):
             # A mask of two dimensions would do, but transformers would look at its values.
-            visible = padding_mask[:, None]  # what the last position sees
-            if self.draft.config.num_layers_per_module > 1:
-                # Padding sees itself, since a query that sees nothing may come out as NaN.
-                itself = torch.eye(token_ids.shape[1], dtype=torch.bool, device=hidden.device)
-                visible = self._causal(token_ids) & visible | itself
-            mask = attention_mask(visible, self.attn_implementation, hidden.dtype)
+            mask = attention_mask(self._seen_in_prompt(committed), self.attn_implementation, hidden.dtype)
         with self._uncompiled():
             return self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
+
+    def _hides(self, num_keys: int) -> bool:
+        """Whether a sliding window hides any of so many keys from the last of them."""
+        window = self.draft.config.sliding_window
+        return window is not None and num_keys > window
+
+    def _seen_in_prompt(self, committed: torch.Tensor) -> torch.Tensor:
+        """What each position of a prompt sees, `(B, T, T)` bool, or the last one, `(B, 1, T)`, where it alone attends."""
+        length = committed.shape[1]
+        key_index = torch.arange(length, device=committed.device)[None]
+        query_index, visible = key_index[:, -1:], committed[:, None]
+        if self.draft.config.num_layers_per_module > 1:
+            # Padding sees itself, since a query that sees nothing may come out as NaN.
+            itself = torch.eye(length, dtype=torch.bool, device=committed.device)
+            query_index, visible = key_index, self._causal(committed) & visible | itself
+        if self._hides(length):
+            visible = visible & within_window(query_index, key_index, self.draft.config.sliding_window)
+        return visible
 
     def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
         """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
@@ -169,7 +184,7 @@ class Drafter:
         if is_compiled:
             # Padding is behind all that is real, and what is appended for it is not committed.
             token_ids, hidden, position_ids = _padded(self.shapes.num_read, token_ids, hidden, position_ids)
-        mask = self._mask(self._causal(token_ids), hidden.dtype)
+        mask = self._mask(self._causal(token_ids), range(token_ids.shape[1]), hidden.dtype)
         with nullcontext() if is_compiled else self._uncompiled():
             return self._step_0(token_ids, hidden, position_ids, mask, self.cache.cache)[:, :length]
 
@@ -262,9 +277,18 @@ class Drafter:
         token_ids, log_probs = self.draft.propose(output, num_competing, self.text)
         return coupling.likeliest(depth, token_ids, log_probs, top_k)
 
-    def _mask(self, ancestors: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None = None) -> torch.Tensor:
-        """What new nodes see, from the ancestors `(B, N, R)` among the new keys, and from their bits where there are any."""
-        visible = visible_keys(self.cache.committed, ancestors)
+    def _mask(
+        self, ancestors: torch.Tensor, places: Sequence[int], dtype: torch.dtype, bits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What new nodes see, from the ancestors `(B, N, R)` among the R new keys, the places of these behind what is
+        committed, and the bits of the ancestors where there are any."""
+        visible, node_index, window = visible_keys(self.cache.committed, ancestors), None, None
+        if self._hides(visible.shape[2]):
+            window = self.draft.config.sliding_window
+            index = [[length + place for place in places] for length in self.cache.lengths]
+            node_index = on_device(index, visible.device)  # [B, R]
+            key_index = torch.cat((self.cache.places(), node_index), dim=1)  # [B, P + R]
+            visible = visible & within_window(node_index[:, -ancestors.shape[1] :], key_index, window)
         if self.shapes is not None:
             visible = pad(visible, (0, self.shapes.capacity - visible.shape[2]))
             return attention_mask(visible, self.attn_implementation, dtype)
@@ -272,7 +296,8 @@ class Drafter:
         attach_starts(mask, self.cache.starts)
         if self.attn_implementation != PRISM_TREE:
             return mask
-        return attach_tree(mask, pack_ancestors(ancestors) if bits is None else bits, self.cache.committed)
+        bits = pack_ancestors(ancestors) if bits is None else bits
+        return attach_tree(mask, bits, self.cache.committed, node_index, window)
 
     def keep_sequences(self, places: list[int]) -> None:
         """Go on with the sequences at these places of the batch only."""
@@ -293,6 +318,7 @@ class _Frontier:
         # Steps whose nodes each cache holds: one cache is shared by all modules, or each has its own.
         self.num_held = [0] * len(drafter.prefill_steps)
         self.num_nodes = 0  # R
+        self.places: list[int] = []  # of each node, how many positions it is behind the first that is not committed
         # Of each step's nodes: token ids, hidden states, positions, and ancestor bits over all nodes.
         self.steps: list[tuple[torch.Tensor, ...]] = []
 
@@ -306,12 +332,13 @@ class _Frontier:
         position_ids = (drafter.last_position[:, None] + step).expand(-1, num_new)
         self.steps.append((token_ids, hidden, position_ids, ancestors))
         self.num_nodes += num_new
+        self.places += [step - 1] * num_new
         cache_index = drafter.draft.config.module_of_step(step) if len(self.num_held) > 1 else 0
         missing = self.steps[self.num_held[cache_index] :]
         self.num_held[cache_index] = len(self.steps)
         if len(missing) > 1:
             token_ids, hidden, position_ids, ancestors = (torch.cat(parts, dim=1) for parts in zip(*missing, strict=True))
-        mask = drafter._mask(unpack_ancestors(ancestors, self.num_nodes), hidden.dtype, ancestors)
+        mask = drafter._mask(unpack_ancestors(ancestors, self.num_nodes), self.places, hidden.dtype, ancestors)
         output = drafter._run(step, token_ids, hidden, mask, position_ids, drafter.cache.cache)
         first = output.shape[1] - num_new
         return output[:, first : first + width]

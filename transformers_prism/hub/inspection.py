@@ -88,7 +88,7 @@ class Inspection:
                 f"M = {config.num_processing_modules} of {config.num_layers_per_module} layer(s), width "
                 f"{config.hidden_size}; draft steps use {_joined(config.draft_step_to_module)}",
             ),
-            ("reads", f"hidden states {_joined(config.target_layer_ids)} of the target"),
+            ("reads", f"hidden states {_joined(config.target_layer_ids)} of the target; {_seen(config)}"),
             ("proposes", vocabulary),
             (
                 "weights",
@@ -210,6 +210,11 @@ def _read_config(folder: Path) -> PrismConfig:
 
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.2f} MB"
+
+
+def _seen(config) -> str:
+    """How far the draft's attention reaches."""
+    return "all positions" if config.sliding_window is None else f"the last {config.sliding_window} positions"
 
 
 def _name(dtype) -> str:

@@ -3,8 +3,9 @@
     output[b, i, h] = softmax_j(scale * query[b, h, i] . key[b, g, j]) value[b, g, j],   g = h // (H / G)
 
 Query row i sees the rows j <= i - k through the keys and values of step 0, and its own path: row i - k + s through those
-of step s, for s = 1..k. With packed sequences `starts[b, i]` is the first row of the sequence that row i belongs to, and
-nothing before it is seen. A row that starts after itself, as padding does, sees nothing: zeros, and no gradients.
+of step s, for s = 1..k. With packed sequences `starts[b, i]` is the first row of the sequence that row i belongs to, with
+a sliding window the first row of that, and nothing before it is seen. A row that starts after itself, as padding does, sees
+nothing: zeros, and no gradients.
 
 Layout: query `(B, H, T, E)`, keys and values k + 1 tensors `(B, G, T, E)` each, of any strides but a contiguous last
 dimension; output `(B, T, H, E)`. Backward keeps query, keys, values, the output and each row's log-sum-exp
@@ -453,8 +454,8 @@ def context_alignment_attention(
         query (`torch.Tensor` of shape `(B, H, T, E)`): float32, float16 or bfloat16; on PyTorch's path float64 as well.
         keys, values (`list` of k + 1 `torch.Tensor` of shape `(B, G, T, E)`): of steps 0..k; H is a multiple of G, E at
             most 256. Which module's they are is the caller's choice.
-        starts (`torch.LongTensor` of shape `(B, T)`, *optional*): first row of each row's sequence; a row of padding
-            starts after itself. Absent, every row of the batch is one sequence from row 0 on.
+        starts (`torch.LongTensor` of shape `(B, T)`, *optional*): first row that each row sees, of its sequence or its
+            sliding window; a row of padding starts after itself. Absent, every row sees from row 0 on.
         scale (`float`, *optional*): of the scores; E ** -0.5 if absent.
         implementation (`str`): "auto", "triton" or "torch".
 

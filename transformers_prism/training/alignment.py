@@ -5,7 +5,8 @@ i - k: it sees the committed rows j <= i - k through the keys and values of step
 rows i - k + s, for s = 1..k, through the keys and values of step s. Those k extra keys are diagonals, since every
 query has one of each, so a forward reuses all earlier keys and values, and makes no score matrix on a GPU (Triton) or a
 CPU (`flash_alignment.py`), or else one of T x (T + k) per head group.
-With `context_kv="own_module"` each module keeps keys and values of its own for every step.
+With `context_kv="own_module"` each module keeps keys and values of its own for every step. A sliding window is one more
+bound on what a query sees, like the first row of a packed sequence.
 
 Shape letters: B batch, T rows, D hidden, H query heads, G key/value heads, R = H / G, E head dim, S draft steps.
 Source: context alignment of HASS (arXiv:2408.15766) and PRISM (arXiv:2602.01762), made equal to decoding.
@@ -90,6 +91,7 @@ class AlignedPasses:
         if starts is not None:
             position_ids = (position_ids - starts).clamp(min=0)
         self.position_embeddings = draft.rotary_emb(self.embeddings, position_ids)
+        self.first_seen = _first_seen(starts, input_ids.shape, draft.config.sliding_window, self.embeddings.device)
         self.streams: list[torch.Tensor] = []
         self.has_own_views = draft.config.context_kv == "own_module"
         num_views = draft.config.num_processing_modules if self.has_own_views else 1
@@ -136,7 +138,7 @@ class AlignedPasses:
     def _attend(self, attention, attention_input, keys_values) -> torch.Tensor:
         """Attention of step k = len(keys_values) - 1, of shape `(B, T, H * E)`."""
         queries = self._rotate(self._heads(attention.q_proj(attention_input)))  # [B, H, T, E]
-        if len(keys_values) == 1 and self.starts is None:
+        if len(keys_values) == 1 and self.first_seen is None:
             keys, values = keys_values[0]
             output = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=attention.scaling, enable_gqa=True
@@ -144,11 +146,12 @@ class AlignedPasses:
         elif self._has_kernel(queries):
             keys, values = ([pair[one] for pair in keys_values] for one in range(2))
             output = context_alignment_attention(
-                queries, keys, values, self.starts, attention.scaling, self.implementation
+                queries, keys, values, self.first_seen, attention.scaling, self.implementation
             )
         elif self.starts is None and queries.device.type == "cpu":
             keys, values = ([pair[one] for pair in keys_values] for one in range(2))
-            output = flash_alignment_attention(queries, keys, values, attention.scaling)
+            window = self.draft.config.sliding_window
+            output = flash_alignment_attention(queries, keys, values, attention.scaling, window)
         else:
             output = self._attend_by_group(queries, keys_values, attention.scaling)
         return output.flatten(2)  # [B, T, H * E]
@@ -162,7 +165,7 @@ class AlignedPasses:
         num_groups = keys_values[0][0].shape[1]
         for group, group_queries in enumerate(queries.chunk(num_groups, dim=1)):
             keys, values = ([pair[one][:, group : group + 1] for pair in keys_values] for one in range(2))
-            parts.append(self._maybe_again(self._define, group_queries, keys, values, self.starts, scale))
+            parts.append(self._maybe_again(self._define, group_queries, keys, values, self.first_seen, scale))
         return torch.cat(parts, dim=2)
 
     def _define(self, queries, keys, values, starts, scale: float) -> torch.Tensor:
@@ -173,6 +176,16 @@ class AlignedPasses:
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
+
+
+def _first_seen(
+    starts: torch.Tensor | None, shape: torch.Size, sliding_window: int | None, device
+) -> torch.Tensor | None:
+    """The first row that each row sees, `(B, T)`: of its own sequence, and within the window; None: all from row 0 on."""
+    if sliding_window is None or shape[1] <= sliding_window:
+        return starts
+    oldest = (torch.arange(shape[1], device=device) - sliding_window + 1).clamp(min=0).expand(shape)
+    return oldest.contiguous() if starts is None else starts.maximum(oldest)
 
 
 def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.Tensor:

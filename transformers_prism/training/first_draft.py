@@ -72,8 +72,11 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
         "context_kv": config.context_kv,
         "target_fingerprint": target_fingerprint(getattr(target, "config", target), tokenizer),
     }
-    if config.draft_vocab_size:
-        overrides["draft_vocab_size"] = config.draft_vocab_size
+    for name in ("draft_vocab_size", "sliding_window"):
+        if getattr(config, name):
+            overrides[name] = getattr(config, name)
+    if source is not None and source.sliding_window is not None:
+        overrides.setdefault("sliding_window", source.sliding_window)
     for name in ("target_layer_ids", "draft_step_to_module"):
         if getattr(config, name):
             overrides[name] = config.numbers(name)

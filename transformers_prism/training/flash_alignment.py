@@ -4,7 +4,7 @@ path's few keys merged into it.
 Softmax over two sets of keys is each set's own, weighted by its share of the sum of exponentials. So the committed rows
 go through PyTorch's fused attention, shifted by k rows to be plainly causal, and the k keys of the path, of which a query
 has one each, through products of rows. Backward gives the fused one the merged output and the merged log-sum-exp, from
-which its formula yields the gradients of the whole softmax.
+which its formula yields the gradients of the whole softmax. With a sliding window one mask of T x T serves all heads.
 
 Shape letters: B batch, T rows, H query heads, G key/value heads, R = H / G, E head dim, k the draft step.
 Source: FlashAttention-2 (arXiv:2307.08691), whose backward needs nothing but output and log-sum-exp.
@@ -19,7 +19,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def flash_alignment_attention(
-    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float,
+    sliding_window: int | None = None
 ) -> torch.Tensor:
     """What [`context_alignment_attention`] computes, for one sequence a row, on a CPU.
 
@@ -27,29 +28,38 @@ def flash_alignment_attention(
         query (`torch.Tensor` of shape `(B, H, T, E)`): of draft step k.
         keys, values (`list` of k + 1 `torch.Tensor` of shape `(B, G, T, E)`): of draft steps 0..k.
         scale (`float`): of the scores.
+        sliding_window (`int`, *optional*): positions that a query sees, its own included.
     Returns:
         `torch.Tensor` of shape `(B, T, H, E)`, in the query's dtype; computed in float32, or float64 if the tensors are.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, *states = (one.to(dtype) for one in (query, *keys, *values))
-    return _FlashAlignment.apply(scale, query, *states).transpose(1, 2).to(keys[0].dtype)
+    return _FlashAlignment.apply(scale, sliding_window, query, *states).transpose(1, 2).to(keys[0].dtype)
 
 
 class _FlashAlignment(torch.autograd.Function):
     """Output `(B, H, T, E)` of query and states: keys of all steps, then values of all steps."""
 
     @staticmethod
-    def forward(ctx, scale, query, *states):
+    def forward(ctx, scale, sliding_window, query, *states):
         keys, values = states[: len(states) // 2], states[len(states) // 2 :]
         step, groups = len(keys) - 1, query.shape[1] // keys[0].shape[1]
-        num_seeing = max(query.shape[2] - step, 0)  # rows that see a committed row
+        num_rows = query.shape[2]
+        window = num_rows if sliding_window is None else sliding_window
+        num_seeing = max(num_rows - step, 0) if window > step else 0  # rows that see a committed row
         path_keys, path_values = (_path(one, groups) for one in (keys, values))
-        scores = [_visible((query * one).sum(-1) * scale, step - s) for s, one in enumerate(path_keys, start=1)]
+        scores = []
+        for num_before, one in zip(range(step - 1, -1, -1), path_keys, strict=True):
+            num_hidden = num_before if num_before < window else num_rows
+            scores.append(_visible((query * one).sum(-1) * scale, num_hidden))
         log_sums = query.new_full((len(scores) + 1, *query.shape[:3]), -torch.inf)
         output = torch.zeros_like(query)
         if num_seeing:
             committed = [one[0][:, :, :num_seeing].repeat_interleave(groups, dim=1) for one in (keys, values)]
-            output[:, :, step:], log_sums[0, :, :, step:] = _flash(query[:, :, step:], *committed, 0.0, True, scale=scale)
+            mask = _window_mask(num_seeing, window - step, query)
+            output[:, :, step:], log_sums[0, :, :, step:] = _flash(
+                query[:, :, step:], *committed, 0.0, mask is None, attn_mask=mask, scale=scale
+            )
         for s, one in enumerate(scores, start=1):
             log_sums[s] = one
         log_sum = log_sums.logsumexp(dim=0)  # [B, H, T]
@@ -57,7 +67,7 @@ class _FlashAlignment(torch.autograd.Function):
         output *= shares[0]
         for share, one in zip(shares[1:], path_values, strict=True):
             output.addcmul_(share, one)
-        ctx.scale, ctx.groups, ctx.num_seeing = scale, groups, num_seeing
+        ctx.scale, ctx.groups, ctx.num_seeing, ctx.window = scale, groups, num_seeing, window
         ctx.save_for_backward(query, output, log_sum, shares[1:], *states)
         return output
 
@@ -71,8 +81,11 @@ class _FlashAlignment(torch.autograd.Function):
         if num_seeing:
             later = (slice(None), slice(None), slice(step, None))
             committed = [one[0][:, :, :num_seeing].repeat_interleave(groups, dim=1) for one in (keys, values)]
+            mask = _window_mask(num_seeing, ctx.window - step, query)
             grad_query[later], *found = _flash_backward(
-                *(grad_output[later], query[later], *committed, output[later], log_sum[later], 0.0, True), scale=ctx.scale
+                *(grad_output[later], query[later], *committed, output[later], log_sum[later], 0.0, mask is None),
+                attn_mask=mask,
+                scale=ctx.scale,
             )
             for gradients, one in zip((grad_keys, grad_values), found, strict=True):
                 gradients[0][:, :, :num_seeing] = _of_groups(one, groups)
@@ -83,7 +96,7 @@ class _FlashAlignment(torch.autograd.Function):
             grad_query.addcmul_(grad_score, path_key)
             for gradients, one in ((grad_keys, grad_score * query), (grad_values, share * grad_output)):
                 gradients[s][:, :, : query.shape[2] - (step - s)] = _of_groups(one[:, :, step - s :], groups)
-        return None, grad_query, *grad_keys, *grad_values
+        return None, None, grad_query, *grad_keys, *grad_values
 
 
 def _path(states: tuple[torch.Tensor, ...], groups: int) -> list[torch.Tensor]:
@@ -94,9 +107,18 @@ def _path(states: tuple[torch.Tensor, ...], groups: int) -> list[torch.Tensor]:
 
 
 def _visible(scores: torch.Tensor, num_before: int) -> torch.Tensor:
-    """Scores `(B, H, T)` with minus infinity where the path begins before the first row."""
+    """Scores `(B, H, T)` with minus infinity in the first rows, where the path begins before the first of all."""
     scores[:, :, :num_before] = -torch.inf
     return scores
+
+
+def _window_mask(num_rows: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to causal scores `(num_rows, num_rows)` that see `window` keys; None where that hides nothing."""
+    if num_rows <= window:
+        return None
+    rows = torch.arange(num_rows)
+    is_seen = (rows <= rows[:, None]) & (rows > rows[:, None] - window)
+    return like.new_zeros((num_rows, num_rows)).masked_fill_(~is_seen, -torch.inf)
 
 
 def _of_groups(gradients: torch.Tensor, groups: int) -> torch.Tensor:

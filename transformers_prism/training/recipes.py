@@ -84,6 +84,7 @@ class TrainConfig:
     text_tokens: bool = _option(True, "Let the draft also propose the tokens of the text that it is given.")
     learn_prompts: bool = _option(False, "Train on the tokens of prompts, too: validations count answers in any case.")
     context_kv: str = _option("prefill_module", "prefill_module or own_module.")
+    sliding_window: int = _option(0, "Positions that the draft's attention sees; 0 is all, or what --init-from has.")
     single_step_epochs: float | None = _by_recipe("Epochs of stage single_step; 0 leaves it out.")
     warm_up_epochs: float | None = _by_recipe("Epochs of stage warm_up; 0 leaves it out.")
     split_epochs: float | None = _by_recipe("Epochs of stage split; 0 leaves it out.")

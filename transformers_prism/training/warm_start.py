@@ -16,7 +16,9 @@ from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.modeling_prism import PrismDraftModel
 
 # Fields that weights of the same shapes can have been trained with differently.
-_MEANING = "target_layer_ids normalize_target_hidden context_kv rope_parameters rms_norm_eps logit_scale".split()
+_MEANING = (
+    "target_layer_ids normalize_target_hidden context_kv sliding_window rope_parameters rms_norm_eps logit_scale".split()
+)
 
 
 @dataclass

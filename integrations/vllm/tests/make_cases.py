@@ -43,6 +43,7 @@ _DRAFTS = {
         {"target_layer_ids": [1, 3], "share_target_embedding": False, "share_target_head": False, "draft_vocab_size": 40},
     ),
     "two_layers": ("llama", {"target_layer_ids": [2, 4], "num_layers_per_module": 2}),
+    "window": ("llama", {"target_layer_ids": [2, 4], "num_processing_modules": 2, "sliding_window": 8}),
     "norms": (
         "llama",
         {"target_layer_ids": [1, 2, 4], "target_norm": "each", "query_key_norm": True, "attention_bias": True, "mlp_bias": True},

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM, which `make test-vllm` installs"
 from transformers_prism_vllm.model import PrismDraftModel
 from vllm import SamplingParams
 
-NAMES = "m1_l1 m1_l4 m2_l1 m2_l4 m4_l1 m4_l4 m8_map reduced own_layers two_layers norms scaled granite qwen3".split()
+NAMES = "m1_l1 m1_l4 m2_l1 m2_l4 m4_l1 m4_l4 m8_map reduced own_layers two_layers window norms scaled granite qwen3".split()
 
 
 def check_rounds(found: list[list[int]], expected: list[list[int]]) -> None:

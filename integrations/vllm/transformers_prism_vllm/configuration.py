@@ -28,6 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "rope_parameters": None,
     "share_target_embedding": True,
     "share_target_head": True,
+    "sliding_window": None,
     "target_fingerprint": None,
     "target_hidden_size": None,
     "target_norm": "none",

@@ -113,8 +113,8 @@ class PrismModel(nn.Module):
             config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
         cache_config = copy.copy(vllm_config.cache_config)
-        # A draft sees its whole past, whatever the target's window.
-        cache_config.sliding_window = None
+        # The draft's own window, or none, whatever the target's.
+        cache_config.sliding_window = config.sliding_window
         first = vllm_config.model_config.get_total_num_hidden_layers()  # layers are numbered on from the target's
         self.attentions = nn.ModuleList(
             Attention(
