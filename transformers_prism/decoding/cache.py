@@ -14,13 +14,9 @@ import functools
 from collections.abc import Collection, Iterator
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ..kernels.compact_cache import compact_cache
 from .transfer import on_device
@@ -299,10 +295,8 @@ def new_tree_cache() -> DynamicCache:
 
 def relaid(cache: Cache, capacity: int | None) -> DynamicCache:
     """A copy of a cache of our layers, in `StaticTreeLayer`s of `capacity` positions; None: in `TreeLayer`s."""
-    copy = new_tree_cache()
-    copy.layers = [
-        _with_states_of(layer, TreeLayer() if capacity is None else StaticTreeLayer(capacity)) for layer in cache.layers
-    ]
+    copy, layer_class = new_tree_cache(), TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
+    copy.layers = [_with_states_of(layer, layer_class()) for layer in cache.layers]
     return copy
 
 
@@ -474,15 +468,8 @@ def _with_states_of(layer, lent):
     length = int(layer.get_seq_length())
     if layer.is_initialized and length > 0:
         kept = min(length, layer.keys.shape[2])
-        lent.update(_as_full_length(layer.keys, length, kept), _as_full_length(layer.values, length, kept))
+        lent.update(*(pad(states[:, :, :kept], (0, 0, length - kept, 0)) for states in (layer.keys, layer.values)))
     return lent
-
-
-def _as_full_length(states: torch.Tensor, length: int, kept: int) -> torch.Tensor:
-    """The first `kept` positions of `(B, G, _, E)` states at the end of `length` positions."""
-    full = states.new_zeros((states.shape[0], states.shape[1], length, states.shape[3]))
-    full[:, :, length - kept :] = states[:, :, :kept]
-    return full
 
 
 def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
