@@ -79,11 +79,10 @@ def record(target, draft, records: list[dict], inputs: list[dict], max_new_token
         for one, arguments in zip(records, inputs, strict=True):
             _Recorder.pools = []
             output = target.generate(**arguments, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
-            steps = [
-                (torch.cat([pool.steps[step][0] for pool in _Recorder.pools]).int(),)
-                + tuple(torch.cat([pool.steps[step][part] for pool in _Recorder.pools]) for part in (1, 2))
-                for step in range(_Recorder.settings.depth if _Recorder.pools else 0)
-            ]
+            steps = []
+            for step in range(_Recorder.settings.depth if _Recorder.pools else 0):
+                ids, parents, log_probs = (torch.cat([pool.steps[step][part] for pool in _Recorder.pools]) for part in range(3))
+                steps.append((ids.int(), parents.repeat_interleave(ids.shape[1] // parents.shape[1], dim=1), log_probs))
             prompt = arguments["input_ids"][0].tolist()
             texts.append({"task": task_of(one), "prompt": prompt, "answer": output[0, len(prompt) :].tolist(), "steps": steps})
     settings = {name: getattr(_Recorder.settings, name) for name in _SETTINGS}

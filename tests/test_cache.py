@@ -284,7 +284,7 @@ def test_layers_that_hold_an_image_are_not_lent(is_lazy):
     committed = CommittedCache(cache, torch.ones(1, 5, dtype=torch.bool))
     cache.update(states[:, :, :3], states[:, :, :3], 0)
     committed.commit([[0, 2]])
-    adopted.put_back_with_new_states()
+    adopted.put_back()
     assert [int(layer.get_seq_length()) for layer in cache.layers[:2]] == [7, 9]
     assert torch.equal(cache.layers[1].keys, states)
     assert not any(isinstance(layer, TreeLayer) for layer in cache.layers)

@@ -362,7 +362,7 @@ _OF_QWEN = {"sliding_window": 4, "use_sliding_window": True}
         ("speculators_two_layers", in_layer(sliding_window=4, max_window_layers=2), None),
         ("speculators_qwen3", in_layer(sliding_window=4), None),
         ("speculators_qwen3", in_layer(**_OF_QWEN), None),
-        ("speculators_qwen3", in_layer(**_OF_QWEN, max_window_layers=0), 4),
+        ("speculators_qwen3", in_layer(**_OF_QWEN, max_window_layers=0, layer_types=None), 4),
         ("specforge_plain", put(sliding_window=4), 4),
         ("specforge_plain", put(sliding_window=4, use_sliding_window=False), None),
         ("specforge_plain", put(sliding_window=None), None),

@@ -103,6 +103,7 @@ RUNS = {
         "draft_step_to_module": "0,1,1,2",
         "target_layer_ids": "1,3",
         "draft_vocab_size": 50,
+        "sliding_window": 5,
         "single_step_epochs": 1.5,
         "warm_up_epochs": 0.5,
         "split_epochs": 1.2,
