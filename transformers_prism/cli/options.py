@@ -18,7 +18,7 @@ BASIC, COST, ADVANCED = "Basic options", "Cost: time and memory", "Advanced opti
 # What commands need beyond the package itself, by extra.
 EXTRAS = {
     "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
-    "gguf": ("gguf",),
+    "gguf": ("gguf", "accelerate"),
     "triton": ("triton",),
     "serve": ("fastapi", "uvicorn", "openai"),
     "web": ("gradio",),
