@@ -172,6 +172,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
             drafter = chat.draft_side.drafter
             drafter.use_text_tokens(settings.text_tokens)
             drafter.use_shapes(shapes)
+            policy: AutomaticTrees | FixedTrees
             if settings.tree == "auto":
                 policy = AutomaticTrees(settings, target, draft, sequences, sampler, chat.text)
             else:

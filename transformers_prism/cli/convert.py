@@ -43,10 +43,10 @@ def convert(
     """Convert a draft from another package, or a PRISM draft for one; all but prism-artifact is experimental."""
     from transformers_prism.conversion.forms import READ, WRITTEN
 
-    if (from_form is None) == (to_form is None):
-        raise ValueError(f"expected either --from or --to, got {'none' if from_form is None else 'both'}")
-    if from_form is not None:
+    if from_form is not None and to_form is None:
         report = READ[from_form].convert(source, destination, target, context_kv, num_target_layers)
-    else:
+    elif to_form is not None and from_form is None:
         report = WRITTEN[to_form].export(source, destination, target)
+    else:
+        raise ValueError(f"expected either --from or --to, got {'none' if from_form is None else 'both'}")
     typer.echo(str(report))

@@ -198,7 +198,8 @@ def run_generate(
     inputs = chat_inputs(tokenizer, prompt, target.device)
     streamer = RoundStreamer(console, tokenizer)
     target.generate(**inputs, **settings, assistant_model=draft, streamer=streamer, tokenizer=tokenizer)
-    console.print(draft.last_speculation.summary(), highlight=False, soft_wrap=True)
+    if draft.last_speculation is not None:
+        console.print(draft.last_speculation.summary(), highlight=False, soft_wrap=True)
 
 
 def compare(target, draft, inputs: dict, settings: dict, prompt: str = "") -> Comparison:
@@ -271,13 +272,23 @@ def _legend() -> Text:
     )
 
 
+class _ConsoleHandler(logging.Handler):
+    """Prints what is logged."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        self.console.print(record.getMessage(), style="dim", soft_wrap=True)
+
+
 def log_to(console: Console) -> None:
     """Show what loading the target does (a download, a conversion) where the text goes."""
     logger = logging.getLogger("transformers_prism")
     if not logger.handlers:
-        handler = logging.Handler()
-        handler.emit = lambda record: console.print(record.getMessage(), style="dim", soft_wrap=True)
-        logger.addHandler(handler)
+        logger.addHandler(_ConsoleHandler(console))
         logger.setLevel(logging.INFO)
 
 

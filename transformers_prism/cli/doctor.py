@@ -206,7 +206,7 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     else:
         text = "another text with the draft than without; in float32 that must not be: `transformers-prism verify` looks closer"
         yield Finding("same output", "fails" if target.dtype == torch.float32 else "note", text)
-    if draft_name is None:
+    if draft_name is None or speculation is None:
         return
     plain, drafted = result.num_tokens / result.plain_seconds, result.num_tokens / result.draft_seconds
     text = f"{drafted / plain:.2f} times plain decoding ({plain:.1f} to {drafted:.1f} tokens/s), tau {speculation.acceptance_length:.2f}, one prompt"

@@ -27,6 +27,7 @@ from transformers_prism.cli.doctor import (
     tokenizer_findings,
 )
 from transformers_prism.cli.options import EXTRAS
+from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.hub.card import add_to_card, names_target
 from transformers_prism.target import find_device, load_target
 from transformers_prism.whole_files import write_json
@@ -113,7 +114,7 @@ class Run:
         self.steps: dict[str, dict] = {}
         self.interrupted: dict[str, float] = {}  # seconds of steps that are not finished
         self._models: tuple | None = None
-        self._packed = None
+        self._packed: PreparedModels | None = None
         if not self.path.is_file():
             if output.exists():
                 raise ValueError(f"output: expected a new folder, got {output}, which is there")
@@ -159,8 +160,6 @@ class Run:
         Args:
             packed (`bool`): whether the target's weights are to be packed for the CPU meanwhile.
         """
-        from transformers_prism.cpu import prepare_for_cpu
-
         if self._models is None:
             self.console.print(f"loading {self.settings['model']}", style="dim", highlight=False, soft_wrap=True)
             device = find_device()

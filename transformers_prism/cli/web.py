@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 import torch
+from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, RoundStreamer, answer_once, chat_inputs, load_pair
@@ -103,7 +104,7 @@ class _AnswerStreamer(RoundStreamer):
     """Writes tokens into an answer, and ends the call when it is told to stop."""
 
     def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stop: threading.Event):
-        super().__init__(None, tokenizer)
+        super().__init__(Console(quiet=True), tokenizer)
         self.answer, self.stop, self.start = answer, stop, time.perf_counter()
         self.token_ids = answer.token_ids
 

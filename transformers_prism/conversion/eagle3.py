@@ -46,7 +46,9 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
     Raises:
         ValueError: if the configuration asks for what no draft here can compute.
     """
-    nested = config.get("eagle_config") if isinstance(config.get("eagle_config"), dict) else {}
+    nested = config.get("eagle_config")
+    if not isinstance(nested, dict):
+        nested = {}
     config = {**{name: nested[name] for name in SETTINGS if name in nested}, **config}
     _read_older_names(config, weights)
     if nested.get("use_aux_hidden_state") is False:

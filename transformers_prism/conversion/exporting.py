@@ -70,7 +70,7 @@ class Expectations:
         for name, expected, why in _EXPECTED_BY_ALL:
             if name not in allowed:
                 self.expect(name, expected, why)
-        rope_type = self.config.rope_parameters.get("rope_type", "default")
+        rope_type = (self.config.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             self.broken.append(
                 f"rope_type: expected {', '.join(ROPE_TYPES)} (what both sides know), got {rope_type!r}"

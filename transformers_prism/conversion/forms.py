@@ -56,7 +56,6 @@ def load_draft(
         ValueError: if the form is unknown, naming what was looked for; if weights are missing, unknown or of another
             shape; if the draft was made for another target.
     """
-    is_loaded = target is not None and not isinstance(target, (str, Path))
     if read_config(source).get("model_type") == "prism":
         draft, report = PrismDraftModel.from_pretrained(str(source)), None
     else:
@@ -66,7 +65,7 @@ def load_draft(
         _logger.warning("; ".join([f"{source}: {report.notes[0]}", states, *report.notes[1:]]))
     draft.conversion_report = report
     draft = draft.eval() if dtype is None else draft.to(dtype).eval()
-    if not is_loaded:
+    if target is None or isinstance(target, (str, Path)):
         return draft
     draft = draft.to(draft.device if target.device.type == "meta" else target.device, dtype or target.dtype)
     return draft.bind(target)

@@ -107,7 +107,7 @@ def write_llama_config(config: PrismConfig) -> dict:
     Returns:
         `dict`: fields of `config.json`.
     """
-    rope = dict(config.rope_parameters)
+    rope = dict(config.rope_parameters or {})
     theta = rope.pop("rope_theta", 10000.0)
     names = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act"
     fields = {name: getattr(config, name) for name in names.split()}

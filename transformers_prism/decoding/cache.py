@@ -11,7 +11,7 @@ compiled forward is never compiled anew.
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch.nn.functional import pad
@@ -63,26 +63,32 @@ class TreeLayer(DynamicLayer):
         self.length = 0
         self.key_buffer = self.value_buffer = None
 
-    def reserve(self, key_states, value_states, length: int) -> None:
-        """Make room for `length` positions; what is stored is copied only when the buffer grows."""
+    def reserve(self, key_states, value_states, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Buffers for `length` positions; what is stored is copied only when they grow."""
         capacity = 0 if self.key_buffer is None else self.key_buffer.shape[2]
-        if length <= capacity:
-            return
+        if self.key_buffer is not None and self.value_buffer is not None and length <= capacity:
+            return self.key_buffer, self.value_buffer
         capacity = max(length + 64, capacity + capacity // 2)
-        for name, states in (("key_buffer", key_states), ("value_buffer", value_states)):
-            buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
-            if self.length:
-                buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
-            setattr(self, name, buffer)
+        self.key_buffer = self._larger(self.keys, key_states, capacity)
+        self.value_buffer = self._larger(self.values, value_states, capacity)
+        return self.key_buffer, self.value_buffer
+
+    @staticmethod
+    def _larger(stored: torch.Tensor | None, states: torch.Tensor, capacity: int) -> torch.Tensor:
+        """A buffer of so many positions for states `(B, G, N, E)`, with what is stored at its beginning."""
+        buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
+        if stored is not None:
+            buffer[:, :, : stored.shape[2]] = stored
+        return buffer
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append keys and values of shape `(B, G, N, E)`; returns views of all that is stored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
-        self.reserve(key_states, value_states, end)
-        self.key_buffer[:, :, self.length : end] = key_states
-        self.value_buffer[:, :, self.length : end] = value_states
+        key_buffer, value_buffer = self.reserve(key_states, value_states, end)
+        key_buffer[:, :, self.length : end] = key_states
+        value_buffer[:, :, self.length : end] = value_states
         self.set_length(end)
         return self.keys, self.values
 
@@ -101,10 +107,12 @@ class TreeLayer(DynamicLayer):
 
     def keep_sequences(self, places: list[int]) -> None:
         """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
+        if self.key_buffer is None or self.value_buffer is None:
+            return
         for to, place in enumerate(places):
             if to != place:
-                self.keys[to] = self.keys[place]
-                self.values[to] = self.values[place]
+                self.key_buffer[to, :, : self.length] = self.key_buffer[place, :, : self.length]
+                self.value_buffer[to, :, : self.length] = self.value_buffer[place, :, : self.length]
         self.key_buffer, self.value_buffer = self.key_buffer[: len(places)], self.value_buffer[: len(places)]
 
 
@@ -293,10 +301,15 @@ def new_tree_cache() -> DynamicCache:
     return cache
 
 
+def _layers_of_capacity(capacity: int | None) -> Callable[[], DynamicLayer | StaticLayer]:
+    """Makes empty `StaticTreeLayer`s of so many positions; None: `TreeLayer`s, which grow."""
+    return TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
+
+
 def relaid(cache: Cache, capacity: int | None) -> DynamicCache:
     """A copy of a cache of our layers, in `StaticTreeLayer`s of `capacity` positions; None: in `TreeLayer`s."""
-    copy, layer_class = new_tree_cache(), TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
-    copy.layers = [_with_states_of(layer, layer_class()) for layer in cache.layers]
+    copy, new_layer = new_tree_cache(), _layers_of_capacity(capacity)
+    copy.layers = [_with_states_of(layer, new_layer()) for layer in cache.layers]
     return copy
 
 
@@ -385,7 +398,7 @@ class AdoptedLayers:
         if self.layer_class is not None:
             while len(self.originals) <= max(image_layers, default=-1):
                 self.originals.append(self.layer_class())
-        self.lent_class = TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
+        self.lent_class = _layers_of_capacity(capacity)
 
     def lend(self) -> "AdoptedLayers":
         """Give the cache the layers that are lent."""
@@ -431,7 +444,7 @@ class AdoptedLayers:
 
     def _rolled(self, index: int, lent) -> DynamicSlidingWindowLayer | None:
         original = self.originals[index] if index < len(self.originals) else None
-        if type(original) is not DynamicSlidingWindowLayer or not lent.is_initialized:
+        if original is None or type(original) is not DynamicSlidingWindowLayer or not lent.is_initialized:
             return None
         window = DynamicSlidingWindowLayer(sliding_window=original.sliding_window)
         _write_states(window, lent.keys, lent.values)

@@ -22,7 +22,7 @@ class ChainTarget(TargetSide):
         # Layers that record already what they would forget, so that the caller finds them doing it.
         self.recording = [layer for layer in self.cache.layers if getattr(layer, "record_past", False)]
 
-    def _after_prefill(self, mask: torch.BoolTensor) -> None:
+    def _after_prefill(self, mask: torch.Tensor) -> None:
         """Let layers that forget keep enough to be rolled back."""
         if not self.cache.is_croppable:
             raise Declined(f"{type(self.target).__name__} keeps recurrent states, which cannot be rolled back")
@@ -64,7 +64,7 @@ class ChainTarget(TargetSide):
         self.num_committed += len(kept[0])
         super().commit(kept)
 
-    def finish(self, sequences: torch.LongTensor) -> None:
+    def finish(self, sequences: torch.Tensor) -> None:
         """Let the cache forget again as plain decoding does."""
         for layer in self.cache.layers:
             if hasattr(layer, "record_past"):

@@ -54,11 +54,23 @@ class Drafter:
             steps = (config.draft_step_to_module.index(module) for module in range(config.num_processing_modules))
             self.prefill_steps = sorted(steps, reverse=True)
         self.shapes: StaticShapes | None = None  # those of a compiled draft
-        self.cache: CommittedCache | None = None
+        self._cache: CommittedCache | None = None  # once a prompt was read
         self.causal: torch.Tensor | None = None  # of many positions, once some were read after the prompt
-        self.last_hidden: torch.Tensor | None = None  # [B, D], step 0's output at the last committed position
-        self.last_position: torch.Tensor | None = None  # [B]
-        self.root_ids: torch.Tensor | None = None  # [B]
+        # What the next tree begins with; without a prompt, of no sequence.
+        self.last_hidden = torch.empty((0, 0))  # [B, D], step 0's output at the last committed position
+        self.last_position = torch.empty(0, dtype=torch.long)  # [B]
+        self.root_ids = torch.empty(0, dtype=torch.long)  # [B]
+
+    @property
+    def cache(self) -> CommittedCache:
+        """Keys and values of what is committed, from the prompt on.
+
+        Raises:
+            RuntimeError: if no prompt was read yet.
+        """
+        if self._cache is None:
+            raise RuntimeError("expected `prefill` to read a prompt first, got none")
+        return self._cache
 
     def prefill(self, token_ids, target_hidden, position_ids, num_new: list[int], padding_mask=None) -> None:
         """Step 0: read newly committed positions and keep their keys and values.
@@ -74,7 +86,7 @@ class Drafter:
         if self.text_tokens:
             self._join_vocabulary(token_ids)
         token_ids, position_ids = on_device(token_ids, self.device), on_device(position_ids, self.device)
-        if self.cache is None:
+        if self._cache is None:
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
             return
@@ -94,8 +106,8 @@ class Drafter:
     def use_shapes(self, shapes: StaticShapes | None) -> None:
         """From now on pad to these shapes, and run compiled steps; None: shapes as they come."""
         before, self.shapes, self.attn_implementation = self.shapes, shapes, attention_name(self.draft.config)
-        if self.cache is not None and (before and before.capacity) != (shapes and shapes.capacity):
-            self.cache.cache = relaid(self.cache.cache, shapes and shapes.capacity)
+        if self._cache is not None and (before and before.capacity) != (shapes and shapes.capacity):
+            self._cache.cache = relaid(self._cache.cache, shapes and shapes.capacity)
 
     def _uncompiled(self) -> AbstractContextManager:
         """For what is seldom run, and never twice in the same shape."""
@@ -104,7 +116,7 @@ class Drafter:
     def _run(self, step: int, token_ids, hidden, mask, position_ids, cache, num_outputs: int | None = None) -> torch.Tensor:
         """Outputs of the module that serves a draft step."""
         index = self.draft.config.module_of_step(step)
-        if self.shapes and self.cache is not None:  # behind the prompt, which has no mask, or one of its own
+        if self.shapes and self._cache is not None:  # behind the prompt, which has no mask, or one of its own
             states = (token_ids, hidden, mask, position_ids)
             token_ids, hidden, mask, position_ids = map(_with_usual_strides, states)
             if self.shapes.run_module:
@@ -141,7 +153,7 @@ class Drafter:
         else:
             output = self._read_together(states, padding_mask, cache)
         committed = torch.ones_like(token_ids, dtype=torch.bool) if padding_mask is None else padding_mask
-        self.cache = CommittedCache(relaid(cache, self.shapes.capacity) if self.shapes else cache, committed)
+        self._cache = CommittedCache(relaid(cache, self.shapes.capacity) if self.shapes else cache, committed)
         return output
 
     def _read_together(self, states, padding_mask, cache) -> torch.Tensor:
@@ -180,12 +192,12 @@ class Drafter:
     def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
         """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
         hidden, length = self.draft.fuse(target_hidden), token_ids.shape[1]
-        is_compiled = self.shapes is not None and length <= self.shapes.num_read
-        if is_compiled:
+        shapes = self.shapes if self.shapes is not None and length <= self.shapes.num_read else None
+        if shapes is not None:
             # Padding is behind all that is real, and what is appended for it is not committed.
-            token_ids, hidden, position_ids = _padded(self.shapes.num_read, token_ids, hidden, position_ids)
+            token_ids, hidden, position_ids = _padded(shapes.num_read, token_ids, hidden, position_ids)
         mask = self._mask(self._causal(token_ids), range(token_ids.shape[1]), hidden.dtype)
-        with nullcontext() if is_compiled else self._uncompiled():
+        with self._uncompiled() if shapes is None else nullcontext():
             return self._step_0(token_ids, hidden, position_ids, mask, self.cache.cache)[:, :length]
 
     def _causal(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -301,9 +313,9 @@ class Drafter:
 
     def keep_sequences(self, places: list[int]) -> None:
         """Go on with the sequences at these places of the batch only."""
-        if self.cache is None:
+        if self._cache is None:
             return
-        self.cache.keep_sequences(places)
+        self._cache.keep_sequences(places)
         index = on_device(places, self.root_ids.device)
         self.last_hidden = self.last_hidden[index]
         self.last_position = self.last_position[index]

@@ -99,7 +99,7 @@ class RecurrentTarget(TargetSide):
             raise Declined(reason)
         return prompt
 
-    def _after_prefill(self, mask: torch.BoolTensor) -> None:
+    def _after_prefill(self, mask: torch.Tensor) -> None:
         self.num_stored = mask.shape[1]
         self.padding_places = set(((~mask).sum(dim=1) % _CHUNK).tolist())
 
@@ -223,7 +223,7 @@ class RecurrentTarget(TargetSide):
         self.forget_appended()
         return _of_nodes(torch.cat(steps, dim=1), [], starts, token_ids.shape[1])[0]
 
-    def finish(self, sequences: torch.LongTensor) -> None:
+    def finish(self, sequences: torch.Tensor) -> None:
         """Let a cache that is returned hold all that was committed, as plain decoding leaves it."""
         rest = sequences[:, self.num_stored - self.num_cached_before : -1]
         if self.returns_cache and rest.shape[1]:

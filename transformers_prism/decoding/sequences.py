@@ -87,8 +87,8 @@ class Sequences:
         """
         if self.stopping.pads:
             return self.end_lengths[index] is not None
-        end = self.max_length if None in self.end_lengths else max(self.end_lengths)
-        return self.lengths[index] >= end
+        ends = [end for end in self.end_lengths if end is not None]
+        return self.lengths[index] >= (max(ends) if len(ends) == len(self) else self.max_length)
 
     @property
     def are_done(self) -> bool:
@@ -155,6 +155,6 @@ class Sequences:
 
     def finished(self) -> torch.LongTensor:
         """The sequences `(B, T)` as plain decoding returns them."""
-        width = max(self.end_lengths)
+        width = max(end for end in self.end_lengths if end is not None)
         self.pad_ended(width)
         return self.ids[:, :width]

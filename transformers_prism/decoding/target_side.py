@@ -175,7 +175,7 @@ class TargetSide:
         """Run the prompts into the cache: the rows of each forward and its outputs; no rows where one forward read all."""
         return [], [self._read_together(input_ids)]
 
-    def _read_together(self, input_ids: torch.LongTensor, **replaced):
+    def _read_together(self, input_ids: torch.Tensor, **replaced):
         """Outputs of one forward over prompts `(B, T)`, in which some of the inputs are replaced."""
         # A copy, since transformers' chunked prefill writes to it.
         model_kwargs = {**self.model_kwargs, **replaced, "output_hidden_states": self.asked_states}
@@ -183,18 +183,19 @@ class TargetSide:
         self._take_over(cache_of(outputs))
         return outputs
 
-    def _take_inputs(self, input_ids: torch.LongTensor, outputs) -> None:
+    def _take_inputs(self, input_ids: torch.Tensor, outputs) -> None:
         """Note what the forward gets in every round beside what is made for it, as plain decoding gets it from the prompt's
         outputs."""
         if self.has_more_inputs:
-            model_kwargs, steps = self.model_kwargs, []
+            model_kwargs, steps = self.model_kwargs, list[dict]()
             for _ in range(2):
                 model_kwargs = next_kwargs(self.target, outputs, model_kwargs)
                 model_kwargs |= {name: self.own_cache for name in CACHE_NAMES if model_kwargs.get(name) is not None}
                 input_ids = pad(input_ids, (0, 1))
-                steps.append(inputs_of_next_step(self.target, input_ids, model_kwargs))
-            if None in steps:
-                raise Declined(f"{type(self.target).__name__} does not say what a step behind its prompt reads")
+                step = inputs_of_next_step(self.target, input_ids, model_kwargs)
+                if step is None:
+                    raise Declined(f"{type(self.target).__name__} does not say what a step behind its prompt reads")
+                steps.append(step)
             self.forward_kwargs, self.token_inputs = inputs_by_kind(steps[0], steps[1], _REPLACED_INPUTS)
         if takes_logits_to_keep(self.target):
             self.forward_kwargs["logits_to_keep"] = 0
@@ -264,7 +265,7 @@ class TargetSide:
             self.axes.keep_sequences(places)
         self.token_inputs = {name: value[places] for name, value in self.token_inputs.items()}
 
-    def finish(self, sequences: torch.LongTensor) -> None:
+    def finish(self, sequences: torch.Tensor) -> None:
         """Leave the cache as plain decoding of these sequences `(B, T)` would, if anyone gets it."""
 
     def abandon(self) -> None:
@@ -286,7 +287,7 @@ class TargetSide:
     def _before_prefill(self) -> None:
         """Prepare the cache."""
 
-    def _after_prefill(self, mask: torch.BoolTensor) -> None:
+    def _after_prefill(self, mask: torch.Tensor) -> None:
         """Take stock of the cache; `mask` is `(B, P)` over what it holds, False at padding."""
 
     def _fill_cache(self, made) -> None:

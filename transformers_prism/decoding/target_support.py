@@ -60,17 +60,20 @@ def image_layers(config) -> frozenset[int]:
     return frozenset(layers if isinstance(layers, (list, tuple)) else ())
 
 
+def _place_without_image(layer: int, config) -> int:
+    """Where a hidden state stands among those of a forward that has skipped the layers of an image."""
+    return layer - sum(skipped < layer for skipped in image_layers(config))
+
+
 def place_of_state(layer: int, config, num_states: int) -> int:
     """Where a hidden state stands among the `num_states` of a forward; one of a layer that was skipped is that before it."""
-    skipped = image_layers(config)
-    is_skipping = num_states + len(skipped) == config.get_text_config().num_hidden_layers + 1
-    return layer - sum(one < layer for one in skipped) if is_skipping else layer
+    is_skipping = num_states + len(image_layers(config)) == config.get_text_config().num_hidden_layers + 1
+    return _place_without_image(layer, config) if is_skipping else layer
 
 
 def states_to_ask_for(layer_ids: list[int], config) -> list[int]:
     """Which hidden states a forward has to return, so that those of `layer_ids` are among them with and without an image."""
-    skipped = image_layers(config)
-    return sorted({*layer_ids, *(layer - sum(one < layer for one in skipped) for layer in layer_ids)})
+    return sorted({*layer_ids, *(_place_without_image(layer, config) for layer in layer_ids)})
 
 
 def rotary_switches(text_config) -> list[RotarySwitch]:
@@ -80,7 +83,7 @@ def rotary_switches(text_config) -> list[RotarySwitch]:
     switches = []
     for kind in kinds:
         # Dynamic frequencies follow the longest text from `max_position_embeddings` on, whatever else is written there.
-        length = getattr(text_config, "max_position_embeddings", None)
+        length = getattr(text_config, "max_position_embeddings", 0)
         if kind.get("rope_type") == "longrope":
             switches.append(RotarySwitch(kind.get("original_max_position_embeddings") or length, True))
         elif "dynamic" in str(kind.get("rope_type")):
@@ -134,7 +137,7 @@ def why_no_tree_mask(target) -> str | None:
     return None
 
 
-def inputs_of_next_step(target, input_ids: torch.LongTensor, model_kwargs: dict) -> dict | None:
+def inputs_of_next_step(target, input_ids: torch.Tensor, model_kwargs: dict) -> dict | None:
     """What plain decoding would hand the target's forward for one more token; None if the model does not say beforehand."""
     try:
         return target.prepare_inputs_for_generation(

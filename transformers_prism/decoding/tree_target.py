@@ -124,7 +124,7 @@ class TreeTarget(TargetSide):
         self.cache.layers = side_by_side(rows, caches, input_ids.shape[1])
         return rows, outputs
 
-    def _after_prefill(self, mask: torch.BoolTensor) -> None:
+    def _after_prefill(self, mask: torch.Tensor) -> None:
         """Note what is committed in each sequence, and which forward runs from here on."""
         self.committed = CommittedCache(self.cache, mask, self.committed.max_holes)
         self.model_forward = compiled_forward(self.target, self.model_kwargs, self.generation_config) or self.target
@@ -136,7 +136,7 @@ class TreeTarget(TargetSide):
             self.committed.close_holes()  # the model asks the cache how long it is
             ids = self.sequences.ids[:, : self.sequences.lengths[0]]
             inputs = inputs_of_next_step(self.target, ids, self._kwargs_so_far())
-            if reads_whole_text(inputs):
+            if inputs is not None and reads_whole_text(inputs):
                 return self._read_anew(inputs)
         num_nodes = tree.num_nodes
         if self.capacity is not None:
@@ -253,7 +253,7 @@ class TreeTarget(TargetSide):
         self.committed.keep_sequences(places)
         super().keep_sequences(places)
 
-    def finish(self, sequences: torch.LongTensor) -> None:
+    def finish(self, sequences: torch.Tensor) -> None:
         """Give the cache its own layers back, holding what plain decoding would have left in them."""
         if not self.returns_cache:
             self.abandon()
@@ -261,7 +261,7 @@ class TreeTarget(TargetSide):
         self._even_out(sequences)
         self.adopted.put_back()
 
-    def _even_out(self, sequences: torch.LongTensor) -> None:
+    def _even_out(self, sequences: torch.Tensor) -> None:
         """Bring all to the length that plain decoding stops at; it runs padding through sequences that have ended."""
         self.committed.close_holes()
         self.committed.max_holes = 0

@@ -10,6 +10,8 @@ decoding would have shown them: everything else, and everything on a CPU.
 Source: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the draft's distribution a point mass.
 """
 
+from typing import Any
+
 import torch
 
 from ..kernels.verify_tree import verify_tree
@@ -52,10 +54,10 @@ def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, d
         logits (`torch.Tensor` of shape `(B, N, V)`): the target's logits at each node, or at the first ones.
         depth (`int`): of the deepest node, or more.
     """
-    num_steps, drawn = depth + 1, {}
-    if sampler.noise is not None:
+    num_steps, drawn = depth + 1, dict[str, Any]()
+    if sampler.noise is not None and sampler.warpers is not None:
         names = ("noise", "noise_steps", "noise_rows")
-        noise = sampler.noise_of_next(sequences, num_steps, logits.shape[-1])
+        noise = sampler.noise_of_next(sampler.noise, sequences, num_steps, logits.shape[-1])
         drawn = dict(zip(names, noise, strict=True)) | sampler.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits

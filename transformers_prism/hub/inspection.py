@@ -145,13 +145,13 @@ def inspect_draft(source: str | Path, target_name: str | None = None, revision: 
     config = _read_config(folder)
     headers = read_weight_headers(folder)
     check_shapes(PrismDraftModel, config, headers.shapes)
-    fingerprint_name = (config.target_fingerprint or {}).get("name")
-    found = read_target_config(target_name or fingerprint_name) if target_name or fingerprint_name else None
+    name = target_name or (config.target_fingerprint or {}).get("name")
+    found = read_target_config(name) if name else None
     if found is None and target_name is not None:
         raise ValueError(f"target: expected a folder, or a name on the Hub, of a model on this machine, got {target_name}")
     target_config, tokenizer = found or (None, None)
     fatal, mild = config.target_differences(target_config, tokenizer) if found else ([], [])
-    dtype = (target_config.dtype if found else config.dtype) or torch.float32
+    dtype = (config if target_config is None else target_config).dtype or torch.float32
     generation_config = GenerationConfig.from_pretrained(folder)
     return Inspection(str(source), folder, config, generation_config, headers, target_config, fatal, mild, dtype)
 
