@@ -32,7 +32,7 @@ from transformers_prism import generation
 from transformers_prism.bench.acceptance import packed_for_cpu
 from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
 from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
-from transformers_prism.cli.options import report_file, user_errors
+from transformers_prism.cli.options import DraftOption, TargetOption, report_file, user_errors
 from transformers_prism.decoding.round_values import Limits, Proposal, Verified
 from transformers_prism.decoding.tree import CandidatePool
 from transformers_prism.policy import automatic
@@ -301,16 +301,14 @@ def compare(recorded: dict, costs: Costs) -> dict[str, dict]:
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Replay recorded rounds with other choices of trees.")
-_TargetOption = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file; the demo target if absent")]
-_DraftOption = Annotated[str | None, typer.Option(help="folder or Hub id; the shipped draft if absent")]
 
 
 @app.command("record")
 def record_command(
     prompts: Annotated[Path, typer.Argument(help="prompts in any usual shape, as Spec-Bench's")],
     output: Annotated[Path, typer.Argument(help="what was recorded")],
-    target: _TargetOption = None,
-    draft: _DraftOption = None,
+    target: TargetOption = None,
+    draft: DraftOption = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="spread over the tasks")] = 48,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="of each answer")] = 128,
 ) -> None:
@@ -328,8 +326,8 @@ def record_command(
 @app.command("costs")
 def costs_command(
     output: Annotated[Path, typer.Argument(help="JSON of the costs")],
-    target: _TargetOption = None,
-    draft: _DraftOption = None,
+    target: TargetOption = None,
+    draft: DraftOption = None,
     overhead: Annotated[float, typer.Option(min=0, help="seconds that a round with a tree takes besides its forwards")] = 0.001,
 ) -> None:
     """Measure forwards and a draft step on this machine, which should be idle."""
