@@ -46,12 +46,13 @@ def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[i
     num_tokens = round(sum(lengths) * num_epochs)
     module = _num_parameters(draft_config, 1)
     vocabulary = (draft_config.draft_vocab_size or draft_config.vocab_size) * draft_config.hidden_size
-    # Every weight takes part in one product and sum per token, and twice as much in the backward pass; the head runs
-    # over the target's state, too, and there over the whole vocabulary. Scores and weighted sums over T rows count by the mean
-    # length.
+    # A trained weight takes part in three products and sums for each token of a step: forward, for the states' gradients and for
+    # its own. The target's head, which a draft borrows, is not trained: two, over what is sampled of the vocabulary; and
+    # one for each token, all steps together, over the target's state. Attention over T rows counts by the mean length.
     mean_length = sum(lengths) / max(len(lengths), 1)
     attention = 2 * mean_length * draft_config.num_attention_heads * draft_config.head_dim
-    flops = 6 * num_tokens * stage.num_steps * (module + (0.5 + config.vocab_sample) * vocabulary + attention)
+    borrowed = 4 * draft_config.share_target_head * stage.num_steps * config.vocab_sample
+    flops = num_tokens * (6 * stage.num_steps * (module + attention) + (2 + borrowed) * vocabulary)
     trained = _num_parameters(draft_config, stage.num_modules)
     peak = _BYTES_PER_TRAINED_VALUE * trained + _activation_bytes(stage, config, draft_config, max(lengths, default=0))
     return StageCost(stage, num_updates, num_tokens, flops / 1e15, peak)
