@@ -34,6 +34,17 @@ def test_engine_drafts_as_own_chain(name, cases, engine, rounds, greedy):
         check_rounds([ids for (ids,) in rounds], cases.cases[name]["rounds"][index])
 
 
+@pytest.mark.usefixtures("in_float32")
+def test_engine_compiled_target(cases, engine, rounds, greedy):
+    """The target is compiled, the draft is not: its modules still switch by step."""
+    llm = engine("m2_l4", enforce_eager=False)
+    assert llm.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
+    for index, prompt in enumerate(cases.prompts):
+        rounds.clear()
+        assert greedy(llm, prompts=[prompt]) == [cases.cases["m2_l4"]["tokens"][index]]
+        check_rounds([ids for (ids,) in rounds], cases.cases["m2_l4"]["rounds"][index])
+
+
 def test_engine_frozen_counter_shows(cases, engine, rounds, greedy, monkeypatch):
     """A draft step that stays 0, as in a replayed graph, drafts other tokens, and the guard says so."""
     forward, errors = PrismDraftModel.forward, []
