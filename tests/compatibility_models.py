@@ -117,6 +117,8 @@ _QWEN4 = {
     "split_ngram_parts": 1,
 }
 
+# Two of four layers run twice.
+_LOOP = {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2}
 _INKLING_VISION = {"vision_config.patch_size": 40, "vision_config.num_hidden_layers": 4}
 _DOTS3 = {
     "swa_num_attention_heads": 4,
@@ -187,7 +189,8 @@ SETTINGS: dict[str, dict] = {
     # With 16 heads two keys score the same by chance, and rounding chooses between them, in single steps too.
     "hy_v4_vl": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}, "text_config.index_n_heads": 64},
     "inkling2": {"vision_config.text_hidden_size": 64},
-    "inkling2_loop": {"vision_config.text_hidden_size": 64},
+    "inkling2_loop": {"vision_config.text_hidden_size": 64, **{f"text_config.{name}": value for name, value in _LOOP.items()}},
+    "inkling2_loop_text": _LOOP,
     "inkling_mm_model": {"vision_config.text_hidden_size": 64, **_INKLING_VISION},
     "mistral4": {"qk_nope_head_dim": 8},
     "apertus1p5": {"audio_config.codebook_dim": 64, "audio_config.codebook_size": 16, "vision_config.codebook_size": 64, "image_token_offset": 8, "audio_token_offset": 72},
