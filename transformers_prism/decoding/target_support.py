@@ -237,6 +237,8 @@ def reason_against_training(target) -> str | None:
 
 # Types whose plain decoding goes on at a rotary switch without the text before it, as if its cache had been emptied.
 LOSES_TEXT = ("phi4_multimodal",)
+# Types whose prompt sees its own padding, so that plain decoding gives a padded row another text than the row alone.
+SEES_PADDING = ("paligemma",)
 
 
 def reason_against_switch(switches: list[RotarySwitch], position: int, max_new_tokens: int) -> str | None:

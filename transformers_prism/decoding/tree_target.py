@@ -29,7 +29,14 @@ from .layer_check import input_device
 from .memory import keep_with, kept_with
 from .round_check import is_tried
 from .target_side import TargetSide
-from .target_support import LOSES_TEXT, inputs_of_next_step, layer_windows, reads_whole_text, states_to_ask_for
+from .target_support import (
+    LOSES_TEXT,
+    SEES_PADDING,
+    inputs_of_next_step,
+    layer_windows,
+    reads_whole_text,
+    states_to_ask_for,
+)
 from .transfer import on_device
 from .tree import Tree, ancestor_mask, attention_mask, chain_tree, root_tree, visible_keys, within_window
 from .uneven_prompts import groups_of_like_length, side_by_side
@@ -110,7 +117,8 @@ class TreeTarget(TargetSide):
         is_text = given.keys() <= _OF_TEXT and all(value.shape == input_ids.shape for value in given.values())
         # What others may go on with is read as plain decoding does, and so is what depends on the longest text.
         is_own = is_text and not (self.keeps_finished or self.rotary_switches or stored_length(self.cache))
-        if not (is_own and is_tried(self.target)) or self.generation_config.prefill_chunk_size is not None:
+        is_alike = is_tried(self.target) and self.target.config.model_type not in SEES_PADDING
+        if not (is_own and is_alike) or self.generation_config.prefill_chunk_size is not None:
             return super()._read_prompts(input_ids)
         rows, outputs, caches = [], [], []
         for of_group, start in groups_of_like_length(given.get("attention_mask")):
