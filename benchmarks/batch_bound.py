@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.page import markdown_table
+from benchmarks.tables import markdown_table
 from transformers_prism.bench.generate import ItemResult, bench_generate, make_items
 from transformers_prism.bench.methods import Contest, parse_methods
 from transformers_prism.bench.prompts import choose_prompts, read_prompts

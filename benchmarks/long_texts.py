@@ -26,9 +26,9 @@ import torch
 import typer
 from transformers import DynamicCache
 
-from benchmarks.page import markdown_table
 from benchmarks.plots import plot_windows
 from benchmarks.replay import path_of
+from benchmarks.tables import markdown_table
 from transformers_prism.bench.acceptance import packed_for_cpu, tree_settings
 from transformers_prism.bench.prompts import read_prompts, task_of
 from transformers_prism.bench.record import finished_part, record_head

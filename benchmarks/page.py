@@ -14,7 +14,9 @@ from typing import Annotated
 import typer
 
 from benchmarks import plots
+from benchmarks.batch_bound import rows_of
 from benchmarks.scaling import axis_rows, modules_ratio, modules_text
+from benchmarks.tables import markdown_table
 from transformers_prism.bench.acceptance import acceptance_rows
 from transformers_prism.bench.figures import method_rows, task_rows
 from transformers_prism.bench.record import UNTRAINED, read_record
@@ -22,7 +24,7 @@ from transformers_prism.bench.rounds import profile_rows
 from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
-KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize")
+KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize", "batch_bound", "rivals")
 # Commands of earlier releases that records name.
 _RENAMED = {
     "transformers-prism bench modules --packed": "python -m benchmarks.scaling --modules 1 --modules 8",
@@ -64,6 +66,9 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(folder)
     page.add("# Performance", *_three_figures([record for _, record in records]))
+    for _, record in records:
+        if record["kind"] == "rivals":
+            page.add(*_rivals(record, folder / "what_to_use.md"))
     page.add("## Words", WORDS, _machines([record for _, record in records]))
     generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
     page.add(*_glance([record for _, record in generate]))
@@ -82,13 +87,6 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     page.add("Written by `python -m benchmarks.page`; `docs/performance/measure.sh` makes all files and then the page.")
     write_text(output, "\n\n".join(page.parts) + "\n")
     return [output, *page.pictures]
-
-
-def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
-    """A table, the first column left, the others right."""
-    heading = [name.replace("\n", " ") for name in heading]
-    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def levers(summary: dict) -> list[tuple[str, float]]:
@@ -273,6 +271,37 @@ def _training(record: dict) -> list[str]:
     return [*parts, _command_block(record)]
 
 
+def _batch_bound(record: dict) -> list[str]:
+    settings = record["settings"]
+    return [
+        "## Batches against their bound",
+        f"{settings['num_prompts']} prompts of `{settings['prompts']}`, {settings['max_new_tokens']} new tokens, greedy, over the "
+        "prepared target. The bound is what the trees of these batches would gain if nothing but forwards took time, by their "
+        "measured costs; bound, reached and share leave the prompts' forwards out, whole calls have them; lowest is the batch "
+        "that gains least. Percentages are of the time of our rounds: drafting and verifying beyond their measured costs, and "
+        "what is no forward.",
+        markdown_table(*rows_of(record["batches"])),
+        _command_block(record),
+    ]
+
+
+def _rivals(record: dict, advice: Path) -> list[str]:
+    """What else a user could pick, after the advice that somebody has written next to the pictures."""
+    settings = record["settings"]
+    written = [advice.read_text(encoding="utf-8").strip()] if advice.is_file() else []
+    return [
+        "## What to use when",
+        *written,
+        f"{settings['num_prompts']} prompts of `{settings['prompts']}`, one at a time, {settings['max_new_tokens']} new tokens, "
+        f"greedy, {settings['num_threads']} threads, each program in an environment of its own, one after the other; whole "
+        "calls. Some began fewer prompts before their time was up: a ratio is over the prompts that both answered. Memory is "
+        "the most that the process held. llama.cpp and OpenVINO compute with the file's 4 bits, the others with the same "
+        "weights in float32, so that their answers differ.",
+        markdown_table(record["heading"], record["rows"]),
+        _command_block(record),
+    ]
+
+
 def _synthesize(record: dict) -> list[str]:
     settings = record["settings"]
     return [
@@ -285,7 +314,13 @@ def _synthesize(record: dict) -> list[str]:
     ]
 
 
-_SECTIONS = {"acceptance": _acceptance, "modules": _modules, "training": _training, "synthesize": _synthesize}
+_SECTIONS = {
+    "acceptance": _acceptance,
+    "modules": _modules,
+    "training": _training,
+    "synthesize": _synthesize,
+    "batch_bound": _batch_bound,
+}
 
 
 class _Page:
@@ -434,7 +469,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Of bench generate, acceptance, rounds, scaling, benchmarks.training and benchmarks.synthesize, in order."),
+        typer.Argument(
+            help="Of bench generate, acceptance, rounds, benchmarks.scaling, training, synthesize and rivals.run, in order."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of the same name.")] = Path(
         "docs/performance.md"

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import typer
 
-from benchmarks.page import markdown_table
+from benchmarks.tables import markdown_table
 from transformers_prism import generation
 from transformers_prism.bench.acceptance import packed_for_cpu
 from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of

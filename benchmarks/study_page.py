@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from benchmarks.page import markdown_table
 from benchmarks.study_figures import (
     GROWING,
     at_common_volume,
@@ -16,6 +15,7 @@ from benchmarks.study_figures import (
     tau_after,
     tau_interval,
 )
+from benchmarks.tables import markdown_table
 from transformers_prism.whole_files import write_text
 
 # What the PRISM paper says: the first accepts more than the second.

@@ -11,6 +11,7 @@ from tiny_models import word_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.page import write_page
 from benchmarks.rivals import run, worker
 
 pytestmark = pytest.mark.quick
@@ -114,8 +115,33 @@ def test_a_task_has_the_prompts_of_all_tasks_in_turn(tmp_path, tiny_folders):
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "target").symlink_to(tiny_folders[0])
-    task = run.make_task(prompts, 4, folder, tmp_path / "model.gguf", max_new_tokens=6, seconds=1.0)
+    task, target = run.make_task(prompts, 4, folder, tmp_path / "model.gguf", max_new_tokens=6, seconds=1.0)
+    assert target.config.model_type == "llama"
     assert [one["id"] for one in task["prompts"]] == ["0", "2", "1", "3"]
     assert all(isinstance(token, int) for one in task["prompts"] for token in one["ids"])
-    other = run.make_task(prompts, 4, folder, tmp_path / "model.gguf", max_new_tokens=7, seconds=1.0)
+    other, _ = run.make_task(prompts, 4, folder, tmp_path / "model.gguf", max_new_tokens=7, seconds=1.0)
     assert other["name"] != task["name"]
+
+
+def test_the_page_shows_the_record(tmp_path, tiny_folders, monkeypatch, capsys):
+    """`--json` holds the table; the page shows it after the advice that lies beside its pictures."""
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "results"
+    prompts.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["w30 w31"]}))
+    folder.mkdir()
+    (folder / "target").symlink_to(tiny_folders[0])
+
+    def run_rival(rival, task, folder, environments):
+        record = record_of(rival, 3.0 if rival == "prism" else 6.0, [8, 9, 10, 11, 12, 13])
+        (folder / f"{rival}.json").write_text(json.dumps({**record, "task": task["name"]}))
+
+    monkeypatch.setattr(run, "run_rival", run_rival)
+    settings = {"environments": None, "rival": ["transformers", "prism"], "num_prompts": 1, "max_new_tokens": 6, "seconds": 1.0}
+    settings |= {"threads": 1, "gguf": tmp_path / "model.gguf", "draft": Path(tiny_folders[1]), "openvino": None}
+    settings |= {"vllm_settings": "{}", "vllm_speculative": "{}", "json_file": tmp_path / "rivals.json", "is_installing": False}
+    run.main(prompts, folder, **settings)
+    assert "| prism | 2.0 | 2.00 |" in capsys.readouterr().out
+    (tmp_path / "performance").mkdir()
+    (tmp_path / "performance" / "what_to_use.md").write_text("Use what is fastest.\n")
+    write_page([tmp_path / "rivals.json"], tmp_path / "performance.md")
+    text = (tmp_path / "performance.md").read_text()
+    assert text.index("Use what is fastest.") < text.index("1 prompts of `prompts.jsonl`") < text.index("| prism | 2.0 | 2.00 |")

@@ -5,7 +5,8 @@
     python -m benchmarks.rivals.run spec_bench.jsonl --folder try --num-prompts 1 --max-new-tokens 8 --rival llama.cpp
 
 Nothing else may run on the machine. Each rival writes FOLDER/RIVAL.json after every prompt; what is there is not measured
-again. All answers are greedy. Ratios compare the prompts that both have answered.
+again. All answers are greedy. Ratios compare the prompts that both have answered. `--json` writes the table for
+`benchmarks.page`.
 """
 
 import contextlib
@@ -21,16 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from benchmarks.page import markdown_table
 from benchmarks.rivals.worker import DECODERS
+from benchmarks.tables import markdown_table
 from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
-from transformers_prism.bench.record import hardware
+from transformers_prism.bench.record import write_record
 from transformers_prism.cli.demo import chat_inputs
-from transformers_prism.cli.options import user_errors
+from transformers_prism.cli.options import report_file, user_errors
+from transformers_prism.hub.files import weights_sha256
 from transformers_prism.target import WHEEL_MEMBER, WHEEL_REQUIREMENT, load_target
 from transformers_prism.whole_files import write_json
 
@@ -77,8 +78,8 @@ def gguf_file(folder: Path) -> Path:
     return file
 
 
-def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, **settings) -> dict:
-    """What every rival is told: models, ids of the prompts with the chat template, and how much to decode.
+def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, **settings) -> tuple[dict, PreTrainedModel]:
+    """What every rival is told: models, ids of the prompts with the chat template, and how much to decode; and the target.
 
     Args:
         prompts: in a shape of `docs/data-formats.md`.
@@ -103,7 +104,7 @@ def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, 
     ordered = [group[place] for place in range(longest) for group in members.values() if place < len(group)]
     ends = model.generation_config.eos_token_id
     content = {"prompts": ordered, "max_new_tokens": settings["max_new_tokens"]}
-    return {
+    task = {
         # Results of other prompts or lengths are never joined.
         "name": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12],
         "target": str(target.resolve()),
@@ -112,6 +113,7 @@ def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, 
         **content,
         **settings,
     }
+    return task, model
 
 
 def run_rival(rival: str, task: dict, folder: Path, environments: Path) -> str | None:
@@ -197,14 +199,11 @@ def rows_of(records: list[dict], texts: Callable[[list[int]], str]) -> tuple[lis
     return heading, rows
 
 
-def table(folder: Path) -> str:
-    """The table of all results in a folder, in Markdown."""
-    task = json.loads((folder / "task.json").read_text())
+def results_of(task: dict, folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of all results of a task in a folder."""
     records = [json.loads((folder / f"{name}.json").read_text()) for name in DECODERS if (folder / f"{name}.json").is_file()]
     tokenizer = AutoTokenizer.from_pretrained(task["target"])
-    rows = rows_of([one for one in records if one["task"] == task["name"]], partial(tokenizer.decode, skip_special_tokens=True))
-    text = f"{len(task['prompts'])} prompts, {task['max_new_tokens']} new tokens, greedy, {task['num_threads']} threads, {task['hardware']}."
-    return f"{text}\n\n{markdown_table(*rows)}\n"
+    return rows_of([one for one in records if one["task"] == task["name"]], partial(tokenizer.decode, skip_special_tokens=True))
 
 
 def main(
@@ -221,6 +220,7 @@ def main(
     openvino: Annotated[Path | None, typer.Option(help="folder of the target as OpenVINO has it; the GGUF file if absent")] = None,
     vllm_settings: Annotated[str, typer.Option(help="JSON of further settings of vLLM, as {\"enforce_eager\": true}")] = "{}",
     vllm_speculative: Annotated[str, typer.Option(help="JSON that changes vLLM's settings of vllm-prism")] = "{}",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the table here")] = None,
     is_installing: Annotated[bool, typer.Option("--install", help="make environments that are missing, and end")] = False,
 ) -> None:
     """Measure the rivals and print the table."""
@@ -235,12 +235,16 @@ def main(
         settings = {"max_new_tokens": max_new_tokens, "seconds": seconds, "num_threads": threads, "draft": str(draft.resolve())}
         settings |= {"openvino": str(openvino.resolve()) if openvino else None, "vllm_speculative": json.loads(vllm_speculative)}
         settings["vllm_settings"] = json.loads(vllm_settings)
-        task = {**make_task(prompts, num_prompts, folder, gguf, **settings), "hardware": hardware(torch.device("cpu"))}
+        task, target = make_task(prompts, num_prompts, folder, gguf, **settings)
         for name in rival or DECODERS:
             problem = run_rival(name, task, folder, environments)
             sys.stderr.write(f"{name}: {problem or 'done'}\n")
-        (folder / "table.md").write_text(table(folder))
-        sys.stdout.write(table(folder))
+        heading, rows = results_of(task, folder)
+        sys.stdout.write(markdown_table(heading, rows) + "\n")
+        settings = {"prompts": prompts.name, "num_prompts": num_prompts, "max_new_tokens": max_new_tokens, "num_threads": threads}
+        figures = {"heading": heading, "rows": rows}
+        write_record(json_file, "rivals", target, settings, figures, weights_sha256(draft))
+        report_file(json_file)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ export PYTHONPATH="$PWD/../.."
 draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 methods untrained adversarial
-  unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize)
+  unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize batch_bound
+  rivals)
 
 generate() {
   transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
@@ -82,6 +83,13 @@ measure() {
       transformers-prism bench acceptance --prompts "$prompts" --temperature 0.8 --tree 15/4/4 --no-coupled --json "$step.json" ;;
     training) python -m benchmarks.training --repeat 4 --json "$step.json" ;;
     synthesize) python -m benchmarks.synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
+    batch_bound)
+      python -m benchmarks.batch_bound "$prompts" --batch-size 4 --batch-size 8 --batch-size 16 --batch-size 32 --json "$step.json" ;;
+    rivals)
+      folder=$(realpath ../..)/rivals
+      python -m benchmarks.rivals.run "$prompts" --folder "$folder" --install
+      python -m benchmarks.rivals.run "$prompts" --folder "$folder" --max-new-tokens 48 --seconds 90 \
+        --vllm-settings '{"enforce_eager": true}' --json "$step.json" ;;
     *) echo "expected steps among ${steps[*]}, got $step" >&2; return 1 ;;
   esac
 }
