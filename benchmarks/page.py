@@ -25,6 +25,7 @@ from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
 KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize", "batch_bound", "rivals")
+_ADVICE = Path(__file__).with_name("what_to_use.md")
 # Commands of earlier releases that records name.
 _RENAMED = {
     "transformers-prism bench modules --packed": "python -m benchmarks.scaling --modules 1 --modules 8",
@@ -68,7 +69,7 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     page.add("# Performance", *_three_figures([record for _, record in records]))
     for _, record in records:
         if record["kind"] == "rivals":
-            page.add(*_rivals(record, folder / "what_to_use.md"))
+            page.add(*_rivals(record))
     page.add("## Words", WORDS, _machines([record for _, record in records]))
     generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
     page.add(*_glance([record for _, record in generate]))
@@ -285,13 +286,12 @@ def _batch_bound(record: dict) -> list[str]:
     ]
 
 
-def _rivals(record: dict, advice: Path) -> list[str]:
-    """What else a user could pick, after the advice that somebody has written next to the pictures."""
+def _rivals(record: dict) -> list[str]:
+    """What else a user could pick, after advice that is written by hand: look at it when the figures change."""
     settings = record["settings"]
-    written = [advice.read_text(encoding="utf-8").strip()] if advice.is_file() else []
     return [
         "## What to use when",
-        *written,
+        _ADVICE.read_text(encoding="utf-8").strip(),
         f"{settings['num_prompts']} prompts of `{settings['prompts']}`, one at a time, {settings['max_new_tokens']} new tokens, "
         f"greedy, {settings['num_threads']} threads, each program in an environment of its own, one after the other; whole "
         "calls. Some began fewer prompts before their time was up: a ratio is over the prompts that both answered. Memory is "

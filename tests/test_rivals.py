@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.page import write_page
 from benchmarks.rivals import run, worker
+from transformers_prism.transformers_names import name_of
 
 pytestmark = pytest.mark.quick
 PROMPTS = [{"id": str(index), "task": "qa", "ids": [5, 6, 7 + index]} for index in range(3)]
@@ -116,7 +117,7 @@ def test_a_task_has_the_prompts_of_all_tasks_in_turn(tmp_path, tiny_folders):
     folder.mkdir()
     (folder / "target").symlink_to(tiny_folders[0])
     task, target = run.make_task(prompts, 4, folder, tmp_path / "model.gguf", max_new_tokens=6, seconds=1.0)
-    assert target.config.model_type == "llama"
+    assert name_of(target.config) == "model.gguf"
     assert [one["id"] for one in task["prompts"]] == ["0", "2", "1", "3"]
     assert all(isinstance(token, int) for one in task["prompts"] for token in one["ids"])
     other, _ = run.make_task(prompts, 4, folder, tmp_path / "model.gguf", max_new_tokens=7, seconds=1.0)
@@ -124,7 +125,7 @@ def test_a_task_has_the_prompts_of_all_tasks_in_turn(tmp_path, tiny_folders):
 
 
 def test_the_page_shows_the_record(tmp_path, tiny_folders, monkeypatch, capsys):
-    """`--json` holds the table; the page shows it after the advice that lies beside its pictures."""
+    """`--json` holds the table; the page shows it after the advice."""
     prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "results"
     prompts.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["w30 w31"]}))
     folder.mkdir()
@@ -140,8 +141,6 @@ def test_the_page_shows_the_record(tmp_path, tiny_folders, monkeypatch, capsys):
     settings |= {"vllm_settings": "{}", "vllm_speculative": "{}", "json_file": tmp_path / "rivals.json", "is_installing": False}
     run.main(prompts, folder, **settings)
     assert "| prism | 2.0 | 2.00 |" in capsys.readouterr().out
-    (tmp_path / "performance").mkdir()
-    (tmp_path / "performance" / "what_to_use.md").write_text("Use what is fastest.\n")
     write_page([tmp_path / "rivals.json"], tmp_path / "performance.md")
     text = (tmp_path / "performance.md").read_text()
-    assert text.index("Use what is fastest.") < text.index("1 prompts of `prompts.jsonl`") < text.index("| prism | 2.0 | 2.00 |")
+    assert text.index("make-draft") < text.index("1 prompts of `prompts.jsonl`") < text.index("| prism | 2.0 | 2.00 |")

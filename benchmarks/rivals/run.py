@@ -33,6 +33,7 @@ from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.hub.files import weights_sha256
 from transformers_prism.target import WHEEL_MEMBER, WHEEL_REQUIREMENT, load_target
+from transformers_prism.transformers_names import call
 from transformers_prism.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -95,6 +96,7 @@ def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, 
     if not (target / "config.json").is_file():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+    call(model.config, gguf.name)  # a folder's name says nothing elsewhere
     members: dict[str, list[dict]] = {}
     for record in choose_prompts(read_prompts(prompts), num_prompts):
         ids = chat_inputs(tokenizer, record["turns"][0])["input_ids"][0].tolist()

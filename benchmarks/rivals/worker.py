@@ -224,14 +224,16 @@ _PACKAGES = ("torch", "transformers", "transformers-prism", "economize", "flashs
 
 
 def versions() -> dict[str, str]:
-    """Of the packages of this environment that matter."""
+    """Of the packages of this environment that matter; ours is run from the repository, so that its code's counts."""
     found = {}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    if "transformers-prism" in found:
+        found["transformers-prism"] = getattr(sys.modules.get("transformers_prism"), "__version__", None)
+    return {name: version for name, version in found.items() if version}
 
 
 def peak_memory() -> int:
