@@ -231,9 +231,10 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    if "transformers-prism" in found:
-        found["transformers-prism"] = getattr(sys.modules.get("transformers_prism"), "__version__", None)
-    return {name: version for name, version in found.items() if version}
+    found.pop("transformers-prism", None)
+    if "transformers_prism" in sys.modules:
+        found["transformers-prism"] = sys.modules["transformers_prism"].__version__
+    return found
 
 
 def peak_memory() -> int:
