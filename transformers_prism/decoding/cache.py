@@ -24,6 +24,7 @@ from .transfer import on_device
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 # Positions that a mask is made longer by than is needed at once.
 _MASK_ROOM = 256
+_NO_STATES = torch.empty((0, 0, 0, 0))
 
 
 class TreeLayer(DynamicLayer):
@@ -36,13 +37,12 @@ class TreeLayer(DynamicLayer):
     def __init__(self, **kwargs):
         super().__init__()
         self.length = 0
-        self.key_buffer: torch.Tensor | None = None
-        self.value_buffer: torch.Tensor | None = None
+        self.key_buffer = self.value_buffer = _NO_STATES
 
     @property
     def keys(self) -> torch.Tensor | None:
         """All that is stored, a view; setting it, as the stock layer does, changes nothing."""
-        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length]
+        return self.key_buffer[:, :, : self.length] if self.is_initialized else None
 
     @keys.setter
     def keys(self, states) -> None:
@@ -51,7 +51,7 @@ class TreeLayer(DynamicLayer):
     @property
     def values(self) -> torch.Tensor | None:
         """All that is stored, a view, as `keys`."""
-        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
+        return self.value_buffer[:, :, : self.length] if self.is_initialized else None
 
     @values.setter
     def values(self, states) -> None:
@@ -61,34 +61,28 @@ class TreeLayer(DynamicLayer):
         """Take dtype and device from the first keys and values."""
         super().lazy_initialization(key_states, value_states)
         self.length = 0
-        self.key_buffer = self.value_buffer = None
+        self.key_buffer = self.value_buffer = _NO_STATES
 
-    def reserve(self, key_states, value_states, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buffers for `length` positions; what is stored is copied only when they grow."""
-        capacity = 0 if self.key_buffer is None else self.key_buffer.shape[2]
-        if self.key_buffer is not None and self.value_buffer is not None and length <= capacity:
-            return self.key_buffer, self.value_buffer
+    def reserve(self, key_states, value_states, length: int) -> None:
+        """Make room for `length` positions; what is stored is copied only when the buffer grows."""
+        capacity = self.key_buffer.shape[2]
+        if length <= capacity:
+            return
         capacity = max(length + 64, capacity + capacity // 2)
-        self.key_buffer = self._larger(self.keys, key_states, capacity)
-        self.value_buffer = self._larger(self.values, value_states, capacity)
-        return self.key_buffer, self.value_buffer
-
-    @staticmethod
-    def _larger(stored: torch.Tensor | None, states: torch.Tensor, capacity: int) -> torch.Tensor:
-        """A buffer of so many positions for states `(B, G, N, E)`, with what is stored at its beginning."""
-        buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
-        if stored is not None:
-            buffer[:, :, : stored.shape[2]] = stored
-        return buffer
+        for name, states in (("key_buffer", key_states), ("value_buffer", value_states)):
+            buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
+            if self.length:
+                buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
+            setattr(self, name, buffer)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append keys and values of shape `(B, G, N, E)`; returns views of all that is stored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
-        key_buffer, value_buffer = self.reserve(key_states, value_states, end)
-        key_buffer[:, :, self.length : end] = key_states
-        value_buffer[:, :, self.length : end] = value_states
+        self.reserve(key_states, value_states, end)
+        self.key_buffer[:, :, self.length : end] = key_states
+        self.value_buffer[:, :, self.length : end] = value_states
         self.set_length(end)
         return self.keys, self.values
 
@@ -107,8 +101,6 @@ class TreeLayer(DynamicLayer):
 
     def keep_sequences(self, places: list[int]) -> None:
         """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
-        if self.key_buffer is None or self.value_buffer is None:
-            return
         for to, place in enumerate(places):
             if to != place:
                 self.key_buffer[to, :, : self.length] = self.key_buffer[place, :, : self.length]

@@ -156,17 +156,19 @@ class Sampler:
         """The draws of the next `num_steps` tokens of the active sequences, for the draft to see; None if it shall not."""
         if self.noise is None or not self.is_coupled or num_steps == 0:
             return None
-        noise, steps, rows = self.noise_of_next(self.noise, sequences, num_steps, self.noise.buffer.shape[2])
+        noise, steps, rows = self.noise_of_next(sequences, num_steps, self.noise.buffer.shape[2])
         return Coupling(noise, steps, rows, self.logits_processor)
 
-    def noise_of_next(self, noise: StepNoise, sequences: Sequences, num_steps: int, vocab_size: int):
-        """Draws of each active sequence's next steps, and where in them each one's next step and row are."""
+    def noise_of_next(self, sequences: Sequences, num_steps: int, vocab_size: int):
+        """Noise of each active sequence's next steps, and where in it each one's next step and row are."""
+        assert self.noise is not None, "expected sampling with noise"
         active = sequences.active
         steps = [None if sequences.is_done(index) else sequences.num_new(index) for index in active]
         ends = {index: step + num_steps for index, step in zip(active, steps, strict=True) if step is not None}
-        draws = noise.fill(ends, (self.num_sequences, vocab_size))
-        places = [0 if step is None else step - noise.starts[index] for index, step in zip(active, steps, strict=True)]
-        return draws, on_device(places, self.device), on_device(active, self.device)
+        noise = self.noise.fill(ends, (self.num_sequences, vocab_size))
+        starts = self.noise.starts
+        places = [0 if step is None else step - starts[index] for index, step in zip(active, steps, strict=True)]
+        return noise, on_device(places, self.device), on_device(active, self.device)
 
     def forget_passed_noise(self, sequences: Sequences) -> None:
         """Free the sampling noise of steps that sequences have passed, and of those that have ended."""

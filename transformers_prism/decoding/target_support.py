@@ -7,7 +7,7 @@ the answer leaves out (positions) or adds (inputs that nobody could extend along
 import inspect
 import math
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from transformers import DynamicCache
@@ -188,7 +188,7 @@ def reason_against_layers(cache, num_tokens: int, of_images: Collection[int], ar
     return None
 
 
-def reads_whole_text(inputs: dict | None) -> bool:
+def reads_whole_text(inputs: dict | None) -> TypeGuard[dict]:
     """Whether a step with these inputs reads more than one token."""
     return inputs is not None and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] != 1
 

@@ -144,7 +144,7 @@ class TreeTarget(TargetSide):
             self.committed.close_holes()  # the model asks the cache how long it is
             ids = self.sequences.ids[:, : self.sequences.lengths[0]]
             inputs = inputs_of_next_step(self.target, ids, self._kwargs_so_far())
-            if inputs is not None and reads_whole_text(inputs):
+            if reads_whole_text(inputs):
                 return self._read_anew(inputs)
         num_nodes = tree.num_nodes
         if self.capacity is not None:

@@ -55,9 +55,10 @@ def walk_on_device(sequences: Sequences, sampler: Sampler, tree: Tree, logits, d
         depth (`int`): of the deepest node, or more.
     """
     num_steps, drawn = depth + 1, dict[str, Any]()
-    if sampler.noise is not None and sampler.warpers is not None:
+    if sampler.noise is not None:
+        assert sampler.warpers is not None, "other processors are called on the host"
         names = ("noise", "noise_steps", "noise_rows")
-        noise = sampler.noise_of_next(sampler.noise, sequences, num_steps, logits.shape[-1])
+        noise = sampler.noise_of_next(sequences, num_steps, logits.shape[-1])
         drawn = dict(zip(names, noise, strict=True)) | sampler.warpers
     # As plain decoding does, which chooses from float32.
     logits = logits.float() if logits.dtype == torch.float64 else logits
