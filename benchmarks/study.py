@@ -11,6 +11,7 @@ last checkpoint. The same command started twice shares the runs between two proc
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from benchmarks.known_texts import follow_texts, keep_texts, write_texts
 from benchmarks.study_figures import GROWING, best_rates
 from benchmarks.study_page import write_study_page
 from benchmarks.study_plots import plot_recipes, plot_steps, plot_volumes
@@ -41,14 +43,14 @@ from transformers_prism.bench.record import hardware
 from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.options import user_errors
 from transformers_prism.command_line import command_line
-from transformers_prism.configuration_prism import num_target_layers
+from transformers_prism.configuration_prism import default_target_layer_ids, num_target_layers
 from transformers_prism.hub.files import TRAINING, weights_sha256
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
 from transformers_prism.training.data.conversations import read_parts
 from transformers_prism.training.recipes import BY_RECIPE, TrainConfig
 from transformers_prism.training.train import train
-from transformers_prism.whole_files import write_json
+from transformers_prism.whole_files import name_of_parts, write_json
 
 _COMMAND = "python -m benchmarks.study"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at runs that other processes do
@@ -134,8 +136,9 @@ class StudyConfig:
     )
     sampling_seed: int = HfArg(default=0, help="Set before every answer, so that all drafts speed up the same text.")
     coupled: bool = HfArg(
-        default=True,
-        help="Let drafts see the random numbers of sampling; without, their first guesses alone are judged.",
+        default=False,
+        help="Let drafts see the random numbers of sampling; without, their first guesses alone are judged. With it the target "
+        "decodes with each draft, else its texts are written once and drafts are led along them (known_texts.py).",
     )
     packed: bool = HfArg(default=True, help="Pack weights for the CPU first (prepare_for_cpu) to measure.")
 
@@ -285,6 +288,7 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], target.device)) for one in prompts]
     ways = list(itertools.product(study.trees, study.temperatures))
+    texts = functools.cache(lambda temperature: _texts(study, base, target, questions, temperature))
 
     def missing(run: Run) -> list[tuple[str, float]]:
         return [way for way in ways if _recorded(run, study, *way) is None]
@@ -295,9 +299,10 @@ def run_study(
         draft = _draft_to_measure(run, target, tokenizer)
         with packed_for_cpu(target, draft, study.packed):
             for way in missing(run):
-                answers = decode_prompts(
-                    target, draft, questions, *way, study.max_new_tokens, study.sampling_seed, study.coupled
-                )
+                if study.coupled:
+                    answers = decode_prompts(target, draft, questions, *way, study.max_new_tokens, study.sampling_seed)
+                else:
+                    answers = follow_texts(target, draft, texts(way[1]), way[0])
                 record = {**trained, **_figures(run, study, *way, answers), "hardware": hardware(target.device)}
                 write_json(_path(run, study, *way), record)
                 report(
@@ -311,6 +316,17 @@ def run_study(
     plot_steps(records, folder / "acceptance_by_step.png")
     write_study_page(records, folder, command)
     return records
+
+
+def _texts(study: StudyConfig, base: TrainConfig, target, questions: list[tuple[str, dict]], temperature: float) -> list:
+    """What the target writes at a temperature, with the states that the drafts of all recipes read."""
+    num_layers = num_target_layers(target.config.get_text_config())
+    layer_ids = sorted({*default_target_layer_ids(num_layers), num_layers})
+    how = (temperature, study.max_new_tokens, study.sampling_seed, layer_ids)
+    prompts = name_of_parts([inputs["input_ids"].tolist() for _, inputs in questions])
+    made_of = {"target": base.target, "prompts": prompts, "how": list(how)}
+    path = Path(base.output) / f"texts_t{temperature:g}.pt"
+    return keep_texts(path, made_of, lambda: write_texts(target, questions, *how))
 
 
 def _share_runs(runs: list[Run], missing: Callable, measure: Callable[[Run], None], report: Callable[[str], None]) -> None:

@@ -57,26 +57,33 @@ def decode_prompts(
             were accepted (`num_rounds_by_accepted`), and whether it `ends_in_a_loop`.
     """
     draft.generation_config.update(**tree_settings(tree), tree_coupled=is_coupled)
-    settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    if temperature > 0:
-        settings["temperature"] = temperature
-    answers = []
+    settings, answers = sampling_settings(temperature, max_new_tokens), []
     for task, inputs in questions:
         torch.manual_seed(seed)
         output = target.generate(**inputs, **settings, assistant_model=draft)
         speculation = draft.last_speculation
-        accepted = Counter(itertools.chain(*speculation.accepted_per_round))
-        answers.append(
-            {
-                "task": task,
-                "num_rounds": sum(speculation.num_rounds),
-                "num_committed": sum(speculation.num_committed),
-                "num_rounds_by_accepted": [accepted[count] for count in range(max(accepted, default=-1) + 1)],
-                "ends_in_a_loop": loop_period(output[0, inputs["input_ids"].shape[1] :].tolist()) is not None,
-            }
-        )
+        answer = output[0, inputs["input_ids"].shape[1] :].tolist()
+        answers.append(answer_figures(task, answer, list(itertools.chain(*speculation.accepted_per_round))))
         advance()
     return answers
+
+
+def sampling_settings(temperature: float, max_new_tokens: int) -> dict:
+    """Arguments of generate(); temperature 0 is greedy."""
+    settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    return settings | ({"temperature": temperature} if temperature > 0 else {})
+
+
+def answer_figures(task: str, answer: list[int], accepted: list[int]) -> dict:
+    """What is recorded of an answer, from the drafted tokens that each of its rounds accepted."""
+    counts = Counter(accepted)
+    return {
+        "task": task,
+        "num_rounds": len(accepted),
+        "num_committed": sum(accepted) + len(accepted),
+        "num_rounds_by_accepted": [counts[count] for count in range(max(counts, default=-1) + 1)],
+        "ends_in_a_loop": loop_period(answer) is not None,
+    }
 
 
 def acceptance_figures(answers: list[dict]) -> dict:

@@ -1,0 +1,207 @@
+"""What drafts accept of texts that are known, without a forward of the target in any round.
+
+A draft has no say in what its target writes: the text of a prompt is the same with every draft, sampled text too while the
+random numbers start from the same seed. So the target writes each text once, and its states are computed once. Then a draft
+grows trees along the text, several texts side by side, and a round commits as far as a path of its tree is the text. That
+finds the rounds that decoding would have, in a fraction of its time; `transformers-prism bench acceptance` decodes indeed.
+One thing differs: a tree near the end of a text is as deep as any other of its batch, where decoding caps it at the tokens
+that may still be written. With batches of one it is the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.nn.functional import pad
+
+from transformers_prism.bench.acceptance import answer_figures, sampling_settings, tree_settings
+from transformers_prism.decoding.attention import lent_attention
+from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
+from transformers_prism.decoding.tree import Tree
+from transformers_prism.policy.settings import TreeSettings
+from transformers_prism.whole_files import whole_file
+
+
+@dataclass
+class KnownText:
+    """A prompt and what its target answers.
+
+    Args:
+        task (`str`): of the prompt.
+        prompt (`torch.LongTensor` of shape `(1, T)`): its tokens.
+        answer (`list[int]`): the target's, A tokens.
+        max_new_tokens (`int`): that the answer was allowed.
+        states (`dict`): by layer the target's states `(1, T + A - 1, target_hidden_size)`, of all tokens but the last.
+    """
+
+    task: str
+    prompt: torch.Tensor
+    answer: list[int]
+    max_new_tokens: int
+    states: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+@torch.no_grad()
+def write_texts(
+    target, questions: list[tuple[str, dict]], temperature: float, max_new_tokens: int, seed: int, layer_ids: list[int]
+) -> list[KnownText]:
+    """Let a target answer prompts, one by one, without a draft.
+
+    Args:
+        questions: task and generate()'s inputs of each prompt.
+        temperature (`float`): 0 is greedy.
+        seed (`int`): set before every answer.
+        layer_ids (`list[int]`): of the hidden states that drafts will read.
+    """
+    texts = []
+    for task, inputs in questions:
+        torch.manual_seed(seed)
+        ids = target.generate(**inputs, **sampling_settings(temperature, max_new_tokens))
+        outputs = target(input_ids=ids[:, :-1], output_hidden_states=states_to_ask_for(layer_ids, target.config))
+        states = {layer: hidden_state(outputs, layer, target.config).clone() for layer in layer_ids}
+        length = inputs["input_ids"].shape[1]
+        texts.append(KnownText(task, ids[:, :length], ids[0, length:].tolist(), max_new_tokens, states))
+    return texts
+
+
+def keep_texts(path: Path, made_of: dict, write: Callable[[], list[KnownText]]) -> list[KnownText]:
+    """The texts of a file, or what `write` returns, which then lies there; other processes wait for it.
+
+    Args:
+        made_of (`dict`): what the texts depend on; those of a file that was made of something else are written anew.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            found = torch.load(path, weights_only=True)
+            if found["made_of"] == made_of:
+                return [KnownText(**text) for text in found["texts"]]
+        texts = write()
+        with whole_file(path) as partial:
+            torch.save({"made_of": made_of, "texts": [vars(text) for text in texts]}, partial)
+        return texts
+
+
+@torch.no_grad()
+def follow_texts(target, draft, texts: list[KnownText], tree: str, batch_size: int = 8) -> list[dict]:
+    """What a draft accepts of texts; its tree settings are changed.
+
+    Args:
+        draft (`PrismDraftModel`): bound to the target that wrote the texts.
+        texts (`list[KnownText]`): with the states that the draft reads.
+        tree (`str`): nodes/depth/top-k.
+        batch_size (`int`): texts that are followed side by side.
+    Returns:
+        `list[dict]`: as of [`~transformers_prism.bench.acceptance.decode_prompts`].
+    """
+    draft.generation_config.update(**tree_settings(tree))
+    settings = TreeSettings.resolve(draft.generation_config, num_draft_tokens=draft.config.num_draft_tokens)
+    # Those of like length side by side, since the shorter ones are padded.
+    order = sorted(range(len(texts)), key=lambda index: texts[index].prompt.shape[1])
+    answers: dict[int, dict] = {}
+    with lent_attention(target, draft):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            accepted = _follow(draft, [texts[index] for index in chosen], settings)
+            for index, counts in zip(chosen, accepted, strict=True):
+                text = texts[index]
+                answers[index] = answer_figures(text.task, text.answer, counts)
+    return [answers[index] for index in range(len(texts))]
+
+
+def _follow(draft, texts: list[KnownText], settings: TreeSettings) -> list[list[int]]:
+    """Drafted tokens that each round of each text accepts."""
+    drafter = draft.make_drafter()
+    drafter.use_text_tokens(settings.text_tokens)
+    rows = [_Row(text, draft.config.target_layer_ids) for text in texts]
+    drafter.prefill(*_prompts(rows))
+    active = rows
+    while True:
+        going = [place for place, row in enumerate(active) if row.left]
+        if not going:
+            return [row.accepted for row in rows]
+        if len(going) < len(active):
+            drafter.keep_sequences(going)
+            active = [active[place] for place in going]
+        tree = drafter.grow(settings.clipped(max(row.room for row in active), settings.num_nodes))
+        starts = [row.num_read for row in active]
+        for place, row in enumerate(active):
+            row.accept(_path_length(tree, place, row.left))
+        drafter.prefill(*_rounds(active, starts))
+
+
+class _Row:
+    """How far a text was followed.
+
+    Args:
+        text (`KnownText`): of T tokens in all.
+        layer_ids (`list[int]`): whose states the draft reads.
+    """
+
+    def __init__(self, text: KnownText, layer_ids: list[int]):
+        self.token_ids = [*text.prompt[0].tolist(), *text.answer]
+        self.states = torch.cat([text.states[layer][0] for layer in layer_ids], dim=-1)  # [T - 1, L * target_hidden_size]
+        self.most = text.prompt.shape[1] + text.max_new_tokens
+        self.num_read = text.prompt.shape[1]  # positions that the draft has read; the token behind them is the root
+        self.accepted: list[int] = []
+
+    @property
+    def left(self) -> list[int]:
+        """Tokens behind the root."""
+        return self.token_ids[self.num_read + 1 :]
+
+    @property
+    def room(self) -> int:
+        """Tokens that a tree may be deep: one more is always written."""
+        return self.most - self.num_read - 2
+
+    def accept(self, num_drafted: int) -> None:
+        """Go on behind these drafted tokens, and the target's own where the text goes on."""
+        num_committed = min(num_drafted + 1, len(self.left))
+        self.accepted.append(num_committed - 1)
+        self.num_read += num_committed
+
+
+def _prompts(rows: list[_Row]) -> tuple:
+    """Arguments of `Drafter.prefill` for prompts, the shorter ones padded on the left."""
+    longest = max(row.num_read for row in rows)
+    padding = [longest - row.num_read for row in rows]
+    parts = [
+        (blank, row.token_ids[1 : row.num_read + 1], row.states[: row.num_read])
+        for row, blank in zip(rows, padding, strict=True)
+    ]
+    token_ids = torch.tensor([[0] * blank + tokens for blank, tokens, _ in parts])
+    states = torch.stack([pad(of_row, (0, 0, blank, 0)) for blank, _, of_row in parts])
+    position_ids = (torch.arange(longest)[None] - torch.tensor(padding)[:, None]).clamp(min=0)
+    mask = torch.arange(longest)[None] >= torch.tensor(padding)[:, None]
+    return token_ids, states, position_ids, [longest] * len(rows), mask if any(padding) else None
+
+
+def _rounds(rows: list[_Row], starts: list[int]) -> tuple:
+    """Arguments of `Drafter.prefill` for what a round committed, from these positions on; padded on the right."""
+    num_new = [row.num_read - start for row, start in zip(rows, starts, strict=True)]
+    longest = max(num_new)
+    parts = [
+        (longest - count, row.token_ids[start + 1 : start + 1 + count], row.states[start : start + count])
+        for row, start, count in zip(rows, starts, num_new, strict=True)
+    ]
+    token_ids = torch.tensor([tokens + [0] * blank for blank, tokens, _ in parts])
+    states = torch.stack([pad(of_row, (0, 0, 0, blank)) for blank, _, of_row in parts])
+    return token_ids, states, torch.tensor(starts)[:, None] + torch.arange(longest)[None], num_new
+
+
+def _path_length(tree: Tree, place: int, continuation: list[int]) -> int:
+    """Drafted tokens of a sequence's tree that begin a continuation."""
+    parents, token_ids = tree.parents[place].tolist(), tree.token_ids[place].tolist()
+    children = {(parents[node], token_ids[node]): node for node in range(len(parents) - 1, 0, -1)}
+    node: int | None = 0
+    for length, token in enumerate(continuation):
+        node = children.get((node, token))
+        if node is None:
+            return length
+    return len(continuation)
+
+
+__all__ = ["KnownText", "follow_texts", "keep_texts", "write_texts"]
