@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch.nn.functional import pad
+from transformers import GenerationConfig
 
 from transformers_prism.bench.acceptance import answer_figures, sampling_settings, tree_settings
 from transformers_prism.decoding.attention import lent_attention
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
-from transformers_prism.decoding.tree import Tree
 from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.whole_files import whole_file
 
@@ -34,13 +34,24 @@ class KnownText:
         answer (`list[int]`): the target's, A tokens.
         max_new_tokens (`int`): that the answer was allowed.
         states (`dict`): by layer the target's states `(1, T + A - 1, target_hidden_size)`, of all tokens but the last.
+        probabilities (`list[float]`): that the target gave each token of the answer; [] if it was not asked.
     """
 
     task: str
     prompt: torch.Tensor
     answer: list[int]
     max_new_tokens: int
-    states: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    states: dict[int, torch.Tensor] = field(repr=False)
+    probabilities: list[float] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> torch.LongTensor:
+        """Prompt and answer, `(1, T + A)`."""
+        return torch.cat((self.prompt, torch.tensor([self.answer])), dim=1)
+
+    def states_of(self, layer_ids: list[int]) -> torch.Tensor:
+        """What a draft of these layers reads, `(1, T + A - 1, L * target_hidden_size)`."""
+        return torch.cat([self.states[layer] for layer in layer_ids], dim=-1)
 
 
 @torch.no_grad()
@@ -86,7 +97,7 @@ def keep_texts(path: Path, made_of: dict, write: Callable[[], list[KnownText]]) 
 
 @torch.no_grad()
 def follow_texts(target, draft, texts: list[KnownText], tree: str, batch_size: int = 8) -> list[dict]:
-    """What a draft accepts of texts; its tree settings are changed.
+    """What is recorded of texts that a draft is led along.
 
     Args:
         draft (`PrismDraftModel`): bound to the target that wrote the texts.
@@ -96,23 +107,29 @@ def follow_texts(target, draft, texts: list[KnownText], tree: str, batch_size: i
     Returns:
         `list[dict]`: as of [`~transformers_prism.bench.acceptance.decode_prompts`].
     """
-    draft.generation_config.update(**tree_settings(tree))
-    settings = TreeSettings.resolve(draft.generation_config, num_draft_tokens=draft.config.num_draft_tokens)
     # Those of like length side by side, since the shorter ones are padded.
     order = sorted(range(len(texts)), key=lambda index: texts[index].prompt.shape[1])
     answers: dict[int, dict] = {}
     with lent_attention(target, draft):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            accepted = _follow(draft, [texts[index] for index in chosen], settings)
+            accepted = rounds_of(draft, [texts[index] for index in chosen], tree)
             for index, counts in zip(chosen, accepted, strict=True):
                 text = texts[index]
                 answers[index] = answer_figures(text.task, text.answer, counts)
     return [answers[index] for index in range(len(texts))]
 
 
-def _follow(draft, texts: list[KnownText], settings: TreeSettings) -> list[list[int]]:
-    """Drafted tokens that each round of each text accepts."""
+@torch.no_grad()
+def rounds_of(draft, texts: list[KnownText], tree: str) -> list[list[int]]:
+    """Drafted tokens that each round of each text accepts, the texts side by side.
+
+    Args:
+        draft (`PrismDraftModel`): bound; its other settings of generation count as in decoding.
+        texts (`list[KnownText]`), tree (`str`): see [`follow_texts`].
+    """
+    how = GenerationConfig(**{**draft.generation_config.to_dict(), **tree_settings(tree)})
+    settings = TreeSettings.resolve(how, num_draft_tokens=draft.config.num_draft_tokens)
     drafter = draft.make_drafter()
     drafter.use_text_tokens(settings.text_tokens)
     rows = [_Row(text, draft.config.target_layer_ids) for text in texts]
@@ -125,10 +142,11 @@ def _follow(draft, texts: list[KnownText], settings: TreeSettings) -> list[list[
         if len(going) < len(active):
             drafter.keep_sequences(going)
             active = [active[place] for place in going]
-        tree = drafter.grow(settings.clipped(max(row.room for row in active), settings.num_nodes))
+        grown = drafter.grow(settings.clipped(max(row.room for row in active), settings.num_nodes))
         starts = [row.num_read for row in active]
         for place, row in enumerate(active):
-            row.accept(_path_length(tree, place, row.left))
+            nodes = grown.token_ids[place].tolist(), grown.parents[place].tolist()
+            row.accept(len(path_of(*nodes, row.left)))
         drafter.prefill(*_rounds(active, starts))
 
 
@@ -141,8 +159,8 @@ class _Row:
     """
 
     def __init__(self, text: KnownText, layer_ids: list[int]):
-        self.token_ids = [*text.prompt[0].tolist(), *text.answer]
-        self.states = torch.cat([text.states[layer][0] for layer in layer_ids], dim=-1)  # [T - 1, L * target_hidden_size]
+        self.token_ids = text.token_ids[0].tolist()
+        self.states = text.states_of(layer_ids)[0]  # [T - 1, L * target_hidden_size]
         self.most = text.prompt.shape[1] + text.max_new_tokens
         self.num_read = text.prompt.shape[1]  # positions that the draft has read; the token behind them is the root
         self.accepted: list[int] = []
@@ -192,16 +210,21 @@ def _rounds(rows: list[_Row], starts: list[int]) -> tuple:
     return token_ids, states, torch.tensor(starts)[:, None] + torch.arange(longest)[None], num_new
 
 
-def _path_length(tree: Tree, place: int, continuation: list[int]) -> int:
-    """Drafted tokens of a sequence's tree that begin a continuation."""
-    parents, token_ids = tree.parents[place].tolist(), tree.token_ids[place].tolist()
-    children = {(parents[node], token_ids[node]): node for node in range(len(parents) - 1, 0, -1)}
-    node: int | None = 0
-    for length, token in enumerate(continuation):
-        node = children.get((node, token))
-        if node is None:
-            return length
-    return len(continuation)
+def path_of(token_ids: list[int], parents: list[int], continuation: list[int], root: int = 0) -> list[int]:
+    """Nodes whose tokens are the beginning of a continuation, from below the root down; of twins the first.
+
+    Args:
+        token_ids, parents: of each node; where the root is one of them it is its own parent, else `root` is -1.
+    """
+    nodes = reversed(list(enumerate(zip(parents, token_ids, strict=True))))
+    children = {(parent, token): node for node, (parent, token) in nodes if node != parent}
+    path, node = [], root
+    for token in continuation:
+        if (node, token) not in children:
+            break
+        node = children[node, token]
+        path.append(node)
+    return path
 
 
-__all__ = ["KnownText", "follow_texts", "keep_texts", "write_texts"]
+__all__ = ["KnownText", "follow_texts", "keep_texts", "path_of", "rounds_of", "write_texts"]

@@ -14,7 +14,6 @@ its tokens, and how often the draft's first choice is the target's at each posit
 windows see the same text.
 """
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,17 +25,16 @@ import torch
 import typer
 from transformers import DynamicCache
 
+from benchmarks.known_texts import KnownText, rounds_of
 from benchmarks.plots import plot_windows
-from benchmarks.replay import path_of
 from benchmarks.tables import markdown_table
-from transformers_prism.bench.acceptance import packed_for_cpu, tree_settings
+from transformers_prism.bench.acceptance import packed_for_cpu
 from transformers_prism.bench.prompts import read_prompts, task_of
 from transformers_prism.bench.record import finished_part, record_head
 from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
 from transformers_prism.cli.options import DraftOption, TargetOption, report_file, user_errors
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.decoding.target_support import hidden_state
-from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.target import load_target
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.transformers_names import cache_argument, output_embeddings, takes_logits_to_keep
@@ -85,21 +83,9 @@ def question_about(tokenizer, document: list[int], length: int) -> torch.LongTen
         num_kept -= excess
 
 
-@dataclasses.dataclass
-class Text:
-    """A prompt and the target's answer: `token_ids` `(1, T + 1)`, the states that a draft reads `(1, T, L * D)` and the last
-    state `(1, T, D)` of all but the last token, and how probable each token of the answer was."""
-
-    token_ids: torch.Tensor
-    prompt_length: int
-    states: torch.Tensor
-    last_states: torch.Tensor
-    probabilities: list[float]
-
-
 @torch.no_grad()
-def read_text(target, draft, input_ids: torch.LongTensor, max_new_tokens: int) -> Text:
-    """Decode greedily, step by step, up to the end of the answer, keeping hidden states."""
+def read_text(target, draft, input_ids: torch.LongTensor, max_new_tokens: int) -> KnownText:
+    """Decode greedily, step by step, up to the end of the answer, keeping hidden states: of a long prompt, which is read once."""
     last = num_target_layers(target.config.get_text_config())
     layer_ids = sorted({*draft.config.target_layer_ids, last})
     cache = DynamicCache(config=target.config)
@@ -108,59 +94,39 @@ def read_text(target, draft, input_ids: torch.LongTensor, max_new_tokens: int) -
         options["logits_to_keep"] = 1
     ends = target.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
-    states, last_states, answer, probabilities = [], [], [], []
+    answer, probabilities = list[int](), list[float]()
+    states: dict[int, list[torch.Tensor]] = {layer: [] for layer in layer_ids}
     tokens: Any = input_ids
     for _ in range(max_new_tokens):
         outputs = target(tokens, **options)
-        of_layer = {layer: hidden_state(outputs, layer, target.config) for layer in layer_ids}
-        states.append(torch.cat([of_layer[layer] for layer in draft.config.target_layer_ids], dim=-1))
-        last_states.append(of_layer[last])
+        for layer, of_layer in states.items():
+            of_layer.append(hidden_state(outputs, layer, target.config))
         probability, token = torch.softmax(outputs.logits[:, -1].float(), dim=-1).max(-1)
-        answer.append(token)
+        answer.append(int(token))
         probabilities.append(float(probability))
         tokens = token[:, None]
-        if int(token) in ends:
+        if answer[-1] in ends:
             break
-    token_ids = torch.cat((input_ids, torch.stack(answer, dim=1)), dim=1)
-    return Text(token_ids, input_ids.shape[1], torch.cat(states, 1), torch.cat(last_states, 1), probabilities)
+    joined = {layer: torch.cat(of_layer, dim=1) for layer, of_layer in states.items()}
+    return KnownText("", input_ids, answer, max_new_tokens, joined, probabilities)
 
 
 @torch.no_grad()
-def rounds_of(draft, text: Text, tree: str) -> list[int]:
-    """Tokens that each round of a generate() call with this tree would commit."""
-    settings = TreeSettings(*(tree_settings(tree)[name] for name in ("tree", "tree_top_k", "tree_depth", "tree_num_nodes")))
-    drafter, length = draft.make_drafter(), text.prompt_length
-    answer = text.token_ids[0, length:].tolist()
-    read, end, emitted, committed = 0, length, 1, []
-    while emitted < len(answer):
-        position_ids = torch.arange(read, end)[None]
-        drafter.prefill(text.token_ids[:, read + 1 : end + 1], text.states[:, read:end], position_ids, [end - read])
-        left = len(answer) - emitted
-        tree_of_round = drafter.grow(settings.clipped(left - 1, settings.num_nodes))
-        tokens, parents = (part[0].tolist() for part in (tree_of_round.token_ids, tree_of_round.parents))
-        path = path_of(tokens[1:], [parent - 1 for parent in parents[1:]], answer[emitted:])
-        committed.append(min(1 + len(path), left))
-        emitted += committed[-1]
-        read, end = end, end + committed[-1]
-    return committed
-
-
-@torch.no_grad()
-def target_choices(target, text: Text) -> torch.Tensor:
+def target_choices(target, text: KnownText) -> torch.Tensor:
     """The target's own next token at each position of the prompt but the first, `(1, T - 1)`."""
-    head = output_embeddings(target)
-    parts = text.last_states[:, 1 : text.prompt_length].split(_ROWS_AT_ONCE, dim=1)
+    head, last = output_embeddings(target), num_target_layers(target.config.get_text_config())
+    parts = text.states[last][:, 1 : text.prompt.shape[1]].split(_ROWS_AT_ONCE, dim=1)
     return torch.cat([head(part).argmax(-1) for part in parts], dim=1)
 
 
 @torch.no_grad()
-def first_choices(draft, text: Text, wanted: torch.Tensor, num_steps: int) -> list[list[list[int]]]:
+def first_choices(draft, text: KnownText, wanted: torch.Tensor, num_steps: int) -> list[list[list[int]]]:
     """At positions of the prompt, whether the draft's first choice is the target's, `wanted`: of each draft step, for the
     parts that `_EDGES` ends, hits and positions. The tokens before a position are those of the prompt, accepted or not."""
-    length = text.prompt_length
-    token_ids: Any = text.token_ids[:, 1:length]
-    states = text.states[:, : length - 1]
-    text_rows, found = draft.text_rows(text.token_ids[:, :length]), []
+    length = text.prompt.shape[1]
+    token_ids: Any = text.prompt[:, 1:]
+    states = text.states_of(draft.config.target_layer_ids)[:, : length - 1]
+    text_rows, found = draft.text_rows(text.prompt), []
     part_of = torch.bucketize(torch.arange(1, length), torch.tensor(_EDGES), right=True)
     has_history = history_mask(length - 1, num_steps)
     for step, predictions in enumerate(aligned_forward(draft, token_ids, states, num_steps)):
@@ -169,6 +135,12 @@ def first_choices(draft, text: Text, wanted: torch.Tensor, num_steps: int) -> li
         counts = [torch.bincount(part_of[rows], minlength=len(_EDGES) + 1) for rows in (is_hit, has_history[step])]
         found.append(torch.stack(counts, dim=1)[: len(_EDGES)].tolist())
     return found
+
+
+def _committed(draft, text: KnownText, tree: str) -> list[int]:
+    """Tokens that each round of a text commits."""
+    (accepted,) = rounds_of(draft, [text], tree)
+    return [count + 1 for count in accepted]
 
 
 def _of_windows(draft, windows: list[int], num_positions: int, run: Callable[[], list]) -> dict[str, list]:
@@ -209,15 +181,15 @@ def measure(target, draft, tokenizer, texts: list[list[int]], settings: dict, pa
             if (document, length) in done:
                 continue
             text = read_text(target, draft, question_about(tokenizer, tokens, length), settings["max_new_tokens"])
-            row: dict = {"document": document, "length": length, "num_tokens": text.prompt_length}
+            row: dict = {"document": document, "length": length, "num_tokens": text.prompt.shape[1]}
             row["probability"] = sum(text.probabilities) / len(text.probabilities)
             row["rounds"] = {
-                tree: _of_windows(draft, windows, text.token_ids.shape[1], partial(rounds_of, draft, text, tree))
+                tree: _of_windows(draft, windows, text.token_ids.shape[1], partial(_committed, draft, text, tree))
                 for tree in settings["trees"]
             }
             if length == max(settings["lengths"]):
                 run = partial(first_choices, draft, text, target_choices(target, text), settings["num_steps"])
-                of_windows = _of_windows(draft, windows, text.prompt_length, run)
+                of_windows = _of_windows(draft, windows, text.prompt.shape[1], run)
                 found["positions"].append({"document": document, **of_windows})
             found["rows"].append(row)
             write_json(path, found)

@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 import typer
 
+from benchmarks.known_texts import path_of
 from benchmarks.tables import markdown_table
 from transformers_prism import generation
 from transformers_prism.bench.acceptance import packed_for_cpu
@@ -185,19 +186,6 @@ class _RecordedSequences:
         return [self.new_tokens[0][-1]]
 
 
-def path_of(token_ids: list[int], parents: list[int], continuation: list[int], root: int = -1) -> list[int]:
-    """Nodes whose tokens are the beginning of a continuation, from the root down."""
-    children = {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(parents, token_ids, strict=True))))}
-    path, node = [], root
-    for token in continuation:
-        found = children.get((node, token))
-        if found is None or found == node:
-            break
-        node = found
-        path.append(node)
-    return path
-
-
 def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int, int]:
     """The package's policy over all texts; `draft` is what its experience is kept with.
 
@@ -223,8 +211,8 @@ def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int
             left = len(answer) - emitted
             proposal = policy.propose(drafter, sequences, Limits(left - 1, settings.num_nodes))
             tree, tokens = proposal.tree, proposal.tree.token_ids[0].tolist()
-            path = path_of(tokens[1:], [parent - 1 for parent in tree.parents[0].tolist()[1:]], answer[emitted:])
-            kept = [0, *(node + 1 for node in path)][:left]
+            path = path_of(tokens, tree.parents[0].tolist(), answer[emitted:])
+            kept = [0, *path][:left]
             took = costs.round(tree.num_nodes - 1, proposal.num_steps)
             policy.learn(proposal, [kept], Verified(torch.empty(0), [], [], took))
             sequences.new_tokens[0] = answer[: emitted + len(kept)]
@@ -247,7 +235,7 @@ def _choices(text: dict, position: int, settings: TreeSettings, index: NgramInde
             cells = cells_of_drafted(depths, log_probs)
             candidates = Candidates.drafted(token_ids, parents, depths, log_probs, cells, experience.drafted.chances)
         candidates.add_copy(match, copied, experience.copied.chances)
-        path = path_of(candidates.token_ids, candidates.parents, continuation)
+        path = path_of(candidates.token_ids, candidates.parents, continuation, root=-1)
         ranked = sorted(range(len(candidates.values)), key=candidates.values.__getitem__, reverse=True)
         rank = {node: place for place, node in enumerate(ranked)}
         needed = 0

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import long_texts
+from benchmarks.known_texts import rounds_of
+from transformers_prism.bench.acceptance import tree_settings
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -29,18 +31,13 @@ def test_rounds_of_a_known_text_are_those_of_generate(tree, window):
     target, draft = tiny_pair(sliding_window=window)
     input_ids, _ = prompts(1, length=11)
     text = long_texts.read_text(target, draft, input_ids, 24)
-    draft.generation_config.update(**long_texts.tree_settings(tree))
+    draft.generation_config.update(**tree_settings(tree))
     output = target.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), assistant_model=draft, max_new_tokens=24, do_sample=False
     )
     assert torch.equal(text.token_ids, output)
-    assert len(text.probabilities) == output.shape[1] - 11 == text.states.shape[1] - 10
-    found = long_texts.rounds_of(draft, text, tree)
-    accepted = draft.last_speculation.accepted_per_round[0]
-    assert len(found) == len(accepted)
-    # The last round may be cut at the end of the answer.
-    assert found[:-1] == [count + 1 for count in accepted][:-1]
-    assert sum(found) == sum(draft.last_speculation.num_committed)
+    assert len(text.probabilities) == output.shape[1] - 11 == text.states_of(draft.config.target_layer_ids).shape[1] - 10
+    assert rounds_of(draft, [text], tree) == draft.last_speculation.accepted_per_round
 
 
 def test_first_choices_are_counted_by_position():
@@ -54,7 +51,7 @@ def test_first_choices_are_counted_by_position():
     hits = [0, 0]
     with torch.no_grad():
         logits = target(input_ids).logits.argmax(-1)
-        chosen, _ = draft.propose(draft(input_ids[:, 1:], text.states[:, :149]).last_hidden_state, 1)
+        chosen, _ = draft.propose(draft(input_ids[:, 1:], text.states_of(draft.config.target_layer_ids)[:, :149]).last_hidden_state, 1)
     for position in range(1, 150):
         hits[position >= 128] += int(chosen[0, position - 1, 0] == logits[0, position])
     assert [hit for hit, _ in found[0]][:2] == hits
