@@ -45,7 +45,7 @@ class KnownText:
     probabilities: list[float] = field(default_factory=list)
 
     @property
-    def token_ids(self) -> torch.LongTensor:
+    def token_ids(self) -> torch.Tensor:
         """Prompt and answer, `(1, T + A)`."""
         return torch.cat((self.prompt, torch.tensor([self.answer])), dim=1)
 
