@@ -19,6 +19,7 @@ one expands a node that the larger one did not, that node has no children here.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -121,6 +122,13 @@ class Costs:
         """Of a round that verifies this many drafted nodes after this many draft steps."""
         drafted = num_steps * self.forwards.step_seconds + (self.overhead if num_nodes else 0.0)
         return self.forwards.verify(1 + num_nodes) + drafted
+
+
+def read_costs(path: Path) -> Costs:
+    """Those that `costs` wrote."""
+    content = json.loads(path.read_text())
+    overhead = content.pop("overhead_seconds", 0.0)
+    return Costs(_FixedCosts(**content), overhead)
 
 
 class _RecordedDrafter:
@@ -336,16 +344,12 @@ def compare_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Go through the recorded texts in every way and print the table."""
-    import json
-
     with user_errors():
-        content = json.loads(costs.read_text())
-        overhead = content.pop("overhead_seconds", 0.0)
-        found = compare(torch.load(rounds, weights_only=True), Costs(_FixedCosts(**content), overhead))
+        found = compare(torch.load(rounds, weights_only=True), read_costs(costs))
         rows = [[name, f"{one['seconds']:.2f}", f"{one['over_plain']:.3f}", f"{one['over_auto']:.3f}"] for name, one in found.items()]
         typer.echo(markdown_table(["way", "seconds", "over plain", "over auto"], rows))
         if json_file is not None:
-            write_json(json_file, {"costs": {**content, "overhead_seconds": overhead}, "ways": found})
+            write_json(json_file, {"costs": json.loads(costs.read_text()), "ways": found})
         report_file(json_file)
 
 
