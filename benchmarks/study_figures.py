@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from transformers_prism.decoding.speculation import acceptance_length
 
+# Records of one side of a comparison, one per seed; a value and the ends of its interval.
+Sides = tuple[list[dict], ...]
+Interval = tuple[float, float, float]
 # Recipes whose growth with the data is told.
 GROWING = ("eagle2", "hass", "eagle3", "stacked2", "prism-m2")
 _NUM_RESAMPLES = 1000
@@ -42,58 +45,59 @@ def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
     return _bootstrap(draw, seed)
 
 
-def ratio_interval(records: list[dict], others: list[dict], *, seed: int = 0) -> tuple[float, float, float]:
-    """tau of some records over that of others, and its 95 % interval by paired bootstrap.
+def ratio_interval(*ways: Sides, seed: int = 0) -> Interval:
+    """tau of some records over that of others, and its 95 % interval by paired bootstrap; the geometric mean over ways of
+    decoding.
 
-    Seeds are drawn again, and prompts, the same ones for both sides, since what a prompt accepts with one draft says much
-    about what it accepts with another.
-
-    Args:
-        records, others (`list[dict]`): of the same seeds, tree, temperature and prompts.
-        seed (`int`): of the draws.
-    """
-    pairs = list(zip(_by_seed(records), _by_seed(others), strict=True))
-
-    def draw(generator: random.Random) -> float:
-        taus: tuple[list[float], list[float]] = ([], [])
-        for pair in generator.choices(pairs, k=len(pairs)):
-            places = generator.choices(range(len(pair[0]["answers"])), k=len(pair[0]["answers"]))
-            for found, record in zip(taus, pair, strict=True):
-                found.append(_tau([record["answers"][place] for place in places]))
-        return sum(taus[0]) / sum(taus[1])
-
-    return pooled_tau(records) / pooled_tau(others), *_bootstrap(draw, seed)
-
-
-def growth_interval(
-    large: list[dict], small: list[dict], other_large: list[dict], other_small: list[dict], *, seed: int = 0
-) -> tuple[float, float, float]:
-    """The factor by which more data raises a recipe's tau, over that of another recipe, and its 95 % interval.
+    Seeds are drawn again, and prompts, the same ones for all sides and ways, since what a prompt accepts with one draft says
+    much about what it accepts with another.
 
     Args:
-        large, small (`list[dict]`): of the recipe with the larger and the smaller volume, of the same seeds and prompts.
-        other_large, other_small (`list[dict]`): of the other recipe, the same seeds and prompts.
+        ways: of each tree and temperature some records and others, of the same seeds and prompts.
         seed (`int`): of the draws.
     """
-    sides = list(zip(*map(_by_seed, (large, small, other_large, other_small)), strict=True))
+    return _interval_of_products(ways, (1, -1), seed)
+
+
+def growth_interval(*ways: Sides, seed: int = 0) -> Interval:
+    """The factor by which more data raises a recipe's tau, over that of another recipe, and its 95 % interval; the
+    geometric mean over ways of decoding.
+
+    Args:
+        ways: of each tree and temperature records of the recipe with the larger and with the smaller volume, and of the other
+            recipe with the larger and with the smaller one, all of the same seeds and prompts.
+        seed (`int`): of the draws.
+    """
+    return _interval_of_products(ways, (1, -1, -1, 1), seed)
+
+
+def _interval_of_products(ways: tuple[Sides, ...], powers: tuple[int, ...], seed: int) -> Interval:
+    """Of taus of sides, each to its power."""
+    sorted_ways = [[_by_seed(side) for side in way] for way in ways]
+    num_seeds, num_prompts = len(sorted_ways[0][0]), len(sorted_ways[0][0][0]["answers"])
+
+    def product(taus: list[list[float]]) -> float:
+        logs = [power * math.log(tau) for of_way in taus for power, tau in zip(powers, of_way, strict=True)]
+        return math.exp(sum(logs) / len(taus))
 
     def draw(generator: random.Random) -> float:
-        taus: list[list[float]] = [[], [], [], []]
-        for side in generator.choices(sides, k=len(sides)):
-            places = generator.choices(range(len(side[0]["answers"])), k=len(side[0]["answers"]))
-            for found, record in zip(taus, side, strict=True):
-                found.append(_tau([record["answers"][place] for place in places]))
-        return growth(*map(sum, taus))
+        drawn = [
+            (number, generator.choices(range(num_prompts), k=num_prompts))
+            for number in generator.choices(range(num_seeds), k=num_seeds)
+        ]
+        return product(
+            [
+                [sum(_tau([side[number]["answers"][place] for place in places]) for number, places in drawn) for side in way]
+                for way in sorted_ways
+            ]
+        )
 
-    def growth(large, small, other_large, other_small) -> float:
-        return large / small / (other_large / other_small)
-
-    return growth(*map(pooled_tau, (large, small, other_large, other_small))), *_bootstrap(draw, seed)
+    return product([[pooled_tau(side) for side in way] for way in sorted_ways]), *_bootstrap(draw, seed)
 
 
 def of_common_seeds(*sides: list[dict]) -> list[list[dict]]:
     """Those records of each side whose seed all other sides have, too."""
-    seeds = set.intersection(*({record["seed"] for record in side} for side in sides))
+    seeds = set.intersection(*({record["seed"] for record in side} for side in sides)) if sides else set()
     return [[record for record in side if record["seed"] in seeds] for side in sides]
 
 

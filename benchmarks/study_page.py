@@ -51,54 +51,57 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
 
 
 def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
-    """The paper's claims in a sentence each: by how much, how sure."""
+    """The paper's claims in a line each: whether they hold, by how much, how sure."""
     lines = []
     for better, worse in PAPER_CLAIMS:
-        found = _ratios(chosen, better, worse)
-        if found:
-            lines.append(f"- {better} accepts more than {worse}: {_told(found)}")
+        ways = list(_ways(chosen, better, worse).values())
+        if ways:
+            lines.append(f"- prism-m2 accepts more than {worse}: {_told(*ratio_interval(*ways))}")
     for other in GROWING:
-        found = _growths(records, "prism-m2", other)
-        if found:
-            lines.append(f"- prism-m2 gains more from data than {other}: {_told(found)}")
+        ways, volumes = _growing_ways(records, "prism-m2", other)
+        if ways:
+            told = _told(*growth_interval(*ways))
+            lines.append(f"- prism-m2 gains more from {volumes[0]} instead of {volumes[1]} tokens than {other}: {told}")
     volume = chosen[0]["num_data_tokens"]
-    head = f"What the paper claims, at equal tokens ({volume} of data), as ratios of tau with their 95 % intervals:"
+    head = (
+        f"What the paper claims, at equal tokens; acceptance with {volume} tokens of data. Figures are ratios of tau, all trees "
+        "and temperatures together, with intervals of 95 %; the tables below have each by itself."
+    )
     return [head, "\n".join(lines)] if lines else []
 
 
-def _told(found: list[tuple]) -> str:
-    return "; ".join(
-        f"**{verdict(low, high)}** at T = {temperature:g} with tree {tree} ({ratio:.3f}, {low:.3f} to {high:.3f})"
-        for tree, temperature, _, ratio, low, high in found
-    )
+def _told(ratio: float, low: float, high: float) -> str:
+    return f"**{verdict(low, high)}**, {ratio:.3f} times ({low:.3f} to {high:.3f})"
 
 
-def _ratios(chosen: list[dict], better: str, worse: str) -> list[tuple]:
-    """Of each way of decoding: tree, temperature, seeds, ratio of tau and its interval."""
-    found = []
-    for (tree, temperature), members in grouped(chosen, "tree", "temperature").items():
+def _ways(chosen: list[dict], better: str, worse: str) -> dict[tuple, tuple]:
+    """Of each tree and temperature the records of two recipes, of the seeds that both have."""
+    found = {}
+    for way, members in grouped(chosen, "tree", "temperature").items():
         sides = of_common_seeds(*([one for one in members if one["recipe"] == name] for name in (better, worse)))
         if sides[0]:
-            found.append((tree, temperature, len(sides[0]), *ratio_interval(*sides)))
+            found[way] = tuple(sides)
     return found
 
 
-def _growths(records: list[dict], recipe: str, other: str) -> list[tuple]:
-    """As [`_ratios`], of how often tau multiplies from the second largest volume that both were trained with to the largest."""
-    if recipe == other:
-        return []
-    found = []
-    for (tree, temperature), members in grouped(records, "tree", "temperature").items():
-        both = [[one for one in members if one["recipe"] == name] for name in (recipe, other)]
-        volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)))
-        if len(volumes) < 2:
-            continue
-        sides = of_common_seeds(
-            *([one for one in side if one["num_data_tokens"] == volume] for side in both for volume in volumes[:-3:-1])
-        )
-        if sides[0]:
-            found.append((tree, temperature, len(sides[0]), *growth_interval(*sides)))
-    return found
+def _growing_ways(records: list[dict], recipe: str, other: str) -> tuple[list[tuple], list[int]]:
+    """Of each tree and temperature the records of two recipes with the largest and the second largest volume that both were
+    trained with; and these volumes."""
+    both = [[one for one in records if one["recipe"] == name] for name in (recipe, other)]
+    volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)))[:-3:-1]
+    if recipe == other or len(volumes) < 2:
+        return [], []
+    ways = []
+    for members in grouped(records, "tree", "temperature").values():
+        sides = [
+            [one for one in members if (one["recipe"], one["num_data_tokens"]) == (name, volume)]
+            for name in (recipe, other)
+            for volume in volumes
+        ]
+        of_both = of_common_seeds(*sides)
+        if of_both[0]:
+            ways.append(tuple(of_both))
+    return ways, volumes
 
 
 def _terms(records: list[dict], command: str) -> list[str]:
@@ -148,8 +151,14 @@ def _ordering(chosen: list[dict]) -> list[str]:
     ]
     claims = []
     for better, worse in CLAIMS:
-        for tree, temperature, num_seeds, ratio, low, high in _ratios(chosen, better, worse):
-            row = [f"{better} over {worse}", tree, f"{temperature:g}", str(num_seeds), f"{ratio:.3f}"]
+        ways = _ways(chosen, better, worse)
+        rows_of_claim = {way: (sides,) for way, sides in ways.items()}
+        if len(ways) > 1:
+            rows_of_claim = {("all", "all"): tuple(ways.values()), **rows_of_claim}
+        for (tree, temperature), sides in rows_of_claim.items():
+            ratio, low, high = ratio_interval(*sides)
+            told = temperature if temperature == "all" else f"{temperature:g}"
+            row = [f"{better} over {worse}", tree, told, str(len(sides[0][0])), f"{ratio:.3f}"]
             claims.append([*row, f"{low:.3f} to {high:.3f}", verdict(low, high)])
     parts = [
         f"## With {chosen[0]['num_data_tokens']} tokens of data",
@@ -176,8 +185,24 @@ def _steps(chosen: list[dict]) -> list[str]:
         "## Acceptance by draft step",
         "Share of the rounds in which a token of a draft step was accepted, among those that accepted one of the step before.",
         markdown_table(heading, rows),
+        *_step_ratios(chosen),
         "![acceptance by draft step](acceptance_by_step.png)",
     ]
+
+
+def _step_ratios(chosen: list[dict]) -> list[str]:
+    """Conditional acceptance of prism-m2 over that of others, step by step, all ways of decoding and seeds together."""
+    shares = {recipe: conditional_acceptance(found) for (recipe,), found in grouped(chosen, "recipe").items()}
+    pairs = [(better, worse) for better, worse in PAPER_CLAIMS if better in shares and worse in shares]
+    rows = [
+        [f"{better} over {worse}", *(f"{own / other:.3f}" for own, other in zip(shares[better], shares[worse], strict=False))]
+        for better, worse in pairs
+    ]
+    if not rows:
+        return []
+    width = max(map(len, rows))
+    heading = ["", *(f"step {step}" for step in range(1, width))]
+    return ["All ways of decoding together, as ratios:", markdown_table(heading, [[*row, *[""] * (width - len(row))] for row in rows])]
 
 
 def _growth(records: list[dict]) -> list[str]:
@@ -193,7 +218,7 @@ def _growth(records: list[dict]) -> list[str]:
             found = by_volume.get(volume, [])
             cells.append(_with_interval(pooled_tau(found), *tau_interval(found)) if found else "")
         last, before = of_common_seeds(*(by_volume.get(volume, []) for volume in volumes[:-3:-1]))
-        cells.append(_with_interval(*ratio_interval(last, before)) if last else "")
+        cells.append(_with_interval(*ratio_interval((last, before))) if last else "")
         rows.append([recipe, tree, f"{temperature:g}", *cells])
     heading = [
         "recipe",

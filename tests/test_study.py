@@ -24,7 +24,7 @@ from benchmarks.study_figures import (
     tau_after,
     tau_interval,
 )
-from benchmarks.study_page import CLAIMS, verdict
+from benchmarks.study_page import CLAIMS, PAPER_CLAIMS, verdict
 from transformers_prism import PrismDraftModel
 from transformers_prism.bench.acceptance import tree_settings
 from transformers_prism.hub.files import weights_sha256
@@ -103,7 +103,9 @@ def test_study_trains_and_measures_all_recipes(folder):
     for record in records:
         assert f"| {record['recipe']} | {record['tree']} | {record['temperature']:g} | {record['tau']:.3f} |" in page
         assert sum(record["answers"][0]["num_rounds_by_accepted"]) == record["answers"][0]["num_rounds"]
-    assert all(page.count(f"| {better} over {worse} |") == 4 for better, worse in CLAIMS)
+    # Of each way of decoding, of all together, and of a claim of the paper its steps.
+    assert all(page.count(f"| {one[0]} over {one[1]} |") == 5 + (one in PAPER_CLAIMS) for one in CLAIMS)
+    assert all(page.count(f"- prism-m2 accepts more than {worse}: **") == 1 for _, worse in PAPER_CLAIMS)
     assert "--trees 7/3/3 2/2/1" in page
     assert str(folder) not in page
 
@@ -279,7 +281,7 @@ def test_study_claims_are_judged_by_pairs_of_prompts():
         return {"seed": seed, "tau": tau, "answers": answers}
 
     better, worse = ([record(seed, factor) for seed in (0, 1)] for factor in (1.25, 1.0))
-    ratio, low, high = ratio_interval(better, worse)
+    ratio, low, high = ratio_interval((better, worse))
     assert ratio == pytest.approx(1.25)
     assert low == pytest.approx(1.25)
     assert high == pytest.approx(1.25)
@@ -296,8 +298,10 @@ def test_study_growth_is_judged_by_pairs():
         tau = sum(one["num_committed"] for one in answers) / sum(one["num_rounds"] for one in answers)
         return [{"seed": 0, "tau": tau, "answers": answers}]
 
-    found = growth_interval(records(4), records(2), records(3), records(2))
-    assert found == pytest.approx((4 / 3, 4 / 3, 4 / 3))
+    way = (records(4), records(2), records(3), records(2))
+    assert growth_interval(way) == pytest.approx((4 / 3, 4 / 3, 4 / 3))
+    # With a way in which both gain alike, the geometric mean.
+    assert growth_interval(way, (records(2), records(1)) * 2) == pytest.approx([(4 / 3) ** 0.5] * 3)
 
 
 @pytest.mark.quick
