@@ -152,7 +152,7 @@ def _ordering(chosen: list[dict]) -> list[str]:
     claims = []
     for better, worse in CLAIMS:
         ways = _ways(chosen, better, worse)
-        rows_of_claim = {way: (sides,) for way, sides in ways.items()}
+        rows_of_claim: dict[tuple, tuple] = {way: (sides,) for way, sides in ways.items()}
         if len(ways) > 1:
             rows_of_claim = {("all", "all"): tuple(ways.values()), **rows_of_claim}
         for (tree, temperature), sides in rows_of_claim.items():
