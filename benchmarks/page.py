@@ -13,8 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import plots
-from benchmarks.batch_bound import rows_of
+from benchmarks import batch_bound, plots, replay
 from benchmarks.scaling import axis_rows, modules_ratio, modules_text
 from benchmarks.tables import markdown_table
 from transformers_prism.bench.acceptance import acceptance_rows
@@ -24,7 +23,7 @@ from transformers_prism.bench.rounds import profile_rows
 from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
-KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize", "batch_bound", "rivals")
+KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize", "batch_bound", "replay", "rivals")
 _ADVICE = Path(__file__).with_name("what_to_use.md")
 # Commands of earlier releases that records name.
 _RENAMED = {
@@ -281,7 +280,26 @@ def _batch_bound(record: dict) -> list[str]:
         "measured costs; bound, reached and share leave the prompts' forwards out, whole calls have them; lowest is the batch "
         "that gains least. Percentages are of the time of our rounds: drafting and verifying beyond their measured costs, and "
         "what is no forward.",
-        markdown_table(*rows_of(record["batches"])),
+        markdown_table(*batch_bound.rows_of(record["batches"])),
+        _command_block(record),
+    ]
+
+
+def _replay(record: dict) -> list[str]:
+    settings = record["settings"]
+    ways = record["ways"]
+    won = ways["network"]["over_auto"] / ways["table"]["over_auto"] - 1
+    return [
+        "## Automatic trees against the best choice",
+        f"{settings['num_prompts']} prompts of `{settings['prompts']}`, {settings['max_new_tokens']} new tokens, greedy: at each "
+        "position the largest tree that the draft would draw was recorded, and the same texts were then gone through in several "
+        "ways at the same measured costs. **auto** is the package's policy, as it learns from its first round on, and with what it "
+        "has learned after them. **table** takes the chances of nodes from other texts and chooses draft steps after all were seen. "
+        "**network** does so with chances of a network that knows more of each node: ranks, entropy, ancestors, what the n-gram "
+        "copy says, how the draft did lately. **best sizes** and **best nodes** know what the target will say, which no policy can.",
+        markdown_table(*replay.rows_of(ways)),
+        f"So better chances of nodes win {100 * won:.1f} %, and learning sooner at most "
+        f"{100 * (ways['table']['over_auto'] - 1):.1f} %. What is left to the best nodes is what the draft does not know.",
         _command_block(record),
     ]
 
@@ -320,6 +338,7 @@ _SECTIONS = {
     "training": _training,
     "synthesize": _synthesize,
     "batch_bound": _batch_bound,
+    "replay": _replay,
 }
 
 

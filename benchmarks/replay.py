@@ -10,12 +10,14 @@ tree that the draft would draw there. `compare` then goes through the same texts
     plain           steps without a draft
     auto            the package's own policy, as it learns from call to call
     auto, learned   the same once more, with what it learned the first time
+    table           as auto, but the chances of nodes were learned from other texts, and draft steps chosen after all were seen
+    network         the same, with chances from a network that knows more of a node (`replay_chances.py`)
     best sizes      draft steps and nodes chosen in hindsight in each round; which nodes, the policy's estimates say
     best nodes      nodes chosen in hindsight: only those that are accepted, and only as many as pay
 
-The last two are found exactly, by dynamic programming over each text. What a better choice of sizes could win is the third
-ratio, what better estimates of single nodes could win at the very most is the last. Where a smaller tree than the recorded
-one expands a node that the larger one did not, that node has no children here.
+The last two are found exactly, by dynamic programming over each text. They know what the target will say, which no policy can:
+what a policy can win by guessing better is what the network wins over the table. Where a smaller tree than the recorded one
+expands a node that the larger one did not, that node has no children here.
 """
 
 import dataclasses
@@ -29,14 +31,17 @@ import torch
 import typer
 
 from benchmarks.known_texts import path_of
+from benchmarks.replay_chances import compare_chances
 from benchmarks.tables import markdown_table
 from transformers_prism import generation
 from transformers_prism.bench.acceptance import packed_for_cpu
 from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_of
+from transformers_prism.bench.record import record_head
 from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
 from transformers_prism.cli.options import DraftOption, TargetOption, report_file, user_errors
 from transformers_prism.decoding.round_values import Limits, Proposal, Verified
 from transformers_prism.decoding.tree import CandidatePool
+from transformers_prism.hub.files import weights_sha256
 from transformers_prism.policy import automatic
 from transformers_prism.policy.candidates import Candidates
 from transformers_prism.policy.costs import RoundCosts
@@ -276,7 +281,7 @@ def best_seconds(text: dict, settings: TreeSettings, costs: Costs, experience: E
 
 
 def compare(recorded: dict, costs: Costs) -> dict[str, dict]:
-    """Of each way its seconds, tokens per second over plain steps, and what it gains over auto."""
+    """Of each way its seconds, tau where rounds were made, tokens per second over plain steps, and what it gains over auto."""
     draft: Any = torch.nn.Module()
     draft.device = torch.device("cpu")
     settings = TreeSettings(**recorded["settings"])
@@ -286,6 +291,7 @@ def compare(recorded: dict, costs: Costs) -> dict[str, dict]:
         seconds, num_rounds, num_committed = replay_auto(recorded, costs, draft)
         assert num_committed == num_tokens
         found[name] = {"seconds": seconds, "tau": num_tokens / num_rounds}
+    found |= compare_chances(recorded, costs.round)
     experience = automatic.experience_of(draft, False)
     best = [best_seconds(text, settings, costs, experience) for text in recorded["texts"]]
     for way, name in enumerate(("best sizes", "best nodes")):
@@ -294,6 +300,16 @@ def compare(recorded: dict, costs: Costs) -> dict[str, dict]:
         one["over_plain"] = found["plain"]["seconds"] / one["seconds"]
         one["over_auto"] = found["auto"]["seconds"] / one["seconds"]
     return found
+
+
+def rows_of(ways: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a table of what [`compare`] found."""
+    heading = ["way", "seconds", "tau", "over plain", "over auto"]
+    rows = []
+    for name, one in ways.items():
+        tau = f"{one['tau']:.2f}" if "tau" in one else ""
+        rows.append([name, f"{one['seconds']:.1f}", tau, f"{one['over_plain']:.3f}", f"{one['over_auto']:.3f}"])
+    return heading, rows
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Replay recorded rounds with other choices of trees.")
@@ -315,7 +331,10 @@ def record_command(
         chosen = choose_prompts(read_prompts(prompts), num_prompts)
         inputs = [chat_inputs(tokenizer, one["turns"][0]) for one in chosen]
         with packed_for_cpu(model, loaded, True):
-            torch.save(record(model, loaded, chosen, inputs, max_new_tokens), output)
+            recorded = record(model, loaded, chosen, inputs, max_new_tokens)
+        settings = {"prompts": prompts.name, "num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
+        head = record_head("replay", model, settings, weights_sha256(draft or SHIPPED_DRAFT))
+        torch.save({**recorded, "head": head}, output)
         report_file(output)
 
 
@@ -345,11 +364,11 @@ def compare_command(
 ) -> None:
     """Go through the recorded texts in every way and print the table."""
     with user_errors():
-        found = compare(torch.load(rounds, weights_only=True), read_costs(costs))
-        rows = [[name, f"{one['seconds']:.2f}", f"{one['over_plain']:.3f}", f"{one['over_auto']:.3f}"] for name, one in found.items()]
-        typer.echo(markdown_table(["way", "seconds", "over plain", "over auto"], rows))
+        recorded = torch.load(rounds, weights_only=True)
+        found = compare(recorded, read_costs(costs))
+        typer.echo(markdown_table(*rows_of(found)))
         if json_file is not None:
-            write_json(json_file, {"costs": json.loads(costs.read_text()), "ways": found})
+            write_json(json_file, {**recorded["head"], "costs": json.loads(costs.read_text()), "ways": found})
         report_file(json_file)
 
 

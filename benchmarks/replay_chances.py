@@ -1,33 +1,24 @@
 """What a better guess of which nodes are accepted could win: a network that knows more of a node, against the policy's table.
 
-    python -m benchmarks.replay_chances rounds.pt costs.json --json chances.json
-
 The automatic policy takes a node's chance from a table by depth and by the draft's cumulative probability. Here a small
 network sees, besides: the probabilities of the token and of its ancestors, rank, entropy among the draft's best tokens, the lead
 over the next one, whether the text copied from says the same and how long the match is, whether the token stood in the text, and
 how often the draft was right lately. Both are fitted on other texts than those they are judged on. Then both choose draft
 steps and nodes of each recorded round, with the same rule and the same costs; the steps are chosen after all were seen, which
-helps both. Files are those of `python -m benchmarks.replay record` and `costs`.
+helps both.
 """
 
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from torch import nn
 
 from benchmarks.known_texts import path_of
-from benchmarks.replay import Costs, read_costs
-from benchmarks.tables import markdown_table
-from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.policy.experience import EDGES, MAX_COPIED, cells_of_drafted
 from transformers_prism.policy.ngrams import MAX_MATCH, NgramIndex
-from transformers_prism.whole_files import write_json
 
 _NUM_FOLDS = 4
 _NUM_EPOCHS, _MIN_UPDATES, _BATCH, _RATE, _WIDTH = 3, 200, 8192, 6e-3, 32
@@ -210,10 +201,8 @@ def choose(nodes: Nodes, chances: np.ndarray, rate: float, costs: list[list[floa
     return seconds, int(nodes.accepted[chosen].sum()) + 1
 
 
-def replay_chances(texts: list[list[Nodes]], chances: list[list[np.ndarray]], costs: Costs, settings: dict) -> dict:
-    """Seconds, rounds and tokens of all texts, at the rate that comes out."""
-    sizes = range(settings["num_nodes"] + 1)
-    by_size = [[costs.round(size, steps) for size in sizes] for steps in range(settings["depth"] + 1)]
+def replay_chances(texts: list[list[Nodes]], chances: list[list[np.ndarray]], by_size: list[list[float]]) -> dict:
+    """Seconds and tau of all texts, at the rate that comes out; `by_size` are the costs of [`choose`]."""
     rate, found = 1.0 / by_size[0][0], {}
     for _ in range(3):
         seconds, num_rounds, num_tokens = 0.0, 0, 0
@@ -225,49 +214,31 @@ def replay_chances(texts: list[list[Nodes]], chances: list[list[np.ndarray]], co
                 seconds, num_rounds, num_tokens = seconds + took, num_rounds + 1, num_tokens + committed
                 position += committed
         rate = num_tokens / seconds
-        found = {"seconds": seconds, "tau": num_tokens / num_rounds, "over_plain": num_tokens * by_size[0][0] / seconds}
+        found = {"seconds": seconds, "tau": num_tokens / num_rounds}
     return found
 
 
-def compare_chances(recorded: dict, costs: Costs) -> dict[str, dict]:
-    """Of each way its seconds, tau, tokens per second over plain steps and over the table, and its log loss in nats a node.
+def compare_chances(recorded: dict, round_seconds: Callable[[int, int], float]) -> dict[str, dict]:
+    """Of chances by `table` and by `network` the seconds, tau, and log loss in nats a node; {} for fewer than two texts, which
+    could not be judged by others.
 
-    Raises:
-        ValueError: for fewer than two texts, which could not be judged by others.
+    Args:
+        recorded (`dict`): of [`benchmarks.replay.record`].
+        round_seconds: of a round, from nodes and draft steps.
     """
     texts = [nodes for nodes in map(nodes_of, recorded["texts"]) if nodes]
     if len(texts) < 2:
-        raise ValueError(f"rounds: expected two texts or more, got {len(texts)}")
+        return {}
+    settings = recorded["settings"]
+    sizes = range(settings["num_nodes"] + 1)
+    by_size = [[round_seconds(size, steps) for size in sizes] for steps in range(settings["depth"] + 1)]
     found = {}
     accepted = np.concatenate([nodes.accepted for text in texts for nodes in text])
     for way, chances in cross_validated(texts).items():
         said = np.concatenate([one for text in chances for one in text]).clip(1e-9, 1 - 1e-9)
         log_loss = -np.log(np.where(accepted, said, 1 - said)).mean()
-        found[way] = {**replay_chances(texts, chances, costs, recorded["settings"]), "log_loss": float(log_loss)}
-    for one in found.values():
-        one["over_table"] = found["table"]["seconds"] / one["seconds"]
+        found[way] = {**replay_chances(texts, chances, by_size), "log_loss": float(log_loss)}
     return found
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command()
-def main(
-    rounds: Annotated[Path, typer.Argument(help="of `benchmarks.replay record`")],
-    costs: Annotated[Path, typer.Argument(help="of `benchmarks.replay costs`")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
-) -> None:
-    """Choose the trees of recorded rounds by chances of a table and of a network, and print what each brings."""
-    with user_errors():
-        found = compare_chances(torch.load(rounds, weights_only=True), read_costs(costs))
-        columns = ("seconds", "tau", "over_plain", "over_table", "log_loss")
-        rows = [[way, *(f"{one[column]:.4g}" for column in columns)] for way, one in found.items()]
-        typer.echo(markdown_table(["chances", *(column.replace("_", " ") for column in columns)], rows))
-        if json_file is not None:
-            write_json(json_file, {"costs": json.loads(costs.read_text()), "ways": found})
-        report_file(json_file)
-
-
-if __name__ == "__main__":
-    app()
+__all__ = ["Nodes", "choose", "compare_chances", "nodes_of"]

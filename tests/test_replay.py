@@ -1,6 +1,7 @@
 """The offline replay of choices of trees: what is recorded, and optima that can be seen by eye."""
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_the_policy_replays_whole_texts():
     """Every token is committed, with costs that no round changes; hindsight is never slower."""
     texts = [chain_text(list(range(10, 41)), ([2, 1, 0, 2, 2] * 6)) for _ in range(2)]
     found = replay.compare({"settings": SETTINGS, "texts": texts}, costs_of())
-    assert list(found) == ["plain", "auto", "auto, learned", "best sizes", "best nodes"]
+    assert list(found) == ["plain", "auto", "auto, learned", "table", "network", "best sizes", "best nodes"]
     assert found["plain"]["seconds"] == pytest.approx(60.0)
     assert found["best nodes"]["seconds"] <= found["best sizes"]["seconds"] <= found["auto"]["seconds"]
     assert found["auto"]["tau"] > 1
@@ -105,10 +106,13 @@ def test_record_and_compare(one_thread, tmp_path):
     (text,) = recorded["texts"]
     assert text["answer"] == plain[0, ids.shape[1] :].tolist()
     assert [tuple(part.shape) for part in text["steps"][1]] == [(11, 9)] * 3
-    torch.save(recorded, tmp_path / "rounds.pt")
+    head = {"kind": "replay", "settings": {}}
+    torch.save({**recorded, "head": head}, tmp_path / "rounds.pt")
     costs = {"num_tokens": [1, 64], "verify_seconds": [1.0, 2.0], "step_seconds": 0.02, "overhead_seconds": 0.01}
     (tmp_path / "costs.json").write_text(str(costs).replace("'", '"'))
     arguments = ["compare", str(tmp_path / "rounds.pt"), str(tmp_path / "costs.json"), "--json", str(tmp_path / "out.json")]
     result = CliRunner().invoke(replay.app, arguments)
     assert result.exit_code == 0, result.output
     assert "best nodes" in result.output
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["kind"], written["costs"]) == ("replay", costs)

@@ -60,9 +60,8 @@ def test_a_network_wins_where_something_else_tells():
         is_long = bool(torch.randint(2, (1,), generator=generator))
         text = chain_text(list(range(10, 50)), [2 if is_long else 0] * 39)
         texts.append({**text, "prompt": list(range(1000, 1000 + (90 if is_long else 3)))})
-    found = compare_chances({"settings": SETTINGS, "texts": texts}, costs_of(step=0.4))
+    found = compare_chances({"settings": SETTINGS, "texts": texts}, costs_of(step=0.4).round)
     assert found["network"]["log_loss"] < 0.5 * found["table"]["log_loss"]
-    assert found["network"]["over_table"] > 1.05
-    assert found["table"]["over_table"] == 1.0
-    with pytest.raises(ValueError, match="expected two texts or more, got 1"):
-        compare_chances({"settings": SETTINGS, "texts": texts[:1]}, costs_of())
+    assert found["network"]["seconds"] < 0.95 * found["table"]["seconds"]
+    # A text is not judged by itself.
+    assert compare_chances({"settings": SETTINGS, "texts": texts[:1]}, costs_of().round) == {}

@@ -16,7 +16,7 @@ draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 methods untrained adversarial
   unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize batch_bound
-  rivals)
+  replay rivals)
 
 generate() {
   transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
@@ -85,6 +85,10 @@ measure() {
     synthesize) python -m benchmarks.synthesize --prompts "$prompts" --repeat 2 --json "$step.json" ;;
     batch_bound)
       python -m benchmarks.batch_bound "$prompts" --batch-size 4 --batch-size 8 --batch-size 16 --batch-size 32 --json "$step.json" ;;
+    replay)
+      [ -f rounds.pt ] || python -m benchmarks.replay record "$prompts" rounds.pt --num-prompts 48
+      python -m benchmarks.replay costs costs.json
+      python -m benchmarks.replay compare rounds.pt costs.json --json "$step.json" ;;
     rivals)
       folder=$(realpath ../..)/rivals
       python -m benchmarks.rivals.run "$prompts" --folder "$folder" --install
