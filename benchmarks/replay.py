@@ -39,6 +39,7 @@ from transformers_prism.bench.prompts import choose_prompts, read_prompts, task_
 from transformers_prism.bench.record import record_head
 from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
 from transformers_prism.cli.options import DraftOption, TargetOption, report_file, user_errors
+from transformers_prism.command_line import this_command
 from transformers_prism.decoding.round_values import Limits, Proposal, Verified
 from transformers_prism.decoding.tree import CandidatePool
 from transformers_prism.hub.files import weights_sha256
@@ -368,7 +369,10 @@ def compare_command(
         found = compare(recorded, read_costs(costs))
         typer.echo(markdown_table(*rows_of(found)))
         if json_file is not None:
-            write_json(json_file, {**recorded["head"], "costs": json.loads(costs.read_text()), "ways": found})
+            head = recorded["head"]
+            commands = (head["command"], f"python -m benchmarks.replay costs {costs.name}", this_command())
+            figures = {"command": "\n".join(commands), "costs": json.loads(costs.read_text()), "ways": found}
+            write_json(json_file, {**head, **figures})
         report_file(json_file)
 
 

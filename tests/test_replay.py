@@ -106,7 +106,7 @@ def test_record_and_compare(one_thread, tmp_path):
     (text,) = recorded["texts"]
     assert text["answer"] == plain[0, ids.shape[1] :].tolist()
     assert [tuple(part.shape) for part in text["steps"][1]] == [(11, 9)] * 3
-    head = {"kind": "replay", "settings": {}}
+    head = {"kind": "replay", "command": "replay record", "settings": {}}
     torch.save({**recorded, "head": head}, tmp_path / "rounds.pt")
     costs = {"num_tokens": [1, 64], "verify_seconds": [1.0, 2.0], "step_seconds": 0.02, "overhead_seconds": 0.01}
     (tmp_path / "costs.json").write_text(str(costs).replace("'", '"'))
@@ -116,3 +116,4 @@ def test_record_and_compare(one_thread, tmp_path):
     assert "best nodes" in result.output
     written = json.loads((tmp_path / "out.json").read_text())
     assert (written["kind"], written["costs"]) == ("replay", costs)
+    assert written["command"].startswith("replay record\npython -m benchmarks.replay costs costs.json\n")
