@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import replay
+from transformers_prism.bench.record import record_head
 from transformers_prism.policy.experience import Experience
 from transformers_prism.policy.settings import TreeSettings
 
@@ -106,7 +107,7 @@ def test_record_and_compare(one_thread, tmp_path):
     (text,) = recorded["texts"]
     assert text["answer"] == plain[0, ids.shape[1] :].tolist()
     assert [tuple(part.shape) for part in text["steps"][1]] == [(11, 9)] * 3
-    head = {"kind": "replay", "command": "replay record", "settings": {}}
+    head = {**record_head("replay", target, {}), "command": "replay record"}
     torch.save({**recorded, "head": head}, tmp_path / "rounds.pt")
     costs = {"num_tokens": [1, 64], "verify_seconds": [1.0, 2.0], "step_seconds": 0.02, "overhead_seconds": 0.01}
     (tmp_path / "costs.json").write_text(str(costs).replace("'", '"'))

@@ -24,4 +24,5 @@ def this_command() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computed something."""
-    return {name: sys.modules[name].__version__ for name in ("transformers_prism", "torch", "transformers")}
+    # torch's is of a class of its own, which files of tensors do not take.
+    return {name: str(sys.modules[name].__version__) for name in ("transformers_prism", "torch", "transformers")}
