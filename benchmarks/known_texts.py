@@ -4,8 +4,6 @@ A draft has no say in what its target writes: the text of a prompt is the same w
 random numbers start from the same seed. So the target writes each text once, and its states are computed once. Then a draft
 grows trees along the text, several texts side by side, and a round commits as far as a path of its tree is the text. That
 finds the rounds that decoding would have, in a fraction of its time; `transformers-prism bench acceptance` decodes indeed.
-One thing differs: a tree near the end of a text is as deep as any other of its batch, where decoding caps it at the tokens
-that may still be written. With batches of one it is the same.
 """
 
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from transformers import GenerationConfig
 from transformers_prism.bench.acceptance import answer_figures, sampling_settings, tree_settings
 from transformers_prism.decoding.attention import lent_attention
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
+from transformers_prism.decoding.tree import CandidatePool, select_nodes
 from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.whole_files import whole_file
 
@@ -103,10 +102,13 @@ def follow_texts(target, draft, texts: list[KnownText], tree: str, batch_size: i
         draft (`PrismDraftModel`): bound to the target that wrote the texts.
         texts (`list[KnownText]`): with the states that the draft reads.
         tree (`str`): nodes/depth/top-k.
-        batch_size (`int`): texts that are followed side by side.
+        batch_size (`int`): texts that are followed side by side; one where a draft proposes tokens of its text, since those of
+            the others would join them.
     Returns:
         `list[dict]`: as of [`~transformers_prism.bench.acceptance.decode_prompts`].
     """
+    if draft.takes_text_rows and _settings(draft, tree).text_tokens:
+        batch_size = 1
     # Those of like length side by side, since the shorter ones are padded.
     order = sorted(range(len(texts)), key=lambda index: texts[index].prompt.shape[1])
     answers: dict[int, dict] = {}
@@ -128,8 +130,7 @@ def rounds_of(draft, texts: list[KnownText], tree: str) -> list[list[int]]:
         draft (`PrismDraftModel`): bound; its other settings of generation count as in decoding.
         texts (`list[KnownText]`), tree (`str`): see [`follow_texts`].
     """
-    how = GenerationConfig(**{**draft.generation_config.to_dict(), **tree_settings(tree)})
-    settings = TreeSettings.resolve(how, num_draft_tokens=draft.config.num_draft_tokens)
+    settings = _settings(draft, tree)
     drafter = draft.make_drafter()
     drafter.use_text_tokens(settings.text_tokens)
     rows = [_Row(text, draft.config.target_layer_ids) for text in texts]
@@ -142,12 +143,35 @@ def rounds_of(draft, texts: list[KnownText], tree: str) -> list[list[int]]:
         if len(going) < len(active):
             drafter.keep_sequences(going)
             active = [active[place] for place in going]
-        grown = drafter.grow(settings.clipped(max(row.room for row in active), settings.num_nodes))
+        lengths = _path_lengths(drafter, active, settings)
         starts = [row.num_read for row in active]
-        for place, row in enumerate(active):
-            nodes = grown.token_ids[place].tolist(), grown.parents[place].tolist()
-            row.accept(len(path_of(*nodes, row.left)))
+        for row, length in zip(active, lengths, strict=True):
+            row.accept(length)
         drafter.prefill(*_rounds(active, starts))
+
+
+def _settings(draft, tree: str) -> TreeSettings:
+    """As a generate() call would find them."""
+    how = GenerationConfig(**{**draft.generation_config.to_dict(), **tree_settings(tree)})
+    return TreeSettings.resolve(how, num_draft_tokens=draft.config.num_draft_tokens)
+
+
+def _path_lengths(drafter, rows: list["_Row"], settings: TreeSettings) -> list[int]:
+    """Drafted tokens of each row's tree that its text goes on with. Near the end of a text a tree is less deep."""
+    of_rows = [settings.clipped(row.room, settings.num_nodes) for row in rows]
+    depth = max(one.depth for one in of_rows)
+    lengths = [0] * len(rows)
+    if depth == 0:
+        return lengths
+    # What is drawn at a depth does not depend on how deep the tree goes on.
+    steps = drafter.draw(settings.top_k, depth).steps
+    for chosen in {one.depth: one for one in of_rows if one.depth}.values():
+        places = [place for place, one in enumerate(of_rows) if one.depth == chosen.depth]
+        pool = CandidatePool([tuple(part[places] for part in step) for step in steps[: chosen.depth]])
+        tree = select_nodes(drafter.root_ids[places], pool, chosen.num_nodes)
+        for place, token_ids, parents in zip(places, tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
+            lengths[place] = len(path_of(token_ids, parents, rows[place].left))
+    return lengths
 
 
 class _Row:

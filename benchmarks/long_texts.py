@@ -35,6 +35,7 @@ from transformers_prism.cli.demo import SHIPPED_DRAFT, chat_inputs, load_draft
 from transformers_prism.cli.options import DraftOption, TargetOption, report_file, user_errors
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.decoding.target_support import hidden_state
+from transformers_prism.hub.files import weights_sha256
 from transformers_prism.target import load_target
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.transformers_names import cache_argument, output_embeddings, takes_logits_to_keep
@@ -161,18 +162,21 @@ def name_of(window: int | None) -> str:
     return "none" if window is None else str(window)
 
 
-def measure(target, draft, tokenizer, texts: list[list[int]], settings: dict, path: Path) -> dict:
+def measure(
+    target, draft, tokenizer, texts: list[list[int]], settings: dict, path: Path, weights: str | None = None
+) -> dict:
     """Go through documents and lengths, the shortest first; the file is written after each.
 
     Args:
         texts: tokens of the documents.
         settings: `lengths`, `windows`, `trees`, `max_new_tokens` and `num_steps`.
         path: of the JSON; what it holds already is kept.
+        weights: [`weights_sha256`] of the draft.
     Returns:
         `dict`: `rows`, of each document and length the `num_tokens` of its prompt, the mean `probability` of the answer's
         tokens and the `rounds` by tree and window; `positions`, of each document [`first_choices`] by window.
     """
-    head = record_head("long_texts", target, settings)
+    head = record_head("long_texts", target, settings, weights)
     found = finished_part(path, head) or {**head, "rows": [], "positions": []}
     done = {(row["document"], row["length"]) for row in found["rows"]}
     windows = settings["windows"]
@@ -252,7 +256,7 @@ def measure_command(
         loaded = load_draft(draft or SHIPPED_DRAFT, model)
         texts = documents(read_prompts(prompts), tokenizer, num_documents, settings["lengths"][-1])
         with packed_for_cpu(model, loaded, True):
-            measure(model, loaded, tokenizer, texts, settings, output)
+            measure(model, loaded, tokenizer, texts, settings, output, weights_sha256(draft or SHIPPED_DRAFT))
         report_file(output)
 
 

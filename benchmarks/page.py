@@ -298,8 +298,8 @@ def _replay(record: dict) -> list[str]:
         "**network** does so with chances of a network that knows more of each node: ranks, entropy, ancestors, what the n-gram "
         "copy says, how the draft did lately. **best sizes** and **best nodes** know what the target will say, which no policy can.",
         markdown_table(*replay.rows_of(ways)),
-        f"So better chances of nodes win {100 * won:.1f} %, and learning sooner at most "
-        f"{100 * (ways['table']['over_auto'] - 1):.1f} %. What is left to the best nodes is what the draft does not know.",
+        f"So better chances of nodes change {100 * won:+.1f} %, and the table's choice over auto's {100 * (ways['table']['over_auto'] - 1):+.1f} %. "
+        "What is left to the best nodes is what the draft does not know.",
         _command_block(record),
     ]
 

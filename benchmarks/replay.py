@@ -78,7 +78,7 @@ def record(target, draft, records: list[dict], inputs: list[dict], max_new_token
     """Decode prompts, keeping what the draft would draw at each position.
 
     Returns:
-        `dict`: `settings` of the largest tree; `texts`, of each prompt its `task`, `prompt` and `answer`, lists of tokens,
+        `dict`: `settings` of the largest tree; `max_new_tokens`; `texts`, of each prompt its `task`, `prompt` and `answer`, lists of tokens,
         and the `steps` of its pools: token ids, parents and log-probabilities, `(positions, n)` each.
     """
     draft.generation_config.update(tree="auto")
@@ -94,7 +94,7 @@ def record(target, draft, records: list[dict], inputs: list[dict], max_new_token
             prompt = arguments["input_ids"][0].tolist()
             texts.append({"task": task_of(one), "prompt": prompt, "answer": output[0, len(prompt) :].tolist(), "steps": steps})
     settings = {name: getattr(_Recorder.settings, name) for name in _SETTINGS}
-    return {"settings": settings, "texts": texts}
+    return {"settings": settings, "max_new_tokens": max_new_tokens, "texts": texts}
 
 
 class _FixedCosts(RoundCosts):
@@ -223,12 +223,14 @@ def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int
             emitted = len(sequences.new_tokens[0])
             drafter.position = emitted - 1
             left = len(answer) - emitted
-            proposal = policy.propose(drafter, sequences, Limits(left - 1, settings.num_nodes))
+            # As in decoding, which does not know where the text will end by itself.
+            room = recorded["max_new_tokens"] - emitted - 1
+            proposal = policy.propose(drafter, sequences, Limits(room, settings.num_nodes))
             tree, tokens = proposal.tree, proposal.tree.token_ids[0].tolist()
             path = path_of(tokens, tree.parents[0].tolist(), answer[emitted:])
             kept = [0, *path][:left]
             took = costs.round(tree.num_nodes - 1, proposal.num_steps)
-            policy.learn(proposal, [kept], Verified(torch.empty(0), [], [], took))
+            policy.learn(proposal, [kept], Verified(torch.empty(0), [], [], costs.forwards.verify(tree.num_nodes)))
             sequences.new_tokens[0] = answer[: emitted + len(kept)]
             seconds, num_rounds, num_tokens = seconds + took, num_rounds + 1, num_tokens + len(kept)
     return seconds, num_rounds, num_tokens

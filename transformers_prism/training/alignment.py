@@ -27,7 +27,7 @@ from transformers_prism.training.flash_alignment import flash_alignment_attentio
 
 def aligned_forward(
     draft, input_ids: torch.LongTensor, target_hidden: torch.Tensor, num_steps: int, is_detached: bool = False,
-    checkpoint_activations: bool = False, starts: torch.Tensor | None = None, implementation: str = "auto"
+    checkpoint_activations: bool = False, implementation: str = "auto"
 ) -> list[torch.Tensor]:
     """Run `num_steps` draft steps over all rows at once, each fed the predictions of the one before.
 
@@ -40,8 +40,6 @@ def aligned_forward(
         is_detached (`bool`): stop gradients between one step's prediction and the next step's input, as HASS does.
         checkpoint_activations (`bool`): keep no scores and no MLP activations, and compute them again in the backward
             pass.
-        starts (`torch.LongTensor` of shape `(B, T)`, *optional*): where rows hold several sequences one after the
-            other, the first row of each row's own, which nothing reaches beyond; a row of padding starts after itself.
         implementation (`str`): of the attention: "auto", "triton" or "torch"; see [`context_alignment_attention`].
     Returns:
         `list` of S predicted hidden states of shape `(B, T, D)`; rows 0..k-1 of each sequence have no valid history in
@@ -56,20 +54,14 @@ def aligned_forward(
         raise ValueError(
             f"target_hidden: expected shape {(*input_ids.shape, width)}, got {tuple(target_hidden.shape)}"
         )
-    if starts is not None and starts.shape != input_ids.shape:
-        raise ValueError(f"starts: expected shape {tuple(input_ids.shape)}, got {tuple(starts.shape)}")
-    passes = AlignedPasses(draft, input_ids, checkpoint_activations, starts, implementation)
+    passes = AlignedPasses(draft, input_ids, checkpoint_activations, implementation)
     stream = draft.fuse(target_hidden)
     predictions: list[torch.Tensor] = []
     for _ in range(num_steps):
         predictions.append(passes.predict(stream))
         prediction = predictions[-1].detach() if is_detached else predictions[-1]
         # A node's input is its parent's output; row 0 has no parent and keeps what it had.
-        following = torch.cat((stream[:, :1], prediction[:, :-1]), dim=1)
-        if starts is not None:
-            has_parent = starts < torch.arange(starts.shape[1], device=starts.device)
-            following = torch.where(has_parent[..., None], following, stream)
-        stream = following
+        stream = torch.cat((stream[:, :1], prediction[:, :-1]), dim=1)
     return predictions
 
 
@@ -81,17 +73,14 @@ class AlignedPasses:
     """
 
     def __init__(
-        self, draft, input_ids: torch.LongTensor, checkpoint_activations: bool = False,
-        starts: torch.Tensor | None = None, implementation: str = "auto"
+        self, draft, input_ids: torch.LongTensor, checkpoint_activations: bool = False, implementation: str = "auto"
     ):
-        self.draft, self.starts, self.implementation = draft, starts, implementation
+        self.draft, self.implementation = draft, implementation
         self.checkpoint_activations = checkpoint_activations
         self.embeddings = draft.embed(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=self.embeddings.device)[None]
-        if starts is not None:
-            position_ids = (position_ids - starts).clamp(min=0)
         self.position_embeddings = draft.rotary_emb(self.embeddings, position_ids)
-        self.first_seen = _first_seen(starts, input_ids.shape, draft.config.sliding_window, self.embeddings.device)
+        self.first_seen = _first_seen(input_ids.shape, draft.config.sliding_window, self.embeddings.device)
         self.streams: list[torch.Tensor] = []
         self.has_own_views = draft.config.context_kv == "own_module"
         num_views = draft.config.num_processing_modules if self.has_own_views else 1
@@ -148,7 +137,7 @@ class AlignedPasses:
             output = context_alignment_attention(
                 queries, keys, values, self.first_seen, attention.scaling, self.implementation
             )
-        elif self.starts is None and queries.device.type == "cpu":
+        elif queries.device.type == "cpu":
             keys, values = ([pair[one] for pair in keys_values] for one in range(2))
             window = self.draft.config.sliding_window
             output = flash_alignment_attention(queries, keys, values, attention.scaling, window)
@@ -178,20 +167,13 @@ class AlignedPasses:
         return function(*args)
 
 
-def _first_seen(
-    starts: torch.Tensor | None, shape: torch.Size, sliding_window: int | None, device
-) -> torch.Tensor | None:
-    """The first row that each row sees, `(B, T)`: of its own sequence, and within the window; None: all from row 0 on."""
+def _first_seen(shape: torch.Size, sliding_window: int | None, device) -> torch.Tensor | None:
+    """The first row that each row sees through a window, `(B, T)`; None: all from row 0 on."""
     if sliding_window is None or shape[1] <= sliding_window:
-        return starts
-    oldest = (torch.arange(shape[1], device=device) - sliding_window + 1).clamp(min=0).expand(shape)
-    return oldest.contiguous() if starts is None else starts.maximum(oldest)
+        return None
+    return (torch.arange(shape[1], device=device) - sliding_window + 1).clamp(min=0).expand(shape).contiguous()
 
 
-def history_mask(num_rows: int, num_steps: int, device=None, starts: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows of each aligned forward that have a valid history, False at rows 0..k-1 of each sequence in forward k:
-    `(S, T)`, or `(S, B, T)` with the `starts` of [`aligned_forward`]."""
-    rows = torch.arange(num_rows, device=device)
-    rows = rows[None] if starts is None else (rows - starts)[None]
-    steps = torch.arange(num_steps, device=device)
-    return rows >= steps.view(-1, *[1] * (rows.dim() - 1))
+def history_mask(num_rows: int, num_steps: int, device=None) -> torch.Tensor:
+    """Rows of each aligned forward that have a valid history, False at rows 0..k-1 in forward k: `(S, T)`."""
+    return torch.arange(num_rows, device=device) >= torch.arange(num_steps, device=device)[:, None]

@@ -1,5 +1,7 @@
 """From conversations and their features to batches of training-time-test steps."""
 
+import math
+
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -71,13 +73,17 @@ def collate(items: list[dict]) -> dict:
 class LengthSampler(Sampler):
     """Indices in an order in which neighbours are of like length in tokens, drawn afresh from (seed, epoch).
 
-    The order depends on nothing else, so that a resumed run sees the batches that it would have seen. All batches of
-    an update, those of all processes, are neighbours: no process waits for one with longer rows.
+    The order depends on nothing else, so that a resumed run sees the batches that it would have seen. It goes on where the
+    `updates_before` of earlier stages ended: stages that make an epoch together see every item once. All batches of an
+    update, those of all processes, are neighbours: no process waits for one with longer rows.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, batches_per_update: int = 1):
+    def __init__(
+        self, lengths: list[int], batch_size: int, seed: int, batches_per_update: int = 1, updates_before: int = 0
+    ):
         self.lengths, self.seed, self.epoch = lengths, seed, 0
         self.update_size = batch_size * batches_per_update
+        self.epochs_before, self.num_skipped = divmod(updates_before, math.ceil(len(lengths) / self.update_size))
 
     def set_epoch(self, epoch: int):
         """Choose the epoch whose order comes next."""
@@ -87,7 +93,18 @@ class LengthSampler(Sampler):
         return len(self.lengths)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        epoch, skipped = self.epochs_before + self.epoch, self.num_skipped
+        whole, short = self._updates(epoch)
+        if skipped:
+            following, _ = self._updates(epoch + 1)
+            whole = whole[skipped:] + following[:skipped]
+        # A short last update stays last, since batches are cut from the order by counting.
+        for update in [*whole, *short]:
+            yield from update
+
+    def _updates(self, epoch: int) -> tuple[list[list[int]], list[list[int]]]:
+        """The items of an epoch's updates, and of a short last one if there is one."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         pool = self.update_size * UPDATES_PER_POOL
         updates = []
@@ -96,10 +113,6 @@ class LengthSampler(Sampler):
             updates += [
                 by_length[first : first + self.update_size] for first in range(0, len(by_length), self.update_size)
             ]
-        # A short last update stays last, since batches are cut from the order by counting.
         whole = [update for update in updates if len(update) == self.update_size]
-        for update in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[update]
-        for update in updates:
-            if len(update) < self.update_size:
-                yield from update
+        shuffled = [whole[update] for update in torch.randperm(len(whole), generator=generator).tolist()]
+        return shuffled, [update for update in updates if len(update) < self.update_size]

@@ -34,15 +34,15 @@ class StageCost:
     peak_bytes: int
 
 
-def stage_costs(config: TrainConfig, draft_config, lengths: list[int], num_processes: int = 1) -> list[StageCost]:
-    """Estimate the stages of a run over conversations of these lengths in tokens."""
+def stage_costs(config: TrainConfig, draft_config, lengths: list[int]) -> list[StageCost]:
+    """Estimate the stages of a run of one process over conversations of these lengths in tokens."""
     source = source_config(config)
     stages = plan_stages(config, 1 if source is None else source.num_processing_modules)
-    return [_stage_cost(stage, config, draft_config, lengths, num_processes) for stage in stages]
+    return [_stage_cost(stage, config, draft_config, lengths) for stage in stages]
 
 
-def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[int], num_processes: int) -> StageCost:
-    num_updates, num_epochs = count_updates(stage, config, len(lengths), num_processes)
+def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[int]) -> StageCost:
+    num_updates, num_epochs = count_updates(stage, config, len(lengths), num_processes=1)
     num_tokens = round(sum(lengths) * num_epochs)
     module = _num_parameters(draft_config, 1)
     vocabulary = (draft_config.draft_vocab_size or draft_config.vocab_size) * draft_config.hidden_size

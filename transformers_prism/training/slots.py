@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_prism.decoding.attention import lent_sdpa
 from transformers_prism.decoding.eval_mode import in_eval_mode
-from transformers_prism.decoding.target_support import layer_windows, takes_tree_mask
+from transformers_prism.decoding.target_support import layer_windows, why_no_tree_mask
 from transformers_prism.decoding.tree import attention_mask
 from transformers_prism.transformers_names import attention_name, cache_argument, is_stateful
 
@@ -121,7 +121,7 @@ class Slots:
         config = target.config.get_text_config()
         kinds = [type(layer) for layer in DynamicCache(config=config).layers] if is_stateful(target) else []
         is_recurrent = bool(kinds) and set(kinds) <= set(_LAYERS)
-        if not is_recurrent and not takes_tree_mask(target):
+        if not is_recurrent and why_no_tree_mask(target) is not None:
             raise ValueError(
                 f"target: expected one with eager or SDPA attention over full or sliding layers, or with recurrent layers "
                 f"beside full attention, got {type(target).__name__} with {attention_name(target.config)}"

@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 
 class AlignedTrainer(Trainer):
-    """Transformers' Trainer with our order of batches, our loss, and our evaluation; acceptance is measured on
-    `prompts`."""
+    """Transformers' Trainer with our order of batches, which goes on behind the `updates_before` of earlier stages, our loss,
+    and our evaluation; acceptance is measured on `prompts`."""
 
-    def __init__(self, *args, prompts: Sequence[Conversation] = (), **kwargs):
+    def __init__(self, *args, prompts: Sequence[Conversation] = (), updates_before: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.prompts = list(prompts)
+        self.prompts, self.updates_before = list(prompts), updates_before
         self._parts: list[torch.Tensor] = []
         # FSDP will cut the model's own weights to pieces.
         self._whole_copy = copy.deepcopy(self.model).to(self.args.device) if self.is_fsdp_enabled else None
@@ -57,7 +57,8 @@ class AlignedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         batches_per_update = args.gradient_accumulation_steps * args.world_size
-        return LengthSampler(self.train_dataset.lengths, args.train_batch_size, args.seed, batches_per_update)
+        order = (args.train_batch_size, args.seed, batches_per_update, self.updates_before)
+        return LengthSampler(self.train_dataset.lengths, *order)
 
     def whole_model(self) -> AlignedTraining:
         """The model with all of its weights; under FSDP a copy, gathered anew, for which every process has to ask."""
@@ -191,7 +192,7 @@ def train(config: TrainConfig, argv: list[str] | None = None, models: tuple | No
             draft = expand_modules(draft, with_modules(draft_config, stage.num_modules))
         draft.generation_config.tree_text_tokens = config.text_tokens
         draft.bind(target, tokenizer)
-        draft, result = _run_stage(stage, config, draft, target, sets)
+        draft, result = _run_stage(stage, config, draft, target, sets, sum(one["num_updates"] for one in results))
         draft.bind(target, tokenizer)
         results.append(result)
     if state.is_main_process:
@@ -303,9 +304,9 @@ def _training_arguments(
 
 
 def _run_stage(
-    stage: Stage, config: TrainConfig, draft: PrismDraftModel, target, sets
+    stage: Stage, config: TrainConfig, draft: PrismDraftModel, target, sets, updates_before: int
 ) -> tuple[PrismDraftModel, dict]:
-    """Train one stage, or load what it made if an earlier run finished it."""
+    """Train one stage behind the updates of earlier ones, or load what it made if an earlier run finished it."""
     folder = Path(config.output) / stage.name
     finished = folder / "draft"
     if (folder / "result.json").is_file():
@@ -328,6 +329,7 @@ def _run_stage(
         data_collator=collate,
         callbacks=_callbacks(stage, config),
         prompts=validation_set.chosen(config.num_acceptance_prompts),
+        updates_before=updates_before,
     )
     # It would print the figures of our table once more, as a dict.
     trainer.remove_callback(PrinterCallback)
