@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from benchmarks.known_texts import follow_texts, keep_texts, write_texts
-from benchmarks.study_figures import GROWING, best_rates
+from benchmarks.study_figures import GROWING, best_rates, is_sweep
 from benchmarks.study_page import write_study_page
 from benchmarks.study_plots import plot_recipes, plot_steps, plot_volumes
 from transformers_prism.bench.acceptance import (
@@ -55,48 +55,50 @@ from transformers_prism.whole_files import name_of_parts, write_json
 _COMMAND = "python -m benchmarks.study"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at runs that other processes do
 _LAST = {"target_layer_ids": "last"}
-# What is compared: settings of `train` beyond those that all share. EAGLE-2 and HASS read the target's last state alone, as
-# their papers have them, and so do the drafts that stack layers; EAGLE-3 and PRISM fuse three states.
+_PRISM = {"recipe": "prism", "num_modules": 2, "split_steps": 3}
+# What is compared: settings of `train` beyond those that all share, as the papers and their code have them. EAGLE-2 and HASS
+# read the target's last state alone, and so do the drafts that stack layers, which are PRISM's own baseline; EAGLE-3 and PRISM fuse
+# three states. HASS and PRISM train 3 aligned steps, EAGLE-3 trains 7, with weights that fall by a fifth from step to step.
 RECIPES: Mapping[str, dict] = MappingProxyType(
     {
         "eagle2": {"recipe": "eagle2", **_LAST},
         "hass": {"recipe": "hass", **_LAST},
-        "eagle3": {"recipe": "eagle3"},
+        "eagle3": {"recipe": "eagle3", "warm_up_steps": 7, "step_weights": "1,0.8,0.64,0.512,0.4096,0.32768,0.262144"},
         "stacked2": {"recipe": "stacked", "num_layers_per_module": 2, **_LAST},
         "stacked3": {"recipe": "stacked", "num_layers_per_module": 3, **_LAST},
-        "prism-m2": {"recipe": "prism", "num_modules": 2},
-        "prism-m3": {"recipe": "prism", "num_modules": 3},
-        # Where a lead comes from: the fused states, or the modules.
+        "prism-m2": _PRISM,
+        "prism-m3": {**_PRISM, "num_modules": 3},
+        # Where a lead comes from: the fused states, or the modules. prism-m1 is trained as prism-m2 is, but for the second module.
         "hass-fused": {"recipe": "hass"},
-        "prism-m2-last": {"recipe": "prism", "num_modules": 2, **_LAST},
-        # The authors' way: all of HASS first, its rate down to 0, then as many tokens again with the modules split.
-        "prism-m2-split": {
-            **{"recipe": "prism", "num_modules": 2},
-            **{"single_step_epochs": 0.5, "warm_up_epochs": 1.5, "split_epochs": 2.0},
-        },
-        # Both modules from random weights.
-        "prism-m2-scratch": {
-            **{"recipe": "prism", "num_modules": 2},
-            **{"single_step_epochs": 0.0, "warm_up_epochs": 0.0, "split_epochs": 4.0},
-        },
-        # One more step in training, for the acceptance of late draft steps.
-        "prism-m3-s5": {"recipe": "prism", "num_modules": 3, "split_steps": 5},
-        "prism-m4-s5": {"recipe": "prism", "num_modules": 4, "split_steps": 5},
+        "prism-m1": {**_PRISM, "num_modules": 1},
+        "prism-m2-last": {**_PRISM, **_LAST},
+        # Split from the first update on, in place of a stage that makes the one module good first.
+        "prism-m2-scratch": {**_PRISM, "single_step_epochs": 0.0, "warm_up_epochs": 0.0, "split_epochs": 4.0},
+        # More steps in training, for the acceptance of late draft steps.
+        "prism-m3-s5": {**_PRISM, "num_modules": 3, "split_steps": 5},
+        "prism-m4-s5": {**_PRISM, "num_modules": 4, "split_steps": 5},
         # Ways to learn more from a token, or in less time.
-        "prism-m2-vocab-sample": {"recipe": "prism", "num_modules": 2, "vocab_sample": 0.25},
-        "prism-m2-vocab-sample-0.1": {"recipe": "prism", "num_modules": 2, "vocab_sample": 0.1},
-        "prism-m2-confidence": {"recipe": "prism", "num_modules": 2, "path_weights": "confidence"},
-        "prism-m2-first-miss": {"recipe": "prism", "num_modules": 2, "path_weights": "first-miss"},
+        "prism-m2-vocab-sample": {**_PRISM, "vocab_sample": 0.25},
+        "prism-m2-vocab-sample-0.1": {**_PRISM, "vocab_sample": 0.1},
+        "prism-m2-confidence": {**_PRISM, "path_weights": "confidence"},
+        "prism-m2-first-miss": {**_PRISM, "path_weights": "first-miss"},
     }
 )
-# The split stage's rate is this share of the others', as in the settings of `train`.
+# The split stage's rate is this share of the others', as in the settings of `train`; where none comes before it, it is theirs.
 _SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate
 _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
 # The study sets these for every run, so that nobody else may.
 _OWN = (
-    *("recipe", "seed", "num_conversations", "init_from", "target_layer_ids", "split_steps"),
+    *("recipe", "seed", "num_conversations", "init_from", "target_layer_ids", "warm_up_steps", "split_steps", "step_weights"),
     *("learning_rate", "split_learning_rate", "vocab_sample", "path_weights"),
     *BY_RECIPE,
+)
+
+
+# Settings that change no weights, or hold folders.
+_NOT_OF_TRAINING = (
+    *("data", "validation_data", "output", "features", "target", "resume", "plan", "teraflops", "push_to_hub", "report_to"),
+    *("use_cpu", "logging_updates", "save_updates", "online_features", "checkpoint_activations"),
 )
 
 
@@ -243,6 +245,8 @@ def _train_config(run: Run, epochs: float, num_layers: int) -> TrainConfig:
     if reads_last_alone:
         settings["target_layer_ids"] = str(num_layers)
     config = TrainConfig(**settings)
+    if not (config.single_step_epochs or config.warm_up_epochs):
+        config = dataclasses.replace(config, split_learning_rate=config.learning_rate)
     features = config.features or str(Path(config.output) / "features")
     total = sum(getattr(config, name) for name in _STAGE_EPOCHS)
     return dataclasses.replace(
@@ -262,7 +266,8 @@ def run_study(
     report: Callable[[str], None],
     command: str = _COMMAND,
 ) -> list[dict]:
-    """Train and measure whatever has no record yet; draw the plots and write the page from all records of the folder.
+    """Train and measure whatever has no record yet; draw the plots and write the page from all records of the folder, which
+    are a table of rates where a recipe was trained with several.
 
     Args:
         study (`StudyConfig`): what is compared.
@@ -270,7 +275,7 @@ def run_study(
         report: called with a line per run and way of decoding.
         command (`str`): that the page names.
     Returns:
-        `list[dict]`: the records in the folder, those of other commands that decoded alike, too.
+        `list[dict]`: the records in the folder, those of other commands that trained and measured alike, too.
     Raises:
         ValueError: for settings that cannot be used, or a record that was made with others.
     """
@@ -311,9 +316,10 @@ def run_study(
 
     _share_runs([run for run in runs if missing(run)], missing, measure, report)
     records = _records_alike(study)
-    plot_recipes(records, folder / "tau_by_recipe.png")
-    plot_volumes(records, folder / "tau_over_volume.png")
-    plot_steps(records, folder / "acceptance_by_step.png")
+    if not is_sweep(records):
+        plot_recipes(records, folder / "tau_by_recipe.png")
+        plot_volumes(records, folder / "tau_over_volume.png")
+        plot_steps(records, folder / "acceptance_by_step.png")
     write_study_page(records, folder, command)
     return records
 
@@ -357,9 +363,9 @@ def _lock_path(run: Run) -> str:
 
 
 def _records_alike(study: StudyConfig) -> list[dict]:
-    """All records of the folder that were decoded alike, those of other commands, too, in the page's order."""
+    """All records of the folder that were trained and measured alike, those of other commands, too, in the page's order."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(study.records).glob("*.json")]
-    names = ("num_prompts", "max_new_tokens", "sampling_seed", "coupled")
+    names = ("num_prompts", "max_new_tokens", "sampling_seed", "coupled", *(() if study.tokens_seen else ("epochs",)))
     alike = [record for record in records if all(record[name] == getattr(study, name) for name in names)]
     order = ("recipe", "tree", "temperature", "num_data_tokens", "seed")
     return sorted(alike, key=lambda record: [record[name] for name in order])
@@ -379,7 +385,11 @@ def _trained(run: Run) -> dict:
     draft = Path(run.config.output) / "draft"
     if not (draft / TRAINING).is_file() or not (draft / "config.json").is_file():
         train(run.config)
-    stages = json.loads((draft / TRAINING).read_text(encoding="utf-8"))["stages"]
+    record = json.loads((draft / TRAINING).read_text(encoding="utf-8"))
+    for name, expected in dataclasses.asdict(run.config).items():
+        if name not in _NOT_OF_TRAINING and (found := record["config"].get(name)) != expected:
+            raise ValueError(f"{run.name}: expected a draft that was trained with {name}={expected!r}, got {found!r}; use another output")
+    stages = record["stages"]
     return {
         "recipe": run.recipe,
         "seed": run.seed,
@@ -387,6 +397,9 @@ def _trained(run: Run) -> dict:
         "train_seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "num_data_tokens": run.num_data_tokens,
         "learning_rate": run.config.learning_rate,
+        "batch_size": run.config.batch_size,
+        "draft_vocab_size": run.config.draft_vocab_size,
+        "aligned_steps": stages[-1]["stage"]["num_steps"],
         "checkpoint_sha256": weights_sha256(draft),
     }
 

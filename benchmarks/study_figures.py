@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 
 from transformers_prism.decoding.speculation import acceptance_length
@@ -28,7 +28,9 @@ def mean_of(records: list[dict], name: str) -> float:
 
 
 def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of [`pooled_tau`] by bootstrap: seeds are drawn again, and each seed's prompts.
+    """95 % interval of [`pooled_tau`] by bootstrap: seeds are drawn again, and prompts, the same ones for all seeds.
+
+    Of S seeds S - 1 are drawn, so that their mean varies as much as it would between studies; of one nothing is known.
 
     Args:
         records (`list[dict]`): of one recipe, volume, tree and temperature, one per seed.
@@ -36,13 +38,21 @@ def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
     """
 
     def draw(generator: random.Random) -> float:
-        drawn = [
-            _tau(generator.choices(record["answers"], k=len(record["answers"])))
-            for record in generator.choices(records, k=len(records))
-        ]
-        return sum(drawn) / len(drawn)
+        chosen, places = _resample(generator, records)
+        taus = [_tau([record["answers"][place] for place in places]) for record in chosen]
+        return sum(taus) / len(taus)
 
     return _bootstrap(draw, seed)
+
+
+def _resample(generator: random.Random, records: list) -> tuple[list, list[int]]:
+    """Entries of as many seeds as [`tau_interval`] says, and prompts."""
+    first = records[0] if isinstance(records[0], dict) else records[0][0][0]
+    num_prompts = len(first["answers"])
+    return (
+        generator.choices(records, k=max(1, len(records) - 1)),
+        generator.choices(range(num_prompts), k=num_prompts),
+    )
 
 
 def ratio_interval(*ways: Sides, seed: int = 0) -> Interval:
@@ -73,26 +83,29 @@ def growth_interval(*ways: Sides, seed: int = 0) -> Interval:
 
 def _interval_of_products(ways: tuple[Sides, ...], powers: tuple[int, ...], seed: int) -> Interval:
     """Of taus of sides, each to its power."""
-    sorted_ways = [[_by_seed(side) for side in way] for way in ways]
-    num_seeds, num_prompts = len(sorted_ways[0][0]), len(sorted_ways[0][0][0]["answers"])
+    seeds = [sorted(record["seed"] for record in side) for way in ways for side in way]
+    if any(one != seeds[0] for one in seeds):
+        raise ValueError(f"expected records of the same seeds on all sides, got {seeds}")
+    # Of each seed, by way and side.
+    by_seed = list(zip(*(zip(*map(_by_seed, way), strict=True) for way in ways), strict=True))
 
     def product(taus: list[list[float]]) -> float:
         logs = [power * math.log(tau) for of_way in taus for power, tau in zip(powers, of_way, strict=True)]
         return math.exp(sum(logs) / len(taus))
 
     def draw(generator: random.Random) -> float:
-        drawn = [
-            (number, generator.choices(range(num_prompts), k=num_prompts))
-            for number in generator.choices(range(num_seeds), k=num_seeds)
-        ]
+        chosen, places = _resample(generator, by_seed)
         return product(
             [
-                [sum(_tau([side[number]["answers"][place] for place in places]) for number, places in drawn) for side in way]
-                for way in sorted_ways
+                [
+                    sum(_tau([one[way][side]["answers"][place] for place in places]) for one in chosen)
+                    for side in range(len(powers))
+                ]
+                for way in range(len(ways))
             ]
         )
 
-    return product([[pooled_tau(side) for side in way] for way in sorted_ways]), *_bootstrap(draw, seed)
+    return product([[pooled_tau(side) for side in way] for way in ways]), *_bootstrap(draw, seed)
 
 
 def of_common_seeds(*sides: list[dict]) -> list[list[dict]]:
@@ -140,18 +153,35 @@ def tau_after(seconds: float, records: list[dict]) -> float | None:
     points = sorted((place(mean_of(found, "train_seconds")), pooled_tau(found)) for found in by_volume)
     wanted = place(seconds)
     for (left, tau), (right, next_tau) in itertools.pairwise(points):
-        if left <= wanted <= right:
+        # Means of the same seconds may differ in the last bit.
+        if left - 1e-9 <= wanted <= right + 1e-9:
             return tau + (next_tau - tau) * (wanted - left) / (right - left) if right > left else tau
     return None
+
+
+def is_sweep(records: list[dict]) -> bool:
+    """Whether a recipe was trained with several learning rates, which its figures must not be pooled over."""
+    by_run = grouped(records, "recipe", "num_data_tokens", "seed", "tree", "temperature")
+    return any(len(found) > 1 for found in by_run.values())
 
 
 def best_rates(records: list[dict]) -> dict[str, float]:
     """The learning rate of each recipe with which its drafts accepted most, over all that the records hold of it.
 
     Args:
-        records (`list[dict]`): of a sweep, each recipe measured alike with each rate.
+        records (`list[dict]`): of a sweep.
+    Raises:
+        ValueError: if a recipe was not trained and measured alike with all of its rates.
     """
-    taus = {key: pooled_tau(found) for key, found in grouped(records, "recipe", "learning_rate").items()}
+    taus = {}
+    alike = ("tree", "temperature", "seed", "num_data_tokens", "epochs", "num_prompts")
+    for (recipe,), members in grouped(records, "recipe").items():
+        ways = None
+        for (rate,), found in grouped(members, "learning_rate").items():
+            measured = sorted([record.get(name) for name in alike] for record in found)
+            if ways is not None and measured != ways:
+                raise ValueError(f"rates_from: expected {recipe} trained and measured alike with each rate, got {ways} and {measured}")
+            ways, taus[recipe, rate] = measured, pooled_tau(found)
     return {
         recipe: max((tau, rate) for (name, rate), tau in taus.items() if name == recipe)[1]
         for recipe, _ in sorted(taus)
@@ -159,25 +189,30 @@ def best_rates(records: list[dict]) -> dict[str, float]:
 
 
 def conditional_acceptance(records: list[dict]) -> list[float]:
-    """Share of rounds with a token accepted from draft step s among those that had one accepted from step s - 1.
+    """Share of rounds with a token accepted from draft step s among those that had one accepted from step s - 1, in trees that
+    are deep enough. A round that the end of its text cut short counts as one that rejected.
 
     Args:
-        records (`list[dict]`): of one recipe, volume, tree and temperature.
+        records (`list[dict]`): of one recipe and volume.
     Returns:
         `list[float]`: for steps 0, 1, ..., as far as 50 rounds came to the step.
     """
-    counts: Counter[int] = Counter()
-    for record in records:
-        for answer in record["answers"]:
-            counts.update(dict(enumerate(answer["num_rounds_by_accepted"])))
-    shares, reached = [], counts.total()
-    for step in range(max(counts, default=0)):
-        accepted = reached - counts[step]
+    depths = [int(record["tree"].split("/")[1]) for record in records]
+    counts = [[sum(column) for column in _columns(record["answers"], depth)] for record, depth in zip(records, depths, strict=True)]
+    shares = []
+    for step in range(max(depths, default=0)):
+        deep = [of_record for of_record, depth in zip(counts, depths, strict=True) if depth > step]
+        reached, accepted = (sum(sum(of_record[first:]) for of_record in deep) for first in (step, step + 1))
         if reached < _FEWEST_ROUNDS:
             break
         shares.append(accepted / reached)
-        reached = accepted
     return shares
+
+
+def _columns(answers: list[dict], depth: int) -> list[tuple[int, ...]]:
+    """Of each number of accepted tokens, 0 to `depth`, the rounds of each answer."""
+    rows = [answer["num_rounds_by_accepted"] for answer in answers]
+    return list(zip(*([*row, *[0] * (depth + 1 - len(row))] for row in rows), strict=True))
 
 
 def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
@@ -195,6 +230,7 @@ __all__ = [
     "conditional_acceptance",
     "grouped",
     "growth_interval",
+    "is_sweep",
     "mean_of",
     "of_common_seeds",
     "pooled_tau",

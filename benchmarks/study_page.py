@@ -5,9 +5,11 @@ from pathlib import Path
 from benchmarks.study_figures import (
     GROWING,
     at_common_volume,
+    best_rates,
     conditional_acceptance,
     grouped,
     growth_interval,
+    is_sweep,
     mean_of,
     of_common_seeds,
     pooled_tau,
@@ -22,8 +24,8 @@ from transformers_prism.whole_files import write_text
 PAPER_CLAIMS = tuple(("prism-m2", other) for other in ("eagle2", "hass", "eagle3", "stacked2", "stacked3"))
 # Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training, other losses.
 ABLATIONS = (
-    *(("hass-fused", "hass"), ("prism-m2", "hass-fused"), ("prism-m2-last", "hass")),
-    *(("prism-m2", "prism-m2-split"), ("prism-m2", "prism-m2-scratch")),
+    *(("hass-fused", "hass"), ("prism-m2", "prism-m1"), ("prism-m2", "prism-m2-last")),
+    *(("prism-m2-last", "hass"), ("prism-m2-last", "stacked2"), ("prism-m2", "prism-m2-scratch")),
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
     *((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss")),
 )
@@ -44,6 +46,9 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
         command (`str`): that made them.
     """
     path = folder / "README.md"
+    if is_sweep(records):
+        write_text(path, "\n\n".join(["# Learning rates", *_rates(records), *_terms(records, command)]) + "\n")
+        return path
     chosen = at_common_volume(records)
     parts = ["# Recipes on equal terms", *_findings(records, chosen), *_terms(records, command)]
     write_text(path, "\n\n".join([*parts, *_ordering(chosen), *_steps(chosen), *_growth(records)]) + "\n")
@@ -56,7 +61,7 @@ def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
     for better, worse in PAPER_CLAIMS:
         ways = list(_ways(chosen, better, worse).values())
         if ways:
-            lines.append(f"- prism-m2 accepts more than {worse}: {_told(*ratio_interval(*ways))}")
+            lines.append(f"- prism-m2 commits more tokens a round than {worse}: {_told(*ratio_interval(*ways))}")
     for other in GROWING:
         ways, volumes = _growing_ways(records, "prism-m2", other)
         if ways:
@@ -64,8 +69,8 @@ def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
             lines.append(f"- prism-m2 gains more from {volumes[0]} instead of {volumes[1]} tokens than {other}: {told}")
     volume = chosen[0]["num_data_tokens"]
     head = (
-        f"What the paper claims, at equal tokens; acceptance with {volume} tokens of data. Figures are ratios of tau, all trees "
-        "and temperatures together, with intervals of 95 %; the tables below have each by itself."
+        f"What the paper claims, at equal tokens of training; tokens a round with {volume} tokens of data. Figures are ratios of "
+        "tau, all trees and temperatures together, with intervals of 95 %; the tables below have each by itself."
     )
     return [head, "\n".join(lines)] if lines else []
 
@@ -75,13 +80,15 @@ def _told(ratio: float, low: float, high: float) -> str:
 
 
 def _ways(chosen: list[dict], better: str, worse: str) -> dict[tuple, tuple]:
-    """Of each tree and temperature the records of two recipes, of the seeds that both have."""
-    found = {}
-    for way, members in grouped(chosen, "tree", "temperature").items():
-        sides = of_common_seeds(*([one for one in members if one["recipe"] == name] for name in (better, worse)))
-        if sides[0]:
-            found[way] = tuple(sides)
-    return found
+    """Of each tree and temperature the records of two recipes, of the seeds that both have in all of them."""
+    found = {
+        way: [[one for one in members if one["recipe"] == name] for name in (better, worse)]
+        for way, members in grouped(chosen, "tree", "temperature").items()
+    }
+    found = {way: sides for way, sides in found.items() if all(sides)}
+    common = of_common_seeds(*(side for sides in found.values() for side in sides))
+    pairs = zip(common[::2], common[1::2], strict=True)
+    return {way: sides for way, sides in zip(found, pairs, strict=True) if sides[0]}
 
 
 def _growing_ways(records: list[dict], recipe: str, other: str) -> tuple[list[tuple], list[int]]:
@@ -91,33 +98,55 @@ def _growing_ways(records: list[dict], recipe: str, other: str) -> tuple[list[tu
     volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)))[:-3:-1]
     if recipe == other or len(volumes) < 2:
         return [], []
-    ways = []
-    for members in grouped(records, "tree", "temperature").values():
-        sides = [
-            [one for one in members if (one["recipe"], one["num_data_tokens"]) == (name, volume)]
-            for name in (recipe, other)
-            for volume in volumes
-        ]
-        of_both = of_common_seeds(*sides)
-        if of_both[0]:
-            ways.append(tuple(of_both))
-    return ways, volumes
+    sides = [
+        [one for one in members if (one["recipe"], one["num_data_tokens"]) == (name, volume)]
+        for members in grouped(records, "tree", "temperature").values()
+        for name in (recipe, other)
+        for volume in volumes
+    ]
+    ways = [sides[first : first + 4] for first in range(0, len(sides), 4)]
+    common = of_common_seeds(*(side for way in ways if all(way) for side in way))
+    return [tuple(common[first : first + 4]) for first in range(0, len(common), 4) if common[first]], volumes
 
 
 def _terms(records: list[dict], command: str) -> list[str]:
     one = records[0]
     seeds = sorted({record["seed"] for record in records})
     machines = sorted({record["hardware"] for record in records})
-    hidden = "" if one["coupled"] else ", the random numbers of sampling hidden from the draft"
+    if one["coupled"]:
+        how = f"Then the target decoded the same {one['num_prompts']} prompts with it"
+    else:
+        how = f"Then it was led along what the target writes to the same {one['num_prompts']} prompts"
+    epochs = sorted({record["epochs"] for record in records})
     return [
         f"Written by `python -m benchmarks.study` from the files beside it. Each recipe was trained from random weights on the "
-        f"first tokens of the same data, with the learning rate that served it best in a sweep. Then it decoded the same "
-        f"{one['num_prompts']} prompts, {one['max_new_tokens']} new tokens each, with fixed trees (nodes/depth/top-k) and without "
-        f"n-grams{hidden}. Seeds: {', '.join(map(str, seeds))}; {' and '.join(machines)}. tau is committed tokens per round, pooled "
-        "over rounds, the mean of the seeds. Intervals are of 95 % by bootstrap over seeds and prompts. A claim *holds* if "
-        "the whole interval of the ratio lies above 1, *does not hold* if it lies below, and is *undecided* otherwise. So little training "
-        "tells recipes apart by what they learn first, not by what they end with.",
+        f"first tokens of the same data, {' or '.join(f'{number:g}' for number in epochs)} epochs in all, with a learning rate of "
+        f"its own. {how}, {one['max_new_tokens']} new tokens each, in trees of a fixed size (nodes/depth/top-k) and without "
+        f"n-grams. Seeds: {', '.join(map(str, seeds))}; {' and '.join(machines)}. tau is committed tokens per round, the target's "
+        "own token included, pooled over rounds, the mean of the seeds. Intervals are of 95 % by bootstrap over seeds and prompts; with one "
+        "seed they leave out what another seed of training would change. A claim *holds* if the whole interval of the ratio lies "
+        "above 1, *does not hold* if it lies below, and is *undecided* otherwise; of many that are decided, some are so by chance. So "
+        "little training tells recipes apart by what they learn first, not by what they end with. Seconds of training are those of a "
+        "thread that shared the machine with other runs.",
         f"```\n{command}\n```",
+    ]
+
+
+def _rates(records: list[dict]) -> list[str]:
+    """tau of each recipe by learning rate, the best in bold."""
+    best, rates = best_rates(records), sorted({record["learning_rate"] for record in records})
+    rows, at_edge = [], []
+    for (recipe,), members in sorted(grouped(records, "recipe").items()):
+        taus = {rate: pooled_tau(found) for (rate,), found in grouped(members, "learning_rate").items()}
+        cells = {rate: f"**{tau:.3f}**" if rate == best[recipe] else f"{tau:.3f}" for rate, tau in taus.items()}
+        rows.append([recipe, *(cells.get(rate, "") for rate in rates)])
+        if best[recipe] in (min(taus), max(taus)):
+            at_edge.append(recipe)
+    edge = f"The best is the lowest or highest that was tried for {', '.join(at_edge)}." if at_edge else ""
+    return [
+        "tau by recipe and learning rate of the stages before the split; the split stage has a quarter of it, or all of it where no "
+        f"stage comes before. {edge}".strip(),
+        markdown_table(["recipe", *(f"{rate:g}" for rate in rates)], rows),
     ]
 
 
@@ -183,7 +212,8 @@ def _steps(chosen: list[dict]) -> list[str]:
     heading = ["recipe", "tree", "temperature", *(f"step {step}" for step in range(1, num_steps + 1))]
     return [
         "## Acceptance by draft step",
-        "Share of the rounds in which a token of a draft step was accepted, among those that accepted one of the step before.",
+        "Share of the rounds in which a token of a draft step was accepted, among those that accepted one of the step before. Each "
+        "recipe's later steps are of the rounds that came so far with it, which are easier ones where fewer do.",
         markdown_table(heading, rows),
         *_step_ratios(chosen),
         "![acceptance by draft step](acceptance_by_step.png)",
@@ -192,12 +222,13 @@ def _steps(chosen: list[dict]) -> list[str]:
 
 def _step_ratios(chosen: list[dict]) -> list[str]:
     """Conditional acceptance of prism-m2 over that of others, step by step, all ways of decoding and seeds together."""
-    shares = {recipe: conditional_acceptance(found) for (recipe,), found in grouped(chosen, "recipe").items()}
-    pairs = [(better, worse) for better, worse in PAPER_CLAIMS if better in shares and worse in shares]
-    rows = [
-        [f"{better} over {worse}", *(f"{own / other:.3f}" for own, other in zip(shares[better], shares[worse], strict=False))]
-        for better, worse in pairs
-    ]
+    rows = []
+    for better, worse in PAPER_CLAIMS:
+        ways = _ways(chosen, better, worse).values()
+        own, others = (conditional_acceptance([one for way in ways for one in way[side]]) for side in (0, 1))
+        if own:
+            ratios = (f"{one / other:.3f}" if other else "" for one, other in zip(own, others, strict=False))
+            rows.append([f"{better} over {worse}", *ratios])
     if not rows:
         return []
     width = max(map(len, rows))

@@ -24,7 +24,7 @@ from benchmarks.study_figures import (
     tau_after,
     tau_interval,
 )
-from benchmarks.study_page import CLAIMS, PAPER_CLAIMS, verdict
+from benchmarks.study_page import CLAIMS, PAPER_CLAIMS, verdict, write_study_page
 from transformers_prism import PrismDraftModel
 from transformers_prism.bench.acceptance import tree_settings
 from transformers_prism.hub.files import weights_sha256
@@ -105,7 +105,7 @@ def test_study_trains_and_measures_all_recipes(folder):
         assert sum(record["answers"][0]["num_rounds_by_accepted"]) == record["answers"][0]["num_rounds"]
     # Of each way of decoding, of all together, and of a claim of the paper its steps.
     assert all(page.count(f"| {one[0]} over {one[1]} |") == 5 + (one in PAPER_CLAIMS) for one in CLAIMS)
-    assert all(page.count(f"- prism-m2 accepts more than {worse}: **") == 1 for _, worse in PAPER_CLAIMS)
+    assert all(page.count(f"- prism-m2 commits more tokens a round than {worse}: **") == 1 for _, worse in PAPER_CLAIMS)
     assert "--trees 7/3/3 2/2/1" in page
     assert str(folder) not in page
 
@@ -203,6 +203,28 @@ def test_study_checks_its_settings():
 
 
 @pytest.mark.quick
+def test_study_recipes_are_those_of_their_papers():
+    """Aligned steps, weights of steps, and rates: a split that nothing precedes has the whole rate."""
+    runs = {run.recipe: run.config for run in plan_runs(StudyConfig(), TrainConfig(output="runs"), [10, 20], 4)}
+    assert {name: config.warm_up_steps for name, config in runs.items() if config.warm_up_epochs} == {
+        name: 7 if name == "eagle3" else 3 for name in runs if name not in ("eagle2", "prism-m2-scratch")
+    }
+    assert runs["eagle3"].numbers("step_weights", float) == pytest.approx([0.8**step for step in range(7)])
+    for name, config in runs.items():
+        share = 1.0 if name == "prism-m2-scratch" else 0.25
+        assert config.split_learning_rate == pytest.approx(share * config.learning_rate)
+    assert (runs["prism-m1"].num_modules, runs["prism-m1"].split_epochs) == (1, runs["prism-m2"].split_epochs)
+
+
+def test_study_uses_no_draft_that_was_trained_otherwise(folder):
+    """A folder of runs with another number of epochs."""
+    invoke(folder, "--recipes", "eagle2", "--epochs", "1")
+    result = CliRunner().invoke(app, arguments(folder, "--recipes", "eagle2", "--epochs", "2", "--records", str(folder / "others")))
+    assert result.exit_code == 1
+    assert "expected a draft that was trained with single_step_epochs=2.0, got 1.0; use another output" in result.stderr
+
+
+@pytest.mark.quick
 def test_study_follows_few_recipes_over_the_data():
     """Those whose growth is told are trained with every volume, the others with the largest, whatever the order."""
     runs = plan_runs(StudyConfig(volumes=[0, 10, 30], seeds=[0, 1]), TrainConfig(output="runs"), [10, 20, 30], 4)
@@ -253,9 +275,18 @@ def test_study_takes_each_recipe_s_best_rate(tmp_path):
 
 @pytest.mark.quick
 def test_study_acceptance_by_draft_step():
-    """Of 200 rounds 100 accept one token and more, of these 60 two and more; where few came, nothing is told."""
-    records = [{"answers": [{"num_rounds_by_accepted": [50, 20, 15]}, {"num_rounds_by_accepted": [50, 20, 25, 20]}]}]
-    assert conditional_acceptance(records) == [0.5, 0.6, pytest.approx(20 / 60)]
+    """Of 200 rounds 100 accept one token and more, of these 60 two and more; where few came, nothing is told. The end of a
+    shallow tree rejects nothing."""
+
+    def record(tree, *rounds):
+        return {"tree": tree, "answers": [{"num_rounds_by_accepted": list(one)} for one in rounds]}
+
+    deep = record("59/6/10", (50, 20, 15), (50, 20, 25, 20))
+    assert conditional_acceptance([deep]) == [0.5, 0.6, pytest.approx(20 / 60)]
+    shallow = record("15/2/4", (0, 0, 300))
+    assert conditional_acceptance([deep, shallow]) == [400 / 500, 360 / 400, pytest.approx(20 / 60)]
+    # Nobody gets further: a share of 0, and no more.
+    assert conditional_acceptance([record("59/6/10", (50, 60))]) == [pytest.approx(60 / 110), 0.0]
 
 
 @pytest.mark.quick
@@ -286,7 +317,49 @@ def test_study_claims_are_judged_by_pairs_of_prompts():
     assert low == pytest.approx(1.25)
     assert high == pytest.approx(1.25)
     assert tau_interval(better)[0] < 1.25 * tau_interval(worse)[1]
+    with pytest.raises(ValueError, match=r"expected records of the same seeds on all sides, got \[\[0, 1\], \[0\]\]"):
+        ratio_interval((better, worse[:1]))
     assert [verdict(1.1, 1.3), verdict(0.8, 0.9), verdict(0.9, 1.1)] == ["holds", "does not hold", "undecided"]
+
+
+@pytest.mark.quick
+def test_study_seeds_that_agree_tell_no_more_of_prompts_than_one():
+    """All seeds answer the same prompts. Where seeds differ, two tell less than many."""
+
+    def record(seed, factor=1.0):
+        rounds = [10 + (7 * number) % 11 for number in range(24)]
+        answers = [{"num_rounds": 20, "num_committed": factor * (20 + one)} for one in rounds]
+        return {"seed": seed, "tau": sum(one["num_committed"] for one in answers) / 480, "answers": answers}
+
+    one, four = [record(0)], [record(seed) for seed in range(4)]
+    (low, high), (low_of_four, high_of_four) = tau_interval(one), tau_interval(four)
+    assert high_of_four - low_of_four == pytest.approx(high - low, rel=0.15)
+    others = [dict(each, answers=each["answers"][::-1]) for each in four]
+    (_, low, high), (_, low_of_four, high_of_four) = ratio_interval((one, others[:1])), ratio_interval((four, others))
+    assert high_of_four - low_of_four == pytest.approx(high - low, rel=0.15)
+    two = [record(0, 0.9), record(1, 1.1)]
+    # One of the two is drawn, so that the interval reaches from one to the other.
+    assert tau_interval(two)[0] < two[0]["tau"] < two[1]["tau"] < tau_interval(two)[1]
+
+
+@pytest.mark.quick
+def test_study_sweep_is_a_table_of_rates(tmp_path):
+    """The best in bold, those at an edge named, and no verdicts."""
+
+    def record(recipe, rate, tau):
+        of_run = {"recipe": recipe, "learning_rate": rate, "tau": tau, "seed": 0, "num_data_tokens": 10, "epochs": 1.0}
+        measured = {"tree": "15/4/4", "temperature": 0.0, "num_prompts": 1, "max_new_tokens": 8, "coupled": False, "hardware": "it"}
+        return {**of_run, **measured, "answers": []}
+
+    records = [record("hass", rate, tau) for rate, tau in ((1e-3, 1.5), (2e-3, 1.7), (4e-3, 1.6))]
+    records += [record("prism-m2", rate, tau) for rate, tau in ((1e-3, 1.9), (2e-3, 1.8))]
+    page = write_study_page(records, tmp_path, "command").read_text()
+    assert "| hass | 1.500 | **1.700** | 1.600 |" in page
+    assert "| prism-m2 | **1.900** | 1.800 |  |" in page
+    assert "lowest or highest that was tried for prism-m2." in page
+    assert "holds**" not in page
+    with pytest.raises(ValueError, match="rates_from: expected hass trained and measured alike with each rate"):
+        best_rates([*records, {**record("hass", 8e-3, 1.9), "temperature": 0.8}])
 
 
 @pytest.mark.quick
