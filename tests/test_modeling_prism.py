@@ -416,30 +416,31 @@ def test_a_sliding_window_can_be_given_at_loading(tmp_path):
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_attention_keeps_to_the_sliding_window(attention, is_padded):
     """As with a mask that says so, with and without a cache, and where rows are padded on the left."""
-    # In float64: how a processor adds up depends on how many positions it is given.
-    draft = tiny_draft(tiny_target(), sliding_window=3, num_layers_per_module=2, attn_implementation=attention).double()
-    draft.bind(tiny_target().double())
+    draft = tiny_draft(tiny_target(), sliding_window=3, num_layers_per_module=2, attn_implementation=attention)
+    draft.bind(tiny_target())
     input_ids, padding = prompts(2)
     length = input_ids.shape[1]
-    states = hidden(draft, 2, length).double()
+    states = hidden(draft, 2, length)
     index = torch.arange(length)
     visible = (index <= index[:, None]) & (index > index[:, None] - 3)
     visible = visible.expand(2, 1, -1, -1)
     if is_padded:
         visible = visible & padding[:, None, None].bool()
-    ready = torch.zeros(visible.shape).double().masked_fill(~visible, torch.finfo(torch.float64).min)
+    ready = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     position_ids = index[None]
     expected = draft(input_ids, states, 1, ready, position_ids).last_hidden_state
+    # How a processor adds up depends on how many positions it is given; the values are large.
+    near = {"atol": 1e-5 * float(expected.detach().abs().max()), "rtol": 0.0}
     mask = padding if is_padded else None
     real = padding.bool() if is_padded else torch.ones_like(padding).bool()
     found = draft(input_ids, states, 1, mask, position_ids).last_hidden_state
-    torch.testing.assert_close(found[real], expected[real], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(found[real], expected[real], **near)
     cache, parts = DynamicCache(), []
     for part in (slice(0, 5), slice(5, 6), slice(6, length)):
         seen = None if mask is None else mask[:, : part.stop]
         arguments = (input_ids[:, part], states[:, part], 1, seen, position_ids[:, part], cache)
         parts.append(draft(*arguments).last_hidden_state)
-    torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], **near)
 
 
 def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
