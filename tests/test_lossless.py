@@ -35,7 +35,7 @@ def test_greedy_equals_plain(architecture, num_rows):
     """Every architecture, batch 1 and a left-padded batch, with 0 to `tree_depth` tokens accepted per round."""
     input_ids, mask = prompts(num_rows)
     arguments = {"max_new_tokens": NUM_NEW_TOKENS, "pad_token_id": PAD_ID}
-    target = varied_target(architecture, input_ids, mask, **arguments)
+    target = varied_target(architecture, input_ids, mask, least_gap=1e-3, **arguments)
     plain_ids = target.generate(input_ids, attention_mask=mask, do_sample=False, **arguments)
     draft = scripted_draft(target, plain_ids, input_ids.shape[1])
     plain, speculative, same_state = generate_twice(

@@ -78,13 +78,19 @@ def tiny_target(architecture: str = "llama", seed: int = 0, attn_implementation:
     return model.float().eval()
 
 
-def varied_target(architecture: str, input_ids, attention_mask=None, num_distinct: int = 12, **generate_kwargs):
-    """A tiny target whose plain output on these prompts has many distinct tokens in every row."""
+def varied_target(
+    architecture: str, input_ids, attention_mask=None, num_distinct: int = 12, least_gap: float = 0.0, **generate_kwargs
+):
+    """A tiny target whose plain output on these prompts has many distinct tokens in every row, each of them chosen by at least
+    `least_gap` of a logit over the next best."""
+    outputs = {"return_dict_in_generate": True, "output_logits": True}
     for seed in range(200):
         target = tiny_target(architecture, seed)
-        plain = target.generate(input_ids, attention_mask=attention_mask, do_sample=False, **generate_kwargs)
-        new = plain[:, input_ids.shape[1] :]
-        if min(len(set(row.tolist())) for row in new) >= num_distinct:
+        plain = target.generate(input_ids, attention_mask=attention_mask, do_sample=False, **outputs, **generate_kwargs)
+        best = torch.stack(plain.logits).topk(2, dim=-1).values
+        new = plain.sequences[:, input_ids.shape[1] :]
+        is_varied = min(len(set(row.tolist())) for row in new) >= num_distinct
+        if is_varied and float((best[..., 0] - best[..., 1]).min()) >= least_gap:
             return target
     raise AssertionError(f"no {architecture} with {num_distinct} distinct tokens in 200 draws")
 
