@@ -333,3 +333,14 @@ def _has_rows_of(rows: nn.Linear, head: nn.Linear, token_ids: torch.Tensor) -> b
     token_ids, bias = token_ids.to(head.weight.device), getattr(head, "bias", None)
     is_same = torch.equal(rows.weight, head.weight.detach()[token_ids])
     return is_same and (bias is None or torch.equal(rows.bias, bias.detach()[token_ids]))
+
+
+def tokens_outside(
+    text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int, num_head_rows: int | None = None
+) -> torch.Tensor:
+    """The tokens of a text that a draft vocabulary lacks, each once, in rising order, `(K,)`; K may be 0. Of tokens from
+    `num_head_rows` on the head has no logits."""
+    is_wanted = torch.zeros(vocab_size, dtype=torch.bool, device=text_ids.device)
+    is_wanted[text_ids.flatten()] = True
+    is_wanted[draft_to_target.to(text_ids.device)] = False
+    return is_wanted[:num_head_rows].nonzero()[:, 0]

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .borrowed_layers import BorrowedLayers, TextRows, final_norm_of, place_of, rows_of_head
+from .borrowed_layers import BorrowedLayers, TextRows, final_norm_of, place_of, rows_of_head, tokens_outside
 from .configuration_prism import PrismConfig, num_target_layers, target_numerics
 from .cpu import refresh_packed_weights
 from .decoding.drafter import Drafter
@@ -128,8 +128,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         if not self.takes_text_rows:
             return None
-        token_ids = text_ids.unique()
-        outside = token_ids[~self.own_tokens().to(token_ids.device)[token_ids]]
+        num_head_rows = self._require_target().num_head_rows
+        outside = tokens_outside(text_ids, self.draft_to_target, self.config.vocab_size, num_head_rows)
         return self.rows_beside(outside) if len(outside) else None
 
     def rows_beside(self, token_ids: torch.Tensor, text: TextRows | None = None) -> TextRows:
