@@ -237,20 +237,19 @@ def test_operator_is_registered_properly():
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("context_kv", ["prefill_module", "own_module"])
-def test_training_runs_on_the_kernel(context_kv):
-    """Aligned forwards and the gradients of every weight, in both forms of the context's keys and values."""
+@pytest.mark.parametrize(("context_kv", "window"), [("prefill_module", None), ("prefill_module", 5), ("own_module", 5)])
+def test_training_runs_on_the_kernel(context_kv, window):
+    """Aligned forwards and the gradients of every weight, in both forms of the context's keys and values, through a window, too."""
     target = tiny_target().to(DEVICE)
-    sizes = {"num_processing_modules": 2, "context_kv": context_kv, "initializer_range": 0.1}
+    sizes = {"num_processing_modules": 2, "context_kv": context_kv, "sliding_window": window, "initializer_range": 0.1}
     draft = tiny_draft(target, **sizes).to(DEVICE).bind(target)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, 97, (2, 12), generator=generator).to(DEVICE)
     hidden = torch.randn(2, 12, draft.config.fused_hidden_size, generator=generator).to(DEVICE)
-    starts = torch.tensor([[0] * 7 + [7] * 5, [0] * 9 + [12] * 3], device=DEVICE)
     found = {}
     for implementation in ("torch", "triton"):
         draft.zero_grad()
-        predictions = aligned_forward(draft, input_ids, hidden, 3, starts=starts, implementation=implementation)
+        predictions = aligned_forward(draft, input_ids, hidden, 3, implementation=implementation)
         sum(prediction.square().mean() for prediction in predictions).backward()
         found[implementation] = [*predictions, *(one.grad for one in draft.parameters() if one.grad is not None)]
     for ours, theirs in zip(found["triton"], found["torch"], strict=True):
