@@ -15,7 +15,8 @@ from filelock import FileLock
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from transformers_prism.bench.acceptance import answer_figures, sampling_settings, tree_settings
+from transformers_prism.bench.acceptance import answer_figures, tree_settings
+from transformers_prism.bench.prompts import sampling_settings
 from transformers_prism.decoding.attention import lent_attention
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
 from transformers_prism.decoding.tree import CandidatePool, select_nodes
@@ -68,7 +69,7 @@ def write_texts(
     texts = []
     for task, inputs in questions:
         torch.manual_seed(seed)
-        ids = target.generate(**inputs, **sampling_settings(temperature, max_new_tokens))
+        ids = target.generate(**inputs, **sampling_settings(max_new_tokens, temperature))
         outputs = target(input_ids=ids[:, :-1], output_hidden_states=states_to_ask_for(layer_ids, target.config))
         states = {layer: hidden_state(outputs, layer, target.config).clone() for layer in layer_ids}
         length = inputs["input_ids"].shape[1]
@@ -152,8 +153,8 @@ def rounds_of(draft, texts: list[KnownText], tree: str) -> list[list[int]]:
 
 def _settings(draft, tree: str) -> TreeSettings:
     """As a generate() call would find them."""
-    how = GenerationConfig(**{**draft.generation_config.to_dict(), **tree_settings(tree)})
-    return TreeSettings.resolve(how, num_draft_tokens=draft.config.num_draft_tokens)
+    call = GenerationConfig(**tree_settings(tree))
+    return TreeSettings.resolve(call, draft.generation_config, num_draft_tokens=draft.config.num_draft_tokens)
 
 
 def _path_lengths(drafter, rows: list["_Row"], settings: TreeSettings) -> list[int]:

@@ -315,6 +315,26 @@ def rows_of(ways: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
+def section_of(record: dict) -> list[str]:
+    """What the page says of a record of `compare`."""
+    settings, ways = record["settings"], record["ways"]
+    won = ways["network"]["over_auto"] / ways["table"]["over_auto"] - 1
+    return [
+        "## Automatic trees against the best choice",
+        f"{settings['num_prompts']} prompts of `{settings['prompts']}`, {settings['max_new_tokens']} new tokens, greedy: at each "
+        "position the largest tree that the draft would draw was recorded, and the same texts were then gone through in several "
+        "ways at the same costs, measured but for the millisecond that a round with a tree takes besides. **auto** is the package's "
+        "policy, as it learns from its first round on, and with what it has learned after them. **table** takes the chances of nodes "
+        "from other texts and chooses draft steps after all were seen. **network** does so with chances of a network that knows more of "
+        "each node: ranks, entropy, ancestors, what the n-gram copy says, how the draft did lately. **best sizes** and **best nodes** "
+        "know what the target will say, which no policy can.",
+        markdown_table(*rows_of(ways)),
+        f"Better chances of nodes bring {100 * won:.1f} % (network over table), chances and steps known beforehand "
+        f"{100 * (ways['table']['over_auto'] - 1):.1f} % (table over auto). What is left to the best nodes is what the draft does not "
+        "know.",
+    ]
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Replay recorded rounds with other choices of trees.")
 
 

@@ -38,21 +38,17 @@ def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
     """
 
     def draw(generator: random.Random) -> float:
-        chosen, places = _resample(generator, records)
+        chosen, places = _resample(generator, records, len(records[0]["answers"]))
         taus = [_tau([record["answers"][place] for place in places]) for record in chosen]
         return sum(taus) / len(taus)
 
     return _bootstrap(draw, seed)
 
 
-def _resample(generator: random.Random, records: list) -> tuple[list, list[int]]:
-    """Entries of as many seeds as [`tau_interval`] says, and prompts."""
-    first = records[0] if isinstance(records[0], dict) else records[0][0][0]
-    num_prompts = len(first["answers"])
-    return (
-        generator.choices(records, k=max(1, len(records) - 1)),
-        generator.choices(range(num_prompts), k=num_prompts),
-    )
+def _resample(generator: random.Random, of_seeds: list, num_prompts: int) -> tuple[list, list[int]]:
+    """Entries of as many seeds as [`tau_interval`] says, and places of prompts."""
+    chosen = generator.choices(of_seeds, k=max(1, len(of_seeds) - 1))
+    return chosen, generator.choices(range(num_prompts), k=num_prompts)
 
 
 def ratio_interval(*ways: Sides, seed: int = 0) -> Interval:
@@ -94,7 +90,7 @@ def _interval_of_products(ways: tuple[Sides, ...], powers: tuple[int, ...], seed
         return math.exp(sum(logs) / len(taus))
 
     def draw(generator: random.Random) -> float:
-        chosen, places = _resample(generator, by_seed)
+        chosen, places = _resample(generator, by_seed, len(ways[0][0][0]["answers"]))
         return product(
             [
                 [

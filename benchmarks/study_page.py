@@ -61,7 +61,7 @@ def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
     for better, worse in PAPER_CLAIMS:
         ways = list(_ways(chosen, better, worse).values())
         if ways:
-            lines.append(f"- prism-m2 commits more tokens a round than {worse}: {_told(*ratio_interval(*ways))}")
+            lines.append(f"- {better} commits more tokens a round than {worse}: {_told(*ratio_interval(*ways))}")
     for other in GROWING:
         ways, volumes = _growing_ways(records, "prism-m2", other)
         if ways:
@@ -207,14 +207,11 @@ def _steps(chosen: list[dict]) -> list[str]:
         [recipe, tree, f"{temperature:g}", *(f"{share:.2f}" for share in conditional_acceptance(found))]
         for (recipe, tree, temperature), found in grouped(chosen, "recipe", "tree", "temperature").items()
     ]
-    num_steps = max(map(len, rows)) - 3
-    rows = [[*row, *[""] * (num_steps + 3 - len(row))] for row in rows]
-    heading = ["recipe", "tree", "temperature", *(f"step {step}" for step in range(1, num_steps + 1))]
     return [
         "## Acceptance by draft step",
         "Share of the rounds in which a token of a draft step was accepted, among those that accepted one of the step before. Each "
         "recipe's later steps are of the rounds that came so far with it, which are easier ones where fewer do.",
-        markdown_table(heading, rows),
+        _table_of_steps(["recipe", "tree", "temperature"], rows),
         *_step_ratios(chosen),
         "![acceptance by draft step](acceptance_by_step.png)",
     ]
@@ -229,11 +226,14 @@ def _step_ratios(chosen: list[dict]) -> list[str]:
         if own:
             ratios = (f"{one / other:.3f}" if other else "" for one, other in zip(own, others, strict=False))
             rows.append([f"{better} over {worse}", *ratios])
-    if not rows:
-        return []
+    return ["All ways of decoding together, as ratios:", _table_of_steps([""], rows)] if rows else []
+
+
+def _table_of_steps(heading: list[str], rows: list[list[str]]) -> str:
+    """Rows of figures by draft step behind what the heading names; some reach fewer steps."""
     width = max(map(len, rows))
-    heading = ["", *(f"step {step}" for step in range(1, width))]
-    return ["All ways of decoding together, as ratios:", markdown_table(heading, [[*row, *[""] * (width - len(row))] for row in rows])]
+    steps = [f"step {step}" for step in range(1, width - len(heading) + 1)]
+    return markdown_table([*heading, *steps], [[*row, *[""] * (width - len(row))] for row in rows])
 
 
 def _growth(records: list[dict]) -> list[str]:

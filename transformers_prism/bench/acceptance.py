@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_prism.bench.prompts import sampling_settings
 from transformers_prism.bench.record import finished_part, record_head
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.decoding.speculation import acceptance_length
@@ -57,7 +58,7 @@ def decode_prompts(
             were accepted (`num_rounds_by_accepted`), and whether it `ends_in_a_loop`.
     """
     draft.generation_config.update(**tree_settings(tree), tree_coupled=is_coupled)
-    settings, answers = sampling_settings(temperature, max_new_tokens), []
+    settings, answers = sampling_settings(max_new_tokens, temperature), []
     for task, inputs in questions:
         torch.manual_seed(seed)
         output = target.generate(**inputs, **settings, assistant_model=draft)
@@ -66,12 +67,6 @@ def decode_prompts(
         answers.append(answer_figures(task, answer, list(itertools.chain(*speculation.accepted_per_round))))
         advance()
     return answers
-
-
-def sampling_settings(temperature: float, max_new_tokens: int) -> dict:
-    """Arguments of generate(); temperature 0 is greedy."""
-    settings: dict = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    return settings | ({"temperature": temperature} if temperature > 0 else {})
 
 
 def answer_figures(task: str, answer: list[int], accepted: list[int]) -> dict:

@@ -122,6 +122,20 @@ def contexts_of(
     return [filler.fit(prompt, index, make_inputs) for index, prompt in enumerate(prompts)]
 
 
+def sampling_settings(
+    max_new_tokens: int, temperature: float, top_p: float | None = None, repetition_penalty: float | None = None
+) -> dict:
+    """Arguments of generate(): greedy at temperature 0, else sampling."""
+    settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings["temperature"] = temperature
+        if top_p is not None:
+            settings["top_p"] = top_p
+    if repetition_penalty is not None:
+        settings["repetition_penalty"] = repetition_penalty
+    return settings
+
+
 def batch_rows(rows: list[dict], pad_token_id: int) -> dict:
     """Inputs of generate() for several prompts, `(B, T)`, from those of single ones; the shorter ones are padded on
     the left and masked, so that any id will do."""

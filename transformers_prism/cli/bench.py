@@ -19,7 +19,6 @@ from transformers_prism.cli.options import (
     TopPOption,
     add_moved,
     report_file,
-    sampling_settings,
 )
 from transformers_prism.whole_files import write_json
 
@@ -144,6 +143,7 @@ def bench_generate_command(
     from transformers_prism.bench.figures import result_tables
     from transformers_prism.bench.measurement import GenerateMeasurement
     from transformers_prism.bench.methods import parse_methods
+    from transformers_prism.bench.prompts import sampling_settings
     from transformers_prism.cli.demo import chat_inputs
 
     console = Console()

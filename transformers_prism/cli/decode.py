@@ -21,7 +21,6 @@ from transformers_prism.cli.options import (
     TemperatureOption,
     TopPOption,
     report_file,
-    sampling_settings,
 )
 
 
@@ -98,6 +97,7 @@ def generate(
     import torch
     from rich.console import Console
 
+    from transformers_prism.bench.prompts import sampling_settings
     from transformers_prism.cli.demo import run_generate
 
     torch.manual_seed(seed)

@@ -206,18 +206,6 @@ def _missing(extra: str, package: str) -> str:
     return f"expected the packages of the extra {extra!r}, got no {package}; pip install {' '.join(EXTRAS[extra])}"
 
 
-def sampling_settings(max_new_tokens: int, temperature: float, top_p: float | None, repetition_penalty: float | None) -> dict:
-    """Arguments of generate(): greedy at temperature 0, else sampling."""
-    settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings["temperature"] = temperature
-        if top_p is not None:
-            settings["top_p"] = top_p
-    if repetition_penalty is not None:
-        settings["repetition_penalty"] = repetition_penalty
-    return settings
-
-
 def report_file(path: Path | None) -> None:
     """Say that a file was written, if it was asked for."""
     if path is not None:
