@@ -315,7 +315,7 @@ def run_study(
                 )
 
     _share_runs([run for run in runs if missing(run)], missing, measure, report)
-    records = _records_alike(study)
+    records = _records_alike(study, base)
     if not is_sweep(records):
         plot_recipes(records, folder / "tau_by_recipe.png")
         plot_volumes(records, folder / "tau_over_volume.png")
@@ -362,11 +362,12 @@ def _lock_path(run: Run) -> str:
     return f"{run.config.output}.lock"
 
 
-def _records_alike(study: StudyConfig) -> list[dict]:
+def _records_alike(study: StudyConfig, base: TrainConfig) -> list[dict]:
     """All records of the folder that were trained and measured alike, those of other commands, too, in the page's order."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(study.records).glob("*.json")]
     names = ("num_prompts", "max_new_tokens", "sampling_seed", "coupled", *(() if study.tokens_seen else ("epochs",)))
     alike = [record for record in records if all(record[name] == getattr(study, name) for name in names)]
+    alike = [record for record in alike if record["compute_dtype"] == base.compute_dtype]
     order = ("recipe", "tree", "temperature", "num_data_tokens", "seed")
     return sorted(alike, key=lambda record: [record[name] for name in order])
 
@@ -424,6 +425,7 @@ def _measured_with(run: Run, study: StudyConfig, tree: str, temperature: float) 
         "sampling_seed": study.sampling_seed,
         "coupled": study.coupled,
         "epochs": round(sum(getattr(run.config, name) for name in _STAGE_EPOCHS), 4),
+        "compute_dtype": run.config.compute_dtype,
     }
 
 

@@ -1,5 +1,6 @@
 """The train command on a tiny target: loss falls, drafts reload, stages differ, runs resume, bad input is named."""
 
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -783,6 +784,24 @@ def test_features_of_something_else_are_refused(tmp_path, target):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"shard-00000.bf16: expected \d+ bytes, got \d+"):
         store.states(0)
+
+
+def test_float32_features_serve_bfloat16_when_none_is_missing(tmp_path, target, monkeypatch):
+    monkeypatch.setattr("transformers_prism.training.features.CONVERSATIONS_PER_SHARD", 3)
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 6), VOCAB_SIZE)
+    folder = tmp_path / "features"
+    store = compute_features(target, conversations, [1, 4], folder, needed=[0])
+    before = store.states(0).clone()
+    other = copy.deepcopy(target).to(torch.bfloat16)
+    assert torch.equal(compute_features(other, conversations, [1, 4], folder, needed=[0]).states(0), before)
+    message = "features: expected features with compute_dtype='bfloat16', got 'float32'"
+    with pytest.raises(ValueError, match=message):
+        compute_features(other, conversations, [1, 4], folder)
+    compute_features(target, conversations, [1, 4], folder)
+    compute_features(other, conversations, [1, 4], folder)
+    compute_features(other, conversations, [1, 4], tmp_path / "lower")
+    with pytest.raises(ValueError, match="lower: expected features with compute_dtype='float32', got 'bfloat16'"):
+        compute_features(target, conversations, [1, 4], tmp_path / "lower")
 
 
 def test_validation_data_of_its_own(tmp_path, target, load_tiny):

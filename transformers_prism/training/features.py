@@ -118,7 +118,7 @@ def compute_features(
     Args:
         target (`PreTrainedModel`): in the dtype to compute in; states are kept in bfloat16 in any case.
         folder: made if it is not there; must belong to the same target and layers if it is, and to the same data or to
-            its first conversations.
+            its first conversations. Features that were computed in float32 serve other dtypes, too, when none is missing.
         needed (`list[int]`, *optional*): indices of the conversations that are needed; their shards are computed.
         part (`tuple[int, int]`): of `(index, count)`, do only the shards whose number is `index` modulo `count`.
     Raises:
@@ -127,8 +127,8 @@ def compute_features(
     """
     store = FeatureStore(folder, conversations, layer_ids, sum(state_widths(target, layer_ids)))
     store.folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(store, target, conversations)
     wanted = {index // CONVERSATIONS_PER_SHARD for index in (range(len(conversations)) if needed is None else needed)}
+    _claim_folder(store, target, conversations, may_be_float32=wanted.isdisjoint(store.missing_shards()))
     missing = [shard for shard in store.missing_shards() if shard in wanted]
     _check_disk(store, missing)
     shards = [shard for shard in missing if shard % part[1] == part[0]]
@@ -187,7 +187,7 @@ def _description(target, conversations: list[Conversation], layer_ids: list[int]
     }
 
 
-def _claim_folder(store: FeatureStore, target, conversations: list[Conversation]):
+def _claim_folder(store: FeatureStore, target, conversations: list[Conversation], may_be_float32: bool):
     """Write what the folder holds, or compare with what it says it holds; data that has grown is the same data."""
     description = _description(target, conversations, store.layer_ids)
     path = store.folder / "features.json"
@@ -195,8 +195,11 @@ def _claim_folder(store: FeatureStore, target, conversations: list[Conversation]
         write_json(path, description)
         return
     found = json.loads(path.read_text())
+    if may_be_float32 and found.get("compute_dtype") == "float32":
+        description["compute_dtype"] = "float32"
     known = found.get("num_conversations", 0)
-    if known < len(conversations) and found == _description(target, conversations[:known], store.layer_ids):
+    before = {**_description(target, conversations[:known], store.layer_ids), "compute_dtype": description["compute_dtype"]}
+    if known < len(conversations) and found == before:
         # Its last shard may lack conversations that belong there now. Another process may have written it anew already.
         last = (known - 1) // CONVERSATIONS_PER_SHARD
         path_of_last = store.shard_path(last)
