@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,24 @@ def test_doctor_examines_a_pair(tmp_path, target_folder):
 
 
 def test_doctor_without_a_draft_tries_an_untrained_one(tmp_path, target_folder):
-    """Its gain says nothing, so none is told."""
+    """Its gain says nothing, so none is told, and nobody is warned that it hardly helped."""
     found = examine(tmp_path, "--target", target_folder)
     assert found["draft"]["state"] == "note"
     assert "expected gain" not in found
     assert found["verifies"]["state"] == "ok"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        list(doctor.trial_findings(str(target_folder), None, 64, packed=False))
+    assert not [one for one in told if "hardly helped" in str(one.message)]
+
+
+def test_doctor_without_names_tries_the_shipped_pair(tmp_path, target_folder, monkeypatch):
+    tiny_draft(tiny_target("llama", seed=3)).save_pretrained(tmp_path / "draft")
+    monkeypatch.setattr(doctor, "SHIPPED_DRAFT", tmp_path / "draft")
+    monkeypatch.setattr(doctor, "load_target", lambda name: load_target(target_folder))
+    found = examine(tmp_path)
+    assert found["draft"]["state"] == "ok"
+    assert "times plain decoding" in found["expected gain"]["text"]
 
 
 def test_doctor_tells_of_chains_and_of_base_models(tmp_path):

@@ -55,7 +55,12 @@ def demo(
 def doctor(
     target: TargetOption = None,
     draft: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a draft; without one an untrained draft is tried.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of a draft. If absent, the one that the repository ships is tried with the demo target, and an "
+            "untrained one with a target of your own.",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the trial.", rich_help_panel=COST)] = 64,
     packed: PackedOption = True,

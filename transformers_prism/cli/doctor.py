@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from transformers_prism.bench.methods import random_draft
-from transformers_prism.cli.demo import PROMPTS, chat_inputs, compare, load_draft
+from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, compare, load_draft
 from transformers_prism.cli.options import EXTRAS
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.policy.costs import costs_path
@@ -48,7 +49,7 @@ def examine(target: str | None, draft: str | None, max_new_tokens: int, packed: 
     """All that `doctor` finds, one after the other; models are loaded only where nothing stands in the way.
 
     Args:
-        target (`str`, *optional*), draft (`str`, *optional*): names; without a draft an untrained one is tried.
+        target (`str`, *optional*), draft (`str`, *optional*): names; for a target without a draft an untrained one is tried.
         max_new_tokens (`int`): of the trial.
         packed (`bool`): pack the weights for the CPU, as for [`prepare_for_cpu`].
     """
@@ -186,6 +187,8 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
         return
     if target_name is None or str(target_name).endswith(".gguf"):
         yield from tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
+    if target_name is None and draft_name is None and (SHIPPED_DRAFT / "config.json").is_file():
+        draft_name = str(SHIPPED_DRAFT)
     try:
         draft = load_draft(draft_name, target) if draft_name else random_draft(target, 2, {"tree": "auto"}).bind(target)
     except (OSError, ValueError) as error:
@@ -196,8 +199,11 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
         prepare_for_cpu(target, draft)
     inputs = chat_inputs(tokenizer, PROMPTS[0], target.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # what is made once, and the calibration
-    result = compare(target, draft, inputs, settings)
+    with warnings.catch_warnings():
+        if draft_name is None:
+            warnings.filterwarnings("ignore", "the draft hardly helped")  # as nobody expects of an untrained one
+        compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # what is made once, and the calibration
+        result = compare(target, draft, inputs, settings)
     speculation = draft.last_speculation
     assert speculation is not None, "generate() leaves what it did"
     yield _way_of_verifying(speculation)
