@@ -274,6 +274,14 @@ def other_target(name, **options):
     return model.eval()
 
 
+@pytest.mark.parametrize("recipe", ["prism", "eagle3"])
+def test_the_target_gets_no_gradients(tmp_path, target, load_tiny, recipe):
+    """Those of a whole embedding would cost a tenth of a small draft's training, and the memory of the table."""
+    train(settings(tmp_path, recipe=recipe))
+    assert not [name for name, parameter in target.named_parameters() if parameter.grad is not None]
+    assert all(parameter.requires_grad for parameter in target.parameters())  # the caller's model stays as it was
+
+
 @pytest.mark.parametrize("draft_vocab_size", [0, 40])
 def test_embeddings_narrower_than_states_train(tmp_path, load_tiny, monkeypatch, draft_vocab_size):
     """The last state is as wide as the head. Taken as wide as the others, the labels were of another layer."""

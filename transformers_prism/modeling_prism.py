@@ -187,7 +187,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             return self.embed_tokens(input_ids) * self.config.embedding_scale
         borrowed = self._require_target()
         device, _ = place_of(borrowed.embedding, borrowed.target, self.dtype)
-        embeddings = borrowed.embedding(input_ids.to(device)) * self.config.embedding_scale
+        with torch.no_grad():  # a gradient of the whole table, at every update, would belong to nobody
+            embeddings = borrowed.embedding(input_ids.to(device)) * self.config.embedding_scale
         return embeddings.to(device=self.device, dtype=self.dtype)
 
     def compute_logits(self, hidden_states: torch.Tensor, text: TextRows | None = None) -> torch.Tensor:
