@@ -1,9 +1,12 @@
 """The hook, and everything that generate() lets a user ask for, with a draft as without."""
 
+import contextlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from compatibility_models import build
 from tiny_models import (
     EOS_ID,
     PAD_ID,
@@ -23,6 +26,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -31,6 +35,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
+from transformers_prism.configuration_prism import tokenizer_hash
 from transformers_prism.decoding.drafter import Drafter
 from transformers_prism.policy.ngrams import NgramIndex
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
@@ -86,6 +91,36 @@ def test_length_limits(num_new_tokens):
             target, draft, input_ids, mask, do_sample=False, pad_token_id=PAD_ID, **limits
         )
         assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(("limit", "settings"), [(40, {}), (40, {"max_new_tokens": 8}), (12, {"max_new_tokens": 30})])
+def test_a_callers_length_criterion_takes_the_place_of_the_setting(num_rows, limit, settings):
+    """As in plain decoding, longer or shorter; longer ones ended with an IndexError."""
+    target, draft, input_ids, mask = scripted(num_rows, is_strict=False)
+    plain, speculative, _ = generate_twice(
+        target,
+        draft,
+        input_ids,
+        mask,
+        do_sample=False,
+        pad_token_id=PAD_ID,
+        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(limit)]),
+        **settings,
+    )
+    assert plain.shape[1] == limit
+    assert torch.equal(plain, speculative)
+
+
+def test_what_is_returned_owns_its_memory():
+    """A view of the room for the longest text could not be flattened, and would keep and save all of it."""
+    target, draft, input_ids, mask = scripted(3, is_strict=False)
+    target.generation_config.eos_token_id = draft.script[0][2]
+    found = target.generate(
+        input_ids, attention_mask=mask, assistant_model=draft, do_sample=False, max_length=100, pad_token_id=PAD_ID
+    )
+    assert found.is_contiguous()
+    assert found.untyped_storage().nbytes() == found.numel() * found.element_size()
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -395,6 +430,20 @@ def test_a_streamer_beside_a_batch_gets_each_step_of_all_rows(ends):
     assert calls[0] == calls[1]
 
 
+@pytest.mark.parametrize("pad_token_id", [None, PAD_ID])
+def test_a_streamer_beside_stop_strings_gets_no_more_than_is_returned(pad_token_id):
+    """Without an end token rows run on behind their stop, until the last one has stopped."""
+    target, draft, input_ids, mask = scripted(3)
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 30, "pad_token_id": pad_token_id}
+    settings |= {"stop_strings": [f"w{row[4 + 3 * index]}" for index, row in enumerate(draft.script)], "tokenizer": word_tokenizer()}
+    target.generation_config.eos_token_id = None
+    calls = []
+    for assistant in ({}, {"assistant_model": draft}):
+        streamer = RecordingStreamer()
+        calls.append((target.generate(input_ids, streamer=streamer, **assistant, **settings).tolist(), streamer.calls))
+    assert calls[0] == calls[1]
+
+
 def test_streamer_gets_what_plain_gives_it():
     """The prompt, then one tensor of one token at a time, then the end."""
     target, draft, input_ids, _ = scripted()
@@ -514,6 +563,46 @@ def test_what_the_loop_cannot_serve_is_decoded_plainly(settings):
     assert draft.last_speculation.acceptance_length == 1
 
 
+def test_padding_behind_the_end_of_a_plain_row_is_not_counted():
+    target, draft, input_ids, mask = scripted(2)
+    settings = {"do_sample": False, "use_cache": False, "eos_token_id": draft.script[1][0], "pad_token_id": PAD_ID}
+    with pytest.warns(UserWarning, match="decoding without the draft"):
+        found = target.generate(input_ids, attention_mask=mask, assistant_model=draft, max_new_tokens=30, **settings)
+    lengths = [(row == draft.script[1][0]).nonzero() for row in found[:, input_ids.shape[1] :]]
+    expected = [int(places[0]) if len(places) else found.shape[1] - input_ids.shape[1] - 1 for places in lengths]
+    assert draft.last_speculation.num_committed == expected
+    assert expected[1] == 0
+
+
+@pytest.mark.parametrize("tree", ["static", "auto"])
+def test_experts_are_implemented_as_plain_decoding_does(monkeypatch, tree):
+    """On an accelerator it reads single tokens in another way than prompts; in that way trees may not fit its memory."""
+    target = tiny_target("qwen3_moe", 0)
+    target.set_experts_implementation("grouped_mm")
+    draft = tiny_draft(target)
+    draft.generation_config.update(tree=tree)
+    entered = []
+
+    @contextlib.contextmanager
+    def decode():
+        entered.append(True)
+        yield
+        entered.pop()
+
+    def ids_of(arguments, named):
+        return named["input_ids"] if "input_ids" in named else arguments[0]
+
+    monkeypatch.setattr(target, "_optimize_model_for_decode", decode)
+    seen = []
+    target.register_forward_pre_hook(lambda *given: seen.append((ids_of(*given[1:]).shape[1], bool(entered))), with_kwargs=True)
+    input_ids, _ = prompts(1)
+    for assistant in ({}, {"assistant_model": draft}):
+        seen.clear()
+        target.generate(input_ids, do_sample=False, **assistant, **LENGTH)
+        assert len({length for length, _ in seen}) > 1
+        assert all(is_decode == (length == 1) for length, is_decode in seen)
+
+
 def test_inputs_embeds_are_decoded_plainly():
     """There are no token ids for the draft to read."""
     target, draft, input_ids, _ = scripted()
@@ -556,6 +645,14 @@ def test_an_empty_prompt_starts_from_bos():
     assert torch.equal(
         target.generate(do_sample=False, **LENGTH), target.generate(do_sample=False, assistant_model=draft, **LENGTH)
     )
+
+
+def test_a_number_of_positions_without_a_table_limits_nothing():
+    """NemotronH has neither learned nor rotary positions."""
+    target = build("nemotron_h", {"max_position_embeddings": 16})
+    input_ids, _ = prompts(1, length=20)
+    plain, speculative, _ = generate_twice(target, tiny_draft(target), input_ids, do_sample=False, **LENGTH)
+    assert torch.equal(plain, speculative)
 
 
 def test_learned_positions_are_never_exceeded():
@@ -813,6 +910,20 @@ def test_a_draft_with_broken_weights_costs_speed_only():
     draft.processing_modules[1].input_projection.weight.data.fill_(torch.nan)
     plain, speculative, _ = generate_twice(target, draft, input_ids, mask, do_sample=False, **LENGTH)
     assert torch.equal(plain, speculative)
+
+
+def test_a_tokenizer_with_a_token_more_is_no_reason_to_refuse():
+    """What is generated does not depend on it; it was refused in a draft's first call only."""
+    target = tiny_target("llama", 0)
+    tokenizer = word_tokenizer()
+    draft = tiny_draft(target, target_fingerprint={"tokenizer_hash": tokenizer_hash(tokenizer)})
+    tokenizer.add_tokens(["[PAD]"])
+    input_ids, _ = prompts(1)
+    with pytest.warns(UserWarning, match="tokenizer_hash: expected"):
+        target.generate(input_ids, assistant_model=draft, tokenizer=tokenizer, stop_strings=["w1"], **LENGTH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_draft(target, target_fingerprint={"tokenizer_hash": "0"}).bind(target, tokenizer=SimpleNamespace())  # a processor
 
 
 def test_a_draft_for_another_target_is_refused_with_both_names():

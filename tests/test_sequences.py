@@ -7,6 +7,8 @@ from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
@@ -160,6 +162,27 @@ def test_processors_see_each_row_in_its_own_place():
     sequences.append(1, sampler.choose(sequences, 1, torch.zeros(V)))
     sampler.choose(sequences, 1, torch.zeros(V))
     assert seen == [((2, 3), (2, V)), ((2, 4), (2, V))]
+
+
+def test_kept_scores_are_those_of_one_row():
+    """A view would keep the scores of the whole batch for every token of each row."""
+
+    class Stateful(TemperatureLogitsWarper):
+        pass
+
+    for processors in ([Stateful(2.0)], [RepetitionPenaltyLogitsProcessor(1.5)]):
+        sequences, sampler = started(num_rows=4, processors=processors)
+        sampler.scores = [[] for _ in range(4)]
+        sampler.choose(sequences, 1, torch.zeros(V))
+        assert sampler.scores[1][0].untyped_storage().nbytes() < 2 * 4 * V
+
+
+def test_processors_of_rows_get_a_row():
+    sequences, sampler = started(num_rows=4, processors=[MinLengthLogitsProcessor(9, 1), RepetitionPenaltyLogitsProcessor(1.5)])
+    logits, ids = torch.linspace(-1, 1, V), sequences.ids[1:2, : sequences.lengths[1]]
+    found = sampler._process(sequences, 1, logits[None])
+    expected = sampler.logits_processor(ids.repeat(4, 1), logits.repeat(4, 1))[1:2]
+    assert torch.equal(found, expected)
 
 
 def test_nan_is_refused_only_where_the_walk_comes():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import CHAT_TEMPLATE, tiny_draft, tiny_target, word_tokenizer
+from transformers import GenerationConfig
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -383,3 +384,12 @@ def test_serving_reports_are_one_line():
     """With and without a draft."""
     report = serving.report_of(10, 2.0, None)
     assert serving.summary_of(report).startswith("10 tokens in 2.00 s, 5.0 tokens/s; without the draft:")
+
+
+def test_a_report_of_beams_leaves_out_the_prompt():
+    """They are decoded without a draft and without a streamer that would count."""
+    target, request = tiny_target(), serving.Request()
+    config = GenerationConfig(num_beams=2, max_new_tokens=5, pad_token_id=0)
+    call = serving._DraftedCall(target, None, request)
+    found = call.generate(input_ids=torch.tensor([[5, 6, 7, 8]]), generation_config=config)
+    assert (found.shape[1], request.report["tokens"]) == (9, 5)

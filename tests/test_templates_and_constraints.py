@@ -107,6 +107,19 @@ def test_a_prefix_function_bounds_each_row_of_a_batch():
     assert speculation.declined is None
 
 
+def test_a_prefix_function_is_asked_about_its_own_rows_alone():
+    """One with a trie for each row knows no others' texts: transformers refuses an empty list."""
+    input_ids, mask = prompts(3)
+    beginnings = [row.tolist() for row in input_ids]
+
+    def of_own(batch_id, ids):
+        return NUMBERS if ids[: input_ids.shape[1]].tolist() == beginnings[batch_id] else []
+
+    plain, drafted, speculation = both(target_of("llama"), input_ids, mask, do_sample=False, prefix_allowed_tokens_fn=of_own)
+    assert torch.equal(plain, drafted)
+    assert speculation.declined is None
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_processor_with_a_state_is_called_once_a_token(name, do_sample):

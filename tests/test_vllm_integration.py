@@ -187,7 +187,7 @@ def test_vllm_takes_other_engines(monkeypatch):
 
 
 def test_vllm_compares_targets():
-    """Sizes and tokenizer are compared part by part, both sides named; another name is a warning."""
+    """Sizes are compared part by part, both sides named; another name or tokenizer is a warning."""
     checks, target, tokenizer = plugin("target_checks"), tiny_target().config, word_tokenizer()
     fingerprint = {
         "name": "org/target",
@@ -207,8 +207,7 @@ def test_vllm_compares_targets():
         with pytest.raises(ValueError, match=rf"made for another target.*{name}: expected \d+ \(draft\), got {value} \(target\)"):
             checks.check_target(draft, other, "org/target")
     tokenizer.add_tokens(["another"])
-    with pytest.raises(ValueError, match="tokenizer_hash: expected"):
-        checks.check_target(draft, target, "org/target", tokenizer)
+    assert "tokenizer_hash: expected" in checks.check_target(draft, target, "org/target", tokenizer)
 
 
 @pytest.mark.parametrize(("architecture", "added"), [("llama", 0.0), ("gemma2", 1.0)])

@@ -10,12 +10,14 @@ taken:
 The loop is [`_decode`]; what its parts hand to each other stands in `decoding/round_values.py`.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import MaxLengthCriteria
 
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.chat import Chat
@@ -27,7 +29,7 @@ from .decoding.recurrent_target import install_for_stateful, uninstall_for_state
 from .decoding.round_check import RoundCheck
 from .decoding.round_values import Limits, Proposal, Verified
 from .decoding.sampler import Sampler
-from .decoding.sequences import Sequences
+from .decoding.sequences import Sequences, Stopping
 from .decoding.speculation import Speculation, warn_if_hardly_used
 from .decoding.static_shapes import static_shapes
 from .decoding.target_choice import make_target
@@ -44,7 +46,6 @@ from .transformers_names import (
     compiled_forward,
     decode_plainly,
     decoder_only_output,
-    decoding_experts,
     replace_method,
     restore_method,
 )
@@ -154,8 +155,8 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
     Raises:
         Declined: before any token, if this target and call cannot be served.
     """
-    generation_config, streamer = plain_arguments["generation_config"], plain_arguments["streamer"]
-    criteria = plain_arguments["stopping_criteria"]
+    streamer, criteria = plain_arguments["streamer"], plain_arguments["stopping_criteria"]
+    generation_config = _with_length_of(criteria, plain_arguments["generation_config"])
     sampler = Sampler(input_ids, plain_arguments["logits_processor"], criteria, generation_config, settings.coupled)
     sequences = sampler.new_sequences(input_ids, criteria, generation_config, streamer)
     layer_ids = draft.config.target_layer_ids
@@ -167,7 +168,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
     shapes = static_shapes(draft, settings, generation_config, is_target_compiled)
     target_side.keeps_finished |= shapes is not None
     try:
-        with in_eval_mode(draft), decoding_experts(target), lent_attention(target, draft, shapes is not None):
+        with in_eval_mode(draft), lent_attention(target, draft, shapes is not None):
             chat = Chat.of(target_side.cache, draft, len(sequences))
             drafter = chat.draft_side.drafter
             drafter.use_text_tokens(settings.text_tokens)
@@ -197,6 +198,16 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
         # Whatever it was, an interrupt too: the caller finds models and cache as they were.
         target_side.abandon()
         raise
+
+
+def _with_length_of(criteria, generation_config):
+    """The configuration with the length that the criteria allow: a caller's criterion takes the place of the setting's."""
+    limits = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
+    if not limits or min(limits) == generation_config.max_length:
+        return generation_config
+    generation_config = copy.copy(generation_config)
+    generation_config.max_length = min(limits)
+    return generation_config
 
 
 def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:
@@ -328,11 +339,13 @@ def _decode_plainly(reason: str, target, draft, input_ids, plain_arguments: dict
     output = decode_plainly(target, input_ids, **plain_arguments, **model_kwargs)
     returns_dict = plain_arguments["generation_config"].return_dict_in_generate
     sequences = output.sequences if returns_dict else output
-    num_rounds = max(sequences.shape[1] - input_ids.shape[1] - 1, 0)
     speculation = Speculation.empty(input_ids.shape[0])
     speculation.declined = reason
-    for index in range(input_ids.shape[0]):
-        for _ in range(num_rounds):
+    end_tokens = Stopping(plain_arguments["stopping_criteria"], sequences.device).end_tokens
+    for index, tokens in enumerate(sequences[:, input_ids.shape[1] :].tolist()):
+        # What stands behind an end token is padding.
+        length = next((place for place, token in enumerate(tokens, start=1) if token in end_tokens), len(tokens))
+        for _ in range(length - 1):
             speculation.add_round(index, num_emitted=1)
     draft.last_speculation = speculation
     if returns_dict:

@@ -273,7 +273,7 @@ class _DraftedCall:
             # transformers writes the message into the JSON of a stream as it is.
             raise ValueError(json.dumps(str(error))[1:-1]) from error
         seconds = time.perf_counter() - start
-        num_tokens = counting.num_tokens if "streamer" in arguments else output.shape[-1]
+        num_tokens = counting.num_tokens if "streamer" in arguments else output.shape[-1] - arguments["input_ids"].shape[-1]
         speculation = self._draft.last_speculation if "assistant_model" in arguments else None
         request.report = report_of(num_tokens, seconds, speculation)
         logger.info("%s", summary_of(request.report))

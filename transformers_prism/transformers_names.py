@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,9 +107,13 @@ def decode_plainly(target, input_ids, **arguments):
     return type(target)._sample(target, input_ids, **arguments)
 
 
-def decoding_experts(target) -> AbstractContextManager:
-    """The implementation of experts that plain decoding uses after the prefill."""
-    return target._optimize_model_for_decode()
+def experts_of_step(target, num_tokens: int) -> AbstractContextManager:
+    """The implementation of experts for a forward over `num_tokens` tokens a row behind the prompt.
+
+    For single tokens plain decoding takes another than for the prompt, one that copies the weights of each token's experts:
+    for a whole tree they may not fit.
+    """
+    return target._optimize_model_for_decode() if num_tokens == 1 else nullcontext()
 
 
 def compiled_forward(target, model_kwargs: dict, generation_config):
@@ -117,6 +121,11 @@ def compiled_forward(target, model_kwargs: dict, generation_config):
     if target._valid_auto_compile_criteria(model_kwargs, generation_config):
         return target.get_compiled_call(generation_config.compile_config)
     return None
+
+
+def allowed_tokens_of(processor):
+    """The caller's function behind a `PrefixConstrainedLogitsProcessor`."""
+    return processor._prefix_allowed_tokens_fn
 
 
 def takes_logits_to_keep(target) -> bool:

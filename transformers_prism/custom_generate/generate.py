@@ -32,7 +32,6 @@ def generate(model, assistant_model=None, **kwargs):
     draft = assistant_model if assistant_model is not None else _own_draft(model, hub_arguments)
     if draft.config.model_type != "prism":
         raise ValueError(f"assistant_model: expected a PRISM draft, got {type(draft).__name__}")
-    draft.bind(model)
     arguments = {name: value for name, value in kwargs.items() if value is not None}
     return type(model).generate(model, assistant_model=draft, **arguments)
 

@@ -5,6 +5,7 @@ ahead, the draft can see it, too (`sampling_noise.py`).
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -12,21 +13,55 @@ from contextvars import ContextVar
 import torch
 from transformers.generation import (
     EosTokenCriteria,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
 )
 
 from ..kernels.dispatch import TRITON_DEVICES
 from ..kernels.verify_tree import WARPERS
+from ..transformers_names import allowed_tokens_of
 from .sampling_noise import Coupling, StepNoise
 from .sequences import Sequences
 from .transfer import on_device
 
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
 _CRITERIA_OF_IDS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
+
+# Processors that do the same to a row of scores, whatever place of a batch it has.
+_ROW_PROCESSORS = (
+    *WARPERS.values(),
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 # Devices that calls treat as accelerators, although they are none.
 _treated_as_accelerators: ContextVar[tuple[str, ...]] = ContextVar("treated_as_accelerators", default=())
@@ -133,13 +168,16 @@ class Sampler:
                 refuse_nan(sequences, index)
             return token
         probs = torch.nn.functional.softmax(scores, dim=-1)
-        if torch.isnan(probs).any():
-            refuse_nan(sequences, index)
         if self.noise is None:
+            if torch.isnan(probs).any():
+                refuse_nan(sequences, index)
             return int(torch.multinomial(probs, num_samples=1))
         # Equal to torch.multinomial of the whole batch, bit for bit, whichever sequence comes to this step first.
         noise = self.noise.of_step(index, sequences.num_new(index), (self.num_sequences, probs.shape[-1]))
-        return _largest(probs / noise)[0]
+        token, value = _largest(probs / noise)
+        if math.isnan(value):
+            refuse_nan(sequences, index)
+        return token
 
     def _process(self, sequences: Sequences, index: int, raw: torch.Tensor) -> torch.Tensor:
         if not self.logits_processor:
@@ -148,9 +186,16 @@ class Sampler:
         # Stock warpers look at nothing but the sequence's own scores.
         if self.num_sequences == 1 or self.warpers is not None:
             return self.logits_processor(ids, raw)
-        # Some processors keep state for each sequence of the batch, so each is shown in its own place of a whole batch.
-        batch_ids = ids.repeat(self.num_sequences, 1)
-        return self.logits_processor(batch_ids, raw.repeat(self.num_sequences, 1))[index : index + 1]
+        # The others may hold something of each sequence of the batch, so each is shown in its own place of a whole batch.
+        scores = raw
+        for processor in self.logits_processor:
+            of_row = _of_row(processor, index)
+            if of_row is not None:
+                scores = of_row(ids, scores)
+                continue
+            whole = [one.repeat(self.num_sequences, 1) for one in (ids, scores)]
+            scores = processor(*whole)[index : index + 1].clone()  # a view would keep the scores of all
+        return scores
 
     def coupling(self, sequences: Sequences, num_steps: int) -> Coupling | None:
         """The draws of the next `num_steps` tokens of the active sequences, for the draft to see; None if it shall not."""
@@ -195,14 +240,29 @@ class Sampler:
         return {"scores": stacked(self.scores), "logits": stacked(self.logits)}
 
 
+def _of_row(processor, index: int) -> LogitsProcessor | None:
+    """What does to a row alone what `processor` does to row `index` of a batch; None where only the processor can know."""
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        # It asks for every row of a batch, and the others would be shown with the text of this one.
+        return PrefixConstrainedLogitsProcessor(functools.partial(_allowed_in, allowed_tokens_of(processor), index), num_beams=1)
+    if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, torch.Tensor):
+        return RepetitionPenaltyLogitsProcessor(processor.penalty, processor.prompt_ignore_length[index : index + 1])
+    return processor if type(processor) in _ROW_PROCESSORS else None
+
+
+def _allowed_in(allowed, index: int, _, ids: torch.LongTensor) -> list[int]:
+    """What a caller's function of a place in the batch and its ids allows, whatever place it is asked for."""
+    return allowed(index, ids)
+
+
 def _largest(values: torch.Tensor) -> tuple[int, float]:
     """Index of the largest of values `(1, V)`, the first of equal ones, and the value."""
     if values.device.type == "cpu" and values.dtype == torch.float32:
         array = values.numpy()  # whose argmax takes a tenth of torch's time
         token = int(array.argmax())
         return token, float(array[0, token])
-    value, index = values.max(dim=-1)
-    return int(index), float(value)
+    value, index = torch.cat([one.double() for one in values.max(dim=-1)]).tolist()  # one wait for the device
+    return int(index), value
 
 
 def refuse_nan(sequences: Sequences, index: int):

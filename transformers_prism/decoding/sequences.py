@@ -137,9 +137,9 @@ class Sequences:
         if kept is not None and hasattr(self.streamer, "put_round"):
             self.streamer.put_round(max(map(len, kept)) - 1)
         going = [length for index, length in enumerate(self.lengths) if not self.is_done(index)]
-        end = min(going) if going else max(self.lengths)
+        end = min(going) if going else self.width
         for step in range(self.num_streamed, end):
-            tokens = self.ids[:, step].cpu()
+            tokens = self.ids[:, step].to("cpu", copy=True)
             has_ended = [length <= step for length in self.lengths]
             if any(has_ended):
                 tokens[torch.tensor(has_ended)] = self.pad_token_id.to(tokens)
@@ -153,8 +153,12 @@ class Sequences:
                 if self.is_done(index) and length < width:
                     self.ids[index, length:width] = self.pad_token_id
 
+    @property
+    def width(self) -> int:
+        """Tokens up to where the last sequence was stopped, once all are; where nothing is padded some go on behind their own end."""
+        return max(end for end in self.end_lengths if end is not None)
+
     def finished(self) -> torch.LongTensor:
         """The sequences `(B, T)` as plain decoding returns them."""
-        width = max(end for end in self.end_lengths if end is not None)
-        self.pad_ended(width)
-        return self.ids[:, :width]
+        self.pad_ended(self.width)
+        return self.ids[:, : self.width].clone(memory_format=torch.contiguous_format)  # not the room for longer ones

@@ -5,8 +5,10 @@ Shape letters: B sequences that still decode, T prompt positions, N tree nodes, 
 
 import copy
 import math
+import re
 import sys
 import time
+from itertools import chain
 
 import torch
 from torch.nn.functional import pad
@@ -16,6 +18,7 @@ from ..transformers_names import (
     attention_name,
     cache_argument,
     cache_of,
+    experts_of_step,
     is_callers_cache,
     next_kwargs,
     prefill,
@@ -52,6 +55,8 @@ _REPLACED_INPUTS = (
     *("attention_mask", "cache_position", "input_ids", "inputs_embeds", "logits_to_keep", "output_attentions"),
     *("output_hidden_states", "position_ids", "return_dict", "use_cache"),
 )
+# Names of tables of learned positions.
+_OF_POSITIONS = re.compile("posit|pos_|wpe")
 
 
 class TargetSide:
@@ -348,15 +353,16 @@ class TargetSide:
             inputs["position_ids"] = on_device(along, self.device)
         for name, value in self.token_inputs.items():
             inputs[name] = on_device(value, self.device).expand(-1, tree.num_nodes, *value.shape[2:])
-        outputs = self.model_forward(
-            input_ids=on_device(tree.token_ids, self.device),
-            attention_mask=mask,
-            **cache_argument(self.target, self.cache),
-            use_cache=True,
-            output_hidden_states=self.asked_states,
-            return_dict=True,
-            **inputs,
-        )
+        with experts_of_step(self.target, tree.num_nodes):
+            outputs = self.model_forward(
+                input_ids=on_device(tree.token_ids, self.device),
+                attention_mask=mask,
+                **cache_argument(self.target, self.cache),
+                use_cache=True,
+                output_hidden_states=self.asked_states,
+                return_dict=True,
+                **inputs,
+            )
         return outputs.logits, self._states(outputs)
 
     def _states(self, outputs) -> list[torch.Tensor]:
@@ -376,10 +382,13 @@ class TargetSide:
 
 
 def _num_learned_positions(target) -> int | None:
-    """How many positions a target without rotary embedding has; None where any position can be computed."""
+    """How many positions a target without rotary embedding has a table of; None where any position can be computed."""
     text_config = target.config.get_text_config()
-    if getattr(text_config, "rope_parameters", None) is not None:
+    num_positions = getattr(text_config, "max_position_embeddings", None)
+    if getattr(text_config, "rope_parameters", None) is not None or num_positions is None:
         return None
     # Sinusoidal tables grow with the text: they have a method for it.
-    grows = any(hasattr(module, "make_weights") for module in target.modules())
-    return None if grows else getattr(text_config, "max_position_embeddings", None)
+    if any(hasattr(module, "make_weights") for module in target.modules()):
+        return None
+    tables = (one for name, one in chain(target.named_parameters(), target.named_buffers()) if _OF_POSITIONS.search(name))
+    return num_positions if any(one.dim() == 2 and len(one) >= num_positions for one in tables) else None

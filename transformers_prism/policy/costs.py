@@ -33,7 +33,7 @@ from ..decoding.eval_mode import in_eval_mode
 from ..decoding.layer_check import input_device
 from ..decoding.target_support import Declined
 from ..decoding.tree_target import is_compiled
-from ..transformers_names import attention_name, cache_argument, cache_of, is_stateful
+from ..transformers_names import attention_name, cache_argument, cache_of, experts_of_step, is_stateful
 from ..whole_files import name_of_parts, write_json_if_possible
 
 logger = logging.getLogger(__name__)
@@ -340,7 +340,8 @@ def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
         arguments = {"use_cache": True, **cache_argument(target, cache_of(first))}
     start = _now(input_device(target))
     try:
-        target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
+        with experts_of_step(target, num_tokens):
+            target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
     except ValueError as error:
         what = f'tree="auto" times forwards over text alone, which {type(target).__name__} refuses'
         raise Declined(f'{what} ({error}); set tree="static"') from error

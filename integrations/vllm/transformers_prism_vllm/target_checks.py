@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 # Parts of a draft's fingerprint that cannot differ; other weights of the same shape only accept fewer tokens.
-_FATAL_PARTS = ("vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
-_ALL_PARTS = (*_FATAL_PARTS, "name", "revision")
+_FATAL_PARTS = ("vocab_size", "hidden_size", "num_hidden_layers")
+_ALL_PARTS = (*_FATAL_PARTS, "tokenizer_hash", "name", "revision")
 # Types of targets whose embedding is scaled by vLLM outside of the layer that drafts share, by sqrt(hidden_size).
 _SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text")
 
