@@ -40,7 +40,7 @@ def assert_foreseen(draft, num_steps: int, is_reached: bool, **weights):
     width = draft.config.fused_hidden_size + draft.config.target_hidden_size
     training = AlignedTraining(draft, draft._borrowed.target, stage)
     input_ids, mask = torch.randint(0, VOCAB_SIZE, (2, 8)), torch.ones(2, 8, dtype=torch.bool)
-    training(input_ids, torch.randn(2, 8, width), torch.randn(2, 8, width), mask)["loss"].backward()
+    training(input_ids, torch.randn(2, 9, width), mask)["loss"].backward()
     assert all(parameter.grad is not None for parameter in training.parameters()) == is_reached
 
 

@@ -227,9 +227,11 @@ def test_a_run_ends_when_its_time_is_over(tmp_path, target):
     assert run(target, tmp_path / "timed", num_tokens=10**9) == summary
 
 
-def test_conversations_do_not_depend_on_the_batch(tmp_path, target):
+@pytest.mark.parametrize("top_ks", [{}, {"top_k": 12, "user_top_k": 30}])
+def test_conversations_do_not_depend_on_the_batch(tmp_path, target, top_ks):
+    """Nor on whether a user turn, which may choose from more tokens, is drawn beside an answer."""
     for batch_size in (2, 7):
-        run(target, tmp_path / str(batch_size), batch_size=batch_size)
+        run(target, tmp_path / str(batch_size), batch_size=batch_size, **top_ks)
     assert written(tmp_path / "2") == written(tmp_path / "7")
 
 
@@ -314,6 +316,13 @@ def test_system_turns_that_the_template_refuses_are_left_out(tmp_path, target):
     config = SynthesisConfig(num_tokens=10, system_prompts=("w9",), **SETTINGS)
     with pytest.raises(ValueError, match="got its error: no system role"):
         Synthesizer(target, tokenizer, config)
+
+
+def test_what_the_template_writes_takes_room_too(target):
+    """It ended the whole run when the first row was full."""
+    config = SynthesisConfig(num_tokens=10, **{**SETTINGS, "max_length": 84})
+    with pytest.raises(ValueError, match=r"max_length: expected at least (8[5-9]|9\d), room for a user turn, an answer and what .*, got 84"):
+        Synthesizer(target, chat_tokenizer(), config)
 
 
 @pytest.mark.parametrize(

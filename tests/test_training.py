@@ -10,12 +10,14 @@ import re
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compatibility_models import build
 from pretend_accelerator import OnDevice, PretendedAccelerator, move_model
 from tiny_models import scripted_draft, tiny_draft, tiny_target
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from transformers_prism import PrismDraftModel
@@ -33,9 +35,9 @@ from transformers_prism.training.data.conversations import (
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, compute_features
 from transformers_prism.training.first_draft import frequent_tokens, make_draft_config
 from transformers_prism.training.plan import describe_plan
-from transformers_prism.training.progress import TrainingLog, plot_curves
+from transformers_prism.training.progress import TrainingLog, UpdateClock, plot_curves
 from transformers_prism.training.recipes import TrainConfig, plan_stages
-from transformers_prism.training.train import AlignedTrainer, last_whole_checkpoint, train
+from transformers_prism.training.train import AlignedTrainer, _training_arguments, last_whole_checkpoint, train
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -165,6 +167,59 @@ def test_resume_gives_the_same_weights(tmp_path, load_tiny, monkeypatch, stage, 
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("validation_updates", [0, 2])
+def test_a_run_stopped_behind_its_last_update_makes_no_more(tmp_path, load_tiny, monkeypatch, validation_updates):
+    """In the validation at a stage's end, in the middle of an epoch."""
+    options = {"single_step_epochs": 1.5, "schedule": "constant", "validation_updates": validation_updates, "save_updates": 4}
+    whole = train(settings(tmp_path, "whole", **options))
+    evaluate = AlignedTrainer.evaluate
+
+    def stop(self, *args, **kwargs):
+        if self.model.stage.name == "single_step" and self.state.global_step == self.state.max_steps:
+            raise KeyboardInterrupt
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(AlignedTrainer, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tmp_path, "cut", **options))
+    monkeypatch.setattr(AlignedTrainer, "evaluate", evaluate)
+    resumed = train(settings(tmp_path, "cut", resume=True, **options))
+    counts = [json.loads((tmp_path / name / "single_step" / "result.json").read_text())["num_updates"] for name in ("whole", "cut")]
+    assert counts[0] == counts[1]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_stage_of_one_update_trains(tmp_path, load_tiny):
+    """Its only update was one of the warm-up, at a rate of 0."""
+    one = {"single_step_epochs": 1.0, "warm_up_epochs": 0.0, "split_epochs": 0.0, "num_conversations": 4, "logging_updates": 1}
+    train(settings(tmp_path, **one))
+    result = json.loads((tmp_path / "run" / "single_step" / "result.json").read_text())
+    assert result["num_updates"] == 1
+    assert [line["learning_rate"] for line in result["history"] if "learning_rate" in line] != [0.0]
+
+
+def test_one_process_takes_one_device(tmp_path, target, load_tiny, monkeypatch, caplog):
+    """DataParallel, which the Trainer would wrap a model in for several, cannot run a draft."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if vars(self).get("_n_gpu") == 1 else 4))
+    config = settings(tmp_path)
+    stage, *_ = plan_stages(config)
+    arguments = _training_arguments(stage, config, tiny_draft(target), tmp_path, 5, is_begun=False)
+    assert arguments.n_gpu == 1
+    assert "One of 4 devices is used; `accelerate launch` starts a process on each." in caplog.text
+
+
+def test_the_clock_counts_updates_and_their_batches(monkeypatch):
+    """Not validation and checkpoints; a resumed run goes on from what its checkpoint says."""
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr("transformers_prism.training.progress.clock", lambda device: next(now))
+    clock, args = UpdateClock(seconds=100.0), SimpleNamespace(device=torch.device("cpu"))
+    events = ["on_epoch_begin", "on_step_end", "on_step_end", "on_evaluate", "on_save", "on_step_end", "on_epoch_begin", "on_step_end"]
+    for event in events:
+        getattr(clock, event)(args, None, None)
+    assert clock.seconds == 140.0
+
+
 def test_resume_refuses_other_settings(tmp_path, load_tiny):
     train(settings(tmp_path))
     with pytest.raises(ValueError, match=r"learning_rate=0.005 as the run began, got 0.1"):
@@ -208,7 +263,7 @@ def test_a_draft_that_is_carried_on_is_validated_first(tmp_path, load_tiny, monk
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     for run in ("whole", "cut"):
         validations = json.loads((tmp_path / run / "draft" / "training.json").read_text())["stages"][0]["validations"]
-        assert [entry["step"] for entry in validations[:-1]] == [0, 2, 4, 6, 8, 10, 12]
+        assert [entry["step"] for entry in validations] == [0, 2, 4, 6, 8, 10, 12]
         assert validations[0]["eval_agreement_0"] == first["validation"]["eval_agreement_0"]
         assert validations[0]["eval_tokens_seen"] == 0
 
@@ -294,12 +349,12 @@ def test_embeddings_narrower_than_states_train(tmp_path, load_tiny, monkeypatch,
     assert draft.config.target_embedding_size == draft.config.hidden_size == 16
     batch = labels[0]
     ids, mask = batch["input_ids"][:1], batch["mask"][0]
-    assert batch["label_features"].shape[-1] == 3 * 32 + 16
+    assert batch["states"].shape[-1] == 3 * 32 + 16
     with torch.no_grad():
         # The first token is not in the batch, so look for the conversation that counts upwards to these.
         whole = torch.cat(((ids[:, :1] - 1) % VOCAB_SIZE, ids), dim=1)
         logits = target(whole).logits[0, 1:]
-        found = target.get_output_embeddings()(batch["label_features"][0, :, -16:].float())
+        found = target.get_output_embeddings()(batch["states"][0, 1:, -16:].float())
     torch.testing.assert_close(found[mask], logits[mask], rtol=0.05, atol=0.05)
     prompt = torch.tensor([[5, 6, 7]])
     plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
@@ -436,10 +491,11 @@ def test_the_checkpoint_with_the_best_tau_is_kept(tmp_path, load_tiny, monkeypat
 
     monkeypatch.setattr("transformers_prism.training.train.measure_acceptance", measured)
     options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "single_step_epochs": 4.0, "num_acceptance_prompts": 2}
-    draft = train(settings(tmp_path, validation_updates=2, save_updates=2, patience=2, validation_share=0.15, **options))
+    draft = train(settings(tmp_path, validation_updates=2, save_updates=200, patience=2, validation_share=0.15, **options))
     result = json.loads((tmp_path / "run" / "single_step" / "result.json").read_text())
-    # The best is the second; two without a better one end the stage, and the kept weights are measured once more.
-    assert [entry["eval_tau"] for entry in result["history"] if "eval_tau" in entry][:4] == [1.2, 1.9, 1.1, 1.0]
+    # The best is the second; two without a better one end the stage. The kept weights were measured already.
+    assert [entry["eval_tau"] for entry in result["history"] if "eval_tau" in entry] == [1.2, 1.9, 1.1, 1.0]
+    assert result["validation"]["eval_tau"] == 1.9
     assert result["num_updates"] == 8
     for name, tensor in draft.state_dict().items():
         assert torch.equal(tensor, weights[1][name]), name
@@ -548,8 +604,6 @@ def test_data_that_is_not_gzip_is_named(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"compute_dtype: expected float32 or bfloat16, got 'int8'"):
         TrainConfig(compute_dtype="int8")
-    with pytest.raises(ValueError, match=r"save_updates: expected a multiple of validation_updates \(30\), .*, got 50"):
-        TrainConfig(save_updates=50, validation_updates=30, num_acceptance_prompts=2)
     with pytest.raises(ValueError, match=r"batch_size: expected at least 1, got 0"):
         TrainConfig(batch_size=0)
 
@@ -574,8 +628,7 @@ def test_collate_marks_rows_that_predict_the_answer():
     ]
     batch = collate(items)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14], [11, 12, 13, 0]]
-    assert batch["features"][0, :, 0].tolist() == [0, 1, 2, 3]
-    assert batch["label_features"][0, :, 0].tolist() == [1, 2, 3, 4]
+    assert batch["states"][0, :, 0].tolist() == [0, 1, 2, 3, 4]
     assert batch["mask"].tolist() == [[False, False, True, True], [True, True, True, False]]
 
 
@@ -807,6 +860,9 @@ def test_float32_features_serve_bfloat16_when_none_is_missing(tmp_path, target, 
         compute_features(other, conversations, [1, 4], folder)
     compute_features(target, conversations, [1, 4], folder)
     compute_features(other, conversations, [1, 4], folder)
+    grown = [*conversations, conversations[0]]
+    with pytest.raises(ValueError, match=message):
+        compute_features(other, grown, [1, 4], folder)
     compute_features(other, conversations, [1, 4], tmp_path / "lower")
     with pytest.raises(ValueError, match="lower: expected features with compute_dtype='float32', got 'bfloat16'"):
         compute_features(target, conversations, [1, 4], tmp_path / "lower")
@@ -870,18 +926,17 @@ def test_a_full_disk_is_named(tmp_path, target, monkeypatch):
 
 @pytest.mark.parametrize(("draft_vocab_size", "text_tokens"), [(None, True), (40, False), (40, True)])
 def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target, draft_vocab_size, text_tokens):
-    """Row by row: first choices over the target's vocabulary, min(p, q) over what the draft can propose; in chunks as at
-    once."""
+    """Row by row: first choices over the target's vocabulary, and how probably a drawn token is accepted, to which what the
+    draft cannot propose adds nothing; in chunks as at once."""
     monkeypatch.setattr("transformers_prism.training.aligned_training.ROWS_PER_CHUNK", 3)
     torch.manual_seed(0)
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
     (stage,) = plan_stages(TrainConfig(recipe="hass", single_step_epochs=0.0))
     training = AlignedTraining(draft, target, stage, text_tokens)
     width = draft.config.target_hidden_size
-    features = torch.randn(2, 7, draft.config.fused_hidden_size + width)
-    labels = torch.randn(2, 7, draft.config.fused_hidden_size + width)
+    states = torch.randn(2, 8, draft.config.fused_hidden_size + width)
     input_ids, mask = torch.randint(0, VOCAB_SIZE, (2, 7)), torch.rand(2, 7) < 0.7
-    found = training.count_agreements(input_ids, features, labels, mask, num_steps=3)
+    found = training.count_agreements(input_ids, states, mask, num_steps=3)
     tokens_of = [torch.arange(VOCAB_SIZE) if draft_vocab_size is None else draft.draft_to_target] * 2
     if draft_vocab_size is not None and text_tokens:
         # Those of the row itself, as far as something is predicted there.
@@ -890,15 +945,15 @@ def test_closeness_is_counted_over_rows_that_have_a_history(monkeypatch, target,
         tokens_of = [torch.tensor([*known, *sorted(text - set(known))]) for text in texts]
         assert all(len(tokens) > draft_vocab_size for tokens in tokens_of)
     expected = torch.zeros(3, 3, dtype=torch.float64)
-    for step, prediction in enumerate(training.predict(input_ids, features, 3)):
+    for step, prediction in enumerate(training.predict(input_ids, states, 3)):
         for row, position in mask.nonzero().tolist():
             if position < step:
                 continue
             tokens = tokens_of[row]
-            target_logits = target.get_output_embeddings()(labels[row, position, -width:])
+            target_logits = target.get_output_embeddings()(states[row, position + 1, -width:])
             logits = target.get_output_embeddings()(prediction[row, position])[tokens]
             is_hit = int(tokens[logits.argmax()]) == int(target_logits.argmax())
-            least = torch.minimum(logits.softmax(-1), target_logits[tokens].softmax(-1)).sum()
+            least = torch.minimum(logits.softmax(-1), target_logits.softmax(-1)[tokens]).sum()
             expected[step] += torch.tensor([float(is_hit), least.item(), 1.0], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
@@ -937,8 +992,7 @@ def test_a_training_step_waits_for_the_device_once(target, settings, num_reads):
     width = (len(draft.config.target_layer_ids) + 1) * target.config.hidden_size
     inputs = {
         "input_ids": torch.randint(1, VOCAB_SIZE, (2, 12)),
-        "features": torch.randn(2, 12, width).bfloat16(),
-        "label_features": torch.randn(2, 12, width).bfloat16(),
+        "states": torch.randn(2, 13, width).bfloat16(),
         "mask": torch.rand(2, 12) < 0.7,
     }
     stage = next(stage for stage in plan_stages(TrainConfig(acceptance_weight=0.1)) if stage.name == "split")

@@ -335,6 +335,12 @@ def _has_rows_of(rows: nn.Linear, head: nn.Linear, token_ids: torch.Tensor) -> b
     return is_same and (bias is None or torch.equal(rows.bias, bias.detach()[token_ids]))
 
 
+def scale_and_cap(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """What a target makes of its head's outputs, of the same shape."""
+    logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def tokens_outside(
     text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int, num_head_rows: int | None = None
 ) -> torch.Tensor:

@@ -14,7 +14,15 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .borrowed_layers import BorrowedLayers, TextRows, final_norm_of, place_of, rows_of_head, tokens_outside
+from .borrowed_layers import (
+    BorrowedLayers,
+    TextRows,
+    final_norm_of,
+    place_of,
+    rows_of_head,
+    scale_and_cap,
+    tokens_outside,
+)
 from .configuration_prism import PrismConfig, num_target_layers, target_numerics
 from .cpu import refresh_packed_weights
 from .decoding.drafter import Drafter
@@ -203,7 +211,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         hidden_states = self._head_input(hidden_states)
         logits = self._borrowed_logits(hidden_states, text) if self.lm_head is None else self.lm_head(hidden_states)
-        return _scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
+        return scale_and_cap(logits, self.config.logit_scale, self.config.logit_softcap)
 
     def propose(
         self, hidden_states: torch.Tensor, top_k: int, text: TextRows | None = None
@@ -246,7 +254,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         self._gather_head_rows()
         numerics = target_numerics(borrowed.target.config.get_text_config())
         logits = self._borrowed_logits(hidden_states, text)
-        return _scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
+        return scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
     def shared_head(self, text: TextRows | None = None) -> tuple[torch.Tensor, dict] | None:
         """What the draft's logits and [`~PrismDraftModel.compute_target_logits`] are both made of, for kernels.
@@ -440,11 +448,6 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             "expected a draft to be passed to its target, target.generate(**inputs, assistant_model=draft), "
             "got a call of draft.generate()"
         )
-
-
-def _scale_and_cap(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    logits = logits * scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 __all__ = ["PrismDraftModel", "PrismPreTrainedModel"]

@@ -1,4 +1,6 @@
-"""Values of the host on their way to a device, without a stop."""
+"""Values of the host on their way to a device, without a stop; and a clock that does stop for it."""
+
+import time
 
 import torch
 
@@ -15,3 +17,10 @@ def on_device(values, device: torch.device) -> torch.Tensor:
     """
     tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values)
     return tensor.to(device, non_blocking=device.type in ASYNCHRONOUS_DEVICES)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds from some point on, once the device has done all that it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()

@@ -32,6 +32,7 @@ from ..decoding.drafter import Drafter
 from ..decoding.eval_mode import in_eval_mode
 from ..decoding.layer_check import input_device
 from ..decoding.target_support import Declined
+from ..decoding.transfer import clock
 from ..decoding.tree_target import is_compiled
 from ..transformers_names import attention_name, cache_argument, cache_of, experts_of_step, is_stateful
 from ..whole_files import name_of_parts, write_json_if_possible
@@ -338,14 +339,14 @@ def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
     if is_stateful(target):  # which run a single token in another way behind a state
         first = target(input_ids[:, :1], use_cache=True)
         arguments = {"use_cache": True, **cache_argument(target, cache_of(first))}
-    start = _now(input_device(target))
+    start = clock(input_device(target))
     try:
         with experts_of_step(target, num_tokens):
             target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
     except ValueError as error:
         what = f'tree="auto" times forwards over text alone, which {type(target).__name__} refuses'
         raise Declined(f'{what} ({error}); set tree="static"') from error
-    return _now(input_device(target)) - start
+    return clock(input_device(target)) - start
 
 
 def _time_draft(target, draft, num_rows: int) -> float:
@@ -360,15 +361,9 @@ def _time_draft(target, draft, num_rows: int) -> float:
     times = []
 
     def note(log_probs) -> int:
-        times.append(_now(draft.device))
+        times.append(clock(draft.device))
         return top_k
 
     drafter.prefill(ids, hidden, positions, [2] * num_rows)
     drafter.draw(top_k, 3, note)
-    return (_now(draft.device) - times[0]) / 2
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-    return time.perf_counter()
+    return (clock(draft.device) - times[0]) / 2

@@ -1,11 +1,10 @@
 """Acceptance measured while a draft trains: real rounds on held-out prompts, in addition to what teacher forcing says."""
 
-import time
-
 import torch
 
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
+from transformers_prism.decoding.transfer import clock
 from transformers_prism.training.data.conversations import Conversation, loop_period
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import cache_argument, cache_of
@@ -94,7 +93,7 @@ def _plain_steps(target, prompt: torch.Tensor, count: int = 8) -> tuple[float, i
     cache = cache_of(target(prompt, use_cache=True, logits_to_keep=1))
     token = prompt[:, -1:]
     target(token, **cache_argument(target, cache), use_cache=True)
-    start = time.perf_counter()
+    start = clock(target.device)
     for _ in range(count):
         target(token, **cache_argument(target, cache), use_cache=True)
-    return time.perf_counter() - start, count
+    return clock(target.device) - start, count

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from transformers_prism.borrowed_layers import place_of
+from transformers_prism.borrowed_layers import place_of, scale_and_cap
+from transformers_prism.configuration_prism import target_numerics
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
@@ -32,18 +33,18 @@ class AlignedTraining(nn.Module):
         # Behind a function, the target is neither trained nor saved with the draft.
         self.target = lambda: target
 
-    def forward(self, input_ids, features, label_features, mask):
+    def forward(self, input_ids, states, mask):
         """Loss of a batch of [`collate`].
 
         Returns:
             `dict`: `loss`, and without gradients its `parts`: `(3, S)`, of token, acceptance and hidden state.
         """
-        predictions = self.predict(input_ids, features, self.stage.num_steps, self.stage.is_detached)
+        predictions = self.predict(input_ids, states, self.stage.num_steps, self.stage.is_detached)
         history = history_mask(input_ids.shape[1], self.stage.num_steps, input_ids.device)
         loss = aligned_loss(
             self.draft,
             predictions,
-            label_features[..., -label_width(self.draft.config) :],
+            self._labels(states),
             mask[None] & history[:, None],
             self.stage.loss,
             text=self._text_rows(input_ids),
@@ -54,22 +55,27 @@ class AlignedTraining(nn.Module):
     def _text_rows(self, input_ids):
         return self.draft.text_rows(input_ids) if self.text_tokens else None
 
-    def predict(self, input_ids, features, num_steps: int, is_detached: bool = False):
-        """The outputs of the steps; features hold the fused layers first and the last, normed state last."""
-        fused = features[..., : self.draft.config.fused_hidden_size]
+    def _labels(self, states):
+        """What each step predicts: the target's last, normed states behind the first token."""
+        return states[:, 1:, -label_width(self.draft.config) :]
+
+    def predict(self, input_ids, states, num_steps: int, is_detached: bool = False):
+        """The outputs of the steps, from the fused layers' states before each token."""
+        fused = states[:, :-1, : self.draft.config.fused_hidden_size]
         return aligned_forward(self.draft, input_ids, fused, num_steps, is_detached, **self.options)
 
     @torch.no_grad()
-    def count_agreements(self, input_ids, features, label_features, mask, num_steps: int) -> torch.Tensor:
+    def count_agreements(self, input_ids, states, mask, num_steps: int) -> torch.Tensor:
         """How close each step comes to the target: `(S, 3)` sums over rows.
 
         They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
-        token drawn from the draft is accepted, sum min(p, q) over what the draft can propose; and the number of rows.
+        token drawn from the draft is accepted, sum min(p, q); and the number of rows. The draft can propose the tokens of the
+        whole text, those that are still to come, too.
         """
-        predictions = self.predict(input_ids, features, num_steps)
+        predictions = self.predict(input_ids, states, num_steps)
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
-        label = label_features[..., -label_width(self.draft.config) :]
+        label = self._labels(states)
         # One text at a time, whose own tokens can be proposed, so that nothing depends on what else is in the batch.
         for row, positions in enumerate(mask):
             rows = positions.nonzero()[:, 0]
@@ -82,8 +88,10 @@ class AlignedTraining(nn.Module):
     def _closeness(self, predictions, label, is_valid, text) -> torch.Tensor:
         """The sums of some rows of one text."""
         names = self.draft.draft_to_target if text is None else text.token_ids
-        expected = self._target_choice(label)
-        target = torch.softmax(self.draft.compute_target_logits(label, text).float(), dim=-1)
+        whole = self._target_logits(label)
+        expected = whole.argmax(dim=-1)
+        # What the target gives to tokens that the draft cannot propose is accepted by none.
+        target = (self.draft.compute_target_logits(label, text).float() - whole.logsumexp(dim=-1, keepdim=True)).exp()
         sums = []
         for prediction, valid in zip(predictions, is_valid, strict=True):
             logits = self.draft.compute_logits(prediction, text)
@@ -95,10 +103,12 @@ class AlignedTraining(nn.Module):
             sums.append(torch.stack([one.sum(dtype=torch.float64) for one in found]))
         return torch.stack(sums)
 
-    def _target_choice(self, label: torch.Tensor) -> torch.Tensor:
-        # Scaling and capping logits as the target does keeps their order.
+    def _target_logits(self, label: torch.Tensor) -> torch.Tensor:
+        """The target's own over the whole vocabulary, `(R, V)` in float32."""
         head = output_embeddings(self.target())
-        return head(label.to(*place_of(head, self.target(), label.dtype))).argmax(dim=-1).to(self.draft.device)
+        logits = head(label.to(*place_of(head, self.target(), label.dtype))).to(self.draft.device).float()
+        numerics = target_numerics(self.target().config.get_text_config())
+        return scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
 
 def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:

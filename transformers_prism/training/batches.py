@@ -45,36 +45,32 @@ def collate(items: list[dict]) -> dict:
     """Join conversations of T + 1 tokens into rows of T: a row reads a token's state and the token after it.
 
     Returns:
-        `dict`: `input_ids` `(B, T)`, the token after each state; `features` `(B, T, C * hidden_size)`, the states that
-            are read; `label_features`, the same one token later, what is predicted; `mask` `(B, T)`, True where the
-            predicted state belongs to a span that is trained or comes right before one.
+        `dict`: `input_ids` `(B, T)`, the token after each state; `states` `(B, T + 1, C * hidden_size)`, of which the first
+            T are read and the last T are predicted; `mask` `(B, T)`, True where the predicted state belongs to a span that
+            is trained or comes right before one.
     """
     num_rows = max(len(item["input_ids"]) for item in items) - 1
     width = items[0]["features"].shape[-1]
     input_ids = torch.zeros(len(items), num_rows, dtype=torch.long)
-    features = items[0]["features"].new_zeros(len(items), num_rows + 1, width)
+    states = items[0]["features"].new_zeros(len(items), num_rows + 1, width)
     mask = torch.zeros(len(items), num_rows, dtype=torch.bool)
     for row, item in enumerate(items):
         length = len(item["input_ids"])
         input_ids[row, : length - 1] = item["input_ids"][1:]
-        features[row, :length] = item["features"]
+        states[row, :length] = item["features"]
         # Row t predicts the state of token t + 1, which tells token t + 2: the first that a round drafts in an
         # answer starting at token P follows row P - 1.
         for start, end in item["trained_spans"]:
             mask[row, start - 1 : end - 1] = True
-    return {
-        "input_ids": input_ids,
-        "features": features[:, :-1],
-        "label_features": features[:, 1:],
-        "mask": mask,
-    }
+    return {"input_ids": input_ids, "states": states, "mask": mask}
 
 
 class LengthSampler(Sampler):
     """Indices in an order in which neighbours are of like length in tokens, drawn afresh from (seed, epoch).
 
     The order depends on nothing else, so that a resumed run sees the batches that it would have seen. It goes on where the
-    `updates_before` of earlier stages ended: stages that make an epoch together see every item once. All batches of an
+    `updates_before` of earlier stages ended: stages that make an epoch together see every item once, but for those of a last
+    update that is short. All batches of an
     update, those of all processes, are neighbours: no process waits for one with longer rows.
     """
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -66,8 +67,12 @@ class FeatureStore:
         return sum(self.lengths[index] for index in self.members(shard)) * self.width * BYTES_PER_VALUE
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not there yet."""
-        return [shard for shard in range(self.num_shards) if not self.shard_path(shard).is_file()]
+        """Shards that are not there yet, or not whole, as the last one where data has grown."""
+        return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+
+    def _is_whole(self, shard: int) -> bool:
+        path = self.shard_path(shard)
+        return path.is_file() and path.stat().st_size == self.shard_bytes(shard)
 
     def states(self, index: int) -> torch.Tensor:
         """States over conversation `index`: bfloat16 of shape `(T, width)`, a view of the mapped file."""
@@ -127,7 +132,7 @@ def compute_features(
     """
     store = FeatureStore(folder, conversations, layer_ids, sum(state_widths(target, layer_ids)))
     store.folder.mkdir(parents=True, exist_ok=True)
-    wanted = {index // CONVERSATIONS_PER_SHARD for index in (range(len(conversations)) if needed is None else needed)}
+    wanted = _shards_of(range(len(conversations)) if needed is None else needed)
     _claim_folder(store, target, conversations, may_be_float32=wanted.isdisjoint(store.missing_shards()))
     missing = [shard for shard in store.missing_shards() if shard in wanted]
     _check_disk(store, missing)
@@ -137,6 +142,16 @@ def compute_features(
         for shard in shards:
             _write_shard(target, store, shard, conversations, bar)
     return store
+
+
+def computed_with(needed: list[int], num_conversations: int) -> list[int]:
+    """The conversations whose features are computed where those of `needed` are: shards are computed whole."""
+    shards = _shards_of(needed)
+    return [index for index in range(num_conversations) if index // CONVERSATIONS_PER_SHARD in shards]
+
+
+def _shards_of(indices: Iterable[int]) -> set[int]:
+    return {index // CONVERSATIONS_PER_SHARD for index in indices}
 
 
 def state_widths(target, layer_ids: list[int]) -> list[int]:
@@ -200,11 +215,6 @@ def _claim_folder(store: FeatureStore, target, conversations: list[Conversation]
     known = found.get("num_conversations", 0)
     before = {**_description(target, conversations[:known], store.layer_ids), "compute_dtype": description["compute_dtype"]}
     if known < len(conversations) and found == before:
-        # Its last shard may lack conversations that belong there now. Another process may have written it anew already.
-        last = (known - 1) // CONVERSATIONS_PER_SHARD
-        path_of_last = store.shard_path(last)
-        if path_of_last.is_file() and path_of_last.stat().st_size != store.shard_bytes(last):
-            path_of_last.unlink(missing_ok=True)
         write_json(path, description)
         return
     for name, expected in description.items():

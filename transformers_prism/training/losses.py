@@ -204,7 +204,7 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
         num_steps, num_rows = predictions.shape[:2]
         sums = predictions.new_zeros(len(coefficients), num_steps, dtype=torch.float32)
         gradient = torch.empty_like(predictions)
-        head_gradient = [torch.zeros(num_steps, *parameter.shape).to(parameter) for parameter in head]
+        head_gradient = [parameter.new_zeros(num_steps, *parameter.shape) for parameter in head]
         for start in range(0, num_rows, ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
             vocabulary = vocabulary_of(label_hidden[chunk])

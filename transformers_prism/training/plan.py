@@ -1,5 +1,6 @@
 """What a training run will do and take, said before anything runs."""
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import config_and_tokenizer, num_parameters
 from transformers_prism.training.aligned_training import label_width
-from transformers_prism.training.data.conversations import describe, read_parts
-from transformers_prism.training.features import BYTES_PER_VALUE
+from transformers_prism.training.data.conversations import Part, describe, read_parts
+from transformers_prism.training.features import BYTES_PER_VALUE, computed_with
 from transformers_prism.training.first_draft import make_draft_config, source_config
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import with_modules
@@ -92,7 +93,7 @@ def describe_plan(config: TrainConfig) -> str:
     used = training.chosen
     data = describe(used)
     layers = sorted({*draft_config.target_layer_ids, num_target_layers(text_config)})
-    num_tokens = sum(len(one.input_ids) for one in (*used, *validation.chosen))
+    num_tokens = sum(map(_num_tokens_to_compute, _parts_of_features(config, training, validation)))
     width = (len(layers) - 1) * text_config.hidden_size + label_width(draft_config)
     feature_bytes = num_tokens * width * BYTES_PER_VALUE
     folder = Path(config.features or config.output or ".")
@@ -126,6 +127,18 @@ def describe_plan(config: TrainConfig) -> str:
         )
     lines.append("PFLOP, hours and memory are estimates for one process; the target's memory comes on top.")
     return "\n".join(lines)
+
+
+def _parts_of_features(config: TrainConfig, training: Part, validation: Part) -> list[Part]:
+    """What features are computed of: one list of conversations, or two where validation data have files of their own."""
+    if config.validation_data:
+        return [training, validation]
+    return [dataclasses.replace(training, indices=[*training.indices, *validation.indices])]
+
+
+def _num_tokens_to_compute(part: Part) -> int:
+    """Tokens of the conversations whose features are computed for a part."""
+    return sum(len(part.conversations[index].input_ids) for index in computed_with(part.indices, len(part.conversations)))
 
 
 def _hours(petaflops: float, config: TrainConfig) -> str:

@@ -2,13 +2,13 @@
 
 import re
 import statistics
-import time
 from pathlib import Path
 
 from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from transformers_prism.decoding.transfer import clock
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.whole_files import whole_file
 
@@ -82,7 +82,8 @@ def _cells(logs: dict, columns: dict[str, str]) -> dict[str, str]:
 
 
 class UpdateClock(TrainerCallback, ExportableState):
-    """Seconds spent in updates, over a run and its resumptions; validation and checkpoints are not counted."""
+    """Seconds spent in updates, their batches' states included, over a run and its resumptions; validation and checkpoints
+    are not counted."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.started = seconds, 0.0
@@ -91,13 +92,17 @@ class UpdateClock(TrainerCallback, ExportableState):
         """What a checkpoint keeps."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        """An update begins."""
-        self.started = time.perf_counter()
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """The first batches are fetched next."""
+        self.started = clock(args.device)
+
+    # What comes between two updates is not theirs.
+    on_evaluate = on_save = on_epoch_begin
 
     def on_step_end(self, args, state, control, **kwargs):
-        """An update ends."""
-        self.seconds += time.perf_counter() - self.started
+        """An update ends, and the batches of the next one are fetched."""
+        now = clock(args.device)
+        self.seconds, self.started = self.seconds + now - self.started, now
 
 
 def smoothed(line: list[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:

@@ -120,7 +120,7 @@ class TrainConfig:
     logging_updates: int = _option(10, "Updates between two lines of the log.")
     push_to_hub: str = _option("", "user/name on the Hub that the finished draft is pushed to.")
     report_to: str = _option("none", "Where the Trainer logs to, a run a stage: tensorboard, wandb, or all that is installed.")
-    save_updates: int = _option(200, "Updates between two checkpoints.")
+    save_updates: int = _option(200, "Updates between two checkpoints; with num_acceptance_prompts and validation_updates, each validation has one.")
     validation_updates: int = _option(0, "Updates between two validations; 0 is at the end of each stage.")
     num_validation: int = _option(0, "Use the first N conversations for validation; 0 is all.")
     num_acceptance_prompts: int = _option(0, "Decode N held-out prompts at each validation, for a measured tau.")
@@ -154,11 +154,6 @@ class TrainConfig:
                 )
         if self.patience and not (self.num_acceptance_prompts and self.validation_updates):
             raise ValueError("patience: expected num_acceptance_prompts and validation_updates with it, got 0")
-        if self.chooses_by_tau and self.save_updates % self.validation_updates:
-            raise ValueError(
-                f"save_updates: expected a multiple of validation_updates ({self.validation_updates}), since the checkpoint "
-                f"with the best tau is kept, got {self.save_updates}"
-            )
 
     @property
     def dtype(self) -> torch.dtype:

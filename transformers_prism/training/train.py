@@ -50,6 +50,7 @@ class AlignedTrainer(Trainer):
     def __init__(self, *args, prompts: Sequence[Conversation] = (), updates_before: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.prompts, self.updates_before = list(prompts), updates_before
+        self.sampler: LengthSampler | None = None
         self._parts: list[torch.Tensor] = []
         # FSDP will cut the model's own weights to pieces.
         self._whole_copy = copy.deepcopy(self.model).to(self.args.device) if self.is_fsdp_enabled else None
@@ -58,7 +59,8 @@ class AlignedTrainer(Trainer):
         args = self.args
         batches_per_update = args.gradient_accumulation_steps * args.world_size
         order = (args.train_batch_size, args.seed, batches_per_update, self.updates_before)
-        return LengthSampler(self.train_dataset.lengths, *order)
+        self.sampler = LengthSampler(self.train_dataset.lengths, *order)
+        return self.sampler
 
     def whole_model(self) -> AlignedTraining:
         """The model with all of its weights; under FSDP a copy, gathered anew, for which every process has to ask."""
@@ -135,6 +137,17 @@ class AlignedTrainer(Trainer):
         own = self.prompts[self.args.process_index :: self.args.world_size]
         counts = measure_acceptance(draft, target, own)
         return acceptance_metrics(self.accelerator.reduce(counts.to(self.args.device)).cpu(), prefix)
+
+
+class _EpochOfOrder(TrainerCallback):
+    """Tells the sampler of the epoch. Where a run of several processes is resumed, it lies deeper than the Trainer reaches."""
+
+    def __init__(self, trainer: AlignedTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Choose the order of the epoch that begins, or is resumed in."""
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class _LastUpdateCounts(TrainerCallback):
@@ -258,7 +271,7 @@ def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[Fe
 def _training_arguments(
     stage: Stage, config: TrainConfig, draft: PrismDraftModel, folder: Path, num_updates: int, is_begun: bool
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -266,7 +279,8 @@ def _training_arguments(
         max_steps=num_updates,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=math.ceil(config.warm_up_share * num_updates),
+        # The first update of a warm-up has a rate of 0: one update is none.
+        warmup_steps=min(math.ceil(config.warm_up_share * num_updates), num_updates - 1),
         optim="adamw_torch_fused",
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -279,7 +293,8 @@ def _training_arguments(
         fsdp_config={"auto_wrap_policy": "NO_WRAP"} if config.fsdp else None,
         logging_steps=config.logging_updates,
         logging_nan_inf_filter=False,
-        save_steps=config.save_updates,
+        # Each validated checkpoint may be the best.
+        save_steps=config.validation_updates if config.chooses_by_tau else config.save_updates,
         save_total_limit=2,
         eval_strategy="steps" if config.validation_updates else "no",
         eval_steps=config.validation_updates or None,
@@ -301,6 +316,11 @@ def _training_arguments(
         ddp_find_unused_parameters=not reaches_all_weights(draft, stage),
         ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
     )
+    if arguments.n_gpu > 1:
+        # DataParallel, whose replicas have no parameters, is what the Trainer would make of one process.
+        logger.warning("One of %d devices is used; `accelerate launch` starts a process on each.", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _run_stage(
@@ -313,7 +333,8 @@ def _run_stage(
         return PrismDraftModel.from_pretrained(finished).train(), json.loads((folder / "result.json").read_text())
     train_set, validation_set = sets
     num_updates, _ = count_updates(stage, config, len(train_set), PartialState().num_processes)
-    checkpoint = last_whole_checkpoint(folder) if config.resume else None
+    # Behind the last update the Trainer would make another one.
+    checkpoint = last_whole_checkpoint(folder, before=num_updates) if config.resume else None
     model = AlignedTraining(
         draft.train(),
         target,
@@ -331,6 +352,7 @@ def _run_stage(
         prompts=validation_set.chosen(config.num_acceptance_prompts),
         updates_before=updates_before,
     )
+    trainer.add_callback(_EpochOfOrder(trainer))
     # It would print the figures of our table once more, as a dict.
     trainer.remove_callback(PrinterCallback)
     logger.info("Stage %s: M=%d, S=%d, %d updates.", stage.name, stage.num_modules, stage.num_steps, num_updates)
@@ -368,15 +390,26 @@ def _stage_result(stage: Stage, trainer: AlignedTrainer) -> dict:
         "tokens_seen": trainer.tokens_seen,
         "seconds": round(clock.seconds, 1),
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "validation": trainer.evaluate(),
+        "validation": _last_validation(trainer),
         "history": trainer.state.log_history,
     }
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a stage that was written to its end; the Trainer writes its state last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _last_validation(trainer: AlignedTrainer) -> dict:
+    """The validation of the weights that a stage ends with: that of their update if it was validated, or made now."""
+    state = trainer.state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    kept = best or state.global_step
+    made = [entry for entry in state.log_history if "eval_tokens_seen" in entry and entry["step"] == kept]
+    return {name: value for name, value in made[-1].items() if name not in ("step", "epoch")} if made else trainer.evaluate()
+
+
+def last_whole_checkpoint(folder: Path, before: float = math.inf) -> str | None:
+    """The newest checkpoint of a stage, of an update before this one, that was written to its end; the Trainer writes its state
+    last."""
+    whole = {int(path.parent.name.split("-")[1]): path for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)}
+    updates = [update for update in whole if update < before]
+    return str(whole[max(updates)].parent) if updates else None
 
 
 def _is_json(path: Path) -> bool:

@@ -122,8 +122,15 @@ class Synthesizer:
             eos = tokenizer.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.to_assistant, self.to_user = (tokenize(tokenizer, text) for text in between_turns(tokenizer))
-        for system in config.system_prompts:
-            opening(tokenizer, system)  # refused now or never
+        openings = [opening(tokenizer, system) for system in config.system_prompts or (None,)]  # refused now or never
+        if chats is None:
+            longest = max(len(tokenize(tokenizer, text)) for text in openings)
+            needed = longest + config.max_user_tokens + len(self.to_assistant) + config.max_answer_tokens
+            if config.max_length < needed:
+                raise ValueError(
+                    f"max_length: expected at least {needed}, room for a user turn, an answer and what the chat template writes "
+                    f"around them, got {config.max_length}"
+                )
 
     @property
     def num_conversations(self) -> int | None:
@@ -233,7 +240,10 @@ class Synthesizer:
         temperatures = torch.tensor([self._temperature(row) for row in rows])[:, None]
         is_kept = torch.arange(values.shape[1])[None] < torch.tensor(top_ks)[:, None]
         probs = (values / temperatures).masked_fill(~is_kept, -torch.inf).softmax(dim=-1)
-        noise = torch.stack([torch.empty(values.shape[1]).exponential_(generator=row.generator) for row in rows])
+        # As many draws as the row itself can choose from.
+        noise = torch.ones(values.shape)
+        for drawn, top_k, row in zip(noise, top_ks, rows, strict=True):
+            drawn[:top_k].exponential_(generator=row.generator)
         return tokens.gather(1, (probs / noise).argmax(dim=-1, keepdim=True))[:, 0].tolist()
 
     def _append(self, row: WrittenRow, token: int) -> None:
