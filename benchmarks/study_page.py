@@ -66,13 +66,22 @@ def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
         ways, volumes = _growing_ways(records, "prism-m2", other)
         if ways:
             told = _told(*growth_interval(*ways))
-            lines.append(f"- prism-m2 gains more from {volumes[0]} instead of {volumes[1]} tokens than {other}: {told}")
-    volume = chosen[0]["num_data_tokens"]
+            lines.append(f"- prism-m2 gains more from {_written(volumes[0])} instead of {_written(volumes[1])} tokens than {other}: {told}")
+    sources = []
+    for better, worse in ABLATIONS:
+        ways = list(_ways(chosen, better, worse).values())
+        if ways:
+            sources.append(f"- {better} over {worse}: {_told(*ratio_interval(*ways))}")
     head = (
-        f"What the paper claims, at equal tokens of training; tokens a round with {volume} tokens of data. Figures are ratios of "
-        "tau, all trees and temperatures together, with intervals of 95 %; the tables below have each by itself."
+        f"What the paper claims, at equal tokens of training ({_written(chosen[0]['num_data_tokens'])}). Figures are ratios of tau, "
+        "all trees and temperatures together, with intervals of 95 %; the tables below have each by itself."
     )
-    return [head, "\n".join(lines)] if lines else []
+    parts = [head, "\n".join(lines)] if lines else []
+    return [*parts, "Where a lead comes from:", "\n".join(sources)] if sources else parts
+
+
+def _written(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 def _told(ratio: float, low: float, high: float) -> str:
@@ -113,21 +122,25 @@ def _terms(records: list[dict], command: str) -> list[str]:
     one = records[0]
     seeds = sorted({record["seed"] for record in records})
     machines = sorted({record["hardware"] for record in records})
-    if one["coupled"]:
-        how = f"Then the target decoded the same {one['num_prompts']} prompts with it"
-    else:
-        how = f"Then it was led along what the target writes to the same {one['num_prompts']} prompts"
-    epochs = sorted({record["epochs"] for record in records})
+    way = "the target decoded {} with it" if one["coupled"] else "each draft was led along what the target writes to {}"
+    prompts = f"the same {one['num_prompts']} prompts, {one['max_new_tokens']} new tokens each"
+    epochs = " or ".join(f"{number:g}" for number in sorted({record["epochs"] for record in records}))
     return [
-        f"Written by `python -m benchmarks.study` from the files beside it. Each recipe was trained from random weights on the "
-        f"first tokens of the same data, {' or '.join(f'{number:g}' for number in epochs)} epochs in all, with a learning rate of "
-        f"its own. {how}, {one['max_new_tokens']} new tokens each, in trees of a fixed size (nodes/depth/top-k) and without "
-        f"n-grams. Seeds: {', '.join(map(str, seeds))}; {' and '.join(machines)}. tau is committed tokens per round, the target's "
-        "own token included, pooled over rounds, the mean of the seeds. Intervals are of 95 % by bootstrap over seeds and prompts; with one "
-        "seed they leave out what another seed of training would change. A claim *holds* if the whole interval of the ratio lies "
-        "above 1, *does not hold* if it lies below, and is *undecided* otherwise; of many that are decided, some are so by chance. So "
-        "little training tells recipes apart by what they learn first, not by what they end with. Seconds of training are those of a "
-        "thread that shared the machine with other runs.",
+        "## How it was measured",
+        "\n".join(
+            [
+                f"- **Training**: each recipe from random weights on the first tokens of the same data, {epochs} "
+                f"epoch{'' if epochs == '1' else 's'} in all, in {one['compute_dtype']}, with a learning rate of its own. Seeds: "
+                f"{', '.join(map(str, seeds))}; {' and '.join(machines)}. Seconds are those of one thread beside other runs.",
+                f"- **Decoding**: {way.format(prompts)}, in trees of a fixed size (nodes/depth/top-k) and without n-grams.",
+                "- **tau** is committed tokens per round, the target's own token included, pooled over rounds, the mean of the seeds.",
+                "- **Intervals** are of 95 % by bootstrap over seeds and prompts; with one seed they leave out what another seed of "
+                "training would change.",
+                "- **Verdicts**: a claim *holds* if the whole interval of the ratio lies above 1, *does not hold* if it lies below, and "
+                "is *undecided* otherwise. Of many that are decided, some are so by chance.",
+                "- So little training tells recipes apart by what they learn first, not by what they end with.",
+            ]
+        ),
         f"```\n{command}\n```",
     ]
 

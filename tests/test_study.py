@@ -347,7 +347,7 @@ def test_study_sweep_is_a_table_of_rates(tmp_path):
     """The best in bold, those at an edge named, and no verdicts."""
 
     def record(recipe, rate, tau):
-        of_run = {"recipe": recipe, "learning_rate": rate, "tau": tau, "seed": 0, "num_data_tokens": 10, "epochs": 1.0}
+        of_run = {"recipe": recipe, "learning_rate": rate, "tau": tau, "seed": 0, "num_data_tokens": 10, "compute_dtype": "float32", "epochs": 1.0}
         measured = {"tree": "15/4/4", "temperature": 0.0, "num_prompts": 1, "max_new_tokens": 8, "coupled": False, "hardware": "it"}
         return {**of_run, **measured, "answers": []}
 
