@@ -56,6 +56,7 @@ _COMMAND = "python -m benchmarks.study"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at runs that other processes do
 _LAST = {"target_layer_ids": "last"}
 _PRISM = {"recipe": "prism", "num_modules": 2, "split_steps": 3}
+_TRIALS = ("prism-m2-vocab-sample", "prism-m2-confidence", "prism-m2-first-miss")
 # What is compared: settings of `train` beyond those that all share, as the papers and their code have them. EAGLE-2 and HASS
 # read the target's last state alone, and so do the drafts that stack layers, which are PRISM's own baseline; EAGLE-3 and PRISM fuse
 # three states. HASS and PRISM train 3 aligned steps, EAGLE-3 trains 7, with weights that fall by a fifth from step to step.
@@ -84,6 +85,11 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
         "prism-m2-first-miss": {**_PRISM, "path_weights": "first-miss"},
     }
 )
+# Variants that a sweep may lack take the rate of the recipe that they vary.
+_VARIANT_OF = {
+    **dict.fromkeys(("prism-m3-s5", "prism-m4-s5"), "prism-m3"),
+    **dict.fromkeys((name for name in RECIPES if name.startswith(_TRIALS)), "prism-m2"),
+}
 # The split stage's rate is this share of the others', as in the settings of `train`; where none comes before it, it is theirs.
 _SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate
 _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
@@ -124,7 +130,11 @@ class StudyConfig:
         help="A sweep: each recipe is trained with each. The split stage's are a quarter of them. If left out, that of --rates_from "
         "or of `train`.",
     )
-    rates_from: str = HfArg(default="", help="Folder of a sweep's records: each recipe is trained with its best rate.")
+    rates_from: str = HfArg(
+        default="",
+        help="Folder of a sweep's records: each recipe is trained with its best rate. A variant that the sweep lacks takes that of "
+        "the recipe that it varies.",
+    )
     epochs: float = HfArg(default=4.0, help="Over each volume, all stages of a recipe together.")
     tokens_seen: int = HfArg(default=0, help="Tokens that every run sees, whatever its volume; 0: so many epochs.")
     num_prompts: int = HfArg(default=48, help="Prompts decoded, spread over the tasks.")
@@ -223,12 +233,13 @@ def _rates(study: StudyConfig) -> dict[str, list[float]]:
         return {recipe: study.learning_rates or [TrainConfig().learning_rate] for recipe in study.recipes}
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(study.rates_from).glob("*.json"))]
     best = best_rates(records)
-    missing = [recipe for recipe in study.recipes if recipe not in best]
+    swept = {recipe: recipe if recipe in best else _VARIANT_OF.get(recipe, recipe) for recipe in study.recipes}
+    missing = sorted({recipe for recipe in swept.values() if recipe not in best})
     if missing:
         raise ValueError(
             f"rates_from: expected records of a sweep of {', '.join(missing)} in {study.rates_from}, got none"
         )
-    return {recipe: [best[recipe]] for recipe in study.recipes}
+    return {recipe: [best[swept[recipe]]] for recipe in study.recipes}
 
 
 def _count_conversations(volume: int, lengths: list[int]) -> int:

@@ -130,7 +130,8 @@ def _terms(records: list[dict], command: str) -> list[str]:
         "\n".join(
             [
                 f"- **Training**: each recipe from random weights on the first tokens of the same data, {epochs} "
-                f"epoch{'' if epochs == '1' else 's'} in all, in {one['compute_dtype']}, with a learning rate of its own. Seeds: "
+                f"epoch{'' if epochs == '1' else 's'} in all, in {one['compute_dtype']}, with the best learning rate of a sweep of its own; variants of prism-m2's "
+                "losses take prism-m2's. Seeds: "
                 f"{', '.join(map(str, seeds))}; {' and '.join(machines)}. Seconds are those of one thread beside other runs.",
                 f"- **Decoding**: {way.format(prompts)}, in trees of a fixed size (nodes/depth/top-k) and without n-grams.",
                 "- **tau** is committed tokens per round, the target's own token included, pooled over rounds, the mean of the seeds.",

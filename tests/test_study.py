@@ -269,6 +269,11 @@ def test_study_takes_each_recipe_s_best_rate(tmp_path):
     assert [(run.config.learning_rate, run.config.split_learning_rate) for run in runs] == [(1e-3, 2.5e-4), (4e-3, 1e-3)]
     assert [run.config.target_layer_ids for run in runs] == ["4", ""]
     assert [run.config.features for run in runs] == ["runs/features-last", "runs/features"]
+    # A variant takes the rate of the recipe that it varies.
+    variants = StudyConfig(recipes=["prism-m2", "prism-m2-confidence"], rates_from=str(tmp_path))
+    assert [run.config.learning_rate for run in plan_runs(variants, TrainConfig(output="runs"), [10], 4)] == [4e-3, 4e-3]
+    with pytest.raises(ValueError, match="rates_from: expected records of a sweep of prism-m3 in"):
+        plan_runs(StudyConfig(recipes=["prism-m4-s5"], rates_from=str(tmp_path)), TrainConfig(output="runs"), [10], 4)
     with pytest.raises(ValueError, match="rates_from: expected records of a sweep of eagle3 in"):
         plan_runs(StudyConfig(recipes=["hass", "eagle3"], rates_from=str(tmp_path)), TrainConfig(output="runs"), [10], 4)
 
