@@ -378,7 +378,8 @@ def _records_alike(study: StudyConfig, base: TrainConfig) -> list[dict]:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(study.records).glob("*.json")]
     names = ("num_prompts", "max_new_tokens", "sampling_seed", "coupled", *(() if study.tokens_seen else ("epochs",)))
     alike = [record for record in records if all(record[name] == getattr(study, name) for name in names)]
-    alike = [record for record in alike if record["compute_dtype"] == base.compute_dtype]
+    if not is_sweep(alike):  # which compares the rates of one recipe
+        alike = [record for record in alike if record["compute_dtype"] == base.compute_dtype]
     order = ("recipe", "tree", "temperature", "num_data_tokens", "seed")
     return sorted(alike, key=lambda record: [record[name] for name in order])
 

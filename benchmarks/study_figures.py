@@ -170,7 +170,7 @@ def best_rates(records: list[dict]) -> dict[str, float]:
         ValueError: if a recipe was not trained and measured alike with all of its rates.
     """
     taus = {}
-    alike = ("tree", "temperature", "seed", "num_data_tokens", "epochs", "num_prompts")
+    alike = ("tree", "temperature", "seed", "num_data_tokens", "epochs", "num_prompts", "compute_dtype")
     for (recipe,), members in grouped(records, "recipe").items():
         ways = None
         for (rate,), found in grouped(members, "learning_rate").items():

@@ -125,12 +125,13 @@ def _terms(records: list[dict], command: str) -> list[str]:
     way = "the target decoded {} with it" if one["coupled"] else "each draft was led along what the target writes to {}"
     prompts = f"the same {one['num_prompts']} prompts, {one['max_new_tokens']} new tokens each"
     epochs = " or ".join(f"{number:g}" for number in sorted({record["epochs"] for record in records}))
+    dtypes = " or ".join(sorted({record["compute_dtype"] for record in records}))
     return [
         "## How it was measured",
         "\n".join(
             [
                 f"- **Training**: each recipe from random weights on the first tokens of the same data, {epochs} "
-                f"epoch{'' if epochs == '1' else 's'} in all, in {one['compute_dtype']}, with the best learning rate of a sweep of its own; variants of prism-m2's "
+                f"epoch{'' if epochs == '1' else 's'} in all, in {dtypes}, with the best learning rate of a sweep of its own; variants of prism-m2's "
                 "losses take prism-m2's. Seeds: "
                 f"{', '.join(map(str, seeds))}; {' and '.join(machines)}. Seconds are those of one thread beside other runs.",
                 f"- **Decoding**: {way.format(prompts)}, in trees of a fixed size (nodes/depth/top-k) and without n-grams.",
