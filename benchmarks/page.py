@@ -27,7 +27,7 @@ KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "
 _ADVICE = Path(__file__).with_name("what_to_use.md")
 # Commands of earlier releases that records name.
 _RENAMED = {
-    "transformers-prism bench modules --packed": "python -m benchmarks.scaling --modules 1 --modules 8",
+    "transformers-prism bench modules --packed": "python -m benchmarks.scaling --modules 1 --modules 8 --num-rounds 200",
     "transformers-prism bench scaling": "python -m benchmarks.scaling",
     "transformers-prism bench training": "python -m benchmarks.training",
     "transformers-prism bench synthesize": "python -m benchmarks.synthesize",

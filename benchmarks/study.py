@@ -399,8 +399,10 @@ def _trained(run: Run) -> dict:
     if not (draft / TRAINING).is_file() or not (draft / "config.json").is_file():
         train(run.config)
     record = json.loads((draft / TRAINING).read_text(encoding="utf-8"))
+    # A setting that is younger than the draft had its default.
+    settings = {**dataclasses.asdict(TrainConfig()), **record["config"]}
     for name, expected in dataclasses.asdict(run.config).items():
-        if name not in _NOT_OF_TRAINING and (found := record["config"].get(name)) != expected:
+        if name not in _NOT_OF_TRAINING and (found := settings.get(name)) != expected:
             raise ValueError(f"{run.name}: expected a draft that was trained with {name}={expected!r}, got {found!r}; use another output")
     stages = record["stages"]
     return {

@@ -37,18 +37,26 @@ def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
         seed (`int`): of the draws.
     """
 
+    answered = _answered(records)
+
     def draw(generator: random.Random) -> float:
-        chosen, places = _resample(generator, records, len(records[0]["answers"]))
+        chosen, places = _resample(generator, records, answered)
         taus = [_tau([record["answers"][place] for place in places]) for record in chosen]
         return sum(taus) / len(taus)
 
     return _bootstrap(draw, seed)
 
 
-def _resample(generator: random.Random, of_seeds: list, num_prompts: int) -> tuple[list, list[int]]:
+def _answered(records: list[dict]) -> list[int]:
+    """Places of the prompts whose answer took rounds in every record: one that ends at once tells nothing of a draft."""
+    answers = zip(*(record["answers"] for record in records), strict=True)
+    return [place for place, of_records in enumerate(answers) if all(one["num_rounds"] for one in of_records)]
+
+
+def _resample(generator: random.Random, of_seeds: list, answered: list[int]) -> tuple[list, list[int]]:
     """Entries of as many seeds as [`tau_interval`] says, and places of prompts."""
     chosen = generator.choices(of_seeds, k=max(1, len(of_seeds) - 1))
-    return chosen, generator.choices(range(num_prompts), k=num_prompts)
+    return chosen, generator.choices(answered, k=len(answered))
 
 
 def ratio_interval(*ways: Sides, seed: int = 0) -> Interval:
@@ -82,6 +90,7 @@ def _interval_of_products(ways: tuple[Sides, ...], powers: tuple[int, ...], seed
     seeds = [sorted(record["seed"] for record in side) for way in ways for side in way]
     if any(one != seeds[0] for one in seeds):
         raise ValueError(f"expected records of the same seeds on all sides, got {seeds}")
+    answered = _answered([record for way in ways for side in way for record in side])
     # Of each seed, by way and side.
     by_seed = list(zip(*(zip(*map(_by_seed, way), strict=True) for way in ways), strict=True))
 
@@ -90,7 +99,7 @@ def _interval_of_products(ways: tuple[Sides, ...], powers: tuple[int, ...], seed
         return math.exp(sum(logs) / len(taus))
 
     def draw(generator: random.Random) -> float:
-        chosen, places = _resample(generator, by_seed, len(ways[0][0][0]["answers"]))
+        chosen, places = _resample(generator, by_seed, answered)
         return product(
             [
                 [

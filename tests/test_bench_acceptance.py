@@ -48,6 +48,17 @@ def test_acceptance_is_of_every_tree_and_temperature(command, tmp_path):
     assert len(record["weights_sha256"]) == 64
 
 
+def test_acceptance_of_a_short_file_is_of_all_its_prompts(command, tmp_path):
+    """As many as usual, if there are so many; who asks for a number gets it or an error."""
+    place = command.index("--num-prompts")
+    result = CliRunner().invoke(app, [*command[:place], *command[place + 2 :]])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "acceptance.json").read_text())["settings"]["num_prompts"] == 2
+    result = CliRunner().invoke(app, [*command[:place], "--num-prompts", "3", *command[place + 2 :]])
+    assert result.exit_code == 1
+    assert "num_prompts: expected 1 to 2, got 3" in result.stderr
+
+
 def test_acceptance_goes_on_where_it_was_interrupted(command, tmp_path, monkeypatch):
     path = tmp_path / "acceptance.json"
     assert CliRunner().invoke(app, command).exit_code == 0

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from transformers_prism.bench import measurement
 from transformers_prism.bench.figures import as_json, main_method, result_tables, summarize, table_of
-from transformers_prism.bench.generate import ItemResult, Outcome, bench_generate, make_items
-from transformers_prism.bench.methods import Contest, load_assistant, parse_methods
+from transformers_prism.bench.generate import ItemResult, Outcome, _note_speculation, bench_generate, make_items
+from transformers_prism.bench.methods import Contest, Method, load_assistant, parse_methods
 from transformers_prism.bench.prompts import ContextFiller, batch_rows
 from transformers_prism.bench.rounds import PARTS, profile_rows
 from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.main import app
 from transformers_prism.cpu import PackedLinear
+from transformers_prism.decoding.speculation import Speculation
 from transformers_prism.hub.files import weights_sha256
 from transformers_prism.hub.metrics import read_metrics
 
@@ -107,6 +108,23 @@ def test_bench_generate_decodes_alike_in_every_way(cheap_rounds):
     assert max(tree.num_steps for tree in contest.drafts["chain:3"].last_speculation.trees) == 3
 
 
+def test_bench_generate_counts_the_rounds_of_all_repeats():
+    """Automatic trees learn, so that repeats differ: the time of all rounds belongs to all of them."""
+    outcome, per_round = Outcome(), {"draft": 0.01, "verify": 0.1, "commit": 0.0, "other": 0.0}
+    for num_rounds, tau in ((90, 1), (50, 2), (30, 3)):
+        speculation = Speculation.empty(1)
+        for _ in range(num_rounds):
+            speculation.add_round(0, num_emitted=tau)
+        speculation.seconds = {name: seconds * num_rounds for name, seconds in per_round.items()}
+        _note_speculation(speculation, outcome)
+    outcome.num_new_tokens, outcome.is_identical = [100], [True]
+    outcome.seconds, outcome.prefill_seconds = [9.9, 5.5, 3.3], [0.0] * 3
+    result = ItemResult([1], "qa", [5], {"plain": Outcome(**timed(PLAIN, [10.0] * 3, [0.0] * 3)), "auto": outcome})
+    found = summarize([result], Method("auto", "auto", False), ["plain"])
+    assert found["round_ms"] == pytest.approx({"draft": 10.0, "verify": 100.0, "rest": 0.0})
+    assert found["acceptance_length_pooled"] == pytest.approx((90 + 100 + 90) / 170)
+
+
 def test_bench_generate_packs_the_target_for_the_methods_that_want_it():
     """While a method decodes, the target's layers are what its name says."""
     contest = contest_of(["draft"])
@@ -188,7 +206,7 @@ def test_figures_pool_tokens_over_seconds_and_state_the_ceiling():
         result_of(
             "qa",
             plain=timed(PLAIN, [4.0, 3.0, 8.0], [1.0, 1.0, 1.0]),
-            draft=timed(WITH_DRAFT, [2.0, 3.0, 2.5], [0.5, 0.5, 0.5], [phases] * 3),
+            draft=timed({**WITH_DRAFT, "num_forwards": 15}, [2.0, 3.0, 2.5], [0.5, 0.5, 0.5], [phases] * 3),
         ),
         result_of(
             "rag", plain=timed(PLAIN, [6.0], [1.0]), draft=timed({**WITH_DRAFT, "num_rounds": [10]}, [5.5], [0.5])

@@ -215,7 +215,7 @@ def test_page_holds_the_files_figures_and_pictures(measured, tmp_path):
     for file in measured:
         record = json.loads(file.read_text())
         # A record of `bench modules` shows the command that took its place.
-        moved = "python -m benchmarks.scaling --modules 1 --modules 8"
+        moved = "python -m benchmarks.scaling --modules 1 --modules 8 --num-rounds 200"
         assert record["command"].replace("transformers-prism bench modules --packed", moved) in text
         assert record["hardware"] in text
     greedy = json.loads(measured[0].read_text())

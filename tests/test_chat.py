@@ -5,6 +5,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from transformers_prism.decoding.chat import Chat
 from transformers_prism.decoding.memory import keep_with, kept_with, take_from
@@ -23,7 +24,7 @@ class FakeCache:
 
 def a_draft(head="head"):
     """A draft whose drafter says whose it is."""
-    draft = SimpleNamespace(target_head=head)
+    draft = SimpleNamespace(target_head=head, device=torch.device("cpu"), dtype=torch.float32)
     draft.make_drafter = lambda: SimpleNamespace(draft=draft)
     return draft
 

@@ -14,6 +14,7 @@ import torch
 from tiny_models import scripted_draft, tiny_draft, tiny_target
 
 from transformers_prism.policy import costs as round_costs
+from transformers_prism.policy.automatic import are_costs_known, known_costs
 from transformers_prism.policy.costs import RoundCosts, load_or_measure, measure
 
 pytestmark = pytest.mark.quick
@@ -136,6 +137,37 @@ def test_round_costs_of_large_batches_are_measured_in_small_forwards(pair, monke
     assert measure(*pair, num_rows=200).num_tokens == [200, 400]
 
 
+def test_round_costs_of_short_position_tables_are_measured_within_them():
+    """gpt2 has no positions behind its table, where the forwards that are measured would end with an IndexError."""
+    target = tiny_target("gpt2", 3, n_positions=24)
+    draft = tiny_draft(target)
+    draft.bind(target)
+    assert measure(target, draft, 1).num_tokens == [1, 2, 4, 8, 16]
+
+
+def test_round_costs_belong_to_what_they_depend_on(tmp_path, monkeypatch):
+    """The rows of a draft's head are the target's, so no shape of its own tells how many there are."""
+    target = tiny_target("llama", seed=3)
+    drafts = [tiny_draft(target), tiny_draft(target, draft_vocab_size=20), tiny_draft(target, num_processing_modules=1)]
+    assert len({round_costs.costs_path(target, draft, 1) for draft in drafts}) == 3
+    monkeypatch.setattr(round_costs.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(round_costs, "_time_target", lambda *_: 0.01)
+    monkeypatch.setattr(round_costs, "_time_draft", lambda *_: 0.001)
+    draft, found = drafts[0], []
+    for change in (
+        lambda: None,
+        lambda: target.set_attn_implementation("eager"),
+        lambda: target.to(torch.bfloat16),
+        lambda: draft.to(torch.bfloat16),
+    ):
+        change()
+        assert not are_costs_known(target, draft, 1)
+        found.append(known_costs(target, draft, 1))
+        assert are_costs_known(target, draft, 1)
+        assert known_costs(target, draft, 1) is found[-1]
+    assert len(set(map(id, found))) == 4
+
+
 WRONG_CONTENTS = {
     "a list": "[]",
     "a number": "3",
@@ -146,6 +178,9 @@ WRONG_CONTENTS = {
     "strings": {"num_tokens": ["1"] * 7},
     "a string": {"verify_seconds": "1234567"},
     "nested": {"verify_seconds": [[1.0]] * 7},
+    "nothing": {"verify_seconds": None},
+    "one time": {"verify_seconds": 1.0},
+    "no tokens": {"num_tokens": None},
     "zeros": {"verify_seconds": [0.0] * 7},
     "zero step": {"step_seconds": 0.0},
     "negative": {"verify_seconds": [-1.0] * 7},
@@ -172,7 +207,7 @@ def test_round_costs_of_wrong_content_are_measured_anew(pair, tmp_path, monkeypa
     good = load_or_measure(*pair, 1)
     (path,) = tmp_path.rglob("*.json")
     if isinstance(content, dict):
-        content = json.dumps({**vars(good), **content})
+        content = json.dumps({**{name: getattr(good, name) for name in round_costs._KEPT}, **content})
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     sizes.clear()
     assert load_or_measure(*pair, 1).num_tokens == list(round_costs.MEASURED_TOKENS)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+import warnings
 
 import pytest
 import torch
@@ -189,6 +190,40 @@ def test_only_plain_float32_layers_are_packed():
     model = nn.Sequential(Special(4, 4), nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 4))
     assert len(prepare_for_cpu(model).linears) == 1
     assert len(prepare_for_cpu(model).linears) == 0
+
+
+def test_a_model_with_nothing_to_pack_is_told():
+    """Models load in their checkpoint's dtype, which is often bfloat16; packed already is no reason."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"expected layers in float32 on the CPU, got bfloat16 on cpu in Sequential; .*dtype=torch.float32"):
+        assert not prepare_for_cpu(model).linears
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.float()
+        assert len(prepare_for_cpu(model).linears) == 2
+        assert not prepare_for_cpu(model).linears
+        assert not prepare_for_cpu(nn.Sequential(nn.Embedding(4, 4))).linears
+
+
+def test_a_draft_is_packed_in_float32_where_torch_has_no_products_in_float16():
+    """Which the engine for quantised products decides; the user may choose another after packing."""
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target)
+    before = torch.backends.quantized.engine
+    if "qnnpack" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this build of torch has no QNNPACK")
+    input_ids, mask = prompts(1)
+    settings = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID}
+    try:
+        for engines in (("qnnpack", "qnnpack"), (before, "qnnpack")):
+            torch.backends.quantized.engine = engines[0]
+            with prepare_for_cpu(target, draft):
+                torch.backends.quantized.engine = engines[1]
+                draft.processing_modules[0].layers[0].mlp.up_proj.weight.data.mul_(1.5)
+                plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **settings)
+                assert torch.equal(plain, speculative)
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def test_every_architecture_can_be_prepared():

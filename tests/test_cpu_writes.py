@@ -111,6 +111,18 @@ def test_a_bias_written_to_and_weights_that_outgrow_float16():
 
 
 @torch.no_grad()
+def test_weights_within_a_longer_vector():
+    """As averaged parameters may be: they begin at an odd place, where two values are not one integer of 64 bits."""
+    vector, linear = torch.randn(1 + 24 * 18), nn.Linear(24, 18, bias=False)
+    linear.weight.data = vector[1:].view(18, 24)
+    inputs = torch.randn(5, 24)
+    with prepare_for_cpu(linear) as prepared:
+        torch.testing.assert_close(linear(inputs), inputs @ linear.weight.T, atol=1e-5, rtol=1e-5)
+        vector[30] += 1
+        assert prepared.refresh() == 1
+
+
+@torch.no_grad()
 def test_weights_that_are_not_contiguous_and_nan():
     """Noted where they lie; NaN is not packed in every product anew."""
     linear = nn.Linear(24, 18)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_models import save_chat_target
 from typer.testing import CliRunner
 
 import transformers_prism
@@ -75,9 +76,9 @@ def test_docs_readme_is_short():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_docs_python_blocks_run(page, tiny_folders, capsys):
-    """Each Python block runs, with tiny models in place of the real ones."""
-    run_blocks(ROOT / page, tiny_folders)
+def test_docs_python_blocks_run(page, tiny_folders, tmp_path, capsys):
+    """Each Python block runs, with tiny models in place of the real ones, and a tokenizer that has a chat template."""
+    run_blocks(ROOT / page, (str(save_chat_target(tmp_path / "target")), tiny_folders[1]))
     assert re.search(r"^\d+\.\d+$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
@@ -98,8 +99,8 @@ def demo_target(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
-def test_docs_five_lines_run_on_the_real_target(demo_target, capsys, cheap_rounds):
-    """The README's five lines with the shipped draft: it drafts, and more than one token a round is committed.
+def test_docs_first_lines_run_on_the_real_target(demo_target, capsys, cheap_rounds):
+    """The README's first lines with the shipped draft: it drafts, and more than one token a round is committed.
 
     With fixed costs: on a busy machine plain steps may be measured to be faster.
     """

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import EOS_ID, chat_tokenizer, tiny_draft, tiny_target
+from tiny_models import EOS_ID, PAD_ID, chat_tokenizer, generate_twice, prompts, tiny_draft, tiny_target
+from torch import nn
 
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.training.acceptance import measure_acceptance
@@ -75,6 +76,34 @@ def test_the_mode_comes_back_after_an_error(target, monkeypatch):
     with in_eval_mode(target):
         assert not any(modes(target))
     assert modes(target) == before
+
+
+def test_dropout_of_an_adapter_in_train_mode_is_decoded_plainly():
+    """The configuration says nothing of it; each forward would draw anew."""
+
+    class Adapter(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.dropout = module, nn.Dropout(0.3)
+
+        def forward(self, states):
+            return self.module(states) + 0.3 * self.module(self.dropout(states))
+
+    target = tiny_target("llama", 3)
+    for layer in target.model.layers:
+        layer.mlp = Adapter(layer.mlp)
+    draft = tiny_draft(target)
+    input_ids, mask = prompts(1)
+    settings = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": PAD_ID}
+    target.train()
+    with pytest.warns(UserWarning, match="decoding without the draft: dropout or jitter in train mode"):
+        plain, speculative, is_same_state = generate_twice(target, draft, input_ids, mask, **settings)
+    assert torch.equal(plain, speculative)
+    assert is_same_state
+    target.eval()
+    plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **settings)
+    assert torch.equal(plain, speculative)
+    assert draft.last_speculation.declined is None
 
 
 def test_parts_in_train_mode_are_read_in_eval_mode(target):

@@ -22,6 +22,7 @@ from tiny_models import (
 )
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -36,7 +37,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_prism import install, uninstall
 from transformers_prism.configuration_prism import tokenizer_hash
+from transformers_prism.decoding import sequences as sequences_module
 from transformers_prism.decoding.drafter import Drafter
+from transformers_prism.policy import automatic
+from transformers_prism.policy.costs import RoundCosts
 from transformers_prism.policy.ngrams import NgramIndex
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
 
@@ -110,6 +114,152 @@ def test_a_callers_length_criterion_takes_the_place_of_the_setting(num_rows, lim
     )
     assert plain.shape[1] == limit
     assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("excess", [-3, 0])
+def test_a_length_criterion_within_the_prompt_leaves_one_token(num_rows, excess):
+    """As in plain decoding, which asks after each token; without an end token it ended with a ValueError."""
+    target, draft, input_ids, mask = scripted(num_rows, is_strict=False)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + excess)])
+    settings = {"do_sample": False, "pad_token_id": PAD_ID, "max_new_tokens": 8, "stopping_criteria": criteria}
+    plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **settings)
+    assert plain.shape[1] == input_ids.shape[1] + 1
+    assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"max_length": int(1e30)}, {"max_new_tokens": 10**13}, {"max_length": float("inf")}, {"max_new_tokens": 24.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_limits_that_no_text_reaches(num_rows, limit):
+    """Such as `model_max_length` of tokenizers without one. They neither overflow nor take memory."""
+    target, draft, input_ids, mask = scripted(num_rows, is_strict=False)
+    # The first of these ends a row, those of the last stay.
+    eos = [row[7 + 5 * index] for index, row in enumerate(draft.script)]
+    settings = {"do_sample": False, "pad_token_id": PAD_ID, "eos_token_id": eos, **limit}
+    plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **settings)
+    assert torch.equal(plain, speculative)
+
+
+def test_a_text_longer_than_the_first_room(monkeypatch):
+    """Room for tokens grows with the text."""
+    monkeypatch.setattr(sequences_module, "_FIRST_ROOM", 3)
+    target, draft, input_ids, mask = scripted(3)
+    streamer = RecordingStreamer()
+    plain, speculative, _ = generate_twice(target, draft, input_ids, mask, do_sample=False, **LENGTH)
+    assert torch.equal(plain, speculative)
+    target.generate(input_ids, attention_mask=mask, assistant_model=draft, do_sample=False, streamer=streamer, **LENGTH)
+    assert [list(step) for step in zip(*streamer.calls[1:-1], strict=True)] == plain[:, input_ids.shape[1] :].tolist()
+
+
+def test_an_end_token_without_dimensions():
+    """As a caller's criterion may hold it."""
+    target, draft, input_ids, mask = scripted()
+    criteria = StoppingCriteriaList([EosTokenCriteria(torch.tensor(draft.script[0][9]))])
+    plain, speculative, _ = generate_twice(
+        target, draft, input_ids, mask, do_sample=False, stopping_criteria=criteria, **LENGTH
+    )
+    assert plain.shape[1] < input_ids.shape[1] + 30
+    assert torch.equal(plain, speculative)
+
+
+class CountsInPlace(LogitsProcessor):
+    """Makes a token that was written less likely, by a tensor of its own."""
+
+    def __init__(self):
+        self.counts = torch.zeros(97)
+
+    def __call__(self, input_ids, scores):
+        """Count the last token."""
+        self.counts[input_ids[0, -1]] += 1
+        return scores - 2 * self.counts
+
+
+class EndsAtCount(StoppingCriteria):
+    """Ends when it was asked often enough, which it counts in a tensor."""
+
+    def __init__(self):
+        self.count = torch.zeros(1)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """Count the call."""
+        self.count += 1
+        return torch.full((len(input_ids),), bool(self.count >= 7), device=input_ids.device)
+
+
+class SumsTokens(BaseStreamer):
+    """Adds up what it is given in a tensor."""
+
+    def __init__(self):
+        self.total = torch.zeros(1, dtype=torch.long)
+
+    def put(self, value):
+        """Add it."""
+        self.total += value.sum()
+
+    def end(self):
+        """Mark the end."""
+        self.total += 1
+
+
+@pytest.mark.parametrize("is_inference", [True, False])
+def test_objects_of_the_caller_write_to_tensors_of_their_own(is_inference):
+    """In `torch.inference_mode` such tensors can be written to in this mode only."""
+    target, draft, input_ids, mask = scripted(is_strict=False)
+    found = []
+    for assistant in ({}, {"assistant_model": draft}):
+        with torch.inference_mode(is_inference):
+            processor, criterion, streamer = CountsInPlace(), EndsAtCount(), SumsTokens()
+            tokens = target.generate(
+                input_ids,
+                attention_mask=mask,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([processor]),
+                stopping_criteria=StoppingCriteriaList([criterion]),
+                streamer=streamer,
+                **assistant,
+                **LENGTH,
+            )
+        found.append((tokens.tolist(), processor.counts.tolist(), criterion.count.item(), streamer.total.item()))
+    assert found[0] == found[1]
+    assert draft.last_speculation.declined is None
+    assert len(found[0][0][0]) == input_ids.shape[1] + 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_draft_that_is_cast_within_a_chat_reads_it_anew(dtype):
+    """What it had read was of another dtype, in which no product can be made."""
+    target = tiny_target("llama", 3)
+    draft, (input_ids, _) = tiny_draft(target), prompts(1)
+    found = []
+    for assistant in ({}, {"assistant_model": draft}):
+        cache, tokens = DynamicCache(), input_ids
+        for kind in (torch.float32, dtype, torch.float32):
+            draft.to(kind)
+            tokens = target.generate(tokens, **{CACHE_KEYWORD: cache}, do_sample=False, **assistant, **LENGTH)
+            tokens = torch.cat((tokens, input_ids[:, :3]), dim=1)
+        found.append(tokens)
+    assert torch.equal(*found)
+
+
+def test_a_call_with_a_time_limit_measures_nothing(monkeypatch):
+    """The time is the caller's. Trees are small until a call without a limit has measured."""
+    target = tiny_target("llama", 3)
+    draft, calls = tiny_draft(target), []
+    draft.generation_config.update(tree="auto")
+    monkeypatch.setattr(automatic, "known_costs", lambda *_: calls.append(0) or RoundCosts([1, 64], [1.0, 1.1], 0.1))
+    input_ids, mask = prompts(1)
+    plain, speculative, _ = generate_twice(
+        target, draft, input_ids, mask, do_sample=False, max_time=1000.0, **LENGTH
+    )
+    assert torch.equal(plain, speculative)
+    assert not calls
+    assert max(tree.num_nodes for tree in draft.last_speculation.trees) == 15
+    target.generate(input_ids, attention_mask=mask, assistant_model=draft, do_sample=False, **LENGTH)
+    assert len(calls) == 1
 
 
 def test_what_is_returned_owns_its_memory():

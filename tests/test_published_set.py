@@ -259,6 +259,21 @@ def test_custom_generate_takes_a_given_draft_and_asks_for_one_otherwise(saved):
         module.generate(target, **arguments)
 
 
+def test_custom_generate_hands_on_settings_that_are_none(saved):
+    """`eos_token_id=None` is not the same as no such argument; generate()'s own absent arguments are."""
+    spec = importlib.util.spec_from_file_location("published_generate", PACKAGE / "custom_generate" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    target, draft = AutoModelForCausalLM.from_pretrained(saved[1]), AutoModel.from_pretrained(saved[0])
+    input_ids, mask = prompts(1)
+    arguments = {"input_ids": input_ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
+    plain = target.generate(**arguments)
+    target.generation_config.eos_token_id = int(plain[0, input_ids.shape[1] + 2])
+    ended = module.generate(target, assistant_model=draft, streamer=None, token=None, **arguments)
+    assert ended.shape[1] < plain.shape[1]
+    assert torch.equal(module.generate(target, assistant_model=draft, eos_token_id=None, **arguments), plain)
+
+
 def test_the_weights_hash_knows_bits_and_not_files(saved, tmp_path):
     """The same in one file or in shards; another for another bit or another dtype."""
     draft = AutoModel.from_pretrained(saved[0])

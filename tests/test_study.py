@@ -308,6 +308,21 @@ def test_study_error_bars_hold_tau_and_narrow_with_prompts():
 
 
 @pytest.mark.quick
+def test_study_prompts_that_end_at_once_are_left_out():
+    """Such an answer took no round, and draws of nothing else have no tau."""
+
+    def record(*answers):
+        told = [{"num_committed": committed, "num_rounds": rounds} for committed, rounds in answers]
+        return {"seed": 0, "tau": sum(one for one, _ in answers) / sum(one for _, one in answers), "answers": told}
+
+    sides = [record((0, 0), (6, 3), (8, 2))], [record((0, 0), (3, 3), (4, 2))]
+    ratio, low, high = ratio_interval(sides)
+    assert ratio == pytest.approx(2.0)
+    assert (low, high) == pytest.approx((2.0, 2.0))
+    assert tau_interval(sides[0]) == (2.0, 4.0)
+
+
+@pytest.mark.quick
 def test_study_claims_are_judged_by_pairs_of_prompts():
     """A draft that accepts a quarter more on every prompt is better for sure, however different the prompts are."""
 

@@ -20,7 +20,7 @@ from tiny_models import scripted_draft, tiny_draft, tiny_target
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from transformers_prism import PrismDraftModel
+from transformers_prism import PrismDraftModel, load_draft
 from transformers_prism.cli.main import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining
@@ -93,6 +93,32 @@ def test_nothing_is_sharded_on_a_cpu(tmp_path):
     with pytest.raises(ValueError, match="fsdp: expected several processes with an accelerator each, .* got 1 on cpu"):
         train(settings(tmp_path, fsdp=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("eagle3", {"recipe": "eagle3"}),
+        ("speculators", {"recipe": "eagle3"}),
+        ("eagle", {"recipe": "eagle2", "target_layer_ids": "4", "draft_vocab_size": 0}),
+        ("sglang", {"recipe": "prism", "draft_vocab_size": 0}),
+    ],
+)
+def test_a_draft_with_plain_fusion_can_be_written_for_other_servers(tmp_path, load_tiny, target, form, options):
+    """And reads back as it was; without the option their forms could not hold it."""
+    stages = dict.fromkeys(("single_step_epochs", "warm_up_epochs", "split_epochs"), None)
+    config = settings(tmp_path, **{**stages, "num_conversations": 8, "save_updates": 50, **options}, plain_fusion=True)
+    draft = train(config)
+    target.save_pretrained(tmp_path / "target")
+    words = ["convert", "--to", form, tmp_path / "run" / "draft", tmp_path / "out", "--target", tmp_path / "target"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    read = load_draft(tmp_path / "out", target=target)
+    for one in (draft, read):
+        one.to(torch.float32).eval().bind(target)
+    inputs = torch.randn(1, 5, draft.config.target_hidden_size * len(draft.config.target_layer_ids))
+    outputs = [one(torch.arange(5)[None], one.fuse(inputs), 0).last_hidden_state for one in (draft, read)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
 def test_train_makes_a_draft_that_reloads(tmp_path, load_tiny, target):

@@ -101,8 +101,8 @@ def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = weight.detach().contiguous()
     if weight.shape[1] % 2 and weight.shape[0] % 2 == 0:
         bits = bits.view(weight.shape[0] // 2, -1)
-    # Two values at a time: torch adds integers of 32 bits 30 times more slowly.
-    bits = bits.view(torch.int32 if bits.shape[1] % 2 else torch.int64)
+    # Two values at a time: torch adds integers of 32 bits 30 times more slowly. Views of a longer vector may begin between two.
+    bits = bits.view(torch.int32 if bits.shape[1] % 2 or bits.storage_offset() % 2 else torch.int64)
     of_rows, of_columns = [], torch.zeros(bits.shape[1], dtype=torch.int64)
     for part in bits.split(max(_SUMMED_WEIGHTS // max(weight.shape[1], 1), 1)):
         of_rows.append(part.sum(dim=1))
@@ -185,8 +185,9 @@ class HalfLinear(PackedLinear):
         return output if self.bias is None else output.add_(self.bias)
 
     def _pack(self, weight: torch.Tensor):
-        # Without the bias, which may be written to. None where float16 would cut a weight off.
-        return torch.ops.quantized.linear_prepack_fp16(weight, None) if _fits_half(weight) else None
+        # Without the bias, which may be written to. None where float16 would cut a weight off, or there is no product by now.
+        can_pack = _fits_half(weight) and _has_half_products()
+        return torch.ops.quantized.linear_prepack_fp16(weight, None) if can_pack else None
 
 
 class WeightCheck:
@@ -298,7 +299,7 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     that, and in modules of a target that are called on their own, `refresh()` finds it.
 
     Args:
-        models (`nn.Module`): targets and drafts.
+        models (`nn.Module`): targets and drafts. Of one without a float32 layer on the CPU a warning says so.
     Returns:
         `PreparedModels`: with `undo()`, `refresh()`, and `num_bytes`, the memory that the copies take.
     """
@@ -311,6 +312,8 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
         is_draft = isinstance(model, PreTrainedModel) and model.config.model_type == "prism"
         packed = [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in _packable(model)]
         prepared += packed
+        if not packed:
+            _warn_of_unpacked(model)
         # A draft's are checked when it is bound, once in a call.
         if packed and not is_draft:
             checks.append(WeightCheck(packed))
@@ -322,8 +325,7 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
 def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
     """Turn a layer into a packed one of this kind, in place; where float16 cannot be had, into one in float32."""
     if kind is HalfLinear:
-        has_half = "fbgemm" in torch.backends.quantized.supported_engines
-        kind = HalfLinear if has_half and _fits_half(linear.weight) else PackedLinear
+        kind = HalfLinear if _has_half_products() and _fits_half(linear.weight) else PackedLinear
     linear.__class__ = kind
     linear.packed_weight()  # type: ignore[operator]
     return linear  # type: ignore[return-value]
@@ -358,6 +360,18 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
     return min(seconds[PackedLinear.packed_product]) < min(seconds[nn.Linear.forward])
 
 
+def _warn_of_unpacked(model: nn.Module) -> None:
+    """Say that nothing was packed where another dtype or device would help; models load in their checkpoint's dtype."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
+    found = sorted({f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}" for weight in weights})
+    if found and "float32 on cpu" not in found:
+        warnings.warn(
+            f"prepare_for_cpu: expected layers in float32 on the CPU, got {' and '.join(found)} in {type(model).__name__}; "
+            "nothing of it was packed. Load it with dtype=torch.float32.",
+            stacklevel=3,
+        )
+
+
 def _packable(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_packed(module)]
 
@@ -370,9 +384,17 @@ def _can_be_packed(linear: nn.Linear) -> bool:
 
 
 def _is_packable(weight: torch.Tensor) -> bool:
+    return _is_plain(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
     # Quantised weights may call themselves float32, but are of a class of their own.
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter)
-    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0
+    return type(weight) in (torch.Tensor, nn.Parameter)
+
+
+def _has_half_products() -> bool:
+    """Whether torch's engine for quantised products, which users may choose, has those in float16."""
+    return torch.backends.quantized.engine in ("fbgemm", "x86", "onednn")
 
 
 def _fits_half(weight: torch.Tensor) -> bool:

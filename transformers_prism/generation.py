@@ -11,15 +11,17 @@ The loop is [`_decode`]; what its parts hand to each other stands in `decoding/r
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import MaxLengthCriteria
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
+from .decoding.callers_mode import as_called, remembering_inference_mode
 from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
 from .decoding.eval_mode import in_eval_mode
@@ -37,7 +39,7 @@ from .decoding.target_side import TargetSide
 from .decoding.target_support import Declined, reason_against_training
 from .decoding.tree import Tree, root_tree
 from .decoding.walk import walk
-from .policy.automatic import AutomaticTrees
+from .policy.automatic import AutomaticTrees, are_costs_known
 from .policy.fixed import FixedTrees, PlainSteps
 from .policy.settings import TreeSettings
 from .transformers_names import (
@@ -51,6 +53,7 @@ from .transformers_names import (
 )
 from .tried_releases import warn_of_untried_release
 
+_MOST_LENGTH = 2**31 - 1  # of a text in tokens
 # Processors that keep one state for a whole batch, so that sequences cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 
@@ -112,7 +115,7 @@ def speculative_generate(
         "streamer": streamer,
     }
     try:
-        with _tensors_that_last(cache_of(model_kwargs)):
+        with remembering_inference_mode(), _tensors_that_last(cache_of(model_kwargs)):
             if (reason := reason_against_target(target)) is not None:  # whose head may be one that no draft can borrow
                 raise Declined(reason)
             draft.bind(target, tokenizer)
@@ -156,7 +159,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
         Declined: before any token, if this target and call cannot be served.
     """
     streamer, criteria = plain_arguments["streamer"], plain_arguments["stopping_criteria"]
-    generation_config = _with_length_of(criteria, plain_arguments["generation_config"])
+    generation_config = _with_length_of(criteria, plain_arguments["generation_config"], input_ids.shape[1])
     sampler = Sampler(input_ids, plain_arguments["logits_processor"], criteria, generation_config, settings.coupled)
     sequences = sampler.new_sequences(input_ids, criteria, generation_config, streamer)
     layer_ids = draft.config.target_layer_ids
@@ -174,6 +177,8 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
             drafter.use_text_tokens(settings.text_tokens)
             drafter.use_shapes(shapes)
             policy: AutomaticTrees | FixedTrees
+            if settings.tree == "auto" and _has_time_limit(criteria) and not are_costs_known(target, draft, len(sequences)):
+                settings = settings.as_small_tree()  # measuring would take the call's time
             if settings.tree == "auto":
                 policy = AutomaticTrees(settings, target, draft, sequences, sampler, chat.text)
             else:
@@ -186,7 +191,8 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
             if target_side.returns_cache and len(sequences) == 1 and not target_side.has_given_up:
                 chat.keep(target_side.cache, policy.text())
             if streamer is not None:
-                streamer.end()
+                with as_called():
+                    streamer.end()
             draft.last_speculation = speculation
             warn_if_hardly_used(speculation, draft, target, generation_config)
             if not generation_config.return_dict_in_generate:
@@ -200,14 +206,23 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
         raise
 
 
-def _with_length_of(criteria, generation_config):
-    """The configuration with the length that the criteria allow: a caller's criterion takes the place of the setting's."""
+def _with_length_of(criteria, generation_config, prompt_length: int):
+    """The configuration with the length that the criteria allow, a caller's in place of the setting's, as an integer.
+
+    Whatever it says, plain decoding writes one token, and numbers that stand for "no limit" may be no integers of a tensor.
+    """
     limits = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
-    if not limits or min(limits) == generation_config.max_length:
+    most = min(limits, default=generation_config.max_length)
+    most = max(math.ceil(min(most, _MOST_LENGTH)), prompt_length + 1)
+    if type(generation_config.max_length) is int and generation_config.max_length == most:
         return generation_config
     generation_config = copy.copy(generation_config)
-    generation_config.max_length = min(limits)
+    generation_config.max_length = most
     return generation_config
+
+
+def _has_time_limit(criteria) -> bool:
+    return any(isinstance(one, MaxTimeCriteria) for one in criteria)
 
 
 def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:

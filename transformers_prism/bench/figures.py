@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_prism.bench.generate import ItemResult, Outcome
+from transformers_prism.bench.generate import ItemResult, Outcome, sum_counts
 from transformers_prism.bench.methods import Method
 from transformers_prism.decoding.speculation import acceptance_length
 
@@ -54,7 +54,7 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
         "acceptance_length_per_prompt_mean": statistics.mean(taus) if taus else None,
         "step_ms": _step_ms([result.outcomes[method.baseline] for result in results]),
         "round_ms": _round_ms(outcomes),
-        "step_counts": _sum_counts([one.step_counts for one in outcomes]),
+        "step_counts": sum_counts([one.step_counts for one in outcomes]),
         "plain_tokens_per_second": _rate([result.outcomes[method.baseline] for result in results]),
         "draft_tokens_per_second": _rate(outcomes),
         "spread": max((_spread(one.seconds) for one in outcomes), default=None),
@@ -110,7 +110,7 @@ def _round_ms(outcomes: list[Outcome]) -> dict | None:
     None without a draft.
     """
     with_draft = [one for one in outcomes if one.round_seconds]
-    num_rounds = sum(one.num_forwards * len(one.round_seconds) for one in with_draft)
+    num_rounds = sum(one.num_forwards for one in with_draft)
     if not num_rounds:
         return None
     draft, verify, commit, other = (
@@ -136,11 +136,6 @@ def _ratios(results: list[ItemResult], name: str, baseline: str) -> dict:
 def _spread(seconds: list[float]) -> float:
     """Longest minus shortest of the repeats, over their median."""
     return (max(seconds) - min(seconds)) / statistics.median(seconds)
-
-
-def _sum_counts(parts: list[list[list[int]]]) -> list[list[int]]:
-    deepest = max(map(len, parts), default=0)
-    return [[sum(part[step][i] for part in parts if len(part) > step) for i in (0, 1)] for step in range(deepest)]
 
 
 def as_json(results: list[ItemResult], methods: list[Method]) -> dict:

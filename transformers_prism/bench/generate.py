@@ -60,14 +60,15 @@ class Outcome:
 
     Args:
         num_new_tokens: of each row, up to its end.
-        num_rounds, num_committed: of each row: rounds, and tokens that they committed. For what transformers itself
-            assists, a round is what it hands to a streamer at once; for plain decoding, a token.
-        num_forwards: target forwards of the whole batch after the first token.
+        num_rounds, num_committed: of each row: rounds, and tokens that they committed. With a PRISM draft in all repeats, which
+            automatic trees make different; else in one. For what transformers itself assists, a round is what it hands to a
+            streamer at once; for plain decoding, a token.
+        num_forwards: target forwards of the whole batch after the first token, in as many repeats.
         seconds: whole generate() calls, one per repeat.
         prefill_seconds: of these, until the first token came.
         round_seconds: with a PRISM draft, per repeat, the host's seconds in "draft", "verify", "commit" and "other".
-        step_counts: with a PRISM draft, per draft step: rounds that drafted deeper and accepted all before it, and how
-            many of them accepted its token.
+        step_counts: with a PRISM draft, per draft step: rounds of all repeats that drafted deeper and accepted all before it,
+            and how many of them accepted its token.
         is_identical: of each sequence, whether every repeat gave the tokens of the baseline's run.
         first_difference: of each row, index of the first new token that differs; None if none does.
         logit_gap: of each row, there, what separates the target's two best raw logits; None if none differs.
@@ -195,11 +196,21 @@ def _run(contest: Contest, method: Method, inputs: dict, settings: dict, seed: i
 
 def _note_speculation(speculation: Speculation, outcome: Outcome) -> None:
     outcome.round_seconds.append(dict(speculation.seconds))
-    outcome.num_rounds = list(speculation.num_rounds)
-    outcome.num_committed = list(speculation.num_committed)
-    outcome.num_forwards = len(speculation.trees) or max(speculation.num_rounds)
-    outcome.step_counts = count_steps(speculation)
+    outcome.num_rounds = _sums(outcome.num_rounds, speculation.num_rounds)
+    outcome.num_committed = _sums(outcome.num_committed, speculation.num_committed)
+    outcome.num_forwards += len(speculation.trees) or max(speculation.num_rounds)
+    outcome.step_counts = sum_counts([outcome.step_counts, count_steps(speculation)])
     outcome.declined = speculation.declined
+
+
+def _sums(before: list[int], found: list[int]) -> list[int]:
+    return list(map(sum, zip(before, found, strict=True))) if before else list(found)
+
+
+def sum_counts(parts: list[list[list[int]]]) -> list[list[int]]:
+    """Counts by draft step, as in [`Outcome`], of several measurements together."""
+    deepest = max(map(len, parts), default=0)
+    return [[sum(part[step][i] for part in parts if len(part) > step) for i in (0, 1)] for step in range(deepest)]
 
 
 def count_steps(speculation: Speculation) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """The commands of `transformers-prism bench`. Each imports what it needs when it runs, so that `--help` is quick."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,6 @@ MeasuredDraftOption = Annotated[
     str | None,
     typer.Option(help="Folder or Hub id, or 'random' for an untrained one; the shipped draft if absent.", show_default=False),
 ]
-NumPromptsOption = Annotated[int, typer.Option(min=1, help="Prompts, spread over the tasks.", rich_help_panel=COST)]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Measure only what the file lacks.", rich_help_panel=ADVANCED)]
 UpdateCardOption = Annotated[
     Path | None, typer.Option(help="Draft's folder whose card takes these figures.", show_default=False, rich_help_panel=ADVANCED)
@@ -61,15 +61,20 @@ for _name in ("page", "training", "synthesize", "scaling"):
     add_moved(bench_app, _name, f"python -m benchmarks.{_name}")
 
 
+def _at_most(usual: int, given: int | None) -> Callable[[int], int]:
+    """Prompts to measure of all: as many as were asked for, or the usual number where there are so many."""
+    return lambda number: min(usual, number) if given is None else given
+
+
 def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
     """Refuse to resume, or to put into a card, what is in no file."""
     if (resume or update_card) and json_file is None:
         raise ValueError(f"expected --json with {'--resume' if resume else '--update-card'}, got none")
 
 
-def _load(prompts: Path, num_prompts: int | None, target: str | None, draft: str | None) -> tuple:
-    """All prompts of a file and those that are measured (None: up to twelve), then target, tokenizer, draft, and the hash of
-    its weights; the draft "random" is an untrained one."""
+def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft: str | None) -> tuple:
+    """All prompts of a file and those that are measured (`count` says how many of all), then target, tokenizer, draft, and the
+    hash of its weights; the draft "random" is an untrained one."""
     from transformers_prism.bench.methods import random_draft
     from transformers_prism.bench.prompts import choose_prompts, read_prompts
     from transformers_prism.bench.record import UNTRAINED
@@ -78,7 +83,7 @@ def _load(prompts: Path, num_prompts: int | None, target: str | None, draft: str
     from transformers_prism.target import load_target
 
     records = read_prompts(prompts)
-    chosen = choose_prompts(records, min(12, len(records) // 2) if num_prompts is None else num_prompts)
+    chosen = choose_prompts(records, count(len(records)))
     model, tokenizer = load_target(target)
     if draft == UNTRAINED:
         return records, chosen, model, tokenizer, random_draft(model, 2, {"tree": "auto"}).bind(model), draft
@@ -114,7 +119,10 @@ def bench_generate_command(
             help="For assisted: Hub id or folder, or 'random' for a tiny one.", show_default=False, rich_help_panel=ADVANCED
         ),
     ] = None,
-    num_prompts: NumPromptsOption = 8,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts, spread over the tasks. 8, or all of fewer, if absent.", rich_help_panel=COST),
+    ] = None,
     max_new_tokens: AnswerTokensOption = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.", rich_help_panel=COST)] = 1,
     context: Annotated[
@@ -150,7 +158,7 @@ def bench_generate_command(
     _check_file(json_file, resume, update_card)
     methods = parse_methods(method or ["draft"], packed, batch_size)
     generate = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
-    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, num_prompts, target, draft)
+    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(8, num_prompts), target, draft)
     measurement = GenerateMeasurement(methods, generate, prompts.name, batch_size, context, repeat, warm_up, seed, assistant)
     models = (model, tokenizer, model_draft, weights)
     figures = measurement.run(*models, chat_inputs, chosen, records, json_file, resume, console)
@@ -172,7 +180,10 @@ def bench_acceptance_command(
     temperature: Annotated[
         list[float] | None, typer.Option(min=0.0, help="0 is greedy; repeat it for several. 0 and 0.8 if absent.")
     ] = None,
-    num_prompts: NumPromptsOption = 48,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts, spread over the tasks. 48, or all of fewer, if absent.", rich_help_panel=COST),
+    ] = None,
     max_new_tokens: AnswerTokensOption = 128,
     seed: RunSeedOption = 0,
     coupled: Annotated[
@@ -208,7 +219,6 @@ def bench_acceptance_command(
     console = Console()
     settings: dict = {
         "prompts": prompts.name,
-        "num_prompts": num_prompts,
         "trees": tree or list(TREES),
         "temperatures": temperature or list(TEMPERATURES),
         "max_new_tokens": max_new_tokens,
@@ -217,7 +227,8 @@ def bench_acceptance_command(
         "packed": packed,
     }
     _check_file(json_file, resume, update_card)
-    _, chosen, model, tokenizer, model_draft, weights = _load(prompts, num_prompts, target, draft)
+    _, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(48, num_prompts), target, draft)
+    settings["num_prompts"] = len(chosen)
     if text_tokens is not None:
         model_draft.generation_config.tree_text_tokens = text_tokens
     settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
@@ -225,7 +236,7 @@ def bench_acceptance_command(
     num_answers = len(questions) * len(settings["trees"]) * len(settings["temperatures"])
     with ProgressBar("answers", num_answers, console=console) as bar:
         rows = bench_acceptance(model, model_draft, questions, settings, weights, json_file, resume, bar.advance)
-    console.print(table_of(*acceptance_rows(rows), f"tau, {num_prompts} prompts"), crop=False)
+    console.print(table_of(*acceptance_rows(rows), f"tau, {len(chosen)} prompts"), crop=False)
     report_file(json_file)
     _update_card(update_card, json_file)
 
@@ -289,7 +300,7 @@ def bench_rounds_command(
     (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
     if not chosen.uses_draft:
         raise ValueError(f"method: expected one with a draft, got {method!r}")
-    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, None, target, draft)
+    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, lambda number: min(12, number // 2), target, draft)
     contest = Contest(model, measured_draft, None, [chosen], max_length=1)
     contest.enter(chosen)
     profiles = []

@@ -116,7 +116,9 @@ def verify(
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts or chats in any usual shape (docs/data-formats.md); three questions if absent.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from the file.", rich_help_panel=COST)] = 4,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts taken from the file. 4, or all of fewer, if absent.", rich_help_panel=COST)
+    ] = None,
     max_new_tokens: AnswerTokensOption = 64,
     seed: RunSeedOption = 0,
     json_file: JsonOption = None,
@@ -138,7 +140,9 @@ def verify(
 
     questions = list(PROMPTS)
     if prompts is not None:
-        questions = [record["turns"][0] for record in choose_prompts(read_prompts(prompts), num_prompts)]
+        records = read_prompts(prompts)
+        count = min(4, len(records)) if num_prompts is None else num_prompts
+        questions = [record["turns"][0] for record in choose_prompts(records, count)]
     target_model, tokenizer, draft_model = load_pair(target, draft)
     weights = weights_sha256(draft or SHIPPED_DRAFT)
     inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]

@@ -5,10 +5,11 @@
 transformers copies this file alone, so it imports nothing of its repository and loads the draft as any user would.
 """
 
+import inspect
 import sys
 from types import FrameType
 
-from transformers import AutoModel
+from transformers import AutoModel, GenerationMixin
 
 _HUB_ARGUMENTS = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token")
 # Where a target keeps the drafts that were loaded for it: they go when it goes.
@@ -32,7 +33,9 @@ def generate(model, assistant_model=None, **kwargs):
     draft = assistant_model if assistant_model is not None else _own_draft(model, hub_arguments)
     if draft.config.model_type != "prism":
         raise ValueError(f"assistant_model: expected a PRISM draft, got {type(draft).__name__}")
-    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    # generate() hands over its own arguments, absent ones as None. A setting of the caller may be None to say so.
+    own = (*_HUB_ARGUMENTS, *inspect.signature(GenerationMixin.generate).parameters)
+    arguments = {name: value for name, value in kwargs.items() if value is not None or name not in own}
     return type(model).generate(model, assistant_model=draft, **arguments)
 
 

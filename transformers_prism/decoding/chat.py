@@ -12,12 +12,14 @@ class Chat(NamedTuple):
 
     Args:
         draft_side: what was read, and what was committed and not read yet.
+        place: device and dtype of what was read.
         head: the target's, whose rows the drafter holds.
         length: of the cache in tokens.
         text: index of the text, if there is one.
     """
 
     draft_side: DraftSide
+    place: tuple
     head: object
     length: int = 0
     text: Any = None
@@ -30,11 +32,12 @@ class Chat(NamedTuple):
             chat is not None
             and num_sequences == 1
             and chat.draft_side.drafter.draft is draft
+            and chat.place == (draft.device, draft.dtype)
             and chat.head is draft.target_head
             and chat.length == stored_length(cache)
         ):
             return chat
-        return cls(DraftSide(draft.make_drafter()), draft.target_head)
+        return cls(DraftSide(draft.make_drafter()), (draft.device, draft.dtype), draft.target_head)
 
     def keep(self, cache, text) -> None:
         """Go on from here in a later call with this cache."""

@@ -38,6 +38,7 @@ from transformers.generation import (
 from ..kernels.dispatch import TRITON_DEVICES
 from ..kernels.verify_tree import WARPERS
 from ..transformers_names import allowed_tokens_of
+from .callers_mode import as_called
 from .sampling_noise import Coupling, StepNoise
 from .sequences import Sequences
 from .transfer import on_device
@@ -182,7 +183,10 @@ class Sampler:
     def _process(self, sequences: Sequences, index: int, raw: torch.Tensor) -> torch.Tensor:
         if not self.logits_processor:
             return raw
-        ids = sequences.ids[index : index + 1, : sequences.lengths[index]]
+        with as_called():
+            return self._processed(sequences.ids[index : index + 1, : sequences.lengths[index]], index, raw)
+
+    def _processed(self, ids: torch.Tensor, index: int, raw: torch.Tensor) -> torch.Tensor:
         # Stock warpers look at nothing but the sequence's own scores.
         if self.num_sequences == 1 or self.warpers is not None:
             return self.logits_processor(ids, raw)

@@ -4,6 +4,9 @@ import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from ..transformers_names import pad_token
+from .callers_mode import as_called
+
+_FIRST_ROOM = 1024  # tokens of a sequence; a limit may be far beyond what any reaches
 
 
 class Stopping:
@@ -28,7 +31,7 @@ class Stopping:
             if type(criterion) is EosTokenCriteria:
                 # Where the ids are, as the criterion itself does when it is first called.
                 criterion.eos_token_id = criterion.eos_token_id.to(device)
-                self.end_tokens.update(criterion.eos_token_id.tolist())
+                self.end_tokens.update(criterion.eos_token_id.flatten().tolist())
             elif type(criterion) is MaxLengthCriteria:
                 # Behind max_position_embeddings it warns.
                 limits = (self.quiet_until, criterion.max_length, criterion.max_position_embeddings or float("inf"))
@@ -42,7 +45,8 @@ class Stopping:
 
     def is_end(self, ids: torch.LongTensor) -> bool:
         """Whether a sequence `(1, T)` that could end does."""
-        return bool(self.criteria(ids, None if self.scores is None else tuple(self.scores))[0])
+        with as_called():
+            return bool(self.criteria(ids, None if self.scores is None else tuple(self.scores))[0])
 
 
 class Sequences:
@@ -63,11 +67,7 @@ class Sequences:
         num_sequences, self.prompt_length = input_ids.shape
         self.max_length = generation_config.max_length
         self.pad_token_id = pad_token(generation_config)
-        capacity = max(self.max_length, self.prompt_length) + 1
-        self.ids = torch.zeros((num_sequences, capacity), dtype=input_ids.dtype, device=device or input_ids.device)
-        self.ids[:, : self.prompt_length] = input_ids
-        # The same memory; numpy writes a single number in a tenth of torch's time.
-        self.writable_ids = self.ids.numpy() if self.ids.device.type == "cpu" else self.ids
+        self._hold(input_ids.to(device or input_ids.device), self.prompt_length + _FIRST_ROOM)
         self.stopping = Stopping(stopping_criteria, self.ids.device, scores)
         self.lengths = [self.prompt_length] * num_sequences
         self.new_tokens: list[list[int]] = [[] for _ in range(num_sequences)]  # behind the prompts
@@ -78,6 +78,14 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def _hold(self, ids: torch.Tensor, capacity: int) -> None:
+        """Keep ids `(B, T)` with room for more, up to this length in all."""
+        capacity = min(capacity, max(self.max_length, self.prompt_length) + 1)
+        self.ids: torch.LongTensor = ids.new_zeros((len(ids), capacity))  # type: ignore[assignment]
+        self.ids[:, : ids.shape[1]] = ids
+        # The same memory; numpy writes a single number in a tenth of torch's time.
+        self.writable_ids = self.ids.numpy() if self.ids.device.type == "cpu" else self.ids
 
     def is_done(self, index: int) -> bool:
         """Whether a sequence gets no more tokens.
@@ -110,6 +118,8 @@ class Sequences:
 
     def append(self, index: int, token: int) -> None:
         """Emit `token` in a sequence and ask the stopping criteria."""
+        if self.lengths[index] == self.ids.shape[1]:
+            self._hold(self.ids, self.ids.shape[1] * 3 // 2)
         self.writable_ids[index, self.lengths[index]] = token
         self.new_tokens[index].append(token)
         self.lengths[index] = length = self.lengths[index] + 1
@@ -135,7 +145,8 @@ class Sequences:
         if self.streamer is None:
             return
         if kept is not None and hasattr(self.streamer, "put_round"):
-            self.streamer.put_round(max(map(len, kept)) - 1)
+            with as_called():
+                self.streamer.put_round(max(map(len, kept)) - 1)
         going = [length for index, length in enumerate(self.lengths) if not self.is_done(index)]
         end = min(going) if going else self.width
         for step in range(self.num_streamed, end):
@@ -143,7 +154,8 @@ class Sequences:
             has_ended = [length <= step for length in self.lengths]
             if any(has_ended):
                 tokens[torch.tensor(has_ended)] = self.pad_token_id.to(tokens)
-            self.streamer.put(tokens)
+            with as_called():
+                self.streamer.put(tokens)
         self.num_streamed = end
 
     def pad_ended(self, width: int) -> None:
@@ -161,4 +173,5 @@ class Sequences:
     def finished(self) -> torch.LongTensor:
         """The sequences `(B, T)` as plain decoding returns them."""
         self.pad_ended(self.width)
-        return self.ids[:, : self.width].clone(memory_format=torch.contiguous_format)  # not the room for longer ones
+        ids = self.ids[:, : self.width].clone(memory_format=torch.contiguous_format)  # not the room for longer ones
+        return ids  # type: ignore[return-value]

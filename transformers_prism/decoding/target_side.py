@@ -136,7 +136,7 @@ class TargetSide:
             ValueError: if the prompt has more tokens than the target has learned positions.
             Declined: if the forward shows that this target cannot be served.
         """
-        num_positions = _num_learned_positions(self.target)
+        num_positions = num_learned_positions(self.target)
         num_tokens = self._most_tokens(input_ids)
         if num_positions is not None and num_tokens > num_positions:
             raise ValueError(
@@ -381,7 +381,7 @@ class TargetSide:
         return [hidden_state(outputs, layer, self.target.config) for layer in self.layer_ids]
 
 
-def _num_learned_positions(target) -> int | None:
+def num_learned_positions(target) -> int | None:
     """How many positions a target without rotary embedding has a table of; None where any position can be computed."""
     text_config = target.config.get_text_config()
     num_positions = getattr(text_config, "max_position_embeddings", None)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple, TypeGuard
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from ..transformers_names import attention_name, keeps_no_activations
@@ -217,6 +218,10 @@ def position_offset(inputs: dict | None, model_kwargs: dict) -> int:
     return offsets.pop()
 
 
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DRAWS_ANEW = "dropout or jitter in train mode draws anew in every forward; call target.eval()"
+
+
 def reason_against_training(target) -> str | None:
     """Why a target in train mode cannot be served; None if it can."""
     # `target.model.train()` leaves the target's own flag alone.
@@ -226,8 +231,10 @@ def reason_against_training(target) -> str | None:
         return "gradient checkpointing in train mode keeps no cache; call target.eval()"
     rates = vars(target.config.get_text_config()).items()
     if any(("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0 for name, rate in rates):
-        return "dropout or jitter in train mode draws anew in every forward; call target.eval()"
-    return None
+        return _DRAWS_ANEW
+    # Adapters bring their own, of which the configuration says nothing.
+    layers = (module for module in target.modules() if isinstance(module, _DROPOUT))
+    return _DRAWS_ANEW if any(layer.training and layer.p > 0 for layer in layers) else None
 
 
 # Types whose plain decoding goes on at a rotary switch without the text before it, as if its cache had been emptied.

@@ -29,6 +29,7 @@ from ..decoding.memory import kept_with
 from ..decoding.round_values import Limits, Proposal, Verified, plain_step
 from ..decoding.sampler import Sampler, is_treated_as_accelerator
 from ..decoding.sequences import Sequences
+from ..transformers_names import attention_name
 from .candidates import Candidates
 from .costs import RoundCosts, TreeOverhead, load_or_measure
 from .experience import EDGES, Experience
@@ -43,9 +44,7 @@ _HALF_LEAD = 4.0
 
 def known_costs(target, draft, num_sequences: int) -> RoundCosts:
     """Costs from earlier calls in this process, corrected by them, or from the disk, or measured."""
-    known = kept_with(target, "round costs", WeakKeyDictionary).setdefault(draft, {})
-    # Preparing or compiling a model changes the classes of its layers.
-    key = (num_sequences, torch.get_num_threads(), frozenset(type(module) for module in target.modules()))
+    known, key = _costs_of_process(target, draft, num_sequences)
     before = known.get(key)
     known[key] = load_or_measure(target, draft, num_sequences, before)
     if before is not None and known[key] is not before:
@@ -53,6 +52,21 @@ def known_costs(target, draft, num_sequences: int) -> RoundCosts:
         for do_sample in (False, True):
             experience_of(draft, do_sample).payoff = Payoff()
     return known[key]
+
+
+def are_costs_known(target, draft, num_sequences: int) -> bool:
+    """Whether [`known_costs`] would neither measure nor read anything."""
+    known, key = _costs_of_process(target, draft, num_sequences)
+    return key in known and not known[key].is_in_doubt
+
+
+def _costs_of_process(target, draft, num_sequences: int) -> tuple[dict, tuple]:
+    """Costs of a target with a draft by what they depend on, and that of this call."""
+    known = kept_with(target, "round costs", WeakKeyDictionary).setdefault(draft, {})
+    # Preparing or compiling a model changes the classes of its layers.
+    layers = frozenset(type(module) for model in (target, draft) for module in model.modules())
+    places = [(model.device, model.dtype, attention_name(model.config)) for model in (target, draft)]
+    return known, (num_sequences, torch.get_num_threads(), layers, *places)
 
 
 def experience_of(draft, do_sample: bool) -> Experience:

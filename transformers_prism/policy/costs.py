@@ -31,6 +31,7 @@ from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
 from ..decoding.eval_mode import in_eval_mode
 from ..decoding.layer_check import input_device
+from ..decoding.target_side import num_learned_positions
 from ..decoding.target_support import Declined
 from ..decoding.transfer import clock
 from ..decoding.tree_target import is_compiled
@@ -58,7 +59,7 @@ _MAX_SPREAD = 1.5
 _MOST_FASTER = 8
 # A machine that never comes to rest is not measured more often than this in a process.
 _MOST_MEASUREMENTS = 3
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = ("num_tokens", "verify_seconds", "step_seconds")
 # No file of ours is longer.
 _MOST_BYTES = 10_000
@@ -178,7 +179,8 @@ def load_or_measure(target, draft, num_rows: int, known: RoundCosts | None = Non
     if known is not None and (not known.is_in_doubt or is_compiled(target)):
         return known
     path = costs_path(target, draft, num_rows)
-    kept = _read(path, num_rows) if known is None else None
+    num_tokens = [count * num_rows for count in _counts_of_one_row(target, num_rows)]
+    kept = _read(path, num_tokens) if known is None else None
     if kept is not None and _still_holds(kept, target, draft, num_rows):
         return kept
     if known is not None:
@@ -203,8 +205,8 @@ def costs_path(target, draft, num_rows: int) -> Path:
     return Path(constants.HF_HOME) / "prism" / "round_costs" / f"{_key(target, draft, num_rows)}.json"
 
 
-def _read(path: Path, num_rows: int) -> RoundCosts | None:
-    """The costs in a file, or None if it is not one that [`load_or_measure`] wrote for this many sequences."""
+def _read(path: Path, num_tokens: list[int]) -> RoundCosts | None:
+    """The costs in a file, or None if it is not one that [`load_or_measure`] wrote for forwards over so many tokens."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             return None
@@ -213,19 +215,17 @@ def _read(path: Path, num_rows: int) -> RoundCosts | None:
         return None
     if not isinstance(found, dict) or set(found) != set(_KEPT):
         return None
-    costs = RoundCosts(**found)
-    seconds = costs.verify_seconds
-    if costs.num_tokens != [count * num_rows for count in _counts_of_one_row(num_rows)]:
+    seconds = found["verify_seconds"]
+    if found["num_tokens"] != num_tokens or not isinstance(seconds, list) or len(seconds) != len(num_tokens):
         return None
-    if not isinstance(seconds, list) or len(seconds) != len(costs.num_tokens):
-        return None
-    are_times = all(type(one) is float and 0 < one < math.inf for one in (*seconds, costs.step_seconds))
-    return costs if are_times and seconds == sorted(seconds) else None
+    are_times = all(type(one) is float and 0 < one < math.inf for one in (*seconds, found["step_seconds"]))
+    return RoundCosts(**found) if are_times and seconds == sorted(seconds) else None
 
 
-def _counts_of_one_row(num_rows: int) -> list[int]:
-    """Tokens of one sequence in the forwards that are measured, at least two counts."""
-    counts = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS]
+def _counts_of_one_row(target, num_rows: int) -> list[int]:
+    """Tokens of one sequence in the forwards that are measured, at least two counts, none longer than the target reads."""
+    longest = num_learned_positions(target) or _MAX_TOKENS
+    counts = [count for count in MEASURED_TOKENS if count * num_rows <= _MAX_TOKENS and count <= longest]
     return counts if len(counts) > 1 else [1, 2]
 
 
@@ -294,6 +294,8 @@ def _key(target, draft, num_rows: int) -> str:
         sorted(layers.items()),  # packed and quantised layers have classes of their own
         [list(parameter.shape) for parameter in target.parameters()],
         [list(parameter.shape) for parameter in draft.parameters()],
+        # The head's rows are the target's.
+        [draft.config.num_draft_tokens, draft.config.num_attention_heads, list(draft.config.draft_step_to_module)],
         [str(target.dtype), str(draft.dtype)],
         device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
         [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
@@ -311,7 +313,7 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
     A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
     correct that. `announce` is told once, when it can be foreseen: target forwards in all, and seconds that they take.
     """
-    per_row = _counts_of_one_row(num_rows)
+    per_row = _counts_of_one_row(target, num_rows)
     times: dict[int, list[float]] = {count: [] for count in per_row}
     step = float("inf")
     started = time.perf_counter()

@@ -88,6 +88,11 @@ class TreeSettings:
         num_nodes = min(self.num_nodes, self.pool_size(depth), max_nodes)
         return dataclasses.replace(self, depth=depth, num_nodes=num_nodes)
 
+    def as_small_tree(self) -> "TreeSettings":
+        """A tree of one size that hardly ever costs much, for rounds whose costs are not known."""
+        smaller = dataclasses.replace(self, tree="static", top_k=min(self.top_k, 4), ngrams=False)
+        return smaller.clipped(max_depth=4, max_nodes=15)
+
     def as_chain(self) -> "TreeSettings":
         """The chain that fits into this tree: as long as its depth and its number of nodes allow."""
         length = min(self.depth, self.num_nodes)

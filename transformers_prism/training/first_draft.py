@@ -72,6 +72,8 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
         "context_kv": config.context_kv,
         "target_fingerprint": target_fingerprint(getattr(target, "config", target), tokenizer),
     }
+    if config.plain_fusion:
+        overrides |= {"projection_bias": False, "normalize_target_hidden": False}
     for name in ("draft_vocab_size", "sliding_window"):
         if getattr(config, name):
             overrides[name] = getattr(config, name)

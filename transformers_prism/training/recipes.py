@@ -80,6 +80,11 @@ class TrainConfig:
         "", "Module of each draft step, such as 0,1,1; if left out, that of --init-from with as many modules, or 0,1,...,M-1."
     )
     target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
+    plain_fusion: bool = _option(
+        False,
+        "Read the target's states by a product alone, without norms and bias: what the files of other servers hold "
+        "(docs/convert.md).",
+    )
     draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0 is the whole vocabulary.")
     text_tokens: bool = _option(True, "Let the draft also propose the tokens of the text that it is given.")
     learn_prompts: bool = _option(False, "Train on the tokens of prompts, too: validations count answers in any case.")
