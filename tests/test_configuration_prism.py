@@ -139,12 +139,19 @@ def test_a_saved_config_has_only_known_keys(tmp_path):
     assert {**again.to_dict(), "_name_or_path": ""} == config.to_dict()
 
 
-def test_a_fingerprint_names_no_folder():
+def test_a_fingerprint_names_no_folder(tmp_path, monkeypatch):
     """A path says nothing on another machine."""
     config = tiny_target().config
     for name, expected in (("org/model", "org/model"), ("./here", None), ("/somewhere/model", None), ("", None)):
         config._name_or_path = name
         assert target_fingerprint(config)["name"] == expected
+    # A folder without a slash in its path looks like a name on the Hub.
+    (tmp_path / "target").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config.name_or_path = "target"
+    assert target_fingerprint(config)["name"] is None
+    config.name_or_path = "other"
+    assert target_fingerprint(config)["name"] == "other"
 
 
 def test_a_tokenizer_hash_depends_on_words_and_ids_alone():

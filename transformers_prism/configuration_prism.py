@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 from dataclasses import field
+from pathlib import Path
 from typing import Literal, cast
 
 from huggingface_hub.dataclasses import strict
@@ -467,7 +468,7 @@ def target_fingerprint(target_config, tokenizer=None) -> dict:
     tokenizer's vocabulary is hashed. `name` is a Hub id or None: a folder's path says nothing elsewhere."""
     text = target_config.get_text_config()
     name = name_of(target_config) or None
-    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()):
         name = None
     return {
         "name": name,
