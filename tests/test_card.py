@@ -235,6 +235,33 @@ def test_about_takes_known_keys_only(draft_folder):
         write_card(draft_folder)
 
 
+def test_about_is_of_texts(draft_folder):
+    """One limit may stand alone; what is no text is named."""
+    (draft_folder / "about.json").write_text(json.dumps({"limits": "Only English."}))
+    write_card(draft_folder)
+    assert "\n- Only English.\n" in (draft_folder / "README.md").read_text()
+    for content, message in (
+        ({"base_model": ["a/b"]}, r"expected text in 'base_model', got \['a/b'\]"),
+        ({"limits": [1]}, r"expected text or a list of texts in 'limits', got \[1\]"),
+        ([], "expected a JSON object, got list"),
+    ):
+        (draft_folder / "about.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            write_card(draft_folder)
+
+
+def test_figures_that_are_not_there_are_empty_cells(measured, draft_folder):
+    """Of a task whose answers took no round, and of a draft that was declined."""
+    metrics = gather(draft_folder, measured[1])
+    (record, *_) = metrics["generate"]
+    absent = {"acceptance_length_pooled": None, "acceptance_length_per_prompt_mean": None, "round_ms": None, "ceiling": None}
+    record["summary"].update(absent)
+    next(iter(record["tasks"].values())).update(absent)
+    text = render_card(draft_folder, metrics)
+    assert "|  |" in text
+    assert "None" not in text
+
+
 def test_the_command_writes_the_card(measured, draft_folder):
     """With measurements; errors are one line and a status."""
     result = CliRunner().invoke(app, ["card", str(draft_folder), *map(str, measured[1])])

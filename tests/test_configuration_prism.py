@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from compatibility_models import build
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from tiny_models import ARCHITECTURES, generate_twice, prompts, tiny_draft, tiny_target
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, T5Config
@@ -126,6 +127,33 @@ def test_numerics_of_targets_that_scale():
     granite = target_numerics(tiny_target("granite").config)
     assert (granite["embedding_scale"], granite["logit_scale"]) == (3.0, 0.5)
     assert target_numerics(tiny_target("cohere").config)["logit_scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("falcon_h1", {"lm_head_multiplier": 0.02}),
+        ("hyperclovax", {"logits_scaling": 0.25}),
+        ("muse_glimmer", {}),
+        ("muse_spark", {}),
+        ("inkling_text", {}),
+        ("xlstm", {}),
+        ("recurrent_gemma", {}),
+        ("aya_vision", {}),
+        ("cohere2_vision", {}),
+        ("hyperclovax_vision_v2", {}),
+        ("nanochat", {}),
+    ],
+    ids=str,
+)
+def test_numerics_give_the_logits_of_the_target(case, settings):
+    """Which training aims at: another scale or soft-cap is another distribution."""
+    if case not in CONFIG_MAPPING:
+        pytest.skip(f"this release of transformers has no {case}")
+    target = build(case, settings)
+    output = target(input_ids=torch.tensor([[5, 60, 7, 31]]), output_hidden_states=True)
+    draft = PrismDraftModel(PrismConfig.from_target(target)).eval().bind(target)
+    torch.testing.assert_close(draft.compute_target_logits(output.hidden_states[-1]), output.logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_saved_config_has_only_known_keys(tmp_path):

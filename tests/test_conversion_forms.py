@@ -14,6 +14,7 @@ from tiny_models import PAD_ID, VOCAB_SIZE, prompts, tiny_draft, tiny_target
 from transformers import AutoModel
 from typer.testing import CliRunner
 
+from transformers_prism import load_draft
 from transformers_prism.cli.main import app
 from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang
 
@@ -384,6 +385,10 @@ def replace(name, value):
         ("eagle3", put(eagle_config=None, eagle_aux_hidden_state_layer_ids=[1, "2"]), "to list layers, got"),
         ("eagle3", put(eagle_config=None, eagle_aux_hidden_state_layer_ids=[1, 2]), r"fc.weight: expected \[32, 64\]"),
         ("eagle3", put(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state to be true, got false"),
+        ("eagle3", put(partial_rotary_factor=0.5), "partial_rotary_factor to be absent or 1, got 0.5"),
+        ("eagle", put(rope_scaling={"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        ("eagle", put(hidden_act="swiglu2"), "a hidden_act that transformers knows, got 'swiglu2'"),
+        ("eagle3", put(logit_scale="1"), "logit_scale to be a number, got '1'"),
         ("eagle3", replace("norm.weight", lambda norm: norm.half()), "one floating point dtype.*float16.*float32"),
     ],
 )
@@ -393,6 +398,37 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path, target, targe
     with pytest.raises(ValueError, match=match):
         FORMS[form_of(case)].convert(source, tmp_path / "draft", target_folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_fields_that_say_nothing_are_as_if_absent(tmp_path, target, target_folder):
+    """An empty list of layers, as ModelOpt writes, and null."""
+    layers = {"eagle_aux_hidden_state_layer_ids": []}
+    empty = put(logit_scale=None, hidden_act=None, eagle_config={"use_aux_hidden_state": True, **layers}, **layers)
+    source = broken_source(tmp_path, target, target_folder, "eagle3", empty)
+    draft = FORMS["eagle3"].convert(source, tmp_path / "draft", target_folder).config
+    assert (draft.logit_scale, draft.hidden_act, draft.target_layer_ids) == (1.0, "silu", [2, 4, 5])
+
+
+def test_a_table_that_orders_the_whole_vocabulary_anew_is_read(tmp_path, target, target_folder):
+    """Without it the draft's rows would stand for other tokens."""
+    order = torch.randperm(97, generator=torch.Generator().manual_seed(0))
+
+    def permute(settings, weights):
+        settings["draft_vocab_size"] = 97
+        weights.update(d2t=order - torch.arange(97), t2d=torch.ones(97, dtype=torch.bool))
+
+    source = broken_source(tmp_path, target, target_folder, "eagle3, whole vocabulary", permute)
+    FORMS["eagle3"].convert(source, tmp_path / "draft", target_folder)
+    assert torch.equal(load_file(tmp_path / "draft" / "model.safetensors")["draft_to_target"], order)
+
+
+def test_a_draft_of_ours_is_compared_with_a_target_by_name(tmp_path, target, target_folder):
+    """As with a loaded one."""
+    save_draft(target, tmp_path / "ours", "eagle")
+    load_draft(tmp_path / "ours", target=target_folder)
+    tiny_target("llama", vocab_size=61).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"vocab_size: expected 97 \(draft\), got 61 \(target\)"):
+        load_draft(tmp_path / "ours", target=tmp_path / "other")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_chat_target, tiny_draft, tiny_target, word_tokenizer
+from compatibility_models import build
+from tiny_models import chat_tokenizer, save_chat_target, tiny_draft, tiny_target, word_tokenizer
+from transformers import T5Config
 from typer.testing import CliRunner
 
 from transformers_prism.cli import doctor
@@ -63,6 +65,33 @@ def test_doctor_without_a_draft_tries_an_untrained_one(tmp_path, target_folder):
         warnings.simplefilter("always")
         list(doctor.trial_findings(str(target_folder), None, 64, packed=False))
     assert not [one for one in told if "hardly helped" in str(one.message)]
+
+
+def test_doctor_examines_a_target_of_images_and_text(tmp_path):
+    """Which is loaded by another class."""
+    build("qwen2_5_vl").save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    found = examine(tmp_path, "--target", tmp_path / "target")
+    assert found["target"]["text"].endswith("qwen2_5_vl")
+    assert found["verifies"]["text"] == "trees"
+
+
+def test_doctor_counts_a_target_of_another_kind_among_its_findings(tmp_path):
+    """With what was expected and got."""
+    T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2).save_pretrained(tmp_path / "target")
+    chat_tokenizer().save_pretrained(tmp_path / "target")
+    found = examine(tmp_path, "--target", tmp_path / "target", exit_code=1)
+    assert found["target"] == {
+        "name": "target", "state": "fails", "text": "target: expected a decoder-only model, got the type 't5'"
+    }
+
+
+def test_doctor_refuses_a_file_in_no_folder_at_once(tmp_path, target_folder, monkeypatch):
+    """Before anything is examined."""
+    monkeypatch.setattr("transformers_prism.cli.doctor.target_findings", lambda *_: 1 / 0)
+    result = CliRunner().invoke(app, ["doctor", "--target", str(target_folder), "--json", str(tmp_path / "none" / "found.json")])
+    assert result.exit_code == 2
+    assert "expected a file in a folder that is there" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_doctor_without_names_tries_the_shipped_pair(tmp_path, target_folder, monkeypatch):

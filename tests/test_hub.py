@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from transformers_prism import PrismDraftModel
 from transformers_prism.cli.main import app
 from transformers_prism.hub.card import write_card
-from transformers_prism.hub.files import OPEN_LICENSES, published_files, published_name
+from transformers_prism.hub.files import OPEN_LICENSES, published_files, published_name, weights_sha256
 
 NAME = "me/tiny-PRISM"
 
@@ -61,6 +61,19 @@ def test_push_is_one_commit_of_a_whole_repository(hub, saved_pair):
     assert f'"{NAME}"'.encode() in files["README.md"]
     saved_pair[2].push_to_hub(NAME, tags=["tiny"])
     assert ModelCard.load(NAME).data.tags[-1] == "tiny"
+
+
+@pytest.mark.parametrize("sizes", [("20KB", "5GB"), ("5GB", "20KB"), ("20KB", "30KB")])
+def test_a_folder_that_is_saved_to_again_holds_one_form_of_weights(saved_pair, tmp_path, sizes):
+    """One file or shards: what the first saving left would be loaded, or hashed, in place of the new weights."""
+    for number, size in enumerate(sizes):
+        draft = tiny_draft(saved_pair[0], seed=number)
+        draft.save_pretrained(tmp_path, max_shard_size=size)
+    names = {path.name for path in tmp_path.glob("model*")}
+    assert ("model.safetensors" in names) != ("model.safetensors.index.json" in names)
+    loaded = PrismDraftModel.from_pretrained(tmp_path)
+    assert all(torch.equal(one, other) for one, other in zip(draft.parameters(), loaded.parameters(), strict=True))
+    assert len(weights_sha256(tmp_path)) == 64
 
 
 def test_the_command_pushes_a_folder(hub, saved_pair, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compatibility_models import build
 from hub_server import Repository
 from test_hub import NAME
 from tiny_models import tiny_draft, tiny_target
@@ -80,6 +81,25 @@ def test_the_command_tells_what_a_draft_is(tiny_folders):
         assert words in output
     assert [line.split()[-1] for line in output.splitlines() if line.startswith("target here:")] == ["matches"]
     assert "not on this machine" in run(folder)
+
+
+def test_settings_that_a_folder_leaves_out_are_the_usual_ones(folder):
+    """As when the draft is loaded."""
+    (folder / "generation_config.json").write_text("{}")
+    assert "auto, at most 63 nodes, top-k 10, depth 8" in run(folder)
+
+
+def test_a_damaged_configuration_is_named(folder):
+    (folder / "config.json").write_text("{")
+    output = run(folder, exit_code=1)
+    assert f"{folder}: expected a JSON object in config.json, got" in output.replace("\n", "")
+
+
+def test_a_target_of_images_and_text_has_bytes_too(tmp_path):
+    target = build("qwen2_5_vl")
+    target.save_pretrained(tmp_path / "target")
+    tiny_draft(target).save_pretrained(tmp_path / "draft")
+    assert "% of a target forward" in run(tmp_path / "draft", "--target", tmp_path / "target")
 
 
 def test_a_sliding_window_is_told(folder):

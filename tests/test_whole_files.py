@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_prism.whole_files import whole_file, write_json
+from transformers_prism.whole_files import whole_file, write_json, write_text
 
 pytestmark = pytest.mark.quick
 
@@ -55,3 +55,15 @@ def test_threads_write_the_same_file_beside_each_other(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         assert len(set(threads.map(write, range(8)))) == 8
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    """As `--json /dev/stdout` is, which must not become a file."""
+    path, read = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: read.append(path.read_text()))
+    reader.start()
+    write_text(path, "figures")
+    reader.join(10)
+    assert read == ["figures"]
+    assert path.is_fifo()

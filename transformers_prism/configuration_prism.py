@@ -31,22 +31,39 @@ def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
     return sorted({max(1, n // 4), n // 2, n - 1} - {0}) or [1]
 
 
+# What targets multiply or divide logits by, or the states that their head reads, and their soft-caps.
+_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+# Types that multiply by what others divide by, and those that do not scale as their text model alone would.
+_MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
+_LEAVES_SCALE_OUT = ("aya_vision", "cohere2_vision")
+
+
 def target_numerics(target_config) -> dict:
     """What a target multiplies its embedding (outside the embedding module) and logits by, and the soft-cap of its
     logits.
 
-    Source: transformers' modeling files of granite (`embedding_multiplier`, `logits_scaling`), cohere (`logit_scale`)
-    and gemma (`final_logit_softcapping`; gemma scales inside its embedding module).
+    Args:
+        target_config (`PreTrainedConfig`): whole, since the type of a model around a text model may decide.
+    Source: transformers' modeling files of the types that have the fields below; gemma scales inside its embedding module.
     """
-    logit_scale = _read(target_config, "logit_scale")
-    divisor = _read(target_config, "logits_scaling")
-    if divisor:
-        logit_scale = 1.0 / divisor
-    embedding_scale = _read(target_config, "embedding_multiplier")
-    softcap = _read(target_config, "final_logit_softcapping")
+    text = target_config.get_text_config()
+    factors, divisors = list(_LOGIT_FACTORS), list(_LOGIT_DIVISORS)
+    if text.model_type.startswith(_MULTIPLIES_BY_DIVISOR):
+        factors, divisors = factors + divisors, []
+    if target_config.model_type in _LEAVES_SCALE_OUT:
+        factors.remove("logit_scale")
+    logit_scale = 1.0
+    for name in (*factors, *divisors):
+        found = _read(text, name)
+        if isinstance(found, (int, float)) and found:
+            logit_scale *= found if name in factors else 1.0 / found
+    embedding_scale = _read(text, "embedding_multiplier")
+    softcap = next(filter(None, (_read(text, name) for name in _SOFTCAPS)), None)
     return {
         "embedding_scale": float(embedding_scale) if embedding_scale else 1.0,
-        "logit_scale": float(logit_scale) if isinstance(logit_scale, (int, float)) else 1.0,
+        "logit_scale": float(logit_scale),
         "logit_softcap": float(softcap) if softcap else None,
     }
 
@@ -454,7 +471,7 @@ class PrismConfig(PreTrainedConfig):
             "pad_token_id": _read(config, "pad_token_id"),
             "target_fingerprint": target_fingerprint(config),
             **_widths(config, model),
-            **target_numerics(config),
+            **target_numerics(target if model is None else model.config),
         }
         derived.update(_attention_heads(config, derived["hidden_size"]))
         derived["rope_parameters"] = _plain_rope(config, overrides.get("head_dim") or derived["head_dim"])

@@ -252,7 +252,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         borrowed = self._require_target()
         self._gather_head_rows()
-        numerics = target_numerics(borrowed.target.config.get_text_config())
+        numerics = target_numerics(borrowed.target.config)
         logits = self._borrowed_logits(hidden_states, text)
         return scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
@@ -273,7 +273,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             return None
         if not head.weight.is_floating_point() or head.weight.device != self.device or not head.weight.is_contiguous():
             return None
-        numerics = target_numerics(borrowed.target.config.get_text_config())
+        numerics = target_numerics(borrowed.target.config)
         return head.weight.detach() if text is None else text.weight, {
             "student_scale": self.config.logit_scale,
             "student_softcap": self.config.logit_softcap,

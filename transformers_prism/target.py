@@ -17,10 +17,15 @@ from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from transformers_prism.transformers_names import call
@@ -118,10 +123,24 @@ def config_and_tokenizer(name: str | None) -> tuple[PreTrainedConfig, PreTrained
     return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class of transformers that makes a target of this configuration: of text alone, or of images and text.
+
+    Raises:
+        ValueError: if it is none that writes text.
+    """
+    kind = config.model_type
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "auto_map", None):
+        return AutoModelForCausalLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    raise ValueError(f"target: expected a decoder-only model, got the type {kind!r}")
+
+
 def num_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a target of this configuration; no weight is made."""
+    """Parameters of a target of this configuration; no weight is made. Errors are those of [`auto_class`]."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return auto_class(config).from_config(config).num_parameters()
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -138,7 +157,7 @@ def cache_folder() -> Path:
 
 
 def _load_pretrained(name: str, dtype: torch.dtype):
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 

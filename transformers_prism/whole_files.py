@@ -13,8 +13,12 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; what is written there takes its place at the end, and is gone after an error.
 
-    Processes and threads that write the same file do not get into each other's way.
+    Processes and threads that write the same file do not get into each other's way. What is there and no file, such as a pipe
+    or `/dev/stdout`, is written to directly.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield unfinished

@@ -20,6 +20,7 @@ from transformers_prism.cli.options import (
     TargetOption,
     TemperatureOption,
     TopPOption,
+    in_a_folder,
     report_file,
 )
 
@@ -65,7 +66,8 @@ def doctor(
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the trial.", rich_help_panel=COST)] = 64,
     packed: PackedOption = True,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="File to write the findings to.", rich_help_panel=ADVANCED)
+        Path | None,
+        typer.Option("--json", help="File to write the findings to.", callback=in_a_folder, rich_help_panel=ADVANCED),
     ] = None,
 ):
     """Check this machine, a target and a draft: versions, tokenizer, memory, way of verifying, expected gain.

@@ -128,9 +128,10 @@ def target_findings(name: str | None, chat_template: str | None = None) -> list[
         check_folder(name)
         found = read_target_config(name)
         config, tokenizer = found if found and found[1] else (AutoConfig.from_pretrained(name), _load_tokenizer(name))
+        memory = _memory(config)
     except (OSError, ValueError) as error:
         return [Finding("target", "fails", " ".join(str(error).split()))]
-    findings = [Finding("target", "ok", f"{name}, {config.model_type}"), _memory(config)]
+    findings = [Finding("target", "ok", f"{name}, {config.model_type}"), memory]
     if tokenizer is None:
         findings.append(Finding("tokenizer", "fails", f"expected the files of a tokenizer in {name}, got none"))
         return findings

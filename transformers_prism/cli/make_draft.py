@@ -108,6 +108,8 @@ class Run:
 
     def __init__(self, output: Path, settings: dict, console: Console):
         self.output, self.settings, self.console = output, settings, console
+        if not output.name:
+            raise ValueError(f"output: expected a new folder, got {output}, which is there")
         self.work = output.with_name(f"{output.name}.work")
         self.path = self.work / "steps.json"
         self.budget = 60 * settings["minutes"]

@@ -42,8 +42,18 @@ PackedOption = Annotated[
         rich_help_panel=COST,
     ),
 ]
+
+
+def in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the measurement whose figures it should hold."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"expected a file in a folder that is there, got {path}")
+    return path
+
+
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="File to write settings and figures to.", rich_help_panel=ADVANCED)
+    Path | None,
+    typer.Option("--json", help="File to write settings and figures to.", callback=in_a_folder, rich_help_panel=ADVANCED),
 ]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")]
 TopPOption = Annotated[float | None, typer.Option(help="Nucleus sampling; with a temperature.", rich_help_panel=ADVANCED)]
@@ -186,7 +196,7 @@ def user_errors(has_traceback: bool | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (typer.Exit, typer.Abort, typer.BadParameter):
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # the last, of who has read enough, click knows
         raise
     except Exception as error:
         text = " ".join(str(error).split())

@@ -66,7 +66,7 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
         fields["target_norm"] = "joint" if config.get("norm_before_fc") else "each"
     fields["query_key_norm"] = any(name.endswith("q_norm.weight") for name in weights)
     fields["target_hidden_size"] = config.get("target_hidden_size") or fields["hidden_size"]
-    fields["logit_scale"] = config.get("logit_scale", 1.0)
+    fields["logit_scale"] = 1.0 if config.get("logit_scale") is None else config["logit_scale"]
     if type(fields["logit_scale"]) not in (int, float):
         raise ValueError(f"config.json: expected logit_scale to be a number, got {fields['logit_scale']!r}")
     fields.update(module_form="eagle3", projection_bias="fc.bias" in weights, share_target_head=False)
@@ -76,7 +76,8 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
     if draft_vocab_size is None and "lm_head.weight" not in weights:
         fields["share_target_head"] = True
     ignored = {name: "derived from config.json" for name in weights if _ROTARY.fullmatch(name)}
-    if draft_vocab_size in (None, fields["vocab_size"]):
+    is_permuted = "d2t" in weights and bool(weights["d2t"].any())
+    if draft_vocab_size is None or (draft_vocab_size == fields["vocab_size"] and not is_permuted):
         whole = "the draft vocabulary is the whole one"
         ignored.update((name, whole) for name in ("d2t", "t2d") if name in weights)
     else:

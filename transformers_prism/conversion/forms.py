@@ -13,7 +13,7 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang, speculators
@@ -58,6 +58,8 @@ def load_draft(
     """
     if read_config(source).get("model_type") == "prism":
         draft, report = PrismDraftModel.from_pretrained(str(source)), None
+        if isinstance(target, (str, Path)):
+            _compare(draft, AutoConfig.from_pretrained(target))
     else:
         folder = checkpoint_folder(source)
         draft, report = read_draft(_read_any, folder, target, num_target_layers=num_target_layers)
@@ -69,6 +71,15 @@ def load_draft(
         return draft
     draft = draft.to(draft.device if target.device.type == "meta" else target.device, dtype or target.dtype)
     return draft.bind(target)
+
+
+def _compare(draft: PrismDraftModel, target_config) -> None:
+    """Whether a draft of ours can work with a target of this configuration, as binding it to the model finds out."""
+    fatal, mild = draft.config.target_differences(target_config)
+    if fatal:
+        raise ValueError("; ".join(fatal))
+    for line in mild:
+        _logger.warning("%s; fewer tokens may be accepted", line)
 
 
 def _read_any(config: dict, weights: dict) -> SourceDraft:

@@ -1,5 +1,7 @@
 """The configuration of a Llama layer, as checkpoints of others carry it in `config.json`, read and written."""
 
+from transformers.activations import ACT2FN
+
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.conversion.importing import TOKEN_IDS
 
@@ -51,6 +53,8 @@ def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
         "max_position_embeddings": 2048,
         "target_hidden_size": config["hidden_size"],
     }
+    if (config.get("hidden_act") or "silu") not in ACT2FN:
+        raise ValueError(f"config.json: expected a hidden_act that transformers knows, got {config['hidden_act']!r}")
     given = {
         name: config[name] for name in (*_NUMBERS, *fields, "head_dim", *TOKEN_IDS) if config.get(name) is not None
     }
@@ -91,6 +95,9 @@ def _read_rope(config: dict) -> dict:
         raise ValueError(
             f"config.json: expected a rotary embedding of type {', '.join(ROPE_TYPES)}, got {rope_type!r}"
         )
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share not in (None, 1, 1.0):
+        raise ValueError(f"config.json: expected partial_rotary_factor to be absent or 1, got {share!r}")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):

@@ -50,9 +50,9 @@ def read_layer_list(config: dict) -> list[int] | None:
         ValueError: if it is not a list of integers.
     """
     ids = config.get(AUX_LAYERS)
-    if ids is not None and (not isinstance(ids, list) or not ids or any(type(layer) is not int for layer in ids)):
+    if ids is not None and (not isinstance(ids, list) or any(type(layer) is not int for layer in ids)):
         raise ValueError(f"config.json: expected {AUX_LAYERS} to list layers, got {ids!r}")
-    return ids
+    return ids or None  # ModelOpt writes an empty list for the usual ones
 
 
 def aux_layer_field(target_layer_ids: list[int]) -> dict:

@@ -15,10 +15,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers_prism.hub.files import ABOUT, CARD, CURVES, METRICS, PLACEHOLDER_USER, PLOT, TRAINING
 from transformers_prism.hub.metrics import KINDS, gather, read_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
+from transformers_prism.policy.settings import default_tree_settings
 from transformers_prism.whole_files import write_json, write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
+_ABOUT_LISTS = ("language", "limits")
 # Stands in a card's code for a target that has no name on the Hub.
 UNNAMED_TARGET = "name/of-the-target"
 # A draft step that fewer rounds reached is too noisy to plot.
@@ -99,7 +101,8 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     target_id = about["base_model"] or fingerprint.get("name") or UNNAMED_TARGET
     template_text = TEMPLATE.read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
+    # Where there is nothing to say, such as tau of an answer that took no round, a cell is empty.
+    environment.filters["fixed"] = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
     try:
         text = environment.from_string(template_text).render(
             name=folder.name,
@@ -113,7 +116,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
             plot=PLOT,
             curves=CURVES if (folder / CURVES).is_file() else None,
             config=config,
-            tree=_read_json(folder / "generation_config.json"),
+            tree={**default_tree_settings(), **_read_json(folder / "generation_config.json")},
             facts=_facts(folder, config),
             generate=metrics["generate"],
             acceptance=metrics["acceptance"],
@@ -236,7 +239,8 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
             ("acceptance_length", "acceptance length (tau, pooled)", summary["acceptance_length_pooled"]),
             ("speedup", "tokens per second over plain decoding", summary["ratio"]),
         ):
-            results.append(EvalResult(**source, metric_type=metric, metric_name=title, metric_value=round(value, 3)))
+            if value is not None:
+                results.append(EvalResult(**source, metric_type=metric, metric_name=title, metric_value=round(value, 3)))
     return ModelCardData(
         model_name=name if results else None,
         license=about["license"] or "apache-2.0",
@@ -264,9 +268,12 @@ def _facts(folder: Path, config: dict) -> dict:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON object, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _read_about(path: Path) -> dict:
@@ -274,4 +281,11 @@ def _read_about(path: Path) -> dict:
     unknown = sorted(set(about) - set(ABOUT_KEYS))
     if unknown:
         raise ValueError(f"{path}: expected only {', '.join(ABOUT_KEYS)}, got {', '.join(unknown)}")
+    if isinstance(about.get("limits"), str):
+        about["limits"] = [about["limits"]]
+    for key, value in about.items():
+        is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (value is None or isinstance(value, str) or (is_list and key in _ABOUT_LISTS)):
+            expected = "text or a list of texts" if key in _ABOUT_LISTS else "text"
+            raise ValueError(f"{path}: expected {expected} in {key!r}, got {value!r}")
     return {**dict.fromkeys(ABOUT_KEYS), **about}

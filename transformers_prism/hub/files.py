@@ -253,6 +253,22 @@ def _with_tags(text: str, tags: list[str]) -> str:
     return str(card)
 
 
+def weight_files(folder: str | Path) -> dict[str, tuple]:
+    """Which of the two forms of weights a folder has, one file or an index of shards, and what tells a file from a later one."""
+    found = {name: Path(folder) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
+    stats = {name: path.stat() for name, path in found.items() if path.is_file()}
+    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+
+
+def remove_outdated_weights(folder: str | Path, before: dict[str, tuple]) -> None:
+    """After saving, remove the other form of weights that was there `before`; transformers leaves it beside the new one."""
+    now = weight_files(folder)
+    outdated = [name for name, file in now.items() if before.get(name) == file]
+    if len(outdated) < len(now):  # else nothing was saved under these names
+        for name in outdated:
+            (Path(folder) / name).unlink()
+
+
 def weights_sha256(source: str | Path, revision: str | None = None) -> str:
     """A hash of a draft's weights, in a folder or repository, that does not depend on how they are split into files:
     sha256 over the weights in the order of their names, each as its name, dtype, shape and bytes.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from transformers_prism.configuration_prism import PrismConfig
@@ -20,7 +20,8 @@ from transformers_prism.hub.loading import check_shapes
 from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.target import read_target_config
+from transformers_prism.policy.settings import default_tree_settings
+from transformers_prism.target import auto_class, read_target_config
 from transformers_prism.transformers_names import output_embeddings
 
 
@@ -59,11 +60,15 @@ class Inspection:
         return count * self.dtype.itemsize
 
     def target_bytes(self) -> int | None:
-        """Bytes of weights that a forward of the target reads: all but an embedding that is not also the head."""
+        """Bytes of weights that a forward of the target reads: all but an embedding that is not also the head; None if
+        the target is not known, or none that writes text."""
         if self.target_config is None:
             return None
-        with torch.device("meta"):
-            target = AutoModelForCausalLM.from_config(self.target_config)
+        try:
+            with torch.device("meta"):
+                target = auto_class(self.target_config).from_config(self.target_config)
+        except ValueError:
+            return None
         count = sum(parameter.numel() for parameter in target.parameters())
         embedding, head = target.get_input_embeddings(), output_embeddings(target)
         if head is not None and head.weight is not embedding.weight:
@@ -145,14 +150,17 @@ def inspect_draft(source: str | Path, target_name: str | None = None, revision: 
     config = _read_config(folder)
     headers = read_weight_headers(folder)
     check_shapes(PrismDraftModel, config, headers.shapes)
-    name = target_name or (config.target_fingerprint or {}).get("name")
-    found = read_target_config(name) if name else None
+    target_id = target_name or (config.target_fingerprint or {}).get("name")
+    found = read_target_config(target_id) if target_id else None
     if found is None and target_name is not None:
         raise ValueError(f"target: expected a folder, or a name on the Hub, of a model on this machine, got {target_name}")
     target_config, tokenizer = found or (None, None)
     fatal, mild = config.target_differences(target_config, tokenizer) if found else ([], [])
     dtype = (config if target_config is None else target_config).dtype or torch.float32
     generation_config = GenerationConfig.from_pretrained(folder)
+    for name, default in default_tree_settings().items():  # as loading the draft completes them
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, default)
     return Inspection(str(source), folder, config, generation_config, headers, target_config, fatal, mild, dtype)
 
 
@@ -163,7 +171,11 @@ def draft_folder(source: str | Path, revision: str | None = None) -> Path:
         OSError: if there is no such folder or repository.
         ValueError: if it is no PRISM draft; nothing but its config.json is downloaded then.
     """
-    content = json.loads(Path(cached_file(str(source), "config.json", revision=revision)).read_text(encoding="utf-8"))
+    file = Path(cached_file(str(source), "config.json", revision=revision))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source}: expected a JSON object in config.json, got {error}") from error
     if not isinstance(content, dict) or content.get("model_type") != PrismConfig.model_type:
         kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{source}: expected a draft of model type {PrismConfig.model_type!r}, got {kind!r}")

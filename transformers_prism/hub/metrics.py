@@ -74,7 +74,7 @@ def _read(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
-        raise ValueError(f"{path}: expected the JSON file of a measurement, got no such file") from None
+        raise ValueError(f"{path}: expected a JSON object of a measurement, got no such file") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON object of a measurement, got {error}") from error
     if not isinstance(content, dict):

@@ -13,7 +13,7 @@ from ..configuration_prism import PrismConfig
 from ..policy.settings import default_tree_settings
 from ..transformers_names import CACHE_NAMES, mark_as_own, name_of, revision_of
 from ..tried_releases import errors_tell_of_untried_release
-from .files import AUTO_MAP, FINAL_NORM, upload, write_published_files
+from .files import AUTO_MAP, FINAL_NORM, remove_outdated_weights, upload, weight_files, write_published_files
 from .loading import check_headers, check_names_and_shapes, check_values, complete_tree_settings
 
 # What save_pretrained() hands on to push_to_hub().
@@ -85,8 +85,10 @@ class PrismPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         # Loading may leave weights in another order; sorted, they fall into the same shards again.
         kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
+        before = weight_files(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
+            remove_outdated_weights(save_directory, before)
             target_name = (self.config.target_fingerprint or {}).get("name")
             revision = revision_of(self.config)
             write_published_files(save_directory, name_of(self.config), revision, target_name, self.write_card)

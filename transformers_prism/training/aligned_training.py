@@ -107,7 +107,7 @@ class AlignedTraining(nn.Module):
         """The target's own over the whole vocabulary, `(R, V)` in float32."""
         head = output_embeddings(self.target())
         logits = head(label.to(*place_of(head, self.target(), label.dtype))).to(self.draft.device).float()
-        numerics = target_numerics(self.target().config.get_text_config())
+        numerics = target_numerics(self.target().config)
         return scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from transformers_prism.borrowed_layers import place_of
-from transformers_prism.configuration_prism import target_fingerprint
+from transformers_prism.borrowed_layers import place_of, scale_and_cap
+from transformers_prism.configuration_prism import target_fingerprint, target_numerics
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
 from transformers_prism.training.data.conversations import Conversation
@@ -30,6 +30,8 @@ CONVERSATIONS_PER_SHARD = 64
 BYTES_PER_VALUE = 2  # bfloat16
 # Of ranks of logits, the target's own and those that its head makes of the last state in bfloat16.
 _LEAST_CORRELATION = 0.8
+# Between these logits in numbers, of their standard deviation.
+_MOST_DIFFERENCE = 0.1
 
 
 class FeatureStore:
@@ -178,6 +180,18 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
         state = target_states(target, tuple(tokens), layer_ids[-1:])
         found = head(state.to(*place_of(head, target, target.dtype)))
         logits = target(torch.tensor([tokens], device=target.device), use_cache=False).logits[0]
+    numerics = target_numerics(target.config)
+    expected_logits = scale_and_cap(found.float().to(logits.device), numerics["logit_scale"], numerics["logit_softcap"])
+    difference = float((expected_logits - logits.float()).abs().median() / logits.float().std())
+    if difference > _MOST_DIFFERENCE:
+        logger.warning(
+            "target: expected logits as its configuration tells (scale %g, soft-cap %s), got others from %s, by %.2f of their "
+            "standard deviation: the draft learns a sharper or a flatter distribution",
+            numerics["logit_scale"],
+            numerics["logit_softcap"],
+            type(target).__name__,
+            difference,
+        )
     # Scaled and capped logits keep their order; those of a transformed state have nothing to do with these.
     ranks = [one.float().argsort(dim=-1).argsort(dim=-1).float().flatten() for one in (found, logits.to(found.device))]
     correlation = float(torch.corrcoef(torch.stack(ranks))[0, 1])
