@@ -20,7 +20,7 @@ def serve(
         str | None, typer.Option("--served-model-name", help="The model's id for clients; TARGET if absent.", show_default=False)
     ] = None,
     model_timeout: Annotated[
-        int, typer.Option(min=-1, help="Seconds without a request until the models are unloaded; -1 is never.")
+        int, typer.Option(min=-1, help="Seconds without a request until the models are unloaded; 0 or -1 is never.")
     ] = -1,
     other_models: Annotated[
         bool, typer.Option("--other-models", help="Load other models that requests name, too, without a draft.")
@@ -52,7 +52,8 @@ def serve(
         allows_other_models=other_models,
     )
     app = serving.build_app(served, device=device, dtype=dtype)
-    typer.echo(f"Serving {served.name} with {served.draft_name} at http://{host}:{listener.getsockname()[1]}/v1")
+    address = f"[{host}]" if ":" in host else host
+    typer.echo(f"Serving {served.name} with {served.draft_name} at http://{address}:{listener.getsockname()[1]}/v1")
     serving.run_server(app, listener)
 
 
