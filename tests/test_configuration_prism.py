@@ -156,6 +156,15 @@ def test_numerics_give_the_logits_of_the_target(case, settings):
     torch.testing.assert_close(draft.compute_target_logits(output.hidden_states[-1]), output.logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_around_a_scaled_text_model_has_a_head_that_does_not_scale():
+    """As LLaVA-NeXT around Granite, whose configuration says that Granite's own head would."""
+    sizes = {name: value for name, value in tiny_target("granite").config.to_dict().items() if name != "logits_scaling"}
+    config = CONFIG_MAPPING["llava_next"](text_config={**sizes, "logits_scaling": 8.0}, vision_config={"model_type": "clip_vision_model"})
+    assert target_numerics(config.get_text_config())["logit_scale"] == 1 / 8
+    assert target_numerics(config)["logit_scale"] == 1.0
+    assert target_numerics(config)["embedding_scale"] == 3.0
+
+
 def test_a_saved_config_has_only_known_keys(tmp_path):
     """Unknown keys pass silently through transformers, so the file is compared with the fields."""
     config = PrismConfig.from_target(tiny_target())

@@ -1,6 +1,7 @@
 """Weights packed once for the CPU: same results within rounding, and everything can be undone."""
 
 import copy
+import itertools
 import pickle
 import time
 import warnings
@@ -195,7 +196,7 @@ def test_only_plain_float32_layers_are_packed():
 def test_a_model_with_nothing_to_pack_is_told():
     """Models load in their checkpoint's dtype, which is often bfloat16; packed already is no reason."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"expected layers in float32 on the CPU, got bfloat16 on cpu in Sequential; .*dtype=torch.float32"):
+    with pytest.warns(UserWarning, match=r"expected layers in float32, got bfloat16 in Sequential; .*dtype=torch.float32"):
         assert not prepare_for_cpu(model).linears
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -203,6 +204,7 @@ def test_a_model_with_nothing_to_pack_is_told():
         assert len(prepare_for_cpu(model).linears) == 2
         assert not prepare_for_cpu(model).linears
         assert not prepare_for_cpu(nn.Sequential(nn.Embedding(4, 4))).linears
+        assert not prepare_for_cpu(nn.Linear(4, 4, device="meta")).linears  # as on an accelerator
 
 
 def test_a_draft_is_packed_in_float32_where_torch_has_no_products_in_float16():
@@ -210,12 +212,13 @@ def test_a_draft_is_packed_in_float32_where_torch_has_no_products_in_float16():
     target = tiny_target("llama", 3)
     draft = tiny_draft(target)
     before = torch.backends.quantized.engine
-    if "qnnpack" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this build of torch has no QNNPACK")
+    others = [one for one in torch.backends.quantized.supported_engines if one in ("qnnpack", "onednn")]
+    if not others:
+        pytest.skip("this build of torch has no engine without such products")
     input_ids, mask = prompts(1)
     settings = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID}
     try:
-        for engines in (("qnnpack", "qnnpack"), (before, "qnnpack")):
+        for engines in itertools.product((before, *others), others):
             torch.backends.quantized.engine = engines[0]
             with prepare_for_cpu(target, draft):
                 torch.backends.quantized.engine = engines[1]

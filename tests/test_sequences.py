@@ -13,6 +13,7 @@ from transformers.generation import (
     TemperatureLogitsWarper,
 )
 
+from transformers_prism.decoding import sequences as sequences_module
 from transformers_prism.decoding.sampler import Sampler
 from transformers_prism.decoding.sequences import Sequences
 from transformers_prism.decoding.tree import Tree
@@ -44,6 +45,16 @@ def a_tree() -> Tree:
 def logits_choosing(tokens) -> torch.Tensor:
     """Logits `(N, V)` whose argmax at node i is tokens[i]."""
     return torch.nn.functional.one_hot(torch.tensor(tokens), V).float() * 20
+
+
+def test_room_for_padding_grows(monkeypatch):
+    """Chains of recurrent targets read padding behind sequences that ended long ago, up to where the longest is."""
+    monkeypatch.setattr(sequences_module, "_FIRST_ROOM", 2)
+    sequences, _ = started(2, max_length=50, eos=9)
+    sequences.pad_token_id = torch.tensor(7)
+    sequences.append(0, 9)
+    sequences.pad_ended(20)
+    assert sequences.ids[0, :20].tolist() == [3, 4, 5, 9] + [7] * 16
 
 
 class OwnCriteria(MaxLengthCriteria):

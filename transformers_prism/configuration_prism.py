@@ -35,9 +35,11 @@ def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
 _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-# Types that multiply by what others divide by, and those that do not scale as their text model alone would.
+# Types that multiply by what others divide by.
 _MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
-_LEAVES_SCALE_OUT = ("aya_vision", "cohere2_vision")
+# Models around a text model have a head of their own. Most of them leave its scale and soft-cap out, but not these.
+_SCALING_WRAPPERS = ("cohere_compass", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "inkling", "muse_")
+_CAPPING_WRAPPERS = ("paligemma", "gemma3n", "gemma4", "inkling2", "mistral_large4", "muse_")
 
 
 def target_numerics(target_config) -> dict:
@@ -52,15 +54,17 @@ def target_numerics(target_config) -> dict:
     factors, divisors = list(_LOGIT_FACTORS), list(_LOGIT_DIVISORS)
     if text.model_type.startswith(_MULTIPLIES_BY_DIVISOR):
         factors, divisors = factors + divisors, []
-    if target_config.model_type in _LEAVES_SCALE_OUT:
-        factors.remove("logit_scale")
+    is_wrapped = text is not target_config
+    if is_wrapped and not target_config.model_type.startswith(_SCALING_WRAPPERS):
+        factors, divisors = [], []
     logit_scale = 1.0
     for name in (*factors, *divisors):
         found = _read(text, name)
         if isinstance(found, (int, float)) and found:
             logit_scale *= found if name in factors else 1.0 / found
     embedding_scale = _read(text, "embedding_multiplier")
-    softcap = next(filter(None, (_read(text, name) for name in _SOFTCAPS)), None)
+    is_capped = not is_wrapped or target_config.model_type.startswith(_CAPPING_WRAPPERS)
+    softcap = next(filter(None, (_read(text, name) for name in _SOFTCAPS)), None) if is_capped else None
     return {
         "embedding_scale": float(embedding_scale) if embedding_scale else 1.0,
         "logit_scale": float(logit_scale),

@@ -361,13 +361,13 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
 
 
 def _warn_of_unpacked(model: nn.Module) -> None:
-    """Say that nothing was packed where another dtype or device would help; models load in their checkpoint's dtype."""
+    """Say that nothing was packed where another dtype would help; models load in their checkpoint's."""
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
-    found = sorted({f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}" for weight in weights})
-    if found and "float32 on cpu" not in found:
+    found = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights if weight.device.type == "cpu"})
+    if found and "float32" not in found:
         warnings.warn(
-            f"prepare_for_cpu: expected layers in float32 on the CPU, got {' and '.join(found)} in {type(model).__name__}; "
-            "nothing of it was packed. Load it with dtype=torch.float32.",
+            f"prepare_for_cpu: expected layers in float32, got {' and '.join(found)} in {type(model).__name__}; nothing of it was "
+            "packed. Load it with dtype=torch.float32.",
             stacklevel=3,
         )
 
@@ -394,7 +394,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 def _has_half_products() -> bool:
     """Whether torch's engine for quantised products, which users may choose, has those in float16."""
-    return torch.backends.quantized.engine in ("fbgemm", "x86", "onednn")
+    return torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
 def _fits_half(weight: torch.Tensor) -> bool:

@@ -23,12 +23,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
-from transformers_prism.transformers_names import call
+from transformers_prism.transformers_names import call, has_class_for
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +125,12 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
     Raises:
         ValueError: if it is none that writes text.
     """
-    kind = config.model_type
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "auto_map", None):
+    for one in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if has_class_for(one, config):
+            return one
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return AutoModelForImageTextToText
-    raise ValueError(f"target: expected a decoder-only model, got the type {kind!r}")
+    raise ValueError(f"target: expected a decoder-only model, got the type {config.model_type!r}")
 
 
 def num_parameters(config: PreTrainedConfig) -> int:
@@ -157,8 +153,11 @@ def cache_folder() -> Path:
 
 
 def _load_pretrained(name: str, dtype: torch.dtype):
-    model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    try:
+        kind = auto_class(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError):  # an adapter's folder, which has no configuration of its own, or an error to be told by the class
+        kind = AutoModelForCausalLM
+    return kind.from_pretrained(name, dtype=dtype).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def hub_answers() -> bool:

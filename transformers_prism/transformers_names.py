@@ -133,6 +133,11 @@ def takes_logits_to_keep(target) -> bool:
     return target._supports_logits_to_keep()
 
 
+def has_class_for(auto_class: type, config) -> bool:
+    """Whether an auto class knows a class for models of this configuration."""
+    return type(config) in auto_class._model_mapping  # type: ignore[attr-defined]
+
+
 def attention_name(config) -> str:
     """The attention implementation of a model's text part, from its configuration."""
     return config.get_text_config()._attn_implementation

@@ -16,7 +16,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Processes and threads that write the same file do not get into each other's way. What is there and no file, such as a pipe
     or `/dev/stdout`, is written to directly.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    is_special = path.exists() and not path.is_file() and not path.is_dir()
+    if is_special or path.absolute().parent in (Path("/dev"), Path("/dev/fd")):  # `/dev/stdout` may be a link to a file
         yield path
         return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")

@@ -13,12 +13,12 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang, speculators
 from transformers_prism.conversion.checkpoint import checkpoint_folder, read_config
-from transformers_prism.conversion.importing import SourceDraft, form_of, read_draft
+from transformers_prism.conversion.importing import SourceDraft, form_of, read_draft, target_config_of
 from transformers_prism.modeling_prism import PrismDraftModel
 
 READ = {
@@ -59,7 +59,7 @@ def load_draft(
     if read_config(source).get("model_type") == "prism":
         draft, report = PrismDraftModel.from_pretrained(str(source)), None
         if isinstance(target, (str, Path)):
-            _compare(draft, AutoConfig.from_pretrained(target))
+            _compare(draft, target_config_of(target))
     else:
         folder = checkpoint_folder(source)
         draft, report = read_draft(_read_any, folder, target, num_target_layers=num_target_layers)

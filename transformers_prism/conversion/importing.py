@@ -205,7 +205,7 @@ def read_draft(
     theirs = read(settings, {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()})
     if any(name.startswith(_PREFIX) for name in weights):
         theirs.notes.append(f"names of weights are given without the prefix {_PREFIX!r}")
-    target_config = None if target is None else _target_config(target)
+    target_config = None if target is None else target_config_of(target)
     config = _make_config(theirs, target, target_config, context_kv, num_target_layers)
     config.share_target_embedding = _is_target_embedding(theirs, target)
     with torch.device("meta"):
@@ -267,7 +267,12 @@ def require_layers(num_target_layers: int | None, why: str) -> int:
     return num_target_layers
 
 
-def _target_config(target: str | Path | PreTrainedModel) -> PreTrainedConfig:
+def target_config_of(target: str | Path | PreTrainedModel) -> PreTrainedConfig:
+    """Configuration of a target, or of its folder or name.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if not isinstance(target, (str, Path)):
         return target.config
     try:

@@ -161,6 +161,8 @@ class Sequences:
     def pad_ended(self, width: int) -> None:
         """Fill sequences that have ended with padding up to this length, where there is any."""
         if self.stopping.pads:
+            if width > self.ids.shape[1]:
+                self._hold(self.ids, width)
             for index, length in enumerate(self.lengths):
                 if self.is_done(index) and length < width:
                     self.ids[index, length:width] = self.pad_token_id

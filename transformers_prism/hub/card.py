@@ -184,7 +184,9 @@ def step_shares(metrics: dict) -> list[dict]:
     """Per measurement, the share of rounds that accepted each draft step's token, among those that reached the step."""
     measured = []
     for record in metrics["generate"]:
-        counts = [pair for pair in record["summary"]["step_counts"] if pair[0] >= MIN_ROUNDS]
+        # Repeats of greedy decoding are hardly more than copies.
+        fewest = MIN_ROUNDS * record["settings"].get("repeat", 1)
+        counts = [pair for pair in record["summary"]["step_counts"] if pair[0] >= fewest]
         if counts:
             shares = [accepted / reached for reached, accepted in counts]
             measured.append({"label": label_of(record), "shares": shares, "rounds": [pair[0] for pair in counts]})
