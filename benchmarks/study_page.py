@@ -24,7 +24,7 @@ from transformers_prism.whole_files import write_text
 PAPER_CLAIMS = tuple(("prism-m2", other) for other in ("eagle2", "hass", "eagle3", "stacked2", "stacked3"))
 # Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training, other losses.
 ABLATIONS = (
-    *(("hass-fused", "hass"), ("prism-m2", "prism-m1"), ("prism-m2", "prism-m2-last")),
+    *(("hass-fused", "hass"), ("prism-m2", "hass-fused"), ("prism-m2", "prism-m1"), ("prism-m2", "prism-m2-last")),
     *(("prism-m2-last", "hass"), ("prism-m2-last", "stacked2"), ("prism-m2", "prism-m2-scratch")),
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
     *((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss")),
@@ -61,17 +61,17 @@ def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
     for better, worse in PAPER_CLAIMS:
         ways = list(_ways(chosen, better, worse).values())
         if ways:
-            lines.append(f"- {better} commits more tokens a round than {worse}: {_told(*ratio_interval(*ways))}")
+            lines.append(f"- {better} commits more tokens a round than {worse}: {_told(ways, *ratio_interval(*ways))}")
     for other in GROWING:
         ways, volumes = _growing_ways(records, "prism-m2", other)
         if ways:
-            told = _told(*growth_interval(*ways))
+            told = _told(ways, *growth_interval(*ways))
             lines.append(f"- prism-m2 gains more from {_written(volumes[0])} instead of {_written(volumes[1])} tokens than {other}: {told}")
     sources = []
     for better, worse in ABLATIONS:
         ways = list(_ways(chosen, better, worse).values())
         if ways:
-            sources.append(f"- {better} over {worse}: {_told(*ratio_interval(*ways))}")
+            sources.append(f"- {better} over {worse}: {_told(ways, *ratio_interval(*ways))}")
     head = (
         f"What the paper claims, at equal tokens of training ({_written(chosen[0]['num_data_tokens'])}). Figures are ratios of tau, "
         "all trees and temperatures together, with intervals of 95 %; the tables below have each by itself."
@@ -84,8 +84,10 @@ def _written(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def _told(ratio: float, low: float, high: float) -> str:
-    return f"**{verdict(low, high)}**, {ratio:.3f} times ({low:.3f} to {high:.3f})"
+def _told(ways: list[tuple], ratio: float, low: float, high: float) -> str:
+    num_seeds = len(ways[0][0])
+    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    return f"**{verdict(low, high)}**, {ratio:.3f} times ({low:.3f} to {high:.3f}; {seeds})"
 
 
 def _ways(chosen: list[dict], better: str, worse: str) -> dict[tuple, tuple]:
