@@ -131,6 +131,7 @@ RUNS = {
         "vocab_sample": 0.5,
     },
     "eagle3": {
+        "plain_fusion": True,
         "recipe": "eagle3",
         "warm_up_epochs": 1.0,
         "split_epochs": 0.0,

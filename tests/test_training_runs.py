@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, monkeypatc
 
     def fail_at_fifth(self, model, inputs, **kwargs):
         if self.state.global_step == 5:
-            inputs = {**inputs, "features": inputs["features"] * float("nan")}
+            inputs = {**inputs, "states": inputs["states"] * float("nan")}
         return compute_loss(self, model, inputs, **kwargs)
 
     monkeypatch.setattr(AlignedTrainer, "compute_loss", fail_at_fifth)

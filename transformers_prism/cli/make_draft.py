@@ -5,6 +5,7 @@ Each step is what another command does: `doctor`'s checks, `synthesize` until it
 in `steps.json` of the work folder; a step that was interrupted is resumed by its own means.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -189,7 +190,7 @@ class Run:
 
     def synthesize(self) -> None:
         """Conversations until their share of the time is over; resumed by the shards that are there."""
-        from transformers_prism.training.data.synthesis import SynthesisConfig, synthesize
+        from transformers_prism.training.data.synthesis import SynthesisConfig, synthesize, tokens_of_a_turn
         from transformers_prism.training.progress_bar import ProgressBar
 
         def work() -> dict:
@@ -211,11 +212,15 @@ class Run:
                 num_tokens=10**9,  # the time ends it
                 batch_size=16 if target.device.type == "cpu" else 64,
                 max_answer_tokens=_ANSWER_TOKENS,
-                max_length=max(min(longest, _MAX_LENGTH), _ANSWER_TOKENS + 160),
+                max_length=_MAX_LENGTH,
             )
+            chats = self._chats()
+            # Of a model that reads less than a user turn and an answer, as much as these take.
+            fewest = tokens_of_a_turn(tokenizer, config) if chats is None else config.max_user_tokens + _ANSWER_TOKENS
+            config = dataclasses.replace(config, max_length=max(min(longest, _MAX_LENGTH), fewest))
             with ProgressBar(f"synthesis, until minute {_SYNTHESIS_ENDS * self.budget / 60:.1f}", None, "tokens") as bar:
                 folder = self.work / "data"
-                summary = synthesize(target, tokenizer, config, folder, self._chats(), report=report, is_over=is_over)
+                summary = synthesize(target, tokenizer, config, folder, chats, report=report, is_over=is_over)
             return {name: summary[name] for name in ("num_conversations", "num_tokens")}
 
         self.step("synthesis", work)

@@ -107,6 +107,18 @@ class SynthesisConfig:
             raise ValueError(f"temperatures: expected numbers of at least 0, got {self.temperatures}")
 
 
+def tokens_of_a_turn(tokenizer, config: SynthesisConfig) -> int:
+    """The longest user turn and answer, and what the chat template writes around them.
+
+    Raises:
+        ValueError: if the template cannot be taken apart.
+    """
+    openings = (opening(tokenizer, system) for system in config.system_prompts or (None,))
+    longest = max(len(tokenize(tokenizer, text)) for text in openings)
+    to_assistant = len(tokenize(tokenizer, between_turns(tokenizer)[0]))
+    return longest + config.max_user_tokens + to_assistant + config.max_answer_tokens
+
+
 class Synthesizer:
     """Writes conversations of an instruct model with its chat template: answers to `chats`, conversation i to chat i,
     or without them user turns and answers both.
@@ -122,10 +134,10 @@ class Synthesizer:
             eos = tokenizer.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.to_assistant, self.to_user = (tokenize(tokenizer, text) for text in between_turns(tokenizer))
-        openings = [opening(tokenizer, system) for system in config.system_prompts or (None,)]  # refused now or never
+        for system in config.system_prompts or (None,):
+            opening(tokenizer, system)  # refused now or never
         if chats is None:
-            longest = max(len(tokenize(tokenizer, text)) for text in openings)
-            needed = longest + config.max_user_tokens + len(self.to_assistant) + config.max_answer_tokens
+            needed = tokens_of_a_turn(tokenizer, config)
             if config.max_length < needed:
                 raise ValueError(
                     f"max_length: expected at least {needed}, room for a user turn, an answer and what the chat template writes "
