@@ -56,7 +56,6 @@ _COMMAND = "python -m benchmarks.study"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at runs that other processes do
 _LAST = {"target_layer_ids": "last"}
 _PRISM = {"recipe": "prism", "num_modules": 2, "split_steps": 3}
-_TRIALS = ("prism-m2-vocab-sample", "prism-m2-confidence", "prism-m2-first-miss")
 # What is compared: settings of `train` beyond those that all share, as the papers and their code have them. EAGLE-2 and HASS
 # read the target's last state alone, and so do the drafts that stack layers, which are PRISM's own baseline; EAGLE-3 and PRISM fuse
 # three states. HASS and PRISM train 3 aligned steps, EAGLE-3 trains 7, with weights that fall by a fifth from step to step.
@@ -88,7 +87,7 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
 # Variants that a sweep may lack take the rate of the recipe that they vary.
 _VARIANT_OF = {
     **dict.fromkeys(("prism-m3-s5", "prism-m4-s5"), "prism-m3"),
-    **dict.fromkeys((name for name in RECIPES if name.startswith(_TRIALS)), "prism-m2"),
+    **{f"prism-m2-{way}": "prism-m2" for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss")},
 }
 # The split stage's rate is this share of the others', as in the settings of `train`; where none comes before it, it is theirs.
 _SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate

@@ -243,35 +243,38 @@ def test_a_changed_draft_does_not_take_the_card_of_the_old_weights(saved, tmp_pa
     assert not {"README.md", "metrics.json"} & names
 
 
-def test_custom_generate_takes_a_given_draft_and_asks_for_one_otherwise(saved):
-    """Called by hand it cannot tell its repository."""
+@pytest.fixture
+def published_generate():
+    """The file of `custom_generate` as a module of its own, as transformers loads it."""
     spec = importlib.util.spec_from_file_location("published_generate", PACKAGE / "custom_generate" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_custom_generate_takes_a_given_draft_and_asks_for_one_otherwise(saved, published_generate):
+    """Called by hand it cannot tell its repository."""
     target, draft = AutoModelForCausalLM.from_pretrained(saved[1]), AutoModel.from_pretrained(saved[0])
     input_ids, mask = prompts(2)
     arguments = {"input_ids": input_ids, "attention_mask": mask, **LENGTH}
-    assert module.generate(target, assistant_model=draft, **arguments).tolist() == saved[2]
+    assert published_generate.generate(target, assistant_model=draft, **arguments).tolist() == saved[2]
     assert draft.last_speculation.accepted_per_round == saved[3]
     with pytest.raises(ValueError, match="assistant_model: expected a PRISM draft, got LlamaForCausalLM"):
-        module.generate(target, assistant_model=target, **arguments)
+        published_generate.generate(target, assistant_model=target, **arguments)
     with pytest.raises(ValueError, match="got another caller; pass the draft as assistant_model"):
-        module.generate(target, **arguments)
+        published_generate.generate(target, **arguments)
 
 
-def test_custom_generate_hands_on_settings_that_are_none(saved):
+def test_custom_generate_hands_on_settings_that_are_none(saved, published_generate):
     """`eos_token_id=None` is not the same as no such argument; generate()'s own absent arguments are."""
-    spec = importlib.util.spec_from_file_location("published_generate", PACKAGE / "custom_generate" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     target, draft = AutoModelForCausalLM.from_pretrained(saved[1]), AutoModel.from_pretrained(saved[0])
     input_ids, mask = prompts(1)
     arguments = {"input_ids": input_ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
     plain = target.generate(**arguments)
     target.generation_config.eos_token_id = int(plain[0, input_ids.shape[1] + 2])
-    ended = module.generate(target, assistant_model=draft, streamer=None, token=None, **arguments)
+    ended = published_generate.generate(target, assistant_model=draft, streamer=None, token=None, **arguments)
     assert ended.shape[1] < plain.shape[1]
-    assert torch.equal(module.generate(target, assistant_model=draft, eos_token_id=None, **arguments), plain)
+    assert torch.equal(published_generate.generate(target, assistant_model=draft, eos_token_id=None, **arguments), plain)
 
 
 def test_the_weights_hash_knows_bits_and_not_files(saved, tmp_path):

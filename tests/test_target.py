@@ -47,7 +47,7 @@ def pretend_pip(tmp_path, monkeypatch, tiny_folders):
 
 
 @pytest.mark.quick
-def test_target_classes_are_those_that_transformers_knows(monkeypatch):
+def test_target_classes_are_those_that_transformers_knows(monkeypatch, tmp_path):
     """Of text, of images and text, registered by a user, from elsewhere; anything else is no target."""
     for mapping in (CONFIG_MAPPING, AutoModelForCausalLM._model_mapping):
         monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
@@ -72,6 +72,9 @@ def test_target_classes_are_those_that_transformers_knows(monkeypatch):
     elsewhere = T5Config()
     with pytest.raises(ValueError, match="target: expected a decoder-only model, got the type 't5'"):
         auto_class(elsewhere)
+    elsewhere.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="target: expected a decoder-only model, got the type 't5'"):
+        load_target(tmp_path)
     elsewhere.auto_map = {"AutoModelForCausalLM": "a.B"}
     assert auto_class(elsewhere) is AutoModelForCausalLM
 

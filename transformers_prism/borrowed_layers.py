@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .configuration_prism import target_numerics
 from .cpu import HalfLinear, PackedLinear, pack
 from .decoding.layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
 from .decoding.transfer import on_device
@@ -339,6 +340,12 @@ def scale_and_cap(logits: torch.Tensor, scale: float, softcap: float | None) -> 
     """What a target makes of its head's outputs, of the same shape."""
     logits = logits * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def target_logits(target, outputs: torch.Tensor) -> torch.Tensor:
+    """The logits that a target makes of its head's outputs, of the same shape, as its configuration tells."""
+    numerics = target_numerics(target.config)
+    return scale_and_cap(outputs, numerics["logit_scale"], numerics["logit_softcap"])
 
 
 def tokens_outside(

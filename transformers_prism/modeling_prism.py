@@ -21,6 +21,7 @@ from .borrowed_layers import (
     place_of,
     rows_of_head,
     scale_and_cap,
+    target_logits,
     tokens_outside,
 )
 from .configuration_prism import PrismConfig, num_target_layers, target_numerics
@@ -252,9 +253,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         """
         borrowed = self._require_target()
         self._gather_head_rows()
-        numerics = target_numerics(borrowed.target.config)
-        logits = self._borrowed_logits(hidden_states, text)
-        return scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
+        return target_logits(borrowed.target, self._borrowed_logits(hidden_states, text))
 
     def shared_head(self, text: TextRows | None = None) -> tuple[torch.Tensor, dict] | None:
         """What the draft's logits and [`~PrismDraftModel.compute_target_logits`] are both made of, for kernels.

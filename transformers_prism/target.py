@@ -154,9 +154,11 @@ def cache_folder() -> Path:
 
 def _load_pretrained(name: str, dtype: torch.dtype):
     try:
-        kind = auto_class(AutoConfig.from_pretrained(name))
-    except (OSError, ValueError):  # an adapter's folder, which has no configuration of its own, or an error to be told by the class
-        kind = AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):  # an adapter's folder, which has no configuration of its own, or what the class tells better
+        kind: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] = AutoModelForCausalLM
+    else:
+        kind = auto_class(config)
     return kind.from_pretrained(name, dtype=dtype).eval(), AutoTokenizer.from_pretrained(name)
 
 

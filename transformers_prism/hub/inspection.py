@@ -20,7 +20,7 @@ from transformers_prism.hub.loading import check_shapes
 from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.policy.settings import default_tree_settings
+from transformers_prism.policy.settings import fill_in_tree_settings
 from transformers_prism.target import auto_class, read_target_config
 from transformers_prism.transformers_names import output_embeddings
 
@@ -150,17 +150,15 @@ def inspect_draft(source: str | Path, target_name: str | None = None, revision: 
     config = _read_config(folder)
     headers = read_weight_headers(folder)
     check_shapes(PrismDraftModel, config, headers.shapes)
-    target_id = target_name or (config.target_fingerprint or {}).get("name")
-    found = read_target_config(target_id) if target_id else None
+    name = target_name or (config.target_fingerprint or {}).get("name")
+    found = read_target_config(name) if name else None
     if found is None and target_name is not None:
         raise ValueError(f"target: expected a folder, or a name on the Hub, of a model on this machine, got {target_name}")
     target_config, tokenizer = found or (None, None)
     fatal, mild = config.target_differences(target_config, tokenizer) if found else ([], [])
     dtype = (config if target_config is None else target_config).dtype or torch.float32
     generation_config = GenerationConfig.from_pretrained(folder)
-    for name, default in default_tree_settings().items():  # as loading the draft completes them
-        if getattr(generation_config, name, None) is None:
-            setattr(generation_config, name, default)
+    fill_in_tree_settings(generation_config)  # as loading the draft does
     return Inspection(str(source), folder, config, generation_config, headers, target_config, fatal, mild, dtype)
 
 

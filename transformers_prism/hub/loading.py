@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..policy.settings import default_tree_settings
+from ..policy.settings import fill_in_tree_settings
 from ..transformers_names import NO_ERROR_AT_ALL, is_made_up
 from .files import shard_names
 
@@ -147,10 +147,7 @@ def complete_tree_settings(draft, source: str | os.PathLike, **kwargs) -> None:
         # transformers makes one up where the file is missing or its download fails; loading it again says which.
         where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
         draft.generation_config = GenerationConfig.from_pretrained(source, **where)
-    for name, value in default_tree_settings().items():
-        # `update` would ignore absent attributes.
-        if getattr(draft.generation_config, name, None) is None:
-            setattr(draft.generation_config, name, value)
+    fill_in_tree_settings(draft.generation_config)
 
 
 def _shapes_of(source, where: dict) -> dict[str, tuple[int, ...]] | None:

@@ -16,6 +16,14 @@ def default_tree_settings() -> dict:
     return {"tree": "auto", **sizes, **switches}
 
 
+def fill_in_tree_settings(generation_config) -> None:
+    """Give a draft's generation configuration the default of each setting that it does not have."""
+    for name, value in default_tree_settings().items():
+        # `update` would ignore absent attributes.
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+
+
 @dataclass(frozen=True)
 class TreeSettings:
     """The tree that a round drafts.

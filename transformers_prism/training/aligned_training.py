@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from transformers_prism.borrowed_layers import place_of, scale_and_cap
-from transformers_prism.configuration_prism import target_numerics
+from transformers_prism.borrowed_layers import place_of, target_logits
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.training.alignment import aligned_forward, history_mask
 from transformers_prism.training.losses import ROWS_PER_CHUNK, aligned_loss
@@ -107,8 +106,7 @@ class AlignedTraining(nn.Module):
         """The target's own over the whole vocabulary, `(R, V)` in float32."""
         head = output_embeddings(self.target())
         logits = head(label.to(*place_of(head, self.target(), label.dtype))).to(self.draft.device).float()
-        numerics = target_numerics(self.target().config)
-        return scale_and_cap(logits, numerics["logit_scale"], numerics["logit_softcap"])
+        return target_logits(self.target(), logits)
 
 
 def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from transformers_prism.borrowed_layers import place_of, scale_and_cap
+from transformers_prism.borrowed_layers import place_of, target_logits
 from transformers_prism.configuration_prism import target_fingerprint, target_numerics
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
@@ -180,10 +180,10 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
         state = target_states(target, tuple(tokens), layer_ids[-1:])
         found = head(state.to(*place_of(head, target, target.dtype)))
         logits = target(torch.tensor([tokens], device=target.device), use_cache=False).logits[0]
-    numerics = target_numerics(target.config)
-    expected_logits = scale_and_cap(found.float().to(logits.device), numerics["logit_scale"], numerics["logit_softcap"])
+    expected_logits = target_logits(target, found.float().to(logits.device))
     difference = float((expected_logits - logits.float()).abs().median() / logits.float().std())
     if difference > _MOST_DIFFERENCE:
+        numerics = target_numerics(target.config)
         logger.warning(
             "target: expected logits as its configuration tells (scale %g, soft-cap %s), got others from %s, by %.2f of their "
             "standard deviation: the draft learns a sharper or a flatter distribution",

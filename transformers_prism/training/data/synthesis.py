@@ -134,15 +134,12 @@ class Synthesizer:
             eos = tokenizer.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.to_assistant, self.to_user = (tokenize(tokenizer, text) for text in between_turns(tokenizer))
-        for system in config.system_prompts or (None,):
-            opening(tokenizer, system)  # refused now or never
-        if chats is None:
-            needed = tokens_of_a_turn(tokenizer, config)
-            if config.max_length < needed:
-                raise ValueError(
-                    f"max_length: expected at least {needed}, room for a user turn, an answer and what the chat template writes "
-                    f"around them, got {config.max_length}"
-                )
+        needed = tokens_of_a_turn(tokenizer, config)  # system prompts are refused now or never
+        if chats is None and config.max_length < needed:
+            raise ValueError(
+                f"max_length: expected at least {needed}, room for a user turn, an answer and what the chat template writes "
+                f"around them, got {config.max_length}"
+            )
 
     @property
     def num_conversations(self) -> int | None:
