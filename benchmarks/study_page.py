@@ -1,5 +1,7 @@
 """What a study found, in words and tables: `README.md` in its folder of records, written from them and from nothing else."""
 
+import itertools
+import math
 from pathlib import Path
 
 from benchmarks.study_figures import (
@@ -22,14 +24,15 @@ from transformers_prism.whole_files import write_text
 
 # What the PRISM paper says: the first accepts more than the second.
 PAPER_CLAIMS = tuple(("prism-m2", other) for other in ("eagle2", "hass", "eagle3", "stacked2", "stacked3"))
-# Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training, other losses.
+# Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training.
 ABLATIONS = (
     *(("hass-fused", "hass"), ("prism-m2", "hass-fused"), ("prism-m2", "prism-m1"), ("prism-m2", "prism-m2-last")),
     *(("prism-m2-last", "hass"), ("prism-m2-last", "stacked2"), ("prism-m2", "prism-m2-scratch")),
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
-    *((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss")),
 )
-CLAIMS = (*PAPER_CLAIMS, *ABLATIONS)
+# Other losses of the same draft.
+LOSSES = tuple((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss"))
+CLAIMS = (*PAPER_CLAIMS, *ABLATIONS, *LOSSES)
 
 
 def verdict(low: float, high: float) -> str:
@@ -50,34 +53,61 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
         write_text(path, "\n\n".join(["# Learning rates", *_rates(records), *_terms(records, command)]) + "\n")
         return path
     chosen = at_common_volume(records)
-    parts = ["# Recipes on equal terms", *_findings(records, chosen), *_terms(records, command)]
-    write_text(path, "\n\n".join([*parts, *_ordering(chosen), *_steps(chosen), *_growth(records)]) + "\n")
+    with_more = [found for found in _by_volume(records) if found[0]["num_data_tokens"] > chosen[0]["num_data_tokens"]]
+    parts = ["# Recipes on equal terms", *_findings(records, [*with_more, chosen]), *_terms(records, command)]
+    parts += [*_ordering(chosen), "![tau by recipe](tau_by_recipe.png)", *_losses(records, chosen)]
+    parts += [*_steps(chosen), "![acceptance by draft step](acceptance_by_step.png)"]
+    for found in with_more:
+        parts += [*_ordering(found), *_steps(found)]
+    write_text(path, "\n\n".join([*parts, *_growth(records)]) + "\n")
     return path
 
 
-def _findings(records: list[dict], chosen: list[dict]) -> list[str]:
-    """The paper's claims in a line each: whether they hold, by how much, how sure."""
+def _by_volume(records: list[dict]) -> list[list[dict]]:
+    """Records of each volume of data, the largest first."""
+    by_volume = grouped(records, "num_data_tokens")
+    return [by_volume[volume] for volume in sorted(by_volume, reverse=True)]
+
+
+def _findings(records: list[dict], of_volumes: list[list[dict]]) -> list[str]:
+    """The paper's claims in a line each: whether they hold, by how much, how sure; at the volume with most recipes, and at larger
+    ones."""
+    parts = []
+    for chosen in of_volumes:
+        lines = _compared(chosen, PAPER_CLAIMS, "{} commits more tokens a round than {}")
+        if lines:
+            parts += [f"With {_written(chosen[0]['num_data_tokens'])} tokens of training each:", "\n".join(lines)]
+    growth = [line for other in GROWING for line in _gains(records, "prism-m2", other)]
+    if growth:
+        parts += ["With more tokens:", "\n".join(growth)]
+    if parts:
+        head = (
+            "What the paper claims. Figures are ratios of tau, all trees and temperatures together, with intervals of 95 %; the tables "
+            "below have each by itself."
+        )
+        parts = [head, *parts]
+    sources = _compared(of_volumes[-1], ABLATIONS, "{} over {}")
+    if sources:
+        parts += [f"Where a lead comes from, with {_written(of_volumes[-1][0]['num_data_tokens'])} tokens:", "\n".join(sources)]
+    return parts
+
+
+def _compared(chosen: list[dict], claims: tuple, told: str) -> list[str]:
     lines = []
-    for better, worse in PAPER_CLAIMS:
+    for better, worse in claims:
         ways = list(_ways(chosen, better, worse).values())
         if ways:
-            lines.append(f"- {better} commits more tokens a round than {worse}: {_told(ways, *ratio_interval(*ways))}")
-    for other in GROWING:
-        ways, volumes = _growing_ways(records, "prism-m2", other)
-        if ways:
-            told = _told(ways, *growth_interval(*ways))
-            lines.append(f"- prism-m2 gains more from {_written(volumes[0])} instead of {_written(volumes[1])} tokens than {other}: {told}")
-    sources = []
-    for better, worse in ABLATIONS:
-        ways = list(_ways(chosen, better, worse).values())
-        if ways:
-            sources.append(f"- {better} over {worse}: {_told(ways, *ratio_interval(*ways))}")
-    head = (
-        f"What the paper claims, at equal tokens of training ({_written(chosen[0]['num_data_tokens'])}). Figures are ratios of tau, "
-        "all trees and temperatures together, with intervals of 95 %; the tables below have each by itself."
-    )
-    parts = [head, "\n".join(lines)] if lines else []
-    return [*parts, "Where a lead comes from:", "\n".join(sources)] if sources else parts
+            lines.append(f"- {told.format(better, worse)}: {_told(ways, *ratio_interval(*ways))}")
+    return lines
+
+
+def _gains(records: list[dict], recipe: str, other: str) -> list[str]:
+    """What each further volume of data adds, compared with what it adds to another recipe."""
+    lines = []
+    for volumes, ways in _growing_ways(records, recipe, other):
+        told = _told(ways, *growth_interval(*ways))
+        lines.append(f"- {recipe} gains more from {_written(volumes[0])} instead of {_written(volumes[1])} tokens than {other}: {told}")
+    return lines
 
 
 def _written(number: int) -> str:
@@ -102,22 +132,26 @@ def _ways(chosen: list[dict], better: str, worse: str) -> dict[tuple, tuple]:
     return {way: sides for way, sides in zip(found, pairs, strict=True) if sides[0]}
 
 
-def _growing_ways(records: list[dict], recipe: str, other: str) -> tuple[list[tuple], list[int]]:
-    """Of each tree and temperature the records of two recipes with the largest and the second largest volume that both were
-    trained with; and these volumes."""
+def _growing_ways(records: list[dict], recipe: str, other: str) -> list[tuple[tuple[int, int], list[tuple]]]:
+    """Of two neighbouring volumes that both recipes were trained with, the larger one first, and of each tree and temperature their
+    records; the largest volumes first."""
     both = [[one for one in records if one["recipe"] == name] for name in (recipe, other)]
-    volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)))[:-3:-1]
-    if recipe == other or len(volumes) < 2:
-        return [], []
-    sides = [
-        [one for one in members if (one["recipe"], one["num_data_tokens"]) == (name, volume)]
-        for members in grouped(records, "tree", "temperature").values()
-        for name in (recipe, other)
-        for volume in volumes
-    ]
-    ways = [sides[first : first + 4] for first in range(0, len(sides), 4)]
-    common = of_common_seeds(*(side for way in ways if all(way) for side in way))
-    return [tuple(common[first : first + 4]) for first in range(0, len(common), 4) if common[first]], volumes
+    volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)), reverse=True)
+    found = []
+    for pair in itertools.pairwise(volumes) if recipe != other else ():
+        ways = [
+            [
+                [one for one in members if (one["recipe"], one["num_data_tokens"]) == (name, volume)]
+                for name in (recipe, other)
+                for volume in pair
+            ]
+            for members in grouped(records, "tree", "temperature").values()
+        ]
+        common = of_common_seeds(*(side for way in ways if all(way) for side in way))
+        alike = [tuple(common[first : first + 4]) for first in range(0, len(common), 4) if common[first]]
+        if alike:
+            found.append((pair, alike))
+    return found
 
 
 def _terms(records: list[dict], command: str) -> list[str]:
@@ -209,13 +243,48 @@ def _ordering(chosen: list[dict]) -> list[str]:
     parts = [
         f"## With {chosen[0]['num_data_tokens']} tokens of data",
         markdown_table(heading, rows),
-        "![tau by recipe](tau_by_recipe.png)",
     ]
     if claims:
         parts.append(
             markdown_table(["claim", "tree", "temperature", "seeds", "ratio of tau", "95 %", "found"], claims)
         )
     return parts
+
+
+def _losses(records: list[dict], chosen: list[dict]) -> list[str]:
+    """What other losses bring, at equal tokens and at equal seconds."""
+    rows = []
+    for way, plain in LOSSES:
+        ways = _ways(chosen, way, plain)
+        if not ways:
+            continue
+        sides = list(ways.values())
+        ratio, low, high = ratio_interval(*sides)
+        seconds = [sum(mean_of(of_way[side], "train_seconds") for of_way in sides) / len(sides) for side in (0, 1)]
+        by_seconds = _at_equal_seconds([one for one in records if one["recipe"] == plain], ways)
+        row = [way, str(len(sides[0][0])), f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", verdict(low, high)]
+        rows.append([*row, f"{seconds[0] / seconds[1]:.2f}", "" if by_seconds is None else f"{by_seconds:.3f}"])
+    if not rows:
+        return []
+    heading = ["loss", "seeds", "at equal tokens", "95 %", "more tokens a round", "training seconds", "at equal seconds"]
+    return [
+        "## Ways to learn more from a token",
+        f"Ratios over {LOSSES[0][1]}, all trees and temperatures together. At equal seconds it has what the line between its volumes of "
+        "data, over the logarithm of their seconds, gives for the seconds of the other.",
+        markdown_table(heading, rows),
+    ]
+
+
+def _at_equal_seconds(plain: list[dict], ways: dict[tuple, tuple]) -> float | None:
+    """tau over what a recipe reaches in the same seconds, the geometric mean over ways of decoding; None where nobody knows."""
+    logs = []
+    for (tree, temperature), (found, _) in ways.items():
+        of_way = [one for one in plain if (one["tree"], one["temperature"]) == (tree, temperature)]
+        tau = tau_after(mean_of(found, "train_seconds"), of_way)
+        if tau is None:
+            return None
+        logs.append(math.log(pooled_tau(found) / tau))
+    return math.exp(sum(logs) / len(logs))
 
 
 def _steps(chosen: list[dict]) -> list[str]:
@@ -225,12 +294,11 @@ def _steps(chosen: list[dict]) -> list[str]:
         for (recipe, tree, temperature), found in grouped(chosen, "recipe", "tree", "temperature").items()
     ]
     return [
-        "## Acceptance by draft step",
+        f"## Acceptance by draft step, with {chosen[0]['num_data_tokens']} tokens",
         "Share of the rounds in which a token of a draft step was accepted, among those that accepted one of the step before. Each "
         "recipe's later steps are of the rounds that came so far with it, which are easier ones where fewer do.",
         _table_of_steps(["recipe", "tree", "temperature"], rows),
         *_step_ratios(chosen),
-        "![acceptance by draft step](acceptance_by_step.png)",
     ]
 
 
