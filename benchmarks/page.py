@@ -262,6 +262,9 @@ def _training(record: dict) -> list[str]:
             [[str(count), f"{one:.2f}", f"{one / seconds[0]:.2f}"] for count, one in enumerate(seconds, start=1)],
         ),
     ]
+    if "over_plain_loss" in record:
+        rows = [[name, f"{ratio:.2f}"] for name, ratio in record["over_plain_loss"].items()]
+        parts += ["With other losses, as [the study](study/README.md) names them, over the usual one, in turn:", markdown_table(["loss", "seconds"], rows)]
     if "peak_bytes" in record:
         kept, again = (record["peak_bytes"][name] / 2**30 for name in ("kept", "checkpointed"))
         parts.append(

@@ -134,6 +134,9 @@ class StudyConfig:
         help="Folder of a sweep's records: each recipe is trained with its best rate. A variant that the sweep lacks takes that of "
         "the recipe that it varies.",
     )
+    step_times: str = HfArg(
+        default="", help="File of `python -m benchmarks.training --json`: losses are compared at equal seconds, too."
+    )
     epochs: float = HfArg(default=4.0, help="Over each volume, all stages of a recipe together.")
     tokens_seen: int = HfArg(default=0, help="Tokens that every run sees, whatever its volume; 0: so many epochs.")
     num_prompts: int = HfArg(default=48, help="Prompts decoded, spread over the tasks.")
@@ -330,7 +333,8 @@ def run_study(
         plot_recipes(records, folder / "tau_by_recipe.png")
         plot_volumes(records, folder / "tau_over_volume.png")
         plot_steps(records, folder / "acceptance_by_step.png")
-    write_study_page(records, folder, command)
+    step_times = json.loads(Path(study.step_times).read_text(encoding="utf-8")) if study.step_times else {}
+    write_study_page(records, folder, command, step_times.get("over_plain_loss"))
     return records
 
 

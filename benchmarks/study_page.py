@@ -40,13 +40,14 @@ def verdict(low: float, high: float) -> str:
     return "holds" if low > 1 else "does not hold" if high < 1 else "undecided"
 
 
-def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
+def write_study_page(records: list[dict], folder: Path, command: str, step_times: dict[str, float] | None = None) -> Path:
     """Write the page.
 
     Args:
         records (`list[dict]`): of a study.
         folder (`Path`): of the page; the plots of the study lie in it.
         command (`str`): that made them.
+        step_times (`dict`, *optional*): seconds of a training step with each loss of prism-m2 over those without.
     """
     path = folder / "README.md"
     if is_sweep(records):
@@ -55,7 +56,7 @@ def write_study_page(records: list[dict], folder: Path, command: str) -> Path:
     chosen = at_common_volume(records)
     with_more = [found for found in _by_volume(records) if found[0]["num_data_tokens"] > chosen[0]["num_data_tokens"]]
     parts = ["# Recipes on equal terms", *_findings(records, [*with_more, chosen]), *_terms(records, command)]
-    parts += [*_ordering(chosen), "![tau by recipe](tau_by_recipe.png)", *_losses(records, chosen)]
+    parts += [*_ordering(chosen), "![tau by recipe](tau_by_recipe.png)", *_losses(records, chosen, step_times or {})]
     parts += [*_steps(chosen), "![acceptance by draft step](acceptance_by_step.png)"]
     for found in with_more:
         parts += [*_ordering(found), *_steps(found)]
@@ -251,8 +252,8 @@ def _ordering(chosen: list[dict]) -> list[str]:
     return parts
 
 
-def _losses(records: list[dict], chosen: list[dict]) -> list[str]:
-    """What other losses bring, at equal tokens and at equal seconds."""
+def _losses(records: list[dict], chosen: list[dict], step_times: dict[str, float]) -> list[str]:
+    """What other losses bring, at equal tokens and, where the seconds of their steps are known, at equal seconds."""
     rows = []
     for way, plain in LOSSES:
         ways = _ways(chosen, way, plain)
@@ -260,27 +261,31 @@ def _losses(records: list[dict], chosen: list[dict]) -> list[str]:
             continue
         sides = list(ways.values())
         ratio, low, high = ratio_interval(*sides)
-        seconds = [sum(mean_of(of_way[side], "train_seconds") for of_way in sides) / len(sides) for side in (0, 1)]
-        by_seconds = _at_equal_seconds([one for one in records if one["recipe"] == plain], ways)
         row = [way, str(len(sides[0][0])), f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", verdict(low, high)]
-        rows.append([*row, f"{seconds[0] / seconds[1]:.2f}", "" if by_seconds is None else f"{by_seconds:.3f}"])
+        step_time, by_seconds = step_times.get(way.removeprefix(f"{plain}-")), None
+        if step_time is not None:
+            by_seconds = _at_equal_seconds([one for one in records if one["recipe"] == plain], ways, step_time)
+        figures = ((step_time, ".2f"), (by_seconds, ".3f"))
+        rows.append([*row, *("" if value is None else f"{value:{form}}" for value, form in figures)])
     if not rows:
         return []
-    heading = ["loss", "seeds", "at equal tokens", "95 %", "more tokens a round", "training seconds", "at equal seconds"]
+    heading = ["loss", "seeds", "at equal tokens", "95 %", "more tokens a round", "seconds of a step", "at equal seconds"]
     return [
         "## Ways to learn more from a token",
-        f"Ratios over {LOSSES[0][1]}, all trees and temperatures together. At equal seconds it has what the line between its volumes of "
-        "data, over the logarithm of their seconds, gives for the seconds of the other.",
+        f"Ratios over {LOSSES[0][1]}, all trees and temperatures together. Seconds of a step are measured in turn "
+        "(`python -m benchmarks.training`). At equal seconds, it has what the line between its volumes of data, over the logarithm of "
+        "their seconds, gives for those that the other takes.",
         markdown_table(heading, rows),
     ]
 
 
-def _at_equal_seconds(plain: list[dict], ways: dict[tuple, tuple]) -> float | None:
-    """tau over what a recipe reaches in the same seconds, the geometric mean over ways of decoding; None where nobody knows."""
+def _at_equal_seconds(plain: list[dict], ways: dict[tuple, tuple], step_time: float) -> float | None:
+    """tau over what another recipe, whose steps take less by the factor `step_time`, reaches in the same seconds, the geometric
+    mean over ways of decoding; None where nobody knows."""
     logs = []
-    for (tree, temperature), (found, _) in ways.items():
+    for (tree, temperature), (found, others) in ways.items():
         of_way = [one for one in plain if (one["tree"], one["temperature"]) == (tree, temperature)]
-        tau = tau_after(mean_of(found, "train_seconds"), of_way)
+        tau = tau_after(mean_of(others, "train_seconds") * step_time, of_way)
         if tau is None:
             return None
         logs.append(math.log(pooled_tau(found) / tau))

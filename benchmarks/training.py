@@ -1,4 +1,4 @@
-"""What a training step costs: against the authors' way of aligning, over the number of steps S, and in memory.
+"""What a training step costs: against the authors' way of aligning, over the number of steps S, with other losses, and in memory.
 
     python -m benchmarks.training --json result.json
     python -m benchmarks.training --repeat 2 --length 64 --batch-size 1 --no-memory
@@ -10,7 +10,8 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated
 
 import torch
@@ -26,6 +27,16 @@ from transformers_prism.target import load_target
 from transformers_prism.training.alignment import AlignedPasses, aligned_forward, history_mask
 from transformers_prism.training.losses import LossWeights, aligned_loss
 
+# What is timed beside the usual loss, by what the study's recipes are called behind prism-m2.
+LOSSES: Mapping[str, LossWeights] = MappingProxyType(
+    {
+        "vocab-sample": LossWeights(vocab_sample=0.25),
+        "vocab-sample-0.1": LossWeights(vocab_sample=0.1),
+        "confidence": LossWeights(path_weights="confidence"),
+        "first-miss": LossWeights(path_weights="first-miss"),
+    }
+)
+_PLAIN_LOSS = LossWeights()
 # Of (draft, input_ids, target_hidden, num_steps).
 Forward = Callable[..., list[torch.Tensor]]
 
@@ -99,7 +110,7 @@ class TrainingStep:
         self.forward = forward
         self.label = self.states[..., -target.config.hidden_size :]
 
-    def __call__(self, num_steps: int) -> float:
+    def __call__(self, num_steps: int, weights: LossWeights = _PLAIN_LOSS) -> float:
         """Seconds of forward, loss and backward."""
         self.draft.zero_grad(set_to_none=True)
         seen = history_mask(self.input_ids.shape[1], num_steps, self.input_ids.device)
@@ -107,7 +118,7 @@ class TrainingStep:
         _wait(self.states.device)
         start = time.perf_counter()
         predictions = self.forward(self.draft, self.input_ids, self.states, num_steps)
-        aligned_loss(self.draft, predictions, self.label, mask, LossWeights()).total.backward()
+        aligned_loss(self.draft, predictions, self.label, mask, weights, input_ids=self.input_ids).total.backward()
         _wait(self.states.device)
         return time.perf_counter() - start
 
@@ -131,7 +142,7 @@ def bench_training(
     Returns:
         `dict`: `ratio`, the authors' seconds over ours (median of pairs) with its 95 % bootstrap `interval`;
         `tokens_per_second` of both; `seconds_by_steps` for S = 1, 2, ...; `growth`, the seconds that one more step adds
-        over those of S = 1.
+        over those of S = 1; `over_plain_loss`, the seconds with each of [`LOSSES`] over those without (median of pairs).
     """
     ours = TrainingStep(target, batch_size=batch_size, length=length)
     authors = TrainingStep(target, batch_size=batch_size, length=length, forward=authors_forward)
@@ -147,6 +158,11 @@ def bench_training(
         for count in range(1, most_steps + 1):
             by_steps[count - 1].append(ours(count))
     medians = [statistics.median(times) for times in by_steps]
+    by_loss: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for _ in range(repeat):
+        plain = ours(num_steps)
+        for name, weights in LOSSES.items():
+            by_loss[name].append(ours(num_steps, weights) / plain)
     num_tokens = batch_size * length
     return {
         "num_tokens": num_tokens,
@@ -158,6 +174,7 @@ def bench_training(
         },
         "seconds_by_steps": medians,
         "growth": [(later - earlier) / medians[0] for earlier, later in zip(medians, medians[1:], strict=False)],
+        "over_plain_loss": {name: statistics.median(ratios) for name, ratios in by_loss.items()},
     }
 
 
@@ -210,6 +227,8 @@ def main(
     seconds = figures["seconds_by_steps"]
     relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
     typer.echo(f"seconds for S = 1 to {most_steps}, over those of S = 1: {relative}")
+    losses = ", ".join(f"{name} {ratio:.2f}" for name, ratio in figures["over_plain_loss"].items())
+    typer.echo(f"seconds with other losses, over those with the usual one: {losses}")
     if memory:
         figures["peak_bytes"] = {
             name: peak_memory(model, checkpoint_activations=name == "checkpointed")

@@ -7,8 +7,11 @@ import torch
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
-from benchmarks.training import TrainingStep, app, authors_forward, peak_memory
+from benchmarks.study import RECIPES
+from benchmarks.training import LOSSES, TrainingStep, app, authors_forward, peak_memory
 from transformers_prism.training.alignment import aligned_forward
+from transformers_prism.training.losses import LossWeights
+from transformers_prism.training.recipes import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,3 +48,13 @@ def test_command(tmp_path, monkeypatch):
     assert figures["ratio"] > 0
     assert len(figures["seconds_by_steps"]) == 3
     assert len(figures["growth"]) == 2
+    assert set(figures["over_plain_loss"]) == set(LOSSES)
+    assert all(ratio > 0 for ratio in figures["over_plain_loss"].values())
+
+
+def test_losses_are_those_of_the_study():
+    """A loss is timed with the settings that its recipe is trained with."""
+    settings = {name: TrainConfig(**RECIPES[f"prism-m2-{name}"]) for name in LOSSES}
+    assert LOSSES == {
+        name: LossWeights(vocab_sample=one.vocab_sample, path_weights=one.path_weights) for name, one in settings.items()
+    }
