@@ -259,3 +259,23 @@ def test_targets_and_drafts_are_left_as_they_are(graphs):
     target.generate(input_ids, assistant_model=draft, **ARGUMENTS)
     assert set(vars(draft)) == before
     assert not is_compiled(tiny_target())
+
+
+def test_a_compiled_draft_in_a_chat_that_hands_over_new_tokens_alone():
+    """What the cache holds already takes room, too."""
+    target = tiny_target("llama", 3, max_position_embeddings=4096)
+    texts = []
+    for draft in (None, tiny_draft(target)):
+        if draft is not None:
+            draft.compile(disable=True)
+        cache, mask, text = DynamicCache(config=target.config), torch.zeros((1, 0), dtype=torch.long), []
+        for turn in range(4):
+            new, _ = prompts(1, length=90, seed=turn)
+            mask = torch.cat((mask, torch.ones_like(new)), dim=1)
+            ids = target.generate(
+                new, attention_mask=mask, assistant_model=draft, max_new_tokens=6, do_sample=False, pad_token_id=PAD_ID, **{CACHE_KEYWORD: cache}
+            )
+            mask = torch.cat((mask, torch.ones((1, 5), dtype=torch.long)), dim=1)
+            text.append(ids.tolist())
+        texts.append(text)
+    assert texts[0] == texts[1]

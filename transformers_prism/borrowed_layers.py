@@ -352,8 +352,8 @@ def tokens_outside(
     text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int, num_head_rows: int | None = None
 ) -> torch.Tensor:
     """The tokens of a text that a draft vocabulary lacks, each once, in rising order, `(K,)`; K may be 0. Of tokens from
-    `num_head_rows` on the head has no logits."""
-    is_wanted = torch.zeros(vocab_size, dtype=torch.bool, device=text_ids.device)
-    is_wanted[text_ids.flatten()] = True
+    `num_head_rows` on the head has no logits, and from `vocab_size` on they stand for images."""
+    is_wanted = torch.zeros(vocab_size + 1, dtype=torch.bool, device=text_ids.device)
+    is_wanted[text_ids.flatten().clamp(max=vocab_size)] = True
     is_wanted[draft_to_target.to(text_ids.device)] = False
-    return is_wanted[:num_head_rows].nonzero()[:, 0]
+    return is_wanted[: min(num_head_rows or vocab_size, vocab_size)].nonzero()[:, 0]

@@ -103,7 +103,7 @@ def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         bits = bits.view(weight.shape[0] // 2, -1)
     # Two values at a time: torch adds integers of 32 bits 30 times more slowly. Views of a longer vector may begin between two.
     bits = bits.view(torch.int32 if bits.shape[1] % 2 or bits.storage_offset() % 2 else torch.int64)
-    of_rows, of_columns = [], torch.zeros(bits.shape[1], dtype=torch.int64)
+    of_rows, of_columns = [], torch.zeros(bits.shape[1], dtype=torch.int64, device="cpu")
     for part in bits.split(max(_SUMMED_WEIGHTS // max(weight.shape[1], 1), 1)):
         of_rows.append(part.sum(dim=1))
         of_columns = of_columns + part.sum(dim=0)
@@ -349,7 +349,7 @@ def _choose_products(linears: list[PackedLinear]) -> None:
 @torch.no_grad()
 def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
     """Whether one pass over these layers takes less time by the packed product, the best of several in turn."""
-    input = torch.ones(num_rows, linears[0].in_features)
+    input = torch.ones(num_rows, linears[0].in_features, device="cpu")
     seconds: dict = {nn.Linear.forward: [], PackedLinear.packed_product: []}
     for _ in range(_NUM_REPEATS):
         for product, taken in seconds.items():

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
+from .decoding.cache import stored_length
 from .decoding.callers_mode import as_called, remembering_inference_mode
 from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
@@ -48,6 +49,7 @@ from .transformers_names import (
     compiled_forward,
     decode_plainly,
     decoder_only_output,
+    decodes_in_its_own_way,
     replace_method,
     restore_method,
 )
@@ -55,7 +57,10 @@ from .tried_releases import warn_of_untried_release
 
 _MOST_LENGTH = 2**31 - 1  # of a text in tokens
 # Processors that keep one state for a whole batch, so that sequences cannot run ahead of each other.
-_WHOLE_BATCH_PROCESSORS = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+_WHOLE_BATCH_PROCESSORS = (
+    *("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+    "ConfidenceCriteria",
+)
 
 
 def install() -> None:
@@ -168,7 +173,8 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
         _tell_of_chain(target, settings, target_side.why_no_tree)
         settings = settings.as_chain()
     is_target_compiled = compiled_forward(target, model_kwargs, generation_config) is not None
-    shapes = static_shapes(draft, settings, generation_config, is_target_compiled)
+    num_cached = stored_length(target_side.cache) or 0
+    shapes = static_shapes(draft, settings, generation_config, is_target_compiled, num_cached)
     target_side.keeps_finished |= shapes is not None
     try:
         with in_eval_mode(draft), lent_attention(target, draft, shapes is not None):
@@ -317,6 +323,8 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
         raise ValueError(f"expected a decoder-only target, got {type(target).__name__}")
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None with a draft, got {generation_config.dola_layers!r}")
+    if decodes_in_its_own_way(target):
+        raise Declined(f"{type(target).__name__} has a decoding loop of its own (_sample), which drafting would leave out")
     if not model_kwargs.get("use_cache"):
         raise Declined("use_cache=False leaves nothing to verify a draft against; pass use_cache=True")
     if cache_of(model_kwargs) is None:

@@ -159,7 +159,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def own_tokens(self) -> torch.Tensor:
         """Which tokens of the target's vocabulary a draft vocabulary holds, or no head has logits of, `(V,)` bool on the
         host."""
-        own = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        own = torch.zeros(self.config.vocab_size, dtype=torch.bool, device="cpu")
         own[self.draft_to_target.cpu()] = True
         own[self._require_target().num_head_rows :] = True
         return own

@@ -156,6 +156,11 @@ def keeps_no_activations(model) -> bool:
     return getattr(model, next(name for name in names if hasattr(type(model), name)))
 
 
+def decodes_in_its_own_way(model) -> bool:
+    """Whether a model has a decoding loop of its own behind generate()."""
+    return "_sample" in vars(model) or getattr(type(model), "_sample", None) is not GenerationMixin._sample
+
+
 def pad_token(generation_config):
     """The padding token of a prepared generation configuration, a tensor, or None."""
     return generation_config._pad_token_tensor

@@ -157,7 +157,7 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
 
 def _attend(query, key, value, attention_mask, dropout: float, scaling: float | None) -> torch.Tensor:
     """Attention of few queries under a mask, `(B, N, H, E)`."""
-    if _is_long(query, key) and attention_mask.dtype == torch.bool and not dropout:
+    if _is_long(query, key, value) and attention_mask.dtype == torch.bool and not dropout:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         return _long_attention(query, key, value, attention_mask, scale)
     output = torch.nn.functional.scaled_dot_product_attention(
@@ -166,13 +166,14 @@ def _attend(query, key, value, attention_mask, dropout: float, scaling: float | 
     return output.transpose(1, 2).contiguous()
 
 
-def _is_long(query: torch.Tensor, key: torch.Tensor) -> bool:
+def _is_long(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether few queries meet many keys, on a CPU, in numbers whose scores need no wider ones."""
     return (
         key.shape[2] >= _LONG_CONTEXT
         and query.shape[2] <= _FEW_QUERIES
         and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
+        and query.dtype == key.dtype == value.dtype  # under autocast they differ
         and not query.requires_grad
         and not torch.compiler.is_compiling()
     )
@@ -233,7 +234,7 @@ def lent_sdpa(function) -> Iterator[None]:
     install_lending()
     shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
     # Who has registered another function of this name wants its results.
-    if shared.prism_original is not sdpa_attention_forward:
+    if getattr(shared, "prism_original", None) is not sdpa_attention_forward:
         yield
         return
     lent = shared.prism_lent  # of whichever copy of this code came first

@@ -24,7 +24,7 @@ from .transfer import on_device
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 # Positions that a mask is made longer by than is needed at once.
 _MASK_ROOM = 256
-_NO_STATES = torch.empty((0, 0, 0, 0))
+_NO_STATES = torch.empty((0, 0, 0, 0), device="cpu")
 
 
 class TreeLayer(DynamicLayer):
@@ -41,12 +41,13 @@ class TreeLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All that is stored, a view; setting it, as the stock layer does, changes nothing."""
+        """All that is stored, a view."""
         return self.key_buffer[:, :, : self.length] if self.is_initialized else None
 
     @keys.setter
     def keys(self, states) -> None:
-        """Ignored: `update` has stored them already."""
+        """Store others `(B, G, T, E)` in their place, as hooks do that compress a cache; anything else is no keys."""
+        self._replace("key_buffer", states)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -55,7 +56,13 @@ class TreeLayer(DynamicLayer):
 
     @values.setter
     def values(self, states) -> None:
-        """Ignored, as for `keys`."""
+        """As for `keys`."""
+        self._replace("value_buffer", states)
+
+    def _replace(self, name: str, states) -> None:
+        if isinstance(states, torch.Tensor) and states.dim() == 4:
+            setattr(self, name, states)
+            self.length = states.shape[2]
 
     def lazy_initialization(self, key_states, value_states) -> None:
         """Take dtype and device from the first keys and values."""
@@ -175,7 +182,8 @@ class CommittedCache:
         num_moves = max(map(len, moves))
         if num_moves:
             # -1 moves nothing.
-            table = torch.tensor([one + [(-1, -1)] * (num_moves - len(one)) for one in moves])  # [B, A, 2]
+            rows = [one + [(-1, -1)] * (num_moves - len(one)) for one in moves]
+            table = torch.tensor(rows, device="cpu")  # [B, A, 2]
             self._move(table)
         self.set_length(max(new_ends))
         self._grow_mask(ends, new_ends)
@@ -494,8 +502,9 @@ def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
         return
     start = 0
     if isinstance(layer, DynamicSlidingWindowLayer):
-        start = max(0, length - layer.sliding_window + 1)
+        # One that records keeps what it had and all that came.
+        stored = layer.keys.shape[2] if layer.keys.dim() == 4 else 0
+        start = layer.cumulative_length - stored if layer.record_past else max(0, length - layer.sliding_window + 1)
         layer.cumulative_length = length
-        layer.record_past = False
     layer.keys = keys[:, :, start:].clone()
     layer.values = values[:, :, start:].clone()

@@ -36,7 +36,7 @@ class ChainTarget(TargetSide):
             if self.skipped_token in token_ids:
                 tree = chain_tree(tree.token_ids[:, : token_ids.index(self.skipped_token) + 1])
         mask = self._mask_over(self.num_committed + tree.num_nodes)
-        return self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes)[None])
+        return self._forward(tree, mask, self.next_position[0] + torch.arange(tree.num_nodes, device="cpu")[None])
 
     def forget_appended(self) -> None:
         """Drop what was appended since the last commit."""

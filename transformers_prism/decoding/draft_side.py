@@ -52,12 +52,13 @@ class DraftSide:
         if all(nodes == list(range(longest)) for nodes in kept):
             states = [state[:, :longest] for state in states]
         else:
-            of_nodes = torch.tensor(index)[..., None]  # [B, A, 1]
+            of_nodes = torch.tensor(index, device="cpu")[..., None]  # [B, A, 1]
             states = [
                 state.gather(1, on_device(of_nodes, state.device).expand(-1, -1, state.shape[-1])) for state in states
             ]
-        token_ids = torch.tensor(tokens, dtype=sequences.ids.dtype)
-        self.unread.append(NewPositions(token_ids, joined_states(states), torch.tensor(positions), num_new))
+        token_ids = torch.tensor(tokens, dtype=sequences.ids.dtype, device="cpu")
+        position_ids = torch.tensor(positions, device="cpu")
+        self.unread.append(NewPositions(token_ids, joined_states(states), position_ids, num_new))
 
     def read(self) -> Drafter:
         """Let the draft read everything that was committed since it read last; returns it, to draw a tree."""

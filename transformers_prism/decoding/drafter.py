@@ -57,9 +57,9 @@ class Drafter:
         self._cache: CommittedCache | None = None  # once a prompt was read
         self.causal: torch.Tensor | None = None  # of many positions, once some were read after the prompt
         # What the next tree begins with; without a prompt, of no sequence.
-        self.last_hidden = torch.empty((0, 0))  # [B, D], step 0's output at the last committed position
-        self.last_position = torch.empty(0, dtype=torch.long)  # [B]
-        self.root_ids = torch.empty(0, dtype=torch.long)  # [B]
+        self.last_hidden = torch.empty((0, 0), device="cpu")  # [B, D], step 0's output at the last committed position
+        self.last_position = torch.empty(0, dtype=torch.long, device="cpu")  # [B]
+        self.root_ids = torch.empty(0, dtype=torch.long, device="cpu")  # [B]
 
     @property
     def cache(self) -> CommittedCache:
@@ -131,11 +131,13 @@ class Drafter:
         """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""
         if self.can_propose is None:
             self.can_propose = bytearray(self.draft.own_tokens().numpy())
-        new = sorted({token for token in token_ids.flatten().tolist() if not self.can_propose[token]})
+        # Behind the vocabulary are tokens that stand for images, which no head has logits of.
+        known = len(self.can_propose)
+        new = sorted({token for token in token_ids.flatten().tolist() if token < known and not self.can_propose[token]})
         if new:
             for token in new:
                 self.can_propose[token] = 1
-            self.text = self.draft.rows_beside(torch.tensor(new), self.text)
+            self.text = self.draft.rows_beside(torch.tensor(new, device="cpu"), self.text)
 
     def _read_prompt(self, token_ids, target_hidden, position_ids, padding_mask) -> torch.Tensor:
         """Step 0 over the first positions; returns its output at the last of them, `(B, 1, D)`."""

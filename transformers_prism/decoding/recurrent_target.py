@@ -173,8 +173,8 @@ class RecurrentTarget(TargetSide):
         width = tokens.shape[1]
         # Padding behind a chain needs no position that the model may not have.
         limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
-        first, limit = torch.tensor([self.stored_position, limits])[..., None]  # [B, 1] each
-        position_ids = (first + torch.arange(width)).minimum(limit)
+        first, limit = torch.tensor([self.stored_position, limits], device="cpu")[..., None]  # [B, 1] each
+        position_ids = (first + torch.arange(width, device="cpu")).minimum(limit)
         mask = self._mask_over(self.num_stored + width)
         return self._forward(chain_tree(tokens), mask, position_ids, num_logits=num_logits)
 
@@ -236,7 +236,7 @@ def _of_nodes(
     """Logits and states `(B, N, .)` of the `num_nodes` tokens that begin at `starts` in each sequence of `(B, W, .)`."""
     if len(set(starts)) == 1:
         return logits[:, starts[0] : starts[0] + num_nodes], [state[:, starts[0] : starts[0] + num_nodes] for state in states]
-    index = torch.tensor(starts)[:, None] + torch.arange(num_nodes)  # [B, N]
+    index = torch.tensor(starts, device="cpu")[:, None] + torch.arange(num_nodes, device="cpu")  # [B, N]
     parts = [part.gather(1, index.to(part.device)[..., None].expand(-1, -1, part.shape[-1])) for part in (logits, *states)]
     return parts[0], parts[1:]
 

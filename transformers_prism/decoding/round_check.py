@@ -1,7 +1,8 @@
 """Rounds of targets that nobody has tried, checked against single steps from the same state.
 
 The package was tried on the types of `tried_targets.py`. Any other model (an architecture that is newer than this package,
-code from a repository) may mask, count positions or keep states in a way that several tokens at once do not see. So its
+code from a repository, a model whose modules have hooks or a forward of somebody else's) may mask, count positions or keep
+states in a way that several tokens at once do not see. So its
 first tree is compared with plain steps over the same tokens, and so is the first one at twice the length, and behind each
 length that its configuration names. What was seen holds for all models of the same code and configuration on this machine:
 lengths are kept in Hugging Face's cache folder (`prism/checked_rounds`), so that only the first calls pay for it.
@@ -33,18 +34,23 @@ from .tree import Tree
 _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_position", "block_size", "max_seq")
 # Differences of logits, as a share of the largest, that rounding explains: so many units in the last place, at most this.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
+# Whose hooks and forwards do to several tokens at once what they do to one; ours are among them under either name.
+_TRIED_PACKAGES = {"torch", "transformers", "accelerate", "peft", "torchao", "transformers_prism", __name__.split(".")[0]}
 
 
 class _CheckedLengths:
     """How far models of one code and configuration were checked: in tokens, rising, by kind of call; kept in a file.
 
     Args:
-        target (`PreTrainedModel`): one of them.
+        target (`PreTrainedModel`): one of them. Of code that is in no file, and of hooks, nothing is kept.
     """
 
     def __init__(self, target):
-        self.path = _folder() / f"{_key(target)}.json"
+        is_told = bool(_digest(_source_of(type(target)))) and not has_foreign_code(target)
+        self.path = _folder() / f"{_key(target)}.json" if is_told else None
         self.by_kind: dict[str, list[int]] = {}
+        if self.path is None:
+            return
         with contextlib.suppress(OSError, ValueError):  # none yet, or not one of ours
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if isinstance(found, dict):
@@ -57,7 +63,8 @@ class _CheckedLengths:
     def add(self, kind: str, length: int) -> None:
         """Keep one more; where the file cannot be written, for this process only."""
         self.of(kind).append(length)
-        write_json_if_possible(self.path, self.by_kind)
+        if self.path is not None:
+            write_json_if_possible(self.path, self.by_kind)
 
 
 def _are_lengths(values) -> bool:
@@ -70,10 +77,18 @@ def _folder() -> Path:
 
 @functools.cache
 def _digest(path: str) -> str:
-    """Of a source file; empty where there is none, as in a session that was typed in."""
+    """Of a source file; empty where there is none."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
+        return ""
+
+
+def _source_of(kind: type) -> str:
+    """File of a class; empty where there is none, as in a session that was typed in."""
+    try:
+        return inspect.getsourcefile(kind) or ""
+    except (OSError, TypeError):
         return ""
 
 
@@ -82,9 +97,9 @@ def _key(target) -> str:
     own_code = [_digest(str(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
     parts = [
         f"{type(target).__module__}.{type(target).__qualname__}",
-        _digest(inspect.getsourcefile(type(target)) or ""),
+        _digest(_source_of(type(target))),
         sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in target.modules()}),
-        target.config.to_json_string(use_diff=False),
+        json.dumps(target.config.to_dict(), default=repr),
         [str(target.dtype), target.device.type, attention_name(target.config)],
         [transformers.__version__, torch.__version__, *own_code],
     ]
@@ -92,9 +107,32 @@ def _key(target) -> str:
 
 
 def is_tried(target) -> bool:
-    """Whether the package was tried on this model's type, and on that of its text part, in transformers' own code."""
+    """Whether the package was tried on this model's type, and on that of its text part, in transformers' own code alone."""
     is_stock = type(target).__module__.startswith("transformers.models.")
-    return is_stock and {target.config.model_type, target.config.get_text_config().model_type} <= TRIED_TYPES
+    types = {target.config.model_type, target.config.get_text_config().model_type}
+    return is_stock and types <= TRIED_TYPES and not has_foreign_code(target)
+
+
+def has_foreign_code(target) -> bool:
+    """Whether a model's forwards run hooks, or a forward in place of a class's own, from code that the package was not tried
+    with, as for steering activations or compressing caches."""
+    functions: list = [*_global_hooks().values()]
+    for module in target.modules():
+        functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module):
+            functions.append(vars(module)["forward"])
+    return any(_package_of(function) not in _TRIED_PACKAGES for function in functions)
+
+
+def _global_hooks() -> dict:
+    module = torch.nn.modules.module
+    return {**module._global_forward_hooks, **module._global_forward_pre_hooks}
+
+
+def _package_of(function) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or type(function).__module__).split(".")[0]
 
 
 def lengths_named(text_config) -> list[int]:
@@ -127,7 +165,9 @@ class RoundCheck:
             # What a forward gets differs between these.
             is_batch, is_padded = len(target_side.next_position) > 1, target_side.is_padded
             self.kind = f"{type(target_side).__name__}, {'batch' if is_batch else 'one'}, {'padded' if is_padded else 'whole'}"
-            self.checked = kept_with(target, "checked lengths", lambda: _CheckedLengths(target))
+            # Hooks come and go.
+            checked = functools.partial(_CheckedLengths, target)
+            self.checked = checked() if has_foreign_code(target) else kept_with(target, "checked lengths", checked)
             self.seen = self.checked.of(self.kind)
             self.lengths = lengths_named(target.config.get_text_config())
 
@@ -188,7 +228,8 @@ class RoundCheck:
             f"logits of {type(target).__name__} over several tokens differ from single steps by {difference:.3g} at "
             f"{length} tokens (rounding explains {allowed:.1g})"
         )
-        warnings.warn(f"decoding goes on without the draft: {self.finding}; please report this model", stacklevel=8)
+        what = "its modules have hooks or a forward of their own" if has_foreign_code(target) else "please report this model"
+        warnings.warn(f"decoding goes on without the draft: {self.finding}; {what}", stacklevel=8)
         return True
 
 

@@ -67,7 +67,7 @@ class Proposal:
 
 def plain_step(last_tokens: list[int], **fields) -> Proposal:
     """A round without a draft: the last token of each active sequence and no tree below it."""
-    return Proposal(root_tree(torch.tensor(last_tokens)), **fields)
+    return Proposal(root_tree(torch.tensor(last_tokens, device="cpu")), **fields)
 
 
 class Verified(NamedTuple):
@@ -131,7 +131,7 @@ def joined(parts: list[NewPositions]) -> NewPositions:
     ]
     num_new = [len(indices) for indices in real]
     longest = max(num_new)
-    index = torch.tensor([indices + [0] * (longest - len(indices)) for indices in real])  # [B, longest]
+    index = torch.tensor([indices + [0] * (longest - len(indices)) for indices in real], device="cpu")  # [B, longest]
     of_states = on_device(index, target_hidden.device)[..., None].expand(-1, -1, target_hidden.shape[-1])
     return NewPositions(
         token_ids.gather(1, index), target_hidden.gather(1, of_states), position_ids.gather(1, index), num_new

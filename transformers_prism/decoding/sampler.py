@@ -233,7 +233,8 @@ class Sampler:
             self.noise.rewind_to(num_steps)
 
     def outputs(self, num_steps: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
-        """Scores and logits as plain decoding returns them: for each emitted token `(B, V)`, zeros behind an end."""
+        """Scores and logits as plain decoding returns them: for each emitted token `(B, V)`. Behind the end of a sequence they are
+        zeros, where plain decoding returns what padding brings."""
 
         def stacked(kept):
             if kept is None:

@@ -153,7 +153,7 @@ class Sequences:
             tokens = self.ids[:, step].to("cpu", copy=True)
             has_ended = [length <= step for length in self.lengths]
             if any(has_ended):
-                tokens[torch.tensor(has_ended)] = self.pad_token_id.to(tokens)
+                tokens[torch.tensor(has_ended, device=tokens.device)] = self.pad_token_id.to(tokens)
             with as_called():
                 self.streamer.put(tokens)
         self.num_streamed = end

@@ -38,7 +38,9 @@ class StaticShapes(NamedTuple):
     run_module: Callable | None
 
 
-def static_shapes(draft, settings, generation_config, is_target_compiled: bool) -> StaticShapes | None:
+def static_shapes(
+    draft, settings, generation_config, is_target_compiled: bool, num_cached: int = 0
+) -> StaticShapes | None:
     """The shapes of a generate() call; None if nothing asks for a compiled draft.
 
     It is compiled by the `compile_config` of its generation configuration, else by that of a call in which generate()
@@ -48,6 +50,7 @@ def static_shapes(draft, settings, generation_config, is_target_compiled: bool) 
         draft (`PrismDraftModel`), settings (`TreeSettings`): of the call.
         generation_config (`GenerationConfig`): the call's.
         is_target_compiled (`bool`): whether generate() compiles the target's forward in this call.
+        num_cached (`int`): tokens in the cache that the call begins with, which may not be among its own.
     """
     own, run_module = draft.generation_config, None
     compile_config = own.compile_config or (generation_config.compile_config if is_target_compiled else None)
@@ -57,7 +60,7 @@ def static_shapes(draft, settings, generation_config, is_target_compiled: bool) 
         return None
     num_read = round_up(settings.depth + 1, _READ_STEP)
     room = max(num_read, settings.top_k * (settings.depth - 1))
-    capacity = round_up(generation_config.max_length + room, _CAPACITY_STEP)
+    capacity = round_up(generation_config.max_length + num_cached + room, _CAPACITY_STEP)
     # It only grows, so that calls share what is compiled.
     capacity = max(capacity, kept_with(draft, "capacity", int))
     keep_with(draft, "capacity", capacity)

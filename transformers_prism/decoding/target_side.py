@@ -150,7 +150,8 @@ class TargetSide:
         if width is None:  # of recurrent states alone
             width = input_ids.shape[1]
         if width < input_ids.shape[1] and not had_cached:
-            raise Declined(f"{type(self.target).__name__} keeps no cache of the prompt")
+            kept = f"{width} of the prompt's {input_ids.shape[1]} tokens in its cache" if width else "no cache of the prompt"
+            raise Declined(f"{type(self.target).__name__} keeps {kept}")
         if width > input_ids.shape[1] and not had_cached:  # an image in front of the text, as in git
             raise Declined(f"the prompt takes {width} places of the cache and has {input_ids.shape[1]} tokens for a draft to read")
         reason = reason_against_layers(self.cache, width, self.image_layers, self.leaves_image_layers)
@@ -227,7 +228,8 @@ class TargetSide:
         if stored_length(self.cache) == 0:
             self._fill_cache(made)
         elif made is not None and made is not self.cache:
-            raise Declined("the model reads the whole text into another cache than the caller's, as behind a rotary switch")
+            where = ", as behind a rotary switch" if self.rotary_switches else ""
+            raise Declined(f"the model reads the whole text into another cache than the caller's{where}")
 
     def _set_positions(self, last_positions: list[int], prompt_length: int, num_positions: int | None) -> None:
         """Begin behind these positions of the prompt, unless rotary frequencies change on the way."""
@@ -368,10 +370,7 @@ class TargetSide:
     def _states(self, outputs) -> list[torch.Tensor]:
         """The states that the draft reads, `(B, T, target_hidden_size)` of each of L layers."""
         if outputs.hidden_states is None:
-            raise ValueError(
-                f"expected a target that returns hidden states {self.layer_ids}, got none from "
-                f"{type(self.target).__name__}"
-            )
+            raise Declined(f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns none")
         num_states = len(outputs.hidden_states)
         if max(place_of_state(layer, self.target.config, num_states) for layer in self.layer_ids) >= num_states:
             raise Declined(

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..transformers_names import attention_name, keeps_no_activations
 from .attention import PRISM_TREE
@@ -119,6 +120,8 @@ def why_no_tree_mask(target) -> str | None:
     name = attention_name(config)
     if name not in _TREE_ATTENTION:
         return f'its attention, {name}, takes no tree mask; load it with attn_implementation="sdpa"'
+    if not getattr(ALL_MASK_ATTENTION_FUNCTIONS[name], "__module__", "").startswith("transformers."):
+        return f"masks of its attention, {name}, are made by a function that was registered for it"
     if layer_windows(config) is None:
         return "its layers are neither all full nor sliding attention"
     if not takes_positions(target):
@@ -274,6 +277,9 @@ def why_no_chain(cache) -> str | None:
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
         return f"{kind} cannot be rolled back"
+    others = [type(layer).__name__ for layer in cache.layers if not type(layer).__module__.startswith("transformers.")]
+    if others:
+        return f"layers that are not transformers' own may not roll back ({', '.join(sorted(set(others)))})"
     if not (cache.is_croppable or stored_length(cache) == 0):
         return "a layer's state cannot be rolled back"
     return None

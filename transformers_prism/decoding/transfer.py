@@ -15,7 +15,7 @@ def on_device(values, device: torch.device) -> torch.Tensor:
     before its target's forward until the draft's steps have run. Here the host goes on; the device keeps the order. Copies
     to the host wait as always.
     """
-    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, device="cpu")
     return tensor.to(device, non_blocking=device.type in ASYNCHRONOUS_DEVICES)
 
 

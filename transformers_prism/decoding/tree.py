@@ -106,7 +106,7 @@ def root_tree(token_ids: torch.Tensor) -> Tree:
 def chain_tree(token_ids: torch.Tensor) -> Tree:
     """Tokens `(B, N)` as a tree of one path."""
     index = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
-    return Tree(token_ids, (index - 1).clamp(min=0), index, torch.zeros(index.shape))
+    return Tree(token_ids, (index - 1).clamp(min=0), index, torch.zeros(index.shape, device=index.device))
 
 
 def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ class TreeTarget(TargetSide):
         has_window = any(window is not None for window in self.windows.values())
         is_dense = self.capacity is not None or (has_window and self.attn_implementation == PRISM_TREE)
         self.adopted = AdoptedLayers(self.cache, self.capacity, self.image_layers)
-        nothing = torch.zeros((len(self.sequences), 0), dtype=torch.bool)
+        nothing = torch.zeros((len(self.sequences), 0), dtype=torch.bool, device="cpu")
         self.committed = CommittedCache(self.cache, nothing, 0 if is_dense else _MAX_HOLES)
 
     def _static_lengths(self) -> list[int]:
@@ -224,7 +224,7 @@ class TreeTarget(TargetSide):
             return None
         mask = pad(self.committed.committed, (0, 1), value=True).long() if self.is_padded else None
         with self.adopted.rolling_windows():
-            return self._forward(tree, mask, torch.tensor(self.next_position)[:, None])
+            return self._forward(tree, mask, torch.tensor(self.next_position, device="cpu")[:, None])
 
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.

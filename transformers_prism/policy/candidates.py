@@ -77,6 +77,6 @@ def tree_of(root_ids: list[int], chosen: list[Candidates]) -> Tree:
     """The tree of each sequence's nodes below its last token."""
     token_ids = [[root, *one.token_ids] for root, one in zip(root_ids, chosen, strict=True)]
     parents, depths = [[0, *one.parents] for one in chosen], [[0, *one.depths] for one in chosen]
-    log_probs = torch.tensor([[0.0, *one.log_probs] for one in chosen], dtype=torch.float32)
-    ids, parents_of_ids, depths_of_ids = torch.tensor([token_ids, parents, depths])
+    log_probs = torch.tensor([[0.0, *one.log_probs] for one in chosen], dtype=torch.float32, device="cpu")
+    ids, parents_of_ids, depths_of_ids = torch.tensor([token_ids, parents, depths], device="cpu")
     return Tree(ids, parents_of_ids, depths_of_ids, log_probs)

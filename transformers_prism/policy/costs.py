@@ -345,9 +345,10 @@ def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
     try:
         with experts_of_step(target, num_tokens):
             target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
-    except ValueError as error:
+    # Whatever a model's own code may fail with where an input of the call is not there.
+    except Exception as error:
         what = f'tree="auto" times forwards over text alone, which {type(target).__name__} refuses'
-        raise Declined(f'{what} ({error}); set tree="static"') from error
+        raise Declined(f'{what} ({type(error).__name__}: {error}); set tree="static"') from error
     return clock(input_device(target)) - start
 
 

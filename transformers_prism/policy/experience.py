@@ -63,14 +63,14 @@ class AcceptanceTable:
 
 def _drafted_prior() -> torch.Tensor:
     """By depth and class of probability: a bit less than the middle of the class."""
-    edges = torch.tensor([0.0, *EDGES, 1.0], dtype=torch.float64)
+    edges = torch.tensor([0.0, *EDGES, 1.0], dtype=torch.float64, device="cpu")
     return _PRIOR_TRUST * ((edges[1:] + edges[:-1]) / 2).expand(_MAX_DEPTH, -1)
 
 
 def _copied_prior() -> torch.Tensor:
     """By length of the match and depth: longer matches are right more often, and each further token as often again."""
-    chance = torch.linspace(0.2, 0.6, MAX_MATCH + 1, dtype=torch.float64)[:, None]
-    return chance ** torch.arange(1, MAX_COPIED + 1)
+    chance = torch.linspace(0.2, 0.6, MAX_MATCH + 1, dtype=torch.float64, device="cpu")[:, None]
+    return chance ** torch.arange(1, MAX_COPIED + 1, device="cpu")
 
 
 def class_of(log_prob: float) -> int:
@@ -91,7 +91,7 @@ def cells_of_drafted(depths: list[int], log_probs: list[float]) -> list[int]:
 
 def _rank_values() -> torch.Tensor:
     """Values that each rank starts from: in sum some two tokens for 63 nodes."""
-    return FIRST_VALUE * torch.arange(1, MAX_PLANNED + 1, dtype=torch.float64) ** -1.2
+    return FIRST_VALUE * torch.arange(1, MAX_PLANNED + 1, dtype=torch.float64, device="cpu") ** -1.2
 
 
 @dataclass

@@ -254,7 +254,7 @@ class AheadOfRound:
         rows = zip(depths.tolist(), log_probs.tolist(), strict=True)
         cells = [cells_of_drafted(*row) for row in rows]
         chances = experience.drafted.chances
-        values = torch.tensor([[chances[cell] for cell in row] for row in cells], dtype=torch.float64)  # [B, n]
+        values = torch.tensor([[chances[cell] for cell in row] for row in cells], dtype=torch.float64, device="cpu")  # [B, n]
         experience.plan.observe(values, depths)
         if proposal.num_steps > 1:
             nodes = list(zip(depths.flatten().tolist(), values.flatten().tolist(), strict=True))

@@ -31,9 +31,10 @@ class PathWeights:
         right = input_ids.roll(-1, dims=1).flatten()[rows]
         names = draft.draft_to_target if text is None else text.token_ids
         if names is not None:
-            places = torch.full((draft.config.vocab_size,), -1, device=rows.device)
+            # One place more, for tokens behind the vocabulary, which stand for images.
+            places = torch.full((draft.config.vocab_size + 1,), -1, device=rows.device)
             places[names] = torch.arange(len(names), device=rows.device)
-            right = places[right]
+            right = places[right.clamp(max=draft.config.vocab_size)]
         self.right = right  # -1 where the draft cannot propose it
         # One row more: a path goes on at the row after.
         self.weights = torch.ones(num_steps, input_ids.numel() + 1, device=rows.device)
