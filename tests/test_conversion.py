@@ -458,6 +458,7 @@ def test_convert_leaves_nothing_when_saving_fails(tmp_path, monkeypatch):
     source = write_artifact(tmp_path / "source", artifact_weights())
 
     def save_half(draft, folder, **kwargs):
+        folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("no space left on device")
 

@@ -119,6 +119,7 @@ def test_a_pickle_among_the_shards_of_a_repository_is_not_run(hub, folder, made)
 @pytest.mark.parametrize("weight_map", [{}, [], {"a": 1}, {"a": "pytorch_model.bin"}, None])
 def test_an_index_of_something_else_is_refused(folder, weight_map):
     """Before a file that it names is opened."""
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for read in (weights_sha256, read_weight_headers, inspect_draft):
         with pytest.raises(ValueError, match="weight_map|safetensors files"):

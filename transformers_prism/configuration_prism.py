@@ -1,14 +1,17 @@
 """Architecture of a PRISM draft: every number that its weights depend on, checked when it is set."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .transformers_names import CACHE_NAMES, name_of, output_embeddings, revision_of
 
@@ -261,8 +264,12 @@ class PrismConfig(PreTrainedConfig):
         if not self.draft_step_to_module:
             # Not a list without end; the number itself is refused below.
             self.draft_step_to_module = list(range(min(self.num_processing_modules, _MOST_LAYERS)))
+        # As configurations of earlier releases of transformers have it.
+        theta = kwargs.pop("rope_theta", None)
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if theta is not None:
+            self.rope_parameters = {**self.rope_parameters, "rope_theta": float(theta)}
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -303,6 +310,11 @@ class PrismConfig(PreTrainedConfig):
             raise ValueError(
                 f"sliding_window: expected None (no window) or at least 1 position, got {self.sliding_window}"
             )
+        for name in ("rms_norm_eps", "embedding_scale", "logit_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act: expected an activation that transformers knows, got {self.hidden_act!r}")
         self._validate_amounts()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -449,8 +461,11 @@ class PrismConfig(PreTrainedConfig):
         Returns:
             `PrismConfig`: as wide as the target, two processing modules, low, middle and high target layers.
         Raises:
-            ValueError: if the target is an encoder-decoder model or has no vocabulary.
+            ValueError: if the target is an encoder-decoder model or has no vocabulary, or for fields that are not known.
         """
+        unknown = sorted(overrides.keys() - {one.name for one in dataclasses.fields(cls)} - {"rope_theta"})
+        if unknown:
+            raise ValueError(f"expected fields of {cls.__name__}, got {', '.join(unknown)}")
         model = None if isinstance(target, PreTrainedConfig) else target
         config = target if model is None else model.config
         if config.is_encoder_decoder:

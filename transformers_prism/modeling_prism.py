@@ -79,6 +79,15 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         self.post_init()
         install()
 
+    def _apply(self, fn, recurse=True):
+        """A cast to short floats leaves the rotary frequencies in float32, as loading in that dtype does: positions of
+        long texts need them."""
+        super()._apply(fn, recurse)
+        frequencies = self.rotary_emb.inv_freq
+        if frequencies.dtype.itemsize < torch.float32.itemsize:
+            self.rotary_emb = LlamaRotaryEmbedding(self.config).to(frequencies.device)
+        return self
+
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":
         """Borrow the target's embedding and vocabulary head: nothing is registered, copied, moved or saved, but for
         the rows of the head that a draft vocabulary names, which are gathered once. The hook is installed if it is not.

@@ -188,11 +188,12 @@ def _load_gguf(path: Path, dtype: torch.dtype):
     config = loaded.config
     # Left in place, it would stop the model from being saved and a draft's training from starting.
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Made in its dtype: a cast would round rotary frequencies, too.
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     call(model.config, str(path.absolute()))
-    return model.to(dtype).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _require_gguf(path: Path) -> None:

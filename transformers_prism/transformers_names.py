@@ -19,6 +19,7 @@ with errors_tell_of_untried_release():
     from transformers import GenerationMixin
     from transformers.generation import GenerateDecoderOnlyOutput
     from transformers.models.llama.modeling_llama import LlamaAttention
+    from transformers.utils.hub import extract_commit_hash
 
 # What modules, outputs and generate() have called the cache, the newest name first.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -179,6 +180,11 @@ def name_of(config) -> str:
 def revision_of(config) -> str | None:
     """The revision that a configuration was loaded from on the Hub."""
     return getattr(config, "_commit_hash", None)
+
+
+def commit_of(file: str) -> str | None:
+    """The commit that a file of the Hub's cache is of."""
+    return extract_commit_hash(file, None)
 
 
 def call(config, name: str, revision: str | None = None) -> None:

@@ -107,10 +107,12 @@ def push(
         return
     if repository is None:
         raise ValueError("expected a draft and the repository to push it to, user/name, got only the draft")
-    _name_target(folder, base_model)
+    if base_model is not None and not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"--base-model: expected the folder of a draft, whose card can be written, got {folder}")
     if dry_run:
-        typer.echo(_files_to_push(folder, repository, private, revision))
+        typer.echo(_files_to_push(folder, repository, private, revision, base_model))
     else:
+        _name_target(folder, base_model)
         typer.echo(_push_draft(folder, repository, private, revision, message or "Upload draft"))
 
 
@@ -120,15 +122,13 @@ def _name_target(folder: str, base_model: str | None) -> None:
 
     is_folder = (Path(folder) / "config.json").is_file()
     if base_model is not None:
-        if not is_folder:
-            raise ValueError(f"--base-model: expected the folder of a draft, whose card can be written, got {folder}")
         name_target(folder, base_model)
         write_card(folder)
     elif is_folder and not names_target(folder):
         warnings.warn("the card does not name the draft's target; --base-model user/name writes it", stacklevel=1)
 
 
-def _files_to_push(folder: str, repository: str, private: bool, revision: str | None) -> str:
+def _files_to_push(folder: str, repository: str, private: bool, revision: str | None, base_model: str | None) -> str:
     """What a push would upload: it is written as for a push, into a folder that is gone afterwards."""
     import tempfile
 
@@ -137,6 +137,7 @@ def _files_to_push(folder: str, repository: str, private: bool, revision: str | 
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / repository.split("/")[-1]
         PrismDraftModel.from_pretrained(folder).save_pretrained(written)
+        _name_target(str(written), base_model)
         sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     lines = [f"{size:>12,}  {name}" for name, size in sorted(sizes.items())]
     place = f"{repository}, {'private if it is new' if private else 'public if it is new'}, branch {revision or 'main'}"

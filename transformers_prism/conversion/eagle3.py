@@ -69,6 +69,7 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
     fields["logit_scale"] = 1.0 if config.get("logit_scale") is None else config["logit_scale"]
     if type(fields["logit_scale"]) not in (int, float):
         raise ValueError(f"config.json: expected logit_scale to be a number, got {fields['logit_scale']!r}")
+    fields["logit_scale"] = float(fields["logit_scale"])
     fields.update(module_form="eagle3", projection_bias="fc.bias" in weights, share_target_head=False)
     draft_vocab_size = config.get("draft_vocab_size")
     if draft_vocab_size is None and "d2t" in weights:

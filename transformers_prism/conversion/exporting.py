@@ -16,6 +16,7 @@ from transformers_prism.conversion.importing import (
     EMBEDDING,
     ConversionReport,
     check_destination,
+    embedding_factor,
     write_whole,
 )
 from transformers_prism.conversion.llama_config import ROPE_TYPES
@@ -100,7 +101,7 @@ def export_draft(
         ValueError: if the form cannot hold the draft, saying why, or `destination` holds something. Nothing is written
             then.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()
     check_destination(destination)
     draft = PrismDraftModel.from_pretrained(str(source))
     notes: list[str] = []
@@ -129,6 +130,11 @@ def _embedding(draft: PrismDraftModel, target, notes: list[str]) -> dict[str, to
             "own code wants it in the file"
         )
         return {}
+    if (factor := embedding_factor(target) * draft.config.embedding_scale) != 1.0:
+        raise ValueError(
+            f"target: expected one whose embedding is read as it is in its file, got {target}, which the draft reads times {factor:g}; "
+            "there is no field for it"
+        )
     embedding = read_weight_ending_with(str(target), EMBEDDING)
     expected = (draft.config.vocab_size, draft.config.target_hidden_size)
     if embedding is None or tuple(embedding.shape) != expected:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from transformers_prism.conversion import eagle, eagle3, prism_artifact, sglang, speculators
 from transformers_prism.conversion.checkpoint import checkpoint_folder, read_config
-from transformers_prism.conversion.importing import SourceDraft, form_of, read_draft, target_config_of
+from transformers_prism.conversion.importing import SourceDraft, about_source, form_of, read_draft, target_config_of
 from transformers_prism.modeling_prism import PrismDraftModel
 
 READ = {
@@ -35,7 +35,7 @@ _logger = logging.get_logger("transformers_prism")
 def load_draft(
     source: str | Path,
     target: PreTrainedModel | str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     num_target_layers: int | None = None,
 ) -> PrismDraftModel:
     """A draft of any form that is known, ready for `target.generate(assistant_model=draft)`.
@@ -47,7 +47,7 @@ def load_draft(
         source (`str` or `Path`): folder, or name on the Hub.
         target (`PreTrainedModel`, or its folder or name, *optional*): the model that the draft is for. The draft is
             compared with it, and with a loaded one moved to its device, cast to its dtype and bound to it.
-        dtype (`torch.dtype`, *optional*): of the draft's weights; that of a loaded target, or the file's, where absent.
+        dtype (`torch.dtype` or its name, *optional*): of the draft's weights; that of a loaded target, or the file's, where absent.
         num_target_layers (`int`, *optional*): decoder layers of the target, where the states that a draft reads depend
             on it and `target` is not given.
     Returns:
@@ -56,6 +56,11 @@ def load_draft(
         ValueError: if the form is unknown, naming what was looked for; if weights are missing, unknown or of another
             shape; if the draft was made for another target.
     """
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype: expected the name of a dtype of torch, got {dtype!r}")
+        dtype = found
     if read_config(source).get("model_type") == "prism":
         draft, report = PrismDraftModel.from_pretrained(str(source)), None
         if isinstance(target, (str, Path)):
@@ -63,6 +68,7 @@ def load_draft(
     else:
         folder = checkpoint_folder(source)
         draft, report = read_draft(_read_any, folder, target, num_target_layers=num_target_layers)
+        draft.about = about_source(source, folder, report.notes)
         states = f"it reads the states {draft.config.target_layer_ids} of the target"
         _logger.warning("; ".join([f"{source}: {report.notes[0]}", states, *report.notes[1:]]))
     draft.conversion_report = report

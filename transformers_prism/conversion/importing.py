@@ -4,6 +4,7 @@ Each form of checkpoint has a file of its own, which says how `config.json` and 
 unknown or of the wrong shape is an error that lists the names.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from transformers_prism.borrowed_layers import float_weight
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
@@ -21,11 +22,10 @@ from transformers_prism.conversion.checkpoint import (
     read_weight_ending_with,
     read_weights,
 )
-from transformers_prism.hub.files import ABOUT, CARD, card_license
+from transformers_prism.hub.files import CARD, card_license
 from transformers_prism.hub.loading import check_values
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.transformers_names import name_of
-from transformers_prism.whole_files import write_json
 
 EXPERIMENTAL = (
     "experimental: no published file of this form could be tried; names and code were read, and round trips tested"
@@ -170,18 +170,12 @@ def import_draft(
         ValueError: if a weight is missing, unknown or of the wrong shape, a file is damaged or holds code, the
             configuration is not of this form, or `destination` holds something. Nothing is written then.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()
     check_destination(destination)
     folder = checkpoint_folder(source)
     draft, report = read_draft(read, folder, target, context_kv, num_target_layers)
-    name = folder.name if Path(source).is_dir() else str(source)
-
-    def save(written: Path) -> None:
-        written.mkdir()
-        write_json(written / ABOUT, _about(name, folder, report.notes))
-        draft.save_pretrained(written)
-
-    write_whole(destination, save)
+    draft.about = about_source(source, folder, report.notes)
+    write_whole(destination, draft.save_pretrained)
     return replace(report, destination=destination)
 
 
@@ -208,6 +202,9 @@ def read_draft(
     target_config = None if target is None else target_config_of(target)
     config = _make_config(theirs, target, target_config, context_kv, num_target_layers)
     config.share_target_embedding = _is_target_embedding(theirs, target)
+    if config.share_target_embedding and (factor := embedding_factor(target)) != 1.0:
+        theirs.notes.append(f"the target multiplies its embeddings by {factor:g}, which the draft undoes")
+        config.embedding_scale /= factor
     with torch.device("meta"):
         draft = PrismDraftModel(config)
     matched, ignored = _match(theirs, draft)
@@ -222,11 +219,12 @@ def read_draft(
     return draft.eval(), ConversionReport(folder, None, files, config, dtype, matched, ignored, theirs.notes)
 
 
-def _about(name: str, source: Path, notes: list[str]) -> dict:
+def about_source(source: str | Path, folder: Path, notes: list[str]) -> dict:
     """What the card says of a draft that others trained; their licence is theirs, and not known unless their card names it."""
+    name = folder.name if Path(source).is_dir() else str(source)
     limits = [f"Trained by others, converted from `{name}` with `transformers-prism convert`."]
     limits += [f"The conversion is {note}." for note in notes if note.startswith("experimental")]
-    return {"license": card_license(source / CARD) or "unknown", "limits": limits}
+    return {"license": card_license(folder / CARD) or "unknown", "limits": limits}
 
 
 def check_destination(destination: Path) -> None:
@@ -243,7 +241,7 @@ def write_whole(destination: Path, save: Callable[[Path], object]) -> None:
     """Let `save` fill a temporary folder, then rename it: a reader sees all of it or nothing."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
-        folder = Path(temporary) / "draft"
+        folder = Path(temporary) / destination.name  # by which a card calls the draft
         save(folder)
         folder.replace(destination)
 
@@ -367,6 +365,19 @@ def _is_target_embedding(theirs: SourceDraft, target) -> bool:
     difference = f" by up to {(ours.float() - found.float()).abs().max():.3g}" if ours.shape == found.shape else ""
     theirs.notes.append(f"{EMBEDDING} differs from the embedding of {name}{difference}; the draft keeps its own")
     return False
+
+
+def embedding_factor(target) -> float:
+    """What a target's embedding multiplies its rows by, as Gemma's does; drafts of other forms read the rows."""
+    if target is None:
+        return 1.0
+    if isinstance(target, (str, Path)):
+        # Whatever a configuration without weights may fail with.
+        with contextlib.suppress(Exception), torch.device("meta"):
+            target = AutoModelForCausalLM.from_config(target_config_of(target))
+    embedding = target.get_input_embeddings() if isinstance(target, PreTrainedModel) else None
+    factors = (getattr(embedding, name, None) for name in ("scalar_embed_scale", "embed_scale"))
+    return next((float(factor) for factor in factors if isinstance(factor, (int, float))), 1.0)
 
 
 def _target_embedding(target) -> tuple[torch.Tensor | None, str]:

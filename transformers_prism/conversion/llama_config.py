@@ -53,7 +53,7 @@ def read_llama_config(config: dict, allowed: tuple[str, ...] = ()) -> dict:
         "max_position_embeddings": 2048,
         "target_hidden_size": config["hidden_size"],
     }
-    if (config.get("hidden_act") or "silu") not in ACT2FN:
+    if not isinstance(config.get("hidden_act") or "silu", str) or (config.get("hidden_act") or "silu") not in ACT2FN:
         raise ValueError(f"config.json: expected a hidden_act that transformers knows, got {config['hidden_act']!r}")
     given = {
         name: config[name] for name in (*_NUMBERS, *fields, "head_dim", *TOKEN_IDS) if config.get(name) is not None
@@ -72,7 +72,10 @@ def _read_window(config: dict) -> int | None:
     if layer_types is None:
         # In Qwen's configurations a window is there, but not in use; where it is, the first layers may go without.
         is_used = window and config.get("use_sliding_window", True)
-        num_full = min(config.get("max_window_layers") or 0, num_layers) if is_used else num_layers
+        num_first = config.get("max_window_layers") or 0
+        if type(num_first) is not int:
+            raise ValueError(f"config.json: expected max_window_layers to be a whole number, got {num_first!r}")
+        num_full = min(num_first, num_layers) if is_used else num_layers
         layer_types = [_FULL_ATTENTION] * num_full + [_SLIDING_ATTENTION] * (num_layers - num_full)
     if set(layer_types) <= {_FULL_ATTENTION}:
         return None
@@ -103,6 +106,9 @@ def _read_rope(config: dict) -> dict:
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):
         raise ValueError(f"config.json: expected rope_theta to be a number, got {theta!r}")
     kept = {name: value for name, value in rope.items() if name not in ("type", "rope_type", "rope_theta")}
+    factor = kept.get("factor", 1.0)
+    if (rope_type != "default" and "factor" not in kept) or isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise ValueError(f"config.json: expected rope_scaling of type {rope_type} with a number as factor, got {rope!r}")
     return {**kept, "rope_type": rope_type, "rope_theta": float(theta)}
 
 

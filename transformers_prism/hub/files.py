@@ -10,12 +10,13 @@ them from where it was loaded.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..transformers_names import NO_ERROR_AT_ALL, NO_ERROR_IF_ABSENT
+from ..whole_files import write_json
 
 AUTO_MAP = {
     "AutoConfig": "configuration_prism.PrismConfig",
@@ -50,8 +52,11 @@ TOKENIZER_FILES = (
 OPEN_LICENSES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "unlicense")
 # In a card, until the draft is pushed.
 PLACEHOLDER_USER = "user"
-# Files of an earlier push that a later one removes.
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "custom_generate/*"]
+# Files of an earlier push that a later one removes. Files in other folders, and other weights, are the user's.
+_REPLACED = (
+    *(SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME, FINAL_NORM),
+    *("*.py", "custom_generate/*"),
+)
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from )(\.+)([\w.]+)( import )", flags=re.MULTILINE)
 
 
@@ -95,20 +100,26 @@ def code_files() -> dict[str, bytes]:
     return files | {name: (_CODE / name).read_bytes() for name in _PACKAGE_FILES if name != LICENSE}
 
 
+def is_named_by(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file of a repository is among these, in the folder that they are in."""
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
 def write_published_files(
-    folder: str | Path, loaded_from: str, revision: str | None, target_name: str | None,
-    write_card: Callable[[Path], object] | None = None
+    folder: str | Path, find: Callable[[str], Path | None], target_name: str | None,
+    write_card: Callable[[Path], object] | None = None, about: dict | None = None
 ) -> None:
     """Add to a draft's weights and configurations what a repository needs; a warning names what is missing.
 
     Args:
-        folder (`str` or `Path`): the draft's folder; files of the same name are replaced.
-        loaded_from, revision (`str`): folder or repository that the draft was loaded from, for files that this copy of
-            the code does not have; may be empty.
+        folder (`str` or `Path`): the draft's folder; files of the same name are replaced, but for what was measured of
+            these very weights, or written about them.
+        find (`Callable`): a file by name where the draft was loaded from, None if it is not there.
         target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
             a licence that allows it.
         write_card (`Callable`, *optional*): writes card and metrics into a folder whose weights are new, or raises
             ValueError; only the package has it.
+        about (`dict`, *optional*): what about.json says of a draft that has none.
     """
     folder = Path(folder)
     for path in published_files():
@@ -117,13 +128,19 @@ def write_published_files(
             destination.write_text(published_code(path), encoding="utf-8", newline="\n")
     absent = []
     for name in _PACKAGE_FILES:
-        if not _copy(_package_file(name) or find_file(loaded_from, name, revision), folder / name):
+        if not _copy(_package_file(name) or find(name), folder / name):
             absent.append(name)
-    for name in (ABOUT, FINAL_NORM):
-        _copy(find_file(loaded_from, name, revision), folder / name)
-    if not _copy_tokenizer(loaded_from, revision, folder) and target_name:
+    is_single_or_sharded = any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    weights = weights_sha256(folder) if is_single_or_sharded else None  # else saved as a variant, under other names
+    here = _metrics_of(folder / METRICS)
+    is_described = weights is not None and here.get("weights_sha256") == weights
+    _copy(find(FINAL_NORM), folder / FINAL_NORM)
+    if not (is_described and (folder / ABOUT).is_file()) and not _copy(find(ABOUT), folder / ABOUT) and about is not None:
+        write_json(folder / ABOUT, about)
+    if not _copy_tokenizer(find, folder) and target_name:
         _add_tokenizer_of(target_name, folder)
-    absent += _describe(folder, loaded_from, revision, write_card)
+    if not (is_described and _has_figures(here) and (folder / CARD).is_file()):
+        absent += [CARD, METRICS] if weights is None else _describe(folder, weights, find, write_card)
     if absent:
         warnings.warn(
             f"the saved draft lacks {', '.join(absent)}: where this draft was loaded from they are absent or describe "
@@ -132,23 +149,43 @@ def write_published_files(
         )
 
 
-def _describe(folder: Path, loaded_from: str, revision: str | None, write_card: Callable | None) -> list[str]:
+def _describe(folder: Path, weights: str, find: Callable[[str], Path | None], write_card: Callable | None) -> list[str]:
     """Add card and metrics: those from where the draft was loaded if its weights are unchanged, else new ones, which only
     the package can write. Returns the names of those that are missing."""
-    if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        return [CARD, METRICS]  # saved as a variant, under other names
-    found = {name: find_file(loaded_from, name, revision) for name in _WEIGHT_FILES}
-    measured = found[METRICS]
-    metrics = json.loads(measured.read_text(encoding="utf-8")) if measured else {}
-    if metrics and metrics.get("weights_sha256") == weights_sha256(folder):
+    found = {name: find(name) for name in _WEIGHT_FILES}
+    metrics = _metrics_of(found[METRICS])
+    # A card without figures is of the weights that lie beside it.
+    described = metrics.get("weights_sha256") if found[METRICS] else _weights_beside(found[CARD])
+    if described == weights:
         return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
     if write_card is None:
         return [CARD, METRICS]
     try:
         write_card(folder)
-    except ValueError as error:  # other files of the folder are unusable
+    # Other files of the folder are unusable, in whatever way.
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         return [f"{CARD} ({error})", METRICS]
-    return [f"the measurements of {METRICS}"] if metrics.get("generate") or metrics.get("verify") else []
+    lost = [f"the measurements of {METRICS}"] if _has_figures(metrics) or (found[METRICS] and not metrics) else []
+    return lost + [name for name in (TRAINING, CURVES) if found[name] and not (folder / name).is_file()]
+
+
+def _metrics_of(path: Path | None) -> dict:
+    """What a metrics.json holds; nothing if it is not there or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _has_figures(metrics: dict) -> bool:
+    return any(metrics.get(kind) for kind in ("generate", "acceptance", "verify"))
+
+
+def _weights_beside(card: Path | None) -> str | None:
+    """The hash of the weights in a card's folder; None where there are none."""
+    with contextlib.suppress(OSError, ValueError):
+        return weights_sha256(card.parent) if card else None
+    return None
 
 
 def _package_file(name: str) -> Path | None:
@@ -159,19 +196,20 @@ def _package_file(name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
-    """A file of a folder or repository, downloaded if necessary; None if there is none."""
+def find_file(source: str | Path, name: str, **where) -> Path | None:
+    """A file of a folder or repository, downloaded if necessary; None if there is none. `where` are arguments of the
+    download, such as `revision`."""
     if not str(source):
         return None
     try:
-        found = cached_file(str(source), name, revision=revision, **NO_ERROR_AT_ALL)
+        found = cached_file(str(source), name, **NO_ERROR_AT_ALL, **where)
     except (OSError, ValueError):  # the folder or repository is gone
         return None
     return None if found is None else Path(found)
 
 
-def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> bool:
-    copied = [_copy(find_file(source, name, revision), folder / name) for name in TOKENIZER_FILES]
+def _copy_tokenizer(find: Callable[[str], Path | None], folder: Path) -> bool:
+    copied = [_copy(find(name), folder / name) for name in TOKENIZER_FILES]
     return any(copied)
 
 
@@ -187,7 +225,7 @@ def _add_tokenizer_of(target_name: str, folder: Path) -> None:
             "that is loaded from there include it",
             stacklevel=4,
         )
-    elif not _copy_tokenizer(target_name, None, folder):
+    elif not _copy_tokenizer(functools.partial(find_file, target_name), folder):
         warnings.warn(f"left out the tokenizer of {target_name}: no files of one were found there", stacklevel=4)
 
 
@@ -226,8 +264,8 @@ def upload(
         path.write_text(_with_tags(text, tags) if tags else text, encoding="utf-8", newline="\n")
     # One commit: whoever loads the repository meanwhile gets the old draft or the new one.
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
-    there = set() if commit.get("create_pr") else set(api.list_repo_files(repo_id, revision=commit.get("revision")))
-    left_over = [name for name in sorted(there - set(files)) if any(fnmatch(name, one) for one in _REPLACED)]
+    there = set(api.list_repo_files(repo_id, revision=commit.get("revision")))
+    left_over = [name for name in sorted(there - set(files)) if is_named_by(name, _REPLACED)]
     operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
     try:
         return api.create_commit(repo_id, [*operations, *map(CommitOperationDelete, left_over)], **commit)
@@ -281,7 +319,8 @@ def weights_sha256(source: str | Path, revision: str | None = None) -> str:
     def find(name: str, is_needed: bool = True) -> str | None:
         return cached_file(str(source), name, revision=revision, **({} if is_needed else NO_ERROR_IF_ABSENT))
 
-    index = find(SAFE_WEIGHTS_INDEX_NAME, is_needed=False)
+    # As transformers looks for them.
+    index = None if find(SAFE_WEIGHTS_NAME, is_needed=False) else find(SAFE_WEIGHTS_INDEX_NAME, is_needed=False)
     tensors: dict[str, torch.Tensor] = {}
     for name in [SAFE_WEIGHTS_NAME] if index is None else shard_names(index):
         file = find(name)

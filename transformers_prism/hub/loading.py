@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..policy.settings import fill_in_tree_settings
-from ..transformers_names import NO_ERROR_AT_ALL, is_made_up
+from ..transformers_names import NO_ERROR_AT_ALL, commit_of, is_made_up
 from .files import shard_names
 
 # Arguments of from_pretrained() that say where to download from.
@@ -135,6 +135,19 @@ def check_values(draft, source: str | os.PathLike) -> None:
                 f"draft_to_target: expected token ids of 0..{size - 1} (vocab_size={size}), got {int(ids.min())}.."
                 f"{int(ids.max())} (loaded from {source})"
             )
+
+
+def found_at(source: str | os.PathLike, **kwargs) -> tuple[str, dict]:
+    """Where a draft's files are: the folder, whatever the working directory will be, or the repository, and those arguments of
+    from_pretrained() by which it is downloaded, the very commit as `revision`."""
+    where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None and name != "force_download"}
+    if not str(source):
+        return "", {}
+    if Path(source).is_dir():
+        return str(Path(source).absolute()), {name: where[name] for name in ("subfolder",) if name in where}
+    config = cached_file(str(source), "config.json", **NO_ERROR_AT_ALL, **where)
+    commit = commit_of(config) if config else None
+    return str(source), where if commit is None else {**where, "revision": commit}
 
 
 def complete_tree_settings(draft, source: str | os.PathLike, **kwargs) -> None:

@@ -63,6 +63,8 @@ def read_metrics(folder: str | Path) -> dict:
         if not isinstance(metrics.get(kind), list):
             raise ValueError(f"{path}: expected a list {kind!r}, got {metrics.get(kind)!r}")
         for record in metrics[kind]:
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: expected objects in {kind!r}, got {record!r}")
             _check({**record, "kind": kind}, found, str(path))
     return metrics
 
@@ -87,7 +89,10 @@ def _check(record: dict, weights: str, where: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"{where}: expected a file of bench generate, bench acceptance or verify, got kind {kind!r}")
     absent = [name for name in (*_NEEDED, *_NEEDED_BY_KIND[kind]) if name not in record]
-    absent += [f"settings.{name}" for name in _NEEDED_SETTINGS[kind] if name not in record.get("settings", {})]
+    settings = record.get("settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: expected an object 'settings', got {settings!r}")
+    absent += [f"settings.{name}" for name in _NEEDED_SETTINGS[kind] if name not in settings]
     if absent:
         raise ValueError(f"{where}: expected all settings and surroundings of its figures, got none of {', '.join(absent)}; measure again")
     if record["weights_sha256"] != weights:

@@ -1,6 +1,7 @@
 """A draft's repository as a whole: loading it with every check, saving it with all that a stranger needs, pushing it."""
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,18 @@ from transformers import initialization as init
 
 from ..configuration_prism import PrismConfig
 from ..policy.settings import default_tree_settings
-from ..transformers_names import CACHE_NAMES, mark_as_own, name_of, revision_of
+from ..transformers_names import CACHE_NAMES, call, mark_as_own, name_of, revision_of
 from ..tried_releases import errors_tell_of_untried_release
-from .files import AUTO_MAP, FINAL_NORM, remove_outdated_weights, upload, weight_files, write_published_files
-from .loading import check_headers, check_names_and_shapes, check_values, complete_tree_settings
+from .files import (
+    AUTO_MAP,
+    FINAL_NORM,
+    find_file,
+    remove_outdated_weights,
+    upload,
+    weight_files,
+    write_published_files,
+)
+from .loading import check_headers, check_names_and_shapes, check_values, complete_tree_settings, found_at
 
 # What save_pretrained() hands on to push_to_hub().
 _HUB_ARGUMENTS = "repo_id token private revision create_pr commit_message commit_description tags".split()
@@ -39,6 +48,11 @@ class PrismPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    # What about.json says of a draft that was read from files of another form.
+    about: dict | None = None
+    # Where it was loaded from: a folder or repository, and arguments of the download.
+    loaded_from: tuple[str, dict] | None = None
 
     # Of a folder whose weights are new; the package sets it, a draft's own copy of the code cannot write cards.
     write_card: Callable[[Path], object] | None = None
@@ -72,6 +86,9 @@ class PrismPreTrainedModel(PreTrainedModel):
         check_names_and_shapes(info["missing_keys"], info["unexpected_keys"], other_shapes)
         check_values(draft, source)
         complete_tree_settings(draft, source, **kwargs)
+        draft.loaded_from = found_at(source, **kwargs)
+        name, where = draft.loaded_from
+        call(draft.config, name_of(draft.config) or name, where.get("revision"))
         return (draft, info) if output_loading_info else draft
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
@@ -83,20 +100,33 @@ class PrismPreTrainedModel(PreTrainedModel):
         push_to_hub = kwargs.pop("push_to_hub", False)
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         self.config.auto_map = dict(AUTO_MAP)
+        pushed = {name: kwargs[name] for name in ("state_dict", "variant", "max_shard_size") if name in kwargs}
+        if pushed.get("state_dict") is not None:  # which saving empties
+            pushed["state_dict"] = dict(pushed["state_dict"])
         # Loading may leave weights in another order; sorted, they fall into the same shards again.
         kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
         before = weight_files(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             remove_outdated_weights(save_directory, before)
+            source, _ = self._source()
+            if Path(source).is_absolute() and not Path(source).is_dir():
+                warnings.warn(f"what lay beside the draft's weights is not saved with them: {source} is gone", stacklevel=2)
             target_name = (self.config.target_fingerprint or {}).get("name")
-            revision = revision_of(self.config)
-            write_published_files(save_directory, name_of(self.config), revision, target_name, self.write_card)
+            write_published_files(save_directory, self._find_file, target_name, self.write_card, self.about)
             if (norm := self.target_final_norm()) is not None:
                 save_file({FINAL_NORM.removesuffix(".safetensors"): norm}, Path(save_directory) / FINAL_NORM)
         if push_to_hub and is_main_process:
             repo_id = hub_arguments.pop("repo_id", None) or Path(save_directory).name
-            self.push_to_hub(repo_id, max_shard_size=kwargs.get("max_shard_size", "50GB"), **hub_arguments)
+            self._push(repo_id, pushed, **hub_arguments)
+
+    def _source(self) -> tuple[str, dict]:
+        return self.loaded_from or (name_of(self.config), {"revision": revision_of(self.config)})
+
+    def _find_file(self, name: str) -> Path | None:
+        """A file beside the weights that the draft was loaded from, None if there is none."""
+        source, where = self._source()
+        return find_file(source, name, **where)
 
     def push_to_hub(
         self,
@@ -113,19 +143,23 @@ class PrismPreTrainedModel(PreTrainedModel):
     ):
         """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit, of which it returns the
         `CommitInfo`; as `PreTrainedModel.push_to_hub`, but the card is the draft's own."""
+        return self._push(
+            repo_id,
+            {"max_shard_size": max_shard_size},
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags,
+        )
+
+    def _push(self, repo_id: str, saved_with: dict, tags=None, private=None, token=None, commit_message=None, **commit):
+        """Push what saving with these arguments of [`~PrismPreTrainedModel.save_pretrained`] writes."""
         with tempfile.TemporaryDirectory() as scratch:
             # The card calls the draft by the name of its folder.
             folder = Path(scratch) / repo_id.split("/")[-1]
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(
-                folder,
-                repo_id,
-                tags,
-                private,
-                token,
-                loaded_from=name_of(self.config),
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or "Upload draft",
-                commit_description=commit_description,
-            )
+            self.save_pretrained(folder, **saved_with)
+            source, commit["commit_message"] = name_of(self.config), commit_message or "Upload draft"
+            return upload(folder, repo_id, tags, private, token, loaded_from=source, **commit)

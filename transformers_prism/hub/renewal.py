@@ -1,14 +1,13 @@
 """Replaces the code in a draft's repository on the Hub, which updates of this package do not reach."""
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import StrictDataclassError
 
 from transformers_prism.configuration_prism import PrismConfig
-from transformers_prism.hub.files import AUTO_MAP, code_files
+from transformers_prism.hub.files import AUTO_MAP, code_files, is_named_by
 
 CONFIG = "config.json"
 # Where code of earlier releases may be. Files in other folders are the user's.
@@ -34,7 +33,7 @@ def renew_code(
     config = _config_with_auto_map(api, repo_id, info.sha, there)
     if config is not None:
         files[CONFIG] = config
-    left_over = [name for name in sorted(there - files.keys()) if _is_code(name)]
+    left_over = [name for name in sorted(there - files.keys()) if is_named_by(name, _CODE)]
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     # With parent_commit the Hub refuses the commit if another one came between.
     commit = api.create_commit(
@@ -45,11 +44,6 @@ def renew_code(
         parent_commit=info.sha,
     )
     return commit, commit.oid != info.sha
-
-
-def _is_code(name: str) -> bool:
-    """Whether a file of a repository is code of a draft."""
-    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _CODE)
 
 
 def _config_with_auto_map(api: HfApi, repo_id: str, commit: str | None, there: set[str]) -> bytes | None:

@@ -40,7 +40,7 @@ def read_weight_headers(folder: str | Path) -> WeightHeaders:
     """
     folder = Path(folder)
     index, names = folder / SAFE_WEIGHTS_INDEX_NAME, [SAFE_WEIGHTS_NAME]
-    if index.is_file():
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():  # as transformers looks for them
         names = shard_names(index)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
