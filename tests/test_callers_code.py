@@ -62,15 +62,20 @@ def test_hooks_that_look_at_the_last_token_of_a_forward():
 
 
 def test_hooks_that_do_the_same_to_each_token():
-    """They are checked anew in each call, and drafting goes on."""
-    target = tiny_target("llama", 3)
-    target.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
-    for _ in range(2):
-        plain, found, told, speculation = generate_both(target)
-        assert torch.equal(found, plain)
-        assert not told
-        assert speculation.acceptance_length > 1.5
-        assert speculation.seconds["check"] > 0
+    """They are checked once for as long as they are there, and drafting goes on."""
+    target, widths = tiny_target("llama", 3), []
+    target.register_forward_pre_hook(lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    nums_checked = []
+    for factor in (1.5, None, 1.1):
+        if factor is not None:
+            target.model.layers[1].register_forward_hook(lambda module, args, output, factor=factor: output * factor)
+        plain = target.generate(prompts(1)[0], **LENGTH)
+        draft = scripted_draft(target, plain, 9, is_strict=False)
+        widths.clear()
+        assert torch.equal(target.generate(prompts(1)[0], assistant_model=draft, **LENGTH), plain)
+        assert draft.last_speculation.acceptance_length > 1.5
+        nums_checked.append(widths.count(1) - sum(not tree.num_nodes for tree in draft.last_speculation.trees))
+    assert nums_checked[0] == nums_checked[2] > nums_checked[1]
 
 
 def test_hooks_that_compress_the_cache():

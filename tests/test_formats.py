@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_models import VOCAB_SIZE, chat_tokenizer, save_chat_target, tiny_target
+from tiny_models import VOCAB_SIZE, chat_tokenizer, save_chat_target, tiny_target, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import read_prompts, task_of
 from transformers_prism.cli.main import app
-from transformers_prism.training.data.chats import COLUMNS, ROLES, chat_of
+from transformers_prism.training.data.chats import COLUMNS, ROLES, RowError, chat_of
 from transformers_prism.training.data.conversations import check_data, read_conversations
 from transformers_prism.training.data.formats import (
     RowCounts,
@@ -353,3 +353,30 @@ def test_the_page_tells_of_every_column_and_role():
     assert len(LEFT_OUT) == 14
     for name in (*COLUMNS, *ROLES):
         assert name in PAGE, name
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_rows_of_a_table_that_are_longer_than_its_first_line(tmp_path, encoding):
+    """Cells stay under their names: one more that is empty means nothing, one more that is not means that nobody knows."""
+    path = tmp_path / "table.csv"
+    path.write_text('prompt,response\nhi,hello,\n"What is 2+2?","It is 4, of\ncourse"\nWhat,It is 4, of course\nalone\n', encoding=encoding)
+    rows = [row for _, row in read_rows(path)]
+    assert rows[:2] == [{"prompt": "hi", "response": "hello"}, {"prompt": "What is 2+2?", "response": "It is 4, of\ncourse"}]
+    assert isinstance(rows[2], RowError)
+    assert "expected at most 2 cells" in str(rows[2])
+    assert rows[3] == {"prompt": "alone"}
+
+
+def test_bad_rows_at_the_beginning_are_a_share_of_all(tmp_path):
+    """A source is given up early only if nothing of it was usable."""
+    write_lines(tmp_path / "late.jsonl", [{"id": number} for number in range(1000)] + [{"prompt": "w9", "response": "w10"}] * 1500)
+    counts = RowCounts("late.jsonl")
+    assert len(list(usable_rows(tmp_path / "late.jsonl", chat_of, counts=counts))) == 1500
+    assert (counts.num_bad, counts.num_rows) == (1000, 2500)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_source(name):
+    """It would be the working folder."""
+    with pytest.raises(FileNotFoundError, match="got an empty name"):
+        list(read_rows(name))

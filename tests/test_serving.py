@@ -390,6 +390,72 @@ def test_a_report_of_beams_leaves_out_the_prompt():
     """They are decoded without a draft and without a streamer that would count."""
     target, request = tiny_target(), serving.Request()
     config = GenerationConfig(num_beams=2, max_new_tokens=5, pad_token_id=0)
-    call = serving._DraftedCall(target, None, request)
+    call = serving._DraftedCall(target, serving.Models(serving.ServedTarget("it", "none", tuple)), request)
     found = call.generate(input_ids=torch.tensor([[5, 6, 7, 8]]), generation_config=config)
     assert (found.shape[1], request.report["tokens"]) == (9, 5)
+
+
+def test_serving_a_setting_leaves_the_targets_own_sampling(monkeypatch):
+    """Llama 3 and Qwen sample by their own configurations: naming a tree does not change with what."""
+    target = tiny_target("llama", seed=3)
+    target.generation_config.update(do_sample=True, temperature=0.3, top_k=3, top_p=0.5)
+    models = serving.Models(serving.ServedTarget("it", "none", tuple))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    for settings in ({}, {"top_k": 1}, {"temperature": 0.05}):
+        texts = []
+        for call in (target, serving._DraftedCall(target, models, serving.Request(seed=1))):
+            config = GenerationConfig(max_new_tokens=12, pad_token_id=0, **settings)
+            torch.manual_seed(1)
+            texts.append(call.generate(**inputs, generation_config=config).tolist())
+        assert texts[0] == texts[1]
+
+
+def test_serving_what_a_template_refuses_is_a_bad_request(client):
+    """With its words, and so is a prompt that says nothing."""
+    template = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' else '' }}" + CHAT_TEMPLATE
+    pair = Pair()
+    load = pair.load
+
+    def load_with_template():
+        target, tokenizer, draft = load()
+        tokenizer.chat_template = template
+        return target, tokenizer, draft
+
+    pair.load = load_with_template
+    with serve(pair) as strict:
+        messages = [{"role": "system", "content": "w5"}, *MESSAGES]
+        for is_streamed in (False, True):
+            with pytest.raises(openai.BadRequestError, match="System role not supported"):
+                list(strict.chat.completions.create(model="tiny/llama", messages=messages, stream=is_streamed, max_tokens=4))
+    for prompt in ("", None):
+        with pytest.raises(openai.BadRequestError, match="a prompt that say something"):
+            client.completions.create(model="tiny/llama", prompt=prompt, max_tokens=4)
+
+
+def test_serving_an_answer_ends_with_the_targets_positions():
+    """Of a target with learned ones; a limit that a request names has to fit."""
+    target = tiny_target("gpt2", seed=3, n_positions=24)
+    models = serving.Models(serving.ServedTarget("it", "none", tuple))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    for names_limit in (False, True):
+        config = GenerationConfig(max_new_tokens=1024, pad_token_id=0, do_sample=False)
+        call = serving._DraftedCall(target, models, serving.Request(names_limit=names_limit))
+        if names_limit:
+            with pytest.raises(ValueError, match="at most 24 tokens"):
+                call.generate(**inputs, generation_config=config)
+        else:
+            assert call.generate(**inputs, generation_config=config).shape[1] == 24
+
+
+@pytest.mark.slow
+def test_serving_an_answer_is_no_time_without_a_request():
+    """It takes longer than the models are kept."""
+    pair = Pair()
+    with serve(pair, model_timeout=1) as client:
+        pair.seconds = 0.15
+        ask(client, max_tokens=24, extra_body={"generation_config": json.dumps({"tree": "static", "tree_depth": 1, "tree_num_nodes": 1})})
+        assert pair.num_loads == 1
+        ask(client, max_tokens=2)
+        assert pair.num_loads == 1
+        time.sleep(2.5)
+        assert pair.target() is None

@@ -10,6 +10,7 @@ import torch
 from compatibility_runs import Case
 from pretend_accelerator import PretendedAccelerator, move_model
 from tiny_models import EOS_ID, VOCAB_SIZE, chat_tokenizer, save_chat_target, tiny_target, write_lines
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from transformers_prism.cli.main import app
@@ -372,3 +373,91 @@ def test_bench_compares_equal_answers(tmp_path, target, monkeypatch):
     assert figures["num_identical"] == figures["num_prompts"] == 6
     assert figures["num_tokens"]["generate"] == figures["num_tokens"]["synthesize"] > 6
     assert figures["ratio"] > 0
+
+
+@pytest.mark.parametrize("change", ["prompts", "exclude", "dtype"])
+def test_a_folder_is_of_one_source(tmp_path, brief_target, change):
+    """As many other prompts, other benchmarks to leave out or another dtype make another run."""
+    settings = {"num_tokens": 10**6, "temperatures": (0.0,), "contamination": Contamination(chat_tokenizer(), ["w70 w71"])}
+    run(brief_target, tmp_path, chats(4), **settings)
+    given = chats(5)[1:] if change == "prompts" else chats(4)
+    if change == "exclude":
+        settings["contamination"] = None
+    if change == "dtype":
+        brief_target.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"expected a run with (chats_sha256|exclude_sha256|compute_dtype)="):
+        run(brief_target, tmp_path, given, **settings)
+
+
+def test_an_interruption_loses_no_conversation(tmp_path, brief_target, monkeypatch):
+    """Wherever it comes; also an error."""
+    settings = {"num_tokens": 10**6, "temperatures": (0.0,)}
+    whole = run(brief_target, tmp_path / "whole", chats(4), contamination=Contamination(chat_tokenizer(), []), **settings)
+    for number, error in enumerate((KeyboardInterrupt, RuntimeError)):
+        calls = []
+
+        def holds(self, *args, calls=calls, error=error):
+            calls.append(args)
+            if len(calls) == 3:
+                raise error
+            return False
+
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(Contamination, "holds", holds)
+            with pytest.raises(error):
+                run(brief_target, folder, chats(4), contamination=Contamination(chat_tokenizer(), []), **settings)
+        assert indices(folder)
+        again = run(brief_target, folder, chats(4), contamination=Contamination(chat_tokenizer(), []), **settings)
+        assert again["num_conversations"] == whole["num_conversations"]
+        assert sorted(indices(folder)) == sorted(indices(tmp_path / "whole"))
+
+
+def test_a_run_of_which_nothing_is_kept_says_why(tmp_path, target):
+    """It would go on without end."""
+    with pytest.raises(ValueError, match=r"got none among the first 256 \(user turn too long: \d+"):
+        run(target, tmp_path, max_user_tokens=1, max_length=60)
+
+
+def test_more_tokens_than_positions_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="max_length: expected at most 24, the target's positions, got 250"):
+        run(tiny_target("gpt2", n_positions=24), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_templates_end_of_a_turn_ends_one(tmp_path, target):
+    """Also of a target whose settings name another token, as base models do."""
+    target.generation_config.eos_token_id = 60
+    try:
+        synthesizer = Synthesizer(target, chat_tokenizer(), SynthesisConfig(num_tokens=100, **SETTINGS))
+    finally:
+        target.generation_config.eos_token_id = EOS_ID
+    assert synthesizer.eos_ids == {60, EOS_ID}
+
+
+@pytest.mark.parametrize("num_turns", [1, 2])
+def test_prompts_are_tokenized_as_a_whole(brief_target, num_turns):
+    """Tokenizers of Llama 2 and Mistral put the mark of a space before every text that begins."""
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("w50 ")
+    (chat,) = chats(1, num_turns)
+    config = SynthesisConfig(num_tokens=100, **{**SETTINGS, "max_turns": 2})
+    row = Synthesizer(brief_target, tokenizer, config, [chat])._next_row(iter([0]))
+    assert row.tokens == list(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"])
+    answer = {"role": "assistant", "content": "w80"}
+    whole = list(tokenizer.apply_chat_template([chat[0], answer, *chat[1:]], add_generation_prompt=True)["input_ids"])
+    assert num_turns == 1 or whole[len(row.tokens) + 1 :] == row.given_turns[0]
+
+
+def test_benchmarks_are_what_users_ask(tmp_path):
+    """Not the system prompt that comes with every question."""
+    save_chat_target(tmp_path / "target", tiny_target("llama", seed=1, max_position_embeddings=512, eos_token_id=EOS_ID))
+    system = {"role": "system", "content": " ".join(f"w{60 + number}" for number in range(16))}
+    for name, first in (("train", 10), ("bench", 40)):
+        rows = [{"messages": [system, {"role": "user", "content": f"w{first + number} w8 w9"}]} for number in range(4)]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    options = ["--prompts", "train.jsonl", "--exclude", "bench.jsonl", "--target", "target", "--output", "data"]
+    options = [str(tmp_path / one) if "--" not in one else one for one in options]
+    result = CliRunner().invoke(app, ["synthesize", *options, "--num-tokens", "100000", "--max-answer-tokens", "8", "--batch-size", "4"])
+    assert result.exit_code == 0, result.output
+    assert "holds a benchmark" not in result.output

@@ -193,3 +193,14 @@ def test_template_pieces():
 
 def test_render_takes_a_prompt():
     assert render(chat_tokenizer(), CHAT[:1], add_generation_prompt=True) == "<user> w10 w11 <end> <assistant> "
+
+
+def test_a_turn_that_begins_a_chat_is_not_asked_for():
+    """As a greeting; the answers behind it are trained."""
+    greeting = {"role": "assistant", "content": "w9 w9"}
+    ids, spans = tokenized_chat(chat_tokenizer(), [greeting, *CHAT])
+    plain_ids, plain_spans = tokenized_chat(chat_tokenizer(), CHAT)
+    behind = len(ids) - len(plain_ids)
+    assert spans == [(start + behind, end + behind) for start, end in plain_spans]
+    with pytest.raises(NoAnswer):
+        tokenized_chat(chat_tokenizer(), [greeting, CHAT[0]])

@@ -14,16 +14,19 @@ import threading
 import time
 import warnings
 from asyncio import Queue, create_task
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from huggingface_hub import CacheNotFound
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from transformers_prism.decoding.speculation import Speculation
+from transformers_prism.decoding.target_side import num_learned_positions
 from transformers_prism.transformers_names import serve_parts
 
 parts = serve_parts()
@@ -68,6 +71,7 @@ class Request:
     has_hung_up: threading.Event = field(default_factory=threading.Event)
     seed: int | None = None
     do_sample: bool | None = None
+    names_limit: bool = False
     report: dict | None = None
 
     def read(self, body: dict) -> None:
@@ -81,12 +85,14 @@ class Request:
         """
         if not isinstance(body.get("messages", []), list):
             raise ValueError(f"messages: expected a list of turns, got {body['messages']!r}")
+        if not any(body.get(name) for name in ("messages", "input", "prompt")):
+            raise ValueError("expected messages, input or a prompt that say something, got none")
         temperature = _number(body, "temperature", float, at_least=0)
         top_p = _number(body, "top_p", float, at_least=0)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p:g}")
-        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-            _number(body, name, int, at_least=1)
+        limits = [_number(body, name, int, at_least=1) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+        self.names_limit = any(limit is not None for limit in limits)
         if (_number(body, "n", int, at_least=1) or 1) > 1:
             raise ValueError(f"n: expected 1, got {body['n']}; send one request for each answer")
         if isinstance(body.get("logit_bias"), dict):
@@ -148,6 +154,18 @@ class ClientWatch:
             listener.cancel()
 
 
+class _Pair(parts.TimedModel):  # type: ignore[name-defined]
+    """Target and tokenizer, unloaded after a time without a request, which an answer does not count towards."""
+
+    num_answering = 0
+
+    def _timeout_reached(self) -> None:
+        if self.num_answering:
+            self.reset_timer()
+        else:
+            super()._timeout_reached()
+
+
 class Models(parts.ModelManager):  # type: ignore[name-defined]
     """Loads models as transformers does, and the served target with its draft; `options` are those of transformers'
     ModelManager, for other models."""
@@ -186,12 +204,26 @@ class Models(parts.ModelManager):  # type: ignore[name-defined]
             if timed is None:
                 logger.info("Loading %s with the draft %s.", name, self.served.draft_name)
                 target, tokenizer, draft = self.served.load()
-                timed = parts.TimedModel(target, self.model_timeout, tokenizer, on_unload=self._forget)
+                timed = _Pair(target, self.model_timeout, tokenizer, on_unload=self._forget)
                 self.loaded_models[name], self._pair = timed, (target, draft)
             timed.reset_timer()
             if progress_callback is not None:
                 progress_callback({"status": "ready", "model": name, "cached": is_cached})
             return timed.model, timed.processor
+
+    @contextmanager
+    def answering(self, model) -> Iterator[None]:
+        """Keep a model that is being used; its time without a request begins when the last answer has ended."""
+        pair = next((one for one in self.loaded_models.values() if isinstance(one, _Pair) and one.model is model), None)
+        if pair is None:  # another model, which transformers sees to
+            yield
+            return
+        pair.num_answering += 1
+        try:
+            yield
+        finally:
+            pair.num_answering -= 1
+            pair.reset_timer()
 
     def _forget(self) -> None:
         """Let go of target and draft, which refer to each other."""
@@ -239,8 +271,9 @@ class _Streamer(BaseStreamer):
 class _DraftedCall:
     """Stands for a model in one request: `generate` is called with the draft, the rest is the model's."""
 
-    def __init__(self, model, draft, request: Request):
-        self._model, self._draft, self._request = model, draft, request
+    def __init__(self, model, models: Models, request: Request):
+        self._model, self._models, self._request = model, models, request
+        self._draft = models.draft_of(model)
 
     def __getattr__(self, name: str):
         return getattr(self._model, name)
@@ -250,9 +283,13 @@ class _DraftedCall:
         config, request = arguments["generation_config"], self._request
         if request.do_sample is not None:
             config.do_sample = request.do_sample
-        if not config.do_sample:
+        samples = config.do_sample
+        if samples is None:  # as the model's own settings say
+            samples = getattr(self._model.generation_config, "do_sample", False)
+        if not samples:
             # Left as they are, settings of sampling bring a warning with every greedy request.
             config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
+        self._fit_positions(config, arguments["input_ids"].shape[-1])
         if config.get_generation_mode() in ("greedy_search", "sample"):
             if self._draft is not None and config.dola_layers is None:
                 arguments["assistant_model"] = self._draft
@@ -263,7 +300,7 @@ class _DraftedCall:
             torch.manual_seed(request.seed)
         start = time.perf_counter()
         try:
-            with warnings.catch_warnings():
+            with self._models.answering(self._model), warnings.catch_warnings():
                 # Reported with the answer, and it may be the same for every request.
                 warnings.filterwarnings("ignore", message="decoding without the draft")
                 output = self._model.generate(**arguments)
@@ -280,6 +317,18 @@ class _DraftedCall:
         if streamer is not None:
             streamer.end()
         return output
+
+    def _fit_positions(self, config, num_tokens: int) -> None:
+        """Let an answer end where a target with learned positions has no more of them."""
+        num_positions = num_learned_positions(self._model)
+        if num_positions is None or config.max_new_tokens is None or num_tokens + config.max_new_tokens <= num_positions:
+            return
+        if self._request.names_limit or num_tokens >= num_positions:
+            raise ValueError(
+                f"expected a prompt and an answer of at most {num_positions} tokens (the target's positions), got {num_tokens} and "
+                f"{config.max_new_tokens}"
+            )
+        config.max_new_tokens = num_positions - num_tokens
 
 
 def report_of(num_tokens: int, seconds: float, speculation: Speculation | None) -> dict:
@@ -309,9 +358,9 @@ class Generation(parts.GenerateManager):  # type: ignore[name-defined]
     """Generates in one thread for all models and requests: they wait for each other, as the generator of random
     numbers that gives a seed its meaning is one for all."""
 
-    def __init__(self, draft_of: Callable):
+    def __init__(self, models: Models):
         super().__init__()
-        self.draft_of = draft_of
+        self.models = models
 
     def generate_streaming(self, model, *args, **kwargs):
         """As transformers', with the draft."""
@@ -322,7 +371,7 @@ class Generation(parts.GenerateManager):  # type: ignore[name-defined]
         return await super().generate_non_streaming(self._call(model), *args, **kwargs)
 
     def _call(self, model) -> _DraftedCall:
-        return _DraftedCall(model, self.draft_of(model), _request.get() or Request())
+        return _DraftedCall(model, self.models, _request.get() or Request())
 
 
 class State(parts.GenerationState):  # type: ignore[name-defined]
@@ -356,7 +405,8 @@ class _Checked:
             raise HTTPException(404, str(error)) from error
         except KeyError as error:
             raise HTTPException(400, f"expected the field {error} in the request, got none") from error
-        except (AttributeError, TypeError, ValueError) as error:
+        # Among them what a template raises, and what a forward fails with that no check has seen.
+        except (AttributeError, IndexError, RuntimeError, TemplateError, TypeError, ValueError) as error:
             raise HTTPException(400, str(error)) from error
         return _with_report(response, request)
 
@@ -405,7 +455,7 @@ def build_app(served: ServedTarget, **options):
     """An ASGI application that serves a target with its draft, and has loaded them; its attribute `models` is the
     `Models`, which `options` (`device`, `dtype`, ...) are for."""
     models = Models(served, **options)
-    state = State(Generation(models.draft_of))
+    state = State(Generation(models))
 
     def handler(name: str):
         kind = getattr(parts, name)

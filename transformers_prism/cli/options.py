@@ -46,7 +46,7 @@ PackedOption = Annotated[
 
 def in_a_folder(path: Path | None) -> Path | None:
     """Refuse a file that could not be written, before the measurement whose figures it should hold."""
-    if path is not None and not path.parent.is_dir():
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise typer.BadParameter(f"expected a file in a folder that is there, got {path}")
     return path
 

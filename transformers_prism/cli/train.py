@@ -167,9 +167,8 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
         prepare_for_cpu(model)
     contamination = None
     if exclude is not None:
-        contamination = Contamination(
-            tokenizer, (turn["content"] for chat in read_chats(exclude, **read_settings) for turn in chat)
-        )
+        turns = (turn for chat in read_chats(exclude, **read_settings) for turn in chat)
+        contamination = Contamination(tokenizer, (turn["content"] for turn in turns if turn["role"] == "user"))
     part = (state.process_index, state.num_processes)
     with ProgressBar("synthesis", config.num_tokens, "tokens") as bar:
         told = functools.partial(_tell, bar)
@@ -177,6 +176,8 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
 
 
 def _tell(bar, counts: dict) -> None:
+    if not bar.completed:
+        bar.first = counts["before"]  # what an earlier run did took no time of this one
     bar.update(counts["kept"], counts["goal"])
 
 

@@ -46,7 +46,7 @@ class _CheckedLengths:
     """
 
     def __init__(self, target):
-        is_told = bool(_digest(_source_of(type(target)))) and not has_foreign_code(target)
+        is_told = bool(_digest(_source_of(type(target)))) and not foreign_code(target)
         self.path = _folder() / f"{_key(target)}.json" if is_told else None
         self.by_kind: dict[str, list[int]] = {}
         if self.path is None:
@@ -110,18 +110,30 @@ def is_tried(target) -> bool:
     """Whether the package was tried on this model's type, and on that of its text part, in transformers' own code alone."""
     is_stock = type(target).__module__.startswith("transformers.models.")
     types = {target.config.model_type, target.config.get_text_config().model_type}
-    return is_stock and types <= TRIED_TYPES and not has_foreign_code(target)
+    return is_stock and types <= TRIED_TYPES and not foreign_code(target)
 
 
-def has_foreign_code(target) -> bool:
-    """Whether a model's forwards run hooks, or a forward in place of a class's own, from code that the package was not tried
-    with, as for steering activations or compressing caches."""
+def foreign_code(target) -> list:
+    """Hooks that a model's forwards run, and forwards in place of a class's own, from code that the package was not tried with, as
+    for steering activations or compressing caches."""
     functions: list = [*_global_hooks().values()]
     for module in target.modules():
         functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if "forward" in vars(module):
             functions.append(vars(module)["forward"])
-    return any(_package_of(function) not in _TRIED_PACKAGES for function in functions)
+    return [function for function in functions if _package_of(function) not in _TRIED_PACKAGES]
+
+
+def _checked_lengths(target) -> "_CheckedLengths":
+    """Of models of this code and configuration; with hooks, which come and go, of this model for as long as it has these."""
+    functions = foreign_code(target)
+    if not functions:
+        return kept_with(target, "checked lengths", lambda: _CheckedLengths(target))
+    known = kept_with(target, "checked lengths with hooks", dict)
+    before = known.get("functions", [])
+    if len(before) != len(functions) or any(one is not other for one, other in zip(before, functions, strict=True)):
+        known.update(functions=functions, lengths=_CheckedLengths(target))
+    return known["lengths"]
 
 
 def _global_hooks() -> dict:
@@ -165,9 +177,7 @@ class RoundCheck:
             # What a forward gets differs between these.
             is_batch, is_padded = len(target_side.next_position) > 1, target_side.is_padded
             self.kind = f"{type(target_side).__name__}, {'batch' if is_batch else 'one'}, {'padded' if is_padded else 'whole'}"
-            # Hooks come and go.
-            checked = functools.partial(_CheckedLengths, target)
-            self.checked = checked() if has_foreign_code(target) else kept_with(target, "checked lengths", checked)
+            self.checked = _checked_lengths(target)
             self.seen = self.checked.of(self.kind)
             self.lengths = lengths_named(target.config.get_text_config())
 
@@ -228,7 +238,7 @@ class RoundCheck:
             f"logits of {type(target).__name__} over several tokens differ from single steps by {difference:.3g} at "
             f"{length} tokens (rounding explains {allowed:.1g})"
         )
-        what = "its modules have hooks or a forward of their own" if has_foreign_code(target) else "please report this model"
+        what = "its modules have hooks or a forward of their own" if foreign_code(target) else "please report this model"
         warnings.warn(f"decoding goes on without the draft: {self.finding}; {what}", stacklevel=8)
         return True
 

@@ -286,6 +286,10 @@ class Contamination:
         """Whether a conversation shares a run with the benchmark, or its first user turn is one of its short prompts."""
         return tuple(user_turn) in self.short or any(ngram in self.ngrams for ngram in _ngrams(list(token_ids)))
 
+    def hash(self) -> str:
+        """sha256 over all runs."""
+        return hashlib.sha256(repr((sorted(self.ngrams), sorted(self.short))).encode()).hexdigest()
+
 
 def _ngrams(tokens: list[int]) -> Iterator[tuple[int, ...]]:
     for start in range(len(tokens) - CONTAMINATION_NGRAM + 1):

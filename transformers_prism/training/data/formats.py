@@ -1,12 +1,13 @@
 """Files, folders and data sets on the Hub as rows; rows that cannot be used are counted and left out.
 
-JSON is read here, not by `datasets`: it gives every column of a table one type, so that one number among texts, or one
-`null` line, would refuse the whole file without saying which line it was. All other formats are read by pyarrow, pandas
-and `datasets`.
+JSON and CSV are read here, not by `datasets` or pandas: the one gives every column of a table one type, so that one number
+among texts, or one `null` line, would refuse the whole file without saying which line it was; the other takes the first column
+for an index where rows are longer than the first line. All other formats are read by pyarrow and `datasets`.
 """
 
 import bz2
 import codecs
+import csv
 import gzip
 import json
 import logging
@@ -16,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from transformers_prism.training.data.chats import COLUMNS, NoAnswer, RowError, is_messages, prompt_of, shown
 from transformers_prism.training.progress_bar import ProgressBar
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_BAD_SHARE = 0.5
 _PLACES_TOLD = 3  # of each reason
 _ROWS_TRIED = 1000  # after which a source that is all wrong is given up
+_LARGEST_CELL = 2**31 - 1  # characters of a table's cell
 _OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # In a folder, files of the first kind that is there are read; settings that lie with the data are often .json.
 _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt")
@@ -95,7 +98,8 @@ def usable_rows(
                 converted = convert(row)
             except RowError as error:
                 counts.leave_out(where, error)
-                if counts.num_rows == _ROWS_TRIED:
+                # A file is read to its end, a data set on the Hub may have none.
+                if counts.num_rows == counts.num_bad == _ROWS_TRIED and not Path(source).exists():
                     counts.check(max_bad_share)
             except ValueError as error:  # a fault of the whole source
                 raise ValueError(f"{where}: {error}") from error
@@ -130,6 +134,8 @@ def check_source(source) -> None:
     Raises:
         FileNotFoundError: if the source is not there and cannot be the name of a data set.
     """
+    if not str(source).strip():
+        raise FileNotFoundError("data: expected a file, a folder or a data set on the Hub, got an empty name")
     path = Path(source)
     is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)) and _kind(path) not in _KINDS
     if not path.exists() and not is_name:
@@ -158,7 +164,7 @@ def read_rows(source, split: str = "train") -> Iterator[tuple[str, object]]:
         try:
             for number, row in _READERS.get(_kind(file), _json_rows)(file):
                 yield f"{file.name}, {number}", row
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, ValueError, KeyError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, UnicodeError, ValueError, KeyError) as error:
             raise ValueError(f"data: expected {_kind(file) or 'JSON'} in {file.name}, got: {error}") from error
 
 
@@ -180,14 +186,19 @@ def _files(folder: Path, split: str) -> list[Path]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not empty, with their numbers. Bytes that are not UTF-8 become lone surrogates, which are refused
     where they stand."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _opened(path: Path, **options) -> TextIO:
+    """A text file, unpacked if need be, in UTF-8 or UTF-16."""
     opener: Callable = _OPENERS.get(path.suffix, open)
     with opener(path, "rb") as file:
         is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = {"encoding": "utf-16"} if is_wide else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-    with opener(path, "rt", **encoding) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+    return opener(path, "rt", **encoding, **options)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -229,14 +240,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _table_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    import pandas
-
-    # Without types: "None" and "5" are texts here. An empty cell is none.
-    separator = "\t" if _kind(path) == ".tsv" else ","
-    table = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    for number, row in enumerate(table.to_dict("records"), start=1):
-        yield f"row {number}", {str(name): value for name, value in row.items() if value != ""}
+def _table_rows(path: Path) -> Iterator[tuple[str, dict | RowError]]:
+    """Rows of a table, all cells texts; an empty cell is none. Of a row of another length nobody knows what belongs where,
+    but for empty cells at its end."""
+    csv.field_size_limit(_LARGEST_CELL)
+    with _opened(path, newline="") as file:
+        rows = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",")
+        names = next(rows, None)
+        if names is None:
+            raise ValueError("No columns")
+        for number, row in enumerate(filter(None, rows), start=1):
+            while len(row) > len(names) and row[-1] == "":
+                row.pop()
+            if len(row) > len(names):
+                yield f"row {number}", RowError(f"expected at most {len(names)} cells, as many as the first line has, got {len(row)}")
+            else:
+                yield f"row {number}", {name: value for name, value in zip(names, row, strict=False) if value != ""}
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[str, dict]]:

@@ -10,6 +10,7 @@ import torch
 from transformers_prism.whole_files import whole_file, write_json
 
 CONVERSATIONS_PER_SHARD = 64
+_FRUITLESS = 256  # conversations of which none is kept
 
 
 @dataclass
@@ -43,8 +44,10 @@ def claim_folder(folder: Path, provenance: dict) -> None:
         write_json(path, provenance)
         return
     found = json.loads(path.read_text())
-    for name in ("target", "chat_template_sha256", "source", "config", "num_processes"):
-        if found.get(name) != provenance[name]:
+    names = ("target", "compute_dtype", "chat_template_sha256", "source", "config", "num_processes", "chats_sha256", "exclude_sha256")
+    for name in names:
+        # A folder of an earlier release does not say all of it.
+        if name in found and found[name] != provenance[name]:
             raise ValueError(
                 f"{folder.name}: expected a run with {name}={found.get(name)!r} as it began, got {provenance[name]!r}; "
                 "use another folder"
@@ -97,8 +100,7 @@ class ShardWriter:
             self._decide(self.waiting.pop(self.num_decided))
 
     def _decide(self, row: WrittenRow) -> None:
-        self.num_waiting_tokens -= 0 if row.refusal else len(row.tokens)
-        self.num_decided += 1
+        num_tokens = 0 if row.refusal else len(row.tokens)
         if row.refusal is None and row.first_user in self.seen:
             row.refusal = "duplicate"
         elif row.refusal is None and self.contamination is not None:
@@ -110,9 +112,21 @@ class ShardWriter:
             self.seen.add(row.first_user)
             self.kept.append(row)
             self.num_tokens += len(row.tokens)
+        self.num_waiting_tokens -= num_tokens
+        self.num_decided += 1  # last: an interruption before it leaves the conversation to the next run
         self.is_full = self.num_tokens >= self.goal
         if self.num_decided % CONVERSATIONS_PER_SHARD == 0 or self.is_full:
             self._write()
+
+    def check_progress(self) -> None:
+        """Refuse to go on where nothing could be kept, which more conversations would not change.
+
+        Raises:
+            ValueError: with the reasons.
+        """
+        if self.num_decided >= _FRUITLESS and not self.num_tokens:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.refused.most_common())
+            raise ValueError(f"expected conversations that can be kept, got none among the first {self.num_decided} ({reasons})")
 
     def finish(self) -> None:
         """Write what is left where the prompts or the time have run out."""

@@ -9,6 +9,7 @@ and shards hold the numbers in order, so that an interrupted run can be resumed 
 Source: Magpie (arXiv:2406.08464) for asking with the user prefix alone.
 """
 
+import hashlib
 import json
 import random
 from collections import deque
@@ -20,10 +21,11 @@ import torch
 
 from transformers_prism.command_line import versions
 from transformers_prism.configuration_prism import target_fingerprint
+from transformers_prism.decoding.target_side import num_learned_positions
 from transformers_prism.training.data.chats import RowError
 from transformers_prism.training.data.conversations import Contamination, loop_period
 from transformers_prism.training.data.shards import ShardWriter, WrittenRow, claim_folder
-from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize
+from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize, tokenize_behind
 from transformers_prism.training.slots import Slots
 
 # Ways to begin a user turn that lead to a kind of task; the target writes the rest.
@@ -53,6 +55,8 @@ TOPICS = {
     ),
 }
 
+# Stands for the words before what a template writes.
+_WORD = "x"
 # An answer that ends for want of time is kept if it has this many tokens.
 FEWEST_CUT_TOKENS = 16
 
@@ -133,7 +137,13 @@ class Synthesizer:
         if eos is None:
             eos = tokenizer.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
-        self.to_assistant, self.to_user = (tokenize(tokenizer, text) for text in between_turns(tokenizer))
+        self.texts_between = between_turns(tokenizer)
+        self.to_assistant, self.to_user = (tokenize_behind(tokenizer, _WORD, text) for text in self.texts_between)
+        # The template's own end of a turn, which a target's settings may lack.
+        self.eos_ids.update(token for token in self.to_user[:1] if token in tokenizer.all_special_ids)
+        num_positions = num_learned_positions(target)
+        if num_positions is not None and config.max_length > num_positions:
+            raise ValueError(f"max_length: expected at most {num_positions}, the target's positions, got {config.max_length}")
         needed = tokens_of_a_turn(tokenizer, config)  # system prompts are refused now or never
         if chats is None and config.max_length < needed:
             raise ValueError(
@@ -194,27 +204,31 @@ class Synthesizer:
             topic = chance.choice(TOPICS[chance.choice(config.topics)])
         if self.chats is not None:
             return self._row_of_chat(index, self.chats[index], temperature, system, generator)
-        tokens = tokenize(self.tokenizer, opening(self.tokenizer, system))
+        before = opening(self.tokenizer, system)
+        tokens = tokenize(self.tokenizer, before)
         row = WrittenRow(index, tokens, temperature, num_turns, deque(), generator, is_user=True)
         row.user_start = row.start = len(tokens)
-        row.forced.extend(tokenize(self.tokenizer, topic) if topic else [])
+        row.forced.extend(tokenize_behind(self.tokenizer, before, topic) if topic else [])
         return row
 
     def _row_of_chat(self, index: int, chat: list[dict], temperature: float, system: str | None, generator) -> WrittenRow:
         own_system = next((turn["content"] for turn in chat if turn["role"] == "system"), system)
-        turns = [tokenize(self.tokenizer, turn["content"]) for turn in chat if turn["role"] == "user"]
-        given = deque(turns[1 : self.config.max_turns])
+        turns = [turn["content"] for turn in chat if turn["role"] == "user"]
+        to_assistant, to_user = self.texts_between
+        texts = (f"{to_user}{turn}{to_assistant}" for turn in turns[1 : self.config.max_turns])
+        given = deque(tokenize_behind(self.tokenizer, _WORD, text) for text in texts)
         row = WrittenRow(index, [], temperature, 1 + len(given), given, generator, is_user=False)
-        if not turns or not turns[0]:
+        if not turns or not tokenize(self.tokenizer, turns[0]):
             row.refusal = "no user turn"
             return row
         try:
-            row.tokens = tokenize(self.tokenizer, opening(self.tokenizer, own_system))
+            before = opening(self.tokenizer, own_system)
         except RowError as error:  # some templates take no system turn
             row.refusal = str(error)
             return row
-        row.first_user = tuple(turns[0])
-        row.tokens += [*turns[0], *self.to_assistant]
+        row.first_user = tuple(tokenize(self.tokenizer, turns[0]))
+        # As one text, as the target is asked elsewhere.
+        row.tokens = tokenize(self.tokenizer, f"{before}{turns[0]}{to_assistant}")
         row.start = len(row.tokens)
         if len(row.tokens) + self.config.max_answer_tokens > self.config.max_length:
             row.refusal = "prompt too long"
@@ -291,20 +305,18 @@ class Synthesizer:
         elif loop_period(row.tokens[row.start :]) is not None:
             row.refusal = "answer ends in a loop"
         config = self.config
-        room = config.max_length - len(row.tokens) - len(self.to_user) - len(self.to_assistant)
-        needs = config.max_user_tokens + config.max_answer_tokens
+        room = config.max_length - len(row.tokens)
+        needs = len(self.to_user) + config.max_user_tokens + len(self.to_assistant) + config.max_answer_tokens
         if row.given_turns:
             needs = len(row.given_turns[0]) + config.max_answer_tokens
         if is_cut or row.refusal or len(row.spans) >= row.num_turns or room < needs:
             row.num_turns = len(row.spans)
             return
-        between = self.to_user[1:] if self.to_user[:1] == row.tokens[-1:] else self.to_user
-        if row.given_turns:
-            self._force(row, [*between, *row.given_turns.popleft(), *self.to_assistant])
-            return
-        row.is_user = True
-        self._force(row, between)
-        row.user_start = row.start
+        following = row.given_turns.popleft() if row.given_turns else self.to_user
+        row.is_user = following is self.to_user
+        self._force(row, following[1:] if following[:1] == row.tokens[-1:] else following)
+        if row.is_user:
+            row.user_start = row.start
 
     def _cut(self, row: WrittenRow) -> WrittenRow:
         """A conversation whose time is over: its last answer as far as it has come, or without a turn that has just begun."""
@@ -339,7 +351,7 @@ def synthesize(
         output (`str` or path): the folder.
         contamination (`Contamination`, *optional*): leaves conversations out that hold a benchmark's prompts.
         part (`tuple[int, int]`): of `(index, count)` processes; each writes its share of the tokens to its own shards.
-        report (`Callable`): called after each conversation with the tokens kept and the number to keep.
+        report (`Callable`): called after each conversation with the tokens kept, the number to keep, and those of earlier runs.
         is_over (`Callable`): asked before each forward; once True, the run ends with what there is.
     Returns:
         `dict`: counts of what was kept and why the rest was not, over all shards of this process.
@@ -348,19 +360,21 @@ def synthesize(
     """
     folder = Path(output)
     synthesizer = Synthesizer(target, tokenizer, config, chats)
-    provenance = _provenance(target, tokenizer, config, chats, part[1])
+    provenance = _provenance(target, tokenizer, config, chats, contamination, part[1])
     claim_folder(folder, provenance)
     writer = ShardWriter(folder, provenance, config.num_tokens, contamination, part)
+    num_before = writer.num_tokens
     try:
         while not writer.is_full:
             first = writer.num_decided
             # What is refused at the end, as a duplicate of what was still being written, is made up for.
             for row in synthesizer.run(_numbers(writer, part, synthesizer.num_conversations), is_over):
                 writer.add(row)
-                report({"kept": writer.num_tokens, "goal": writer.goal})
+                writer.check_progress()
+                report({"kept": writer.num_tokens, "goal": writer.goal, "before": num_before})
             if writer.num_decided == first or is_over():
                 writer.finish()
-    except KeyboardInterrupt:
+    except BaseException:
         writer.keep()
         raise
     return writer.summary()
@@ -377,7 +391,8 @@ def _numbers(writer: ShardWriter, part: tuple[int, int], num_conversations: int 
         turn += 1
 
 
-def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes: int) -> dict:
+def _provenance(target, tokenizer, config: SynthesisConfig, chats, contamination, num_processes: int) -> dict:
+    is_list = isinstance(chats, list)  # else made up from what `source` says
     return {
         "target": target_fingerprint(target.config, tokenizer),
         "compute_dtype": str(target.dtype).removeprefix("torch."),
@@ -385,5 +400,7 @@ def _provenance(target, tokenizer, config: SynthesisConfig, chats, num_processes
         "source": getattr(chats, "source", None) or ("the target's own user turns" if chats is None else f"{len(chats)} given prompts"),
         "config": json.loads(json.dumps(asdict(config))),
         "num_processes": num_processes,
+        "chats_sha256": hashlib.sha256(json.dumps(chats).encode()).hexdigest() if is_list else None,
+        "exclude_sha256": None if contamination is None else contamination.hash(),
         "versions": versions(),
     }

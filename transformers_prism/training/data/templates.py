@@ -35,6 +35,12 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def tokenize_behind(tokenizer, before: str, text: str) -> list[int]:
+    """Token ids of text where it follows other text: some tokenizers put a mark of a space before a text that begins."""
+    ids, known = tokenize(tokenizer, before + text), tokenize(tokenizer, before)
+    return ids[len(known) :] if ids[: len(known)] == known else tokenize(tokenizer, text)
+
+
 def template_hash(tokenizer) -> str:
     """First 16 digits of the sha256 of the chat template."""
     return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()[:16]
@@ -134,6 +140,8 @@ def _without_calls(turn: dict) -> dict:
 
 def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Span | None:
     """Where a turn with tool calls stands; None if the template does not write them there."""
+    if not index:  # nobody asks for a turn that begins a chat
+        return None
     before = render(tokenizer, chat[:index], True, tools)
     through = render(tokenizer, chat[: index + 1], False, tools).rstrip()
     if not text.startswith(before) or not text.startswith(through):
@@ -175,9 +183,11 @@ def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
         end = position + (len(turn_end) if text.startswith(turn_end, position) else 0)
         spans.append(_Span(start, position, end))
     # The target will be asked with the beginning of the chat, as the template writes it alone.
-    befores = [render(tokenizer, chat[:index], True, tools) for index in indices]
-    asked = [span for span, before in zip(spans, befores, strict=True) if text[: span.start].startswith(before.rstrip())]
-    if not asked:
+    # Nobody asks for a turn that begins a chat.
+    befores = [render(tokenizer, chat[:index], True, tools) if index else None for index in indices]
+    pairs = [(span, before) for span, before in zip(spans, befores, strict=True) if before is not None]
+    asked = [span for span, before in pairs if text[: span.start].startswith(before.rstrip())]
+    if pairs and not asked:
         raise RowError("expected a template that writes a chat turn by turn, got one that rewrites it")
     return asked
 
