@@ -35,7 +35,10 @@ _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_positi
 # Differences of logits, as a share of the largest, that rounding explains: so many units in the last place, at most this.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
 # Whose hooks and forwards do to several tokens at once what they do to one; ours are among them under either name.
-_TRIED_PACKAGES = {"torch", "transformers", "accelerate", "peft", "torchao", "transformers_prism", __name__.split(".")[0]}
+_TRIED_PACKAGES = {
+    *("torch", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "compressed_tensors"),
+    *("transformers_prism", __name__.split(".")[0]),
+}
 
 
 class _CheckedLengths:
