@@ -27,7 +27,8 @@ PAPER_CLAIMS = tuple(("prism-m2", other) for other in ("eagle2", "hass", "eagle3
 # Where a lead comes from: fused states, modules, the order of training, more modules, more steps in training.
 ABLATIONS = (
     *(("hass-fused", "hass"), ("prism-m2", "hass-fused"), ("prism-m2", "prism-m1"), ("prism-m2", "prism-m2-last")),
-    *(("prism-m2-last", "hass"), ("prism-m2-last", "stacked2"), ("prism-m2", "prism-m2-scratch")),
+    *(("prism-m2-last", "hass"), ("prism-m2-last", "stacked2")),
+    *(("prism-m2", "prism-m2-scratch"), ("prism-m2-scratch", "eagle2"), ("prism-m2-scratch", "hass-fused")),
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
 )
 # Other losses of the same draft.
@@ -87,9 +88,10 @@ def _findings(records: list[dict], of_volumes: list[list[dict]]) -> list[str]:
             "below have each by itself."
         )
         parts = [head, *parts]
-    sources = _compared(of_volumes[-1], ABLATIONS, "{} over {}")
-    if sources:
-        parts += [f"Where a lead comes from, with {_written(of_volumes[-1][0]['num_data_tokens'])} tokens:", "\n".join(sources)]
+    for chosen in of_volumes:
+        sources = _compared(chosen, ABLATIONS, "{} over {}")
+        if sources:
+            parts += [f"Where a lead comes from, with {_written(chosen[0]['num_data_tokens'])} tokens:", "\n".join(sources)]
     return parts
 
 
