@@ -82,12 +82,13 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
         "prism-m2-vocab-sample-0.1": {**_PRISM, "vocab_sample": 0.1},
         "prism-m2-confidence": {**_PRISM, "path_weights": "confidence"},
         "prism-m2-first-miss": {**_PRISM, "path_weights": "first-miss"},
+        "prism-m2-rejected": {**_PRISM, "path_weights": "rejected"},
     }
 )
 # Variants that a sweep may lack take the rate of the recipe that they vary.
 _VARIANT_OF = {
     **dict.fromkeys(("prism-m3-s5", "prism-m4-s5"), "prism-m3"),
-    **{f"prism-m2-{way}": "prism-m2" for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss")},
+    **{f"prism-m2-{way}": "prism-m2" for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss", "rejected")},
 }
 # The split stage's rate is this share of the others', as in the settings of `train`; where none comes before it, it is theirs.
 _SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate

@@ -32,7 +32,8 @@ ABLATIONS = (
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
 )
 # Other losses of the same draft.
-LOSSES = tuple((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss"))
+_WAYS = ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss", "rejected")
+LOSSES = tuple((f"prism-m2-{way}", "prism-m2") for way in _WAYS)
 CLAIMS = (*PAPER_CLAIMS, *ABLATIONS, *LOSSES)
 
 

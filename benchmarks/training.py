@@ -34,6 +34,7 @@ LOSSES: Mapping[str, LossWeights] = MappingProxyType(
         "vocab-sample-0.1": LossWeights(vocab_sample=0.1),
         "confidence": LossWeights(path_weights="confidence"),
         "first-miss": LossWeights(path_weights="first-miss"),
+        "rejected": LossWeights(path_weights="rejected"),
     }
 )
 _PLAIN_LOSS = LossWeights()

@@ -1,4 +1,4 @@
-"""Weights of draft steps by what their path got right before: against a loop over paths in float64, and bad settings."""
+"""Weights of draft steps by what their path got right: against a loop over paths in float64, and bad settings."""
 
 import pytest
 import torch
@@ -26,13 +26,17 @@ def path_weight(kind: str, log_probs, counts, following, step: int, row: int) ->
             weight *= 0.0 if right is None else float(log_probs[earlier, place, right].exp())
         else:
             weight *= float(right is not None and int(log_probs[earlier, place].argmax()) == right)
+    if kind == "rejected":
+        right = following[row]
+        is_hit = right is not None and int(log_probs[step, row].argmax()) == right
+        return 1.0 if is_hit else 1.0 + 2.0 * weight
     return weight
 
 
 @pytest.mark.parametrize("has_text", [False, True])
 @pytest.mark.parametrize("form", [{}, {"draft_vocab_size": 20}, EAGLE3], ids=str)
-@pytest.mark.parametrize("kind", ["confidence", "first-miss"])
-def test_steps_are_weighted_by_the_path_before(kind, form, has_text, monkeypatch):
+@pytest.mark.parametrize("kind", ["confidence", "first-miss", "rejected"])
+def test_steps_are_weighted_by_their_path(kind, form, has_text, monkeypatch):
     """Chunks that cut paths, padding, a part that is not trained, and tokens that the draft cannot propose."""
     monkeypatch.setattr("transformers_prism.training.losses.ROWS_PER_CHUNK", 3)
     _, draft = make_pair(torch.float64, **form)
@@ -68,9 +72,9 @@ def test_steps_are_weighted_by_the_path_before(kind, form, has_text, monkeypatch
                 p, log_q = target[row], log_probs[row]
                 value = -0.5 * (p * log_q).sum() - 0.7 * torch.minimum(p, log_q.exp()).sum().log()
                 prediction = inputs["predictions"][step][sequence, row]
-                value = value + 2.0 * torch.nn.functional.smooth_l1_loss(prediction, label[row])
-                share = (1.0, 0.3)[min(step, 1)] * weight / (inputs["mask"][step].sum() + 1e-5)
-                expected = expected + share * value
+                distance = 2.0 * torch.nn.functional.smooth_l1_loss(prediction, label[row])
+                share = (1.0, 0.3)[min(step, 1)] / (inputs["mask"][step].sum() + 1e-5)
+                expected = expected + share * (weight * value + (1.0 if kind == "rejected" else weight) * distance)
     assert len({round(weight, 6) for weight in all_weights}) > 1
     torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
     for left, right in zip(found, torch.autograd.grad(expected, inputs["predictions"]), strict=True):
@@ -91,7 +95,7 @@ def test_the_first_step_is_as_before(kind):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="path_weights: expected one of none, confidence, first-miss, got 'miss'"):
+    with pytest.raises(ValueError, match="path_weights: expected one of none, confidence, first-miss, rejected, got 'miss'"):
         TrainConfig(path_weights="miss")
     with pytest.raises(ValueError, match="path_weights: expected vocab_sample 1, .*, got 'confidence' with 0.5"):
         TrainConfig(path_weights="confidence", vocab_sample=0.5)

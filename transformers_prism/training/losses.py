@@ -25,8 +25,8 @@ class LossWeights:
     """How much each part of the loss counts: soft cross-entropy, negative log of the probability that a drafted token
     is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps.
 
-    Then the share of the vocabulary that the first two are computed over (see [`VocabularySample`]), and how the earlier
-    steps of a path weigh its later ones (see [`PathWeights`]).
+    Then the share of the vocabulary that the first two are computed over (see [`VocabularySample`]), and how the steps of a path
+    are weighed by what its earlier ones got right (see [`PathWeights`]).
     """
 
     token: float = 0.1
@@ -102,7 +102,7 @@ def aligned_loss(
         draft, stacked, label_hidden, row_weights, weights, implementation, text, paths
     )
     if paths is not None:
-        row_weights = row_weights * paths.of_all_steps()
+        row_weights = row_weights * paths.of_hidden_states()
     hidden = vocabulary.new_zeros(vocabulary.shape)
     if weights.hidden:
         distance = F.smooth_l1_loss(stacked.float(), label_hidden.float().expand_as(stacked), reduction="none")
@@ -210,15 +210,15 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
             vocabulary = vocabulary_of(label_hidden[chunk])
             distribution = (vocabulary.target_log_probs, vocabulary.target_log_probs.exp())
             for step in range(num_steps):
-                weights = row_weights[step, chunk] if paths is None else row_weights[step, chunk] * paths.of(step, chunk)
+                weights = row_weights[step, chunk]
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
                     log_probs = vocabulary.log_probs(prediction)
+                    if paths is not None:
+                        weights = weights * paths.weigh(step, chunk, log_probs.detach())
                     values = distillation_losses(log_probs, *distribution, tuple(coefficients), vocabulary.token_weights)
                     parts = (values * weights).sum(dim=1)
                     loss = _weighted(parts, coefficients)
-                if paths is not None:
-                    paths.record(step, chunk, log_probs.detach())
                 found = torch.autograd.grad(loss, [prediction, *head])
                 gradient[step, chunk] = found[0]
                 sums[:, step] += parts.detach()

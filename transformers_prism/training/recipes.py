@@ -110,8 +110,9 @@ class TrainConfig:
     )
     path_weights: str = _option(
         "none",
-        "How a draft step's loss is weighted by the earlier steps of its path: confidence multiplies their probabilities of the "
-        "right tokens, first-miss leaves out what follows a wrong first choice.",
+        "How a draft step's loss is weighted by the steps of its path: confidence multiplies the earlier steps' probabilities of "
+        "the right tokens, first-miss leaves out what follows a wrong first choice, rejected counts the first wrong choice three "
+        "times.",
     )
     is_detached: bool | None = _by_recipe("Cut gradients between the steps of stage warm_up.")
     batch_size: int = _option(8, "Conversations per process and update.")
