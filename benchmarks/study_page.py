@@ -184,6 +184,7 @@ def _terms(records: list[dict], command: str) -> list[str]:
             ]
         ),
         f"```\n{command}\n```",
+        "Recipes, volumes and seeds that it does not name were trained by the same command with theirs.",
     ]
 
 
