@@ -229,7 +229,7 @@ def main(
     relative = ", ".join(f"{value / seconds[0]:.2f}" for value in seconds)
     typer.echo(f"seconds for S = 1 to {most_steps}, over those of S = 1: {relative}")
     losses = ", ".join(f"{name} {ratio:.2f}" for name, ratio in figures["over_plain_loss"].items())
-    typer.echo(f"seconds with other losses, over those with the usual one: {losses}")
+    typer.echo(f"seconds with other losses, over those with the usual one:\n{losses}")
     if memory:
         figures["peak_bytes"] = {
             name: peak_memory(model, checkpoint_activations=name == "checkpointed")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, varied_target
+from tiny_models import PAD_ID, observer, prompts, scripted_draft, tiny_draft, varied_target
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from transformers_prism.decoding.round_values import plain_step
@@ -179,7 +179,7 @@ def test_auto_a_useless_draft_is_tried_seldom_in_a_batch(cheap_rounds):
     cheap_rounds.step_seconds = 0.2
     plain = target.generate(input_ids, attention_mask=mask, do_sample=False, **length)
     forwards = []
-    hook = target.register_forward_hook(lambda module, arguments, output: forwards.append(output.logits.shape[1]))
+    hook = target.register_forward_hook(observer(lambda module, arguments, output: forwards.append(output.logits.shape[1])))
     output = target.generate(input_ids, attention_mask=mask, do_sample=False, assistant_model=draft, **length)
     hook.remove()
     assert torch.equal(output, plain)

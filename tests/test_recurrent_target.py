@@ -8,7 +8,7 @@ import torch
 from compatibility_models import build
 from compatibility_runs import Case, compare, scripted
 from pretend_accelerator import DEVICE, OnDevice, PretendedAccelerator
-from tiny_models import PAD_ID, prompts
+from tiny_models import PAD_ID, observer, prompts
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -50,7 +50,7 @@ class Forwards:
 
     def __init__(self, target):
         self.num_tokens: list[int] = []
-        target.register_forward_pre_hook(self._note, with_kwargs=True)
+        target.register_forward_pre_hook(observer(self._note), with_kwargs=True)
 
     def _note(self, module, args, kwargs):
         self.num_tokens.append((args[0] if args else kwargs["input_ids"]).shape[1])

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from compatibility_models import build
-from tiny_models import PAD_ID, generate_twice, prompts, scripted_draft, tiny_draft, tiny_target, varied_target
+from tiny_models import (
+    PAD_ID,
+    generate_twice,
+    observer,
+    prompts,
+    scripted_draft,
+    tiny_draft,
+    tiny_target,
+    varied_target,
+)
 from transformers import DynamicCache
 
 from transformers_prism.decoding import uneven_prompts
@@ -38,7 +47,7 @@ def tokens_read(monkeypatch):
         def note(module, args, kwargs):
             shapes.append(tuple(kwargs["input_ids"].shape))
 
-        target.register_forward_pre_hook(note, with_kwargs=True)
+        target.register_forward_pre_hook(observer(note), with_kwargs=True)
         return shapes
 
     return watch

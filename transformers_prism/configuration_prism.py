@@ -17,6 +17,8 @@ from .transformers_names import CACHE_NAMES, name_of, output_embeddings, revisio
 
 # The parts of a target that a draft can be checked against; a part that is None is unknown and is not compared.
 FINGERPRINT_PARTS = ("name", "revision", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
+# What every configuration of transformers takes, in addition to what it keeps under a name with an underscore.
+_FIELDS_OF_ALL = {"rope_theta", "torch_dtype", "name_or_path", "attn_implementation", "experts_implementation"}
 # No draft is larger; a file that says so is not to be believed.
 _MOST_LAYERS = 1024
 _MOST_WEIGHTS = 10**11
@@ -463,7 +465,8 @@ class PrismConfig(PreTrainedConfig):
         Raises:
             ValueError: if the target is an encoder-decoder model or has no vocabulary, or for fields that are not known.
         """
-        unknown = sorted(overrides.keys() - {one.name for one in dataclasses.fields(cls)} - {"rope_theta"})
+        fields = {one.name for one in dataclasses.fields(cls)} | _FIELDS_OF_ALL
+        unknown = sorted(name for name in overrides if name not in fields and not hasattr(cls, f"_{name}"))
         if unknown:
             raise ValueError(f"expected fields of {cls.__name__}, got {', '.join(unknown)}")
         model = None if isinstance(target, PreTrainedConfig) else target
