@@ -58,7 +58,8 @@ from .tried_releases import warn_of_untried_release
 _MOST_LENGTH = 2**31 - 1  # of a text in tokens
 # Processors that keep one state for a whole batch, so that sequences cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = (
-    *("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+    "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "ConfidenceCriteria",
 )
 

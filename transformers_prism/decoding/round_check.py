@@ -121,7 +121,8 @@ def foreign_code(target) -> list:
     for steering activations or compressing caches."""
     functions: list = [*_global_hooks().values()]
     for module in target.modules():
-        functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if module._forward_hooks or module._forward_pre_hooks:
+            functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if "forward" in vars(module):
             functions.append(vars(module)["forward"])
     return [function for function in functions if _package_of(function) not in _TRIED_PACKAGES]

@@ -117,8 +117,9 @@ class TreeTarget(TargetSide):
         is_text = given.keys() <= _OF_TEXT and all(value.shape == input_ids.shape for value in given.values())
         # What others may go on with is read as plain decoding does, and so is what depends on the longest text.
         is_own = is_text and not (self.keeps_finished or self.rotary_switches or stored_length(self.cache))
-        is_alike = is_tried(self.target) and self.target.config.model_type not in SEES_PADDING
-        if not (is_own and is_alike) or self.generation_config.prefill_chunk_size is not None:
+        is_whole = given.get("attention_mask") is None or self.generation_config.prefill_chunk_size is not None
+        # Last, since it looks at every module.
+        if is_whole or not is_own or self.target.config.model_type in SEES_PADDING or not is_tried(self.target):
             return super()._read_prompts(input_ids)
         rows, outputs, caches = [], [], []
         for of_group, start in groups_of_like_length(given.get("attention_mask")):

@@ -34,6 +34,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_prism.PrismDraftModel",
 }
 CARD, METRICS, TRAINING, ABOUT, LICENSE = "README.md", "metrics.json", "training.json", "about.json", "LICENSE"
+KINDS = ("generate", "acceptance", "verify")  # of the measurements in metrics.json
 DRAFT_VOCABULARY = "draft_to_target"  # token ids, the only tensor of a draft that is not a weight
 # Of the target that the draft was bound to when it was saved: vLLM hands a draft the last state before that norm.
 FINAL_NORM = "target_final_norm.safetensors"
@@ -130,8 +131,7 @@ def write_published_files(
     for name in _PACKAGE_FILES:
         if not _copy(_package_file(name) or find(name), folder / name):
             absent.append(name)
-    is_single_or_sharded = any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    weights = weights_sha256(folder) if is_single_or_sharded else None  # else saved as a variant, under other names
+    weights = weights_sha256(folder) if weight_files(folder) else None  # else saved as a variant, under other names
     here = _metrics_of(folder / METRICS)
     is_described = weights is not None and here.get("weights_sha256") == weights
     _copy(find(FINAL_NORM), folder / FINAL_NORM)
@@ -178,7 +178,7 @@ def _metrics_of(path: Path | None) -> dict:
 
 
 def _has_figures(metrics: dict) -> bool:
-    return any(metrics.get(kind) for kind in ("generate", "acceptance", "verify"))
+    return any(metrics.get(kind) for kind in KINDS)
 
 
 def _weights_beside(card: Path | None) -> str | None:

@@ -140,11 +140,11 @@ def check_values(draft, source: str | os.PathLike) -> None:
 def found_at(source: str | os.PathLike, **kwargs) -> tuple[str, dict]:
     """Where a draft's files are: the folder, whatever the working directory will be, or the repository, and those arguments of
     from_pretrained() by which it is downloaded, the very commit as `revision`."""
-    where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None and name != "force_download"}
     if not str(source):
         return "", {}
     if Path(source).is_dir():
-        return str(Path(source).absolute()), {name: where[name] for name in ("subfolder",) if name in where}
+        return str(Path(source).absolute()), {"subfolder": kwargs.get("subfolder") or ""}
+    where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None and name != "force_download"}
     config = cached_file(str(source), "config.json", **NO_ERROR_AT_ALL, **where)
     commit = commit_of(config) if config else None
     return str(source), where if commit is None else {**where, "revision": commit}

@@ -9,9 +9,8 @@ baseline and command stay with every figure.
 import json
 from pathlib import Path
 
-from transformers_prism.hub.files import METRICS, weights_sha256
+from transformers_prism.hub.files import KINDS, METRICS, weights_sha256
 
-KINDS = ("generate", "acceptance", "verify")
 _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
 _NEEDED_BY_KIND = {"generate": ("summary", "tasks"), "acceptance": ("rows",), "verify": ("holds", "checks", "num_near_ties")}
 _NEEDED_SETTINGS = {
