@@ -80,15 +80,12 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
         # Ways to learn more from a token, or in less time.
         "prism-m2-vocab-sample": {**_PRISM, "vocab_sample": 0.25},
         "prism-m2-vocab-sample-0.1": {**_PRISM, "vocab_sample": 0.1},
-        "prism-m2-confidence": {**_PRISM, "path_weights": "confidence"},
-        "prism-m2-first-miss": {**_PRISM, "path_weights": "first-miss"},
-        "prism-m2-rejected": {**_PRISM, "path_weights": "rejected"},
     }
 )
 # Variants that a sweep may lack take the rate of the recipe that they vary.
 _VARIANT_OF = {
     **dict.fromkeys(("prism-m3-s5", "prism-m4-s5"), "prism-m3"),
-    **{f"prism-m2-{way}": "prism-m2" for way in ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss", "rejected")},
+    **{f"prism-m2-{way}": "prism-m2" for way in ("vocab-sample", "vocab-sample-0.1")},
 }
 # The split stage's rate is this share of the others', as in the settings of `train`; where none comes before it, it is theirs.
 _SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate
@@ -96,7 +93,7 @@ _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
 # The study sets these for every run, so that nobody else may.
 _OWN = (
     *("recipe", "seed", "num_conversations", "init_from", "target_layer_ids", "warm_up_steps", "split_steps", "step_weights"),
-    *("learning_rate", "split_learning_rate", "vocab_sample", "path_weights"),
+    *("learning_rate", "split_learning_rate", "vocab_sample"),
     *BY_RECIPE,
 )
 

@@ -31,9 +31,11 @@ ABLATIONS = (
     *(("prism-m2", "prism-m2-scratch"), ("prism-m2-scratch", "eagle2"), ("prism-m2-scratch", "hass-fused")),
     *(("prism-m3", "prism-m2"), ("prism-m3-s5", "prism-m3"), ("prism-m4-s5", "prism-m3-s5")),
 )
-# Other losses of the same draft.
-_WAYS = ("vocab-sample", "vocab-sample-0.1", "confidence", "first-miss", "rejected")
-LOSSES = tuple((f"prism-m2-{way}", "prism-m2") for way in _WAYS)
+# Other losses of the same draft: over a part of the vocabulary, and, dropped since, draft steps weighted by what the steps before
+# got right, after D-PACE (arXiv:2605.18810), Spec-AUF (arXiv:2607.01893) and Draft-OPD (arXiv:2605.29343).
+_DROPPED = ("confidence", "first-miss", "rejected")
+LOSSES = tuple((f"prism-m2-{way}", "prism-m2") for way in ("vocab-sample", "vocab-sample-0.1", *_DROPPED))
+_LAST_COMMIT_OF_DROPPED = "befad94"
 CLAIMS = (*PAPER_CLAIMS, *ABLATIONS, *LOSSES)
 
 
@@ -274,11 +276,13 @@ def _losses(records: list[dict], chosen: list[dict], step_times: dict[str, float
     if not rows:
         return []
     heading = ["loss", "seeds", "at equal tokens", "95 %", "more tokens a round", "seconds of a step", "at equal seconds"]
+    dropped = [name for name in _DROPPED if any(row[0].endswith(name) for row in rows)]
+    told = f" `train` no longer has {', '.join(dropped)}; commit {_LAST_COMMIT_OF_DROPPED} was the last that did."
     return [
         "## Ways to learn more from a token",
         f"Ratios over {LOSSES[0][1]}, all trees and temperatures together. Seconds of a step are measured in turn "
         "(`python -m benchmarks.training`). At equal seconds, it has what the line between its volumes of data, over the logarithm of "
-        "their seconds, gives for those that the other takes.",
+        f"their seconds, gives for those that the other takes.{told if dropped else ''}",
         markdown_table(heading, rows),
     ]
 

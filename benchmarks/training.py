@@ -32,9 +32,6 @@ LOSSES: Mapping[str, LossWeights] = MappingProxyType(
     {
         "vocab-sample": LossWeights(vocab_sample=0.25),
         "vocab-sample-0.1": LossWeights(vocab_sample=0.1),
-        "confidence": LossWeights(path_weights="confidence"),
-        "first-miss": LossWeights(path_weights="first-miss"),
-        "rejected": LossWeights(path_weights="rejected"),
     }
 )
 _PLAIN_LOSS = LossWeights()
@@ -119,7 +116,7 @@ class TrainingStep:
         _wait(self.states.device)
         start = time.perf_counter()
         predictions = self.forward(self.draft, self.input_ids, self.states, num_steps)
-        aligned_loss(self.draft, predictions, self.label, mask, weights, input_ids=self.input_ids).total.backward()
+        aligned_loss(self.draft, predictions, self.label, mask, weights).total.backward()
         _wait(self.states.device)
         return time.perf_counter() - start
 

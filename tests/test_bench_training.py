@@ -55,6 +55,4 @@ def test_command(tmp_path, monkeypatch):
 def test_losses_are_those_of_the_study():
     """A loss is timed with the settings that its recipe is trained with."""
     settings = {name: TrainConfig(**RECIPES[f"prism-m2-{name}"]) for name in LOSSES}
-    assert LOSSES == {
-        name: LossWeights(vocab_sample=one.vocab_sample, path_weights=one.path_weights) for name, one in settings.items()
-    }
+    assert LOSSES == {name: LossWeights(vocab_sample=one.vocab_sample) for name, one in settings.items()}

@@ -141,7 +141,7 @@ RUNS = {
         "compute_dtype": "bfloat16",
         "context_kv": "own_module",
     },
-    "form": {"recipe": "hass", "module_form": "eagle3", "acceptance_weight": 0.1, "hidden_weight": 0.5, "path_weights": "confidence"},
+    "form": {"recipe": "hass", "module_form": "eagle3", "acceptance_weight": 0.1, "hidden_weight": 0.5},
     "features": {**ONE_STAGE, "num_modules": 2, "draft_step_to_module": "1,0", "features": "states", "is_detached": True},
     "default": {"split_epochs": 0.0},
     "carried_on": {"num_modules": 3, "split_epochs": 0.0, "init_from": "first/draft"},

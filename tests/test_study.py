@@ -270,7 +270,7 @@ def test_study_takes_each_recipe_s_best_rate(tmp_path):
     assert [run.config.target_layer_ids for run in runs] == ["4", ""]
     assert [run.config.features for run in runs] == ["runs/features-last", "runs/features"]
     # A variant takes the rate of the recipe that it varies.
-    variants = StudyConfig(recipes=["prism-m2", "prism-m2-confidence"], rates_from=str(tmp_path))
+    variants = StudyConfig(recipes=["prism-m2", "prism-m2-vocab-sample"], rates_from=str(tmp_path))
     assert [run.config.learning_rate for run in plan_runs(variants, TrainConfig(output="runs"), [10], 4)] == [4e-3, 4e-3]
     with pytest.raises(ValueError, match="rates_from: expected records of a sweep of prism-m3 in"):
         plan_runs(StudyConfig(recipes=["prism-m4-s5"], rates_from=str(tmp_path)), TrainConfig(output="runs"), [10], 4)
@@ -427,9 +427,9 @@ def test_study_page_tells_of_larger_volumes_and_of_losses(tmp_path):
 
     records = [
         *(record("prism-m2", 1000, 2.0, 10.0), record("prism-m2", 4000, 2.4, 40.0), record("eagle2", 1000, 2.0, 5.0)),
-        *(record("eagle2", 4000, 3.0, 20.0), record("prism-m2-confidence", 1000, 2.2, 99.0), record("prism-m1", 1000, 1.6, 9.0)),
+        *(record("eagle2", 4000, 3.0, 20.0), record("prism-m2-vocab-sample", 1000, 2.2, 99.0), record("prism-m1", 1000, 1.6, 9.0)),
     ]
-    page = write_study_page(records, tmp_path, "command", {"confidence": 2.0}).read_text()
+    page = write_study_page(records, tmp_path, "command", {"vocab-sample": 2.0}).read_text()
     lines = page.splitlines()
     with_more, with_less = (lines.index(f"With {volume} tokens of training each:") for volume in ("4 000", "1 000"))
     assert lines[with_more + 2] == "- prism-m2 commits more tokens a round than eagle2: **does not hold**, 0.800 times (0.800 to 0.800; one seed)"
@@ -437,6 +437,9 @@ def test_study_page_tells_of_larger_volumes_and_of_losses(tmp_path):
     assert "- prism-m2 gains more from 4 000 instead of 1 000 tokens than eagle2: **does not hold**, 0.800 times" in page
     assert "Where a lead comes from, with 1 000 tokens:\n\n- prism-m2 over prism-m1: **holds**, 1.250 times" in page
     # Half of the way from 2.0 to 2.4 is what prism-m2 has after 20 seconds, which the other's steps would take.
-    assert "| prism-m2-confidence | 1 | 1.100 | 1.100 to 1.100 | holds | 2.00 | 1.000 |" in page
+    assert "| prism-m2-vocab-sample | 1 | 1.100 | 1.100 to 1.100 | holds | 2.00 | 1.000 |" in page
+    assert "no longer has" not in page
+    records.append(record("prism-m2-first-miss", 1000, 2.0, 11.0))
+    assert "`train` no longer has first-miss;" in write_study_page(records, tmp_path, "command").read_text()
     headings = [line for line in lines if line.startswith("## With ")]
     assert headings == ["## With 1000 tokens of data", "## With 4000 tokens of data"]

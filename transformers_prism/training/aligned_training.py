@@ -47,7 +47,6 @@ class AlignedTraining(nn.Module):
             mask[None] & history[:, None],
             self.stage.loss,
             text=self._text_rows(input_ids),
-            input_ids=input_ids,
         )
         return {"loss": loss.total, "parts": torch.stack((loss.token, loss.acceptance, loss.hidden))}
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from transformers_prism.borrowed_layers import TextRows
 from transformers_prism.kernels.dispatch import expect, use_triton
 from transformers_prism.kernels.linear_distillation_loss import distillation_losses, linear_distillation_loss
-from transformers_prism.training.path_weights import PATH_WEIGHTS, PathWeights
 from transformers_prism.training.vocabulary_sample import VocabularySample
 
 # Rows of logits that live at once: 256 rows of 8192 float32 logits are 8 MB, which stays in a CPU's last cache.
@@ -25,8 +24,7 @@ class LossWeights:
     """How much each part of the loss counts: soft cross-entropy, negative log of the probability that a drafted token
     is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps.
 
-    Then the share of the vocabulary that the first two are computed over (see [`VocabularySample`]), and how the steps of a path
-    are weighed by what its earlier ones got right (see [`PathWeights`]).
+    Then the share of the vocabulary that the first two are computed over (see [`VocabularySample`]).
     """
 
     token: float = 0.1
@@ -34,19 +32,10 @@ class LossWeights:
     hidden: float = 1.0
     steps: tuple[float, ...] = (1.0,)
     vocab_sample: float = 1.0
-    path_weights: str = "none"
 
     def __post_init__(self):
         if not 0 < self.vocab_sample <= 1:
             raise ValueError(f"vocab_sample: expected a share above 0 and up to 1, got {self.vocab_sample}")
-        if self.path_weights not in PATH_WEIGHTS:
-            raise ValueError(f"path_weights: expected one of {', '.join(PATH_WEIGHTS)}, got {self.path_weights!r}")
-        if self.path_weights != "none" and (self.vocab_sample < 1 or not self.of_vocabulary):
-            raise ValueError(
-                "path_weights: expected vocab_sample 1, and token_weight or acceptance_weight above 0, since the draft's "
-                f"probabilities are those of the loss, got {self.path_weights!r} with {self.vocab_sample}, {self.token} and "
-                f"{self.acceptance}"
-            )
 
     @property
     def of_vocabulary(self) -> dict[str, float]:
@@ -63,8 +52,7 @@ class LossWeights:
 @dataclass
 class AlignedLoss:
     """The loss, with gradients, and for each step means of its parts over the rows that count, `(S,)`: soft
-    cross-entropy and negative log of the acceptance probability in nats, SmoothL1 distance of hidden states. Rows are
-    weighted as in the loss, so `path_weights` make later steps' parts smaller."""
+    cross-entropy and negative log of the acceptance probability in nats, SmoothL1 distance of hidden states."""
 
     total: torch.Tensor
     token: torch.Tensor
@@ -74,7 +62,7 @@ class AlignedLoss:
 
 def aligned_loss(
     draft, predictions: list[torch.Tensor], label_hidden: torch.Tensor, mask: torch.Tensor, weights: LossWeights,
-    implementation: str = "auto", text: TextRows | None = None, input_ids: torch.Tensor | None = None
+    implementation: str = "auto", text: TextRows | None = None
 ) -> AlignedLoss:
     """Distances from the target's distribution over the draft vocabulary, and from its hidden states, summed over
     steps, each step normalised by the number of its rows.
@@ -84,7 +72,6 @@ def aligned_loss(
         label_hidden (`torch.Tensor` of shape `(B, T, D)`): the target's last, normed states that they predict.
         mask (`torch.Tensor` of shape `(S, B, T)`): rows of each step that count.
         text (`TextRows`, *optional*): tokens that the draft can propose in addition to its vocabulary.
-        input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the token after each state; for `path_weights`.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
     """
     # Indices, since every use of a mask of unknown size would wait for the device.
@@ -93,16 +80,7 @@ def aligned_loss(
     row_weights = row_weights / (row_weights.sum(dim=1, keepdim=True) + 1e-5)
     stacked = torch.stack([one.flatten(0, 1).index_select(0, rows) for one in predictions])  # [S, R, D]
     label_hidden = label_hidden.flatten(0, 1).index_select(0, rows).to(stacked.dtype)
-    paths = None
-    if weights.path_weights != "none":
-        if input_ids is None:
-            raise ValueError("input_ids: expected those of the batch, which path_weights are computed from, got none")
-        paths = PathWeights(weights.path_weights, draft, text, input_ids, rows, len(predictions))
-    vocabulary, token, acceptance = vocabulary_loss(
-        draft, stacked, label_hidden, row_weights, weights, implementation, text, paths
-    )
-    if paths is not None:
-        row_weights = row_weights * paths.of_hidden_states()
+    vocabulary, token, acceptance = vocabulary_loss(draft, stacked, label_hidden, row_weights, weights, implementation, text)
     hidden = vocabulary.new_zeros(vocabulary.shape)
     if weights.hidden:
         distance = F.smooth_l1_loss(stacked.float(), label_hidden.float().expand_as(stacked), reduction="none")
@@ -114,7 +92,7 @@ def aligned_loss(
 
 def vocabulary_loss(
     draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights,
-    implementation: str = "auto", text: TextRows | None = None, paths: PathWeights | None = None
+    implementation: str = "auto", text: TextRows | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
 
@@ -126,8 +104,7 @@ def vocabulary_loss(
         row_weights (`torch.Tensor` of shape `(S, R)`): of each row in the sums.
         implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU where
             the draft has no norm or head of its own to train; else logits are made in chunks of rows, and always for a
-            sample of the vocabulary and for weights of paths.
-        paths (`PathWeights`, *optional*): further weights of the rows, which this computes step by step.
+            sample of the vocabulary.
     Returns:
         `tuple` of the weighted sum, the soft cross-entropy and the negative log acceptance, each of shape `(S,)` in
             nats; only the first carries gradients.
@@ -136,13 +113,13 @@ def vocabulary_loss(
     zero = predictions.new_zeros(len(predictions), dtype=torch.float32)
     if not coefficients:
         return zero, zero, zero
-    has_kernel = weights.vocab_sample == 1 and paths is None and use_triton(implementation, predictions.device)
+    has_kernel = weights.vocab_sample == 1 and use_triton(implementation, predictions.device)
     head = draft.shared_head(text) if has_kernel else None
     expect(head is not None or implementation != "triton", "implementation", "auto or torch for this head", "triton")
     if head is None or not predictions.numel():
         vocabulary = _vocabulary_of(draft, text, weights.vocab_sample)
         total, sums = _ChunkedVocabularyLoss.apply(
-            vocabulary, paths, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
+            vocabulary, label_hidden, row_weights, coefficients, predictions, *draft.head_parameters()
         )
     else:
         weight, numerics = head
@@ -200,7 +177,7 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, vocabulary_of, paths, label_hidden, row_weights, coefficients, predictions, *head):
+    def forward(ctx, vocabulary_of, label_hidden, row_weights, coefficients, predictions, *head):
         num_steps, num_rows = predictions.shape[:2]
         sums = predictions.new_zeros(len(coefficients), num_steps, dtype=torch.float32)
         gradient = torch.empty_like(predictions)
@@ -214,8 +191,6 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
                 with torch.enable_grad():
                     prediction = predictions[step, chunk].detach().requires_grad_()
                     log_probs = vocabulary.log_probs(prediction)
-                    if paths is not None:
-                        weights = weights * paths.weigh(step, chunk, log_probs.detach())
                     values = distillation_losses(log_probs, *distribution, tuple(coefficients), vocabulary.token_weights)
                     parts = (values * weights).sum(dim=1)
                     loss = _weighted(parts, coefficients)
@@ -232,4 +207,4 @@ class _ChunkedVocabularyLoss(torch.autograd.Function):
     def backward(ctx, grad_losses, _):
         gradient, *head_gradient = ctx.saved_tensors
         head = [torch.tensordot(grad_losses.to(part.dtype), part, dims=1) for part in head_gradient]
-        return None, None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head
+        return None, None, None, None, gradient * grad_losses[:, None, None].to(gradient.dtype), *head

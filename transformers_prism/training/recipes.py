@@ -108,12 +108,6 @@ class TrainConfig:
         "Share of the draft vocabulary that the loss is computed over: half of it the target's most probable tokens, half drawn "
         "at random for the rest, anew for every 256 tokens.",
     )
-    path_weights: str = _option(
-        "none",
-        "How a draft step's loss is weighted by the steps of its path: confidence multiplies the earlier steps' probabilities of "
-        "the right tokens, first-miss leaves out what follows a wrong first choice, rejected counts the first wrong choice three "
-        "times.",
-    )
     is_detached: bool | None = _by_recipe("Cut gradients between the steps of stage warm_up.")
     batch_size: int = _option(8, "Conversations per process and update.")
     accumulation: int = _option(1, "Batches per update.")
@@ -209,7 +203,7 @@ def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
     rate, num_split = run.learning_rate, max(num_modules, run.num_modules)
     step_weights = tuple(run.numbers("step_weights", float))
     parts = (run.token_weight, run.acceptance_weight, run.hidden_weight)
-    loss = LossWeights(*parts, step_weights, run.vocab_sample, run.path_weights)
+    loss = LossWeights(*parts, step_weights, run.vocab_sample)
     split_loss = dataclasses.replace(loss, hidden=0.0)
     stages = [
         Stage("single_step", num_modules, 1, run.single_step_epochs, rate, loss, False),
