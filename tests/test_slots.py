@@ -34,9 +34,9 @@ def test_rows_do_not_see_each_other(architecture):
         for slot, token in moved.items():
             rows[slot].append(token)
         logits = slots.step(moved)
-        assert set(logits) == set(moved)
-        for slot, found in logits.items():
-            torch.testing.assert_close(found, logits_alone(target, rows[slot]), atol=2e-4, rtol=1e-4)
+        assert logits.shape == (3, VOCAB_SIZE)
+        for slot in moved:
+            torch.testing.assert_close(logits[slot], logits_alone(target, rows[slot]), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "nemotron_h", "mamba2", "jamba", "qwen2_vl"])

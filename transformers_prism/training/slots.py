@@ -168,8 +168,8 @@ class Slots:
         return read[0]
 
     @torch.no_grad()
-    def step(self, token_ids: dict[int, int]) -> dict[int, torch.Tensor]:
-        """Append a token to some slots; returns the logits `(V,)` after it for each of them."""
+    def step(self, token_ids: dict[int, int]) -> torch.Tensor:
+        """Append a token to some slots; returns the logits `(B, V)` after it, of which the rows of other slots mean nothing."""
         input_ids = torch.zeros((self.num_slots, 1), dtype=torch.long)
         for slot, token in token_ids.items():
             if self.lengths[slot] == self.max_length:
@@ -195,7 +195,7 @@ class Slots:
             state[resting] = rows
         for slot in token_ids:
             self.lengths[slot] += 1
-        return {slot: logits[slot] for slot in token_ids}
+        return logits
 
     def _states(self) -> list[torch.Tensor]:
         """Recurrent states `(B, ...)` of all layers."""

@@ -165,7 +165,7 @@ class Synthesizer:
         """
         slots = Slots(self.target, self.config.batch_size, self.config.max_length + 1)
         rows: dict[int, WrittenRow] = {}
-        logits: dict[int, torch.Tensor] = {}
+        logits = torch.empty(0, device="cpu")  # [B, V], from the first row on
         waiting = iter(indices)
         while True:
             if is_over():
@@ -181,14 +181,18 @@ class Synthesizer:
                     yield row
                     continue
                 rows[slot] = row
-                logits[slot] = slots.fill(slot, row.tokens, is_shared=self.chats is None)
+                of_row = slots.fill(slot, row.tokens, is_shared=self.chats is None)
+                if not logits.numel():
+                    logits = of_row.new_zeros(self.config.batch_size, len(of_row))
+                logits[slot] = of_row
             if not rows:
                 return
             for slot, token in self._choose(rows, logits).items():
                 self._append(rows[slot], token)
             for slot in [slot for slot, row in rows.items() if self._is_done(row)]:
                 yield rows.pop(slot)
-            logits = slots.step({slot: row.tokens[-1] for slot, row in rows.items()}) if rows else {}
+            if rows:
+                logits = slots.step({slot: row.tokens[-1] for slot, row in rows.items()})
 
     def _next_row(self, waiting: Iterator[int]) -> WrittenRow | None:
         index = next(waiting, None)
@@ -234,33 +238,28 @@ class Synthesizer:
             row.refusal = "prompt too long"
         return row
 
-    def _choose(self, rows: dict[int, WrittenRow], logits: dict[int, torch.Tensor]) -> dict[int, int]:
-        """The next token of every row."""
+    def _choose(self, rows: dict[int, WrittenRow], logits: torch.Tensor) -> dict[int, int]:
+        """The next token of every row, by its slot, given the logits `(B, V)` of all slots."""
         chosen = {slot: row.forced.popleft() for slot, row in rows.items() if row.forced}
         free = [slot for slot in rows if slot not in chosen]
-        if not free:
-            return chosen
-        stacked = torch.stack([logits[slot] for slot in free]).float()
-        greedy = [self._temperature(rows[slot]) == 0.0 for slot in free]
-        best = stacked.argmax(dim=-1).tolist()
-        drawn = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
+        drawn = [slot for slot in free if self._temperature(rows[slot]) > 0.0]
+        if len(drawn) < len(free):
+            best = logits.argmax(dim=-1).tolist()
+            chosen.update((slot, best[slot]) for slot in free)
         if drawn:
-            logits_drawn = stacked[torch.tensor(drawn, device=stacked.device)]
-            tokens = self._draw(logits_drawn, [rows[free[i]] for i in drawn])
-            for i, token in zip(drawn, tokens, strict=True):
-                best[i] = token
-        chosen.update(zip(free, best, strict=True))
+            chosen.update(zip(drawn, self._draw(logits, drawn, rows), strict=True))
         return chosen
 
     def _temperature(self, row: WrittenRow) -> float:
         return self.config.user_temperature if row.is_user else row.temperature
 
-    def _draw(self, logits: torch.Tensor, rows: list[WrittenRow]) -> list[int]:
-        """Sample each row with noise of its own, so that it does not matter what else is decoded."""
+    def _draw(self, logits: torch.Tensor, slots: list[int], all_rows: dict[int, WrittenRow]) -> list[int]:
+        """Sample in some slots, each with noise of its own, so that it does not matter what else is decoded."""
+        rows = [all_rows[slot] for slot in slots]
         top_ks = [self.config.user_top_k if row.is_user else self.config.top_k for row in rows]
-        # Of an accelerator's logits only these few come to the host.
-        values, tokens = (best.cpu() for best in logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1))
-        temperatures = torch.tensor([self._temperature(row) for row in rows])[:, None]
+        # Of all slots, since a copy of some takes longer. Of an accelerator's logits only these few come to the host.
+        values, tokens = (best.cpu()[slots] for best in logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1))
+        values, temperatures = values.float(), torch.tensor([self._temperature(row) for row in rows])[:, None]
         is_kept = torch.arange(values.shape[1])[None] < torch.tensor(top_ks)[:, None]
         probs = (values / temperatures).masked_fill(~is_kept, -torch.inf).softmax(dim=-1)
         # As many draws as the row itself can choose from.
