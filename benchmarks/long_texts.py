@@ -221,7 +221,25 @@ def shares_by_position(found: dict, step: int) -> dict[str, dict[int, float]]:
     return shares
 
 
-def _table(title: str, values: dict[str, dict[int, float]]) -> str:
+def series_of(found: dict) -> dict[str, dict[str, dict[int, float]]]:
+    """What is shown, by title: values by window, and by length or part of the text."""
+    series = {f"tau, tree {tree}": taus(found, tree) for tree in found["settings"]["trees"]}
+    if found["positions"]:
+        for step in range(found["settings"]["num_steps"]):
+            series[f"first choices of draft step {step}, up to position"] = shares_by_position(found, step)
+    return series
+
+
+def mean_probabilities(found: dict) -> dict[int, float]:
+    """That the target gave its own tokens, by length of the prompt."""
+    probabilities = defaultdict(list)
+    for row in found["rows"]:
+        probabilities[row["length"]].append(row["probability"])
+    return {length: sum(values) / len(values) for length, values in sorted(probabilities.items())}
+
+
+def table_of(title: str, values: dict[str, dict[int, float]]) -> str:
+    """A row per window."""
     columns = sorted({column for one in values.values() for column in one})
     rows = [[window, *(f"{one[column]:.3f}" if column in one else "" for column in columns)] for window, one in values.items()]
     return markdown_table([title, *map(str, columns)], rows)
@@ -268,17 +286,10 @@ def show_command(
     """Print tables of what was measured: tau by length and window, and first choices by position."""
     with user_errors():
         found = json.loads(figures.read_text(encoding="utf-8"))
-        tables = {f"tau, tree {tree}": taus(found, tree) for tree in found["settings"]["trees"]}
-        if found["positions"]:
-            for step in range(found["settings"]["num_steps"]):
-                tables[f"first choices of draft step {step}, up to position"] = shares_by_position(found, step)
+        tables = series_of(found)
         for title, values in tables.items():
-            typer.echo(_table(title, values) + "\n")
-        probabilities = defaultdict(list)
-        for row in found["rows"]:
-            probabilities[row["length"]].append(row["probability"])
-        means = {length: sum(values) / len(values) for length, values in sorted(probabilities.items())}
-        typer.echo(_table("mean probability of the target's tokens", {"": means}))
+            typer.echo(table_of(title, values) + "\n")
+        typer.echo(table_of("mean probability of the target's tokens", {"": mean_probabilities(found)}))
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
             for index, (title, values) in enumerate(tables.items()):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import batch_bound, plots, replay
+from benchmarks import batch_bound, long_texts, plots, replay
 from benchmarks.scaling import axis_rows, modules_ratio, modules_text
 from benchmarks.tables import markdown_table
 from transformers_prism.bench.acceptance import acceptance_rows
@@ -23,7 +23,7 @@ from transformers_prism.bench.rounds import profile_rows
 from transformers_prism.cli.options import report_file, user_errors
 from transformers_prism.whole_files import write_text
 
-KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize", "batch_bound", "replay", "rivals")
+KINDS = ("generate", "acceptance", "rounds", "scaling", "modules", "training", "synthesize", "batch_bound", "replay", "long_texts", "rivals")
 _ADVICE = Path(__file__).with_name("what_to_use.md")
 # Commands of earlier releases that records name.
 _RENAMED = {
@@ -78,6 +78,8 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     for stem, record in records:
         if record["kind"] == "scaling":
             page.add_scaling(stem, record)
+        elif record["kind"] == "long_texts":
+            page.add_long_texts(stem, record)
         elif record["kind"] in _SECTIONS:
             page.add(*_SECTIONS[record["kind"]](record))
     if generate:
@@ -468,18 +470,31 @@ class _Page:
         plots.plot_scaling(self._picture(f"{stem}.png", "Milliseconds of a round along each axis"), record["axes"])
         self.add(_command_block(record))
 
+    def add_long_texts(self, stem: str, record: dict) -> None:
+        """What is accepted as the text grows, and where in a text the draft's first choice is right."""
+        num_texts = len({row["document"] for row in record["rows"]})
+        probabilities = ", ".join(f"{value:.2f} at {length}" for length, value in long_texts.mean_probabilities(record).items())
+        self.add(
+            "## Long texts",
+            f"A summary is asked for of the last tokens of {num_texts} texts, which Spec-Bench's summaries and passages make: "
+            f"{record['settings']['max_new_tokens']} new tokens, greedy, by length of the prompt, with sliding windows that the draft "
+            "was not trained with. Then how often the draft's first choice is the target's in the longest of these prompts, by "
+            f"position. The target gave its own tokens a probability of {probabilities} tokens. Nothing was timed.",
+        )
+        for index, (title, values) in enumerate(long_texts.series_of(record).items()):
+            self.add(long_texts.table_of(title, values))
+            # Later draft steps look like the first one.
+            if index <= len(record["settings"]["trees"]):
+                plots.plot_windows(self._picture(f"{stem}_{index}.png", title), values, title)
+        self.add(_command_block(record))
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Of bench generate, acceptance, rounds, benchmarks.scaling, training, synthesize and rivals.run, in order."
-        ),
-    ],
+    files: Annotated[list[Path], typer.Argument(help=f"Measurements of kind {', '.join(KINDS)}, in order.")],
     output: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of the same name.")] = Path(
         "docs/performance.md"
     ),

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import long_texts
 from benchmarks.known_texts import rounds_of
+from benchmarks.page import write_page
 from transformers_prism.bench.acceptance import tree_settings
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
@@ -110,6 +111,9 @@ def test_a_run_resumes_and_is_shown(tmp_path, monkeypatch):
         pass
     else:
         show += ["--plots", str(tmp_path / "plots")]
+        page, *pictures = write_page([tmp_path / "out.json"], tmp_path / "page.md")
+        assert "| tau, tree 4/2/2 | 64 | 80 |" in page.read_text()
+        assert [picture.name for picture in pictures] == ["out_0.png", "out_1.png"]
     result = CliRunner().invoke(long_texts.app, show)
     assert result.exit_code == 0, result.output
     assert "| tau, tree 4/2/2 | 64 | 80 |" in result.output

@@ -4,7 +4,7 @@
 #   docs/performance/measure.sh spec_bench.jsonl                  every step, some three hours on two cores
 #   docs/performance/measure.sh spec_bench.jsonl rounds greedy    these, and the page from all files that are there
 #
-# Nothing else may run on the machine meanwhile, but for the steps of `bench acceptance`, which time nothing. A step of
+# Nothing else may run on the machine meanwhile, but for `bench acceptance` and long_texts, which time nothing. A step of
 # `bench generate` that was cut off goes on; files of an older draft are measured again once they are removed.
 set -euo pipefail
 prompts=$(realpath "${1:?expected a file of prompts in the form of Spec-Bench}")
@@ -16,7 +16,7 @@ draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 methods untrained adversarial
   unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize batch_bound
-  replay rivals)
+  replay long_texts rivals)
 
 generate() {
   transformers-prism bench generate --prompts "${from:-$prompts}" --resume --repeat "${repeat:-1}" --json "$step.json" "$@"
@@ -89,6 +89,9 @@ measure() {
       [ -f rounds.pt ] || python -m benchmarks.replay record "$prompts" rounds.pt --num-prompts 48
       python -m benchmarks.replay costs costs.json
       python -m benchmarks.replay compare rounds.pt costs.json --json "$step.json" ;;
+    long_texts)
+      python -m benchmarks.long_texts measure "$prompts" "$step.json" --num-documents 12 --length 256 --length 2048 \
+        --length 7936 --window 512 --window 2048 --tree 59/6/10 ;;
     rivals)
       folder=$(realpath ../..)/rivals
       python -m benchmarks.rivals.run "$prompts" --folder "$folder" --install
