@@ -206,6 +206,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, target):
     assert run(target, tmp_path / "cut", num_tokens=6000) == cut
 
 
+def test_progress_counts_what_has_ended(tmp_path, brief_target):
+    """A conversation that takes long holds back no figure of later ones, which end before it."""
+    told = []
+    given = [[{"role": "user", "content": "w1 w2"}] for _ in range(1)] + chats(12)
+    summary = run(brief_target, tmp_path, given, temperatures=(0.0,), report=lambda counts: told.append(dict(counts)))
+    lengths = {len(row.input_ids) for row in written(tmp_path)}
+    assert len(lengths) > 1
+    # Every report is of one more conversation, whatever its number.
+    steps = [told[0]["written"], *(after["written"] - before["written"] for before, after in zip(told, told[1:], strict=False))]
+    assert set(steps) <= lengths | {0}
+    assert told[-1] == {"written": summary["num_tokens"], "goal": 1500, "before": 0}
+
+
 def test_a_run_ends_when_its_time_is_over(tmp_path, target):
     """Answers end where they are and are kept; what had no answer is left out; nothing more is written later."""
     num_asked = 0
@@ -293,7 +306,30 @@ def test_loops_are_left_out(tmp_path):
     with torch.no_grad():
         target.lm_head.weight.zero_()  # the first of equal logits is w0
     summary = run(target, tmp_path, chats(3), num_tokens=10**6, temperatures=(0.0,))
-    assert summary == {"num_conversations": 0, "num_tokens": 0, "left_out": {"answer ends in a loop": 3}, "num_shards": 1}
+    assert summary == {"num_conversations": 0, "num_tokens": 0, "left_out": {"answer is a loop": 3}, "num_shards": 1}
+
+
+@pytest.mark.parametrize("max_answer_tokens", [60, 200])
+def test_answers_end_before_a_loop(tmp_path, max_answer_tokens):
+    """A target that counts to w49 and then says w45 to w49 for ever: it is cut after w49, whatever the room; no turn follows."""
+    target = tiny_target("llama", seed=1, eos_token_id=EOS_ID, max_position_embeddings=512)
+    asked = chat_tokenizer().apply_chat_template(chats(1)[0], add_generation_prompt=True)["input_ids"]
+    follows = {asked[-1]: 20, **{token: token + 1 for token in range(20, 49)}, 49: 45}
+    with torch.no_grad():
+        for layer in target.model.layers:  # the last token decides
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        known = torch.nn.functional.normalize(target.model.embed_tokens.weight, dim=1)
+        target.lm_head.weight.zero_()
+        for token, after in follows.items():
+            target.lm_head.weight[after] += known[token]
+    settings = {"temperatures": (0.0,), "max_answer_tokens": max_answer_tokens, "max_turns": 2, "max_length": 512}
+    summary = run(target, tmp_path, chats(3, num_turns=2), num_tokens=10**6, **settings)
+    assert summary["num_conversations"] == 3
+    for row in written(tmp_path):
+        ((start, end),) = row.assistant_spans
+        assert end == len(row.input_ids)
+        assert list(row.input_ids[start:]) == list(range(20, 50))
 
 
 def test_what_does_not_fit_is_left_out(tmp_path, target):

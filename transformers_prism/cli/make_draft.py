@@ -39,6 +39,8 @@ _SYNTHESIS_ENDS, _TRAINING_ENDS = 0.45, 0.85
 FEWEST_TOKENS = 2000
 # Tokens of an answer, of a text's opening, and of a conversation at most.
 _ANSWER_TOKENS, _OPENING_TOKENS, _MAX_LENGTH = 300, 12, 1024
+# Conversations that are written at once, and on a CPU bytes of keys and values that they may take, if all are long.
+_FEWEST_ROWS, _MOST_ROWS, _CACHE_BYTES = 16, 64, 4 * 2**30
 # Updates of each stage that tell how long one takes; conversations of each validation; where the measured openings begin.
 _TRIAL_UPDATES, _NUM_VALIDATION, _MEASURED_SEED = 4, 16, 10**6
 _BATCH_SIZE = 4
@@ -194,23 +196,23 @@ class Run:
         from transformers_prism.training.progress_bar import ProgressBar
 
         def work() -> dict:
-            kept = 0
+            written = 0
             end = time.monotonic() + _SYNTHESIS_ENDS * self.budget - self.spent()
 
             def is_over() -> bool:
-                bar.update(kept)  # also where the first conversations take long
-                return kept >= FEWEST_TOKENS and time.monotonic() > end
+                bar.update(written)  # also where the first conversations take long
+                return written >= FEWEST_TOKENS and time.monotonic() > end
 
             def report(counts: dict) -> None:
-                nonlocal kept
-                kept = counts["kept"]
-                bar.update(kept)
+                nonlocal written
+                written = counts["written"]
+                bar.update(written)
 
             target, tokenizer = self.models(packed=True)
             longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
             config = SynthesisConfig(
                 num_tokens=10**9,  # the time ends it
-                batch_size=16 if target.device.type == "cpu" else 64,
+                batch_size=_num_rows(target),
                 max_answer_tokens=_ANSWER_TOKENS,
                 max_length=_MAX_LENGTH,
             )
@@ -371,6 +373,17 @@ class Openings(Sequence):
             written = self.target.generate(start, attention_mask=torch.ones_like(start), **settings)
         texts = (text.strip() or "The" for text in tokenizer.batch_decode(written, skip_special_tokens=True))
         return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _num_rows(target) -> int:
+    """Conversations that are written at once: as many as speed them up, if their keys and values fit."""
+    if target.device.type != "cpu":
+        return _MOST_ROWS
+    config = target.config.get_text_config()
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_of_row = 2 * config.num_hidden_layers * num_heads * head_dim * _MAX_LENGTH * target.dtype.itemsize
+    return min(max(_CACHE_BYTES // bytes_of_row, _FEWEST_ROWS), _MOST_ROWS)
 
 
 def _dtype(device: torch.device) -> str:

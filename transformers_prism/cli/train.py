@@ -178,7 +178,7 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
 def _tell(bar, counts: dict) -> None:
     if not bar.completed:
         bar.first = counts["before"]  # what an earlier run did took no time of this one
-    bar.update(counts["kept"], counts["goal"])
+    bar.update(min(counts["written"], counts["goal"]), counts["goal"])
 
 
 def data_check(

@@ -270,6 +270,17 @@ def loop_period(token_ids: Iterable[int]) -> int | None:
     return None
 
 
+def before_loop(token_ids: list[int]) -> list[int]:
+    """An answer without the loop that it ends in: up to the first of the runs of tokens that are repeated."""
+    period = loop_period(token_ids)
+    if period is None:
+        return token_ids
+    end = len(token_ids)
+    while end > period and token_ids[end - 1] == token_ids[end - 1 - period]:
+        end -= 1
+    return token_ids[:end]
+
+
 class Contamination:
     """Runs of tokens that benchmark prompts hold, to keep conversations with any of them out of the data."""
 

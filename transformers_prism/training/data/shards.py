@@ -70,9 +70,14 @@ class ShardWriter:
         self._read_back()
 
     @property
+    def num_ended_tokens(self) -> int:
+        """Tokens of conversations that have ended, those included that wait for one with a smaller number."""
+        return self.num_tokens + self.num_waiting_tokens
+
+    @property
     def has_enough(self) -> bool:
         """Whether nothing new needs to be begun."""
-        return self.num_tokens + self.num_waiting_tokens >= self.goal
+        return self.num_ended_tokens >= self.goal
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{self.part[0]:03d}-{number:05d}.parquet"

@@ -23,7 +23,7 @@ from transformers_prism.command_line import versions
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.decoding.target_side import num_learned_positions
 from transformers_prism.training.data.chats import RowError
-from transformers_prism.training.data.conversations import Contamination, loop_period
+from transformers_prism.training.data.conversations import Contamination, before_loop, loop_period
 from transformers_prism.training.data.shards import ShardWriter, WrittenRow, claim_folder
 from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize, tokenize_behind
 from transformers_prism.training.slots import Slots
@@ -57,8 +57,10 @@ TOPICS = {
 
 # Stands for the words before what a template writes.
 _WORD = "x"
-# An answer that ends for want of time is kept if it has this many tokens.
+# An answer that ends for want of time, or in a loop, is kept if it has this many tokens before.
 FEWEST_CUT_TOKENS = 16
+# So often a loop is looked for.
+_TOKENS_BETWEEN_LOOKS = 16
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,8 @@ class Synthesizer:
                 row.refusal = "user turn too long"
         elif token in self.eos_ids or length >= self.config.max_answer_tokens:
             self._end_answer(row, is_cut=token not in self.eos_ids)
+        elif length % _TOKENS_BETWEEN_LOOKS == 0 and loop_period(row.tokens[row.start :]) is not None:
+            self._end_answer(row, is_cut=True)
 
     def _end_user_turn(self, row: WrittenRow) -> None:
         words = tuple(row.tokens[row.user_start :])
@@ -298,11 +302,15 @@ class Synthesizer:
         row.tokens.append(row.forced.popleft())
 
     def _end_answer(self, row: WrittenRow, is_cut: bool) -> None:
+        answer = before_loop(row.tokens[row.start :])
+        is_loop = row.start + len(answer) < len(row.tokens)
+        row.tokens[row.start :] = answer
         row.spans.append((row.start, len(row.tokens)))
-        if len(row.tokens) - row.start <= 1 and not is_cut:
+        if is_loop and len(answer) < FEWEST_CUT_TOKENS:
+            row.refusal = "answer is a loop"
+        elif len(answer) <= 1 and not is_cut:
             row.refusal = "empty answer"
-        elif loop_period(row.tokens[row.start :]) is not None:
-            row.refusal = "answer ends in a loop"
+        is_cut = is_cut or is_loop
         config = self.config
         room = config.max_length - len(row.tokens)
         needs = len(self.to_user) + config.max_user_tokens + len(self.to_assistant) + config.max_answer_tokens
@@ -350,7 +358,8 @@ def synthesize(
         output (`str` or path): the folder.
         contamination (`Contamination`, *optional*): leaves conversations out that hold a benchmark's prompts.
         part (`tuple[int, int]`): of `(index, count)` processes; each writes its share of the tokens to its own shards.
-        report (`Callable`): called after each conversation with the tokens kept, the number to keep, and those of earlier runs.
+        report (`Callable`): called after each conversation with the tokens of those that have ended, the number to keep, and those
+            that earlier runs kept.
         is_over (`Callable`): asked before each forward; once True, the run ends with what there is.
     Returns:
         `dict`: counts of what was kept and why the rest was not, over all shards of this process.
@@ -370,7 +379,7 @@ def synthesize(
             for row in synthesizer.run(_numbers(writer, part, synthesizer.num_conversations), is_over):
                 writer.add(row)
                 writer.check_progress()
-                report({"kept": writer.num_tokens, "goal": writer.goal, "before": num_before})
+                report({"written": writer.num_ended_tokens, "goal": writer.goal, "before": num_before})
             if writer.num_decided == first or is_over():
                 writer.finish()
     except BaseException:
