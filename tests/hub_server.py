@@ -118,7 +118,7 @@ class Hub:
     def validate_card(self, request):
         try:
             metadata = yaml.safe_load(request.json["content"].split("---\n")[1])
-            is_valid = metadata["license"].islower() and all(isinstance(tag, str) for tag in metadata.get("tags", []))
+            is_valid = metadata.get("license", "none").islower() and all(isinstance(tag, str) for tag in metadata.get("tags", []))
         except (IndexError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             is_valid = False
         return Response(json.dumps({"errors": [{"message": "invalid metadata"}]}), 200 if is_valid else 400)

@@ -129,9 +129,22 @@ def test_the_plotted_shares_are_those_that_were_counted(measured):
     assert first["rounds"] == [100, 75]
 
 
+def test_a_licence_is_a_persons_to_name(draft_folder):
+    """A draft of a target under other terms is not said to be under ours."""
+    (draft_folder / "about.json").unlink(missing_ok=True)
+    write_card(draft_folder)
+    card = ModelCard.load(draft_folder / "README.md")
+    assert card.data.license is None
+    assert "The licence of the weights is not named yet" in card.text
+    (draft_folder / "about.json").write_text(json.dumps({"license": "gemma"}))
+    write_card(draft_folder)
+    assert "Licence of the weights: gemma." in (draft_folder / "README.md").read_text()
+
+
 def test_the_metadata_is_the_hubs(measured, draft_folder, tmp_path):
     """Parsed by huggingface_hub: library, task, base model and its relation, tags, licence, results."""
-    (draft_folder / "about.json").write_text(json.dumps({"base_model": "some/target", "language": "en"}))
+    about = {"base_model": "some/target", "language": "en", "license": "apache-2.0"}
+    (draft_folder / "about.json").write_text(json.dumps(about))
     write_card(draft_folder, measured[1])
     data = ModelCard.load(draft_folder / "README.md").data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
@@ -189,10 +202,10 @@ def test_a_missing_figure_is_refused(measured, draft_folder):
         render_card(draft_folder, metrics)
 
 
-def test_figures_of_other_weights_are_refused(measured, draft_folder):
+def test_figures_of_other_weights_are_refused(measured, draft_folder, tiny_folders):
     """Measurements, and a metrics.json that an older draft left."""
     write_card(draft_folder, measured[1])
-    draft = tiny_draft(AutoModelForCausalLM.from_pretrained(json.loads(measured[1][0].read_text())["target"]), seed=7)
+    draft = tiny_draft(AutoModelForCausalLM.from_pretrained(tiny_folders[0]), seed=7)
     # Without the code that would write new metrics.
     PreTrainedModel.save_pretrained(draft, draft_folder)
     with pytest.raises(ValueError, match="expected figures of the weights in its folder"):

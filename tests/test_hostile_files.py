@@ -196,7 +196,7 @@ def test_what_a_person_says_is_not_a_template(folder, text):
     (folder / "about.json").write_text(json.dumps({"limits": [text]}))
     write_card(folder)
     assert text in (folder / "README.md").read_text()
-    assert "\nlicense: apache-2.0\n" in (folder / "README.md").read_text().split("---")[1]
+    assert "\nlicense:" not in (folder / "README.md").read_text().split("---")[1]
 
 
 def test_yaml_in_a_card_is_read_as_data(hub, folder, made):

@@ -1,6 +1,7 @@
 """Each folder in hub_cards is what `save_pretrained` and `card` write; what is pushed of it is a whole repository."""
 
 import ast
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers_prism.hub.files import published_code, published_files, publis
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("hub_cards/*/config.json"))
+WITHOUT_WEIGHTS = sorted({path.parent for path in ROOT.glob("hub_cards/*/about.json")} - set(FOLDERS))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -62,6 +64,20 @@ def test_saving_adds_the_packages_code(shipped_and_saved):
     for path in (ROOT / "transformers_prism" / "custom_generate").glob("*.*"):
         expected[f"custom_generate/{path.name}"] = path.read_bytes()
     assert added == expected
+
+
+@pytest.mark.parametrize("folder", WITHOUT_WEIGHTS, ids=lambda folder: folder.name)
+def test_a_card_without_weights_says_so(folder):
+    """And has what the figures come from, so that the draft can be made again."""
+    about, card = json.loads((folder / "about.json").read_text()), (folder / "README.md").read_text()
+    assert {path.name for path in folder.iterdir() if not path.name.endswith(".png")} == {
+        *("README.md", "about.json", "metrics.json", "training.json")
+    }
+    assert "**The weights are not kept in this repository.**" in about["data"]
+    assert about["data"] in card
+    command = json.loads((folder / "training.json").read_text())["command"]
+    assert command
+    assert command in card
 
 
 LOAD = """

@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_target
 
 from transformers_prism.bench.generate import count_steps
-from transformers_prism.bench.record import hardware, write_record
+from transformers_prism.bench.record import hardware, record_head, write_record
 from transformers_prism.command_line import command_line, this_command
 from transformers_prism.decoding.speculation import RoundTree, Speculation
 
@@ -29,6 +29,24 @@ def test_a_record_names_machine_weights_and_command(tmp_path, monkeypatch):
     assert record["hardware"].endswith("cores")
     assert set(record["versions"]) == {"transformers_prism", "torch", "transformers"}
     assert record["settings"] == {"tree": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/home/me/models/target", "target"),
+        ("/home/me/target.gguf", "target.gguf"),
+        ("./target/", "target"),
+        ("C:\\models\\target", "target"),
+        ("user/target", "user/target"),
+        ("target.gguf", "target.gguf"),
+    ],
+)
+def test_a_target_is_told_without_folders(name, told):
+    """A card shows it to everybody."""
+    target = tiny_target()
+    target.config._name_or_path = name
+    assert record_head("generate", target, {})["target"] == told
 
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ import datetime
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
 
 from transformers_prism.command_line import this_command, versions
+from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
@@ -31,7 +33,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
         "kind": kind,
         "command": this_command(),
         "date": datetime.date.today().isoformat(),
-        "target": name_of(target.config),
+        "target": _name_elsewhere(target.config),
         "weights_sha256": weights,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
@@ -40,6 +42,12 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
         "versions": versions(),
         "settings": settings,
     }
+
+
+def _name_elsewhere(config) -> str:
+    """A target's name for files that others read: its Hub id, or the last part of a path, whose folders are nobody's business."""
+    name = name_of(config)
+    return name if target_fingerprint(config)["name"] else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def write_record(

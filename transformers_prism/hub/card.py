@@ -245,7 +245,7 @@ def _metadata(name: str, about: dict, fingerprint: dict, metrics: dict) -> Model
                 results.append(EvalResult(**source, metric_type=metric, metric_name=title, metric_value=round(value, 3)))
     return ModelCardData(
         model_name=name if results else None,
-        license=about["license"] or "apache-2.0",
+        license=about["license"],
         language=about["language"],
         library_name="transformers",
         pipeline_tag="text-generation",
