@@ -161,6 +161,16 @@ def test_epochs_fit_into_the_time(tmp_path):
     assert run._epochs(fast) == {"single_step_epochs": pytest.approx(6.0), "warm_up_epochs": pytest.approx(4.0)}
 
 
+def test_conversations_are_written_at_once_as_far_as_their_keys_and_values_fit(monkeypatch):
+    """Of 4 layers with 2 heads of 8 in float32: 512 KiB for 1024 positions."""
+    target = tiny_target("llama")
+    one = 2 * 4 * 2 * 8 * 1024 * 4
+    assert make_draft._num_rows(target) == 64
+    for room, expected in ((one, 16), (20 * one, 20), (1000 * one, 64)):
+        monkeypatch.setattr(make_draft, "_CACHE_BYTES", room)
+        assert make_draft._num_rows(target) == expected
+
+
 def test_the_time_of_an_interrupted_step_counts(tmp_path):
     """Also in the process that resumes it, and the step's own seconds are of both."""
     run = make_draft.Run(tmp_path / "made", {"minutes": 10, "model": "x"}, Console(quiet=True))
