@@ -104,7 +104,9 @@ def test_study_trains_and_measures_all_recipes(folder):
         assert f"| {record['recipe']} | {record['tree']} | {record['temperature']:g} | {record['tau']:.3f} |" in page
         assert sum(record["answers"][0]["num_rounds_by_accepted"]) == record["answers"][0]["num_rounds"]
     # Of each way of decoding, of all together, and of a claim of the paper its steps.
-    assert all(page.count(f"| {one[0]} over {one[1]} |") == 5 + (one in PAPER_CLAIMS) for one in CLAIMS)
+    claims = [one for one in CLAIMS if RECIPES.keys() >= set(one)]  # the others are of records that are kept
+    assert len(claims) > 15
+    assert all(page.count(f"| {one[0]} over {one[1]} |") == 5 + (one in PAPER_CLAIMS) for one in claims)
     assert all(page.count(f"- prism-m2 commits more tokens a round than {worse}: **") == 1 for _, worse in PAPER_CLAIMS)
     assert "--trees 7/3/3 2/2/1" in page
     assert str(folder) not in page
