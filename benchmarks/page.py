@@ -472,15 +472,7 @@ class _Page:
 
     def add_long_texts(self, stem: str, record: dict) -> None:
         """What is accepted as the text grows, and where in a text the draft's first choice is right."""
-        num_texts = len({row["document"] for row in record["rows"]})
-        probabilities = ", ".join(f"{value:.2f} at {length}" for length, value in long_texts.mean_probabilities(record).items())
-        self.add(
-            "## Long texts",
-            f"A summary is asked for of the last tokens of {num_texts} texts, which Spec-Bench's summaries and passages make: "
-            f"{record['settings']['max_new_tokens']} new tokens, greedy, by length of the prompt, with sliding windows that the draft "
-            "was not trained with. Then how often the draft's first choice is the target's in the longest of these prompts, by "
-            f"position. The target gave its own tokens a probability of {probabilities} tokens. Nothing was timed.",
-        )
+        self.add("## Long texts", long_texts.words_of(record))
         for index, (title, values) in enumerate(long_texts.series_of(record).items()):
             self.add(long_texts.table_of(title, values))
             # Later draft steps look like the first one.

@@ -3,8 +3,11 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
 from tiny_models import chat_tokenizer, save_chat_target, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
@@ -169,6 +172,13 @@ def test_conversations_are_written_at_once_as_far_as_their_keys_and_values_fit(m
     for room, expected in ((one, 16), (20 * one, 20), (1000 * one, 64)):
         monkeypatch.setattr(make_draft, "_CACHE_BYTES", room)
         assert make_draft._num_rows(target) == expected
+
+
+@pytest.mark.parametrize("name", ["MambaConfig", "GPT2Config", "FalconConfig"])
+def test_targets_that_name_no_heads_are_written_with_too(name):
+    """Recurrent layers have none, and others call them something else; it ended in an AttributeError."""
+    config = getattr(transformers, name)()
+    assert 16 <= make_draft._num_rows(SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.float32)) <= 64
 
 
 def test_the_time_of_an_interrupted_step_counts(tmp_path):

@@ -128,7 +128,7 @@ def _plain_rope(target_config, head_dim: int) -> dict:
     return {"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10000.0)}
 
 
-def _attention_heads(target_config, width: int) -> dict:
+def attention_heads(target_config, width: int) -> dict:
     """Head counts and head dimension, as the target's, for a draft layer of this width."""
     heads = _read_size(target_config, "num_attention_heads") or max(1, width // 64)
     head_dim = _read_size(target_config, "head_dim")
@@ -495,7 +495,7 @@ class PrismConfig(PreTrainedConfig):
             **_widths(config, model),
             **target_numerics(target if model is None else model.config),
         }
-        derived.update(_attention_heads(config, derived["hidden_size"]))
+        derived.update(attention_heads(config, derived["hidden_size"]))
         derived["rope_parameters"] = _plain_rope(config, overrides.get("head_dim") or derived["head_dim"])
         derived.update(overrides)
         derived.setdefault("normalize_target_hidden", len(derived["target_layer_ids"]) > 1)

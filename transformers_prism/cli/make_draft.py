@@ -28,6 +28,7 @@ from transformers_prism.cli.doctor import (
     tokenizer_findings,
 )
 from transformers_prism.cli.options import EXTRAS
+from transformers_prism.configuration_prism import attention_heads, num_target_layers
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.hub.card import add_to_card, names_target
 from transformers_prism.target import find_device, load_target
@@ -380,9 +381,9 @@ def _num_rows(target) -> int:
     if target.device.type != "cpu":
         return _MOST_ROWS
     config = target.config.get_text_config()
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_of_row = 2 * config.num_hidden_layers * num_heads * head_dim * _MAX_LENGTH * target.dtype.itemsize
+    heads = attention_heads(config, config.hidden_size)
+    size_of_position = 2 * num_target_layers(config) * heads["num_key_value_heads"] * heads["head_dim"]
+    bytes_of_row = size_of_position * _MAX_LENGTH * target.dtype.itemsize
     return min(max(_CACHE_BYTES // bytes_of_row, _FEWEST_ROWS), _MOST_ROWS)
 
 

@@ -39,8 +39,8 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
         or reason_against_virtual_tokens(target)
         or reason_against_inputs(inputs, rotary_switches(config))
     )
-    if reason is None and (reason := reason_against_untried_chat(cache)) is not None and is_tried(target):
-        reason = None
+    if reason is None and (untried := reason_against_untried_chat(cache)) is not None and not is_tried(target):
+        reason = untried
     if reason is not None:
         raise Declined(reason)
     why_chain = why_no_tree(target, cache, inputs)

@@ -249,15 +249,15 @@ class Synthesizer:
             best = logits.argmax(dim=-1).tolist()
             chosen.update((slot, best[slot]) for slot in free)
         if drawn:
-            chosen.update(zip(drawn, self._draw(logits, drawn, rows), strict=True))
+            chosen.update(zip(drawn, self._draw(logits, {slot: rows[slot] for slot in drawn}), strict=True))
         return chosen
 
     def _temperature(self, row: WrittenRow) -> float:
         return self.config.user_temperature if row.is_user else row.temperature
 
-    def _draw(self, logits: torch.Tensor, slots: list[int], all_rows: dict[int, WrittenRow]) -> list[int]:
+    def _draw(self, logits: torch.Tensor, rows_of_slots: dict[int, WrittenRow]) -> list[int]:
         """Sample in some slots, each with noise of its own, so that it does not matter what else is decoded."""
-        rows = [all_rows[slot] for slot in slots]
+        slots, rows = list(rows_of_slots), list(rows_of_slots.values())
         top_ks = [self.config.user_top_k if row.is_user else self.config.top_k for row in rows]
         # Of all slots, since a copy of some takes longer. Of an accelerator's logits only these few come to the host.
         values, tokens = (best.cpu()[slots] for best in logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1))
