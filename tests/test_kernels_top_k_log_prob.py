@@ -14,7 +14,7 @@ from tiny_models import tiny_draft, tiny_target
 
 from transformers_prism.kernels import dispatch
 from transformers_prism.kernels import top_k_log_prob as kernel
-from transformers_prism.kernels.top_k_log_prob import top_k_log_prob
+from transformers_prism.kernels.top_k_log_prob import top_k_by_columns, top_k_log_prob, top_k_of_logits
 
 pytestmark = pytest.mark.quick
 
@@ -67,6 +67,37 @@ def test_the_best_tokens_are_found(has_ids, scale, softcap):
     wide = top_k_log_prob(hidden[None, :, None], weight, 6, bias, ids, scale, softcap)
     assert torch.equal(wide[0][0, :, 0], found[0])
     assert torch.equal(wide[1][0, :, 0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "k"), [((1, 10, 10300), 10), ((70000,), 1), ((2, 3, 8192), 64), ((3, 32, 1024), 8), ((1, 4, 9001), 10)]
+)
+def test_columns_hold_the_largest(shape, k):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    largest, index = top_k_by_columns(values, k)
+    assert torch.equal(largest, values.topk(k).values)
+    assert torch.equal(index, values.topk(k).indices)
+    # In the rest behind the last whole row, and in one column.
+    size = shape[-1]
+    width = size // 32
+    values[..., size - 1], values[..., 3 :: width] = 9.0, 8.0
+    largest, index = top_k_by_columns(values, k)
+    assert torch.equal(largest, values.topk(k).values)
+    assert torch.equal(values.gather(-1, index), largest)
+    assert all(len(set(row)) == k for row in index.view(-1, k).tolist())
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
+def test_columns_of_no_numbers_name_different_tokens(wrong):
+    logits = torch.full((2, 40000), wrong)
+    logits[1, 17] = 1.0
+    token_ids, log_probs = top_k_of_logits(logits, 10)
+    assert all(len(set(row)) == 10 for row in token_ids.tolist())
+    assert (log_probs[0] == -torch.inf).all()
+    if wrong == -torch.inf:
+        assert token_ids[1, 0] == 17
+        assert log_probs[1, 0] == 0.0
+        assert (log_probs[1, 1:] == -torch.inf).all()
 
 
 def test_it_compiles_without_a_break():
