@@ -1,1 +1,1 @@
-"""What the repository's own pages are made with, outside the package: `python -m benchmarks.study` and others, in a clone."""
+"""Scripts that make the repository's own pages, outside the package: `python -m benchmarks.study` and others, in a clone."""

@@ -54,7 +54,7 @@ def picture(command: str, answer: Text, summary: str) -> str:
         )
         console.print(Text(summary))
         svg = console.export_svg(title="transformers-prism", unique_id="answer")
-    # Viewers of README files load no fonts from elsewhere.
+    # Viewers of README files load no external fonts.
     return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
 
 

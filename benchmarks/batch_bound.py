@@ -10,8 +10,8 @@ The bound of a batch, without its prefill:
     bound     seconds of the plain steps over those of the rounds, both from the same measured costs
 
 The share is the measured ratio over the bound. Whole calls are compared, too, prefill included: over all batches, and
-of the batch that gains least. The table says where the rest is: time of drafting and verifying beyond its cost, what is no
-forward, and what the bound itself would be if sequences never waited for the slowest.
+of the batch that gains least. The table says where the rest goes: drafting and verifying beyond their costs, time outside
+forwards, and what the bound itself would be if sequences never waited for the slowest.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ from transformers_prism.whole_files import write_json
 
 
 def active_by_round(speculation: Speculation) -> list[int]:
-    """Sequences in each round; each takes part in the first ones, until it ends."""
+    """Number of active sequences in each round; a sequence takes part from the first round until it ends."""
     lengths = [len(accepted) for accepted in speculation.accepted_per_round]
     return [sum(length > index for length in lengths) for index in range(len(speculation.trees))]
 
@@ -49,8 +49,8 @@ def bound_of(speculation: Speculation, costs: RoundCosts, num_sequences: int, nu
         num_sequences: in the batch, B.
         num_steps: plain steps until the longest answer ends, the prefill's token not counted.
     Returns:
-        `dict`: `plain`, `verify` and `draft` in seconds; `bound`, their ratio; `even_bound`, the same if the rounds of the
-        batch were as many as those of its sequences on average.
+        `dict`: `plain`, `verify` and `draft` in seconds; `bound`, their ratio; `even_bound`, the same if the batch had
+        as many rounds as its sequences have on average.
     """
     plain = num_steps * costs.verify(num_sequences)
     verify = draft = 0.0
@@ -99,7 +99,7 @@ def figures_of(result: ItemResult, speculation: Speculation, costs: RoundCosts) 
 
 
 def measure(target, draft, records: list[dict], rows: list[dict], batch_size: int, max_new_tokens: int, pad_id: int) -> list[dict]:
-    """Of each batch the figures; the plain method is the prepared target's."""
+    """The figures of each batch; the plain method decodes with the prepared target."""
     items = make_items(records, rows, batch_size, pad_id)
     longest = max(item.inputs["input_ids"].shape[1] for item in items)
     contest = Contest(target, draft, None, parse_methods(["auto"], is_packed=True, batch_size=batch_size), longest + max_new_tokens)

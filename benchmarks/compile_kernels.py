@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that need not be here: registers, spilled bytes and shared memory.
+"""Compile the Triton kernels for GPUs that this machine need not have: registers, spilled bytes and shared memory.
 
     python -m benchmarks.compile_kernels --json compiled.json
     python -m benchmarks.compile_kernels --readme transformers_prism/kernels/README.md
@@ -73,13 +73,13 @@ class Launch:
 
     @property
     def constants(self) -> str:
-        """Constants and options, to read."""
+        """Constants and options, for display."""
         return " ".join(f"{name}={value}" for name, value in self.kwargs.items())
 
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Note launches of Triton kernels instead of running them; of an autotuned kernel every configuration."""
+    """Record launches of Triton kernels instead of running them; for an autotuned kernel, every configuration."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
@@ -141,7 +141,7 @@ def _ptxas_figures(ptx: str, arch: str) -> dict:
 
     capability = ARCHITECTURES[arch]
     command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(capability)}"]
-    # Kept where Triton keeps what it compiles, since the assembler takes as long again.
+    # Kept in Triton's own cache, since the assembler takes as long as the compiler.
     cache = get_cache_manager(hashlib.sha256("\n".join([*command, version("triton"), ptx]).encode()).hexdigest())
     path = cache.get_file("ptxas.log")
     if path is None:
@@ -159,7 +159,7 @@ def _ptxas_figures(ptx: str, arch: str) -> dict:
 
 
 def _number(pattern: str, text: str) -> int:
-    """The number that the compiler tells in these words."""
+    """The number in the compiler's output that matches this pattern."""
     found = re.search(pattern, text)
     assert found is not None, f"expected {pattern} in {text}"
     return int(found[1])

@@ -6,7 +6,7 @@
 1. The tests marked `gpu`.
 2. Every kernel against its PyTorch reference and what torch.compile makes of it.
 3. Random targets of the sizes of LLaMA-3-8B and SmolLM2-135M, with drafts of M = 1, 2, 4 and 8 modules: plain decoding,
-   compiled with a static cache, and with the draft. The script: three drafted tokens of each round are right.
+   compiled with a static cache, and with the draft. By script, three drafted tokens of each round are right.
 4. One round as torch.profiler saw it: kernels, and the gaps in which the device waited for the host.
 
 The exit code is 0 only if every test passes, every kernel agrees with its reference and every text is that of plain decoding.
@@ -86,8 +86,8 @@ TRIAL_SIZES = (Size("tiny", TINY, 0.0, num_new=20, num_prompt=9, repeat=1),)
 
 
 def scripted_target(size: Size, device: torch.device, dtype: torch.dtype):
-    """A random target that computes what a real one does, and continues token v with v + a stride: the residual stream
-    stays close to the embedding, and the head is the embedding in another order. The best logit is far ahead of the others,
+    """A random target with all computations of a real one, which continues token v with v + a stride: the residual stream
+    stays close to the embedding, and the head is a permutation of the embedding. The best logit is far ahead of the others,
     so that rounding does not decide."""
     config = LlamaConfig(
         **size.config,
@@ -119,10 +119,10 @@ class _ScriptedDrafter(Drafter):
 
 
 class ScriptedDraft(PrismDraftModel):
-    """A random draft that foresees [`scripted_target`], but for what its drafter spoils."""
+    """A random draft that predicts [`scripted_target`], except where its drafter makes it wrong."""
 
     def make_drafter(self) -> Drafter:
-        """Of this script."""
+        """The scripted drafter."""
         return _ScriptedDrafter(self)
 
 
@@ -178,7 +178,7 @@ def run_kernels(device: torch.device, deadline: float) -> dict:
 
 
 def run_size(size: Size, device: torch.device, deadline: float) -> dict:
-    """Decode with every method; drafts of more modules with two of the modes."""
+    """Decode with every method; drafts with more than one module are run in two of the modes."""
     target = scripted_target(size, device, torch.bfloat16)
     start = torch.randint(size.config["vocab_size"], (1, 1), generator=torch.Generator().manual_seed(1))
     ids = (start + _STRIDE * torch.arange(size.num_prompt)) % size.config["vocab_size"]
@@ -268,7 +268,7 @@ class _Rounds(BaseStreamer):
 
 @contextmanager
 def profiled_rounds(target, draft, inputs: dict, mode: str) -> Iterator[list]:
-    """The profiler's events of a few rounds, once everything has run before."""
+    """The profiler's events of a few rounds, after a warm-up call."""
     (method,) = [one for one in parse_methods([mode], is_packed=False) if one.name == mode]
     draft.generation_config.update(**method.tree)
     settings = {"max_new_tokens": 8 * (NUM_RIGHT + 1), "do_sample": False, "assistant_model": draft}

@@ -1,13 +1,13 @@
-"""What drafts bring for a target with recurrent layers: a random qwen3_5_text of a real size, and a draft by script.
+"""What drafts gain for a target with recurrent layers: a random qwen3_5_text of a real size, and a scripted draft.
 
     python -m benchmarks.hybrid --json hybrid.json   the width and depth of a model of 0.8 billion parameters: some minutes on
                                                      two cores, 8 GB of memory
     python -m benchmarks.hybrid --width 64 --layers 4 --vocab-size 512 --new-tokens 24      a trial of a few seconds
 
-First the cost of forwards over 1, 4, 8 and 16 tokens behind a state, then tokens per second of plain decoding, of chains of
-one length and of `tree="auto"`, taken in turns, with the share of the time that carried tokens cost. Each drafted token is
-what plain decoding says with the probability `--acceptance`; drafting itself takes next to no time, which `auto` is told,
-so that what is measured is the target's side.
+It measures the cost of forwards over 1, 4, 8 and 16 tokens after a state, then tokens per second of plain decoding, of chains
+of one length and of `tree="auto"`, in turn, and the share of the time spent on carried tokens (accepted tokens that a forward
+reads again). A drafted token is plain decoding's token with the probability `--acceptance`. Drafting takes next to no
+time, and `auto` is told so: only the target's side is measured.
 """
 
 import random
@@ -104,7 +104,7 @@ class _ScriptedDrafter:
         return Tree(tokens, (index - 1).clamp(min=0), index, -index.float())
 
     def draw(self, top_k, depth, choose_width=None, coupling=None) -> CandidatePool:
-        """The chain step by step, each as likely as it is right."""
+        """The chain step by step; each token has the probability `acceptance`."""
         steps: list = []
         for step, token in enumerate(self._chain(depth)):
             log_prob = torch.tensor([[self.acceptance]]).log() * (step + 1)
@@ -116,7 +116,7 @@ class _ScriptedDrafter:
 
 @torch.no_grad()
 def forward_seconds(target, prompt, repeats: int) -> dict[int, float]:
-    """Seconds of a forward over each number of tokens behind the prompt's state, the median."""
+    """Median seconds of a forward over each number of tokens after the prompt's state."""
     cache = DynamicCache(config=target.config)
     target(prompt, **cache_argument(target, cache), use_cache=True)
     snapshot, seconds = CacheSnapshot(cache), {}
@@ -132,7 +132,7 @@ def forward_seconds(target, prompt, repeats: int) -> dict[int, float]:
 
 
 def _seconds_of(counts: dict[int, float], num_tokens: int) -> float:
-    """Seconds of a forward over a number of tokens, on the line between those measured, which goes on behind the last."""
+    """Seconds of a forward over a number of tokens: interpolated between those measured, extrapolated beyond the last."""
     points = sorted(counts)
     right = next((index for index, point in enumerate(points) if index and point >= num_tokens), len(points) - 1)
     low, high = points[right - 1], points[right]
@@ -140,7 +140,7 @@ def _seconds_of(counts: dict[int, float], num_tokens: int) -> float:
 
 
 def _decode(target, prompt, num_new: int, draft=None, **settings) -> dict:
-    """One call: its tokens, its seconds, and of each round's forward the tokens in it and those of the tree."""
+    """One call: its tokens, its seconds, and for each round's forward the carried tokens and all tokens in it."""
     sizes: list[int] = []
     handle = target.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append((args or (kwargs["input_ids"],))[0].shape[1]), with_kwargs=True
@@ -164,7 +164,7 @@ def _decode(target, prompt, num_new: int, draft=None, **settings) -> dict:
 
 
 def measure(target, prompt_length: int, num_new: int, acceptance: float, depth: int, repeats: int) -> dict:
-    """Everything this page says, as a dictionary."""
+    """All figures of this script, as a dictionary."""
     prompt = torch.randint(1, target.config.vocab_size - 1, (1, prompt_length), generator=torch.Generator().manual_seed(1))
     say("forwards over " + ", ".join(map(str, COUNTS)) + " tokens")
     counts = forward_seconds(target, prompt, repeats)

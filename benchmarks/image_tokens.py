@@ -1,12 +1,12 @@
-"""What a draft should take as the tokens of an image: the image token's embedding, or what the target puts in its place.
+"""What a draft should read at the positions of an image: the image token's embedding, or the target's merged embedding.
 
     python -m benchmarks.image_tokens            three seeds, two minutes on one core
     python -m benchmarks.image_tokens --target-steps 30 --draft-steps 30 --pictures 4 --seeds 1      a trial of seconds
 
 A tiny random LLaVA learns to name the colours of a picture's 16 cells, in order, each with a word that a random Markov chain
-adds. Two drafts with the same first weights are then fitted to it, on the same pictures: at the positions of the image one
-reads the embedding of the image token, as for any other token, the other the target's merged embedding of the cell. Both
-read the target's hidden states there. What counts is the acceptance length of chains over pictures that neither has seen.
+adds. Two drafts with the same initial weights are then trained on the same pictures. At the positions of the image, one
+reads the embedding of the image token, as for any other token; the other reads the target's merged embedding of the cell.
+Both read the target's hidden states there. What counts is the acceptance length of chains over pictures that neither has seen.
 """
 
 import statistics
@@ -31,7 +31,7 @@ WAYS = ("image token", "merged embedding")
 
 
 class ImageDraft(PrismDraftModel):
-    """A draft that takes the image tokens of what it reads for `image_embeddings`, where there are some."""
+    """A draft that reads `image_embeddings`, if they are set, in place of the embeddings of image tokens."""
 
     image_embeddings: torch.Tensor | None = None  # [image tokens of the batch, D]
 
@@ -55,7 +55,7 @@ def new_target(seed: int) -> LlavaForConditionalGeneration:
 
 
 class Pictures:
-    """Random pictures with what is to be said of them.
+    """Random pictures with their descriptions.
 
     Args:
         seed (`int`): of colours and of the words that follow them.
@@ -69,7 +69,7 @@ class Pictures:
 
     def draw(self, num: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels `(num, 3, 32, 32)`, and the texts `(num, T)`: the question and, for each cell, its colour and the word
-        that this colour has behind the one before."""
+        that this colour has after the previous colour."""
         cells = torch.randint(NUM_COLOURS, (num, NUM_CELLS), generator=self.generator)
         pixels = self.colours[cells].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
         pixels = pixels.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
@@ -80,7 +80,7 @@ class Pictures:
 
 
 def _fit(model, loss, num_steps: int, rate: float) -> float:
-    """Let a model's own weights follow a loss; returns the last one."""
+    """Train a model's own weights on a loss; returns the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=num_steps)
     value = torch.tensor(0.0)
@@ -141,7 +141,7 @@ def _show(draft: ImageDraft, way: str, outputs, text: torch.Tensor) -> None:
 
 @torch.no_grad()
 def acceptance_length(target, draft: ImageDraft, way: str, seed: int, num_pictures: int) -> float:
-    """Tokens a round over pictures that were not learned from."""
+    """Tokens per round over pictures that were not trained on."""
     draft.generation_config.update(tree="chain", tree_depth=NUM_STEPS, tree_num_nodes=NUM_STEPS)
     pixels, text = Pictures(seed).draw(num_pictures)
     tokens = rounds = 0

@@ -1,9 +1,9 @@
 """What drafts accept of texts that are known, without a forward of the target in any round.
 
-A draft has no say in what its target writes: the text of a prompt is the same with every draft, sampled text too while the
-random numbers start from the same seed. So the target writes each text once, and its states are computed once. Then a draft
-grows trees along the text, several texts side by side, and a round commits as far as a path of its tree is the text. That
-finds the rounds that decoding would have, in a fraction of its time; `transformers-prism bench acceptance` decodes indeed.
+A draft does not change what its target writes: a prompt's text is the same with every draft, and so is sampled text with the
+same seed. So the target writes each text once, and its states are computed once. Then a draft grows trees along the text,
+several texts in a batch, and a round commits the longest path of its tree that matches the text. This gives the rounds of real
+decoding in a fraction of the time; `transformers-prism bench acceptance` really decodes.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class KnownText:
         task (`str`): of the prompt.
         prompt (`torch.LongTensor` of shape `(1, T)`): its tokens.
         answer (`list[int]`): the target's, A tokens.
-        max_new_tokens (`int`): that the answer was allowed.
+        max_new_tokens (`int`): limit of the answer.
         states (`dict`): by layer the target's states `(1, T + A - 1, target_hidden_size)`, of all tokens but the last.
         probabilities (`list[float]`): that the target gave each token of the answer; [] if it was not asked.
     """
@@ -78,10 +78,10 @@ def write_texts(
 
 
 def keep_texts(path: Path, made_of: dict, write: Callable[[], list[KnownText]]) -> list[KnownText]:
-    """The texts of a file, or what `write` returns, which then lies there; other processes wait for it.
+    """The texts of a file, or those that `write` returns, which are then saved there; other processes wait meanwhile.
 
     Args:
-        made_of (`dict`): what the texts depend on; those of a file that was made of something else are written anew.
+        made_of (`dict`): what the texts depend on; if the file was made from something else, they are written again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -97,20 +97,20 @@ def keep_texts(path: Path, made_of: dict, write: Callable[[], list[KnownText]]) 
 
 @torch.no_grad()
 def follow_texts(target, draft, texts: list[KnownText], tree: str, batch_size: int = 8) -> list[dict]:
-    """What is recorded of texts that a draft is led along.
+    """Lead a draft along texts; returns the records that decoding them would give.
 
     Args:
         draft (`PrismDraftModel`): bound to the target that wrote the texts.
         texts (`list[KnownText]`): with the states that the draft reads.
         tree (`str`): nodes/depth/top-k.
-        batch_size (`int`): texts that are followed side by side; one where a draft proposes tokens of its text, since those of
-            the others would join them.
+        batch_size (`int`): texts in a batch; 1 if the draft proposes tokens of its text, since it would then also propose
+            tokens of the other texts.
     Returns:
         `list[dict]`: as of [`~transformers_prism.bench.acceptance.decode_prompts`].
     """
     if draft.takes_text_rows and _settings(draft, tree).text_tokens:
         batch_size = 1
-    # Those of like length side by side, since the shorter ones are padded.
+    # Texts of similar length share a batch, since the shorter ones are padded.
     order = sorted(range(len(texts)), key=lambda index: texts[index].prompt.shape[1])
     answers: dict[int, dict] = {}
     with lent_attention(target, draft):
@@ -125,7 +125,7 @@ def follow_texts(target, draft, texts: list[KnownText], tree: str, batch_size: i
 
 @torch.no_grad()
 def rounds_of(draft, texts: list[KnownText], tree: str) -> list[list[int]]:
-    """Drafted tokens that each round of each text accepts, the texts side by side.
+    """Drafted tokens that each round of each text accepts, with all texts in one batch.
 
     Args:
         draft (`PrismDraftModel`): bound; its other settings of generation count as in decoding.
@@ -158,13 +158,13 @@ def _settings(draft, tree: str) -> TreeSettings:
 
 
 def _path_lengths(drafter, rows: list["_Row"], settings: TreeSettings) -> list[int]:
-    """Drafted tokens of each row's tree that its text goes on with. Near the end of a text a tree is less deep."""
+    """For each row, how many drafted tokens of its tree match its text. Near the end of a text the tree is shallower."""
     of_rows = [settings.clipped(row.room, settings.num_nodes) for row in rows]
     depth = max(one.depth for one in of_rows)
     lengths = [0] * len(rows)
     if depth == 0:
         return lengths
-    # What is drawn at a depth does not depend on how deep the tree goes on.
+    # What is drawn at a depth does not depend on the tree's final depth.
     steps = drafter.draw(settings.top_k, depth).steps
     for chosen in {one.depth: one for one in of_rows if one.depth}.values():
         places = [place for place, one in enumerate(of_rows) if one.depth == chosen.depth]
@@ -187,21 +187,21 @@ class _Row:
         self.token_ids = text.token_ids[0].tolist()
         self.states = text.states_of(layer_ids)[0]  # [T - 1, L * target_hidden_size]
         self.most = text.prompt.shape[1] + text.max_new_tokens
-        self.num_read = text.prompt.shape[1]  # positions that the draft has read; the token behind them is the root
+        self.num_read = text.prompt.shape[1]  # positions that the draft has read; the next token is the root
         self.accepted: list[int] = []
 
     @property
     def left(self) -> list[int]:
-        """Tokens behind the root."""
+        """Tokens after the root."""
         return self.token_ids[self.num_read + 1 :]
 
     @property
     def room(self) -> int:
-        """Tokens that a tree may be deep: one more is always written."""
+        """Largest depth that a tree may have: one more token is always written."""
         return self.most - self.num_read - 2
 
     def accept(self, num_drafted: int) -> None:
-        """Go on behind these drafted tokens, and the target's own where the text goes on."""
+        """Move on past these drafted tokens, and past the target's own token if the text continues."""
         num_committed = min(num_drafted + 1, len(self.left))
         self.accepted.append(num_committed - 1)
         self.num_read += num_committed
@@ -236,7 +236,7 @@ def _rounds(rows: list[_Row], starts: list[int]) -> tuple:
 
 
 def path_of(token_ids: list[int], parents: list[int], continuation: list[int], root: int = 0) -> list[int]:
-    """Nodes whose tokens are the beginning of a continuation, from below the root down; of twins the first.
+    """The path of nodes below the root whose tokens match the beginning of a continuation; of equal siblings the first counts.
 
     Args:
         token_ids, parents: of each node; where the root is one of them it is its own parent, else `root` is -1.

@@ -9,9 +9,9 @@ hidden states are kept. The draft's rounds are then run on them for every tree a
 commits are those of a generate() call (tests/test_long_texts.py), and the target's prefill is paid once. A run that was
 interrupted resumes; a larger `--num-documents` adds documents.
 
-Answers to longer texts are other answers, and may be easier or harder to draft. So it also notes how sure the target was of
-its tokens, and how often the draft's first choice is the target's at each position of the longest text itself, where all
-windows see the same text.
+Answers differ between text lengths, and may be easier or harder to draft. So two more figures are recorded: how sure the
+target was of its tokens, and how often the draft's first choice is the target's at each position of the longest prompt itself,
+where all windows see the same text.
 """
 
 import json
@@ -86,7 +86,7 @@ def question_about(tokenizer, document: list[int], length: int) -> torch.LongTen
 
 @torch.no_grad()
 def read_text(target, draft, input_ids: torch.LongTensor, max_new_tokens: int) -> KnownText:
-    """Decode greedily, step by step, up to the end of the answer, keeping hidden states: of a long prompt, which is read once."""
+    """Decode greedily, step by step, up to the end of the answer, keeping hidden states, so that a long prompt is read once."""
     last = num_target_layers(target.config.get_text_config())
     layer_ids = sorted({*draft.config.target_layer_ids, last})
     cache = DynamicCache(config=target.config)
@@ -122,8 +122,8 @@ def target_choices(target, text: KnownText) -> torch.Tensor:
 
 @torch.no_grad()
 def first_choices(draft, text: KnownText, wanted: torch.Tensor, num_steps: int) -> list[list[list[int]]]:
-    """At positions of the prompt, whether the draft's first choice is the target's, `wanted`: of each draft step, for the
-    parts that `_EDGES` ends, hits and positions. The tokens before a position are those of the prompt, accepted or not."""
+    """How often the draft's first choice is the target's (`wanted`) at positions of the prompt: for each draft step and each
+    part that ends at one of `_EDGES`, hits and positions. The tokens before a position are always those of the prompt."""
     length = text.prompt.shape[1]
     token_ids: Any = text.prompt[:, 1:]
     states = text.states_of(draft.config.target_layer_ids)[:, : length - 1]
@@ -231,7 +231,7 @@ def series_of(found: dict) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def mean_probabilities(found: dict) -> dict[int, float]:
-    """That the target gave its own tokens, by length of the prompt."""
+    """Mean probability that the target gave its own tokens, by length of the prompt."""
     probabilities = defaultdict(list)
     for row in found["rows"]:
         probabilities[row["length"]].append(row["probability"])

@@ -24,7 +24,7 @@ WAYS = {
     "without a draft, weights packed": (False, True),
     "with the draft, weights packed": (True, True),
 }
-# The peak of a process is told in units of 1024 bytes, on macOS in bytes.
+# The peak of a process is reported in units of 1024 bytes, on macOS in bytes.
 _UNIT = 1 if sys.platform == "darwin" else 1024
 _MIB = 2**20
 

@@ -92,12 +92,12 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
 
 
 def levers(summary: dict) -> list[tuple[str, float]]:
-    """What decoding would gain over plain steps if one part of the round were other than it is.
+    """The speed-up over plain steps if one part of the round were different.
 
     Args:
         summary: of a method with a draft.
     Returns:
-        `list`: what changes, and the ratio it would give, prefill left out; as measured first.
+        `list`: what changes and the ratio that it would give, prefill left out; the measured ratio comes first.
     """
     parts, step, tau = summary["round_ms"], summary["step_ms"], summary["acceptance_length_pooled"]
     whole = sum(parts.values())
@@ -145,7 +145,7 @@ def _machines(records: list[dict]) -> str:
 
 
 def _three_figures(records: list[dict]) -> list[str]:
-    """What a reader takes home: speed, acceptance, and the price of more modules, each with its surroundings."""
+    """The main figures: speed, acceptance, and the price of more modules, each with what it was measured on."""
     parts = []
     speed = next((one for one in records if one["kind"] == "generate" and one["weights_sha256"] != UNTRAINED), None)
     if speed is not None:
@@ -237,7 +237,7 @@ def _acceptance(record: dict) -> list[str]:
 
 
 def _modules(record: dict) -> list[str]:
-    # Records of `bench modules`, which is `bench scaling --modules` now.
+    # Records of `bench modules`, which `benchmarks.scaling --modules` replaces.
     pairs = zip(record["num_modules"], record["median_ms"], strict=True)
     rows = [[str(count), f"{milliseconds:.2f}"] for count, milliseconds in pairs]
     low, high = record["interval"]
@@ -295,7 +295,7 @@ def _replay(record: dict) -> list[str]:
 
 
 def _rivals(record: dict) -> list[str]:
-    """What else a user could pick, after advice that is written by hand: look at it when the figures change."""
+    """The alternatives to this package, after advice that is written by hand: review it when the figures change."""
     settings = record["settings"]
     return [
         "## What to use when",
@@ -388,7 +388,7 @@ class _Page:
         for _, record in records:
             settings = record["settings"]
             if settings[setting] is not None and record["weights_sha256"] != UNTRAINED:
-                # Long prompts are few.
+                # Contexts may differ in the number of prompts, since long prompts are few.
                 same = ("generate", other, "prompts", *(["num_prompts"] if setting == "batch_size" else []))
                 key = (*(str(settings[name]) for name in same), record["weights_sha256"], record["hardware"])
                 groups.setdefault(key, []).append(record)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers_prism.bench.rounds import PARTS
 
 _COLOURS = ("#33658a", "#f26419", "#55a630", "#7b4b94", "#e0a100", "#c9184a", "#2a9d8f", "#6c584c")
-# A method has one colour in every picture; those that are not here take one of the others by their name.
+# A method has the same colour in every picture; one that is not listed gets a colour from above by a hash of its name.
 _METHOD_COLOURS = {
     "auto": "#33658a",
     "auto-no-ngrams": "#86bbd8",

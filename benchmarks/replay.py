@@ -10,13 +10,13 @@ tree that the draft would draw there. `compare` then goes through the same texts
     plain           steps without a draft
     auto            the package's own policy, as it learns from call to call
     auto, learned   the same once more, with what it learned the first time
-    table           as auto, but the chances of nodes were learned from other texts, and draft steps chosen after all were seen
-    network         the same, with chances from a network that knows more of a node (`replay_chances.py`)
-    best sizes      draft steps and nodes chosen in hindsight in each round; which nodes, the policy's estimates say
+    table           as auto, but acceptance of nodes is estimated from other texts, and draft steps are chosen after drawing all
+    network         the same, with estimates of a network that gets more features of a node (`replay_chances.py`)
+    best sizes      numbers of draft steps and nodes chosen in hindsight in each round; the policy's estimates rank the nodes
     best nodes      nodes chosen in hindsight: only those that are accepted, and only as many as pay
 
-The last two are found exactly, by dynamic programming over each text. They know what the target will say, which no policy can:
-what a policy can win by guessing better is what the network wins over the table. Where a smaller tree than the recorded one
+The last two are found exactly, by dynamic programming over each text. They know what the target will say, which no policy can.
+What a policy could gain by better estimates is what the network gains over the table. If a smaller tree than the recorded one
 expands a node that the larger one did not, that node has no children here.
 """
 
@@ -98,7 +98,7 @@ def record(target, draft, records: list[dict], inputs: list[dict], max_new_token
 
 
 class _FixedCosts(RoundCosts):
-    """Costs that no round corrects."""
+    """Costs that rounds do not correct."""
 
     def observe_verify(self, num_tokens: int, seconds: float) -> None:
         """Nothing."""
@@ -108,7 +108,7 @@ class _FixedCosts(RoundCosts):
 
 
 class _FixedOverhead:
-    """What rounds with a tree take besides; nothing corrects it."""
+    """The further seconds of a round with a tree; rounds do not correct them."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -125,7 +125,7 @@ class Costs:
     overhead: float = 0.0
 
     def round(self, num_nodes: int, num_steps: int) -> float:
-        """Of a round that verifies this many drafted nodes after this many draft steps."""
+        """Seconds of a round that verifies this many drafted nodes after this many draft steps."""
         drafted = num_steps * self.forwards.step_seconds + (self.overhead if num_nodes else 0.0)
         return self.forwards.verify(1 + num_nodes) + drafted
 
@@ -146,11 +146,11 @@ class _RecordedDrafter:
         self.text, self.position = text, 0
 
     def read(self) -> "_RecordedDrafter":
-        """Of a draft side, too."""
+        """It also stands in for the draft side, which returns a drafter here."""
         return self
 
     def draw(self, top_k: int, depth: int, choose_width=None, coupling=None) -> CandidatePool:
-        """As the draft does, of nodes that were recorded."""
+        """Draw as the draft does, from the nodes that were recorded."""
         full = [tuple(part[self.position] for part in step) for step in self.text["steps"][:depth]]
         # A recorded index in the whole pool -> one in the pool that is drawn here.
         index_of, steps, num_before, chosen = {-1: -1}, [], 0, {-1}
@@ -201,7 +201,7 @@ class _RecordedSequences:
 
 
 def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int, int]:
-    """The package's policy over all texts; `draft` is what its experience is kept with.
+    """Run the package's policy over all texts; its experience is kept with `draft`.
 
     Returns:
         `tuple`: seconds, rounds, and tokens that they committed.
@@ -210,7 +210,7 @@ def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int
     sampler: Any = SimpleNamespace(do_sample=False, coupling=lambda sequences, depth: None)
     seconds, num_rounds, num_tokens = 0.0, 0, 0
     for text in recorded["texts"]:
-        # What stands in for the models' halves has only what the policy asks for.
+        # The stand-ins for sequences, drafter and sampler have only what the policy uses.
         sequences: Any = _RecordedSequences(text)
         drafter: Any = _RecordedDrafter(text)
         overhead: Any = _FixedOverhead(costs.overhead)
@@ -223,7 +223,7 @@ def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int
             emitted = len(sequences.new_tokens[0])
             drafter.position = emitted - 1
             left = len(answer) - emitted
-            # As in decoding, which does not know where the text will end by itself.
+            # As in decoding, where it is not known in advance that the text will end earlier.
             room = recorded["max_new_tokens"] - emitted - 1
             proposal = policy.propose(drafter, sequences, Limits(room, settings.num_nodes))
             tree, tokens = proposal.tree, proposal.tree.token_ids[0].tolist()
@@ -237,8 +237,8 @@ def replay_auto(recorded: dict, costs: Costs, draft: object) -> tuple[float, int
 
 
 def _choices(text: dict, position: int, settings: TreeSettings, index: NgramIndex, experience: Experience) -> tuple[list, list]:
-    """What a round at a position could do: lists of tokens committed, nodes and draft steps, with sizes chosen in hindsight,
-    and with nodes chosen in hindsight."""
+    """The options of a round at a position, as lists of (tokens committed, nodes, draft steps): with sizes chosen in
+    hindsight, and with nodes chosen in hindsight."""
     continuation = text["answer"][position + 1 :][:-1] if settings.depth else []
     # The last token of an answer is the bonus of its last round.
     sizes, nodes = [(1, 0, 0)], [(1, 0, 0)]
@@ -284,7 +284,7 @@ def best_seconds(text: dict, settings: TreeSettings, costs: Costs, experience: E
 
 
 def compare(recorded: dict, costs: Costs) -> dict[str, dict]:
-    """Of each way its seconds, tau where rounds were made, tokens per second over plain steps, and what it gains over auto."""
+    """For each way its seconds, tau if rounds were made, its speed over plain steps, and its speed over auto."""
     draft: Any = torch.nn.Module()
     draft.device = torch.device("cpu")
     settings = TreeSettings(**recorded["settings"])

@@ -1,11 +1,11 @@
-"""What a better guess of which nodes are accepted could win: a network that knows more of a node, against the policy's table.
+"""What better estimates of acceptance could gain: a network with more features of a node, against the policy's table.
 
-The automatic policy takes a node's chance from a table by depth and by the draft's cumulative probability. Here a small
-network sees, besides: the probabilities of the token and of its ancestors, rank, entropy among the draft's best tokens, the lead
-over the next one, whether the text copied from says the same and how long the match is, whether the token stood in the text, and
-how often the draft was right lately. Both are fitted on other texts than those they are judged on. Then both choose draft
-steps and nodes of each recorded round, with the same rule and the same costs; the steps are chosen after all were seen, which
-helps both.
+The automatic policy reads a node's chance of acceptance from a table by depth and by the draft's cumulative probability. Here a
+small network also gets: the probabilities of the token and of its ancestors, rank, entropy among the draft's best tokens, the
+lead over the next one, whether the n-gram copy agrees and how long its match is, whether the token occurred in the text, and
+how often the draft was right lately. Both are cross-validated: fitted on some texts and judged on others. Then both choose
+draft steps and nodes of each recorded round, with the same rule and the same costs. The steps are chosen after all were
+drawn, which helps both.
 """
 
 import math
@@ -23,7 +23,7 @@ from transformers_prism.policy.ngrams import MAX_MATCH, NgramIndex
 _NUM_FOLDS = 4
 _NUM_EPOCHS, _MIN_UPDATES, _BATCH, _RATE, _WIDTH = 3, 200, 8192, 6e-3, 32
 _NUM_CELLS, _NUM_COPIED_CELLS = 8 * (len(EDGES) + 1), (MAX_MATCH + 1) * MAX_COPIED
-_PRIOR_WEIGHT = 8.0  # nodes of each cell that are taken to have been seen
+_PRIOR_WEIGHT = 8.0  # pseudo-count of nodes in each cell
 _RECENT = (8, 32)  # positions over which the draft's hits are counted
 
 
@@ -32,13 +32,13 @@ class Nodes:
     """What the draft drew at one position, and what else was copied from the text: N nodes, parents before children.
 
     Args:
-        features (`np.ndarray` of shape `(D, F)`): what the network sees of each of the D nodes that were drawn, the first.
-        cells (`np.ndarray` of shape `(D,)`): their places in the policy's table.
-        copied_cells (`np.ndarray` of shape `(N,)`): of nodes that the copy says, too, place in the table of copies; else -1.
-        parents, depths (`np.ndarray` of shape `(N,)`): node above, -1 for the root; 1 or more.
-        accepted (`np.ndarray` of shape `(N,)`): whether the text goes on with the node.
+        features (`np.ndarray` of shape `(D, F)`): the network's inputs for the D drawn nodes, which come first.
+        cells (`np.ndarray` of shape `(D,)`): indices of these nodes in the policy's table.
+        copied_cells (`np.ndarray` of shape `(N,)`): index in the table of copies for nodes that the copy holds; else -1.
+        parents, depths (`np.ndarray` of shape `(N,)`): parent node, -1 for the root; depth, from 1 on.
+        accepted (`np.ndarray` of shape `(N,)`): whether the text continues with the node.
         num_left (`int`): tokens that are still to be written.
-        room (`int`): tokens that a tree may be deep.
+        room (`int`): largest depth that a tree may have.
     """
 
     features: np.ndarray
@@ -74,7 +74,7 @@ def nodes_of(text: dict, max_new_tokens: int, has_copies: bool = True) -> list[N
             (*_of_draws(parents, log_probs, depths), is_copied, in_text, np.tile(of_round, (len(token_ids), 1)))
         )
         cells = np.array(cells_of_drafted(depths.tolist(), log_probs.tolist()))
-        # The copy goes on below what the draft drew of it.
+        # The rest of the copy continues below those of its tokens that the draft drew, too.
         rest, num_drawn = copied[len(both) :], len(token_ids)
         below = [both[-1] if both else -1, *range(num_drawn, num_drawn + len(rest) - 1)][: len(rest)]
         parents, all_ids = np.concatenate((parents, below)).astype(int), [*token_ids.tolist(), *rest]
@@ -118,7 +118,7 @@ def _of_draws(parents: np.ndarray, log_probs: np.ndarray, depths: np.ndarray) ->
 
 
 def fit_network(features: np.ndarray, accepted: np.ndarray, seed: int = 0) -> nn.Module:
-    """Logits of acceptance from standardised features `(N, F)`."""
+    """Fit a network from standardised features `(N, F)` to logits of acceptance."""
     inputs, wanted = torch.from_numpy(features), torch.from_numpy(accepted).float()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -139,13 +139,13 @@ def fit_network(features: np.ndarray, accepted: np.ndarray, seed: int = 0) -> nn
 
 
 def _shares(cells: np.ndarray, accepted: np.ndarray, num_cells: int) -> np.ndarray:
-    """Share of each cell's nodes that were accepted, `(num_cells,)`; of few nodes nearer to the share of all."""
+    """Share of each cell's nodes that were accepted, `(num_cells,)`; with few nodes it is shrunk towards the share of all."""
     seen, hits = np.bincount(cells, minlength=num_cells), np.bincount(cells[accepted], minlength=num_cells)
     return (hits + _PRIOR_WEIGHT * accepted.mean()) / (seen + _PRIOR_WEIGHT) if len(cells) else np.zeros(num_cells)
 
 
 def cross_validated(texts: list[list[Nodes]]) -> dict[str, list[list[np.ndarray]]]:
-    """Chances of all nodes by way, as texts fitted them that are not the node's own. Both ways take copies from a table."""
+    """Chances of all nodes by way, fitted on texts other than the node's own. For copies both ways use a table."""
     features, cells, copied_cells = (
         [np.concatenate([getattr(nodes, name) for nodes in text]) for text in texts] for name in ("features", "cells", "copied_cells")
     )
@@ -181,7 +181,7 @@ def cross_validated(texts: list[list[Nodes]]) -> dict[str, list[list[np.ndarray]
 
 
 def choose(nodes: Nodes, chances: np.ndarray, rate: float, costs: list[list[float]]) -> tuple[float, int]:
-    """Seconds of the round that should bring the most at this rate, and tokens that it commits.
+    """Choose the round with the best expected reward at this rate; returns its seconds and the tokens that it commits.
 
     Args:
         costs: seconds of a round by draft steps and nodes.
@@ -193,7 +193,7 @@ def choose(nodes: Nodes, chances: np.ndarray, rate: float, costs: list[list[floa
     bounded = np.array(values)
     best, seconds, chosen = -rate * costs[0][0], costs[0][0], np.array([], dtype=int)
     for num_steps in range(min(len(costs), nodes.room + 1)):
-        # Nodes that only the copy says cost no step.
+        # Nodes that only the copy holds cost no draft step.
         is_there = (nodes.depths <= num_steps) | (nodes.copied_cells >= 0)
         drawn = np.flatnonzero(is_there & (nodes.depths <= nodes.room))
         if not len(drawn):
@@ -203,12 +203,12 @@ def choose(nodes: Nodes, chances: np.ndarray, rate: float, costs: list[list[floa
         size = int(rewards.argmax())
         if rewards[size] > best:
             best, seconds, chosen = rewards[size], costs[num_steps][size + 1], ranked[: size + 1]
-    # Accepted nodes are one path, and a parent is worth no less than its child, so that none of it is left out in between.
+    # Accepted nodes form one path, and a parent's value is at least its child's, so the chosen part of the path has no gap.
     return seconds, int(nodes.accepted[chosen].sum()) + 1
 
 
 def replay_chances(texts: list[list[Nodes]], chances: list[list[np.ndarray]], by_size: list[list[float]]) -> dict:
-    """Seconds and tau of all texts, at the rate that comes out; `by_size` are the costs of [`choose`]."""
+    """Seconds and tau of all texts, at the rate found by repeating the replay; `by_size` are the costs of [`choose`]."""
     rate, found = 1.0 / by_size[0][0], {}
     for _ in range(3):
         seconds, num_rounds, num_tokens = 0.0, 0, 0
@@ -225,8 +225,8 @@ def replay_chances(texts: list[list[Nodes]], chances: list[list[np.ndarray]], by
 
 
 def compare_chances(recorded: dict, round_seconds: Callable[[int, int], float]) -> dict[str, dict]:
-    """Of chances by `table` and by `network` the seconds, tau, and log loss in nats a node; {} for fewer than two texts, which
-    could not be judged by others.
+    """For chances by `table` and by `network`: seconds, tau, and log loss in nats per node; {} for fewer than two texts, which
+    cannot be cross-validated.
 
     Args:
         recorded (`dict`): of [`benchmarks.replay.record`].

@@ -30,7 +30,7 @@ from transformers_prism.training.progress_bar import ProgressBar
 
 # Rounds of one generate() call; the first, which reads the prompt, is not timed.
 _ROUNDS_PER_CALL = 6
-# More than 3 % between many modules and one would be a cost that the method says it does not have.
+# PRISM claims that more modules cost nothing; more than 3 % over one module would contradict that.
 MAX_RATIO = 1.03
 DEFAULT_AXES = {
     "modules": [1, 2, 4, 8],
@@ -42,7 +42,7 @@ DEFAULT_AXES = {
 
 @dataclass(frozen=True)
 class Point:
-    """Sizes of a round: modules M, drafted nodes, tokens of the prompt, rows."""
+    """Sizes of a round: modules M, drafted nodes, tokens of the prompt, sequences."""
 
     modules: int
     nodes: int
@@ -120,7 +120,7 @@ def bench_scaling(
         for point in every:
             _time_rounds(target, drafts[point.modules], point, tree_depth)
         for repetition in range(-(-num_rounds // (_ROUNDS_PER_CALL - 1))):
-            # Whoever comes second finds warmer caches, so that the order turns round.
+            # Later points find warmer caches, so the order is reversed every second time.
             for point in every[:: -1 if repetition % 2 else 1]:
                 timings[point].round_ms += _time_rounds(target, drafts[point.modules], point, tree_depth)
                 timings[point].step_ms += _time_steps(target, point)
@@ -201,8 +201,8 @@ def modules_ratio(members: list[dict]) -> tuple[float, float, float]:
     """What the last number of modules costs over the first: median ratio of pairs of rounds, and its 95 % interval.
 
     Args:
-        members (`list[dict]`): of [`bench_scaling`]'s axis "modules". Rounds of one place in their lists were timed soon
-            after each other, so that a machine that slows down for a while slows both.
+        members (`list[dict]`): of [`bench_scaling`]'s axis "modules". Rounds at the same place in two lists were timed
+            soon after each other, so a machine that slows down for a while slows both.
     """
     pairs = zip(members[0]["round_ms"], members[-1]["round_ms"], strict=False)
     ratios = [many / few for few, many in pairs]
@@ -210,7 +210,7 @@ def modules_ratio(members: list[dict]) -> tuple[float, float, float]:
 
 
 def modules_text(axes: dict) -> str | None:
-    """[`modules_ratio`] in words, and whether the interval keeps to `MAX_RATIO`; None where there are no two numbers of modules."""
+    """[`modules_ratio`] in words, and whether its interval is within `MAX_RATIO`; None without two numbers of modules."""
     members = axes.get("modules", [])
     if len(members) < 2:
         return None

@@ -4,10 +4,10 @@
     python -m benchmarks.study ... --records docs/study/rates --volumes 64000 --learning_rates 1e-3 2e-3 4e-3
     python -m benchmarks.study ... --records docs/study --rates_from docs/study/rates
 
-Every run sees the same number of tokens, on features that are computed once, with all other settings of `train` alike but
-for the learning rate, which is each recipe's best of a sweep. Each draft decodes the same prompts, and each way of decoding
-leaves one JSON file in the folder of records. What lies there is not done again; a run that was cut off goes on from its
-last checkpoint. The same command started twice shares the runs between two processes.
+Every run sees the same number of tokens, on features that are computed once. All other settings of `train` are equal, except
+the learning rate, which is each recipe's best of a sweep. Each draft decodes the same prompts, and each way of decoding writes
+one JSON file to the folder of records. Existing records are kept, and an interrupted run resumes from its last checkpoint.
+The same command started twice shares the runs between two processes.
 """
 
 import dataclasses
@@ -53,12 +53,12 @@ from transformers_prism.training.train import train
 from transformers_prism.whole_files import name_of_parts, write_json
 
 _COMMAND = "python -m benchmarks.study"
-_SECONDS_BETWEEN_LOOKS = 10.0  # at runs that other processes do
+_SECONDS_BETWEEN_LOOKS = 10.0  # at the runs of other processes
 _LAST = {"target_layer_ids": "last"}
 _PRISM = {"recipe": "prism", "num_modules": 2, "split_steps": 3}
-# What is compared: settings of `train` beyond those that all share, as the papers and their code have them. EAGLE-2 and HASS
-# read the target's last state alone, and so do the drafts that stack layers, which are PRISM's own baseline; EAGLE-3 and PRISM fuse
-# three states. HASS and PRISM train 3 aligned steps, EAGLE-3 trains 7, with weights that fall by a fifth from step to step.
+# What is compared: settings of `train` beyond those that all runs share, as in the papers and their code. EAGLE-2 and HASS read
+# only the target's last state, and so do the drafts with stacked layers, PRISM's own baseline. EAGLE-3 and PRISM fuse three.
+# HASS and PRISM train 3 training-time-test steps, EAGLE-3 trains 7, with weights that fall by a fifth from step to step.
 RECIPES: Mapping[str, dict] = MappingProxyType(
     {
         "eagle2": {"recipe": "eagle2", **_LAST},
@@ -68,11 +68,11 @@ RECIPES: Mapping[str, dict] = MappingProxyType(
         "stacked3": {"recipe": "stacked", "num_layers_per_module": 3, **_LAST},
         "prism-m2": _PRISM,
         "prism-m3": {**_PRISM, "num_modules": 3},
-        # Where a lead comes from: the fused states, or the modules. prism-m1 is trained as prism-m2 is, but for the second module.
+        # Where a lead comes from: the fused states, or the modules. prism-m1 is trained like prism-m2, but with one module.
         "hass-fused": {"recipe": "hass"},
         "prism-m1": {**_PRISM, "num_modules": 1},
         "prism-m2-last": {**_PRISM, **_LAST},
-        # Split from the first update on, in place of a stage that makes the one module good first.
+        # Several modules from the first update on, without earlier stages that train a single module.
         "prism-m2-scratch": {**_PRISM, "single_step_epochs": 0.0, "warm_up_epochs": 0.0, "split_epochs": 4.0},
         # More steps in training, for the acceptance of late draft steps.
         "prism-m3-s5": {**_PRISM, "num_modules": 3, "split_steps": 5},
@@ -87,10 +87,10 @@ _VARIANT_OF = {
     **dict.fromkeys(("prism-m3-s5", "prism-m4-s5"), "prism-m3"),
     **{f"prism-m2-{way}": "prism-m2" for way in ("vocab-sample", "vocab-sample-0.1")},
 }
-# The split stage's rate is this share of the others', as in the settings of `train`; where none comes before it, it is theirs.
+# The split stage's rate is this share of the other stages' rate, as in `train`; without other stages it is the full rate.
 _SPLIT_SHARE = TrainConfig().split_learning_rate / TrainConfig().learning_rate
 _STAGE_EPOCHS = ("single_step_epochs", "warm_up_epochs", "split_epochs")
-# The study sets these for every run, so that nobody else may.
+# The study sets these for every run, so a user must not.
 _OWN = (
     *("recipe", "seed", "num_conversations", "init_from", "target_layer_ids", "warm_up_steps", "split_steps", "step_weights"),
     *("learning_rate", "split_learning_rate", "vocab_sample"),
@@ -190,7 +190,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder, and what its records' names begin with."""
+        """The name of its folder, with which the names of its records begin."""
         return f"{self.recipe}_{self.num_data_tokens}_rate{self.config.learning_rate:g}_seed{self.seed}"
 
 
@@ -277,8 +277,8 @@ def run_study(
     report: Callable[[str], None],
     command: str = _COMMAND,
 ) -> list[dict]:
-    """Train and measure whatever has no record yet; draw the plots and write the page from all records of the folder, which
-    are a table of rates where a recipe was trained with several.
+    """Train and measure whatever has no record yet. Then draw the plots and write the page from all records of the folder; if
+    a recipe was trained with several learning rates, the page is a table of rates.
 
     Args:
         study (`StudyConfig`): what is compared.
@@ -348,7 +348,7 @@ def _texts(study: StudyConfig, base: TrainConfig, target, questions: list[tuple[
 
 
 def _share_runs(runs: list[Run], missing: Callable, measure: Callable[[Run], None], report: Callable[[str], None]) -> None:
-    """Do all runs that another process does not do, the first that is free next; say how long the rest may take."""
+    """Do all runs that no other process does, always the first free one next; report how long the rest may take."""
     begin, num_done, waiting = time.monotonic(), 0, list(runs)
     while waiting:
         num_before = num_done
@@ -375,7 +375,7 @@ def _lock_path(run: Run) -> str:
 
 
 def _records_alike(study: StudyConfig, base: TrainConfig) -> list[dict]:
-    """All records of the folder that were trained and measured alike, those of other commands, too, in the page's order."""
+    """All records of the folder that were trained and measured alike, also those of other commands, in the page's order."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(study.records).glob("*.json")]
     names = ("num_prompts", "max_new_tokens", "sampling_seed", "coupled", *(() if study.tokens_seen else ("epochs",)))
     alike = [record for record in records if all(record[name] == getattr(study, name) for name in names)]
@@ -395,12 +395,12 @@ def _describe(run: Run) -> str:
 
 
 def _trained(run: Run) -> dict:
-    """Train a run, or go on with it; what its records say of the training."""
+    """Train a run, or resume it; returns the entries about training for its records."""
     draft = Path(run.config.output) / "draft"
     if not (draft / TRAINING).is_file() or not (draft / "config.json").is_file():
         train(run.config)
     record = json.loads((draft / TRAINING).read_text(encoding="utf-8"))
-    # A setting that is younger than the draft had its default.
+    # A setting that did not exist when the draft was trained had its default.
     settings = {**dataclasses.asdict(TrainConfig()), **record["config"]}
     for name, expected in dataclasses.asdict(run.config).items():
         if name not in _NOT_OF_TRAINING and (found := settings.get(name)) != expected:

@@ -11,10 +11,10 @@ from transformers_prism.decoding.speculation import acceptance_length
 # Records of one side of a comparison, one per seed; a value and the ends of its interval.
 Sides = tuple[list[dict], ...]
 Interval = tuple[float, float, float]
-# Recipes whose growth with the data is told.
+# Recipes for which the study says how tau grows with the data.
 GROWING = ("eagle2", "hass", "eagle3", "stacked2", "prism-m2")
 _NUM_RESAMPLES = 1000
-_FEWEST_ROUNDS = 50  # of which a share is told
+_FEWEST_ROUNDS = 50  # a share of fewer rounds is not shown
 
 
 def pooled_tau(records: list[dict]) -> float:
@@ -28,9 +28,9 @@ def mean_of(records: list[dict], name: str) -> float:
 
 
 def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of [`pooled_tau`] by bootstrap: seeds are drawn again, and prompts, the same ones for all seeds.
+    """95 % bootstrap interval of [`pooled_tau`]: seeds are resampled, and prompts, the same ones for all seeds.
 
-    Of S seeds S - 1 are drawn, so that their mean varies as much as it would between studies; of one nothing is known.
+    Of S seeds S - 1 are drawn, so that their mean varies as between studies. One seed shows no variation between seeds.
 
     Args:
         records (`list[dict]`): of one recipe, volume, tree and temperature, one per seed.
@@ -48,26 +48,26 @@ def tau_interval(records: list[dict], *, seed: int = 0) -> tuple[float, float]:
 
 
 def _answered(records: list[dict]) -> list[int]:
-    """Places of the prompts whose answer took rounds in every record: one that ends at once tells nothing of a draft."""
+    """Places of the prompts whose answer took rounds in every record; an answer that ends at once says nothing of a draft."""
     answers = zip(*(record["answers"] for record in records), strict=True)
     return [place for place, of_records in enumerate(answers) if all(one["num_rounds"] for one in of_records)]
 
 
 def _resample(generator: random.Random, of_seeds: list, answered: list[int]) -> tuple[list, list[int]]:
-    """Entries of as many seeds as [`tau_interval`] says, and places of prompts."""
+    """Resampled entries of seeds, as many as [`tau_interval`] says, and resampled places of prompts."""
     chosen = generator.choices(of_seeds, k=max(1, len(of_seeds) - 1))
     return chosen, generator.choices(answered, k=len(answered))
 
 
 def ratio_interval(*ways: Sides, seed: int = 0) -> Interval:
-    """tau of some records over that of others, and its 95 % interval by paired bootstrap; the geometric mean over ways of
-    decoding.
+    """The ratio of tau of one side's records to the other's, and its 95 % interval by paired bootstrap; the geometric mean
+    over ways of decoding.
 
-    Seeds are drawn again, and prompts, the same ones for all sides and ways, since what a prompt accepts with one draft says
-    much about what it accepts with another.
+    Seeds and prompts are resampled, the same ones for all sides and ways, since acceptance on a prompt is correlated between
+    drafts.
 
     Args:
-        ways: of each tree and temperature some records and others, of the same seeds and prompts.
+        ways: for each tree and temperature the records of both sides, of the same seeds and prompts.
         seed (`int`): of the draws.
     """
     return _interval_of_products(ways, (1, -1), seed)
@@ -78,20 +78,20 @@ def growth_interval(*ways: Sides, seed: int = 0) -> Interval:
     geometric mean over ways of decoding.
 
     Args:
-        ways: of each tree and temperature records of the recipe with the larger and with the smaller volume, and of the other
-            recipe with the larger and with the smaller one, all of the same seeds and prompts.
+        ways: for each tree and temperature records of the recipe with the larger and with the smaller volume, then of the
+            other recipe with the larger and with the smaller one, all of the same seeds and prompts.
         seed (`int`): of the draws.
     """
     return _interval_of_products(ways, (1, -1, -1, 1), seed)
 
 
 def _interval_of_products(ways: tuple[Sides, ...], powers: tuple[int, ...], seed: int) -> Interval:
-    """Of taus of sides, each to its power."""
+    """The product of the sides' taus, each raised to its power, and its interval."""
     seeds = [sorted(record["seed"] for record in side) for way in ways for side in way]
     if any(one != seeds[0] for one in seeds):
         raise ValueError(f"expected records of the same seeds on all sides, got {seeds}")
     answered = _answered([record for way in ways for side in way for record in side])
-    # Of each seed, by way and side.
+    # For each seed its records, by way and side.
     by_seed = list(zip(*(zip(*map(_by_seed, way), strict=True) for way in ways), strict=True))
 
     def product(taus: list[list[float]]) -> float:
@@ -136,19 +136,19 @@ def _by_seed(records: list[dict]) -> list[dict]:
 
 
 def at_common_volume(records: list[dict]) -> list[dict]:
-    """Records of the volume of data with which most recipes were trained, the larger one of two alike."""
+    """Records of the volume of data with which most recipes were trained, the larger one in a tie."""
     by_volume = grouped(records, "num_data_tokens")
     return by_volume[max(by_volume, key=lambda volume: (len(grouped(by_volume[volume], "recipe")), volume))]
 
 
 def tau_after(seconds: float, records: list[dict]) -> float | None:
-    """tau of a recipe after so many seconds of training: between two volumes of data on the line over their logarithm.
+    """tau of a recipe after `seconds` of training, interpolated between two volumes of data over the logarithm of seconds.
 
     Args:
         seconds (`float`): of training.
         records (`list[dict]`): of one recipe, tree and temperature, of some volumes and seeds.
     Returns:
-        `float`, or None where no two volumes lie on both sides.
+        `float`, or None if `seconds` does not lie between two volumes.
     """
 
     def place(seconds: float) -> float:
@@ -171,7 +171,7 @@ def is_sweep(records: list[dict]) -> bool:
 
 
 def best_rates(records: list[dict]) -> dict[str, float]:
-    """The learning rate of each recipe with which its drafts accepted most, over all that the records hold of it.
+    """For each recipe the learning rate with the highest tau, over all of its records.
 
     Args:
         records (`list[dict]`): of a sweep.
@@ -200,7 +200,7 @@ def conditional_acceptance(records: list[dict]) -> list[float]:
     Args:
         records (`list[dict]`): of one recipe and volume.
     Returns:
-        `list[float]`: for steps 0, 1, ..., as far as 50 rounds came to the step.
+        `list[float]`: for steps 0, 1, ..., up to the last step that 50 rounds reached.
     """
     depths = [int(record["tree"].split("/")[1]) for record in records]
     counts = [[sum(column) for column in _columns(record["answers"], depth)] for record, depth in zip(records, depths, strict=True)]
@@ -215,13 +215,13 @@ def conditional_acceptance(records: list[dict]) -> list[float]:
 
 
 def _columns(answers: list[dict], depth: int) -> list[tuple[int, ...]]:
-    """Of each number of accepted tokens, 0 to `depth`, the rounds of each answer."""
+    """For each number of accepted tokens, 0 to `depth`, the rounds of each answer."""
     rows = [answer["num_rounds_by_accepted"] for answer in answers]
     return list(zip(*([*row, *[0] * (depth + 1 - len(row))] for row in rows), strict=True))
 
 
 def grouped(records: list[dict], *names: str) -> dict[tuple, list[dict]]:
-    """Records by their entries of these names, in the order in which they first come."""
+    """Records grouped by these entries, in the order in which the groups first occur."""
     groups = defaultdict(list)
     for record in records:
         groups[tuple(record[name] for name in names)].append(record)

@@ -127,7 +127,7 @@ def _told(ways: list[tuple], ratio: float, low: float, high: float) -> str:
 
 
 def _ways(chosen: list[dict], better: str, worse: str) -> dict[tuple, tuple]:
-    """Of each tree and temperature the records of two recipes, of the seeds that both have in all of them."""
+    """For each tree and temperature the records of two recipes, of those seeds that both have in all of them."""
     found = {
         way: [[one for one in members if one["recipe"] == name] for name in (better, worse)]
         for way, members in grouped(chosen, "tree", "temperature").items()
@@ -139,8 +139,8 @@ def _ways(chosen: list[dict], better: str, worse: str) -> dict[tuple, tuple]:
 
 
 def _growing_ways(records: list[dict], recipe: str, other: str) -> list[tuple[tuple[int, int], list[tuple]]]:
-    """Of two neighbouring volumes that both recipes were trained with, the larger one first, and of each tree and temperature their
-    records; the largest volumes first."""
+    """For each pair of neighbouring volumes that both recipes were trained with: the pair, larger volume first, and the records
+    for each tree and temperature. The largest volumes come first."""
     both = [[one for one in records if one["recipe"] == name] for name in (recipe, other)]
     volumes = sorted(set.intersection(*({one["num_data_tokens"] for one in side} for side in both)), reverse=True)
     found = []
@@ -288,8 +288,8 @@ def _losses(records: list[dict], chosen: list[dict], step_times: dict[str, float
 
 
 def _at_equal_seconds(plain: list[dict], ways: dict[tuple, tuple], step_time: float) -> float | None:
-    """tau over what another recipe, whose steps take less by the factor `step_time`, reaches in the same seconds, the geometric
-    mean over ways of decoding; None where nobody knows."""
+    """tau over what the plain recipe reaches in the same seconds, the geometric mean over ways of decoding; None if that is
+    unknown. `step_time` is the seconds of a training step over those of the plain recipe."""
     logs = []
     for (tree, temperature), (found, others) in ways.items():
         of_way = [one for one in plain if (one["tree"], one["temperature"]) == (tree, temperature)]
@@ -328,7 +328,7 @@ def _step_ratios(chosen: list[dict]) -> list[str]:
 
 
 def _table_of_steps(heading: list[str], rows: list[list[str]]) -> str:
-    """Rows of figures by draft step behind what the heading names; some reach fewer steps."""
+    """A table with the columns of the heading, then one per draft step; some rows reach fewer steps."""
     width = max(map(len, rows))
     steps = [f"step {step}" for step in range(1, width - len(heading) + 1)]
     return markdown_table([*heading, *steps], [[*row, *[""] * (width - len(row))] for row in rows])

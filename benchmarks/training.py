@@ -27,7 +27,7 @@ from transformers_prism.target import load_target
 from transformers_prism.training.alignment import AlignedPasses, aligned_forward, history_mask
 from transformers_prism.training.losses import LossWeights, aligned_loss
 
-# What is timed beside the usual loss, by what the study's recipes are called behind prism-m2.
+# Losses that are timed in addition to the usual one, by the suffix of the study's recipes after prism-m2.
 LOSSES: Mapping[str, LossWeights] = MappingProxyType(
     {
         "vocab-sample": LossWeights(vocab_sample=0.25),
@@ -42,8 +42,8 @@ Forward = Callable[..., list[torch.Tensor]]
 def authors_forward(draft, input_ids: torch.LongTensor, target_hidden: torch.Tensor, num_steps: int) -> list[torch.Tensor]:
     """The same predictions as [`aligned_forward`] with `context_kv="own_module"`, computed as the authors do.
 
-    Every forward projects all earlier streams to keys and values anew, with the module at hand, and makes a full
-    `(T, T)` matrix of scores for each of them, of which it uses some diagonals. Their missing mask is put in.
+    Every forward projects all earlier streams to keys and values again, with its own module, and makes a full `(T, T)`
+    matrix of scores for each of them, of which it uses some diagonals. The mask that their code lacks is added.
     Source: `cnets_hass.py` of the PRISM artifact, rewritten from its description.
     """
     passes = AlignedPasses(draft, input_ids)
@@ -59,7 +59,7 @@ def authors_forward(draft, input_ids: torch.LongTensor, target_hidden: torch.Ten
         keys_values = [passes._keys_values(attention, layer.attention_input(one, passes.embeddings)) for one in inputs]
         queries = passes._rotate(passes._heads(attention.q_proj(layer.attention_input(inputs[-1], passes.embeddings))))
         groups = queries.shape[1] // keys_values[0][0].shape[1]
-        # Query row i reads key row j from the stream of step - (i - j), the first one where that is before it.
+        # Query row i reads key row j from the stream of step - (i - j), or from the first stream if that is negative.
         source = (step - offset).clamp(min=0)
         scores = queries.new_full((*queries.shape[:3], num_rows), -torch.inf)
         for index, (keys, _) in enumerate(keys_values):
@@ -79,7 +79,7 @@ class TrainingStep:
     """A draft with random data, ready for timed steps.
 
     Args:
-        target (`PreTrainedModel`): whose sizes count.
+        target (`PreTrainedModel`): the model whose sizes are used.
         num_modules, draft_vocab_size (`int`): of the draft.
         batch_size, length (`int`): conversations, and tokens of each.
         forward (`Callable`): the aligned forwards.
@@ -177,7 +177,7 @@ def bench_training(
 
 
 def peak_memory(target, length: int = 2048, num_steps: int = 5, checkpoint_activations: bool = False) -> int:
-    """Bytes that one training step holds at its peak beside weights, gradients and data.
+    """Bytes that one training step holds at its peak, in addition to weights, gradients and data.
 
     Args:
         target: whose sizes count.
@@ -191,7 +191,7 @@ def peak_memory(target, length: int = 2048, num_steps: int = 5, checkpoint_activ
         before = torch.cuda.memory_allocated(target.device)
         step(num_steps)
         return torch.cuda.max_memory_allocated(target.device) - before
-    # The process's own peak would count what its allocator keeps; the profiler sees every tensor come and go.
+    # The process's peak would include memory that its allocator keeps; the profiler sees every tensor come and go.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(num_steps)
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _write_card(folder):
-    from .hub.card import write_card  # needs what nothing else of the package does: only when a draft is saved
+    from .hub.card import write_card  # here, since only saving a draft needs what it imports
 
     write_card(folder, [], with_plot=False)
 
@@ -32,7 +32,7 @@ AutoModelForCausalLM.register(PrismConfig, PrismDraftModel, exist_ok=True)
 
 
 def __getattr__(name: str):
-    if name == "load_draft":  # reads other forms with files that nothing else needs
+    if name == "load_draft":  # on first use, since nothing else needs the files that read other formats
         from .conversion.forms import load_draft
 
         return load_draft

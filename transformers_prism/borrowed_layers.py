@@ -1,10 +1,10 @@
-"""What a draft reads of its target: the embedding, and the vocabulary head or rows of it.
+"""What a draft uses of its target: the embedding, and the vocabulary head or some rows of it.
 
-Most drafts can propose a part of the vocabulary only, the tokens that are frequent in answers, since the head is much of what
-a draft step costs. The names and rare words of a text that is summarised or translated are often not among them, but return
-in the answer. So the head's rows for the tokens of the prompt are added to those of the draft vocabulary.
-A head that is no plain matrix (quantised, adapted, offloaded) lends a dequantised copy of its rows where it can be read,
-else its own forward, whatever that computes now; no rows of a text join then.
+Most drafts can only propose a part of the vocabulary, the tokens that are frequent in answers, because the head is much of
+the cost of a draft step. Names and rare words of a text to summarise or translate are often missing from that part, but they
+return in the answer. So the head's rows for the tokens of the text so far are added to those of the draft vocabulary.
+If the head is not a plain matrix (quantised, with adapters, offloaded), the draft uses a dequantised copy of its rows where
+one can be made, else the head's own forward. The text adds no rows in that case.
 Shape letters: V vocabulary, W draft vocabulary, K tokens of a text that it lacks, D hidden size.
 """
 
@@ -29,7 +29,7 @@ _SAME_HEAD = 0.02
 
 @dataclass
 class BorrowedLayers:
-    """What a draft reads of its target. A plain object, so that nothing in it is registered, moved or saved."""
+    """The layers of its target that a draft uses. Not an `nn.Module`, so that nothing in it is registered, moved or saved."""
 
     target: PreTrainedModel
     embedding: nn.Embedding
@@ -71,7 +71,7 @@ class BorrowedLayers:
         """Refuse layers that a draft of this configuration cannot share.
 
         Raises:
-            ValueError: naming both widths.
+            ValueError: if a shared layer has another width than the draft; the message names both.
         """
         shared: list[tuple[nn.Module, str, str]] = []
         shared += [(self.embedding, "embedding_dim", "embedding")] if config.share_target_embedding else []
@@ -91,20 +91,20 @@ class BorrowedLayers:
 
     @property
     def num_head_rows(self) -> int | None:
-        """Tokens that the head has logits of, which may be fewer than the vocabulary's; None if it does not tell."""
+        """How many tokens the head has logits for, perhaps fewer than the vocabulary; None if its weight is not plain."""
         weight = float_weight(self.head)
         return None if weight is None else weight.shape[0]
 
     def gather_rows(self, draft_to_target: torch.Tensor, draft_layer: nn.Linear, looks_closely: bool) -> None:
-        """Keep the head's rows of a draft vocabulary `(W,)`; gathered again if the head's weight is another one, or
-        was moved, cast or written to.
+        """Copy the head's rows for a draft vocabulary `(W,)`, and copy them again when the head's weight was replaced,
+        moved, cast or written to.
 
         Args:
             draft_layer (`nn.Linear`): as for [`~BorrowedLayers.kind_of_rows`].
-            looks_closely (`bool`): whether to look for writes that do not raise the weight's version, as through
-                `.data`, by a comparison that synchronises with the device.
+            looks_closely (`bool`): whether to also find writes that torch does not count, such as those through `.data`,
+                by a comparison that synchronises with the device.
         Raises:
-            ValueError: if the head has no such rows.
+            ValueError: if the draft vocabulary has tokens beyond the head's rows.
         """
         kind = self.kind_of_rows(draft_layer)
         if not self.has_plain_head:
@@ -122,11 +122,11 @@ class BorrowedLayers:
 
     @property
     def has_plain_head(self) -> bool:
-        """Whether the head is a matrix of numbers in memory, whose rows can be taken."""
+        """Whether the head is a plain matrix in memory, so that its rows can be copied."""
         return is_plain_linear(self.head) and not is_offloaded(self.head, self.head.weight.device)
 
     def _take_other_head(self, draft_to_target: torch.Tensor, kind: type[PackedLinear] | None) -> None:
-        """The draft's head from one that is no plain matrix, made again if the head's weight is another one."""
+        """Make the draft's head from one that is not a plain matrix, and make it again when that one's weight was replaced."""
         weight = getattr(self.head, "weight", None)
         source = weight if isinstance(weight, torch.Tensor) else self.head
         version = (_version(draft_to_target), kind)
@@ -140,7 +140,7 @@ class BorrowedLayers:
         self.rows_version = (weakref.ref(source), *version)
 
     def kind_of_rows(self, draft_layer: nn.Linear) -> type[PackedLinear] | None:
-        """How rows of the head are packed: as the draft is, for which one layer speaks, else as the head is."""
+        """How to pack rows of the head: as `draft_layer`, one layer of the draft, else as the head; None: not at all."""
         # By name: a model may have been prepared by another copy of this code.
         names = {type(draft_layer).__name__, type(self.head).__name__}
         return next((kind for kind in (HalfLinear, PackedLinear) if kind.__name__ in names), None)
@@ -155,7 +155,7 @@ class BorrowedLayers:
 
 
 class ChosenLogits(nn.Module):
-    """Logits of some tokens `(W,)` by a head's own forward, which follows whatever the head computes now."""
+    """Logits of chosen tokens `(W,)`, computed by a head's own forward, so that later changes to the head take effect."""
 
     bias = None
 
@@ -166,7 +166,7 @@ class ChosenLogits(nn.Module):
 
     @property
     def weight(self):
-        """The head's."""
+        """The head's weight; None if it has none."""
         return getattr(self.__dict__["head"], "weight", None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -176,10 +176,10 @@ class ChosenLogits(nn.Module):
 
 
 class TextRows:
-    """The head's rows for K tokens of a text that the draft vocabulary lacks; logits over both have the text's last.
+    """The head's rows for K tokens of a text that are missing from the draft vocabulary; in logits these tokens are last.
 
-    A text grows, so its rows lie in several layers, each at least twice as long as the next: what a new token costs
-    does not grow with the text.
+    A text grows, so its rows are in several layers, each at least twice as long as the next. This keeps the cost of
+    adding a token from growing with the text.
     """
 
     def __init__(self, draft_to_target: torch.Tensor, draft_head: nn.Linear, text_ids: torch.Tensor, rows: nn.Linear):
@@ -187,10 +187,10 @@ class TextRows:
         self.text_ids = text_ids
         self.parts = [rows]
         self._token_ids: torch.Tensor | None = None
-        self._weight: torch.Tensor | None = None  # with room for more
+        self._weight: torch.Tensor | None = None  # with spare rows at the end
 
     def add(self, token_ids: torch.Tensor, rows: nn.Linear) -> None:
-        """Append tokens `(n,)` that are not among these, and their rows."""
+        """Append new tokens `(n,)`, none of which is here yet, and their rows."""
         self.text_ids = torch.cat((self.text_ids, on_device(token_ids, self.text_ids.device)))
         self._token_ids = None
         if self._weight is not None:
@@ -219,7 +219,7 @@ class TextRows:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """All biases in one piece, `(W + K,)`; None for a head without."""
+        """All biases in one piece, `(W + K,)`; None for a head without bias."""
         parts = (self.draft_head, *self.parts)
         return None if self.parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
 
@@ -244,7 +244,7 @@ def final_norm_of(target: PreTrainedModel) -> torch.Tensor | None:
     norms = [child for child, weight in weights if isinstance(weight, torch.Tensor) and weight.dim() == 1]
     if not norms or (weight := norms[-1].weight).device.type == "meta":
         return None
-    # So large that epsilon does not count; states of both signs tell a norm that subtracts the mean.
+    # Values so large that epsilon does not matter. With both signs, a norm that subtracts the mean gives another result.
     state = torch.full_like(weight, 1024.0)
     signs = torch.ones_like(weight)
     signs[::2] = -1
@@ -253,7 +253,7 @@ def final_norm_of(target: PreTrainedModel) -> torch.Tensor | None:
 
 
 def _joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """Rows of two layers as one, packed as they are."""
+    """One layer with the rows of both, packed in the same way."""
     kind = type(first) if isinstance(first, PackedLinear) else None
     with torch.inference_mode(False), torch.no_grad():
         bias = None if first.bias is None else torch.cat((first.bias, second.bias))
@@ -270,24 +270,24 @@ def _frozen(weight: torch.Tensor, bias: torch.Tensor | None, kind: type[PackedLi
 
 
 def rows_of_head(head: nn.Linear, token_ids: torch.Tensor, kind: type[PackedLinear] | None) -> nn.Linear:
-    """A layer of some rows `(n,)` of a head with weights in floating point, without gradients, packed for a CPU as
+    """A layer without gradients that holds some rows `(n,)` of a head with floating-point weights, packed for a CPU as
     `kind` says."""
     bias = getattr(head, "bias", None)
     token_ids = on_device(token_ids, head.weight.device)
-    # Rows that were gathered in inference mode serve a training step later, too.
+    # Never in inference mode, since a later training step may use the same rows.
     with torch.inference_mode(False), torch.no_grad():
         token_ids = token_ids.clone()
         return _frozen(head.weight.detach()[token_ids], None if bias is None else bias.detach()[token_ids], kind)
 
 
 def float_weight(layer: Any) -> torch.Tensor | None:
-    """The weight of a layer if it is a matrix of numbers as they are: not quantised, nor behind a method."""
+    """The weight of a layer if it is a plain matrix (see [`has_plain_weight`]); else None."""
     return layer.weight if has_plain_weight(layer) else None
 
 
 @torch.no_grad()
 def _dequantised_rows(head: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Rows of a quantised head as plain numbers, and their biases; None where it does not tell them."""
+    """Dequantised rows of a quantised head, and their biases; None if that fails or their logits are not the head's."""
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     readers: list[Any] = [getattr(head, "dequantize", None)]
     if isinstance(weight, torch.Tensor) and type(weight).dequantize is not torch.Tensor.dequantize:
@@ -299,7 +299,7 @@ def _dequantised_rows(head: nn.Module, token_ids: torch.Tensor) -> tuple[torch.T
             rows = nn.functional.embedding(ids, numbers).clone(), None if bias is None else bias[ids].clone()
             state = torch.linspace(-1, 1, numbers.shape[1], device=numbers.device, dtype=numbers.dtype)[None]
             logits, expected = nn.functional.linear(state, *rows), head(state)[:, ids]
-            # Adapters on top of the weight, or scaled inputs, make a head another one than its weight.
+            # With adapters on top of the weight, or with scaled inputs, the head computes something else than its weight.
             if (logits - expected).abs().max() <= _SAME_HEAD * expected.abs().max():
                 return rows
     return None
@@ -315,35 +315,35 @@ def _check_rows(draft_to_target: torch.Tensor, num_rows: int) -> None:
 
 
 def place_of(layer: nn.Module, target: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Where the embedding or the head of a target takes its inputs, and in which dtype; a quantised weight takes that
-    of what comes in."""
+    """The device and dtype in which a target's embedding or head takes its inputs. For a quantised weight the dtype is
+    `dtype`, the one that the inputs have."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor):  # quantised by torch, behind a method
+    if not isinstance(weight, torch.Tensor):  # quantised by torch: a method returns the weight
         return target.device, target.dtype
     is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
     return input_device(target) if is_offloaded(target, weight.device) else weight.device, weight.dtype if is_plain else dtype
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; those made in inference mode do not count."""
+    """How often a tensor was written to; always 0 for one made in inference mode, which has no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _has_rows_of(rows: nn.Linear, head: nn.Linear, token_ids: torch.Tensor) -> bool:
-    """Whether a layer that [`rows_of_head`] made of these tokens still holds what the head does."""
+    """Whether a layer that [`rows_of_head`] made for these tokens still has the same rows as the head."""
     token_ids, bias = token_ids.to(head.weight.device), getattr(head, "bias", None)
     is_same = torch.equal(rows.weight, head.weight.detach()[token_ids])
     return is_same and (bias is None or torch.equal(rows.bias, bias.detach()[token_ids]))
 
 
 def scale_and_cap(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """What a target makes of its head's outputs, of the same shape."""
+    """A head's outputs, scaled and soft-capped as by the target; the shape stays the same."""
     logits = logits * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def target_logits(target, outputs: torch.Tensor) -> torch.Tensor:
-    """The logits that a target makes of its head's outputs, of the same shape, as its configuration tells."""
+    """A target's logits from its head's outputs, scaled and soft-capped as its configuration says; the shape stays the same."""
     numerics = target_numerics(target.config)
     return scale_and_cap(outputs, numerics["logit_scale"], numerics["logit_softcap"])
 
@@ -351,8 +351,8 @@ def target_logits(target, outputs: torch.Tensor) -> torch.Tensor:
 def tokens_outside(
     text_ids: torch.Tensor, draft_to_target: torch.Tensor, vocab_size: int, num_head_rows: int | None = None
 ) -> torch.Tensor:
-    """The tokens of a text that a draft vocabulary lacks, each once, in rising order, `(K,)`; K may be 0. Of tokens from
-    `num_head_rows` on the head has no logits, and from `vocab_size` on they stand for images."""
+    """The tokens of a text that are missing from a draft vocabulary, each once, in rising order, `(K,)`; K may be 0. Ids from
+    `num_head_rows` on, which have no logits, and from `vocab_size` on, which stand for images, are left out."""
     is_wanted = torch.zeros(vocab_size + 1, dtype=torch.bool, device=text_ids.device)
     is_wanted[text_ids.flatten().clamp(max=vocab_size)] = True
     is_wanted[draft_to_target.to(text_ids.device)] = False

@@ -17,9 +17,9 @@ from .transformers_names import CACHE_NAMES, name_of, output_embeddings, revisio
 
 # The parts of a target that a draft can be checked against; a part that is None is unknown and is not compared.
 FINGERPRINT_PARTS = ("name", "revision", "vocab_size", "hidden_size", "num_hidden_layers", "tokenizer_hash")
-# What every configuration of transformers takes, in addition to what it keeps under a name with an underscore.
+# Arguments that every configuration of transformers takes, besides those that it keeps under a name with an underscore.
 _FIELDS_OF_ALL = {"rope_theta", "torch_dtype", "name_or_path", "attn_implementation", "experts_implementation"}
-# No draft is larger; a file that says so is not to be believed.
+# No real draft is larger; files that claim more are refused.
 _MOST_LAYERS = 1024
 _MOST_WEIGHTS = 10**11
 
@@ -36,23 +36,23 @@ def default_target_layer_ids(num_hidden_layers: int) -> list[int]:
     return sorted({max(1, n // 4), n // 2, n - 1} - {0}) or [1]
 
 
-# What targets multiply or divide logits by, or the states that their head reads, and their soft-caps.
+# Fields by which targets multiply or divide logits, or the states that their head reads; and fields of soft-caps.
 _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-# Types that multiply by what others divide by.
+# Types that multiply by the fields by which others divide.
 _MULTIPLIES_BY_DIVISOR = ("hyperclovax",)
-# Models around a text model have a head of their own. Most of them leave its scale and soft-cap out, but not these.
+# Composite models have a head of their own. Most of them ignore the text model's scale and soft-cap; these do not.
 _SCALING_WRAPPERS = ("cohere_compass", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "inkling", "muse_")
 _CAPPING_WRAPPERS = ("paligemma", "gemma3n", "gemma4", "inkling2", "mistral_large4", "muse_")
 
 
 def target_numerics(target_config) -> dict:
-    """What a target multiplies its embedding (outside the embedding module) and logits by, and the soft-cap of its
+    """The factors of a target's embedding (those outside the embedding module) and of its logits, and the soft-cap of its
     logits.
 
     Args:
-        target_config (`PreTrainedConfig`): whole, since the type of a model around a text model may decide.
+        target_config (`PreTrainedConfig`): the whole one, since the type of a composite model may matter.
     Source: transformers' modeling files of the types that have the fields below; gemma scales inside its embedding module.
     """
     text = target_config.get_text_config()
@@ -78,13 +78,13 @@ def target_numerics(target_config) -> dict:
 
 
 def num_target_layers(target_config) -> int:
-    """Layers of a target, by its text configuration: `hidden_states` holds one more, that of the embedding.
+    """Number of layers of a target, from its text configuration; `hidden_states` has one entry more, the embedding.
 
     Raises:
-        ValueError: if it tells of none.
+        ValueError: if the configuration does not give the number.
     """
-    # Where `num_hidden_layers` is another number: of attentions, two in each layer of longcat_flash; of distinct layers,
-    # some of which run several times; of an encoder that is not there.
+    # In some models `num_hidden_layers` counts something else: attentions, two in each layer of longcat_flash; distinct
+    # layers, some of which run several times; layers of an encoder that is not there.
     names = ["total_num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_hidden_layers"]
     if target_config.model_type == "longcat_flash":
         names.insert(0, "num_layers")
@@ -115,13 +115,13 @@ def _read_size(target_config, name: str) -> int | None:
 
 
 def _plain_rope(target_config, head_dim: int) -> dict:
-    """Rotary parameters of the target in the flat form that a Llama layer with heads of `head_dim` takes; forms it cannot
-    take keep the base."""
+    """The target's rotary parameters in the flat form that a Llama layer with heads of `head_dim` takes. Of forms that it
+    cannot take, only the base is kept."""
     rope = _read(target_config, "rope_parameters") or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     if nested:
         rope = rope.get("full_attention") or nested[0]
-    # Of longrope each pair of numbers has a factor of its own, which fits heads of the same size that turn as a whole.
+    # longrope has one factor for each pair of a head's elements, which only fits heads of that size without partial rotary.
     fits = all(len(rope.get(name) or ()) == head_dim // 2 for name in ("short_factor", "long_factor"))
     if rope.get("rope_type") in ("llama3", "linear", "dynamic", "yarn") or (rope.get("rope_type") == "longrope" and fits):
         return {key: value for key, value in rope.items() if key not in ("partial_rotary_factor", "mrope_section")}
@@ -129,7 +129,7 @@ def _plain_rope(target_config, head_dim: int) -> dict:
 
 
 def attention_heads(target_config, width: int) -> dict:
-    """Head counts and head dimension, as the target's, for a draft layer of this width."""
+    """Head counts and head dimension of a draft layer of this width, taken from the target where they fit."""
     heads = _read_size(target_config, "num_attention_heads") or max(1, width // 64)
     head_dim = _read_size(target_config, "head_dim")
     if head_dim is None:
@@ -144,8 +144,8 @@ def attention_heads(target_config, width: int) -> dict:
 
 
 def _widths(target_config, model=None) -> dict:
-    """Sizes of a draft that can share the target's embedding and vocabulary head, which a few targets keep narrower or
-    wider than their states, and the states that it reads."""
+    """Sizes of a draft that can share the target's embedding and vocabulary head, and the target layers that it reads. In
+    a few targets the embedding and head are narrower or wider than the hidden states."""
     hidden_size = target_config.hidden_size
     both = _read_size(target_config, "word_embed_proj_dim") or _read_size(target_config, "embedding_size") or hidden_size
     embedding_size = _read_size(target_config, "input_embedding_size") or both
@@ -156,7 +156,7 @@ def _widths(target_config, model=None) -> dict:
             head_size = _read_size(output_embeddings(model), "in_features") or head_size
     layer_ids = default_target_layer_ids(num_target_layers(target_config))
     if head_size != hidden_size and len(layer_ids) == 1:
-        layer_ids = [0, *layer_ids]  # a fusion layer joins the widths
+        layer_ids = [0, *layer_ids]  # with two layers there is a fusion layer, which changes the width
     return {
         "hidden_size": head_size,
         "intermediate_size": _read_size(target_config, "intermediate_size") or 4 * head_size,
@@ -182,10 +182,10 @@ class PrismConfig(PreTrainedConfig):
             range(M); later steps use the last entry.
         num_layers_per_module (`int`): decoder layers in a module.
         target_hidden_size (`int`): width of the target's hidden states.
-        target_embedding_size (`int`, *optional*): width of the target's embedding and vocabulary head, as far as they
-            are shared, where it is another one; the draft is as wide as they are.
+        target_embedding_size (`int`, *optional*): width of the target's embedding and vocabulary head, whichever are
+            shared, if it differs from `target_hidden_size`; the draft then has this width.
         target_layer_ids (`list[int]` of length L): indices into the target's `hidden_states` (0 is the embedding, the
-            number of layers is the last state after the final norm). L > 1 brings a fusion layer.
+            number of layers is the last state after the final norm). With L > 1 the draft has a fusion layer.
         projection_bias (`bool`): bias of the fusion layer and of each input projection.
         draft_vocab_size (`int`, *optional*): tokens that the draft can propose; None means all V.
         share_target_embedding, share_target_head (`bool`): borrow the target's matrices instead of owning them.
@@ -201,8 +201,8 @@ class PrismConfig(PreTrainedConfig):
         module_form (`str`): "prism": an input projection joins token embedding and hidden state for the first layer;
             "eagle3": its attention reads both, each normed, and a norm comes before the head. EAGLE-3 itself has one
             module, three target layers, no `projection_bias` and its own head (`share_target_head=False`).
-        norm_before_residual, norm_output (`bool`): for "eagle3", whose first layer then adds the normed hidden state
-            back, and whose draft steps then pass on the state after the norm before the head.
+        norm_before_residual, norm_output (`bool`): for "eagle3". The first makes the normed hidden state the residual of
+            the first layer; the second passes the state after the norm before the head on to the next draft step.
         target_fingerprint (`dict`, *optional*): `name`, `revision`, `vocab_size`, `hidden_size`,
             `num_hidden_layers` and `tokenizer_hash` of the target that the draft was trained for; None is unknown.
     Raises:
@@ -264,7 +264,7 @@ class PrismConfig(PreTrainedConfig):
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if not self.draft_step_to_module:
-            # Not a list without end; the number itself is refused below.
+            # Bounded, so that a huge number does not make a huge list; validation refuses the number itself.
             self.draft_step_to_module = list(range(min(self.num_processing_modules, _MOST_LAYERS)))
         # As configurations of earlier releases of transformers have it.
         theta = kwargs.pop("rope_theta", None)
@@ -338,7 +338,7 @@ class PrismConfig(PreTrainedConfig):
         self._validate_token_ids()
 
     def _validate_amounts(self):
-        """Refuse what no draft can be, before anything is built from it."""
+        """Refuse sizes that no draft has, before anything is built with them."""
         num_layers = self.num_processing_modules * self.num_layers_per_module
         if num_layers > _MOST_LAYERS:
             raise ValueError(
@@ -387,7 +387,7 @@ class PrismConfig(PreTrainedConfig):
             raise ValueError(f"logit_softcap: expected None or a positive number, got {self.logit_softcap}")
 
     def _validate_token_ids(self):
-        """Leave the ids to the target: some publish ids outside the vocabulary; only the fingerprint's form is ours."""
+        """Check the fingerprint's keys. Token ids are not checked, since some targets publish ids outside the vocabulary."""
         if self.target_fingerprint is not None:
             unknown = set(self.target_fingerprint) - set(FINGERPRINT_PARTS)
             if unknown:
@@ -401,7 +401,7 @@ class PrismConfig(PreTrainedConfig):
     @property
     def fused_hidden_size(self) -> int:
         """Width of the concatenated target states, L * target_hidden_size."""
-        return len(self.target_layer_ids) * cast(int, self.target_hidden_size)  # filled in at the start
+        return len(self.target_layer_ids) * cast(int, self.target_hidden_size)  # set by __post_init__
 
     @property
     def num_draft_tokens(self) -> int:
@@ -410,9 +410,9 @@ class PrismConfig(PreTrainedConfig):
 
     @property
     def num_matrix_weights(self) -> int:
-        """Numbers in all matrices of a draft, all that it has but for biases and norms; the draft vocabulary counts too."""
+        """Numbers in all matrices of a draft, that is all but biases and norms; the ids of the draft vocabulary count, too."""
         width, modules = self.hidden_size, self.num_processing_modules
-        head_dim, num_groups = cast(int, self.head_dim), cast(int, self.num_key_value_heads)  # filled in at the start
+        head_dim, num_groups = cast(int, self.head_dim), cast(int, self.num_key_value_heads)  # set by __post_init__
         attention = 2 * width * head_dim * (self.num_attention_heads + num_groups)
         layers = modules * self.num_layers_per_module * (attention + 3 * width * self.intermediate_size)
         if self.module_form == "prism":
@@ -425,12 +425,12 @@ class PrismConfig(PreTrainedConfig):
         return layers + modules * inputs + fusion + embedding + head + (self.draft_vocab_size or 0)
 
     def module_of_step(self, draft_step: int) -> int:
-        """Index of the processing module that serves `draft_step` (0-based; steps beyond the list use its end)."""
+        """Index of the processing module that serves `draft_step` (0-based; steps beyond the list use its last entry)."""
         return self.draft_step_to_module[min(draft_step, len(self.draft_step_to_module) - 1)]
 
     def target_differences(self, target_config, tokenizer=None) -> tuple[list[str], list[str]]:
-        """Compare a target with what this draft was made for, part by part of the fingerprint; unknown parts are
-        equal.
+        """Compare a target, part by part of the fingerprint, with the one that this draft was made for; unknown parts count
+        as equal.
 
         Returns:
             `tuple` of two lists of sentences: why the two cannot work together, and why fewer tokens may be accepted.
@@ -444,7 +444,7 @@ class PrismConfig(PreTrainedConfig):
             if expected[name] is None or found[name] is None or expected[name] == found[name]:
                 continue
             line = f"{name}: expected {expected[name]!r} (draft), got {found[name]!r} (target)"
-            # What is generated does not depend on the tokenizer, and another one may be the same with a token more.
+            # A tokenizer does not change what is generated, and one that differs may have just one token more.
             (mild if name in ("name", "revision", "tokenizer_hash") else fatal).append(line)
         if self.target_layer_ids[-1] > found["num_hidden_layers"]:
             fatal.append(
@@ -503,8 +503,8 @@ class PrismConfig(PreTrainedConfig):
 
 
 def target_fingerprint(target_config, tokenizer=None) -> dict:
-    """What identifies a target, by the keys `FINGERPRINT_PARTS`; parts that cannot be known here are None. The
-    tokenizer's vocabulary is hashed. `name` is a Hub id or None: a folder's path says nothing elsewhere."""
+    """What identifies a target, by the keys `FINGERPRINT_PARTS`; parts that are not known are None. The tokenizer's
+    vocabulary is hashed. `name` is a Hub id, or None for a folder, whose path means nothing on another machine."""
     text = target_config.get_text_config()
     name = name_of(target_config) or None
     if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).is_dir()):

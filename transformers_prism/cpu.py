@@ -4,17 +4,17 @@ torch's default matrix product re-packs a weight for every product with 2 to 32 
 oneDNN chooses, the product reads the weight and nothing else; torch.compile does the same with frozen weights. Results
 differ from the default product by rounding only.
 
-With few rows a call of oneDNN costs more than it saves on some CPUs, and some multiply the many rows of a prompt faster by
-the default product. So products with up to three rows, or with 128 and more, use whichever was faster when the weights
-were packed.
+On some CPUs a call of oneDNN costs more than it saves for few rows, and on some the default product is faster for the many
+rows of a prompt. So products with up to three rows, or with 128 and more, use whichever was faster when the weights were
+packed.
 
 A draft step is bound by memory bandwidth, and what a draft proposes never changes the output: a draft's weights are packed
 in float16, half of the bytes.
 
-A packed copy must not outlive the weight that it was made of, and not every write to a weight raises its version
-(`weight.data += delta`, as adapters are merged; numpy; shared memory). So with each copy a few of the weight's values are
-kept, compared in every product, and sums over the whole weight, compared before a sequence begins. The samples find a
-write to the whole weight, the sums one to a part of it; the sums take about half the time of a plain step.
+A packed copy must not be used after its weight has changed, and torch does not count every write to a weight
+(`weight.data += delta`, as adapters are merged; numpy; shared memory). So each copy comes with a few of the weight's values,
+which every product compares, and with sums over the whole weight, which are compared before a sequence begins. The values
+show a write to the whole weight, the sums one to a part of it; the sums take about half the time of a plain step.
 
 Only plain float32 layers are packed: quantised weights, subclasses of `nn.Linear` and layers with a forward of their own
 stay as they are.
@@ -37,14 +37,14 @@ from .transformers_names import cache_of
 
 # The default product re-packs the weight from two or four rows on, depending on the CPU.
 _MOST_UNPACKED_ROWS = 3
-# More rows than any tree has nodes: a prompt.
+# From this many rows on they are those of a prompt, not of a tree.
 _MANY_ROWS = 128
-# Layers with fewer weights are not timed; of each shape, layers with this many weights in all are, more than a cache holds.
+# Layers with fewer weights are not timed. Of each shape, layers with this many weights in all are: more than a CPU cache holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
 _NUM_REPEATS = 5
-# Values of a weight that every product compares, and weights that are summed at a time, which a core's cache holds.
+# Values of a weight that every product compares; and weights that are summed at a time, few enough for a core's cache.
 _NUM_SAMPLES, _SUMMED_WEIGHTS = 16, 2**18
-# A prepared model is checked again after this many seconds without a forward, or this many times what a check takes.
+# A prepared model is checked again after this many seconds without a forward, but at least this many times a check's time.
 _IDLE_SECONDS, _IDLE_CHECKS = 1.0, 10
 # The name of a recurrent model's past in a forward, in addition to those of transformers' caches.
 _OTHER_PAST = "state"
@@ -60,22 +60,22 @@ _trust = _Trust()
 
 
 def weight_version(weight: torch.Tensor) -> int | None:
-    """How often a tensor was written to, as far as torch counts; None for tensors of inference mode, which do not."""
+    """How often a tensor was written to, as far as torch counts; None for tensors made in inference mode, without a count."""
     return None if weight.is_inference() else weight._version
 
 
 class _Packed(NamedTuple):
-    """A packed copy, and what tells that its weight is another by now."""
+    """A packed copy, and what shows whether its weight has changed since."""
 
     copy: Any
     pointer: int
     version: int | None
-    sampled: memoryview  # some of the weight's values, as they are
-    samples: memoryview  # and as they were
+    sampled: memoryview  # some of the weight's values, as they are now
+    samples: memoryview  # and as they were when it was packed
     sums: tuple[torch.Tensor, torch.Tensor]
 
     def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether it was made of this weight, and no write to it is known or shows in the samples."""
+        """Whether it was made from this weight, and neither torch's count nor the samples show a write since."""
         is_known = weight.data_ptr() == self.pointer and weight_version(weight) == self.version
         return is_known and self.sampled == self.samples
 
@@ -85,7 +85,7 @@ class _Packed(NamedTuple):
 
 
 def _sampled(weight: torch.Tensor) -> memoryview:
-    """Bits of values along a diagonal of a weight, where they lie."""
+    """A view of values along a diagonal of a weight, as their bits."""
     num_rows, num_columns = weight.shape
     count = min(_NUM_SAMPLES, max(num_rows, num_columns))
     step = num_rows // count * weight.stride(0) + num_columns // count * weight.stride(1)
@@ -96,12 +96,12 @@ def _sampled(weight: torch.Tensor) -> memoryview:
 def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of a weight's bits, as integers that wrap around, along each row and each column.
 
-    A change of one value, of one row, of all values and most others change them; to move values about changes them.
+    They change if one value, one row or all values change, after most other changes, and if values change places.
     """
     bits = weight.detach().contiguous()
     if weight.shape[1] % 2 and weight.shape[0] % 2 == 0:
         bits = bits.view(weight.shape[0] // 2, -1)
-    # Two values at a time: torch adds integers of 32 bits 30 times more slowly. Views of a longer vector may begin between two.
+    # Two values at a time, since torch adds 32-bit integers 30 times more slowly. Views of a longer tensor may be misaligned.
     bits = bits.view(torch.int32 if bits.shape[1] % 2 or bits.storage_offset() % 2 else torch.int64)
     of_rows, of_columns = [], torch.zeros(bits.shape[1], dtype=torch.int64, device="cpu")
     for part in bits.split(max(_SUMMED_WEIGHTS // max(weight.shape[1], 1), 1)):
@@ -111,11 +111,10 @@ def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class PackedLinear(nn.Linear):
-    """An `nn.Linear` with a packed copy of its weight; it becomes one, and an `nn.Linear` again, by its class alone.
+    """An `nn.Linear` with a packed copy of its weight. A layer is converted, and converted back, by changing its class.
 
-    The packed copy is used in forwards without gradients on float32 inputs of `packed_from` to `packed_to` rows, and made
-    anew when the weight was written to, as far as that is noticed (see [`prepare_for_cpu`]); everything else takes the
-    default product.
+    The packed copy is used in forwards without gradients on float32 inputs of `packed_from` to `packed_to` rows. It is made
+    again when a write to the weight is noticed (see [`prepare_for_cpu`]). All other inputs take the default product.
     """
 
     BYTES_PER_WEIGHT = 4
@@ -144,7 +143,7 @@ class PackedLinear(nn.Linear):
         return packed.copy
 
     def refresh(self) -> bool:
-        """Compare the whole weight with its packed copy, and pack it again if it is another; returns whether it was."""
+        """Pack the weight again if any part of it has changed since it was packed; returns whether it was packed again."""
         packed, weight = self.__dict__.get("_packed"), self.weight
         if packed is None or not _is_packable(weight) or (packed.is_of(weight) and packed.has_sums_of(weight)):
             return False
@@ -152,7 +151,7 @@ class PackedLinear(nn.Linear):
         return True
 
     def _pack_again(self) -> _Packed:
-        # What is made in inference mode could not be used outside.
+        # A copy made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             weight = self.weight.detach()
             sampled = _sampled(weight)
@@ -163,7 +162,7 @@ class PackedLinear(nn.Linear):
         return packed
 
     def _pack(self, weight: torch.Tensor):
-        # No fixed number of rows: 1 to 32 and a whole prompt all go through one copy.
+        # None: no fixed number of rows, so that one copy serves 1 to 32 rows and a whole prompt.
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def __getstate__(self):
@@ -172,7 +171,7 @@ class PackedLinear(nn.Linear):
 
 
 class HalfLinear(PackedLinear):
-    """A draft's layer, its packed copy in float16; sums are made in float32."""
+    """A draft's layer, whose packed copy is in float16; products are summed in float32."""
 
     BYTES_PER_WEIGHT = 2
 
@@ -185,18 +184,18 @@ class HalfLinear(PackedLinear):
         return output if self.bias is None else output.add_(self.bias)
 
     def _pack(self, weight: torch.Tensor):
-        # Without the bias, which may be written to. None where float16 would cut a weight off, or there is no product by now.
+        # Without the bias, which may be written to. None where a weight exceeds float16, or the product is not available.
         can_pack = _fits_half(weight) and _has_half_products()
         return torch.ops.quantized.linear_prepack_fp16(weight, None) if can_pack else None
 
 
 class WeightCheck:
-    """A forward pre-hook of a prepared model: packs again what was written to, before a sequence begins."""
+    """A forward pre-hook of a prepared model: before a sequence begins, it packs weights again that were written to."""
 
     def __init__(self, linears: list[PackedLinear]):
         self.linears = linears
         self.last_call = self.seconds = 0.0
-        # With it a copy or a pickle of the model keeps its hook.
+        # The handle reserves the hook's id in a copy or a pickle of the model, so that no later hook replaces it there.
         self.handle: Any = None
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -243,7 +242,7 @@ def refresh_packed_weights(*models: nn.Module) -> int:
 
 @contextlib.contextmanager
 def trusting_packed_weights() -> Iterator[None]:
-    """No checks of whole weights before forwards of this thread, for whoever measures their time."""
+    """Skip the checks of whole weights before this thread's forwards, for code that measures their time."""
     _trust.depth += 1
     try:
         yield
@@ -252,7 +251,7 @@ def trusting_packed_weights() -> Iterator[None]:
 
 
 class PreparedModels:
-    """What [`prepare_for_cpu`] changed, and its undo; as a context manager it undoes at the end."""
+    """The layers that [`prepare_for_cpu`] changed; as a context manager it calls `undo` at the end."""
 
     def __init__(self, linears: list[PackedLinear], checks: list[WeightCheck] | None = None):
         self.linears, self.checks = linears, checks or []
@@ -263,7 +262,7 @@ class PreparedModels:
         return sum(linear.weight.numel() * linear.BYTES_PER_WEIGHT for linear in self.linears)
 
     def refresh(self) -> int:
-        """Check all weights now, and pack again what was written to, however it was; returns how many layers were."""
+        """Check all weights now, and pack those again that were written to in any way; returns for how many layers."""
         return sum(linear.refresh() for linear in self.linears)
 
     def undo(self) -> None:
@@ -287,19 +286,19 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
     Both products are timed on one to three rows and on 128, in about a second, and the faster one is used from then on. A
-    target's results stay the same within float error. A draft is packed in float16, the rows of the head that it borrows
-    too: it may propose other tokens now and then, which changes no output. Layers that are no plain `nn.Linear` in
-    float32 (quantised, adapted, offloaded, in short floats) stay as they are.
+    target's results stay the same within float error. A draft is packed in float16, and so are the rows of the head that it
+    borrows: it may propose other tokens now and then, which changes no output. Layers that are not a plain `nn.Linear` in
+    float32 (quantised, with adapters, offloaded, in 16 bits) stay as they are.
 
     Weights may be written to afterwards; then they are packed again. A write that torch counts (`weight.mul_(2)`,
-    `load_state_dict`, an optimiser's step, another parameter or storage) shows in the next product. So does one behind
-    torch's back (`weight.data += delta`, as adapters are merged, numpy) if it changes the whole weight, as 16 of its
-    values say. One that changes a part of it shows before the next sequence: when the target is called without a cache
-    or with an empty one, or after a second in which it was not called, and when a draft begins a generate() call. Before
-    that, and in modules of a target that are called on their own, `refresh()` finds it.
+    `load_state_dict`, an optimiser's step, another parameter or storage) takes effect in the next product. So does one that
+    torch does not count (`weight.data += delta`, as adapters are merged, or numpy) if it changes the whole weight, of which
+    16 values are compared. One that changes only a part of it takes effect before the next sequence: when the target is
+    called without a cache or with an empty one, or after a second without a call, and when a draft begins a generate()
+    call. Before that, and for modules of a target that are called on their own, call `refresh()`.
 
     Args:
-        models (`nn.Module`): targets and drafts. Of one without a float32 layer on the CPU a warning says so.
+        models (`nn.Module`): targets and drafts. One whose linear layers on the CPU are all in other dtypes brings a warning.
     Returns:
         `PreparedModels`: with `undo()`, `refresh()`, and `num_bytes`, the memory that the copies take.
     """
@@ -323,7 +322,7 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
 
 
 def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
-    """Turn a layer into a packed one of this kind, in place; where float16 cannot be had, into one in float32."""
+    """Turn a layer into a packed one of this kind, in place; into one in float32 where float16 is not possible."""
     if kind is HalfLinear:
         kind = HalfLinear if _has_half_products() and _fits_half(linear.weight) else PackedLinear
     linear.__class__ = kind
@@ -361,7 +360,7 @@ def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
 
 
 def _warn_of_unpacked(model: nn.Module) -> None:
-    """Say that nothing was packed where another dtype would help; models load in their checkpoint's."""
+    """Warn that nothing was packed, if that is due to the dtype: models load in that of their checkpoint."""
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
     found = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights if weight.device.type == "cpu"})
     if found and "float32" not in found:
@@ -377,7 +376,7 @@ def _packable(model: nn.Module) -> list[nn.Linear]:
 
 
 def _can_be_packed(linear: nn.Linear) -> bool:
-    # A subclass, or a forward of the object's own (compressed-tensors, accelerate's hooks), may compute something else.
+    # A subclass, or a forward set on the layer itself (compressed-tensors, accelerate's hooks), may compute something else.
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return False
     return _is_packable(linear.weight)
@@ -393,7 +392,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 def _has_half_products() -> bool:
-    """Whether torch's engine for quantised products, which users may choose, has those in float16."""
+    """Whether torch's engine for quantised products, which users may choose, has float16 products."""
     return torch.backends.quantized.engine in ("fbgemm", "x86")
 
 

@@ -122,13 +122,13 @@ def speculative_generate(
     }
     try:
         with remembering_inference_mode(), _tensors_that_last(cache_of(model_kwargs)):
-            if (reason := reason_against_target(target)) is not None:  # whose head may be one that no draft can borrow
+            if (reason := reason_against_target(target)) is not None:  # before bind(), which may fail on such a head
                 raise Declined(reason)
             draft.bind(target, tokenizer)
             if assistant_tokenizer is not None:
                 raise Declined("an assistant tokenizer was given, but a draft shares its target's; leave it out")
             _check_call(target, input_ids, plain_arguments, model_kwargs)
-            # Plain decoding turns other integers into these with the first token.
+            # Plain decoding turns other integer types into int64 when it appends the first token.
             return _speculate(target, draft, input_ids.long(), settings, plain_arguments, model_kwargs)
     except Declined as error:
         reason = str(error)
@@ -136,7 +136,7 @@ def speculative_generate(
 
 
 def _tensors_of(states) -> Iterator[torch.Tensor]:
-    """Tensors in dictionaries and lists."""
+    """All tensors in nested dictionaries and lists."""
     if isinstance(states, torch.Tensor):
         yield states
     elif isinstance(states, (dict, list, tuple)):
@@ -146,8 +146,8 @@ def _tensors_of(states) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _tensors_that_last(cache) -> Iterator[None]:
-    """Leave `torch.inference_mode`, whose tensors no later call could write to outside of it; states that are
-    written in place (static layers, recurrent ones) and were made in it can only be written to in it."""
+    """Leave `torch.inference_mode`, since a later call outside of it could not write to tensors that were made in it. Stay
+    in it if the cache has states that were made in it and are written in place (static layers, recurrent states)."""
     is_bound = any(
         state.is_inference()
         for layer in getattr(cache, "layers", ())
@@ -185,7 +185,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
             drafter.use_shapes(shapes)
             policy: AutomaticTrees | FixedTrees
             if settings.tree == "auto" and _has_time_limit(criteria) and not are_costs_known(target, draft, len(sequences)):
-                settings = settings.as_small_tree()  # measuring would take the call's time
+                settings = settings.as_small_tree()  # measuring would use up the call's time limit
             if settings.tree == "auto":
                 policy = AutomaticTrees(settings, target, draft, sequences, sampler, chat.text)
             else:
@@ -208,15 +208,15 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
             output.speculation = speculation
             return output
     except BaseException:
-        # Whatever it was, an interrupt too: the caller finds models and cache as they were.
+        # Whatever the error is, even an interrupt, the caller finds models and cache as they were.
         target_side.abandon()
         raise
 
 
 def _with_length_of(criteria, generation_config, prompt_length: int):
-    """The configuration with the length that the criteria allow, a caller's in place of the setting's, as an integer.
+    """The generation configuration with `max_length` as an integer: the smallest limit of the criteria, if there is one.
 
-    Whatever it says, plain decoding writes one token, and numbers that stand for "no limit" may be no integers of a tensor.
+    It allows at least one token, as plain decoding does. Numbers that stand for "no limit" are capped to fit a tensor.
     """
     limits = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
     most = min(limits, default=generation_config.max_length)
@@ -233,7 +233,7 @@ def _has_time_limit(criteria) -> bool:
 
 
 def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:
-    """Say once for each target why it gets a chain where trees were asked for."""
+    """Warn, once for each target, that chains replace the trees that were asked for, and why."""
     told = kept_with(target, "told of chains", list)
     if settings.tree != "chain" and not told:
         told.append(reason)
@@ -294,26 +294,26 @@ def _drop_finished(sequences: Sequences, draft_side: DraftSide, target_side: Tar
 
 
 def _limits(sequences: Sequences, target_side: TargetSide, check: RoundCheck) -> Limits:
-    """What the next tree may be."""
-    # A node can only be emitted if there is room for the token behind it.
+    """How deep and how large the next tree may be."""
+    # A node can only be emitted if there is room for the token after it.
     depth = min(sequences.max_remaining - 1, target_side.max_depth, check.max_depth())
     return Limits(max(int(depth), 0), target_side.max_nodes, target_side.num_carried)
 
 
 def _verify(tree: Tree, target_side: TargetSide, check: RoundCheck, speculation: Speculation) -> Verified | None:
-    """What the target says about a tree; None if it was found to say otherwise than in single steps, or not to take it."""
+    """The target's outputs for a tree; None if they were found to differ from single steps, or if the forward failed."""
     verified = None
     with speculation.timed("check"):
         steps = check.plain_steps(tree)
     with speculation.timed("verify"), check.failing_forwards(tree):
         verified = target_side.verify(tree)
     if target_side.has_given_up:
-        return verified  # plain steps are what others are compared with
+        return verified  # plain steps need no check
     return None if check.finding or check.differs(tree, verified.logits, steps) else verified
 
 
 def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) -> None:
-    """See whether the settings of a call can be served.
+    """Check that the settings of a call can be served with a draft.
 
     Raises:
         Declined: if plain decoding has to serve them.
@@ -347,7 +347,7 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
 
 
 def _reason_against_batch(plain_arguments: dict) -> str | None:
-    """Sequences run ahead of each other, which a processor or criterion with a state of its own cannot follow."""
+    """Why these processors or criteria cannot serve a batch whose sequences advance unevenly; None if they can."""
     for kind in ("logits_processor", "stopping_criteria"):
         for function in plain_arguments[kind]:
             name, module = type(function).__name__, type(function).__module__
@@ -367,7 +367,7 @@ def _decode_plainly(reason: str, target, draft, input_ids, plain_arguments: dict
     speculation.declined = reason
     end_tokens = Stopping(plain_arguments["stopping_criteria"], sequences.device).end_tokens
     for index, tokens in enumerate(sequences[:, input_ids.shape[1] :].tolist()):
-        # What stands behind an end token is padding.
+        # Everything after an end token is padding.
         length = next((place for place, token in enumerate(tokens, start=1) if token in end_tokens), len(tokens))
         for _ in range(length - 1):
             speculation.add_round(index, num_emitted=1)

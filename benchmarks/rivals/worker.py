@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# New tokens of a prompt's ids, greedily, at most a number of them, until the end of the answer; of llama.cpp, which hands out
-# text, that and how many they were.
+# From a prompt's ids and a number to at most that many new tokens, greedy, up to the end of the answer. llama.cpp returns
+# text, so its result is the text and the number of tokens.
 Decode = Callable[[list[int], int], "list[int] | tuple[str, int]"]
 _WARM_UP_TOKENS = 8
 
@@ -87,7 +87,7 @@ def _prism(task: dict) -> Decode:
 
 
 def _economize_lookup(task: dict) -> Decode:
-    # Its other drafters are trained for a target, and there is none for this one.
+    # Its other drafters must be trained for a target, and none exists for this one.
     import economize
     import torch
     from economize.techniques.lookup import LookupConfig
@@ -101,7 +101,7 @@ def _economize_lookup(task: dict) -> Decode:
 
 
 def _flashspec_lookup(task: dict) -> Decode:
-    # It takes a smaller model of the same tokenizer, too, of which there is none for this target.
+    # It also takes a smaller model with the same tokenizer, but none exists for this target.
     import torch
     from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
     from flashspec.engine import TargetModel
@@ -128,7 +128,7 @@ def _llama_cpp(task: dict, is_speculating: bool = False) -> Decode:
     params.model.path = task["gguf"]
     params.n_ctx, params.n_parallel, params.verbosity = 4096, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = task["num_threads"]
-    params.cache_ram_mib = 0  # no prompt is to be found in a cache
+    params.cache_ram_mib = 0  # no prompt may come from a cache
     if is_speculating:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
     server = xllamacpp.Server(params)
@@ -224,7 +224,7 @@ _PACKAGES = ("torch", "transformers", "economize", "flashspec", "xllamacpp", "op
 
 
 def versions() -> dict[str, str]:
-    """Of the packages of this environment that matter; ours is run from the repository, so that its code's counts."""
+    """Versions of the relevant packages in this environment; ours runs from the repository, so the version is its code's."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -237,7 +237,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process and those that it started held at most, each at its own peak; what they share counts in each."""
+    """Bytes of this process and those that it started, each at its own peak; shared memory counts in each."""
     children: dict[int, list[int]] = {}
     peaks: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/status"):
@@ -257,7 +257,7 @@ def peak_memory() -> int:
 
 
 def measure(decode: Decode, prompt: dict, num_tokens: int, clock: Callable[[], float] = time.perf_counter) -> dict:
-    """Seconds of a whole call, and of one that stops at the first token, which decoding alone leaves out."""
+    """Seconds of a whole call, and of one that stops at the first token, which the rate of decoding alone leaves out."""
     start = clock()
     decode(prompt["ids"], 1)
     first = clock() - start

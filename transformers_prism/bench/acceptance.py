@@ -37,7 +37,7 @@ def tree_settings(tree: str) -> dict:
 
 
 def packed_for_cpu(target, draft, packed: bool) -> PreparedModels:
-    """The models with their weights packed while this lasts, if that is asked for and they are on a CPU."""
+    """A context in which the models' weights are packed, if that is asked for and they are on a CPU."""
     return prepare_for_cpu(*(target, draft) if packed and target.device.type == "cpu" else ())
 
 
@@ -46,7 +46,7 @@ def decode_prompts(
     target, draft, questions: Iterable[tuple[str, dict]], tree: str, temperature: float, max_new_tokens: int,
     seed: int, is_coupled: bool = True, advance: Callable[[], None] = lambda: None
 ) -> list[dict]:
-    """Decode prompts with a draft, one by one; its tree settings are changed. At temperature 0 greedily.
+    """Decode prompts with a draft, one by one, greedily at temperature 0. The draft's tree settings are changed.
 
     Args:
         questions: task and generate()'s inputs of each prompt.
@@ -70,7 +70,7 @@ def decode_prompts(
 
 
 def answer_figures(task: str, answer: list[int], accepted: list[int]) -> dict:
-    """What is recorded of an answer, from the drafted tokens that each of its rounds accepted."""
+    """The record of an answer, from the number of drafted tokens that each of its rounds accepted."""
     counts = Counter(accepted)
     return {
         "task": task,
@@ -83,7 +83,7 @@ def answer_figures(task: str, answer: list[int], accepted: list[int]) -> dict:
 
 def acceptance_figures(answers: list[dict]) -> dict:
     """What [`decode_prompts`] found, summed up: `num_rounds`, `num_committed`, their quotient `tau` (None without
-    rounds), and `share_of_answers_in_a_loop`, which flatters tau."""
+    rounds), and `share_of_answers_in_a_loop`, which raises tau."""
     num_rounds, num_committed = (sum(one[name] for one in answers) for name in ("num_rounds", "num_committed"))
     tau = acceptance_length(num_committed, num_rounds)
     return {

@@ -1,7 +1,7 @@
-"""What is made of the timings of `bench generate`: figures over prompts, per task and for all, and tables of them.
+"""Figures from the timings of `bench generate`, per task and over all prompts, and tables of them.
 
 t(step)        seconds of a plain step of the method's own target: plain decoding without its prefill, over its steps
-ceiling        tau * t(step) / (t(verify) + t(draft)), what would be gained if nothing else took time
+ceiling        tau * t(step) / (t(verify) + t(draft)), the ratio if nothing else took time
 ratio          tokens per second over a baseline's: all new tokens over the sum of the prompts' median seconds,
                prefill included; "decoding" leaves the prefill out on both sides
 """
@@ -17,12 +17,12 @@ from transformers_prism.bench.methods import Method
 from transformers_prism.decoding.speculation import acceptance_length
 
 _PHASES = ("draft", "verify", "commit", "other")
-# The pages and cards tell of one method; of those that were measured, the first of these.
+# Pages and cards report one method: the first of these that was measured.
 _MAIN_KINDS = "auto draft static chain auto-no-ngrams assisted lookup compiled prepared plain".split()
 
 
 def main_method(methods: list[Method]) -> Method:
-    """The method that a measurement is about, which a draft's card tells of."""
+    """The method that a measurement is mainly about, which a draft's card reports."""
     return min(methods, key=lambda method: _MAIN_KINDS.index(method.kind))
 
 
@@ -32,7 +32,7 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
     Returns:
         `dict`: counts of prompts, tau pooled and as the mean over prompts, milliseconds of a round, tokens per second,
             and in "over" the ratios to each baseline; those to the method's own are also at the top level. None where
-            there is nothing to say.
+            a figure does not apply.
     """
     outcomes = [result.outcomes[method.name] for result in results]
     taus = [
@@ -68,7 +68,7 @@ def summarize(results: list[ItemResult], method: Method, baselines: list[str]) -
 
 
 def _ceiling(figures: dict, own: dict) -> dict:
-    """What the round's draft and verification allow, and the reached share of it."""
+    """The ceiling that drafting and verification of a round allow, and the share of it that was reached."""
     parts = figures["round_ms"]
     if parts is None or not parts["draft"] + parts["verify"] or figures["step_ms"] is None:
         return {"ceiling": None, "ceiling_share": None, "ceiling_share_decoding": None}
@@ -87,7 +87,7 @@ def _rate(outcomes: list[Outcome]) -> float:
 
 
 def _decoding_rate(outcomes: list[Outcome]) -> float | None:
-    """Tokens per second without the prefill, and without the token of each row that it brings."""
+    """Tokens per second without the prefill and without the one token per sequence that it gives."""
     num_tokens = _num_tokens(outcomes) - sum(len(one.num_new_tokens) for one in outcomes)
     return num_tokens / sum(map(_decoding_seconds, outcomes)) if num_tokens else None
 
@@ -139,9 +139,9 @@ def _spread(seconds: list[float]) -> float:
 
 
 def as_json(results: list[ItemResult], methods: list[Method]) -> dict:
-    """What the JSON file holds besides its head: of each method, figures over all prompts and per task; each prompt.
+    """What the JSON file holds besides its head: for each method, figures over all prompts and per task; each prompt.
 
-    Those of [`main_method`] stand in front as well, where a draft's card looks for them.
+    The figures of [`main_method`] are repeated at the top level, where a draft's card looks for them.
     """
     by_task: dict[str, list[ItemResult]] = {}
     for result in results:
@@ -166,7 +166,7 @@ def _cell(value: float | None, digits: int = 2) -> str:
 
 
 def method_rows(figures: dict) -> tuple[list[str], list[list[str]]]:
-    """A heading and a row per method: [`as_json`]'s "methods" as text; "\\n" parts two lines of a heading."""
+    """A heading and a row per method: [`as_json`]'s "methods" as text; "\\n" separates two lines of a heading."""
     baselines = list(next(iter(figures.values()))["summary"]["over"])
     heading = ["method", "same", "tau", "mean\ntau", "draft\nms", "verify\nms", "rest\nms", "tok/s"]
     heading += [f"over\n{name}" for name in sorted(baselines)] + ["ceiling", "share"]
@@ -221,7 +221,7 @@ def result_tables(figures: dict, caption: str) -> list[Table]:
 
 
 def differences(result: ItemResult) -> list[str]:
-    """A line for each row that is not its baseline's."""
+    """A line for each sequence that differs from its baseline."""
     return [
         f"{result.task} {result.question_ids[row]}, {name}: differs from token {outcome.first_difference[row]} on, "
         f"where the target's two best logits are {outcome.logit_gap[row]:.1e} apart"

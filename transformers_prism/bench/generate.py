@@ -3,7 +3,7 @@
     transformers-prism bench generate --prompts spec_bench.jsonl --num-prompts 8 --json result.json
     transformers-prism bench generate --prompts spec_bench.jsonl --num-prompts 1 --max-new-tokens 16 --repeat 1
 
-Which ways there are is said in `methods.py`, what is made of the timings in `figures.py`.
+`methods.py` lists the ways of decoding, `figures.py` computes figures from the timings.
 """
 
 import time
@@ -24,8 +24,8 @@ _WARM_UP_TOKENS = 16
 
 @dataclass
 class Item:
-    """Prompts that are decoded together, one or a batch: which, their task or "mixed", and inputs of generate(), `(B,
-    T)`."""
+    """Prompts that are decoded together, one or a batch: their ids, their task or "mixed", and inputs of generate(),
+    `(B, T)`."""
 
     question_ids: list
     task: str
@@ -40,7 +40,7 @@ def make_items(records: list[dict], rows: list[dict], batch_size: int, pad_token
         rows: inputs of generate() for each of them, `(1, T)`.
         pad_token_id: masked out, so that any id will do.
     Raises:
-        ValueError: if a batch would be left with fewer rows.
+        ValueError: if the last batch would have fewer prompts.
     """
     if len(records) % batch_size:
         raise ValueError(f"num_prompts: expected a multiple of the batch size {batch_size}, got {len(records)}")
@@ -60,18 +60,18 @@ class Outcome:
 
     Args:
         num_new_tokens: of each row, up to its end.
-        num_rounds, num_committed: of each row: rounds, and tokens that they committed. With a PRISM draft in all repeats, which
-            automatic trees make different; else in one. For what transformers itself assists, a round is what it hands to a
-            streamer at once; for plain decoding, a token.
-        num_forwards: target forwards of the whole batch after the first token, in as many repeats.
+        num_rounds, num_committed: of each row: rounds, and tokens that they committed. With a PRISM draft summed over all
+            repeats, since automatic trees differ between them; else of one repeat. For assisted decoding of transformers, a
+            round is one call of the streamer; for plain decoding, a token.
+        num_forwards: target forwards of the whole batch after the first token, over the same repeats.
         seconds: whole generate() calls, one per repeat.
         prefill_seconds: of these, until the first token came.
         round_seconds: with a PRISM draft, per repeat, the host's seconds in "draft", "verify", "commit" and "other".
-        step_counts: with a PRISM draft, per draft step: rounds of all repeats that drafted deeper and accepted all before it,
-            and how many of them accepted its token.
+        step_counts: with a PRISM draft, per draft step: rounds of all repeats that drafted this step and accepted all steps
+            before it, and how many of them accepted its token.
         is_identical: of each sequence, whether every repeat gave the tokens of the baseline's run.
         first_difference: of each row, index of the first new token that differs; None if none does.
-        logit_gap: of each row, there, what separates the target's two best raw logits; None if none differs.
+        logit_gap: of each row, the gap between the target's two best raw logits at that token; None if none differs.
         declined: why the draft was not used; None if it was.
     """
 
@@ -127,11 +127,11 @@ def bench_generate(
     contest: Contest, items: list[Item], settings: dict, repeat: int = 3, seed: int = 0, warm_up: int = 1,
     advance: Callable[[], None] = lambda: None
 ) -> Iterator[ItemResult]:
-    """Time every method on every item; each result comes as soon as it is whole.
+    """Time every method on every item; each result is yielded as soon as it is complete.
 
     Args:
         settings: further arguments of generate(), the same for all methods.
-        repeat: how often each method is timed on each item; the methods take turns, each second time backwards.
+        repeat: how often each method is timed on each item; the methods take turns, in reverse order every second time.
         seed: set before every run, so that sampled runs can be compared.
         warm_up: how often each method decodes a few tokens of the first item beforehand, untimed.
         advance: called after every timed run.
@@ -161,7 +161,7 @@ def bench_generate(
 
 
 def _enter(contest: Contest, method: Method, inputs: dict, settings: dict) -> None:
-    """Bring the target into the method's state, and let what it changed settle."""
+    """Bring the target into the method's state, and warm up if that changed its weights."""
     if not contest.enter(method):
         return
     few = {**settings, "max_new_tokens": min(_TOKENS_AFTER_CHANGE, settings["max_new_tokens"])}
@@ -214,7 +214,7 @@ def sum_counts(parts: list[list[list[int]]]) -> list[list[int]]:
 
 
 def count_steps(speculation: Speculation) -> list[list[int]]:
-    """How often each draft step was reached and accepted, as in [`Outcome`]; of a batch, of rows in all its rounds."""
+    """How often each draft step was reached and accepted, as in [`Outcome`]; in a batch, by sequences in every round."""
     counts: list[list[int]] = []
     for accepted in speculation.accepted_per_round:
         if len(accepted) != len(speculation.trees):
@@ -229,7 +229,7 @@ def count_steps(speculation: Speculation) -> list[list[int]]:
 
 
 def _lengths(target, new: torch.Tensor) -> list[int]:
-    """New tokens of each row, its end included and what comes behind that left out."""
+    """New tokens of each sequence, up to and including its end token."""
     end_ids = target.generation_config.eos_token_id
     if end_ids is None:
         return [new.shape[1]] * new.shape[0]
@@ -238,7 +238,7 @@ def _lengths(target, new: torch.Tensor) -> list[int]:
 
 
 def _compare(contest: Contest, inputs: dict, plain: torch.Tensor, new: torch.Tensor, outcome: Outcome) -> None:
-    """Note of each row whether it is the baseline's; the first difference of all repeats counts."""
+    """Note for each sequence whether it equals the baseline's; the first repeat that differs counts."""
     num_rows = new.shape[0]
     if not outcome.is_identical:
         outcome.is_identical, outcome.first_difference = [True] * num_rows, [None] * num_rows
@@ -262,6 +262,6 @@ def _trimmed(contest: Contest, new: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _logit_gap(target, input_ids) -> float:
-    """What separates the two best next tokens, in the target's raw logits: near 0, a rounding error decides."""
+    """The gap between the two best next tokens in the target's raw logits: near 0, rounding decides."""
     best = target(input_ids).logits[0, -1].float().topk(2).values
     return float(best[0] - best[1])

@@ -45,7 +45,7 @@ class Timing:
 
     @property
     def is_right(self) -> bool:
-        """Whether the kernel may be timed; an error that is not a number is none."""
+        """Whether the error is small enough for the kernel to be timed; NaN is not."""
         return self.error <= self.tolerance
 
 

@@ -49,7 +49,7 @@ class GenerateMeasurement:
             target, tokenizer, draft: the models, not prepared.
             weights: [`weights_sha256`] of the draft.
             make_inputs: of (tokenizer, prompt, device), gives the inputs of generate().
-            chosen, records: those to decode, and all of the file; the text of the others may lengthen prompts.
+            chosen, records: prompts to decode, and all prompts of the file; text of the others may lengthen prompts.
             is_resumed: whether to keep what is in the file and to decode the rest.
         Raises:
             ValueError: if the file is of other settings, or the settings cannot be served.
@@ -85,7 +85,7 @@ class GenerateMeasurement:
         return as_json(results, self.methods)
 
     def _settings(self, contest: Contest, draft, num_prompts: int) -> dict:
-        """What decides the figures; a draft's card looks for the names of the main method's tree here."""
+        """The settings that decide the figures; a draft's card reads the tree of the main method here."""
         main = main_method(self.methods)
         used = contest.drafts.get(main.name, draft).generation_config
         return {

@@ -33,7 +33,7 @@ _RANDOM_ASSISTANT = {
 _STATIC_NAMES = ("tree_top_k", "tree_depth", "tree_num_nodes")
 DRAFT_KINDS = ("draft", "auto", "auto-no-ngrams", "chain", "static")
 _KINDS = ("plain", "prepared", "compiled", "lookup", "assisted", *DRAFT_KINDS)
-# transformers serves these for single rows only.
+# transformers supports these for batches of one only.
 _SINGLE_ROW_KINDS = ("lookup", "assisted")
 
 
@@ -90,7 +90,7 @@ def parse_methods(names: list[str], is_packed: bool, batch_size: int = 1) -> lis
     for baseline in ["prepared", "plain"] if any(method.is_prepared for method in methods) else ["plain"]:
         if baseline not in known:
             methods.insert(0, Method(baseline, baseline, baseline == "prepared"))
-    # Packing takes a moment, so that the target changes its state as seldom as can be.
+    # Packing takes time, so methods are sorted to pack the target as rarely as possible.
     return sorted(methods, key=lambda method: (method.is_prepared, method.name != method.baseline))
 
 
@@ -111,7 +111,7 @@ def _parse(name: str, is_packed: bool) -> Method:
 class Contest:
     """The models of all methods in one process; the target is packed and unpacked as they need it.
 
-    Each method that uses the draft gets a copy, so that none learns from the rounds of another.
+    Each method that uses the draft gets its own copy, so that none learns from the rounds of another.
 
     Args:
         max_length (`int`): tokens of the longest prompt with its answer.
@@ -168,7 +168,7 @@ def load_assistant(name: str | None, target):
     """A model for assisted decoding: by name, or with "random" a tiny untrained one of the target's vocabulary.
 
     Raises:
-        ValueError: if its vocabulary is another.
+        ValueError: if its vocabulary differs from the target's.
     """
     if name is None:
         return None

@@ -1,10 +1,10 @@
-"""Where a drafted text is not the one that plain decoding chooses: by rounding, or by an error?
+"""Where a drafted text differs from plain decoding, tell whether the cause is rounding or an error.
 
-In short floats the text may part from plain decoding wherever the best tokens are about equally good, several times in one
-answer. So plain decoding is asked for its choice at every place of the drafted text, given what stands before. Another
-choice is a near-tie only if the gap between the two is below twice the noise, which is measured there: the largest difference
-between the logits of single steps and of forwards over several tokens, by the target alone. The draft's own trees are not
-asked: logits of a wrong mask or position are far off, and would excuse what they cause.
+In 16-bit floats the text may differ from plain decoding wherever the best tokens are nearly tied, several times in one
+answer. So plain decoding chooses a token at every position of the drafted text, given the text before it. A different
+choice is a near-tie only if the gap between the two tokens is below twice the noise. The noise is measured at that position:
+the largest difference between the target's logits in a single step and in forwards over several tokens. The draft's trees
+take no part in that: a wrong mask or position would give a large difference, and so excuse its own error.
 """
 
 import math
@@ -18,8 +18,8 @@ from transformers_prism.transformers_names import CACHE_KEYWORD
 
 # Two tokens' logits may each be off by the noise.
 TIE_FACTOR = 2.0
-# Tokens of the text that a forward takes at once (None: all of it, else the last ones on top of a cache), and tokens behind
-# them, which the text does not see, as a node does not see those of other branches.
+# Tokens of the text in one forward (None: the whole text, else its last tokens on top of a cache), and tokens after them.
+# The text does not see those, as a node does not see the nodes of other branches.
 _FORWARDS = ((None, 31), (1, 15), (2, 0), (8, 15))
 _ONE_TOKEN = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
         gap: by how much plain decoding's choice is better: their scores, or in sampled runs their log probabilities
             with the noise that was drawn; infinite if the text is too long or too short.
         rounding: the noise there: the largest difference between the logits of a single step and of forwards over several
-            tokens, as temperature and penalties stretch it.
+            tokens, scaled by temperature and penalties.
     """
 
     row: int
@@ -43,7 +43,7 @@ class Difference(NamedTuple):
 
     @property
     def is_near_tie(self) -> bool:
-        """Whether rounding decides, so that either token is plain decoding's."""
+        """Whether rounding decides, so that plain decoding could choose either token."""
         return math.isfinite(self.rounding) and self.gap < TIE_FACTOR * self.rounding
 
 
@@ -69,8 +69,8 @@ def find_differences(
         sequences (`torch.LongTensor` of shape `(B, T)`): the prompts and the text.
         seed (`int`): with which it was sampled.
     Returns:
-        `tuple`: the differences, up to and with the first token that rounding does not excuse, and the state of the
-            random generator behind plain decoding.
+        `tuple`: the differences, up to and including the first one that rounding does not explain, and the state of the
+            random generator after plain decoding.
     """
     found: list[Difference] = []
     torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def _differences(target, inputs: dict, settings: dict, sequences: torch.Tensor) 
     start, num_tokens = inputs["input_ids"].shape[1], settings["max_new_tokens"]
     end_ids = settings.get("eos_token_id", target.generation_config.eos_token_id)
     end_ids = torch.tensor([] if end_ids is None else end_ids, device=sequences.device).flatten()
-    # Without what steps set for themselves; their cache grows.
+    # Without the settings that single steps set themselves; they use a growing cache.
     own = (*_ONE_TOKEN, "cache_implementation", "prefill_chunk_size", "attention_mask")
     settings = {name: value for name, value in settings.items() if name not in own}
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, sequences.shape[1] - start), value=1)
@@ -112,7 +112,7 @@ def _differences(target, inputs: dict, settings: dict, sequences: torch.Tensor) 
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
-    """Of the generator that sampling on this device draws from."""
+    """The state of the generator that sampling on this device draws from."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
@@ -133,15 +133,15 @@ def _noise(scores: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 def _explain(target, prefix, settings: dict, step: _Step, row: int, position: int, written: int, noise) -> Difference:
     """How much better plain decoding's choice is than what was written, and the noise there."""
     logits, scores = step.logits[row], step.scores[row]
-    # Sampled steps draw random numbers.
+    # The steps below may sample, and must not advance the caller's generator.
     accelerators = [] if prefix.device.type == "cpu" else [prefix.device]
     with torch.random.fork_rng(accelerators, device_type=prefix.device.type):
         noise_of_logits = _measure_noise(target, prefix, settings, logits)
-    # What temperature and penalties make of a difference.
+    # Temperature and penalties scale a difference.
     rounding = noise_of_logits * settings.get("repetition_penalty", 1.0) / settings.get("temperature", 1.0)
     kept = scores.isfinite()
     lowest = logits[kept].min()
-    # Top-p and top-k drop tokens by their logits; around the lowest that they keep, rounding decides which.
+    # Top-p and top-k drop tokens by their logits. Near the lowest logit that they keep, rounding decides which are dropped.
     is_certain = kept & ((logits - lowest > TIE_FACTOR * noise_of_logits) | kept.all())
     below = float((lowest - logits[written]).clamp(min=0)) if not kept[written] else 0.0
     choices = scores.where(kept, scores[kept].min() - below)

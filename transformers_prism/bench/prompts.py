@@ -60,8 +60,8 @@ def choose_prompts(records: list[dict], num_prompts: int) -> list[dict]:
 
 
 class ContextFiller:
-    """Brings prompts to `num_tokens` tokens, the chat template's included: longer by text of other records put before
-    them, or shorter by their middle. Text of records that are measured would be copied from.
+    """Brings prompts to `num_tokens` tokens, the chat template included: short ones get text of other records in front, long
+    ones lose their middle. `records` must not be measured themselves, since n-grams would copy from their text.
 
     Raises:
         ValueError: if the records have less text.
@@ -78,15 +78,15 @@ class ContextFiller:
             )
 
     def fit(self, prompt: str, index: int, make_inputs: Callable[[str], dict]) -> dict:
-        """Inputs of generate() for a prompt, `num_tokens` long or a few tokens less; each `index` begins at another
-        place of the text.
+        """Inputs of generate() for a prompt, `num_tokens` long or a few tokens less; each `index` takes another
+        part of the text.
 
         Raises:
             ValueError: if the chat template leaves no room.
         """
         inputs = make_inputs(prompt)
         num_more = self.num_tokens - inputs["input_ids"].shape[1]
-        # Text that is cut at a token may become a few tokens more when it is read again.
+        # Text that was cut between tokens may give a few more tokens when it is tokenized again.
         while inputs["input_ids"].shape[1] != self.num_tokens:
             inputs = make_inputs(self._changed(prompt, index, num_more))
             excess = inputs["input_ids"].shape[1] - self.num_tokens

@@ -17,12 +17,12 @@ from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
-# In place of the hash of a draft's weights, and its name for commands: a draft that nobody trained.
+# For an untrained draft: its name in commands, and the value in place of its weights' hash.
 UNTRAINED = "random"
 
 
 def record_head(kind: str, target, settings: dict, weights: str | None = None) -> dict:
-    """What a measurement's figures belong to.
+    """The head of a measurement's file: what its figures belong to.
 
     Args:
         kind (`str`): which measurement: "generate", "verify", "modules" and so on.
@@ -45,7 +45,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
 
 
 def _name_elsewhere(config) -> str:
-    """A target's name for files that others read: its Hub id, or the last part of a path, whose folders are nobody's business."""
+    """A target's name for files that others read: its Hub id, or the last part of a path, whose folders are private."""
     name = name_of(config)
     return name if target_fingerprint(config)["name"] else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
@@ -88,7 +88,7 @@ def finished_part(path: Path, head: dict) -> dict | None:
 
 
 def _check_same(expected: dict, found: dict, where: str) -> None:
-    """Compare what two measurements belong to, as JSON knows it."""
+    """Compare the heads of two measurements, as JSON values."""
     for name, value in json.loads(json.dumps(expected)).items():
         if name == "settings":
             _check_same(value, found[name], f"{where}, settings")

@@ -3,8 +3,8 @@
     transformers-prism bench rounds --prompts spec_bench.jsonl --json rounds.json
     transformers-prism bench rounds --prompts spec_bench.jsonl --context 128 --num-rounds 10
 
-The loop runs as it is; the functions that belong to a part are wrapped by a stopwatch while it does, and each part's time
-leaves out what runs inside it and belongs to another.
+The loop itself is not changed: while it runs, a stopwatch wraps the functions of each part. The time of a part leaves out
+other parts that run inside it.
 """
 
 import functools
@@ -26,7 +26,7 @@ from transformers_prism.policy.automatic import AutomaticTrees
 PARTS = ("target forward", "draft forwards", "selection", "masks", "walk", "commit", "other")
 # Everything else is the round's own cost.
 FORWARDS = PARTS[:2]
-# Functions by name, in whichever of our files they are called, and methods.
+# Functions by name, wrapped in each of our files that calls them, and methods.
 _FUNCTIONS = {
     "masks": ("attention_mask", "visible_keys", "within_window", "attach_tree"),
     "selection": ("select_nodes", "root_tree"),
@@ -57,12 +57,12 @@ class Stopwatch:
         self.last_end: float | None = None
 
     def begin(self, part: str) -> None:
-        """From here on it is this part's time."""
+        """From here on, time counts for this part."""
         self._charge()
         self.running.append(part)
 
     def end_part(self) -> None:
-        """From here on it is again the time of the part that this one ran in."""
+        """From here on, time counts for the enclosing part again."""
         self._charge()
         self.running.pop()
 
@@ -127,12 +127,12 @@ def watched(target, draft) -> Iterator[Stopwatch]:
 
 
 def profile_rounds(target, draft, items: list[dict], num_rounds: int, max_new_tokens: int = 64) -> dict:
-    """Where the time goes, on average over at least `num_rounds` rounds, if `items`, inputs of generate(), give as
+    """Where the time goes, on average over at least `num_rounds` rounds, if `items` (inputs of generate()) give that
     many.
 
     Returns:
-        `dict`: milliseconds of a round, of its parts, of a plain step and of a draft step, tau, the share of what is
-            no forward.
+        `dict`: milliseconds of a round, of its parts, of a plain step and of a draft step, tau, the share of time
+            outside forwards.
     Raises:
         ValueError: if the items give no round at all.
     """
@@ -167,7 +167,7 @@ def profile_rounds(target, draft, items: list[dict], num_rounds: int, max_new_to
 
 
 def _plain_steps(target, inputs: dict, num_steps: int = 8) -> list[float]:
-    """Seconds of plain steps; the target's hooks run as well, so that both ways bear them."""
+    """Seconds of plain steps, with the same hooks on the target, so that both ways bear their cost."""
     clock = TokenClock()
     target.generate(
         **inputs, max_new_tokens=num_steps + 1, min_new_tokens=num_steps + 1, do_sample=False, streamer=clock
@@ -178,7 +178,7 @@ def _plain_steps(target, inputs: dict, num_steps: int = 8) -> list[float]:
 def weight_bytes(target, draft) -> dict:
     """Bytes of weights that a forward of the target, and on average a draft step, read.
 
-    The target's input embedding counts only where it is the head as well; of the draft a module, and its rows of the head.
+    The target's input embedding counts only if it is also the head. A draft step reads a module and its rows of the head.
     """
     embedding = target.get_input_embeddings()
     is_head = target.get_output_embeddings() is not None and target.get_output_embeddings().weight is embedding.weight

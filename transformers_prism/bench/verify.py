@@ -1,5 +1,5 @@
-"""Is decoding with this draft lossless on this machine? Every path that generate() can take, against plain decoding, and a
-negative control on each: a verifier that is broken on purpose must be caught, or the check would prove nothing.
+"""Is decoding with this draft lossless on this machine? Compares every path that generate() can take with plain decoding, with
+a negative control on each: a verifier that is broken on purpose must be caught, or the check would prove nothing.
 
     transformers-prism verify
     transformers-prism verify --target some/target --draft some/draft --json report.json
@@ -36,7 +36,7 @@ CONTROL = "negative control"
 TREE = {"tree": "static", "tree_top_k": 4, "tree_depth": 4, "tree_num_nodes": 15}
 CHAIN = {"tree": "chain", "tree_depth": 4}
 AUTO = {"tree": "auto"}
-# Whatever the target's own settings are: a penalty is a processor, and processors rule some paths out.
+# The penalty is set to 1 whatever the target's own is: a penalty is a logits processor, which rules some paths out.
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.0}
 PENALIZED = {**SAMPLING, "repetition_penalty": 1.1}
@@ -52,7 +52,7 @@ class DecodingPath(NamedTuple):
         tree: the draft's tree settings.
         over: "prompts": each of them; "prompt": the first; "batch": all in one; "chat": two turns on one cache.
         walks_on_device: choose tokens as on an accelerator.
-        is_chain: let the target verify on its own cache, as one does that takes no tree mask.
+        is_chain: verify on the target's own cache, as is done for targets that take no tree mask.
         is_prepared: with weights packed for a CPU.
         keeps_scores: ask for scores and logits, which the host's walk collects.
     """
@@ -114,10 +114,10 @@ class Check:
         is_identical: whether every token is the same.
         num_near_ties: places of the drafted text where plain decoding, given the text before, chooses another token, and
             rounding decides between the two: see `near_ties.py`.
-        num_errors: such places that rounding does not excuse, or a text of another length; None if nothing was compared.
-        row, position: the first place that rounding does not excuse, in new tokens, else the near-tie with the widest
+        num_errors: such places that rounding does not explain, or a text of another length; None if nothing was compared.
+        row, position: the first place that rounding does not explain, in new tokens, else the near-tie with the widest
             gap; None if there is neither.
-        gap, rounding: there, as in [`Difference`]: a near-tie's gap is below twice the rounding.
+        gap, rounding: at that place, as in [`Difference`]: a near-tie's gap is below twice the rounding.
         has_same_generator: whether the random generator was left in the state that plain decoding leaves.
         acceptance_length: tau of the run with the draft, its last call where it has several.
         path: what that call did, from its statistics: "target", "walk" and "coupled" of [`Speculation`], the kind of
@@ -152,8 +152,8 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """For the negative control: it was caught, unless no node was drafted. Else: identical but for near-ties, and as
-        many random numbers drawn."""
+        """For the negative control: it was caught, or no node was drafted. Else: identical but for near-ties, and the random
+        generator was left in the same state."""
         if self.name == CONTROL:
             return self.is_caught or self.path.get("drafted") == 0
         return self.has_same_generator and not self.is_caught
@@ -170,7 +170,7 @@ class _Run(NamedTuple):
 
     @property
     def plain_key(self) -> tuple:
-        """Runs that agree in it have the same plain run."""
+        """Runs with the same key share one plain run."""
         return self.path.over, self.prompt, self.path.is_prepared, str(self.path.settings)
 
 
@@ -179,7 +179,7 @@ def verify(
 ) -> list[Check]:
     """Compare decoding with and without a draft, on every path of generate() that this target and device have.
 
-    Trees are of one fixed size where nothing else is said, so that every round drafts.
+    Trees have one fixed size unless a path says otherwise, so that every round drafts.
 
     Args:
         target, draft: the models.
@@ -197,7 +197,7 @@ def verify(
     for path in PATHS:
         if path.is_prepared and (target.device.type != "cpu" or target.dtype != torch.float32):
             continue
-        # What is prepared for one path is undone behind it.
+        # Weights that are packed for one path are unpacked after it.
         with prepare_for_cpu(target, draft) if path.is_prepared else contextlib.nullcontext():
             for run in _runs(path, target, prompts, max_new_tokens, seed):
                 check = _compare(run, target, draft, plain_runs)
@@ -211,7 +211,7 @@ def verify(
 
 
 def _runs(path: DecodingPath, target, prompts: list[dict], max_new_tokens: int, seed: int) -> list[_Run]:
-    """The runs of a path, the first prompt's last: its control is compared with it."""
+    """The runs of a path. The first prompt's run comes last, since the control repeats the last run."""
     settings = {**path.settings, "max_new_tokens": max_new_tokens, "pad_token_id": _pad_token_id(target)}
     if path.over == "batch":
         return [_Run(path, None, [batch_rows(prompts, settings["pad_token_id"])], settings, seed)]
@@ -224,7 +224,7 @@ def _runs(path: DecodingPath, target, prompts: list[dict], max_new_tokens: int, 
 
 @contextlib.contextmanager
 def _on_path(path: DecodingPath, draft) -> Iterator[None]:
-    """Calls with the draft take this path."""
+    """A context in which calls with the draft take this path."""
     configured = draft.generation_config
     draft.generation_config = copy.deepcopy(configured)
     draft.generation_config.update(**path.tree)
@@ -243,7 +243,7 @@ def _on_path(path: DecodingPath, draft) -> Iterator[None]:
 
 
 def _control(run: _Run, target, draft, plain_runs: dict) -> Check:
-    """The same run with a verifier that asks for nothing, which has to be caught."""
+    """The same run with a verifier that accepts drafted tokens without asking the target, which has to be caught."""
     with (
         mock.patch.object(walk_module, "walk_on_host", careless_walk),
         mock.patch.object(walk_module, "walk_on_device", careless_walk_on_device),
@@ -268,7 +268,7 @@ def careless_walk(sequences: Sequences, sampler: Sampler, index: int, tree, plac
 
 
 def careless_walk_on_device(sequences: Sequences, sampler: Sampler, tree, logits, depth: int) -> list[list[int]]:
-    """The same in the place of the walk on the device."""
+    """The same, in place of the walk on the device."""
     return [
         [] if sequences.is_done(index) else careless_walk(sequences, sampler, index, tree, place, logits[place])
         for place, index in enumerate(sequences.active)
@@ -283,7 +283,7 @@ def _pad_token_id(target) -> int:
 
 
 def _compare(run: _Run, target, draft, plain_runs: dict) -> Check:
-    """Decode with the draft, and plainly unless that was done; compare turn by turn."""
+    """Decode with the draft, and plainly unless that was already done; compare turn by turn."""
     plain = _plain(run, target, plain_runs)
     if isinstance(plain, str):
         nothing = Speculation.empty(1)
@@ -307,7 +307,7 @@ def _compare(run: _Run, target, draft, plain_runs: dict) -> Check:
 
 
 def _explain(check: Check, run: _Run, target, turns: list["_Turn"]) -> None:
-    """Note whether rounding explains each place where a drafted text is not plain decoding's, turn by turn."""
+    """Note whether rounding explains each place where a drafted text differs from plain decoding, turn by turn."""
     found: list[Difference] = []
     check.has_same_generator = True
     for turn in turns:
@@ -328,7 +328,7 @@ def _plain(run: _Run, target, plain_runs: dict) -> list["_Turn"] | str:
         try:
             plain_runs[run.plain_key] = _decode(run, target, None)
         except ValueError as error:
-            # Not every target can use a static cache; the other settings are for all.
+            # Not every target can use a static cache; the other settings suit all targets.
             if "cache_implementation" not in run.settings:
                 raise
             plain_runs[run.plain_key] = f"generate() without a draft refuses, too: {error}"
@@ -340,7 +340,7 @@ class _Turn(NamedTuple):
 
     inputs: dict
     sequences: torch.Tensor
-    state: torch.Tensor  # of the generator behind it
+    state: torch.Tensor  # of the random generator after the call
 
     @property
     def start(self) -> int:

@@ -53,7 +53,7 @@ def _no_compilation(is_wanted: bool) -> None:
         raise typer.BadParameter("kernels are compiled by `python -m benchmarks.compile_kernels`, in a clone of the repository")
 
 
-# Spellings of the last release, which say where they went.
+# Options of the last release; their errors name the replacement.
 PlotOption = Annotated[Path | None, typer.Option("--plot", hidden=True, callback=_no_plot)]
 CompileOnlyOption = Annotated[bool, typer.Option("--compile-only", hidden=True, callback=_no_compilation)]
 add_moved(bench_app, "modules", "python -m benchmarks.scaling --modules 1 --modules 8")
@@ -62,19 +62,19 @@ for _name in ("page", "training", "synthesize", "scaling"):
 
 
 def _at_most(usual: int, given: int | None) -> Callable[[int], int]:
-    """Prompts to measure of all: as many as were asked for, or the usual number where there are so many."""
+    """A function from the number of all prompts to the number to measure: `given`, or by default at most `usual`."""
     return lambda number: min(usual, number) if given is None else given
 
 
 def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
-    """Refuse to resume, or to put into a card, what is in no file."""
+    """Refuse --resume and --update-card without --json, since both need the file."""
     if (resume or update_card) and json_file is None:
         raise ValueError(f"expected --json with {'--resume' if resume else '--update-card'}, got none")
 
 
 def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft: str | None) -> tuple:
-    """All prompts of a file and those that are measured (`count` says how many of all), then target, tokenizer, draft, and the
-    hash of its weights; the draft "random" is an untrained one."""
+    """All prompts of a file, those to measure (`count` gives their number), then target, tokenizer, draft, and the hash of the
+    draft's weights; the draft "random" is an untrained one."""
     from transformers_prism.bench.methods import random_draft
     from transformers_prism.bench.prompts import choose_prompts, read_prompts
     from transformers_prism.bench.record import UNTRAINED
@@ -91,7 +91,7 @@ def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft:
 
 
 def _update_card(folder: Path | None, measurement: Path | None) -> None:
-    """Put a measurement into the card of a draft's folder, if there is one to be updated."""
+    """Put a measurement into the card of a draft's folder, if both are given."""
     from transformers_prism.hub.card import add_to_card
 
     if folder is None or measurement is None:

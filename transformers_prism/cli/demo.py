@@ -139,7 +139,7 @@ def load_pair(
 
 @contextlib.contextmanager
 def _naming(kind: str, name: str | None):
-    """Let an error about a file or a repository say which name was asked for; transformers' own may not."""
+    """Add the name that was asked for to an error about a file or a repository; transformers' own may lack it."""
     try:
         yield
     except OSError as error:
@@ -149,7 +149,7 @@ def _naming(kind: str, name: str | None):
 
 
 def answer_once(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: PrismDraftModel) -> None:
-    """A short answer in which costs are measured, so that the first one that somebody waits for does not."""
+    """Decode a short answer, in which costs are measured, so that the first real answer does not wait for that."""
     inputs = chat_inputs(tokenizer, "Hello!", target.device)
     target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=draft)
 
@@ -285,7 +285,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def log_to(console: Console) -> None:
-    """Show what loading the target does (a download, a conversion) where the text goes."""
+    """Show log messages about loading the target (a download, a conversion) on this console."""
     logger = logging.getLogger("transformers_prism")
     if not logger.handlers:
         logger.addHandler(_ConsoleHandler(console))

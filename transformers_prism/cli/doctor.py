@@ -46,7 +46,7 @@ class Finding:
 
 
 def examine(target: str | None, draft: str | None, max_new_tokens: int, packed: bool) -> Iterator[Finding]:
-    """All that `doctor` finds, one after the other; models are loaded only where nothing stands in the way.
+    """All that `doctor` finds, one after the other; models are loaded only if no earlier check failed.
 
     Args:
         target (`str`, *optional*), draft (`str`, *optional*): names; for a target without a draft an untrained one is tried.
@@ -62,7 +62,7 @@ def examine(target: str | None, draft: str | None, max_new_tokens: int, packed: 
 
 
 def has_failed(findings: list[Finding]) -> bool:
-    """Whether anything stands in the way."""
+    """Whether any finding failed."""
     return any(one.state == "fails" for one in findings)
 
 
@@ -119,7 +119,7 @@ def target_findings(name: str | None, chat_template: str | None = None) -> list[
     """What can be said of a target before its weights are loaded: configuration, memory, tokenizer, chat template.
 
     Args:
-        name (`str`, *optional*): as for [`load_target`]; of the demo target and of GGUF files nothing is known yet.
+        name (`str`, *optional*): as for [`load_target`]; for the demo target and for GGUF files nothing is known yet.
         chat_template (`str`, *optional*): to use in place of the tokenizer's own.
     """
     if name is None or str(name).endswith(".gguf"):
@@ -157,7 +157,7 @@ def _memory(config: PreTrainedConfig) -> Finding:
 
 
 def _free_memory() -> float | None:
-    """GiB of memory that can be had; None where the system does not say."""
+    """GiB of available memory; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / _GIB
@@ -172,7 +172,7 @@ def tokenizer_findings(tokenizer, vocab_size: int) -> list[Finding]:
     findings = [Finding("tokenizer", "ok" if fits else "fails", text)]
     try:
         between_turns(tokenizer)
-    # Whatever a template, which is a program of its own, fails with.
+    # A template is a program and may fail in any way.
     except Exception as error:
         remedy = "decoding works; `make-draft` needs --chat-template FILE, or --format text for a base model"
         return [*findings, Finding("chat template", "note", f"{' '.join(str(error).split())}; {remedy}")]
@@ -180,7 +180,7 @@ def tokenizer_findings(tokenizer, vocab_size: int) -> list[Finding]:
 
 
 def trial_findings(target_name: str | None, draft_name: str | None, max_new_tokens: int, packed: bool) -> Iterator[Finding]:
-    """Load both models, decode one prompt with and without the draft, and say what generation itself found."""
+    """Load both models, decode one prompt with and without the draft, and report what generate() recorded."""
     try:
         target, tokenizer = load_target(target_name)
     except (ImportError, OSError, ValueError) as error:
@@ -202,8 +202,8 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
     with warnings.catch_warnings():
         if draft_name is None:
-            warnings.filterwarnings("ignore", "the draft hardly helped")  # as nobody expects of an untrained one
-        compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # what is made once, and the calibration
+            warnings.filterwarnings("ignore", "the draft hardly helped")  # an untrained draft is not expected to help
+        compare(target, draft, inputs, {**settings, "max_new_tokens": 8})  # warm-up, and the calibration
         result = compare(target, draft, inputs, settings)
     speculation = draft.last_speculation
     assert speculation is not None, "generate() leaves what it did"
@@ -231,7 +231,7 @@ def _fingerprint(draft, draft_name: str | None, target, tokenizer) -> Finding:
 
 
 def _way_of_verifying(speculation) -> Finding:
-    """As the call itself went."""
+    """How the target verified, from the statistics of the call."""
     if speculation.declined:
         return Finding("verifies", "fails", f"nothing, plain decoding runs: {speculation.declined}")
     if speculation.stopped_drafting:

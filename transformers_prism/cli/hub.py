@@ -117,7 +117,7 @@ def push(
 
 
 def _name_target(folder: str, base_model: str | None) -> None:
-    """Let the card of a draft in a folder name its target, or say that it does not."""
+    """Write the target's name into the card of a draft in a folder, or warn if the card names none."""
     from transformers_prism.hub.card import name_target, names_target, write_card
 
     is_folder = (Path(folder) / "config.json").is_file()
@@ -129,7 +129,7 @@ def _name_target(folder: str, base_model: str | None) -> None:
 
 
 def _files_to_push(folder: str, repository: str, private: bool, revision: str | None, base_model: str | None) -> str:
-    """What a push would upload: it is written as for a push, into a folder that is gone afterwards."""
+    """What a push would upload: it is written as for a push, but into a temporary folder."""
     import tempfile
 
     from transformers_prism.modeling_prism import PrismDraftModel
@@ -166,7 +166,7 @@ def _renew_code(repository: str, revision: str | None, message: str) -> str:
 
 @contextmanager
 def _reachable_hub() -> Iterator[None]:
-    """Errors of the connection as one line that says what became of the push.
+    """Turn errors of the connection into one line that says that nothing was pushed.
 
     Raises:
         OSError: if the Hub cannot be reached.

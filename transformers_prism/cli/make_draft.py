@@ -1,8 +1,8 @@
 """What `make-draft` does: from a model's name to a draft that can be pushed, within a given time.
 
-Each step is what another command does: `doctor`'s checks, `synthesize` until its share of the time is over, a few updates of
-`train` that tell how long one takes, `train` with as many epochs as fit, and `bench generate`. Steps that are finished stand
-in `steps.json` of the work folder; a step that was interrupted is resumed by its own means.
+Each step does what another command does: the checks of `doctor`, `synthesize` until its share of the time is used, a few
+updates of `train` to time one, `train` with as many epochs as fit, and `bench generate`. Finished steps are recorded in
+`steps.json` of the work folder; an interrupted step is resumed by its own command.
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ from transformers_prism.hub.card import add_to_card, names_target
 from transformers_prism.target import find_device, load_target
 from transformers_prism.whole_files import write_json
 
-# Shares of the time at whose end a step should be finished; the rest is for measuring.
+# Shares of the time after which these steps should be finished; the rest is for measuring.
 _SYNTHESIS_ENDS, _TRAINING_ENDS = 0.45, 0.85
-# Synthesis takes longer than its share if it has fewer tokens by then: nothing can be learnt from less.
+# Synthesis continues beyond its share of the time until it has this many tokens: training needs at least that many.
 FEWEST_TOKENS = 2000
-# Tokens of an answer, of a text's opening, and of a conversation at most.
+# Most tokens of an answer, of a text's opening, and of a conversation.
 _ANSWER_TOKENS, _OPENING_TOKENS, _MAX_LENGTH = 300, 12, 1024
-# Conversations that are written at once, and on a CPU bytes of keys and values that they may take, if all are long.
+# Fewest and most conversations written at once, and on a CPU the bytes that their keys and values may take if all are long.
 _FEWEST_ROWS, _MOST_ROWS, _CACHE_BYTES = 16, 64, 4 * 2**30
-# Updates of each stage that tell how long one takes; conversations of each validation; where the measured openings begin.
+# Updates of each stage in the timing trial; conversations of each validation; seed of the openings to measure with.
 _TRIAL_UPDATES, _NUM_VALIDATION, _MEASURED_SEED = 4, 16, 10**6
 _BATCH_SIZE = 4
-# Of the training time, by stage, and the most epochs of each: more hardly teach anything new.
+# By stage: its share of the training time, and its most epochs, since more bring hardly anything.
 _STAGES = {"single_step": (0.6, 6.0), "warm_up": (0.4, 4.0)}
 _FEWEST_EPOCHS = 0.1
 # Text as it is, for models without a chat template: a "user" begins a text, an "assistant" continues it.
@@ -91,7 +91,7 @@ def check(model: str, form: str, template: str | None, console: Console) -> None
 
 
 def _needed(finding: Finding, form: str) -> Finding:
-    """A finding that decoding can live with and training cannot."""
+    """The finding, as a failure if decoding works without it but training does not."""
     if finding.state != "note":
         return finding
     if finding.name == "extras":
@@ -100,14 +100,14 @@ def _needed(finding: Finding, form: str) -> Finding:
 
 
 class Run:
-    """A run and what is finished of it.
+    """A run and its finished steps.
 
     Args:
         output (`Path`): folder of the finished draft.
         settings (`dict`): of the command; a resumed run must have the same.
-        console (`Console`): where steps are told of.
+        console (`Console`): where steps are reported.
     Raises:
-        ValueError: if the work folder is of other settings, or `output` is there and not of this run.
+        ValueError: if the work folder belongs to other settings, or `output` exists and is not of this run.
     """
 
     def __init__(self, output: Path, settings: dict, console: Console):
@@ -136,12 +136,12 @@ class Run:
         self.steps, self.interrupted = found["steps"], found.get("interrupted", {})
 
     def claim(self) -> None:
-        """Write down what is finished; the folder is this run's from the first time on."""
+        """Record the finished steps; the first call also claims the folder for this run."""
         self.work.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"settings": self.settings, "steps": self.steps, "interrupted": self.interrupted})
 
     def step(self, name: str, work: Callable[[], dict]) -> dict:
-        """The result of a step, done now if it was not finished before; all of its time counts, over interruptions."""
+        """The result of a step, which runs now unless it is finished. Its seconds include those of interrupted attempts."""
         if name not in self.steps:
             self.console.print(f"{name}: at {self.spent() / 60:.1f} of {self.budget / 60:g} minutes", style="dim")
             start, before = time.monotonic(), self.interrupted.get(name, 0.0)
@@ -161,10 +161,10 @@ class Run:
         return sum(step["seconds"] for step in self.steps.values()) + sum(self.interrupted.values())
 
     def models(self, packed: bool = False) -> tuple:
-        """The target on the device that is there, and its tokenizer with the template of this run.
+        """The target on the available device, and its tokenizer with the template of this run.
 
         Args:
-            packed (`bool`): whether the target's weights are to be packed for the CPU meanwhile.
+            packed (`bool`): whether the target's weights are to be packed for the CPU.
         """
         if self._models is None:
             self.console.print(f"loading {self.settings['model']}", style="dim", highlight=False, soft_wrap=True)
@@ -180,19 +180,19 @@ class Run:
 
     def _with_template(self, tokenizer, target):
         if self.settings["format"] == "text":
-            # As plain text is read by this tokenizer: with a token for its beginning, or without.
+            # Begin with a BOS token if this tokenizer adds one to plain text.
             has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
             tokenizer.chat_template = "{{ bos_token }}" * has_bos + _TEXT_TEMPLATE
         elif self.settings["chat_template"] is not None:
             tokenizer.chat_template = self.settings["chat_template"]
         findings = tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
-        wrong = [one.text for one in findings if one.state != "ok"]  # of a GGUF file nothing was known before
+        wrong = [one.text for one in findings if one.state != "ok"]  # a GGUF file could not be checked earlier
         if wrong:
             raise ValueError(f"expected a tokenizer and a chat template that training can use, got: {'; '.join(wrong)}")
         return tokenizer
 
     def synthesize(self) -> None:
-        """Conversations until their share of the time is over; resumed by the shards that are there."""
+        """Write conversations until their share of the time is used; shards of an earlier attempt are kept."""
         from transformers_prism.training.data.synthesis import SynthesisConfig, synthesize, tokens_of_a_turn
         from transformers_prism.training.progress_bar import ProgressBar
 
@@ -201,7 +201,7 @@ class Run:
             end = time.monotonic() + _SYNTHESIS_ENDS * self.budget - self.spent()
 
             def is_over() -> bool:
-                bar.update(written)  # also where the first conversations take long
+                bar.update(written)  # also before the first conversation has ended
                 return written >= FEWEST_TOKENS and time.monotonic() > end
 
             def report(counts: dict) -> None:
@@ -212,13 +212,13 @@ class Run:
             target, tokenizer = self.models(packed=True)
             longest = getattr(target.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
             config = SynthesisConfig(
-                num_tokens=10**9,  # the time ends it
+                num_tokens=10**9,  # the time limit ends it
                 batch_size=_num_rows(target),
                 max_answer_tokens=_ANSWER_TOKENS,
                 max_length=_MAX_LENGTH,
             )
             chats = self._chats()
-            # Of a model that reads less than a user turn and an answer, as much as these take.
+            # Room for a user turn and an answer at least, even if the model has fewer positions.
             fewest = tokens_of_a_turn(tokenizer, config) if chats is None else config.max_user_tokens + _ANSWER_TOKENS
             config = dataclasses.replace(config, max_length=max(min(longest, _MAX_LENGTH), fewest))
             with ProgressBar(f"synthesis, until minute {_SYNTHESIS_ENDS * self.budget / 60:.1f}", None, "tokens") as bar:
@@ -229,7 +229,7 @@ class Run:
         self.step("synthesis", work)
 
     def _chats(self) -> Sequence[list[dict]] | None:
-        """What the target answers: prompts that were given, openings of texts, or None: it asks itself."""
+        """What the target answers: given prompts, openings of texts, or None if it also writes the user turns."""
         from transformers_prism.training.data.formats import read_chats
 
         if self.settings["prompts"]:
@@ -237,7 +237,7 @@ class Run:
         return Openings(*self.models()) if self.settings["format"] == "text" else None
 
     def train(self, words: list[str]) -> None:
-        """Hidden states and a few updates, which tell how long one takes; then as many epochs as fit."""
+        """Compute hidden states and time a few updates; then train for as many epochs as fit."""
         trial = self.step("hidden states and trial", self._try)
         if "epochs" not in self.steps:
             self.steps["epochs"] = {**self._epochs(trial), "seconds": 0.0}
@@ -285,7 +285,7 @@ class Run:
         return self._train(self.work / "trial", None, single_step_epochs=share, warm_up_epochs=share)
 
     def _epochs(self, trial: dict) -> dict[str, float]:
-        """Epochs of each stage that fit into the time, by the trial's updates and by what else the trial took."""
+        """Epochs of each stage that fit into the time, given the seconds of the trial's updates and of its other work."""
         left = max(_TRAINING_ENDS * self.budget - self.spent() - trial["rest_seconds"], 0.0)
         epochs = {}
         for name, (share, most) in _STAGES.items():
@@ -336,11 +336,11 @@ class Run:
 
 
 class Openings(Sequence):
-    """First words of texts that the target writes from nothing, as user turns; number i is the same whenever it is asked for.
+    """First words of texts that the target writes without a prompt, as user turns; number i is the same at every access.
 
     Args:
         target (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): what writes.
-        first_seed (`int`): of the first 16 openings; the next have the next one.
+        first_seed (`int`): of the first 16 openings; the next 16 have the next seed.
     """
 
     source = "openings that the target wrote"
@@ -354,7 +354,7 @@ class Openings(Sequence):
         return 10**9
 
     def __getitem__(self, index):
-        """One as messages, or a list of those of a slice."""
+        """One opening as messages, or a list of them for a slice."""
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         number, place = divmod(index, self._BLOCK)
@@ -377,7 +377,7 @@ class Openings(Sequence):
 
 
 def _num_rows(target) -> int:
-    """Conversations that are written at once: as many as speed them up, if their keys and values fit."""
+    """Conversations to write at once: as many as speed up decoding, limited by the memory of their keys and values."""
     if target.device.type != "cpu":
         return _MOST_ROWS
     config = target.config.get_text_config()
@@ -392,7 +392,7 @@ def _dtype(device: torch.device) -> str:
 
 
 def result_table(figures: dict, run: Run) -> Table:
-    """Before and after, and what it took."""
+    """A table: decoding without and with the draft, and what making it took."""
     data = run.steps["synthesis"]
     updates = sum(count for count, _ in run.steps["training"]["updates"].values())
     packed = ", weights packed for the CPU both times" if figures["packed"] else ""

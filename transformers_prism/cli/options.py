@@ -45,7 +45,7 @@ PackedOption = Annotated[
 
 
 def in_a_folder(path: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before the measurement whose figures it should hold."""
+    """Refuse a file that could not be written, before the measurement that it is for begins."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise typer.BadParameter(f"expected a file in a folder that is there, got {path}")
     return path
@@ -70,14 +70,14 @@ class Commands(typer.Typer):
         super().__init__(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **settings)
 
     def command(self, name: str | None = None, **settings):
-        """As of `typer.Typer`."""
+        """As `typer.Typer.command`."""
         return super().command(name, **{"cls": Command, **settings})
 
 
 class Command(TyperCommand):
-    """A command with `--traceback` and `--quiet`, which tells errors in one line.
+    """A command with `--traceback` and `--quiet`, which reports errors in one line.
 
-    For one release it also takes the spellings of earlier ones: `--batch_size`, and `--text-tokens False` for
+    For one release it also accepts the spellings of earlier releases: `--batch_size`, and `--text-tokens False` for
     `--no-text-tokens`.
     """
 
@@ -95,9 +95,9 @@ class Command(TyperCommand):
         return option
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Read the words of the command line; `ctx.meta["words"]` keeps them in their present spelling."""
+        """Parse the command line; `ctx.meta["words"]` keeps its words, with old spellings replaced."""
         words, notices = present_spelling(self.params, args)
-        ctx.meta["words"] = list(words)  # the parser empties the other one
+        ctx.meta["words"] = list(words)  # the parser empties `words`
         rest = super().parse_args(ctx, words)
         with _shown(is_quiet=ctx.params.get("quiet", False)):
             if notices:
@@ -133,7 +133,7 @@ def _shared_options() -> list:
 
 
 def present_spelling(params, args: list[str]) -> tuple[list[str], list[str]]:
-    """Words of a command line without the spellings of earlier releases, and what was changed, for a notice.
+    """The words of a command line with the spellings of earlier releases replaced, and what was replaced, for a notice.
 
     Args:
         params: the command's options and arguments.
@@ -163,7 +163,7 @@ def present_spelling(params, args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _flag_word(option: TyperOption, name: str, value: str) -> str:
-    """A flag that was given a value, as the flag that says the same; empty where that is to leave it out."""
+    """The flag that means the same as this flag with a value; empty if that means to leave the flag out."""
     if value.lower() not in _BOOLEANS:
         raise typer.BadParameter(f"expected true or false, got {value!r}", param_hint=name)
     is_on = _BOOLEANS[value.lower()] == (name in option.opts)
@@ -192,11 +192,11 @@ def user_errors(has_traceback: bool | None = None) -> Iterator[None]:
     """End with status 1 and one line about what went wrong.
 
     Args:
-        has_traceback (`bool`, *optional*): whether to show where, too; None lets errors pass that no user can put right.
+        has_traceback (`bool`, *optional*): whether to show the traceback, too; None raises errors that a user cannot fix.
     """
     try:
         yield
-    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # the last, of who has read enough, click knows
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # click handles a closed pipe
         raise
     except Exception as error:
         text = " ".join(str(error).split())
@@ -223,7 +223,7 @@ def report_file(path: Path | None) -> None:
 
 
 def add_moved(app: typer.Typer, name: str, command: str) -> None:
-    """A command of the last release that is gone: it says what took its place, and ends with status 2."""
+    """Add a hidden command for one that was removed: it names the replacement and exits with status 2."""
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
 
     @app.command(name, cls=TyperCommand, hidden=True, add_help_option=False, context_settings=settings)

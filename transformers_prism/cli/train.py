@@ -31,7 +31,7 @@ _BadShareOption = Annotated[
         min=0, max=1, help="Share of the rows that may be unusable; they are left out with a warning.", rich_help_panel=ADVANCED
     ),
 ]
-# What the other half of a flag does.
+# Help for the negative form of a flag.
 _NEGATIVE = {
     "text_tokens": "propose tokens of the draft vocabulary only",
     "is_detached": "let gradients pass through all forwards",
@@ -147,7 +147,7 @@ def synthesize(
 
 
 def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts, exclude, read_settings) -> dict:
-    """Run a synthesis, with chats read by these settings where there are prompts, and return its counts."""
+    """Run a synthesis and return its counts; if there are prompts, they are read with `read_settings`."""
     import torch
     from accelerate import PartialState
 
@@ -159,7 +159,7 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
     from transformers_prism.training.progress_bar import ProgressBar
 
     chats = None if prompts is None else read_chats(prompts, **read_settings)
-    # Told so, it also finds other processes where there is no accelerator.
+    # Without an accelerator, accelerate finds other processes only if it is told to use the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     model, tokenizer = load_target(target, getattr(torch, dtype))
     model.to(state.device)
@@ -177,7 +177,7 @@ def _synthesize(config, output: Path, target, dtype: str, packed: bool, prompts,
 
 def _tell(bar, counts: dict) -> None:
     if not bar.completed:
-        bar.first = counts["before"]  # what an earlier run did took no time of this one
+        bar.first = counts["before"]  # an earlier run's work does not count for this run's speed
     bar.update(min(counts["written"], counts["goal"]), counts["goal"])
 
 

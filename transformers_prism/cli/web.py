@@ -52,7 +52,7 @@ class Token:
     """A piece of text, as it appeared.
 
     Args:
-        text (`str`): of one token, of more where a character needs several.
+        text (`str`): of one token, or of several if a character needs them.
         kind (`str`): "accepted": drafted, and kept by the target; "bonus": the target's own at the end of a round;
             "plain": the target's own outside of rounds.
         round (`int`): its round, from 0; -1 outside of rounds.
@@ -67,13 +67,13 @@ class Token:
 
 @dataclass
 class Answer:
-    """One way of decoding, as far as it has come.
+    """One answer, as far as it has been decoded.
 
     Args:
         tokens (`list[Token]`): the text.
         token_ids (`list[int]`): every token, those without text included.
         accepted (`list[int]`): drafted tokens that each round kept.
-        seconds (`float`): since the call of generate() began, until its end.
+        seconds (`float`): of the generate() call so far, or of all of it.
         state (`str`): "waiting", "running", "done" or "stopped".
         error (`Exception`, *optional*): what ended it.
     """
@@ -129,7 +129,7 @@ class _AnswerStreamer(RoundStreamer):
 
 
 class Comparison:
-    """Decodes prompts with a draft and without, one call at a time: each has the machine, and the seed, to itself.
+    """Decodes prompts with a draft and without, one call at a time: each has the machine to itself, and the same seed.
 
     Args:
         target (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`), draft (`PrismDraftModel`): a bound pair.
@@ -140,7 +140,7 @@ class Comparison:
         self._lock = threading.Lock()
 
     def settings(self, temperature: float, tree: str, depth: int, num_nodes: int, max_new_tokens: int) -> GenerationConfig:
-        """Settings of one answer, both ways.
+        """Settings of one answer, with and without the draft.
 
         Args:
             temperature (`float`): 0 is greedy.
@@ -155,7 +155,7 @@ class Comparison:
         config.top_p, config.top_k = 1.0, 50
         config.max_new_tokens, config.max_length = int(max_new_tokens), None
         top_k = 10
-        if tree == "static":  # all of a smaller tree's nodes are verified
+        if tree == "static":  # a static tree has no more nodes than are drafted
             top_k = min(top_k, self.draft.config.num_draft_tokens)
             num_nodes = min(num_nodes, TreeSettings(tree, top_k, int(depth), 0).pool_size(int(depth)))
         config.tree, config.tree_top_k = tree, top_k
@@ -171,8 +171,8 @@ class Comparison:
             seed (`int`): set before each call.
         Yields:
             `tuple[Answer, Answer]`: with the draft and without, the same two objects each time, as they grow. Closing the
-            generator ends the call that runs at its next token, and waits for nothing: a server closes it in the thread that
-            serves all visitors.
+            generator stops the running call at its next token and does not wait for it, since a server closes it in the thread
+            that serves all visitors.
         Raises:
             Exception: what generate() raised.
         """
@@ -192,7 +192,7 @@ class Comparison:
                 raise answer.error
 
     def _decode_in_turn(self, ways, prompt: str, config: GenerationConfig, seed: int, stop: threading.Event):
-        """Both calls of generate(), in a thread of their own, when no other call runs."""
+        """Both calls of generate(), in their own thread, once no other visitor's call runs."""
         while not self._lock.acquire(timeout=REFRESH_SECONDS):
             if stop.is_set():
                 return
@@ -225,7 +225,7 @@ def render(drafted: Answer, plain: Answer, is_replay: bool = False, is_asked: bo
 
     Args:
         drafted (`Answer`), plain (`Answer`): with the draft and without.
-        is_replay (`bool`): whether tokens appear again, both ways at once, when they did appear.
+        is_replay (`bool`): whether both answers are replayed at once, each token at the time at which it appeared.
         is_asked (`bool`): whether there was a question.
     """
     kind = "columns replay" if is_replay else "columns"
@@ -261,7 +261,7 @@ def _text(answer: Answer) -> str:
             parts.append(("</span>" if current >= 0 else "") + f'<span class="round" title="{_round_title(answer, token.round)}">')
             current = token.round
         style = f'class="token {token.kind}" style="animation-delay:{token.seconds:.2f}s"'
-        word = token.text.lstrip(" ")  # the space before a word has no colour, least of all at the end of a line
+        word = token.text.lstrip(" ")  # the space before a word is not coloured, as it may end a line
         parts.append(f"{' ' * (len(token.text) - len(word))}<span {style}>{escape(word)}</span>")
     return "".join(parts) + ("</span>" if current >= 0 else "")
 
@@ -272,7 +272,7 @@ def _round_title(answer: Answer, index: int) -> str:
 
 
 def _verdict(drafted: Answer, plain: Answer) -> str:
-    """What both together show, once both are done."""
+    """Whether both texts are the same, and the ratio of speeds, once both are done."""
     if drafted.state != "done" or plain.state != "done":
         return ""
     if drafted.token_ids != plain.token_ids:
@@ -317,7 +317,7 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
         try:
             for drafted, plain in comparison.answers(prompt, config, int(seed or 0)):
                 yield render(drafted, plain), (drafted, plain)
-        except Exception as error:  # whatever decoding failed with is told on the page
+        except Exception as error:  # any error of decoding is shown on the page
             raise gr.Error(f"{type(error).__name__}: {error}") from error
 
     def show_stopped(answers):
@@ -357,7 +357,7 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
             "prompt and this page's own work; `transformers-prism bench generate` measures them properly."
         )
         inputs = [prompt, temperature, tree, depth, nodes, tokens, seed]
-        # Calls wait for each other in [`Comparison`], where a visitor who waits sees it and can stop.
+        # Calls wait for each other in [`Comparison`] instead, so that a waiting visitor is told and can stop.
         run = gr.on([start.click, prompt.submit], answer, inputs, [view, answers], concurrency_limit=None, show_progress="hidden")
         stop.click(show_stopped, answers, view, cancels=[run], show_progress="hidden")
         again.click(replay, answers, view, show_progress="hidden")
@@ -384,14 +384,14 @@ def run_web(target: str | None, draft: str | None, packed: bool, port: int, host
 
 
 def make_page(target: str | None, draft: str | None, packed: bool = True):
-    """The page for a target and its draft, both loaded; arguments as for [`load_pair`]. The first answer waits for nothing."""
+    """Load a target and its draft and build their page; arguments as for [`load_pair`]. Costs are measured here, not later."""
     models = load_pair(target, draft, packed)
     answer_once(*models)
     return build_page(Comparison(*models), name_of(models[0].config), draft or SHIPPED_DRAFT.name)
 
 
 def launch(page, **options):
-    """Launch a page of [`build_page`] with its colours, and without fonts from elsewhere; options are Gradio's."""
+    """Launch a page of [`build_page`] with its colours, and without web fonts; options are Gradio's."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

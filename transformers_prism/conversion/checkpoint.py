@@ -1,4 +1,4 @@
-"""Reading weights that others wrote, from safetensors or with `weights_only`, whole or in shards; no code is run."""
+"""Read weights written by other packages: safetensors or `weights_only`, in one file or in shards. No code is run."""
 
 import json
 import pickle
@@ -177,7 +177,7 @@ def _read_tensors(path: Path, ending: str = "") -> dict[str, torch.Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Also what torch.load says of a damaged file; the reason is in its first sentence.
+        # torch.load raises this for a damaged file, too; the reason is in its first line.
         reason = str(error).split("\n", 1)[0]
         raise ValueError(
             f"{path}: expected a file of nothing but tensors, got one that was refused: {reason}"

@@ -50,7 +50,7 @@ def read(config: dict, weights: dict) -> SourceDraft:
 
 
 def _their_name(name: str) -> str:
-    """Their name of one of our weights."""
+    """The checkpoint's name for one of our weights."""
     return name.removeprefix("processing_modules.0.").replace("input_projection.", "fc.")
 
 
@@ -73,7 +73,7 @@ def _write(draft: PrismDraftModel, notes: list[str]):
             "fc.bias: vLLM's class has none and leaves it out, so that it may accept fewer tokens than SGLang"
         )
     else:
-        # SGLang's class has a bias and would leave it at random.
+        # SGLang's class has a bias, which would keep random values.
         extra["fc.bias"] = torch.zeros(config.hidden_size, dtype=draft.dtype)
         notes.append("fc.bias is written as zeros, since SGLang's class has one")
     settings = {"architectures": ARCHITECTURES, **write_llama_config(config)}

@@ -4,18 +4,18 @@
 
     fc.weight, .bias         Linear(L * target width -> D), which joins L states of the target, mostly three
     midlayer.*               one decoder layer with `hidden_norm`; its attention reads [embedding ; hidden], both normed
-    layers.{layer}.*         the same in vLLM's and speculators' names; layers after the first are a target's own kind
+    layers.{layer}.*         the same in vLLM's and speculators' names; later layers are of the target's own kind
     norm.weight              before the head
     lm_head.weight           the draft's own head over its vocabulary
     d2t                      for each draft token, its id in the target's vocabulary minus its own id
     t2d                      for each of the target's tokens, whether the draft can propose it
     embed_tokens.weight      a copy of the target's embedding, if at all
-    input_norm.weight        with `norm_before_fc`, of all L states as one
-    fc_norm.{state}.weight   with `fc_norm`, of each state
+    input_norm.weight        with `norm_before_fc`, over all L states, concatenated
+    fc_norm.{state}.weight   with `fc_norm`, one per state
 
-The states are those before layers 2, n // 2 and n - 3 of n, unless `config.json` names others: SGLang's
-`eagle_config.eagle_aux_hidden_state_layer_ids` counts layers from 0 and means their outputs, vLLM's field of that name
-outside `eagle_config` counts as `hidden_states` does.
+The states are those before layers 2, n // 2 and n - 3 of n, unless `config.json` names others. SGLang's
+`eagle_config.eagle_aux_hidden_state_layer_ids` counts layers from 0 and means their outputs. vLLM's field of that name,
+outside `eagle_config`, holds indices into `hidden_states`.
 Source: SafeAILab/EAGLE, `eagle/model/cnets.py` and `modeling_llama_kv.py`; SGLang, `llama_eagle3.py` and `llama.py`;
 vLLM 0.32, `llama_eagle3.py`, `qwen3_eagle3.py` and `gpu_model_runner.py`; SpecForge 0.2, `modeling/draft/llama3_eagle.py`.
 """
@@ -93,7 +93,7 @@ def read_eagle3(config: dict, weights: dict) -> SourceDraft:
 
 
 def _read_older_names(config: dict, weights: dict) -> None:
-    """What SGLang still reads: other names of the norms before fc, and a head that is the embedding."""
+    """Older conventions that SGLang still reads: other names for the norms before fc, and a head tied to the embedding."""
     if config.get("use_aux_norm") and not config.get("fc_norm"):
         config["fc_norm"] = True
     for state, name in enumerate(("low", "mid", "high")):
@@ -114,7 +114,7 @@ def read(config: dict, weights: dict) -> SourceDraft:
 
 
 def _target_ids(d2t: torch.Tensor, t2d: torch.Tensor | None, fields: dict) -> torch.Tensor:
-    """Ids of the draft's tokens in the target's vocabulary; what both tables say must agree."""
+    """Ids of the draft's tokens in the target's vocabulary; both tables must agree."""
     draft_vocab_size, vocab_size = fields["draft_vocab_size"], fields["vocab_size"]
     if d2t.is_floating_point() or tuple(d2t.shape) != (draft_vocab_size,):
         raise ValueError(
@@ -132,7 +132,7 @@ def _target_ids(d2t: torch.Tensor, t2d: torch.Tensor | None, fields: dict) -> to
 
 
 def _layer_ids(config: dict):
-    """The states that a draft reads, as a function of the number of the target's layers, and what is to be said of them."""
+    """A function from the target's number of layers to the states that a draft reads, and notes about these."""
     given = aux_layer_ids(config) or read_layer_list(config)
     if given is not None:
         return (lambda num_target_layers: list(given)), []
@@ -147,7 +147,7 @@ def _layer_ids(config: dict):
 
 
 def _their_name(name: str, first_layer: str = "midlayer.", target_norm: str | None = None) -> str:
-    """Their name of one of our weights."""
+    """The checkpoint's name for one of our weights."""
     name = name.replace("processing_modules.0.layers.0.", first_layer).replace("processing_modules.0.", "")
     name = name.replace("fusion_layer.", "fc.").replace("_proj.norm.", "_norm.")
     if name.startswith("target_norm."):
@@ -174,7 +174,7 @@ def vocabulary_tables(draft: PrismDraftModel) -> dict[str, torch.Tensor]:
 
 
 def names_in(draft: PrismDraftModel, first_layer: str) -> dict[str, str]:
-    """Names in a form of EAGLE-3 by ours, but for the draft vocabulary."""
+    """From our names of weights to those in a form of EAGLE-3, without the draft vocabulary."""
     names = [name for name in draft.state_dict() if name != "draft_to_target"]
     return {name: _their_name(name, first_layer, draft.config.target_norm) for name in names}
 

@@ -1,4 +1,4 @@
-"""What every conversion of a [`PrismDraftModel`] into another form has in common: refuse what it cannot hold, write.
+"""What all conversions of a [`PrismDraftModel`] into another form share: refuse drafts that the form cannot hold, write.
 
 Each form has a file of its own, which says what it expects of a draft and how weights and `config.json` are written.
 """
@@ -23,7 +23,7 @@ from transformers_prism.conversion.llama_config import ROPE_TYPES
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.whole_files import write_json
 
-# What none of the servers' forms has a place for: field, value that it must have, why.
+# Settings that no form of a server can store: field, value that it must have, why.
 _EXPECTED_BY_ALL = (
     ("attention_bias", False, "their layers have no such bias"),
     ("mlp_bias", False, "their layers have no such bias"),
@@ -61,12 +61,12 @@ class Expectations:
             self.broken.append(f"{name}: expected {expected!r} ({why}), got {found!r}")
 
     def check(self, allowed: tuple[str, ...] = ()) -> None:
-        """End with an error if anything was noted.
+        """Raise an error if any contradiction was noted.
 
         Args:
-            allowed (`tuple[str, ...]`): fields that most forms have no place for, but this one has.
+            allowed (`tuple[str, ...]`): fields that most forms cannot store, but this one can.
         Raises:
-            ValueError: listing all of it.
+            ValueError: listing all contradictions.
         """
         for name, expected, why in _EXPECTED_BY_ALL:
             if name not in allowed:
@@ -89,16 +89,16 @@ def export_draft(
     """Convert a draft of ours into another form; what it computes stays the same.
 
     Args:
-        write (`Callable`): of the form: from a draft and the list of notes, which it may extend, to `config.json`, the
-            names there by our names, and weights that the form needs in addition to the draft's, by their names there.
+        write (`Callable`): the form's writer. It takes a draft and the list of notes, which it may extend, and returns
+            `config.json`, the form's names of weights by ours, and weights that the form needs in addition, by name.
         source (`str` or `Path`): the draft: folder or name on the Hub.
-        destination (`str` or `Path`): folder to write; must be empty or not there. It appears whole or not at all.
+        destination (`str` or `Path`): folder to write; must be empty or missing. It appears complete or not at all.
         target (`str` or `Path`, *optional*): folder or Hub name of the target, whose embedding is written with the
             draft's weights; servers take the target's own, but the EAGLE authors' code wants it in the file.
     Returns:
-        `ConversionReport`: which weight became which.
+        `ConversionReport`: which weight was written under which name.
     Raises:
-        ValueError: if the form cannot hold the draft, saying why, or `destination` holds something. Nothing is written
+        ValueError: if the form cannot hold the draft, saying why, or `destination` is not empty. Nothing is written
             then.
     """
     destination = Path(destination).resolve()
@@ -144,7 +144,7 @@ def _embedding(draft: PrismDraftModel, target, notes: list[str]) -> dict[str, to
 
 
 def expect_layers_before_the_last(expectations: Expectations) -> None:
-    """Servers hand over the outputs of layers but not the state after the final norm, nor the embedding."""
+    """Servers give a draft the outputs of layers, but not the state after the final norm, nor the embedding."""
     config = expectations.config
     num_layers = (config.target_fingerprint or {}).get("num_hidden_layers")
     ids = config.target_layer_ids

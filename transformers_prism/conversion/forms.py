@@ -46,9 +46,9 @@ def load_draft(
     Args:
         source (`str` or `Path`): folder, or name on the Hub.
         target (`PreTrainedModel`, or its folder or name, *optional*): the model that the draft is for. The draft is
-            compared with it, and with a loaded one moved to its device, cast to its dtype and bound to it.
-        dtype (`torch.dtype` or its name, *optional*): of the draft's weights; that of a loaded target, or the file's, where absent.
-        num_target_layers (`int`, *optional*): decoder layers of the target, where the states that a draft reads depend
+            compared with it. If the target is loaded, the draft is also moved to its device, cast to its dtype and bound to it.
+        dtype (`torch.dtype` or its name, *optional*): of the draft's weights; by default a loaded target's, else the file's.
+        num_target_layers (`int`, *optional*): decoder layers of the target; needed if the states that a draft reads depend
             on it and `target` is not given.
     Returns:
         `PrismDraftModel`: in evaluation mode.
@@ -80,7 +80,7 @@ def load_draft(
 
 
 def _compare(draft: PrismDraftModel, target_config) -> None:
-    """Whether a draft of ours can work with a target of this configuration, as binding it to the model finds out."""
+    """Check a draft of ours against a target's configuration, as binding it to the loaded target would."""
     fatal, mild = draft.config.target_differences(target_config)
     if fatal:
         raise ValueError("; ".join(fatal))

@@ -32,7 +32,7 @@ EXPERIMENTAL = (
 )
 EMBEDDING = "embed_tokens.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# A weight that only checkpoints of one form have, most telling first.
+# Weights that identify a form, the most specific first.
 _TELLING_WEIGHTS = {
     "stepFCs.0.weight": "prism-artifact",
     "fc0.weight": "sglang",
@@ -75,15 +75,15 @@ def form_of(config: dict, names) -> str:
 
 @dataclass
 class ConversionReport:
-    """What a conversion did; `str()` of it is for people.
+    """What a conversion did; `str()` gives a readable report.
 
     Args:
-        source, destination (`Path`): the folders; no destination of a draft that was only loaded.
+        source, destination (`Path`): the folders; destination is None for a draft that was only loaded.
         files (`list[str]`): files of the source that weights were read from.
         config (`PrismConfig`): configuration of our draft.
         dtype (`torch.dtype`): of its weights, the same on both sides.
         matched (`list[tuple]`): name in the source, name in the destination, shape.
-        ignored (`dict[str, str]`): names in the source that no weight of the destination comes from, and why.
+        ignored (`dict[str, str]`): names in the source that were not used, and why.
         notes (`list[str]`): what was assumed or found.
     """
 
@@ -116,15 +116,15 @@ class ConversionReport:
 
 @dataclass
 class SourceDraft:
-    """A checkpoint as the file of its form has read it.
+    """A checkpoint as the module for its form has read it.
 
     Args:
-        fields (`dict`): of [`PrismConfig`], all that does not come from the target.
+        fields (`dict`): of [`PrismConfig`], all those that do not come from the target.
         weights (`dict[str, torch.Tensor]`): by their names in the source.
-        source_name (`Callable`): the name in the source of a weight of ours.
-        target_layer_ids (`Callable`): from the number of the target's layers, None if unknown, to the states it reads.
+        source_name (`Callable`): from our name of a weight to its name in the source.
+        target_layer_ids (`Callable`): from the target's number of layers, None if unknown, to the states that the draft reads.
         needs_embedding (`bool`): whether a checkpoint without an embedding is incomplete.
-        ignored (`dict[str, str]`): names that are not looked at, and why.
+        ignored (`dict[str, str]`): names that are skipped, and why.
         second_names (`dict[str, str]`): names that repeat another weight of the source, whose shape they must have.
         hint (`str`): what to say when weights are missing.
         notes (`list[str]`): what was assumed.
@@ -155,20 +155,20 @@ def import_draft(
     """Convert a draft of another form into ours; what it computes stays the same.
 
     Args:
-        read (`Callable`): of the form: from `config.json` and the weights to a [`SourceDraft`].
+        read (`Callable`): the form's reader, from `config.json` and the weights to a [`SourceDraft`].
         source (`str` or `Path`): folder or Hub name, with `config.json` and weights, which are read from safetensors or
             with `weights_only`.
-        destination (`str` or `Path`): folder to write; must be empty or not there. It appears whole or not at all.
+        destination (`str` or `Path`): folder to write; must be empty or missing. It appears complete or not at all.
         target (`str` or `Path`, *optional*): folder or Hub name of the target, for the fingerprint, the token ids and
             a comparison of the embedding. Where the source's embedding is not the target's, the draft keeps it.
         context_kv (`str`): "prefill_module" decodes as the authors' code does, "own_module" as it trains.
-        num_target_layers (`int`, *optional*): decoder layers of the target, where the states that a draft reads depend
+        num_target_layers (`int`, *optional*): decoder layers of the target; needed if the states that a draft reads depend
             on it and `target` is not given.
     Returns:
         `ConversionReport`: what was matched, what was ignored and why.
     Raises:
         ValueError: if a weight is missing, unknown or of the wrong shape, a file is damaged or holds code, the
-            configuration is not of this form, or `destination` holds something. Nothing is written then.
+            configuration is not of this form, or `destination` is not empty. Nothing is written then.
     """
     destination = Path(destination).resolve()
     check_destination(destination)
@@ -190,7 +190,7 @@ def read_draft(
 
     Args:
         folder (`Path`): of the source.
-        target: also the loaded target.
+        target: as for [`import_draft`], or the loaded target.
     """
     settings = read_json(folder / "config.json")
     if isinstance(settings.get("model"), dict):  # as vLLM writes a draft's configuration
@@ -220,7 +220,7 @@ def read_draft(
 
 
 def about_source(source: str | Path, folder: Path, notes: list[str]) -> dict:
-    """What the card says of a draft that others trained; their licence is theirs, and not known unless their card names it."""
+    """Content of about.json for a draft that others trained. Its licence is unknown unless the source's card names one."""
     name = folder.name if Path(source).is_dir() else str(source)
     limits = [f"Trained by others, converted from `{name}` with `transformers-prism convert`."]
     limits += [f"The conversion is {note}." for note in notes if note.startswith("experimental")]
@@ -228,7 +228,7 @@ def about_source(source: str | Path, folder: Path, notes: list[str]) -> dict:
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that is not empty.
 
     Raises:
         ValueError: naming it.
@@ -241,7 +241,7 @@ def write_whole(destination: Path, save: Callable[[Path], object]) -> None:
     """Let `save` fill a temporary folder, then rename it: a reader sees all of it or nothing."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
-        folder = Path(temporary) / destination.name  # by which a card calls the draft
+        folder = Path(temporary) / destination.name  # a card names the draft after its folder
         save(folder)
         folder.replace(destination)
 
@@ -327,7 +327,7 @@ def _check_names(theirs: SourceDraft, name: str | None, architectures: list[str]
     if theirs.target_architectures and architectures and not set(theirs.target_architectures) & set(architectures):
         pairs.append(("architectures", str(theirs.target_architectures), str(architectures)))
     for called, expected, found in pairs:
-        # A folder's path says nothing elsewhere.
+        # The path of a folder differs between machines.
         if expected and found and expected != found and not Path(found).exists():
             raise ValueError(
                 f"target: expected the {called} that the draft's config.json gives, {expected}, got {found}; if they are the "
@@ -345,7 +345,7 @@ def _tokenizer(target, notes: list[str]):
 
 
 def _is_target_embedding(theirs: SourceDraft, target) -> bool:
-    """Whether the draft can borrow the target's embedding, which is so unless a given target has another one."""
+    """Whether the draft can borrow the target's embedding: yes, unless the source's own is known to differ from it."""
     if theirs.fields["hidden_size"] != theirs.fields["target_hidden_size"]:
         theirs.notes.append(f"{EMBEDDING} is as wide as the draft, not as the target; the draft keeps its own")
         return False
@@ -368,11 +368,11 @@ def _is_target_embedding(theirs: SourceDraft, target) -> bool:
 
 
 def embedding_factor(target) -> float:
-    """What a target's embedding multiplies its rows by, as Gemma's does; drafts of other forms read the rows."""
+    """The factor by which a target's embedding scales its rows, as Gemma's does; drafts of other forms read unscaled rows."""
     if target is None:
         return 1.0
     if isinstance(target, (str, Path)):
-        # Whatever a configuration without weights may fail with.
+        # Building a model from its configuration may fail in any way.
         with contextlib.suppress(Exception), torch.device("meta"):
             target = AutoModelForCausalLM.from_config(target_config_of(target))
     embedding = target.get_input_embeddings() if isinstance(target, PreTrainedModel) else None
@@ -381,7 +381,7 @@ def embedding_factor(target) -> float:
 
 
 def _target_embedding(target) -> tuple[torch.Tensor | None, str]:
-    """The embedding of a target on the CPU, if it can be read, and what to call the target, or why not."""
+    """A target's embedding on the CPU and the target's name; or None and the reason, if it cannot be read."""
     if target is None:
         return None, "no target was given"
     if isinstance(target, (str, Path)):
@@ -397,7 +397,7 @@ def _called(target: str | Path | PreTrainedModel) -> str:
 
 
 def _match(theirs: SourceDraft, draft: PrismDraftModel) -> tuple[list[tuple], dict[str, str]]:
-    """Pair every weight of the draft with one of the source; anything over or short is an error that lists names."""
+    """Pair every weight of the draft with one of the source; missing or unknown weights are an error that lists names."""
     expected = {theirs.source_name(name): (name, tuple(tensor.shape)) for name, tensor in draft.state_dict().items()}
     shapes = {name: shape for name, (_, shape) in expected.items()}
     if theirs.needs_embedding or EMBEDDING in theirs.weights:
@@ -429,7 +429,7 @@ def _match(theirs: SourceDraft, draft: PrismDraftModel) -> tuple[list[tuple], di
 
 
 def _other_form(theirs: SourceDraft) -> str:
-    """Which form has the names of this source, to be said where another one was asked for."""
+    """A hint which form has names like this source's, in case another form was asked for."""
     try:
         return f" (checkpoints of --from {form_of({}, theirs.weights)} have names like those in the file)"
     except ValueError:

@@ -5,9 +5,9 @@ from transformers.activations import ACT2FN
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.conversion.importing import TOKEN_IDS
 
-# Rotary embeddings that do not change while a text grows; the others' code and ours agree on them.
+# Rotary types whose frequencies do not change as a text grows; the other packages' code and ours agree on them.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# Settings that change what is computed, and that the layers of a form may not have.
+# Settings that change what is computed, and that must be absent unless a form reads them itself.
 _ABSENT = (
     "attention_bias",
     "mlp_bias",
@@ -70,7 +70,7 @@ def _read_window(config: dict) -> int | None:
     num_layers, window = config["num_hidden_layers"], config.get("sliding_window")
     layer_types = config.get("layer_types")
     if layer_types is None:
-        # In Qwen's configurations a window is there, but not in use; where it is, the first layers may go without.
+        # Qwen's configurations may hold a window that is not used; if it is used, the first layers may have none.
         is_used = window and config.get("use_sliding_window", True)
         num_first = config.get("max_window_layers") or 0
         if type(num_first) is not int:
@@ -89,7 +89,7 @@ def _read_window(config: dict) -> int | None:
 
 
 def _read_rope(config: dict) -> dict:
-    """Rotary parameters, from the field that transformers 5 writes or from the two that came before it."""
+    """Rotary parameters, from the field that transformers 5 writes or from the two older ones."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: expected rope_scaling to be null or an object, got {rope!r}")

@@ -18,7 +18,7 @@ import re
 from transformers_prism.conversion.importing import SourceDraft, import_draft, last_state
 from transformers_prism.conversion.llama_config import read_llama_config
 
-# Indices into the target's `hidden_states` that the artifact has in its code, whatever the target.
+# Indices into the target's `hidden_states`, fixed in the artifact's code for every target.
 FUSED_TARGET_LAYER_IDS = [3, 17, 30]
 _ALIAS = re.compile(r"(?:layers\.(?P<layer>\d+)|fc)\.(?P<rest>.+)")
 _ROTARY = re.compile(r"(?:stepModels\.\d+|layers)\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -67,7 +67,7 @@ def _check_config(config: dict) -> dict:
 
 
 def _check_mapping(config: dict) -> list[int]:
-    """`draft_step_to_module` from num_steps and step_mapping; later steps keep the last entry in their code and ours."""
+    """`draft_step_to_module` from num_steps and step_mapping; later steps use the last entry, in their code and in ours."""
     num_steps, mapping = config["num_steps"], config["step_mapping"]
     steps = [str(step) for step in range(num_steps)] if type(num_steps) is int and num_steps > 0 else []
     if not steps or not isinstance(mapping, dict) or sorted(mapping) != sorted(steps):
@@ -84,7 +84,7 @@ def _check_mapping(config: dict) -> list[int]:
 
 
 def _source_name(name: str) -> str:
-    """Their name of one of our weights."""
+    """The checkpoint's name for one of our weights."""
     match = re.fullmatch(r"processing_modules\.(\d+)\.(input_projection|layers)\.(.+)", name)
     if match is None:
         return name
@@ -93,7 +93,7 @@ def _source_name(name: str) -> str:
 
 
 def _second_names(weights) -> dict[str, str]:
-    """The names `layers.*` and `fc.*` with those of module 0, whose shapes all modules share."""
+    """From the names `layers.*` and `fc.*` to those of module 0, whose shapes all modules share."""
     matches = [match for match in map(_ALIAS.fullmatch, weights) if match is not None]
     return {
         match[0]: ("stepFCs.0." if match["layer"] is None else f"stepModels.0.{match['layer']}.") + match["rest"]

@@ -88,7 +88,7 @@ def read(config: dict, weights: dict) -> SourceDraft:
 
 
 def _their_name(name: str) -> str:
-    """Their name of one of our weights."""
+    """The checkpoint's name for one of our weights."""
     name = re.sub(r"^processing_modules\.(\d+)\.input_projection\.", r"fc\1.", name)
     return re.sub(r"^processing_modules\.(\d+)\.layers\.0\.", r"midlayer.\1.", name)
 

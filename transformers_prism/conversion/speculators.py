@@ -44,7 +44,7 @@ def read(config: dict, weights: dict) -> SourceDraft:
         raise ValueError(
             f"config.json: expected {_LAYER_CONFIG} of model_type {' or '.join(_LAYER_TYPES)}, got {layer['model_type']!r}"
         )
-    try:  # what equals a default of the class is not in the file
+    try:  # the file omits values that equal the class's defaults
         whole = AutoConfig.for_model(**layer).to_dict()
     except StrictDataclassError as error:
         raise ValueError(f"config.json: {_LAYER_CONFIG}: {error}") from error
@@ -58,7 +58,7 @@ def read(config: dict, weights: dict) -> SourceDraft:
     name = verifier.get("name_or_path") or ""
     theirs.target_name = name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
     theirs.target_architectures = verifier.get("architectures") or []
-    # Kept for training, or copies of the target's.
+    # Used in training only, or copies of the target's weights.
     for weight in ("verifier_norm.weight", "verifier_lm_head.weight"):
         if weight in weights:
             theirs.ignored[weight] = "the target's"

@@ -4,18 +4,18 @@
 
 `model.set_attn_implementation("prism_tree")` gives a model whose prefill and ordinary calls are those of "sdpa", and
 whose forwards over a tree run on the kernel. The mask of such a forward is the dense one that SDPA would take, with the
-tree's compact form attached to it; a model that hands on something else than this very tensor gets the dense mask's
-result, which is the same. The attached object computes the attention itself, so that it does not matter which copy of
+tree's compact form attached to it; a model that passes on anything but this very tensor gets the dense mask's result,
+which is the same. The attached object computes the attention itself, so that it does not matter which copy of
 this code was registered last.
 
-Grouped attention is SDPA as transformers calls it, but for three things. Transformers repeats keys and values that several
-query heads share whenever there is a mask, which copies the whole context in every layer; on a CPU that takes longer
-than attending to it. Rows of a batch with much left padding attend apart, each to its own keys. And over a long context
-the few queries of a round go through one matrix product over all keys instead of SDPA's blocks, which are too small to fill
-a CPU's matrix product.
+Grouped attention differs from SDPA as transformers calls it in three ways. Keys and values that several query heads share
+are not repeated; transformers repeats them whenever there is a mask, which copies the whole context in every layer and on a
+CPU takes longer than the attention itself. Sequences with much left padding are computed separately, each over its own keys.
+And over a long context the few queries of a round take one matrix product over all keys, since SDPA's blocks are too small
+to use a CPU well.
 
-While the loop runs, it lends models on "sdpa" what suits their device: grouped attention on a CPU, and `prism_tree`
-to a draft where Triton computes.
+While the loop runs, models on "sdpa" get what suits their device: grouped attention on a CPU, and `prism_tree` for a draft
+where Triton computes.
 """
 
 import functools
@@ -41,7 +41,7 @@ _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # keys on, for up to this number of queries. `benchmarks.scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
-# Keys of one row that take as long to attend to as one more call of SDPA does.
+# Attending to this many keys of one sequence takes as long as one more call of SDPA.
 _WORTH_A_CALL = 128
 
 
@@ -78,7 +78,7 @@ class TreeMask:
 def attach_tree(
     mask: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor, node_index=None, sliding_window=None
 ):
-    """Give a dense mask `(B, 1, N, P + R)` the tree's compact form; returns the same tensor.
+    """Attach the tree's compact form to a dense mask `(B, 1, N, P + R)`; returns the same tensor.
 
     Args:
         mask (`torch.BoolTensor`): what each node sees.
@@ -91,10 +91,10 @@ def attach_tree(
 
 
 def attach_starts(mask: torch.Tensor, starts: list[int]) -> None:
-    """Note on a mask `(B, 1, N, K)` which rows attend to keys from where on, for those who compute them apart.
+    """Attach to a mask `(B, 1, N, K)` the first key of each group of rows, for attention that computes groups separately.
 
     Args:
-        starts (`list[int]`): the first key of each sequence, behind its left padding; empty if nobody needs to know.
+        starts (`list[int]`): the first key of each sequence after its left padding; empty if that is not needed.
     """
     runs = _runs_of_rows(starts)
     if len(runs) > 1 or any(start > 0 for *_, start in runs):
@@ -102,7 +102,7 @@ def attach_starts(mask: torch.Tensor, starts: list[int]) -> None:
 
 
 def _runs_of_rows(starts: list[int]) -> list[tuple[int, int, int]]:
-    """Neighbours that attend together: the first row, the one behind the last, and the first key of all."""
+    """Groups of neighbouring rows that attend together, each as its first row, the row after its last, and its first key."""
     runs: list[tuple[int, int, int]] = []
     for row, start in enumerate(starts):
         if runs:
@@ -116,7 +116,7 @@ def _runs_of_rows(starts: list[int]) -> list[tuple[int, int, int]]:
 
 
 def prism_tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
-    """An attention function of transformers.
+    """The attention function that transformers calls for "prism_tree".
 
     Returns:
         `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
@@ -167,7 +167,7 @@ def _attend(query, key, value, attention_mask, dropout: float, scaling: float | 
 
 
 def _is_long(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether few queries meet many keys, on a CPU, in numbers whose scores need no wider ones."""
+    """Whether few queries attend to many keys on a CPU, in a dtype whose scores need no wider one."""
     return (
         key.shape[2] >= _LONG_CONTEXT
         and query.shape[2] <= _FEW_QUERIES
@@ -180,16 +180,16 @@ def _is_long(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
 
 
 def _long_attention(query, key, value, mask, scale: float) -> torch.Tensor:
-    """Attention of N nodes over K keys, `(B, N, H, E)`; the scores of one group of heads, `(R * N, K)`, live at a time."""
+    """Attention of N nodes over K keys, `(B, N, H, E)`; only one group's scores, `(R * N, K)`, exist at a time."""
     num_rows, num_heads, num_nodes, head_dim = query.shape
     num_groups, num_keys = key.shape[1:3]
     grouped = (query * scale).reshape(num_rows, num_groups, -1, head_dim)  # [B, G, R * N, E]
     output = query.new_empty((*grouped.shape[:3], value.shape[3]))
     for row in range(num_rows):
-        # No node sees padding, nor what is before a sliding window.
+        # Skip the first keys if no node sees them: padding, and keys before a sliding window.
         visible = mask[row, 0].numpy()
         start = int(visible.any(axis=0).argmax())
-        # Nearly all keys are seen by all nodes; only from the first that is not on is there something to mask.
+        # Nearly all keys are seen by all nodes, so only those from the first exception on are masked.
         first = int(visible[:, start:].all(axis=0).argmin())
         hidden = ~mask[row, 0, :, start + first :]
         scores = query.new_empty((grouped.shape[2], num_keys - start))
@@ -203,9 +203,9 @@ def _long_attention(query, key, value, mask, scale: float) -> torch.Tensor:
 
 
 def install_lending() -> None:
-    """Let "sdpa" be computed by what a thread has lent it; without that it is what it was. Doing it twice changes nothing.
+    """Let a thread replace the function behind "sdpa" for a while (see [`lent_sdpa`]). Doing it twice changes nothing.
 
-    A model that is given another attention implementation for a while may choose its masks by the name, so names stay.
+    The implementation's name stays "sdpa", since a model may choose its masks by the name.
     """
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if hasattr(original, "prism_lent"):
@@ -214,7 +214,7 @@ def install_lending() -> None:
 
     @functools.wraps(original)
     def sdpa(*args, **kwargs):
-        # What is compiled outlives the loan.
+        # A compiled graph would keep the replacement for good.
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         return (getattr(lent, "function", None) or original)(*args, **kwargs)
@@ -230,10 +230,10 @@ def uninstall_lending() -> None:
 
 @contextmanager
 def lent_sdpa(function) -> Iterator[None]:
-    """Compute the "sdpa" of every model in this thread by another attention function of transformers."""
+    """Compute the "sdpa" attention of every model in this thread by another function."""
     install_lending()
     shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    # Who has registered another function of this name wants its results.
+    # Somebody else has registered a function under this name, and wants its results.
     if getattr(shared, "prism_original", None) is not sdpa_attention_forward:
         yield
         return
@@ -250,12 +250,12 @@ def lent_sdpa(function) -> Iterator[None]:
 def lent_attention(target, draft, is_draft_compiled: bool = False) -> Iterator[None]:
     """Lend a target and a draft on "sdpa" the attention that suits their device.
 
-    On a CPU that is grouped attention, since keys and values would be repeated. Where Triton computes, the draft gets
-    `prism_tree`; a target gets that from who owns it, since its ordinary forwards are not only ours.
+    On a CPU that is grouped attention, since SDPA would repeat keys and values. Where Triton computes, the draft gets
+    `prism_tree`; a target uses that only if its owner has set it, since its forwards serve others, too.
 
     Args:
-        target, draft (`PreTrainedModel`): the draft gets back what it had.
-        is_draft_compiled (`bool`): its masks are dense then, which the kernel does not take.
+        target, draft (`PreTrainedModel`): the draft's own implementation is restored at the end.
+        is_draft_compiled (`bool`): whether the draft is compiled; it then has dense masks, which the kernel does not take.
     """
     takes_kernel = not is_draft_compiled and use_triton("auto", draft.device) and attention_name(draft.config) == "sdpa"
     try:
@@ -282,6 +282,6 @@ def _capped_attention(query, key, value, mask, scale: float, softcap: float) -> 
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-# An implementation without a mask function of its name would get no mask, padding included.
+# Without a mask function of the same name an implementation would get no mask, not even for padding.
 AttentionInterface.register(PRISM_TREE, prism_tree_attention)
 AttentionMaskInterface.register(PRISM_TREE, sdpa_mask)

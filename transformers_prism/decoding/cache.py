@@ -1,9 +1,9 @@
 """Key and value caches that can be committed to a path: append the keys of a tree, keep some of them, in each sequence.
 
-Layout: new keys are appended behind the longest sequence of the batch. Committing keeps those that were accepted, in one
+Layout: new keys are appended after the longest sequence of the batch. Committing keeps those that were accepted, in one
 of two ways. A dense cache moves them to the end of their own sequence. A cache that may have holes moves them to the end of
-the longest one, where most of them are already, and those of a single sequence not at all; what was not accepted leaves
-holes, which the masks leave out, and once there are too many, all are closed together.
+the longest one, where most of them already are, and for a single sequence it moves nothing. Keys that were not accepted
+leave holes, which the masks exclude. Once there are too many holes, all are closed together.
 
 There are two kinds of layers with the same few methods: `TreeLayer` grows, `StaticTreeLayer` keeps its shapes, so that a
 compiled forward is never compiled anew.
@@ -22,7 +22,7 @@ from ..kernels.compact_cache import compact_cache
 from .transfer import on_device
 
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
-# Positions that a mask is made longer by than is needed at once.
+# Spare positions at the end of a mask.
 _MASK_ROOM = 256
 _NO_STATES = torch.empty((0, 0, 0, 0), device="cpu")
 
@@ -30,8 +30,8 @@ _NO_STATES = torch.empty((0, 0, 0, 0), device="cpu")
 class TreeLayer(DynamicLayer):
     """A cache layer that writes in place into a buffer which grows by half, and whose keys can be moved.
 
-    It keeps every position: a sliding window is a matter of the mask, since sequences that lag behind in a batch still
-    need keys that the window of the longest one has left.
+    It keeps every position and leaves sliding windows to the mask, since sequences that lag behind in a batch still need
+    keys that are no longer in the window of the longest one.
     """
 
     def __init__(self, **kwargs):
@@ -41,17 +41,17 @@ class TreeLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All that is stored, a view."""
+        """A view of all stored keys; None before the first update."""
         return self.key_buffer[:, :, : self.length] if self.is_initialized else None
 
     @keys.setter
     def keys(self, states) -> None:
-        """Store others `(B, G, T, E)` in their place, as hooks do that compress a cache; anything else is no keys."""
+        """Replace them by others `(B, G, T, E)`, as hooks do that compress a cache; any other value is ignored."""
         self._replace("key_buffer", states)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All that is stored, a view, as `keys`."""
+        """A view of all stored values; None before the first update."""
         return self.value_buffer[:, :, : self.length] if self.is_initialized else None
 
     @values.setter
@@ -107,7 +107,7 @@ class TreeLayer(DynamicLayer):
         return self.length
 
     def keep_sequences(self, places: list[int]) -> None:
-        """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
+        """Keep the sequences at these places, in place. Each stays where it is or moves to a smaller index."""
         for to, place in enumerate(places):
             if to != place:
                 self.key_buffer[to, :, : self.length] = self.key_buffer[place, :, : self.length]
@@ -119,7 +119,7 @@ class StaticTreeLayer(StaticLayer):
     """A static layer that keeps some of the keys appended and forgets the rest: its tensors stay where they are, and
     every update returns all `max_cache_len` positions.
 
-    It adds no state, so that one may share the tensors of a user's own static layer (`_sharing`).
+    It adds no state of its own, so that it can share the tensors of a user's static layer (`_sharing`).
     """
 
     @property
@@ -138,7 +138,7 @@ class StaticTreeLayer(StaticLayer):
 
 
 class CommittedCache:
-    """A cache of `TreeLayer`s or `StaticTreeLayer`s with what is committed in each sequence.
+    """A cache of `TreeLayer`s or `StaticTreeLayer`s, and which of its positions are committed in each sequence.
 
     Args:
         cache (`Cache`): holds such layers.
@@ -152,10 +152,10 @@ class CommittedCache:
         self.committed = committed
         self.max_holes = max_holes
         self.lengths = [committed.shape[1]] * committed.shape[0]  # left padding included, without holes
-        # First key of each sequence, behind left padding; elsewhere than on a CPU nobody asks, and a look at it would wait.
+        # First key of each sequence after left padding. Only used on a CPU; on other devices reading it would wait.
         self.starts = committed.int().argmax(dim=1).tolist() if committed.numel() and committed.device.type == "cpu" else []
         self.num_dense = committed.shape[1]  # positions before which no sequence has a hole
-        # A mask with more positions, all committed, and the part of it that is `committed`, where one was made.
+        # A longer mask, True at its further positions, and the part of it that is `committed`; once one was made.
         self.longer = self.part_of_longer = committed
 
     @property
@@ -191,7 +191,7 @@ class CommittedCache:
         self._close_too_many_holes()
 
     def _commit_in_place(self, offsets: list[int]) -> None:
-        """Of a single sequence: accepted keys stay where they are, and what lies between them becomes holes."""
+        """[`commit`] of a single sequence: accepted keys stay where they are, and the others before the last become holes."""
         width, num_new = self.width, offsets[-1] + 1 if offsets else 0
         self.set_length(width + num_new)
         if num_new == len(offsets):
@@ -203,11 +203,11 @@ class CommittedCache:
         self._close_too_many_holes()
 
     def _layers(self) -> list:
-        # Others do not hold the text.
+        # Other layers do not hold the text.
         return [layer for layer in self.cache.layers if layer.is_initialized and hasattr(layer, "key_buffer")]
 
     def set_length(self, length: int) -> None:
-        """Keep the first `length` positions, which are noted elsewhere as committed."""
+        """Keep the first `length` positions of all layers; `committed` is not changed."""
         for layer in self._layers():
             layer.set_length(length)
 
@@ -234,7 +234,7 @@ class CommittedCache:
             self.committed = torch.cat((self.committed, padding), dim=1) | is_new
 
     def forget_all(self) -> None:
-        """Drop all keys, to read a text anew; what is committed stays noted."""
+        """Drop all keys, so that the text can be read again; which positions are committed stays known."""
         self.close_holes()
         self.set_length(0)
 
@@ -272,7 +272,7 @@ class CommittedCache:
         self.set_length(self.width)
 
     def keep_sequences(self, places: list[int]) -> None:
-        """Keep the sequences at these places, in place; each comes from where it is or from further behind."""
+        """Keep the sequences at these places, in place. Each stays where it is or moves to a smaller index."""
         self.lengths = [self.lengths[place] for place in places]
         self.starts = [self.starts[place] for place in places] if self.starts else []
         self.committed = self.committed[on_device(places, self.committed.device)]
@@ -282,7 +282,7 @@ class CommittedCache:
 
 
 def stored_length(cache) -> int | None:
-    """Positions that a cache holds; None for a cache of recurrent states alone, which count none."""
+    """Positions that a cache holds; None for a cache of recurrent states only, which do not count positions."""
     layers = getattr(cache, "layers", ())
     if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
         return None
@@ -302,7 +302,7 @@ def new_tree_cache() -> DynamicCache:
 
 
 def _layers_of_capacity(capacity: int | None) -> Callable[[], DynamicLayer | StaticLayer]:
-    """Makes empty `StaticTreeLayer`s of so many positions; None: `TreeLayer`s, which grow."""
+    """A function that makes empty `StaticTreeLayer`s of `capacity` positions; None: `TreeLayer`s, which grow."""
     return TreeLayer if capacity is None else functools.partial(StaticTreeLayer, capacity)
 
 
@@ -323,7 +323,7 @@ def is_adoptable(cache) -> bool:
 
 
 class CacheSnapshot:
-    """A cache as it is now, to come back to where a call fails; what is stored is copied only where forwards write to it.
+    """A cache as it is now, to be restored if a call fails; only states that forwards write to in place are copied.
 
     Args:
         cache (`Cache`): of any kind.
@@ -333,15 +333,15 @@ class CacheSnapshot:
         self.cache = cache
         self.layers = list(getattr(cache, "layers", ()))
         self.lengths = [int(layer.get_seq_length()) if type(layer) in _ADOPTABLE_LAYERS else 0 for layer in self.layers]
-        # Layers of keys and values make new tensors, or write behind their length; others are written to in place.
+        # Layers of keys and values make new tensors, or write after their length; others are written to in place.
         self.states = [vars(layer).copy() for layer in self.layers]
         self.copies = [self._copy_of(layer) for layer in self.layers]
         self.layer_class = getattr(cache, "layer_class_to_replicate", None)
 
     @staticmethod
     def _copy_of(layer) -> dict | None:
-        """What of a layer does not stay where it is; None if nothing: of static windows keys and values roll, and what is
-        neither keys nor values may be written to in place."""
+        """A copy of the states of a layer that forwards may overwrite; None if they overwrite none. Static windows overwrite
+        keys and values; other layers of keys and values may overwrite everything else that they hold."""
         rolls = isinstance(layer, StaticSlidingWindowLayer)
         if type(layer) in _ADOPTABLE_LAYERS and not rolls:
             return None
@@ -363,7 +363,7 @@ class CacheSnapshot:
 
 
 def _restored(state, copy):
-    """States as they were copied, tensors in their old places, which a compiled forward may know."""
+    """The copied states, written to the old tensors where possible, since a compiled forward may refer to these."""
     if isinstance(state, torch.Tensor) and isinstance(copy, torch.Tensor) and state.shape == copy.shape:
         is_expanded = any(not stride and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True))
         return copy if state is copy or is_expanded else state.copy_(copy)
@@ -382,13 +382,13 @@ def _copied(states):
 
 
 class AdoptedLayers:
-    """Lends a cache layers whose keys can be moved while a loop runs, and puts its own layers back afterwards.
+    """Lends a cache layers whose keys can be moved while the loop runs, and puts its own layers back afterwards.
 
     Args:
-        cache (`Cache`): an adoptable cache; its stored keys and values are copied once, never changed. Only the tensors of
-            static layers of exactly `capacity` positions are used as they are, behind what they hold.
+        cache (`Cache`): an adoptable cache. Its stored keys and values are copied once and never changed. Static layers of
+            exactly `capacity` positions are not copied: their tensors are used, and written to after what they hold.
         capacity (`int`, *optional*): positions of `StaticTreeLayer`s; without it `TreeLayer`s are lent.
-        image_layers (`Collection[int]`): indices of layers that hold an image and stay the cache's own.
+        image_layers (`Collection[int]`): indices of layers that hold an image; these are not replaced.
     """
 
     def __init__(self, cache: Cache, capacity: int | None = None, image_layers: Collection[int] = ()):
@@ -410,7 +410,7 @@ class AdoptedLayers:
         return self
 
     def _is_shared(self, layer) -> bool:
-        """Whether the layer that is lent has the tensors of this one."""
+        """Whether the layer that is lent in place of this one shares its tensors."""
         return type(layer) is StaticLayer and layer.max_cache_len == self.capacity
 
     def _lent(self, layer):
@@ -426,10 +426,10 @@ class AdoptedLayers:
 
     @contextlib.contextmanager
     def rolling_windows(self) -> Iterator[None]:
-        """Give the cache sliding windows that hold what plain decoding's would, for a forward over one token of each
-        sequence; afterwards the lent layers have its keys and values, too.
+        """For a forward over one token of each sequence, give the cache the sliding windows that plain decoding would have;
+        afterwards the lent layers also get the token's keys and values.
 
-        Some models build masks for such windows alone, or leave windows to the cache. All sequences must have one length.
+        Some models only build masks for such windows, or rely on the cache for the window. All sequences must have one length.
         """
         lent = self.cache.layers
         pairs = [(layer, self._rolled(index, layer)) for index, layer in enumerate(lent)]
@@ -455,14 +455,14 @@ class AdoptedLayers:
         lent, self.cache.layers = self.cache.layers, self.originals
         self.cache.layer_class_to_replicate = self.layer_class
         while len(self.cache.layers) < len(lent):
-            # A model may have added layers of its own to the first forward.
+            # A model may have added layers in its first forward.
             self.cache.layers.append((self.layer_class or DynamicLayer)())
         for original, layer in zip(self.cache.layers, lent, strict=True):
             if not layer.is_initialized or layer is original:
                 continue
             length = int(layer.get_seq_length())
             if self._is_shared(original):
-                vars(original).update(vars(layer))  # tensors may have been made only now
+                vars(original).update(vars(layer))  # its tensors may have been made during the loop
                 layer.keys[:, :, length:] = 0
                 layer.values[:, :, length:] = 0
             else:
@@ -470,7 +470,7 @@ class AdoptedLayers:
 
 
 def _sharing(layer: StaticLayer) -> StaticTreeLayer:
-    """A layer with the tensors of a static one: it is not copied, and a compiled forward finds them where they were."""
+    """A layer that shares the tensors of a static one, so that a compiled forward finds them where they were."""
     lent = StaticTreeLayer.__new__(StaticTreeLayer)
     lent.__dict__.update(vars(layer))
     return lent
@@ -492,7 +492,7 @@ def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
         layer.lazy_initialization(keys, values)
     if isinstance(layer, StaticLayer):
         kept = min(length, layer.max_cache_len)
-        # What was there before is written as it was, so that an interruption leaves it.
+        # Positions from before the call are written with the same values, so that an interruption leaves them intact.
         for stored, states in ((layer.keys, keys), (layer.values, values)):
             stored[:, :, :kept] = states[:, :, length - kept :]
             stored[:, :, kept:] = 0
@@ -502,7 +502,7 @@ def _write_states(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
         return
     start = 0
     if isinstance(layer, DynamicSlidingWindowLayer):
-        # One that records keeps what it had and all that came.
+        # A layer that records past positions keeps those that it had and all new ones.
         stored = layer.keys.shape[2] if layer.keys.dim() == 4 else 0
         start = layer.cumulative_length - stored if layer.record_past else max(0, length - layer.sliding_window + 1)
         layer.cumulative_length = length

@@ -1,7 +1,7 @@
-"""Whether the caller of generate() decodes in `torch.inference_mode`, which rounds leave, for the caller's own objects.
+"""Rounds run outside of `torch.inference_mode`; the caller's own objects run in it if generate() was called in it.
 
-A logits processor, stopping criterion or streamer may keep tensors that it made in this mode, and only there may it write to
-them.
+A logits processor, stopping criterion or streamer may keep tensors that it made in this mode, and it can only write to them
+in this mode.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _is_inference: ContextVar[bool] = ContextVar("is_inference", default=False)
 
 @contextmanager
 def remembering_inference_mode() -> Iterator[None]:
-    """For the calls below, remember whether this one came in `torch.inference_mode`."""
+    """Remember for the block whether `torch.inference_mode` was on at its start."""
     token = _is_inference.set(torch.is_inference_mode_enabled())
     try:
         yield
@@ -24,5 +24,5 @@ def remembering_inference_mode() -> Iterator[None]:
 
 
 def as_called() -> AbstractContextManager:
-    """The mode that the caller was in, for objects of the caller."""
+    """A context with the mode that the caller was in, to call the caller's objects in."""
     return torch.inference_mode() if _is_inference.get() else nullcontext()

@@ -19,11 +19,11 @@ class ChainTarget(TargetSide):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.num_committed = 0  # tokens in the cache that stay
-        # Layers that record already what they would forget, so that the caller finds them doing it.
+        # Layers that recorded past positions before the call; they go on doing so after it.
         self.recording = [layer for layer in self.cache.layers if getattr(layer, "record_past", False)]
 
     def _after_prefill(self, mask: torch.Tensor) -> None:
-        """Let layers that forget keep enough to be rolled back."""
+        """Let layers that drop old positions keep enough of them to be rolled back."""
         if not self.cache.is_croppable:
             raise Declined(f"{type(self.target).__name__} keeps recurrent states, which cannot be rolled back")
         self.cache.activate_past_recording()
@@ -41,17 +41,17 @@ class ChainTarget(TargetSide):
     def forget_appended(self) -> None:
         """Drop what was appended since the last commit."""
         for layer in self.cache.layers:
-            # A forward that failed may have come to some layers only.
+            # A forward that failed may have reached only some of the layers.
             num_appended = int(layer.get_seq_length()) - self.num_committed
             if num_appended > 0:
                 layer.crop(-num_appended)
 
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
-        """Logits `(1, A, V)` of single steps over tokens `(1, A)` behind what is committed, which stays as it is."""
+        """Logits `(1, A, V)` of single steps over tokens `(1, A)` after the committed ones; these tokens are not committed."""
         before, steps = (self.num_committed, self.next_position), []
         for token in token_ids.split(1, dim=1):
             steps.append(self.verify(root_tree(token[:, 0])).logits)
-            # Not a commit, with which layers would forget what the roll back below needs.
+            # Not a commit, which would let layers drop what the rollback below needs.
             self.num_committed, self.next_position = self.num_committed + 1, [self.next_position[0] + 1]
         self.num_committed, self.next_position = before
         self.cache.crop(-token_ids.shape[1])
@@ -65,7 +65,7 @@ class ChainTarget(TargetSide):
         super().commit(kept)
 
     def finish(self, sequences: torch.Tensor) -> None:
-        """Let the cache forget again as plain decoding does."""
+        """Let the cache drop old positions again, as in plain decoding."""
         for layer in self.cache.layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = any(layer is one for one in self.recording)

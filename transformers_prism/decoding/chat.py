@@ -1,4 +1,4 @@
-"""What a draft has read of a chat, kept with the cache that its user continues it with."""
+"""What a draft has read of a chat, kept with the cache that its user passes to continue the chat."""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ class Chat(NamedTuple):
     Args:
         draft_side: what was read, and what was committed and not read yet.
         place: device and dtype of what was read.
-        head: the target's, whose rows the drafter holds.
+        head: the target's head, of which the drafter holds rows.
         length: of the cache in tokens.
-        text: index of the text, if there is one.
+        text: the n-gram index of the text, if there is one.
     """
 
     draft_side: DraftSide
@@ -26,7 +26,7 @@ class Chat(NamedTuple):
 
     @classmethod
     def of(cls, cache, draft, num_sequences: int) -> "Chat":
-        """The chat that a cache holds, if this draft has read it as it is now; else a new one."""
+        """The chat kept with a cache, if this draft has read exactly what the cache holds now; else a new one."""
         chat = take_from(cache, "chat")
         if (
             chat is not None
@@ -40,7 +40,7 @@ class Chat(NamedTuple):
         return cls(DraftSide(draft.make_drafter()), (draft.device, draft.dtype), draft.target_head)
 
     def keep(self, cache, text) -> None:
-        """Go on from here in a later call with this cache."""
+        """Let a later call with this cache continue from here."""
         length = stored_length(cache)
-        if length is not None:  # a cache of recurrent states alone does not tell whether it was gone on with elsewhere
+        if length is not None:  # a cache of recurrent states only does not show whether another call continued it
             keep_with(cache, "chat", self._replace(length=length, text=text))

@@ -1,7 +1,7 @@
 """The draft's half of a round: what it has read, what it has yet to read, and the trees that it grows below that.
 
-A round hands over what it committed, and the draft reads it only when the next tree is wanted from it: rounds without a
-draft then cost no draft step at all.
+A round hands over what it committed, but the draft only reads it when it has to draft the next tree. So rounds without a
+draft cost no draft step at all.
 Shape letters: B sequences, A new positions.
 """
 
@@ -25,8 +25,8 @@ class DraftSide:
         self.unread: list[NewPositions] = []
 
     def commit_prompt(self, sequences: Sequences, prompt: Prompt) -> None:
-        """Take over the prompt as far as its states are known: not what a cache already held, and of a chunked prefill
-        only the last chunk. The first new token is emitted already."""
+        """Take over the prompt as far as its states are known: without what the cache already held, and of a chunked prefill
+        only the last chunk. The first new token must have been emitted."""
         length = prompt.hidden.shape[1]
         last = sequences.prompt_length + 1  # a position is read with the token after it
         token_ids = sequences.ids[:, last - length : last].cpu()
@@ -61,7 +61,7 @@ class DraftSide:
         self.unread.append(NewPositions(token_ids, joined_states(states), position_ids, num_new))
 
     def read(self) -> Drafter:
-        """Let the draft read everything that was committed since it read last; returns it, to draw a tree."""
+        """Let the draft read everything that was committed since its last read; returns the drafter, to draft a tree."""
         while self.unread:
             if self.unread[0].is_prompt:
                 self.drafter.prefill(*self.unread.pop(0)[:-1])
@@ -72,10 +72,10 @@ class DraftSide:
 
     @property
     def is_behind(self) -> bool:
-        """Whether rounds went by without the draft: more than one has yet to be read."""
+        """Whether the draft has more than one round to read, since rounds ran without it."""
         return len(self.unread) > 1
 
     def keep_sequences(self, places: list[int]) -> None:
-        """Go on with the sequences at these places of the batch only."""
+        """Keep only the sequences at these places of the batch."""
         self.drafter.keep_sequences(places)
         self.unread = [part.select(places) for part in self.unread]

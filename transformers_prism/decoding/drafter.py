@@ -4,7 +4,7 @@ Step 0 runs its module over every newly committed position with the target's tru
 module over the frontier: the token embedding of each node and, as hidden state, the output of the node's parent; it
 attends to the committed positions and to the node's own ancestors. With `context_kv="own_module"` a module first
 catches up on the nodes that other modules processed, so that it sees all of them through its own keys and values.
-With a `sliding_window` every position and node sees only so far back; the masks say so, and the cache keeps everything.
+With a `sliding_window` every position and node sees only that far back; the masks enforce it, and the cache keeps everything.
 Shape letters: B batch, D draft hidden size, K frontier nodes, R tree nodes processed so far.
 """
 
@@ -25,7 +25,7 @@ from .transfer import on_device
 from .tree import CandidatePool, Tree, attention_mask, root_tree, select_nodes, visible_keys, within_window
 from .uneven_prompts import groups_of_like_length, right_aligned, side_by_side
 
-# Positions that are seldom read at once, but for a prompt.
+# Except for a prompt, more positions are seldom read at once.
 _MANY_POSITIONS = 32
 
 
@@ -43,20 +43,20 @@ class Drafter:
 
     def __init__(self, draft):
         self.text = None  # what the text so far adds to the draft vocabulary
-        self.can_propose: bytearray | None = None  # [V], 1 for tokens of either
+        self.can_propose: bytearray | None = None  # [V], 1 for tokens that a text has added or cannot add
         self.text_tokens = draft.takes_text_rows
-        # Which transformers looks up in every module or part of a configuration, at each call.
+        # Kept here, since transformers searches all modules or parts of the configuration at each call.
         self.draft, self.device, self.attn_implementation = draft, draft.device, attention_name(draft.config)
         config = draft.config
-        # One step for each module that keeps keys and values of committed positions; step 0's output is needed, so last.
+        # One step for each module that keeps keys and values of committed positions. Step 0 is last: its output is needed.
         self.prefill_steps = [0]
         if config.context_kv == "own_module":
             steps = (config.draft_step_to_module.index(module) for module in range(config.num_processing_modules))
             self.prefill_steps = sorted(steps, reverse=True)
         self.shapes: StaticShapes | None = None  # those of a compiled draft
         self._cache: CommittedCache | None = None  # once a prompt was read
-        self.causal: torch.Tensor | None = None  # of many positions, once some were read after the prompt
-        # What the next tree begins with; without a prompt, of no sequence.
+        self.causal: torch.Tensor | None = None  # of _MANY_POSITIONS, made when first needed
+        # The state that the next tree starts from; empty until a prompt was read.
         self.last_hidden = torch.empty((0, 0), device="cpu")  # [B, D], step 0's output at the last committed position
         self.last_position = torch.empty(0, dtype=torch.long, device="cpu")  # [B]
         self.root_ids = torch.empty(0, dtype=torch.long, device="cpu")  # [B]
@@ -76,11 +76,11 @@ class Drafter:
         """Step 0: read newly committed positions and keep their keys and values.
 
         Args:
-            token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position, best on the host.
+            token_ids (`torch.LongTensor` of shape `(B, A)`): the token after each position, preferably on the host.
             target_hidden (`torch.Tensor` of shape `(B, A, L * target_hidden_size)`): the target's states there.
             position_ids (`torch.LongTensor` of shape `(B, A)`): positions of those states.
-            num_new: how many of the A positions of each sequence are real; others, at the end, are ignored. In the first
-                call all of them are.
+            num_new: how many of the A positions of each sequence are real; the others, at the end, are padding. In the first
+                call all are real.
             padding_mask (`torch.BoolTensor` of shape `(B, A)`, *optional*): for the first call, False at left padding.
         """
         if self.text_tokens:
@@ -98,25 +98,25 @@ class Drafter:
         )
 
     def use_text_tokens(self, is_wanted: bool) -> None:
-        """Whether tokens of the text that the draft vocabulary lacks join it; if not, those that did leave."""
+        """Set whether tokens of the text that are missing from the draft vocabulary are added to it; if not, remove them."""
         self.text_tokens = is_wanted and self.draft.takes_text_rows
         if not self.text_tokens:
             self.text = self.can_propose = None
 
     def use_shapes(self, shapes: StaticShapes | None) -> None:
-        """From now on pad to these shapes, and run compiled steps; None: shapes as they come."""
+        """From now on pad to these shapes, for compiled steps; None: do not pad."""
         before, self.shapes, self.attn_implementation = self.shapes, shapes, attention_name(self.draft.config)
         if self._cache is not None and (before and before.capacity) != (shapes and shapes.capacity):
             self._cache.cache = relaid(self._cache.cache, shapes and shapes.capacity)
 
     def _uncompiled(self) -> AbstractContextManager:
-        """For what is seldom run, and never twice in the same shape."""
+        """A context without compilation, for forwards that are rare and whose shapes differ each time."""
         return torch.compiler.set_stance("force_eager") if self.shapes else nullcontext()
 
     def _run(self, step: int, token_ids, hidden, mask, position_ids, cache, num_outputs: int | None = None) -> torch.Tensor:
         """Outputs of the module that serves a draft step."""
         index = self.draft.config.module_of_step(step)
-        if self.shapes and self._cache is not None:  # behind the prompt, which has no mask, or one of its own
+        if self.shapes and self._cache is not None:  # after the prompt, which is read without fixed shapes
             states = (token_ids, hidden, mask, position_ids)
             token_ids, hidden, mask, position_ids = map(_with_usual_strides, states)
             if self.shapes.run_module:
@@ -124,14 +124,14 @@ class Drafter:
                 return self.shapes.run_module(
                     self.draft, module, token_ids, hidden, mask, position_ids, cache, num_outputs
                 )
-        step = self.draft.config.draft_step_to_module.index(index)  # steps of one module share what is compiled
+        step = self.draft.config.draft_step_to_module.index(index)  # steps of one module share a compiled graph
         return self.draft(token_ids, hidden, step, mask, position_ids, cache, num_outputs=num_outputs).last_hidden_state
 
     def _join_vocabulary(self, token_ids) -> None:
-        """From now on, propose tokens `(B, A)` of the text that the draft vocabulary lacks, too."""
+        """From now on, also propose those tokens `(B, A)` of the text that are missing from the draft vocabulary."""
         if self.can_propose is None:
             self.can_propose = bytearray(self.draft.own_tokens().numpy())
-        # Behind the vocabulary are tokens that stand for images, which no head has logits of.
+        # Ids beyond the vocabulary stand for images; no head has logits for them.
         known = len(self.can_propose)
         new = sorted({token for token in token_ids.flatten().tolist() if token < known and not self.can_propose[token]})
         if new:
@@ -168,7 +168,7 @@ class Drafter:
         hidden, mask = self.draft.fuse(target_hidden), None
         committed = torch.ones_like(token_ids, dtype=torch.bool) if padding_mask is None else padding_mask
         if padding_mask is not None or self._hides(token_ids.shape[1]):
-            # A mask of two dimensions would do, but transformers would look at its values.
+            # A mask of two dimensions would do, but transformers would read its values from the device.
             mask = attention_mask(self._seen_in_prompt(committed), self.attn_implementation, hidden.dtype)
         with self._uncompiled():
             return self._step_0(token_ids, hidden, position_ids, mask, cache, num_outputs=1)
@@ -179,7 +179,7 @@ class Drafter:
         return window is not None and num_keys > window
 
     def _seen_in_prompt(self, committed: torch.Tensor) -> torch.Tensor:
-        """What each position of a prompt sees, `(B, T, T)` bool, or the last one, `(B, 1, T)`, where it alone attends."""
+        """What each position of a prompt sees, `(B, T, T)` bool, or `(B, 1, T)` where only the last position attends."""
         length = committed.shape[1]
         key_index = torch.arange(length, device=committed.device)[None]
         query_index, visible = key_index[:, -1:], committed[:, None]
@@ -192,11 +192,11 @@ class Drafter:
         return visible
 
     def _read_later(self, token_ids, target_hidden, position_ids) -> torch.Tensor:
-        """Step 0 over positions behind those that are committed; returns its output `(B, A, D)`."""
+        """Step 0 over positions after the committed ones; returns its output `(B, A, D)`."""
         hidden, length = self.draft.fuse(target_hidden), token_ids.shape[1]
         shapes = self.shapes if self.shapes is not None and length <= self.shapes.num_read else None
         if shapes is not None:
-            # Padding is behind all that is real, and what is appended for it is not committed.
+            # Padding comes after all real positions, and its keys are not committed.
             token_ids, hidden, position_ids = _padded(shapes.num_read, token_ids, hidden, position_ids)
         mask = self._mask(self._causal(token_ids), range(token_ids.shape[1]), hidden.dtype)
         with self._uncompiled() if shapes is None else nullcontext():
@@ -218,10 +218,10 @@ class Drafter:
         return self._run(self.prefill_steps[-1], token_ids, hidden, mask, position_ids, cache, num_outputs)
 
     def _remember_last(self, token_ids, output, position_ids, num_new: torch.Tensor | int) -> None:
-        """Keep what the next tree begins with; `num_new` is of each sequence `(B,)`, or of all."""
+        """Keep the state that the next tree starts from; `num_new` has a number for each sequence `(B,)`, or is one for all."""
         places = slice(None) if isinstance(num_new, int) else torch.arange(len(num_new), device=output.device)
         last = (places, num_new - 1)
-        # A copy: a view would keep the output at a whole prompt.
+        # A copy, since a view would keep the whole output in memory.
         self.last_hidden = output[last].clone()
         self.last_position = position_ids[last]
         self.root_ids = token_ids[last]
@@ -253,14 +253,14 @@ class Drafter:
             top_k (`int`): children of every node, and nodes that a step expands at most.
             depth (`int`): steps at most, 1 or more.
             choose_width (`Callable`, *optional*): called before each later step with the cumulative log-probabilities
-                `(B, K, top_k)` of what the step before has drawn; returns how many of these the step shall expand,
-                the best of them, 0 for no more steps. Without it, `top_k`.
+                `(B, K, top_k)` of the nodes that the step before has drawn; returns how many of them, the best, the step
+                expands; 0 for no more steps. Without it, `top_k`.
             coupling (`Coupling`, *optional*): the random numbers that the target will sample with. Nodes are then
                 proposed by how likely they are to be chosen with these.
         """
         num_rows, device = self.root_ids.shape[0], self.root_ids.device
         frontier, steps = _Frontier(self), []
-        # The root: what it has drawn is what its output at the last committed position proposes.
+        # The root's children are proposed by the output at the last committed position.
         output = self.last_hidden[:, None]
         log_probs = torch.zeros((num_rows, 1), dtype=torch.float32, device=device)
         candidates = torch.full((num_rows, 1), -1, dtype=torch.long, device=device)  # pool index of each node, -1 the root
@@ -284,7 +284,7 @@ class Drafter:
         return CandidatePool(steps)
 
     def _propose(self, output, top_k: int, depth: int, coupling: Coupling | None):
-        """Children of nodes at a depth: the draft's likeliest, or the likeliest with the draws that are known."""
+        """Children of nodes at a depth: the draft's likeliest tokens, or those likeliest to be chosen with the known draws."""
         if coupling is None:
             return self.draft.propose(output, top_k, self.text)
         num_competing = min(max(NUM_COMPETING, top_k), self.draft.config.num_draft_tokens)
@@ -294,8 +294,8 @@ class Drafter:
     def _mask(
         self, ancestors: torch.Tensor, places: Sequence[int], dtype: torch.dtype, bits: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What new nodes see, from the ancestors `(B, N, R)` among the R new keys, the places of these behind what is
-        committed, and the bits of the ancestors where there are any."""
+        """The mask of new nodes, from their ancestors `(B, N, R)` among the R new keys, the places of these keys after the
+        committed ones, and the ancestors as bits where these were made."""
         visible, node_index, window = visible_keys(self.cache.committed, ancestors), None, None
         if self._hides(visible.shape[2]):
             window = self.draft.config.sliding_window
@@ -314,7 +314,7 @@ class Drafter:
         return attach_tree(mask, bits, self.cache.committed, node_index, window)
 
     def keep_sequences(self, places: list[int]) -> None:
-        """Go on with the sequences at these places of the batch only."""
+        """Keep only the sequences at these places of the batch."""
         if self._cache is None:
             return
         self._cache.keep_sequences(places)
@@ -329,10 +329,10 @@ class _Frontier:
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
-        # Steps whose nodes each cache holds: one cache is shared by all modules, or each has its own.
+        # How many steps' nodes each cache holds: all modules share one cache, or each has its own.
         self.num_held = [0] * len(drafter.prefill_steps)
         self.num_nodes = 0  # R
-        self.places: list[int] = []  # of each node, how many positions it is behind the first that is not committed
+        self.places: list[int] = []  # of each node, counted from the first position that is not committed
         # Of each step's nodes: token ids, hidden states, positions, and ancestor bits over all nodes.
         self.steps: list[tuple[torch.Tensor, ...]] = []
 
@@ -359,12 +359,12 @@ class _Frontier:
 
 
 def _padded(length: int, *states: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors `(B, n, ...)` with zeros behind, `(B, length, ...)`."""
+    """Tensors `(B, n, ...)` padded with zeros at the end, `(B, length, ...)`."""
     return [pad(one, (0, 0) * (one.dim() - 2) + (0, length - one.shape[1])) for one in states]
 
 
 def _with_usual_strides(states: torch.Tensor) -> torch.Tensor:
-    """The same tensor, or a copy of a slice. Graphs are compiled for strides, of a batch of one sequence, too, where any
-    stride counts as contiguous."""
+    """The tensor itself, or a contiguous copy of a slice. Graphs are compiled for certain strides, even for a batch of one
+    sequence, where any stride counts as contiguous."""
     is_slice = states.storage_offset() > 0 or not states.is_contiguous()
     return states.clone(memory_format=torch.contiguous_format) if is_slice else states

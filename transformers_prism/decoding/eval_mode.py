@@ -1,4 +1,4 @@
-"""Models in eval mode for as long as something is read from them."""
+"""Put models in eval mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Without dropout and, since it keeps no cache, without gradient checkpointing; then every part is as it was.
+    """Turn off dropout, and gradient checkpointing, which would keep no cache; afterwards every part is as it was.
 
     Args:
         models (`nn.Module`): any; parts of them may be in train mode where the model itself is not.

@@ -1,10 +1,10 @@
-"""Layers that give a token another output when other tokens are in the same forward, found by trying.
+"""Find, by trying, layers whose output for a token depends on the other tokens in the same forward.
 
 Quantised layers may scale their inputs by the largest value of a whole forward (torch's dynamic quantization, torchao with
-one scale per tensor), or treat columns apart in which any token has an outlier (bitsandbytes in 8 bits). A tree's logits
-are then not those of plain decoding. Scales of each token alone, or of the weights alone, make no difference but rounding.
-The logits of a whole model cannot tell the two apart: rounding moves values across quantisation steps, layer after layer.
-So each layer that is no plain `nn.Linear` gets one token alone, and the same token together with seven that are 100 times as large.
+one scale per tensor), or treat columns in which any token has an outlier separately (bitsandbytes in 8 bits). A tree's logits
+then differ from those of plain decoding. With one scale per token, or scales for the weights only, they differ by rounding
+only. A whole model's logits cannot tell the two apart: rounding moves values across quantisation steps, layer after layer. So
+each layer that is not a plain `nn.Linear` gets one token alone, and then together with seven that are 100 times as large.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .memory import kept_with
 
-# Of our own: they compute what an `nn.Linear` does.
+# Layers of ours that compute what an `nn.Linear` does.
 _OWN_LAYERS = ("PackedLinear", "HalfLinear")
 _NUM_OTHERS, _FACTOR = 7, 100.0
 # Differences by rounding, as a share of the largest output, in float32 and in the shorter types.
@@ -25,14 +25,14 @@ _ROUNDING, _SHORT_ROUNDING = 1e-4, 4e-3
 
 
 def has_plain_weight(layer: nn.Module) -> bool:
-    """Whether a layer has a matrix of numbers as they are: not quantised, nor behind a method.
+    """Whether a layer's weight is a plain matrix: not quantised, and not returned by a method.
 
     Args:
         layer (`nn.Module`): an embedding, a head, or any linear layer.
     """
     weight = getattr(layer, "weight", None)
-    # Quantised weights may call themselves float32, but are of a class of their library's own; torch's own classes, as of
-    # sharded tensors, hold numbers.
+    # Quantised weights may say that they are float32, but their class is their library's. torch's own classes, such as sharded
+    # tensors, hold plain numbers.
     if not isinstance(weight, torch.Tensor) or type(weight).__module__.split(".")[0] != "torch":
         return False
     return weight.dim() == 2 and weight.is_floating_point() and weight.dtype.itemsize > 1
@@ -40,7 +40,7 @@ def has_plain_weight(layer: nn.Module) -> bool:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer computes `input @ weight.T + bias` with a plain weight."""
-    # compressed-tensors gives a layer a forward of its own; so do accelerate's hooks, which keep the one that was there.
+    # compressed-tensors gives a layer a forward of its own; so do accelerate's hooks, which keep the original.
     own = vars(layer).get("_old_forward", vars(layer).get("forward"))
     forward = type(layer).forward if own is None else getattr(own, "__func__", own)
     computes_product = forward is nn.Linear.forward or type(layer).__name__ in _OWN_LAYERS
@@ -48,7 +48,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def input_device(target: PreTrainedModel) -> torch.device:
-    """Where a target takes its inputs; the CPU if it is offloaded, whose hooks move them to where a layer runs."""
+    """The device for a target's inputs; the CPU if it is offloaded, since its hooks then move them to where a layer runs."""
     return torch.device("cpu") if is_offloaded(target, target.device) else target.device
 
 
@@ -58,10 +58,10 @@ def is_offloaded(module: nn.Module, device: torch.device) -> bool:
 
 
 def reason_against_target(target: PreTrainedModel) -> str | None:
-    """Why the logits of a token depend on what else a forward holds, so that no tree can be verified; None if not so.
+    """Why a token's logits depend on the other tokens of a forward, so that no tree can be verified; None if they do not.
 
     Args:
-        target (`PreTrainedModel`): any; in training, where layers may draw random numbers, it is not looked at.
+        target (`PreTrainedModel`): any; not checked in train mode, where layers may draw random numbers.
     """
     if target.training:
         return None
@@ -82,7 +82,7 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
                 f"{of_others:.2g} of the largest value), so that a tree's logits are not those of plain decoding; {advice}"
             )
         passed.add(module)
-        # In short floats everything rounds that much.
+        # In 16 bits everything rounds that much.
         rounding |= {kind} if target.dtype == torch.float32 and of_midpoint > _ROUNDING else set()
     if rounding:
         warnings.warn(
@@ -96,9 +96,9 @@ def reason_against_target(target: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _differences(layer: nn.Module, width: int, target: PreTrainedModel) -> tuple[float, float]:
-    """How far a layer is from one that computes `input @ weight.T + bias`, as shares of its largest output: between the
-    outputs for a token alone and together with large ones, and between that for the midpoint of two tokens and the midpoint
-    of theirs; 0 if the layer fails."""
+    """How far a layer is from computing `input @ weight.T + bias`, as two shares of its largest output: the difference of a
+    token's output alone and together with large tokens, and that of the output for the midpoint of two tokens and the midpoint
+    of their outputs; both 0 if the layer fails."""
     generator = torch.Generator().manual_seed(0)
     tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), input_device(target))

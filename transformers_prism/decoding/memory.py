@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# The only state of this package at module level. Attributes of the objects themselves would be saved, copied and compared
-# with them; a model's owner should find it as it was.
+# Not attributes of the objects themselves: those would be saved, copied and compared with them, and a model's owner should
+# find it as it was.
 _memories: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -28,5 +28,5 @@ def keep_with(owner, name: str, value) -> None:
 
 
 def take_from(owner, name: str) -> Any:
-    """What is kept with an object under a name, which is then kept no longer; None if there is nothing."""
+    """Remove and return the value kept with an object under a name; None if there is none."""
     return _memories.get(owner, {}).pop(name, None)

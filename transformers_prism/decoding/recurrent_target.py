@@ -7,13 +7,13 @@ per round. So the cache stays at the last state that is known to be right, and t
     commit   all accepted: the cache is where it should be, and nothing is carried any more
              else: the cache goes back to the state, and the accepted tokens join those that are carried
 
-A forward over a few more tokens costs next to nothing as long as it is bound by reading the weights. When many tokens are
-carried, a round without drafted tokens moves the state on. Attention layers go back to the same length as the state. States
-are copied before a forward that may have to be forgotten, so that rounds without drafted tokens cost no copy.
+A forward over a few more tokens costs next to nothing as long as it is bound by memory bandwidth. When many tokens are
+carried, a round without drafted tokens advances the state. Attention layers go back to the same length as the state. States
+are only copied before a forward that may have to be undone, so that rounds without drafted tokens cost no copy.
 
-Sequences of a batch share one length of the state and carry different numbers of tokens. Shorter ones are padded behind
-their chain, where nothing of theirs reads it, and no padding ever becomes part of a state: it moves on by what all sequences
-have committed. Where one carries much, that takes a forward of its own.
+Sequences of a batch share one length of the state and carry different numbers of tokens. Shorter ones are padded after their
+chain, where none of their tokens reads it. Padding never becomes part of a state, which only advances by what all sequences
+have committed. When a sequence carries many tokens, that takes a forward of its own.
 Shape letters: B sequences, C carried tokens, N chain nodes, W tokens of a forward, V vocabulary.
 """
 
@@ -30,29 +30,29 @@ from .target_support import Declined
 from .transfer import on_device
 from .tree import Tree, chain_tree
 
-# Carried tokens from which on a round without drafted tokens moves the state on. `tree="auto"` does so earlier if it pays.
+# From this many carried tokens on, a round without drafted tokens advances the state. `tree="auto"` does so earlier if it pays.
 MAX_CARRIED = 16
-# Tokens of the check, and the error that rounding explains: units in the last place of float32 or of the dtype, at most
-# this share of the logits' spread. Float64 models compute parts in float32.
+# Tokens of the check; the error that rounding can explain, in units in the last place of float32 or of the dtype; and the
+# most that it can be, as a share of the logits' spread. Float64 models compute parts in float32.
 _NUM_CHECKED, _ROUNDING, _MOST_ROUNDING = 8, 512, 0.05
-# Fields of configurations whose models attend to the keys that an index chooses.
+# Fields of configurations of models that only attend to keys that an indexer chooses.
 _CHOOSES_KEYS = ("index_topk", "indexer_budget", "compress_rates")
-# Places that a check tells apart: models that join keys join a number that divides this.
+# Amounts of padding are told apart modulo this number: models that merge keys merge a number of them that divides it.
 _CHUNK = 16
 
 
 class RecurrentTarget(TargetSide):
-    """A target that verifies chains by lazy replay; any cache whose states can be copied."""
+    """A target that verifies chains by lazy replay; its cache may be any whose states can be copied."""
 
     kind = "chain"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.keeps_finished = True  # a state is one of all sequences
+        self.keeps_finished = True  # all sequences share one state
         self.num_stored = 0  # tokens of each sequence, padding included, in the cache's state
-        self.stored_position: list[int] = []  # of each sequence: the position behind them
+        self.stored_position: list[int] = []  # of each sequence: the position after them
         self.num_carried_of = [0] * len(self.sequences)  # C, committed tokens of each sequence that the state does not hold
-        self.padding_places: set[int] = set()  # tokens of padding, as far as models that count by places tell them apart
+        self.padding_places: set[int] = set()  # numbers of padding tokens, modulo _CHUNK
         self.num_run = 0  # W, of the latest forward over a chain
         self.state: CacheSnapshot | None = None  # to go back to; None until a forward may have to be forgotten
 
@@ -63,13 +63,13 @@ class RecurrentTarget(TargetSide):
 
     @property
     def is_checked(self) -> bool:
-        """Whether rounds are compared with single steps whatever the target: some choose keys by places where there is padding,
-        from lengths on that their configuration names."""
+        """Whether rounds are compared with single steps even if the target was tried. With padding they are: some targets then
+        choose keys by their places in the cache, from a length on that their configuration names."""
         return self.is_padded
 
     @property
     def max_depth(self) -> float:
-        """Draft steps that the next tree may have; 0 when so much is carried that the state has to move on."""
+        """Draft steps that the next tree may have; 0 when so much is carried that the state has to advance."""
         is_one = len(self.num_carried_of) == 1
         return 0 if is_one and self.num_carried >= MAX_CARRIED else super().max_depth
 
@@ -84,7 +84,7 @@ class RecurrentTarget(TargetSide):
             raise Declined("the model chooses some keys by an index, others for several tokens at once where there is padding")
         prompt = super().prefill(input_ids)
         self.stored_position = list(self.next_position)
-        # Of each target, not of its class: limits in a configuration, which single steps of some ignore, decide as well.
+        # Kept for each target, not for its class: limits in its configuration, which single steps of some ignore, matter, too.
         found = kept_with(self.target, "checks of states", dict)
         on, is_batch = (prompt.logits.dtype, self.device.type), len(input_ids) > 1
         kinds = [(*on, is_batch, self.is_padded, place) for place in self.padding_places]
@@ -110,7 +110,7 @@ class RecurrentTarget(TargetSide):
         try:
             together = self.verify(chain_tree(token_ids)).logits.float()
         except Exception as error:
-            # Whatever a model fails with that was not made for several tokens behind a state.
+            # Models that were not made for several tokens after a state may fail in any way.
             return f"{name} refuses several tokens behind {what} ({type(error).__name__}: {error})"
         finally:
             self.forget_appended()
@@ -137,23 +137,23 @@ class RecurrentTarget(TargetSide):
         return _of_nodes(logits[:, -num_kept:], [state[:, -num_kept:] for state in states], starts, tree.num_nodes)
 
     def _carried(self) -> list[int]:
-        """C of each sequence that goes on."""
+        """C of each sequence that is not done, or of all if every one is."""
         return [count for one, count in enumerate(self.num_carried_of) if not self.sequences.is_done(one)] or self.num_carried_of
 
     def _most_carried(self) -> int:
         return max(self._carried())
 
     def _text(self, width: int) -> torch.Tensor:
-        """The next `width` tokens of each sequence behind the state, `(B, width)`; padding behind those that have ended,
-        zeros behind the others."""
+        """The next `width` tokens of each sequence after the state, `(B, width)`; padding after the end of sequences that have
+        ended, zeros after the others."""
         start = self.num_stored - self.num_cached_before
         self.sequences.pad_ended(start + width)
         ids = self.sequences.ids[:, start : start + width]
         return pad(ids, (0, width - ids.shape[1]))
 
     def _with_carried(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Carried tokens, then `token_ids` `(B, N)`, then padding, `(B, W)`, and where `token_ids` begin in each sequence;
-        sequences that have ended go on with what plain decoding gives them."""
+        """Carried tokens, then `token_ids` `(B, N)`, then padding, `(B, W)`; and where `token_ids` begin in each sequence.
+        Sequences that have ended get the padding that plain decoding gives them."""
         longest = self._most_carried()
         width = longest + token_ids.shape[1]
         text = self._text(width)
@@ -169,9 +169,9 @@ class RecurrentTarget(TargetSide):
         return tokens, starts
 
     def _run(self, tokens: torch.Tensor, num_logits: int = 0):
-        """Logits and states of a forward over tokens `(B, W)` behind the state."""
+        """Logits and states of a forward over tokens `(B, W)` after the state."""
         width = tokens.shape[1]
-        # Padding behind a chain needs no position that the model may not have.
+        # Limited, so that padding after a chain gets no position that the model may not have.
         limits = [max(ends) for ends in zip(self.next_position, self.position_limit, strict=True)]
         first, limit = torch.tensor([self.stored_position, limits], device="cpu")[..., None]  # [B, 1] each
         position_ids = (first + torch.arange(width, device="cpu")).minimum(limit)
@@ -179,7 +179,7 @@ class RecurrentTarget(TargetSide):
         return self._forward(chain_tree(tokens), mask, position_ids, num_logits=num_logits)
 
     def _catch_up(self) -> None:
-        """Move the state on by what all sequences have committed, in a forward of its own."""
+        """Advance the state by what all sequences have committed, in a forward of its own."""
         width = min(self._carried())
         if width:
             self._run(self._text(width), 1)
@@ -191,7 +191,7 @@ class RecurrentTarget(TargetSide):
             self.state = CacheSnapshot(self.cache)
 
     def _move_on(self, num_tokens: int) -> None:
-        """This many tokens of each sequence are in the cache now."""
+        """Note that this many more tokens of each sequence are in the cache's state."""
         self.num_stored += num_tokens
         self.stored_position = [position + num_tokens for position in self.stored_position]
         self.num_carried_of = [max(count - num_tokens, 0) for count in self.num_carried_of]
@@ -203,7 +203,7 @@ class RecurrentTarget(TargetSide):
             self.state.restore()
 
     def commit(self, kept: list[list[int]]) -> None:
-        """Keep these nodes of the chains: in the cache if they are all, else as tokens that are carried."""
+        """Keep these nodes of the chains: in the cache if all that was run is accepted, else as carried tokens."""
         self.num_carried_of = [count + len(nodes) for count, nodes in zip(self.num_carried_of, kept, strict=True)]
         if all(count == self.num_run for count, nodes in zip(self.num_carried_of, kept, strict=True) if nodes):
             self._move_on(self.num_run)
@@ -212,7 +212,7 @@ class RecurrentTarget(TargetSide):
         super().commit(kept)
 
     def plain_steps(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is."""
+        """Logits `(B, A, V)` of single steps over tokens `(B, A)` after the committed ones; these tokens are not committed."""
         self._keep_state()
         tokens, starts = self._with_carried(token_ids)
         before, steps = (self.num_stored, self.stored_position), []
@@ -224,7 +224,7 @@ class RecurrentTarget(TargetSide):
         return _of_nodes(torch.cat(steps, dim=1), [], starts, token_ids.shape[1])[0]
 
     def finish(self, sequences: torch.Tensor) -> None:
-        """Let a cache that is returned hold all that was committed, as plain decoding leaves it."""
+        """If the cache is returned, run the committed tokens that it lacks, so that it is as plain decoding leaves it."""
         rest = sequences[:, self.num_stored - self.num_cached_before : -1]
         if self.returns_cache and rest.shape[1]:
             self._run(rest, 1)
@@ -251,7 +251,7 @@ def why_no_replay(cache, num_rows: int) -> str | None:
 
 
 class _NotStateful:
-    """A target as transformers' check of a generation mode shall see it; everything but one flag is the target's."""
+    """A target as transformers' check of a generation mode should see it: not stateful, else the target itself."""
 
     def __init__(self, target):
         self._target = target
@@ -265,7 +265,7 @@ class _NotStateful:
 
 
 def install_for_stateful() -> None:
-    """Let targets with recurrent layers pass transformers' check beside drafts of model type "prism", and no others."""
+    """Let targets with recurrent layers pass transformers' check if the draft is of model type "prism", and only then."""
 
     def make(original):
         def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):

@@ -1,11 +1,11 @@
-"""Rounds of targets that nobody has tried, checked against single steps from the same state.
+"""Check rounds of untried targets against single steps from the same state.
 
 The package was tried on the types of `tried_targets.py`. Any other model (an architecture that is newer than this package,
-code from a repository, a model whose modules have hooks or a forward of somebody else's) may mask, count positions or keep
-states in a way that several tokens at once do not see. So its
-first tree is compared with plain steps over the same tokens, and so is the first one at twice the length, and behind each
-length that its configuration names. What was seen holds for all models of the same code and configuration on this machine:
-lengths are kept in Hugging Face's cache folder (`prism/checked_rounds`), so that only the first calls pay for it.
+code from a repository, a model whose modules have hooks or a forward from elsewhere) may mask, count positions or keep states
+in a way that is wrong for several tokens at once.
+So its first tree is compared with plain steps over the same tokens. This is repeated each time the length has doubled, and
+after each length that its configuration names. Results hold for all models of the same code and configuration on this machine:
+checked lengths are kept in Hugging Face's cache folder (`prism/checked_rounds`), so that only the first calls pay for this.
 Shape letters: B rows that still decode, N tree nodes, V vocabulary.
 """
 
@@ -30,11 +30,11 @@ from ..whole_files import name_of_parts, write_json_if_possible
 from .memory import kept_with
 from .tree import Tree
 
-# Fields of configurations whose numbers are lengths at which attention or positions may change.
+# Parts of names of configuration fields that hold lengths at which attention or positions may change.
 _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_position", "block_size", "max_seq")
-# Differences of logits, as a share of the largest, that rounding explains: so many units in the last place, at most this.
+# Differences of logits that rounding can explain: units in the last place of the largest, and the most as a share of it.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
-# Whose hooks and forwards do to several tokens at once what they do to one; ours are among them under either name.
+# Packages whose hooks and forwards treat several tokens at once as they treat one; ours is among them under either name.
 _TRIED_PACKAGES = {
     *("torch", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "compressed_tensors"),
     *("transformers_prism", __name__.split(".")[0]),
@@ -42,10 +42,10 @@ _TRIED_PACKAGES = {
 
 
 class _CheckedLengths:
-    """How far models of one code and configuration were checked: in tokens, rising, by kind of call; kept in a file.
+    """Lengths in tokens, rising, at which models of one code and configuration were checked, by kind of call; kept in a file.
 
     Args:
-        target (`PreTrainedModel`): one of them. Of code that is in no file, and of hooks, nothing is kept.
+        target (`PreTrainedModel`): one of these models. With hooks, or code that is in no file, nothing is written.
     """
 
     def __init__(self, target):
@@ -64,7 +64,7 @@ class _CheckedLengths:
         return self.by_kind.setdefault(kind, [])
 
     def add(self, kind: str, length: int) -> None:
-        """Keep one more; where the file cannot be written, for this process only."""
+        """Add a length; if the file cannot be written, for this process only."""
         self.of(kind).append(length)
         if self.path is not None:
             write_json_if_possible(self.path, self.by_kind)
@@ -80,7 +80,7 @@ def _folder() -> Path:
 
 @functools.cache
 def _digest(path: str) -> str:
-    """Of a source file; empty where there is none."""
+    """sha256 of a source file; empty if it cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
@@ -88,7 +88,7 @@ def _digest(path: str) -> str:
 
 
 def _source_of(kind: type) -> str:
-    """File of a class; empty where there is none, as in a session that was typed in."""
+    """Source file of a class; empty if there is none, as in an interactive session."""
     try:
         return inspect.getsourcefile(kind) or ""
     except (OSError, TypeError):
@@ -96,7 +96,7 @@ def _source_of(kind: type) -> str:
 
 
 def _key(target) -> str:
-    """What a check's outcome depends on, as a file name: the model's code and ours, configuration, layers, device."""
+    """A file name derived from what a check's outcome depends on: the model's code and ours, configuration, layers, device."""
     own_code = [_digest(str(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
     parts = [
         f"{type(target).__module__}.{type(target).__qualname__}",
@@ -117,8 +117,8 @@ def is_tried(target) -> bool:
 
 
 def foreign_code(target) -> list:
-    """Hooks that a model's forwards run, and forwards in place of a class's own, from code that the package was not tried with, as
-    for steering activations or compressing caches."""
+    """Hooks that a model's forwards run, and forwards that replace a class's own, from packages that were not tried, as for
+    steering activations or compressing caches."""
     functions: list = [*_global_hooks().values()]
     for module in target.modules():
         if module._forward_hooks or module._forward_pre_hooks:
@@ -129,7 +129,7 @@ def foreign_code(target) -> list:
 
 
 def _checked_lengths(target) -> "_CheckedLengths":
-    """Of models of this code and configuration; with hooks, which come and go, of this model for as long as it has these."""
+    """The lengths of models of this code and configuration; with hooks, which come and go, of this model while it has them."""
     functions = foreign_code(target)
     if not functions:
         return kept_with(target, "checked lengths", lambda: _CheckedLengths(target))
@@ -178,7 +178,7 @@ class RoundCheck:
         self.finding: str | None = None  # what differed
         self.is_needed = target_side.is_checked or not is_tried(target)
         if self.is_needed:
-            # What a forward gets differs between these.
+            # Forwards get different inputs in these kinds of calls.
             is_batch, is_padded = len(target_side.next_position) > 1, target_side.is_padded
             self.kind = f"{type(target_side).__name__}, {'batch' if is_batch else 'one'}, {'padded' if is_padded else 'whole'}"
             self.checked = _checked_lengths(target)
@@ -186,25 +186,25 @@ class RoundCheck:
             self.lengths = lengths_named(target.config.get_text_config())
 
     def _is_due(self, length: int) -> bool:
-        """Whether the next tree is the first that lies wholly behind twice the checked length, or a length with a name."""
+        """Whether the next tree is the first beyond twice the checked length or a length that the configuration names."""
         if not self.seen or length >= 2 * self.seen[-1]:
             return True
         return any(self.seen[-1] < named <= length for named in self.lengths)
 
     def max_depth(self) -> float:
-        """Draft steps of the next tree, so that it does not span a length with a name, which no check would be like."""
+        """Most draft steps of the next tree, so that it spans no length that the configuration names: no check covers that."""
         if not self.is_needed:
             return math.inf
         length, longest = min(self.side.next_position), max(self.side.next_position)
-        # Nodes that a row has no room for are given positions that it has, which no check would be like.
+        # Nodes beyond a row's last position get that position, so a check of such a tree would not cover others.
         ends = zip(self.side.next_position, self.side.position_limit, strict=True)
         if self._is_due(length) and any(position >= limit for position, limit in ends):
             return 0
-        # The deepest node's text is as long as the next such length at most, of every row.
+        # In every row, the text up to the deepest node is at most as long as the next such length.
         return min((named - 1 - longest for named in self.lengths if named > length), default=math.inf)
 
     def plain_steps(self, tree: Tree) -> torch.Tensor | None:
-        """The target's logits `(B, 2, V)` at each root and its likeliest child by single steps; None if nothing is due."""
+        """The target's logits `(B, 2, V)` at each root and its likeliest child by single steps; None if no check is due."""
         if not self.is_needed or self.finding or tree.num_nodes == 1 or not self._is_due(min(self.side.next_position)):
             return None
         children = _likeliest_children(tree)
@@ -212,7 +212,7 @@ class RoundCheck:
 
     @contextmanager
     def failing_forwards(self, tree: Tree) -> Iterator[None]:
-        """Take an error of a forward over several tokens for a finding, told in a warning: single steps may go on."""
+        """Turn an error of a forward over several tokens into a finding and a warning: single steps may still work."""
         try:
             yield
         except Exception as error:
@@ -223,7 +223,7 @@ class RoundCheck:
             warnings.warn(f"decoding goes on without the draft: {self.finding}", stacklevel=8)
 
     def differs(self, tree: Tree, logits: torch.Tensor, steps: torch.Tensor | None) -> bool:
-        """Whether a tree's logits `(B, N, V)` are not those of the single steps, which is told in a warning."""
+        """Whether a tree's logits `(B, N, V)` differ from those of the single steps; warns if so."""
         if steps is None or logits.shape[1] == 1:  # of a chain that the target verified no further than its root
             return False
         index = torch.cat((torch.zeros_like(tree.token_ids[:, :1]), _likeliest_children(tree)), dim=1)  # [B, 2]
@@ -248,7 +248,7 @@ class RoundCheck:
 
 
 def _likeliest_children(tree: Tree) -> torch.Tensor:
-    """The node of each row, `(B, 1)`, that the draft thinks likeliest behind the root."""
+    """The node of each row, `(B, 1)`, that the draft thinks likeliest after the root."""
     is_child = tree.parents == 0
     is_child[:, 0] = False
     return tree.log_probs.masked_fill(~is_child, -torch.inf).argmax(dim=1, keepdim=True)

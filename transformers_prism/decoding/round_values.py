@@ -20,7 +20,7 @@ from .tree import Tree, root_tree
 
 
 class Prompt(NamedTuple):
-    """What the prompt's forward gave, of a chunked prefill its last chunk.
+    """The outputs of the prompt's forward; for a chunked prefill, those of its last chunk.
 
     Args:
         logits: `(B, V)`, at the last position.
@@ -36,8 +36,8 @@ class Prompt(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the next tree may be, 0 or more: its depth, and drafted nodes of each sequence; and the committed tokens that its
-    forward runs besides, for a target with recurrent layers."""
+    """Limits of the next tree, each 0 or more: its depth, and drafted nodes of each sequence. For a target with recurrent
+    layers also how many committed tokens its forward runs in addition."""
 
     depth: int
     nodes: int
@@ -46,15 +46,15 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Proposal:
-    """The tree of a round, and what was thought of it.
+    """The tree of a round, and what the policy expects of it.
 
     Args:
-        tree: what the target shall verify; the root alone makes the round a plain step.
+        tree: what the target verifies; the root alone makes the round a plain step.
         depth: of its deepest node, or more.
         num_steps: draft steps that were run for it.
         num_copied: nodes of each sequence that were copied from its text, on average.
-        expected_tokens: that the round should commit in all sequences together, by what they count; None: no estimate.
-        lesson: what the policy that proposed it learns from, with what becomes of it.
+        expected_tokens: weighted tokens that the round should commit in all sequences together; None: no estimate.
+        lesson: what the policy that proposed it needs to learn from its outcome.
     """
 
     tree: Tree
@@ -71,12 +71,12 @@ def plain_step(last_tokens: list[int], **fields) -> Proposal:
 
 
 class Verified(NamedTuple):
-    """What the target says about a tree.
+    """The target's outputs for a tree.
 
     Args:
         logits: `(B, N, V)`, at each node, or at the first nodes of a chain that the target verifies no further.
         states: the states that the draft reads, `(B, N, target_hidden_size)` of each of L layers.
-        root_positions: of each sequence.
+        root_positions: position of each sequence's root.
         seconds: of the forward, on the host.
     """
 
@@ -106,7 +106,7 @@ class NewPositions(NamedTuple):
     is_prompt: bool = False
 
     def select(self, places: list[int]) -> "NewPositions":
-        """These sequences of the batch."""
+        """The same for the sequences at these places of the batch only."""
         padding_mask, target_hidden = self.padding_mask, self.target_hidden[on_device(places, self.target_hidden.device)]
         if padding_mask is not None:
             padding_mask = padding_mask[on_device(places, padding_mask.device)]

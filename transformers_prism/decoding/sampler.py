@@ -1,7 +1,7 @@
 """Which token plain decoding chooses next: processors, sampling with plain decoding's random numbers, and what is kept.
 
-One random draw per emitted token, in order, makes sampled text equal to plain `generate` with the same seed; drawn a little
-ahead, the draft can see it, too (`sampling_noise.py`).
+One random draw per emitted token, in order, makes sampled text equal to plain `generate` with the same seed. Draws can be made
+a little ahead, so that the draft sees them, too (`sampling_noise.py`).
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from .transfer import on_device
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
 _CRITERIA_OF_IDS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)
 
-# Processors that do the same to a row of scores, whatever place of a batch it has.
+# Processors that treat a row of scores the same at every place of a batch.
 _ROW_PROCESSORS = (
     *WARPERS.values(),
     ExponentialDecayLengthPenalty,
@@ -80,7 +80,7 @@ def treating_cpus_as_accelerators() -> Iterator[None]:
 
 
 def is_treated_as_accelerator(device: torch.device) -> bool:
-    """Whether this is a block of [`treating_cpus_as_accelerators`] that holds for a device."""
+    """Whether a device is treated as an accelerator by [`treating_cpus_as_accelerators`]."""
     return device.type in _treated_as_accelerators.get()
 
 
@@ -107,10 +107,10 @@ class Sampler:
     Args:
         input_ids (`torch.LongTensor` of shape `(B, T)`): the prompts.
         logits_processor (`LogitsProcessorList`): called once per emitted token, in order, with the ids so far.
-        stopping_criteria (`StoppingCriteriaList`): looked at for whether they could draw random numbers.
+        stopping_criteria (`StoppingCriteriaList`): only checked for whether they could draw random numbers.
         generation_config (`GenerationConfig`): prepared by generate().
-        is_coupled (`bool`): whether the draft may see the random numbers of sampling, where nothing else could draw in
-            between: with stock warpers and criteria.
+        is_coupled (`bool`): whether the draft may see the random numbers of sampling; it only does with stock warpers and
+            criteria, so that nothing else can draw in between.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Sampler:
         self.warpers = warper_settings(logits_processor)
         has_stock_criteria = all(type(one) in _CRITERIA_OF_IDS for one in stopping_criteria)
         self.is_coupled = is_coupled and self.do_sample and self.warpers is not None and has_stock_criteria
-        # On the device no processor is called and nothing is kept of what tokens were chosen from.
+        # On the device no processor is called, and no scores or logits are kept.
         is_there = self.device.type in TRITON_DEVICES or is_treated_as_accelerator(self.device)
         chooses = self.warpers is not None if self.do_sample else not len(logits_processor)
         self.walks_on_device = is_there and chooses and has_stock_criteria and self.scores is None and self.logits is None
@@ -154,7 +154,7 @@ class Sampler:
         Raises:
             ValueError: if the processed logits hold NaN.
         """
-        # Processors may write to what they get, and kept logits would keep those of the whole tree alive.
+        # Copied if processors may write to it, or if it is kept: a view would keep the logits of the whole tree in memory.
         copies = len(self.logits_processor) > 0 or self.scores is not None or self.logits is not None
         raw = logits.to(copy=copies, dtype=torch.float32, device=sequences.ids.device)[None]  # [1, V]
         scores = self._process(sequences, index, raw)
@@ -190,7 +190,7 @@ class Sampler:
         # Stock warpers look at nothing but the sequence's own scores.
         if self.num_sequences == 1 or self.warpers is not None:
             return self.logits_processor(ids, raw)
-        # The others may hold something of each sequence of the batch, so each is shown in its own place of a whole batch.
+        # Other processors may keep something for each sequence, so they see a whole batch with this one at its own place.
         scores = raw
         for processor in self.logits_processor:
             of_row = _of_row(processor, index)
@@ -209,7 +209,7 @@ class Sampler:
         return Coupling(noise, steps, rows, self.logits_processor)
 
     def noise_of_next(self, sequences: Sequences, num_steps: int, vocab_size: int):
-        """Noise of each active sequence's next steps, and where in it each one's next step and row are."""
+        """A buffer with the noise of each active sequence's next steps, and each one's next step and row in it."""
         assert self.noise is not None, "expected sampling with noise"
         active = sequences.active
         steps = [None if sequences.is_done(index) else sequences.num_new(index) for index in active]
@@ -233,8 +233,8 @@ class Sampler:
             self.noise.rewind_to(num_steps)
 
     def outputs(self, num_steps: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
-        """Scores and logits as plain decoding returns them: for each emitted token `(B, V)`. Behind the end of a sequence they are
-        zeros, where plain decoding returns what padding brings."""
+        """Scores and logits as plain decoding returns them: for each emitted token `(B, V)`. After the end of a sequence they
+        are zeros, where plain decoding returns those of padding."""
 
         def stacked(kept):
             if kept is None:
@@ -246,9 +246,9 @@ class Sampler:
 
 
 def _of_row(processor, index: int) -> LogitsProcessor | None:
-    """What does to a row alone what `processor` does to row `index` of a batch; None where only the processor can know."""
+    """A processor that treats a row alone as `processor` treats row `index` of a batch; None if there is none."""
     if type(processor) is PrefixConstrainedLogitsProcessor:
-        # It asks for every row of a batch, and the others would be shown with the text of this one.
+        # It calls the function for every row of a batch, and would show it this row's text for the others.
         return PrefixConstrainedLogitsProcessor(functools.partial(_allowed_in, allowed_tokens_of(processor), index), num_beams=1)
     if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, torch.Tensor):
         return RepetitionPenaltyLogitsProcessor(processor.penalty, processor.prompt_ignore_length[index : index + 1])
@@ -256,7 +256,7 @@ def _of_row(processor, index: int) -> LogitsProcessor | None:
 
 
 def _allowed_in(allowed, index: int, _, ids: torch.LongTensor) -> list[int]:
-    """What a caller's function of a place in the batch and its ids allows, whatever place it is asked for."""
+    """Tokens that a caller's function allows row `index` of a batch, whatever row the processor asks for."""
     return allowed(index, ids)
 
 

@@ -1,10 +1,10 @@
 """The random numbers of sampling, which target and draft share (Gumbel coupling): known before the draft proposes.
 
 Plain decoding samples the token `argmax p / e`, with e drawn anew from the exponential distribution for each step and
-p the target's processed distribution; `torch.multinomial` does that, bit for bit. Nothing but the step decides on e. So
-it can be drawn a few steps ahead, in order, and the draft may look at it: where q is near p, `argmax q / e` is more
-often the token that will be chosen than `argmax q`, and the most probable nodes of a tree change with e. The target's
-choice does not look at the tree, so the text stays plain decoding's. The setting `tree_coupled` turns this off.
+p the target's processed distribution; `torch.multinomial` does that, bit for bit. e depends on nothing but the step.
+So it can be drawn a few steps ahead, in order, and the draft may look at it: where its distribution q is near p, the token
+`argmax q / e` is chosen more often than `argmax q`, and the most probable nodes of a tree change with e. The target's choice
+does not depend on the tree, so the text stays plain decoding's. The setting `tree_coupled` turns this off.
 Shape letters: B sequences, K nodes of a draft step, M tokens that compete, W steps, V vocabulary.
 Source: Daliri, Musco and Suresh 2024 (arXiv:2408.07978), Gumbel sampling with random numbers that both sides share.
 """
@@ -16,22 +16,22 @@ from transformers.generation import LogitsProcessorList
 
 from ..kernels.dispatch import TRITON_DEVICES
 
-# Tokens after a node that compete for being proposed, its likeliest: more than are proposed, since a draw may lift any of
-# them, and no more than `top_k_log_prob` finds in one go.
+# The likeliest tokens after a node, among which the proposed ones are chosen: more than are proposed, since a draw may lift
+# any of them, and no more than `top_k_log_prob` finds in one call.
 NUM_COMPETING = 64
-# Of sampling noise held for sequences that are not equally far: a step of 8 of them over a vocabulary of 152k takes 5 MB.
+# Of sampling noise for sequences that have advanced unevenly: a step of 8 of them over a vocabulary of 152k takes 5 MB.
 MAX_NOISE_BYTES = 2**28
-# Score of a token that a warper rules out: small, but a number.
+# Score of a token that a warper rules out: small, but finite.
 _RULED_OUT = -100.0
 
 
 class StepNoise:
     """The exponential noise of each decoding step for a whole batch, drawn in order when a sequence first needs it.
 
-    Each sequence, a row of the noise, has a window of its own steps. A draw, `(B, V)`, goes to every one whose window it
-    continues. One far ahead of others would need a buffer as long as its lead, so windows have a largest size: what does not
-    fit into the window of one that lags is dropped, and drawn once more from the generator's state before that step when it
-    comes to it. A state takes 5 kB on a CPU and 16 bytes on a GPU.
+    Each sequence, a row of the noise, has a window of its own steps. A draw, `(B, V)`, is stored for every row whose window it
+    continues. A row far ahead of others would need a buffer as long as its lead, so windows have a largest size: what does not
+    fit into the window of a row that lags is dropped. When the row reaches that step, it is drawn again, from the generator's
+    state before the step. A state takes 5 kB on a CPU and 16 bytes on a GPU.
 
     Args:
         device (`torch.device`): whose global generator plain decoding draws from.
@@ -57,10 +57,10 @@ class StepNoise:
         return self.buffer[step - self.starts[row], row]
 
     def fill(self, ends: dict[int, int], shape: tuple[int, int]) -> torch.Tensor:
-        """Hold the noise of some rows up to, and without, these steps.
+        """Hold the noise of some rows up to these steps, which are not included.
 
         Args:
-            ends (`dict[int, int]`): of each row of the call that asks.
+            ends (`dict[int, int]`): the step for each row that needs noise.
             shape (`tuple[int, int]`): `(B, V)`, of a draw.
         Returns:
             `torch.Tensor` of shape `(W, B, V)`: the step `starts[row] + w` of each row, as far as it is filled.
@@ -71,7 +71,7 @@ class StepNoise:
         if not missing:
             return self.buffer
         self._make_room(missing, shape)
-        # Those that rows lack, and all up to the last one, since each has to be drawn.
+        # Steps that rows lack, and all steps up to the last of them, since steps are drawn in order.
         steps = {step for row, end in missing.items() for step in range(self.ends[row], end)}
         again = _Replay(self)
         for step in sorted(steps.union(range(self.num_drawn, max(steps) + 1))):
@@ -87,7 +87,7 @@ class StepNoise:
         """Give a step's noise to these rows."""
         places = {row: step - self.starts[row] for row in takers}
         going = sum(needed is not None for needed in self.needed)
-        # Into its place, if that is free in every row.
+        # Drawn directly into its place, if that is free in every row.
         is_common = len(takers) == going and len(set(places.values())) == 1
         drawn = self.buffer[places[takers[0]]] if is_common else torch.empty_like(self.buffer[0])
         if step < self.num_drawn:
@@ -102,7 +102,7 @@ class StepNoise:
             self.ends[row] = step + 1
 
     def _make_room(self, missing: dict[int, int], shape: tuple[int, int]) -> None:
-        """Let each window begin with the step that its row needs first, and grow, where these do not fit."""
+        """If the missing steps do not fit, let each window begin with the first step that its row needs, and grow."""
         end_of_all = max(missing.values())
         lead, most = end_of_all - self.first_needed, self.max_bytes // (4 * shape[0] * shape[1])
         # With so much to spare that windows are seldom moved.
@@ -123,7 +123,7 @@ class StepNoise:
         self.buffer, self.starts = buffer, firsts
 
     def forget_before(self, needed: list[int | None]) -> None:
-        """Free what rows have passed: the windows when room is made next.
+        """Forget steps that rows have passed; windows are freed when room is made next.
 
         Args:
             needed (`list[int]`): the first step that each row of the call still needs; None where it has ended.
@@ -142,7 +142,7 @@ class StepNoise:
 
 
 class _Replay:
-    """A generator of its own that draws steps once more, so that the global one stays where it is."""
+    """A separate generator that draws steps again, so that the global one is not moved."""
 
     def __init__(self, noise: StepNoise):
         self.noise = noise
@@ -161,7 +161,7 @@ class _Replay:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What is known of the draws that the tokens below the roots of a tree will be chosen with.
+    """The known random numbers with which the tokens below the roots of a tree will be chosen.
 
     Args:
         noise (`torch.Tensor`): `(W, rows, V)`, of some steps of each row of the call.
@@ -189,7 +189,7 @@ class Coupling:
         ids = token_ids.to(self.noise.device)
         drawn = self.noise[(self.steps + depth)[:, None, None], self.rows[:, None, None], ids].to(log_probs.device)
         scores = self.warpers(ids.flatten(0, 1), log_probs.flatten(0, 1)).view_as(log_probs)
-        # Where p is not quite q, a token wins by how far it is ahead, as a softmax of the scores says.
+        # As p is not quite q, how likely a token is to win depends on its lead: a softmax of the scores.
         chances = torch.log_softmax(scores.clamp(min=_RULED_OUT) - drawn.log(), dim=-1)
         best, order = chances.topk(top_k, dim=-1)
         return token_ids.gather(-1, order), best

@@ -13,12 +13,12 @@ class Stopping:
     """Asks the stopping criteria of a call whether a sequence ends.
 
     Most tokens cannot end anything: below the length limit only end tokens can, unless there are other criteria. For
-    those the criteria, which would cost several small operations a token, are not called.
+    tokens that cannot, the criteria are not called, which saves several small operations a token.
 
     Args:
         criteria (`StoppingCriteriaList`): called once for each emitted token that may end its sequence, in order.
         device (`torch.device`): where ids are.
-        scores (`list[torch.Tensor]`, *optional*): that tokens were chosen from, which criteria may look at; it grows.
+        scores (`list[torch.Tensor]`, *optional*): what tokens were chosen from, for criteria that look at it; it grows.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, device: torch.device, scores: list[torch.Tensor] | None = None):
@@ -29,18 +29,18 @@ class Stopping:
         self.end_tokens: set[int] = set()
         for criterion in criteria:
             if type(criterion) is EosTokenCriteria:
-                # Where the ids are, as the criterion itself does when it is first called.
+                # Moved to the ids' device, as the criterion itself does at its first call.
                 criterion.eos_token_id = criterion.eos_token_id.to(device)
                 self.end_tokens.update(criterion.eos_token_id.flatten().tolist())
             elif type(criterion) is MaxLengthCriteria:
-                # Behind max_position_embeddings it warns.
+                # Beyond max_position_embeddings it warns, so it has to be called.
                 limits = (self.quiet_until, criterion.max_length, criterion.max_position_embeddings or float("inf"))
                 self.quiet_until = min(limits)
             else:
                 self.quiet_until = 0
 
     def may_end(self, length: int, token: int) -> bool:
-        """Whether a sequence of this length could end behind `token`, its last."""
+        """Whether a sequence of this length could end with `token`, its last."""
         return length >= self.quiet_until or token in self.end_tokens
 
     def is_end(self, ids: torch.LongTensor) -> bool:
@@ -59,8 +59,8 @@ class Sequences:
         device (`torch.device`, *optional*): where ids are kept; by default where the prompts are.
         scores (`list[torch.Tensor]`, *optional*): see [`Stopping`].
         streamer (`BaseStreamer`, *optional*): gets tokens step by step, as from plain decoding. One that has a method
-            `put_round` is told at each round how many of its tokens were drafted, of a batch those of the sequence
-            that went furthest.
+            `put_round` is told at each round how many of its tokens were drafted; in a batch, those of the sequence
+            with the most.
     """
 
     def __init__(self, input_ids, stopping_criteria, generation_config, device=None, scores=None, streamer=None):
@@ -70,7 +70,7 @@ class Sequences:
         self._hold(input_ids.to(device or input_ids.device), self.prompt_length + _FIRST_ROOM)
         self.stopping = Stopping(stopping_criteria, self.ids.device, scores)
         self.lengths = [self.prompt_length] * num_sequences
-        self.new_tokens: list[list[int]] = [[] for _ in range(num_sequences)]  # behind the prompts
+        self.new_tokens: list[list[int]] = [[] for _ in range(num_sequences)]  # after the prompts
         self.end_lengths: list[int | None] = [None] * num_sequences  # where the criteria stopped each
         self.active = list(range(num_sequences))  # which sequence each row of the caches belongs to
         self.streamer = streamer
@@ -104,7 +104,7 @@ class Sequences:
         return all(self.is_done(index) for index in self.active)
 
     def num_new(self, index: int) -> int:
-        """Tokens that a sequence got, which is also the decoding step that is next in it."""
+        """Number of new tokens of a sequence, which is also the index of its next decoding step."""
         return self.lengths[index] - self.prompt_length
 
     @property
@@ -141,7 +141,7 @@ class Sequences:
         self.active = [self.active[place] for place in places]
 
     def stream(self, kept: list[list[int]] | None = None) -> None:
-        """Hand over what every sequence has, after a round in which these nodes were kept; ended ones go on with padding."""
+        """Give the streamer what every sequence has reached, after a round that kept these nodes; ended ones are padded."""
         if self.streamer is None:
             return
         if kept is not None and hasattr(self.streamer, "put_round"):
@@ -169,11 +169,11 @@ class Sequences:
 
     @property
     def width(self) -> int:
-        """Tokens up to where the last sequence was stopped, once all are; where nothing is padded some go on behind their own end."""
+        """Length at which the last sequence was stopped, once all are. Without padding, others go on beyond their own end."""
         return max(end for end in self.end_lengths if end is not None)
 
     def finished(self) -> torch.LongTensor:
         """The sequences `(B, T)` as plain decoding returns them."""
         self.pad_ended(self.width)
-        ids = self.ids[:, : self.width].clone(memory_format=torch.contiguous_format)  # not the room for longer ones
+        ids = self.ids[:, : self.width].clone(memory_format=torch.contiguous_format)  # without the spare room
         return ids  # type: ignore[return-value]

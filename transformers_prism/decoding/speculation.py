@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from .round_values import Proposal
 
-# A call is told of that had at least this many rounds and committed fewer tokens in each.
+# A call brings a warning if it had at least this many rounds and committed fewer than this many tokens in each.
 _MANY_ROUNDS, _HARDLY_ANY = 48, 1.1
-# A draft whose trees commit fewer tokens a round is hardly accepted; with more it is their cost that speaks against them.
+# With fewer tokens per drafted round the reason is that the draft is hardly accepted; with more, it is what rounds cost.
 _LOW_ACCEPTANCE = 1.2
 _HIGH_TEMPERATURE = 1.0
 
@@ -24,7 +24,7 @@ def acceptance_length(num_committed: float, num_rounds: float) -> float | None:
 class RoundTree(NamedTuple):
     """The tree of one round: draft steps run (0: the draft was not used), drafted nodes that were verified in each
     sequence, how many of them were copied from the text, and tokens that the round was expected to commit per sequence,
-    in a batch weighted by what they count (None: no estimate was made)."""
+    in a batch weighted by sequence (None: no estimate was made)."""
 
     num_steps: int
     num_nodes: int
@@ -53,8 +53,8 @@ class Speculation:
             draft was not used.
         declined: why the draft was not used and plain decoding ran instead; None if it was used.
         why_no_tree: why a chain stood in for trees; None where trees were verified.
-        stopped_drafting: what a check of a target that nobody has tried found, after which only plain steps were made; None if
-            nothing was found.
+        stopped_drafting: what the check of an untried target found, after which only plain steps were made; None if it found
+            nothing.
     """
 
     num_rounds: list[int]
@@ -96,7 +96,7 @@ class Speculation:
 
     @property
     def num_plain_steps(self) -> int:
-        """Rounds without a drafted token, of the sequence that took most."""
+        """Rounds without a drafted token, of the sequence with the most rounds."""
         return max(self.num_rounds, default=0) - sum(tree.num_nodes > 0 for tree in self.trees)
 
     @property
@@ -202,11 +202,11 @@ class Speculation:
 
 
 def why_hardly_used(speculation: Speculation, differences: list[str], temperature: float | None, device: str) -> str | None:
-    """Why a long answer drafted next to nothing, and what to do; None if it did not, or the reason was told already.
+    """Why the draft gained next to nothing in a long answer, and what to do; None if it gained, or the reason is known already.
 
     Args:
         speculation (`Speculation`): of the call.
-        differences (`list[str]`): parts of the fingerprint in which the target is another than the draft's.
+        differences (`list[str]`): parts of the fingerprint in which the target differs from the draft's.
         temperature (`float`, *optional*): of sampling; None if greedy.
         device (`str`): type of the target's device.
     """
@@ -236,7 +236,7 @@ def why_hardly_used(speculation: Speculation, differences: list[str], temperatur
 
 
 def warn_if_hardly_used(speculation: Speculation, draft, target, generation_config) -> None:
-    """Warn, once a call, if a long answer drafted next to nothing; see [`why_hardly_used`]."""
+    """Warn, once a call, if the draft gained next to nothing in a long answer; see [`why_hardly_used`]."""
     _, differences = draft.config.target_differences(target.config)
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else None
     reason = why_hardly_used(speculation, differences, temperature, target.device.type)

@@ -50,7 +50,7 @@ def static_shapes(
         draft (`PrismDraftModel`), settings (`TreeSettings`): of the call.
         generation_config (`GenerationConfig`): the call's.
         is_target_compiled (`bool`): whether generate() compiles the target's forward in this call.
-        num_cached (`int`): tokens in the cache that the call begins with, which may not be among its own.
+        num_cached (`int`): tokens that are in the cache when the call begins; they may not be among its input_ids.
     """
     own, run_module = draft.generation_config, None
     compile_config = own.compile_config or (generation_config.compile_config if is_target_compiled else None)

@@ -73,13 +73,13 @@ class TargetSide:
 
     A kind of target overrides `_verify`, `commit`, `keep_sequences` and `finish`, and where it needs to `_before_prefill`,
     `_after_prefill`, `forget_appended`, `plain_steps`, `max_nodes` and `can_read_anew`. Its `__init__` hands
-    all arguments on. Attributes are born in `__init__`; what the prefill finds out is put into them, or returned.
+    all arguments on. All attributes are made in `__init__`; the prefill puts what it finds out into them, or returns it.
 
     Args:
         target (`PreTrainedModel`): the model to decode.
         layer_ids (`list[int]`): indices into its hidden states, which the draft reads.
         generation_config (`GenerationConfig`), model_kwargs (`dict`): as generate() prepared them.
-        inputs (`dict`, *optional*): of a step behind the prompt, as plain decoding makes them.
+        inputs (`dict`, *optional*): of a step after the prompt, as plain decoding makes them.
         sequences (`Sequences`): what has been emitted, which the loop appends to.
         why_no_tree (`str`, *optional*): why this kind stands in for one that verifies trees.
     """
@@ -118,7 +118,7 @@ class TargetSide:
         # What belongs to the prompt alone, as images do, is not among the inputs of a later step.
         kept = model_kwargs if inputs is None else inputs
         self.forward_kwargs = {key: value for key, value in kept.items() if key not in _REPLACED_INPUTS}
-        # Whether the model says what a step reads, and that is more than what a forward gets anyway.
+        # Whether the model says what a step reads, and that includes tensors that a forward does not get anyway.
         has_tensors = any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
         self.has_more_inputs = inputs is not None and has_tensors
         self.token_inputs: dict[str, torch.Tensor] = {}  # of single tokens, `(B, 1, ...)`, the same for all that are emitted
@@ -152,7 +152,7 @@ class TargetSide:
         if width < input_ids.shape[1] and not had_cached:
             kept = f"{width} of the prompt's {input_ids.shape[1]} tokens in its cache" if width else "no cache of the prompt"
             raise Declined(f"{type(self.target).__name__} keeps {kept}")
-        if width > input_ids.shape[1] and not had_cached:  # an image in front of the text, as in git
+        if width > input_ids.shape[1] and not had_cached:  # an image before the text, as in the model type git
             raise Declined(f"the prompt takes {width} places of the cache and has {input_ids.shape[1]} tokens for a draft to read")
         reason = reason_against_layers(self.cache, width, self.image_layers, self.leaves_image_layers)
         if reason is not None:
@@ -178,7 +178,7 @@ class TargetSide:
         return Prompt(logits, hidden, position_ids[:, -length:], read_mask)
 
     def _read_prompts(self, input_ids: torch.LongTensor) -> tuple[list[list[int]], list]:
-        """Run the prompts into the cache: the rows of each forward and its outputs; no rows where one forward read all."""
+        """Read the prompts into the cache; returns the rows of each forward and its outputs, no rows if one read all."""
         return [], [self._read_together(input_ids)]
 
     def _read_together(self, input_ids: torch.Tensor, **replaced):
@@ -190,8 +190,8 @@ class TargetSide:
         return outputs
 
     def _take_inputs(self, input_ids: torch.Tensor, outputs) -> None:
-        """Note what the forward gets in every round beside what is made for it, as plain decoding gets it from the prompt's
-        outputs."""
+        """Keep the inputs that every round's forward gets in addition to those made for it, as plain decoding derives them from
+        the prompt's outputs."""
         if self.has_more_inputs:
             model_kwargs, steps = self.model_kwargs, list[dict]()
             for _ in range(2):
@@ -205,7 +205,7 @@ class TargetSide:
             self.forward_kwargs, self.token_inputs = inputs_by_kind(steps[0], steps[1], _REPLACED_INPUTS)
         if takes_logits_to_keep(self.target):
             self.forward_kwargs["logits_to_keep"] = 0
-        # Tensors that belong to the call, and an image in the cache, may have a row for each sequence of the batch.
+        # Tensors of the whole call, and an image in the cache, may have a row for each sequence, so all sequences stay.
         self.keeps_finished |= any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
         layers = enumerate(getattr(self.cache, "layers", ()))
         if any(int(layer.get_seq_length()) for index, layer in layers if index in self.image_layers):
@@ -224,7 +224,7 @@ class TargetSide:
         return input_ids.shape[1] if mask is None else int(mask.bool().sum(dim=1).max())
 
     def _take_over(self, made) -> None:
-        """See to it that the call's cache holds what the model has read into the cache `made`, if that is another."""
+        """Make sure that the call's cache holds what the model has read, if it has read it into another cache, `made`."""
         if stored_length(self.cache) == 0:
             self._fill_cache(made)
         elif made is not None and made is not self.cache:
@@ -232,7 +232,7 @@ class TargetSide:
             raise Declined(f"the model reads the whole text into another cache than the caller's{where}")
 
     def _set_positions(self, last_positions: list[int], prompt_length: int, num_positions: int | None) -> None:
-        """Begin behind these positions of the prompt, unless rotary frequencies change on the way."""
+        """Start after these positions of the prompt; decline if rotary frequencies change where rounds cannot follow."""
         self.next_position = [position + 1 for position in last_positions]
         num_new_tokens = self.generation_config.max_length - prompt_length
         reason = None
@@ -265,7 +265,7 @@ class TargetSide:
         self.next_position = [position + len(nodes) for position, nodes in zip(self.next_position, kept, strict=True)]
 
     def keep_sequences(self, places: list[int]) -> None:
-        """Go on with the sequences at these places of the batch only."""
+        """Keep only the sequences at these places of the batch."""
         self.next_position = [self.next_position[place] for place in places]
         self.position_limit = [self.position_limit[place] for place in places]
         if self.axes is not None:
@@ -273,7 +273,7 @@ class TargetSide:
         self.token_inputs = {name: value[places] for name, value in self.token_inputs.items()}
 
     def finish(self, sequences: torch.Tensor) -> None:
-        """Leave the cache as plain decoding of these sequences `(B, T)` would, if anyone gets it."""
+        """If the cache is returned, leave it as plain decoding of these sequences `(B, T)` would."""
 
     def abandon(self) -> None:
         """Leave the cache as it was before the call."""
@@ -285,7 +285,7 @@ class TargetSide:
         self.forget_appended()
 
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
-        """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is."""
+        """Logits `(B, A, V)` of single steps over tokens `(B, A)` after the committed ones; these tokens are not committed."""
         raise NotImplementedError
 
     def forget_appended(self) -> None:
@@ -295,10 +295,10 @@ class TargetSide:
         """Prepare the cache."""
 
     def _after_prefill(self, mask: torch.Tensor) -> None:
-        """Take stock of the cache; `mask` is `(B, P)` over what it holds, False at padding."""
+        """Note what the cache holds; `mask` is `(B, P)` over what it holds, False at padding."""
 
     def _fill_cache(self, made) -> None:
-        """Take what the model has read into a cache of its own, as some do behind a rotary switch."""
+        """Copy what the model has read into a cache of its own, as some do beyond a rotary switch."""
 
     @property
     def can_read_anew(self) -> bool:
@@ -381,7 +381,7 @@ class TargetSide:
 
 
 def num_learned_positions(target) -> int | None:
-    """How many positions a target without rotary embedding has a table of; None where any position can be computed."""
+    """How many positions a target's table of learned positions has; None where any position can be computed."""
     text_config = target.config.get_text_config()
     num_positions = getattr(text_config, "max_position_embeddings", None)
     if getattr(text_config, "rope_parameters", None) is not None or num_positions is None:

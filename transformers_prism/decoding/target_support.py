@@ -1,7 +1,7 @@
-"""Which way of verifying a target, its cache and its inputs allow: trees, a chain, or neither, with the reason.
+"""Whether a target, its cache and its inputs allow trees to be verified, or a chain, or neither, with the reason.
 
-Plain decoding asks the model itself for the inputs of every step; so do we, once per call, before the prompt is read. What
-the answer leaves out (positions) or adds (inputs that nobody could extend along a tree) decides, not a list of models.
+Plain decoding asks the model itself for the inputs of every step; so do we, once per call, before the prompt is read. The
+choice depends on what the answer lacks (positions) or adds (inputs that cannot be extended along a tree), not on model names.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from .attention import PRISM_TREE
 from .cache import is_adoptable, stored_length
 
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
-# Configuration fields that name a local window or a number of keys to attend to, other than those that masks are made for.
+# Configuration fields of a local window or a number of keys to attend to, for which transformers makes no mask.
 _OWN_WINDOWS = ("window_size", "attention_window", "local_window_size", "attention_window_size", "local_attention_window")
 
 
@@ -28,18 +28,18 @@ class Declined(Exception):
 
 
 class RotarySwitch(NamedTuple):
-    """Rotary frequencies of a whole forward that depend on its longest position.
+    """A length at which the rotary frequencies of a whole forward change, by its longest position.
 
     Args:
-        length: tokens from which on a longer text has other frequencies.
-        is_drafted_beyond: whether they are the same for all longer texts; else they change with every token.
+        length: in tokens; longer texts have other frequencies.
+        is_drafted_beyond: whether these are the same for all longer texts; else they change with every token.
     """
 
     length: int
     is_drafted_beyond: bool
 
     def max_depth(self, position: int) -> float:
-        """Draft steps behind a root at `position` that see the frequencies of plain decoding."""
+        """Draft steps after a root at `position` that get the same frequencies as in plain decoding."""
         if position < self.length:
             return self.length - 1 - position
         # At the switch itself some models read the whole text anew.
@@ -47,7 +47,7 @@ class RotarySwitch(NamedTuple):
 
 
 def hidden_state(outputs, layer: int, config) -> torch.Tensor:
-    """A hidden state `(B, T, D)` of a target's output; of several streams the one that the model goes on with (gemma3n,
+    """A hidden state `(B, T, D)` of a target's output; of several streams the one that the model continues with (gemma3n,
     `(streams, B, T, D)`) or their mean (hyper-connections, `(B, T, streams, D)`)."""
     state = outputs.hidden_states[place_of_state(layer, config, len(outputs.hidden_states))]
     if state.dim() == 3:
@@ -57,18 +57,18 @@ def hidden_state(outputs, layer: int, config) -> torch.Tensor:
 
 
 def image_layers(config) -> frozenset[int]:
-    """Layers that attend across to an image, which their part of the cache holds (mllama); without one they are skipped."""
+    """Layers with cross-attention to an image, which their part of the cache holds (mllama); skipped without an image."""
     layers = getattr(config.get_text_config(), "cross_attention_layers", None)
     return frozenset(layers if isinstance(layers, (list, tuple)) else ())
 
 
 def _place_without_image(layer: int, config) -> int:
-    """Where a hidden state stands among those of a forward that has skipped the layers of an image."""
+    """Index of a hidden state among those of a forward that has skipped the layers of an image."""
     return layer - sum(skipped < layer for skipped in image_layers(config))
 
 
 def place_of_state(layer: int, config, num_states: int) -> int:
-    """Where a hidden state stands among the `num_states` of a forward; one of a layer that was skipped is that before it."""
+    """Index of a hidden state among the `num_states` of a forward; for a skipped layer, that of the state before it."""
     is_skipping = num_states + len(image_layers(config)) == config.get_text_config().num_hidden_layers + 1
     return _place_without_image(layer, config) if is_skipping else layer
 
@@ -142,23 +142,23 @@ def inputs_of_next_step(target, input_ids: torch.Tensor, model_kwargs: dict) -> 
         return target.prepare_inputs_for_generation(
             input_ids, next_sequence_length=1, is_first_iteration=False, **model_kwargs
         )
-    # Whatever a model's own code may fail with on a cache that is still empty.
+    # A model's own code may fail in any way on a cache that is still empty.
     except Exception:
         return None
 
 
 def reason_against_masks(text_config) -> str | None:
-    """Why no number of tokens at once gets the attention that single steps get; None if it does."""
+    """Why several tokens at once cannot get the attention that single steps get; None if they can."""
     if getattr(text_config, "keep_window_size", None) is not None:
         return "its dynamic mask keeps other keys for several tokens at once than for single ones (keep_window_size)"
-    # `DynamicSlidingWindowLayer` keeps the last `window - 1` positions, which for 1 are all of them in Python.
+    # `DynamicSlidingWindowLayer` slices the last `window - 1` positions; for 1, Python's slice is all of them.
     if getattr(text_config, "sliding_window", None) == 1:
         return "caches of transformers keep all positions for a sliding window of 1, and single steps attend to them"
     return None
 
 
 def reason_against_virtual_tokens(target) -> str | None:
-    """Why a target that peft lets read tokens of no text cannot be served; None if there are none."""
+    """Why a target cannot be served if peft adds virtual tokens to its text; None if it adds none."""
     # peft puts its own method in the place of the model's.
     owner = getattr(vars(target).get("prepare_inputs_for_generation"), "__self__", None)
     if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
@@ -167,16 +167,16 @@ def reason_against_virtual_tokens(target) -> str | None:
 
 
 def reason_against_untried_chat(cache) -> str | None:
-    """Why a target that nobody has tried cannot go on with a caller's cache; None if it can."""
-    # Its own masks, which read what follows, may rest on a window's cache holding the window only.
+    """Why an untried target cannot continue with a caller's cache; None if it can."""
+    # The model's own masks for what follows may assume that the cache of a sliding window holds the window only.
     if stored_length(cache) and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         return "nobody has tried this model with a cache of sliding windows that holds a text already"
     return None
 
 
 def reason_against_layers(cache, num_tokens: int, of_images: Collection[int], are_left_alone: bool = False) -> str | None:
-    """Why a cache that has read a text of `num_tokens` tokens cannot be rolled back with it: layers `of_images` hold an image.
-    None if all layers hold the text, or others are left alone."""
+    """Why a cache that has read a text of `num_tokens` tokens cannot be rolled back: layers `of_images` hold an image. None if
+    all layers hold the text, except for layers `of_images` if those are left alone."""
     for index, layer in enumerate(getattr(cache, "layers", ())):
         if are_left_alone and index in of_images:
             continue
@@ -196,7 +196,7 @@ def reason_against_inputs(inputs: dict | None, switches: list[RotarySwitch]) -> 
     """Why a step with these inputs cannot be verified for several tokens at once; None if it can."""
     if inputs is None:
         return None
-    # Behind a rotary switch a model may ask for the whole text as long as its cache is empty.
+    # Beyond a rotary switch a model may ask for the whole text as long as its cache is empty.
     if reads_whole_text(inputs) and not switches:
         return "the model reads the whole text in every step and not the cache"
     position_ids = inputs.get("position_ids")
@@ -235,7 +235,7 @@ def reason_against_training(target) -> str | None:
     rates = vars(target.config.get_text_config()).items()
     if any(("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0 for name, rate in rates):
         return _DRAWS_ANEW
-    # Adapters bring their own, of which the configuration says nothing.
+    # Adapters bring dropout layers of their own, which the configuration does not mention.
     layers = (module for module in target.modules() if isinstance(module, _DROPOUT))
     return _DRAWS_ANEW if any(layer.training and layer.p > 0 for layer in layers) else None
 
@@ -247,7 +247,7 @@ SEES_PADDING = ("paligemma",)
 
 
 def reason_against_switch(switches: list[RotarySwitch], position: int, max_new_tokens: int) -> str | None:
-    """Why a single row cannot be served whose cache cannot be read anew; the arguments are those of a batch."""
+    """Why a sequence cannot be served if its cache cannot be filled again; arguments as [`reason_against_batch_positions`]."""
     for switch in switches:
         if switch.is_drafted_beyond and position <= switch.length < position + max_new_tokens:
             return (

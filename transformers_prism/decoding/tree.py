@@ -55,8 +55,8 @@ class CandidatePool:
 
     Args:
         steps: of each draft step the token ids `(B, n)`, parents `(B, K)` and log-probabilities `(B, n)` of the nodes
-            drawn, which are the same number of children of each parent, one parent after the other. Parents index the
-            pool, -1 is the root.
+            drawn. Each parent has the same number of children; they are grouped by parent, in the parents' order. Parents
+            index the pool; -1 is the root.
     """
 
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -119,7 +119,7 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
     """
     if parents.device.type != "cpu" or use_triton("auto", parents.device):
         return unpack_ancestors(ancestor_bits(parents), parents.shape[1])
-    # A dozen operations on a few numbers cost more than the numbers.
+    # On a CPU a dozen tensor operations would cost more than this loop over a few numbers.
     ancestors = bytearray().join(row for one in parents.tolist() for row in _ancestors_of(one))
     return torch.frombuffer(ancestors, dtype=torch.bool).view(*parents.shape, -1)
 
@@ -144,7 +144,7 @@ def select_nodes(root_ids: torch.Tensor, pool: CandidatePool, num_nodes: int) ->
         pool (`CandidatePool`): C candidates.
         num_nodes (`int`): drafted nodes to keep, the root not counted; at most C.
     Returns:
-        `Tree` with `num_nodes + 1` nodes, in pool order behind the root.
+        `Tree` with `num_nodes + 1` nodes, in pool order after the root.
     """
     return Tree(*choose_nodes(root_ids, pool.token_ids, pool.parents, pool.depths, pool.log_probs, num_nodes))
 

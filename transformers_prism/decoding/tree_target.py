@@ -41,10 +41,10 @@ from .transfer import on_device
 from .tree import Tree, ancestor_mask, attention_mask, chain_tree, root_tree, visible_keys, within_window
 from .uneven_prompts import groups_of_like_length, side_by_side
 
-# Nodes, with the root, of the trees that a target of static shapes verifies; larger ones are multiples of the last.
+# Sizes, root included, to which a target of static shapes pads its trees; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
-# Positions of a batch's cache that may be left out: more cost attention, fewer are closed more often.
+# Holes that a cache may have: with more, attention costs more; with fewer, they are closed more often.
 _MAX_HOLES = 32
 # Inputs of a prompt of text alone.
 _OF_TEXT = {"attention_mask", "position_ids"}
@@ -59,13 +59,13 @@ class TreeTarget(TargetSide):
         super().__init__(*args, **kwargs)
         self.capacity = self._static_capacity(len(self.sequences))  # None: layers and masks grow
         self.keeps_finished = self.keeps_finished or self.capacity is not None
-        # Layers of more positions may be lent to the caller's cache, which plain decoding could not go on with.
+        # Lent layers may have more positions than the caller's own, which plain decoding has to continue with.
         is_callers = is_callers_cache(self.cache)
         self.callers_capacity = min(self._static_lengths(), default=sys.maxsize) if is_callers else sys.maxsize
         config = self.target.config.get_text_config()
         self.windows = layer_windows(config)
         self.attn_implementation = attention_name(self.target.config)
-        # Static layers have no room for holes, and the kernel takes a key's place for its index in a window.
+        # Static layers have no room for holes, and the kernel uses a key's place in the cache as its index in a window.
         has_window = any(window is not None for window in self.windows.values())
         is_dense = self.capacity is not None or (has_window and self.attn_implementation == PRISM_TREE)
         self.adopted = AdoptedLayers(self.cache, self.capacity, self.image_layers)
@@ -78,12 +78,12 @@ class TreeTarget(TargetSide):
         return [one.max_cache_len for index, one in layers if type(one) is StaticLayer and index not in self.image_layers]
 
     def _static_capacity(self, num_sequences: int) -> int | None:
-        """Positions of the layers, if they are to be static: those of the caller's own if they can be used as they are."""
+        """Positions of static layers, those of the caller's own if they can be used as they are; None if layers grow."""
         is_static = type(self.cache) is StaticCache
         if not is_static and not is_compiled(self.target):
             return None
         whole = self._static_lengths()
-        # Where the last sequence ends, the others may still need room behind it; one alone needs none.
+        # Where the last sequence ends, others may still need room beyond it; a single sequence does not.
         if is_static and self.returns_cache and num_sequences == 1 and whole:
             return min(whole)
         length = max(self.generation_config.max_length + int(self.cache.get_seq_length()), *whole, 0)
@@ -115,7 +115,7 @@ class TreeTarget(TargetSide):
     def _read_prompts(self, input_ids: torch.LongTensor) -> tuple[list[list[int]], list]:
         given = {name: value for name, value in self.model_kwargs.items() if isinstance(value, torch.Tensor)}
         is_text = given.keys() <= _OF_TEXT and all(value.shape == input_ids.shape for value in given.values())
-        # What others may go on with is read as plain decoding does, and so is what depends on the longest text.
+        # Read as in plain decoding if others may continue with the cache, or if frequencies depend on the longest text.
         is_own = is_text and not (self.keeps_finished or self.rotary_switches or stored_length(self.cache))
         is_whole = given.get("attention_mask") is None or self.generation_config.prefill_chunk_size is not None
         # Last, since it looks at every module.
@@ -160,7 +160,7 @@ class TreeTarget(TargetSide):
         return logits[:, :num_nodes], states
 
     def _masks(self, tree: Tree, depths: torch.Tensor):
-        """What each node sees, as the target's forward takes it: a mask, or one of each kind of layer by name."""
+        """The nodes' mask as the target's forward takes it, or a dict with one mask for each kind of layer."""
         committed = self.committed.committed
         parents = on_device(tree.parents, committed.device)
         takes_bits = self.attn_implementation == PRISM_TREE and self.capacity is None
@@ -171,7 +171,7 @@ class TreeTarget(TargetSide):
         for kind, window in self.windows.items():
             seen, node_index = visible, None
             if window is not None:
-                # A window counts keys of the text, so holes and nodes beside the path do not use it up.
+                # A window counts positions of the text, so holes and nodes off the path do not use it up.
                 lengths = on_device(self.committed.lengths, committed.device)[:, None]
                 node_index = lengths + depths
                 places = torch.cat((self.committed.places(), node_index), dim=1)
@@ -187,7 +187,7 @@ class TreeTarget(TargetSide):
 
     @property
     def can_read_anew(self) -> bool:
-        """Whether the cache can be filled with the whole text once more: one sequence's own, which grows."""
+        """Whether the cache can be filled with the whole text again: if it grows, has one sequence and is not the caller's."""
         is_own = self.capacity is None and len(self.next_position) == 1 and not is_callers_cache(self.cache)
         return is_own and self.target.config.get_text_config().model_type not in LOSES_TEXT
 
@@ -196,7 +196,7 @@ class TreeTarget(TargetSide):
             self.adopted.fill(made)
 
     def _kwargs_so_far(self) -> dict:
-        """What generate() would hand on for the next step."""
+        """The keyword arguments that generate() would have for the next step."""
         so_far = {name: value for name, value in self.model_kwargs.items() if name not in CACHE_NAMES}
         position_ids = so_far.get("position_ids")
         if self.is_padded:
@@ -208,7 +208,7 @@ class TreeTarget(TargetSide):
         return {**so_far, CACHE_KEYWORD: self.cache}
 
     def _read_anew(self, inputs: dict):
-        """Read the whole text into the cache, the root last, as plain decoding does where a rotary switch makes it."""
+        """Read the whole text, the root last, into the cache again, as plain decoding does at some rotary switches."""
         self.committed.forget_all()
         own = {**cache_argument(self.target, self.cache), "output_hidden_states": self.asked_states, "return_dict": True}
         outputs = self.target(**{**inputs, **own})
@@ -220,7 +220,7 @@ class TreeTarget(TargetSide):
         self.committed.forget_appended()
 
     def _plain_step(self, tree: Tree):
-        """What [`_verify`] returns, by the inputs of plain decoding; None where sequences differ in length."""
+        """[`_verify`] with the inputs of plain decoding; None where sequences differ in length or shapes are static."""
         if min(self.committed.lengths) != self.committed.width or self.capacity is not None:
             return None
         mask = pad(self.committed.committed, (0, 1), value=True).long() if self.is_padded else None
@@ -228,9 +228,9 @@ class TreeTarget(TargetSide):
             return self._forward(tree, mask, torch.tensor(self.next_position, device="cpu")[:, None])
 
     def plain_steps(self, token_ids: torch.LongTensor) -> torch.Tensor:
-        """Logits `(B, A, V)` of single steps over tokens `(B, A)` behind what is committed, which stays as it is.
+        """Logits `(B, A, V)` of single steps over tokens `(B, A)` after the committed ones; these tokens are not committed.
 
-        Sequences of one length take the inputs of plain decoding, so that no mask of ours is part of it.
+        Sequences of one length get the inputs of plain decoding, so that our masks play no part.
         """
         self.committed.close_holes()
         state, position = vars(self.committed).copy(), self.next_position
@@ -258,7 +258,7 @@ class TreeTarget(TargetSide):
         super().commit(kept)
 
     def keep_sequences(self, places: list[int]) -> None:
-        """Go on with the sequences at these places of the batch only."""
+        """Keep only the sequences at these places of the batch."""
         self.committed.keep_sequences(places)
         super().keep_sequences(places)
 
@@ -271,7 +271,7 @@ class TreeTarget(TargetSide):
         self.adopted.put_back()
 
     def _even_out(self, sequences: torch.Tensor) -> None:
-        """Bring all to the length that plain decoding stops at; it runs padding through sequences that have ended."""
+        """Bring all sequences to the length at which plain decoding stops; it runs padding through those that have ended."""
         self.committed.close_holes()
         self.committed.max_holes = 0
         goal = sequences.shape[1] - 1 + self.num_cached_before
@@ -298,7 +298,7 @@ def is_compiled(target) -> bool:
 
 
 def _prepare_compiled(target, layer_ids: list[int]) -> None:
-    """Let a compiled target return hidden states: the first forward that does installs hooks, which breaks a graph."""
+    """Run a compiled target once uncompiled, for hidden states: the first such forward installs hooks, which breaks a graph."""
     if not is_compiled(target):
         return
 
@@ -329,7 +329,7 @@ def _static_size_within(room: int) -> int:
 
 
 def _padded(tree: Tree, num_nodes: int) -> Tree:
-    """The tree with further children of the root, which nobody walks to, up to `num_nodes` nodes."""
+    """The tree padded to `num_nodes` nodes by children of the root, whose outputs are dropped."""
     extra = (0, num_nodes - tree.num_nodes)
     return Tree(
         pad(tree.token_ids, extra),

@@ -10,7 +10,7 @@ import torch
 
 from .cache import TreeLayer
 
-# Tokens of padding that take as long to read as a forward costs in addition to its tokens.
+# Padding tokens that take as long to read as the fixed cost of one more forward.
 _WORTH_A_FORWARD = 32
 # Prompts from this length on are read faster one by one, without a mask, whatever their lengths.
 _LONG_PROMPT = 256
@@ -29,7 +29,7 @@ def groups_of_like_length(mask: torch.Tensor | None) -> list[tuple[list[int], in
     mask, length = mask.bool(), mask.shape[1]
     starts = (length - mask.sum(dim=1)).tolist()
     if max(starts) == length or not all(mask[row, start:].all() for row, start in enumerate(starts)):
-        return []  # nothing to read in a row, or padding elsewhere
+        return []  # an empty row, or padding that is not on the left
     groups: list[tuple[list[int], int]] = []
     num_padding = 0
     for row in sorted(range(len(starts)), key=starts.__getitem__):
@@ -46,7 +46,7 @@ def side_by_side(rows: list[list[int]], caches: list[list], width: int) -> list[
     """The layers of several caches as those of one batch.
 
     Args:
-        rows: of the batch that each cache holds, all of them together.
+        rows: the rows of the batch that each cache holds; together they are all rows.
         caches: the layers of each; each is at most `width` positions long, and all end together.
         width (`int`): T. Positions in front of a shorter cache are zeros, which masks leave out.
     """
@@ -61,7 +61,7 @@ def side_by_side(rows: list[list[int]], caches: list[list], width: int) -> list[
 
 
 def right_aligned(rows: list[list[int]], parts, num_rows: int, width: int, dim: int) -> torch.Tensor:
-    """States of some rows each as those of all rows, `width` long in `dim`, with zeros in front of shorter ones."""
+    """Join the states of several groups of rows to those of all rows, `width` long in `dim`, with zeros before shorter ones."""
     shape = list(parts[0].shape)
     shape[0], shape[dim] = num_rows, width
     whole = parts[0].new_zeros(shape)

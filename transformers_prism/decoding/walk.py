@@ -1,12 +1,12 @@
 """How far plain decoding goes along a drafted tree, which is what a round emits.
 
-A tree has no say in what is emitted, so nothing has to be corrected for: each next token is chosen from the target's
+A tree does not influence what is emitted, so nothing has to be corrected: each next token is chosen from the target's
 processed logits at the current node exactly as plain decoding chooses it, and the walk goes on while a child of that
 node holds the chosen token.
 
-There are two ways. On the device one operator walks all trees and one read brings what they emit: greedy without
-processors, and sampling under stock warpers. On the host processors are called node by node, with exactly the ids that plain
-decoding would have shown them: everything else, and everything on a CPU.
+There are two ways. On the device, one operator walks all trees, and one read returns what they emit; this serves greedy
+decoding without processors, and sampling with stock warpers. On the host, processors are called node by node, with exactly
+the ids that plain decoding would have shown them; this serves everything else, and everything on a CPU.
 Source: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the draft's distribution a point mass.
 """
 
@@ -23,7 +23,7 @@ from .tree import Tree
 
 
 def walk(sequences: Sequences, sampler: Sampler, proposal: Proposal, verified: Verified) -> list[list[int]]:
-    """Emit what plain decoding would in every active sequence, as far as its tree goes along.
+    """Emit in every active sequence what plain decoding would, for as long as the tree holds the chosen tokens.
 
     Args:
         sequences (`Sequences`): tokens are appended to them.
@@ -99,6 +99,6 @@ def walk_on_host(sequences: Sequences, sampler: Sampler, index: int, tree: Tree,
 
 
 def _children(tree: Tree, place: int, num_nodes: int) -> dict[tuple[int, int], int]:
-    """(parent, token) -> node, of the first nodes; of twins the first."""
+    """(parent, token) -> node, for the first nodes; if two children of a parent have the same token, the first of them."""
     parents, token_ids = tree.parents[place].tolist(), tree.token_ids[place].tolist()
     return {(parents[node], token_ids[node]): node for node in range(num_nodes - 1, 0, -1)}

@@ -1,4 +1,4 @@
-"""A draft's card: `card.md.jinja` filled in from what lies in the draft's folder, and from nothing else.
+"""A draft's card: `card.md.jinja` filled in from the files in the draft's folder, and from nothing else.
 
 Figures come from metrics.json (`metrics.py`), training.json (the record of the training run), the configurations and the
 weights; a figure that a file should hold and does not is an error. What only a person can say is in about.json.
@@ -21,7 +21,7 @@ from transformers_prism.whole_files import write_json, write_text
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
 _ABOUT_LISTS = ("language", "limits")
-# Stands in a card's code for a target that has no name on the Hub.
+# The placeholder in a card's code for a target without a name on the Hub.
 UNNAMED_TARGET = "name/of-the-target"
 # A draft step that fewer rounds reached is too noisy to plot.
 MIN_ROUNDS = 20
@@ -90,8 +90,8 @@ def names_target(folder: str | Path) -> bool:
 
 
 def render_card(folder: str | Path, metrics: dict | None = None) -> str:
-    """The text of the card of a draft, which its folder names; with metrics.json's figures unless given those of
-    [`gather`]."""
+    """The text of a draft's card. The folder's name is the draft's name. Figures are those of `metrics`, as [`gather`]
+    returns them, by default those of metrics.json."""
     folder = Path(folder).resolve()
     config = _read_json(folder / "config.json")
     about = _read_about(folder / ABOUT)
@@ -101,7 +101,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     target_id = about["base_model"] or fingerprint.get("name") or UNNAMED_TARGET
     template_text = TEMPLATE.read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    # Where there is nothing to say, such as tau of an answer that took no round, a cell is empty.
+    # A cell without a value, such as tau of an answer that took no round, is empty.
     environment.filters["fixed"] = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
     try:
         text = environment.from_string(template_text).render(
@@ -129,17 +129,17 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
             f"{folder.name}: expected every figure of the card in its files, got none: {error}"
         ) from error
     text = text.rstrip() + "\n"
-    # Parses the metadata as the Hub's client does.
+    # Fails if the Hub's client cannot parse the metadata.
     ModelCard(text)
     return text
 
 
 def training_runs(training: dict | None) -> list[dict]:
-    """A record of training and those of the drafts that it continued, the first one first."""
+    """A training record and those of the drafts that it continued, the oldest first."""
     runs: list[dict] = []
     while training is not None:
         begun_from = training.get("init_from")
-        # The card shows it as a run of its own.
+        # The card shows the earlier run separately.
         runs.insert(0, {**training, "init_from": begun_from and begun_from["name"]})
         training = begun_from and begun_from["training"]
     for run in runs:
@@ -157,7 +157,7 @@ def training_runs(training: dict | None) -> list[dict]:
 
 
 def _agreements(validation: dict) -> list[float]:
-    """Of each draft step, the first one first."""
+    """Top-1 accuracy of each draft step, from step 0 on."""
     count = sum(name.startswith("eval_agreement_") for name in validation)
     return [validation[f"eval_agreement_{step}"] for step in range(count)]
 
@@ -184,7 +184,7 @@ def step_shares(metrics: dict) -> list[dict]:
     """Per measurement, the share of rounds that accepted each draft step's token, among those that reached the step."""
     measured = []
     for record in metrics["generate"]:
-        # Repeats of greedy decoding are hardly more than copies.
+        # Repeats of greedy decoding hardly add information.
         fewest = MIN_ROUNDS * record["settings"].get("repeat", 1)
         counts = [pair for pair in record["summary"]["step_counts"] if pair[0] >= fewest]
         if counts:

@@ -2,8 +2,8 @@
 
 A draft's folder holds the code itself: every file of this package that `modeling_prism.py` reaches by relative imports,
 and `custom_generate/generate.py`. transformers runs them with `trust_remote_code=True`. It follows relative imports
-within one folder only, so that `kernels/x.py` is published as `kernels_x.py`; the import lines that name it, as
-`from ..kernels.x import y` does, change with it, and nothing else does.
+within one folder only, so `kernels/x.py` is published as `kernels_x.py`. The import lines that name it, such as
+`from ..kernels.x import y`, are changed accordingly; nothing else is changed.
 
 Licence, card, metrics and the target's tokenizer are saved with the code. A draft that was loaded without this package copies
 them from where it was loaded.
@@ -36,14 +36,14 @@ AUTO_MAP = {
 CARD, METRICS, TRAINING, ABOUT, LICENSE = "README.md", "metrics.json", "training.json", "about.json", "LICENSE"
 KINDS = ("generate", "acceptance", "verify")  # of the measurements in metrics.json
 DRAFT_VOCABULARY = "draft_to_target"  # token ids, the only tensor of a draft that is not a weight
-# Of the target that the draft was bound to when it was saved: vLLM hands a draft the last state before that norm.
+# The final norm of the target that the draft was bound to when saved: vLLM hands a draft the last state before it.
 FINAL_NORM = "target_final_norm.safetensors"
 PLOT, CURVES = "conditional_acceptance.png", "curves.png"
-# The folder of the code: the package, of which this file is one folder down, or a draft's own, which is flat.
+# The folder of the code: the package, in which this file is one folder down, or a draft's own flat folder.
 _CODE = next(folder for folder in Path(__file__).parents if (folder / "modeling_prism.py").is_file())
-# Not reached by imports: they travel from the package, or from where a draft was loaded.
+# Not reached by imports: copied from the package, or from where a draft was loaded.
 _PACKAGE_FILES = (LICENSE, "custom_generate/generate.py", "custom_generate/requirements.txt")
-# They describe certain weights.
+# Files that describe one set of weights.
 _WEIGHT_FILES = (CARD, METRICS, TRAINING, PLOT, CURVES)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -51,7 +51,7 @@ TOKENIZER_FILES = (
 )
 # Licences that allow a target's tokenizer to be published with a draft.
 OPEN_LICENSES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "unlicense")
-# In a card, until the draft is pushed.
+# The user's name in a card until the draft is pushed.
 PLACEHOLDER_USER = "user"
 # Files of an earlier push that a later one removes. Files in other folders, and other weights, are the user's.
 _REPLACED = (
@@ -92,7 +92,7 @@ def published_code(path: Path) -> str:
 
 
 def code_files() -> dict[str, bytes]:
-    """What a draft's repository holds of code and its requirements, by name: only the package has all of it.
+    """The code of a draft's repository and its requirements, by file name; only the package has all of them.
 
     Raises:
         OSError: if this is the copy of the code that a draft carries.
@@ -102,7 +102,7 @@ def code_files() -> dict[str, bytes]:
 
 
 def is_named_by(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a file of a repository is among these, in the folder that they are in."""
+    """Whether a file of a repository matches one of these patterns; `*` does not match into other folders."""
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
@@ -113,14 +113,14 @@ def write_published_files(
     """Add to a draft's weights and configurations what a repository needs; a warning names what is missing.
 
     Args:
-        folder (`str` or `Path`): the draft's folder; files of the same name are replaced, but for what was measured of
-            these very weights, or written about them.
-        find (`Callable`): a file by name where the draft was loaded from, None if it is not there.
+        folder (`str` or `Path`): the draft's folder; files of the same name are replaced, except those that describe these
+            very weights.
+        find (`Callable`): returns a file by name from where the draft was loaded, None if it is not there.
         target_name (`str`, *optional*): folder or repository of the target, whose tokenizer is added if its card names
             a licence that allows it.
         write_card (`Callable`, *optional*): writes card and metrics into a folder whose weights are new, or raises
             ValueError; only the package has it.
-        about (`dict`, *optional*): what about.json says of a draft that has none.
+        about (`dict`, *optional*): content of about.json for a draft that has none.
     """
     folder = Path(folder)
     for path in published_files():
@@ -154,7 +154,7 @@ def _describe(folder: Path, weights: str, find: Callable[[str], Path | None], wr
     the package can write. Returns the names of those that are missing."""
     found = {name: find(name) for name in _WEIGHT_FILES}
     metrics = _metrics_of(found[METRICS])
-    # A card without figures is of the weights that lie beside it.
+    # A card without figures describes the weights in its own folder.
     described = metrics.get("weights_sha256") if found[METRICS] else _weights_beside(found[CARD])
     if described == weights:
         return [name for name in _WEIGHT_FILES if not _copy(found[name], folder / name) and name == CARD]
@@ -162,7 +162,7 @@ def _describe(folder: Path, weights: str, find: Callable[[str], Path | None], wr
         return [CARD, METRICS]
     try:
         write_card(folder)
-    # Other files of the folder are unusable, in whatever way.
+    # Other files of the folder may be unusable in any way.
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         return [f"{CARD} ({error})", METRICS]
     lost = [f"the measurements of {METRICS}"] if _has_figures(metrics) or (found[METRICS] and not metrics) else []
@@ -189,7 +189,7 @@ def _weights_beside(card: Path | None) -> str | None:
 
 
 def _package_file(name: str) -> Path | None:
-    """A file of the package; its licence lies one folder up in a clone, and with its metadata where it is installed."""
+    """A file of the package; its licence is one folder up in a clone, and with the metadata of an installed package."""
     candidates = [_CODE / name]
     if name == LICENSE and (_CODE / "hub").is_dir():
         candidates += [_CODE.parent / name, *_CODE.parent.glob(f"transformers_prism-*.dist-info/licenses/{name}")]
@@ -247,11 +247,11 @@ def upload(
     Args:
         folder (`str` or `Path`): of [`write_published_files`]; its card's code gets the repository's name.
         tags (`list[str]`, *optional*): added to those of the card.
-        loaded_from (`str`): folder or repository that the draft was loaded from, whose name its card may have.
+        loaded_from (`str`): folder or repository that the draft was loaded from, whose name its card may contain.
         commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
     Raises:
         HfHubHTTPError: if the Hub refuses; the repository then holds what it held before.
-        OSError: if the weights cannot be uploaded, with the reason; as above.
+        OSError: if the weights cannot be uploaded, with the reason; the repository is unchanged then, too.
         ValueError: if the Hub does not take the card's metadata.
     """
     api = HfApi(token=token)
@@ -292,14 +292,14 @@ def _with_tags(text: str, tags: list[str]) -> str:
 
 
 def weight_files(folder: str | Path) -> dict[str, tuple]:
-    """Which of the two forms of weights a folder has, one file or an index of shards, and what tells a file from a later one."""
+    """Which forms of weights a folder has (one file, an index of shards), with inode, time and size to detect a later write."""
     found = {name: Path(folder) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
     stats = {name: path.stat() for name, path in found.items() if path.is_file()}
     return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def remove_outdated_weights(folder: str | Path, before: dict[str, tuple]) -> None:
-    """After saving, remove the other form of weights that was there `before`; transformers leaves it beside the new one."""
+    """After saving, remove the other form of weights if it was there `before`; transformers leaves it next to the new one."""
     now = weight_files(folder)
     outdated = [name for name, file in now.items() if before.get(name) == file]
     if len(outdated) < len(now):  # else nothing was saved under these names

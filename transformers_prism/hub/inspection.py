@@ -1,7 +1,7 @@
 """What a draft is, without running it: its target, modules, sizes, and the bytes that a draft step reads.
 
-Bytes are those of weights that a step or a forward reads once, in the dtype that both run in. Keys, values and single rows of
-embeddings are not counted.
+Bytes count each weight that a draft step or a target forward reads, in the dtype that both run in. Keys, values and single
+rows of embeddings are not counted.
 """
 
 import json
@@ -31,14 +31,14 @@ class Inspection:
 
     Attributes:
         name (`str`): folder or repository.
-        folder (`Path`): of its files here.
+        folder (`Path`): its files on this machine.
         config (`PrismConfig`): its architecture.
         generation_config (`GenerationConfig`): its trees.
         headers (`WeightHeaders`): its weights.
-        target_config (`PreTrainedConfig`, *optional*): the target's, if it is here.
+        target_config (`PreTrainedConfig`, *optional*): the target's, if it is on this machine.
         fatal (`list[str]`): why this target cannot be used with it.
         mild (`list[str]`): why fewer tokens may be accepted.
-        dtype (`torch.dtype`): in which bytes are counted: the target's, or the draft's own if that is not here.
+        dtype (`torch.dtype`): that bytes are counted in: the target's, or the draft's own if the target is not here.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Inspection:
 
     def target_bytes(self) -> int | None:
         """Bytes of weights that a forward of the target reads: all but an embedding that is not also the head; None if
-        the target is not known, or none that writes text."""
+        the target is not known, or is no text-generation model."""
         if self.target_config is None:
             return None
         try:
@@ -191,7 +191,7 @@ def verify_files(source: str | Path, revision: str | None = None) -> str:
         `str`: what was compared.
     Raises:
         OSError: if the Hub does not answer.
-        ValueError: naming the files whose bytes are others, or if there is nothing to compare with.
+        ValueError: naming the files whose bytes differ, or if there is nothing to compare with.
     """
     folder = draft_folder(source, revision)
     compared = []

@@ -56,7 +56,7 @@ def check_headers(draft_class, source: str | os.PathLike, ignores_sizes: bool, *
         return
     where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None}
     config = kwargs.get("config")
-    # A given configuration may be of another copy of this class.
+    # isinstance() with our class would fail for a configuration of another copy of it.
     if config is None or isinstance(config, (str, os.PathLike)):
         config = draft_class.config_class.from_pretrained(source if config is None else config, **where)
     if getattr(config, "quantization_config", None) is not None:
@@ -79,7 +79,7 @@ def check_shapes(draft_class, config, found: dict[str, tuple[int, ...]], ignores
         ValueError: as [`check_names_and_shapes`].
     """
     modules = {name.split(".")[1] for name in found if name.startswith("processing_modules.")}
-    # Before they are built.
+    # Compared before the modules are built.
     if len(modules) != config.num_processing_modules:
         raise ValueError(f"expected weights of {config.num_processing_modules} processing modules, got {len(modules)}")
     with torch.device("meta"):
@@ -94,7 +94,7 @@ def check_shapes(draft_class, config, found: dict[str, tuple[int, ...]], ignores
 
 def check_names_and_shapes(missing, unknown, other_shapes) -> None:
     """Refuse weights other than those which the configuration describes: a module with random weights would show only
-    as low acceptance. `other_shapes` are of name, found and expected shape.
+    as low acceptance. `other_shapes` holds tuples of name, found shape and expected shape.
 
     Raises:
         ValueError: listing all of them.
@@ -138,8 +138,8 @@ def check_values(draft, source: str | os.PathLike) -> None:
 
 
 def found_at(source: str | os.PathLike, **kwargs) -> tuple[str, dict]:
-    """Where a draft's files are: the folder, whatever the working directory will be, or the repository, and those arguments of
-    from_pretrained() by which it is downloaded, the very commit as `revision`."""
+    """Where a draft's files are: the absolute path of its folder, or its repository; with those arguments of
+    from_pretrained() that are needed to read them again, the exact commit as `revision`."""
     if not str(source):
         return "", {}
     if Path(source).is_dir():
@@ -157,7 +157,7 @@ def complete_tree_settings(draft, source: str | os.PathLike, **kwargs) -> None:
         OSError: if that file is missing or cannot be downloaded.
     """
     if is_made_up(draft.generation_config) and "generation_config" not in kwargs:
-        # transformers makes one up where the file is missing or its download fails; loading it again says which.
+        # transformers makes one up if the file is missing or its download fails; loading it again raises the reason.
         where = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
         draft.generation_config = GenerationConfig.from_pretrained(source, **where)
     fill_in_tree_settings(draft.generation_config)

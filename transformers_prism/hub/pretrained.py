@@ -1,4 +1,4 @@
-"""A draft's repository as a whole: loading it with every check, saving it with all that a stranger needs, pushing it."""
+"""A draft's repository as a whole: loading it with every check, saving it with all that others need, pushing it."""
 
 import tempfile
 import warnings
@@ -30,7 +30,7 @@ _HUB_ARGUMENTS = "repo_id token private revision create_pr commit_message commit
 
 
 def default_generation_config(config: PrismConfig) -> GenerationConfig:
-    """A draft's settings where nothing else is said."""
+    """A draft's default generation settings."""
     # Built afresh: a configuration that transformers derives from the model's loses its tree settings on reload.
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation_config = GenerationConfig(**ids, **default_tree_settings())
@@ -49,12 +49,12 @@ class PrismPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    # What about.json says of a draft that was read from files of another form.
+    # Content of about.json for a draft that was converted from another form.
     about: dict | None = None
     # Where it was loaded from: a folder or repository, and arguments of the download.
     loaded_from: tuple[str, dict] | None = None
 
-    # Of a folder whose weights are new; the package sets it, a draft's own copy of the code cannot write cards.
+    # Writes the card of a folder with new weights. The package sets it: a draft's copy of the code cannot write cards.
     write_card: Callable[[Path], object] | None = None
 
     @torch.no_grad()
@@ -66,10 +66,10 @@ class PrismPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load a draft; as `PreTrainedModel.from_pretrained`, but every weight must be there, known, and a number.
+        """Load a draft; as `PreTrainedModel.from_pretrained`, but no weight may be missing, unknown or not finite.
 
         Raises:
-            OSError: if any file cannot be had, generation_config.json included, which holds the draft's trees.
+            OSError: if any file cannot be found or downloaded, including generation_config.json with the tree settings.
             ValueError: if the configuration is not of a draft; listing the weights that are missing, unknown or of
                 another shape, before memory is taken for them; naming a weight that holds NaN or infinity. Also if an
                 index of shards names files elsewhere.
@@ -101,7 +101,7 @@ class PrismPreTrainedModel(PreTrainedModel):
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         self.config.auto_map = dict(AUTO_MAP)
         pushed = {name: kwargs[name] for name in ("state_dict", "variant", "max_shard_size") if name in kwargs}
-        if pushed.get("state_dict") is not None:  # which saving empties
+        if pushed.get("state_dict") is not None:  # saving empties it
             pushed["state_dict"] = dict(pushed["state_dict"])
         # Loading may leave weights in another order; sorted, they fall into the same shards again.
         kwargs.setdefault("state_dict", dict(sorted(self.state_dict().items())))
@@ -124,7 +124,7 @@ class PrismPreTrainedModel(PreTrainedModel):
         return self.loaded_from or (name_of(self.config), {"revision": revision_of(self.config)})
 
     def _find_file(self, name: str) -> Path | None:
-        """A file beside the weights that the draft was loaded from, None if there is none."""
+        """A file next to the weights that the draft was loaded from; None if there is none."""
         source, where = self._source()
         return find_file(source, name, **where)
 
@@ -141,8 +141,8 @@ class PrismPreTrainedModel(PreTrainedModel):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ):
-        """Upload what [`~PrismDraftModel.save_pretrained`] writes, in one commit, of which it returns the
-        `CommitInfo`; as `PreTrainedModel.push_to_hub`, but the card is the draft's own."""
+        """Upload what [`~PrismDraftModel.save_pretrained`] writes in one commit, and return its `CommitInfo`. As
+        `PreTrainedModel.push_to_hub`, but the card is the draft's own."""
         return self._push(
             repo_id,
             {"max_shard_size": max_shard_size},

@@ -1,1 +1,1 @@
-"""One operation a file: its definition in PyTorch, its Triton kernels, its operator and the choice between them."""
+"""One operation per file: its definition in PyTorch, its Triton kernels, its operator and the choice between them."""

@@ -22,7 +22,7 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-# Of one row, for the kernel: it holds all of them at once.
+# Most moves of one row in the kernel, which holds all of them at once.
 MAX_MOVES = 1024
 _TILE_ELEMENTS = 2048
 
@@ -33,14 +33,14 @@ def compact_cache_reference(
     """The definition; see [`compact_cache`]."""
     length = buffers[0].shape[2]
     is_move = (source >= 0) & (source < length) & (destination >= 0) & (destination < length)
-    # Another pair says the same once more in place of one that moves nothing; position 0 onto itself where none moves.
+    # A pair that moves nothing is replaced by a copy of the row's first move, or by position 0 onto itself if there is none.
     first = is_move.int().argmax(dim=1, keepdim=True)
     moves_any = is_move.any(dim=1, keepdim=True)
     source = torch.where(is_move, source, source.gather(1, first) * moves_any)
     destination = torch.where(is_move, destination, destination.gather(1, first) * moves_any)
     num_rows, num_heads, _, head_dim = buffers[0].shape
     if buffers[0].is_contiguous():
-        # Rows, heads and positions as one, so that vectors are copied whole.
+        # Rows, heads and positions are flattened, so that whole vectors are copied.
         starts = torch.arange(num_rows * num_heads, device=source.device).view(num_rows, -1, 1) * length  # [B, G, 1]
         source, destination = ((starts + positions[:, None]).flatten() for positions in (source, destination))
         for buffer in buffers:
@@ -66,7 +66,7 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64) // num_heads
         head = tl.program_id(0).to(tl.int64) % num_heads
         address = tl.load(pointers + tl.program_id(1))
-        # The type of `first_buffer` is that of all of them.
+        # All buffers have the type of `first_buffer`.
         buffer = address.to(first_buffer.dtype) + row * stride_b + head * stride_g
         move = tl.arange(0, BLOCK_A)
         start = tl.load(source + row * num_moves + move, mask=move < num_moves, other=-1)  # [A]

@@ -3,9 +3,9 @@
     output[b, i, h] = softmax_j(scale * query[b, h, i] . key[b, g, j]) value[b, g, j],   g = h // (H / G)
 
 Query row i sees the rows j <= i - k through the keys and values of step 0, and its own path: row i - k + s through those
-of step s, for s = 1..k. With packed sequences `starts[b, i]` is the first row of the sequence that row i belongs to, with
-a sliding window the first row of that, and nothing before it is seen. A row that starts after itself, as padding does, sees
-nothing: zeros, and no gradients.
+of step s, for s = 1..k. `starts[b, i]` is the first row that row i sees: with packed sequences the first row of its
+own sequence, with a sliding window the first row of its window. A row that starts after itself, as padding does, sees
+nothing: its output is zeros, and it has no gradients.
 
 Layout: query `(B, H, T, E)`, keys and values k + 1 tensors `(B, G, T, E)` each, of any strides but a contiguous last
 dimension; output `(B, T, H, E)`. Backward keeps query, keys, values, the output and each row's log-sum-exp
@@ -37,8 +37,8 @@ MAX_HEAD_DIM = 256
 def context_alignment_scores(
     query: torch.Tensor, keys: list[torch.Tensor], starts: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """The scores that the definition takes the softmax of, minus infinity where a row does not see, `(B, G, H / G, T,
-    T + k)`: of the rows of step 0, then of the path's steps 1..k."""
+    """The scores before the softmax, minus infinity at what a row does not see, `(B, G, H / G, T, T + k)`: those of step
+    0's rows, then those of the path's steps 1..k."""
     step, num_rows = len(keys) - 1, query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = (query.to(dtype) * scale).unflatten(1, (keys[0].shape[1], -1))  # [B, G, R, T, E]
@@ -236,7 +236,7 @@ if triton is not None:
         tile_values = _load(value, value_strides, batch, group, place, element, mask)
         end = num_rows
         if HAS_STARTS:
-            # Rows whose sequence begins behind this tile see none of it; reading all starts costs next to nothing.
+            # Rows whose sequence begins after this tile see none of it; reading all starts costs next to nothing.
             last_place = tl.minimum(tile + BLOCK_K, num_rows) - 1
             end = 0
             for start in range(0, num_rows, 1024):
@@ -313,7 +313,7 @@ if triton is not None:
             tl.store(grad_value + address_of_grads, value_result.to(grad_value.dtype.element_ty), mask=mask)
 
     def _tiles(head_dim: int, itemsize: int, step: int) -> dict:
-        """Tiles of forward by shape alone: as many rows as registers hold beside the keys; float32 as in
+        """Tiles of the forward kernel by shape alone: as many rows as fit into registers next to the keys; float32 as in
         tree_attention."""
         block_e = max(16, triton.next_power_of_2(head_dim))
         tiles: dict
@@ -331,11 +331,11 @@ if triton is not None:
         return {**tiles, "BLOCK_E": block_e}
 
     def _is_crowded(block_e: int, itemsize: int, step: int) -> bool:
-        """Whether the addresses of a long path leave registers for half as many rows of a wide head."""
+        """Whether the addresses of a long path leave registers for only half as many rows of a wide head."""
         return itemsize == 2 and block_e >= 128 and step > 2
 
     def _backward_tiles(head_dim: int, itemsize: int, step: int) -> tuple[dict, dict]:
-        """Tiles of the two kernels of backward with a loop: what a program holds on to is twice what it loops over."""
+        """Tiles of the two backward kernels with a loop: a program usually holds twice as many rows as it loads at a time."""
         block_e = max(16, triton.next_power_of_2(head_dim))
         held, looped = (64, 32) if block_e <= 128 else (32, 16)
         options = {"PRECISION": "ieee", "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
@@ -347,7 +347,7 @@ if triton is not None:
         of_rows, of_keys = {**options, "BLOCK_M": held, "BLOCK_K": looped}, {**options, "BLOCK_M": looped, "BLOCK_K": held}
         if itemsize == 4 and block_e <= 128:
             of_keys["num_stages"] = 1
-        # A row's query, gradient and path are held by more threads, or by fewer rows, so that none spills.
+        # More threads hold a row's query, gradient and path, or there are fewer rows, so that no register spills.
         is_crowded = _is_crowded(block_e, itemsize, step) or (itemsize == 2 and block_e > 128)
         if block_e <= (128 if itemsize == 2 else 64) or is_crowded:
             of_rows["num_warps"] = 8

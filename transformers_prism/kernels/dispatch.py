@@ -25,7 +25,7 @@ def operator_namespace(module_name: str, source_file: str) -> str:
     """A namespace of `torch.library`, "prism_" and a hash, that belongs to one copy of a kernel file, by its
     `__name__` and `__file__`.
 
-    A second registration of a name replaces the first without a word, and a process may hold this package beside older
+    A second registration of a name silently replaces the first, and a process may hold this package together with older
     and newer copies of its files that came with drafts.
     """
     digest = hashlib.sha256(module_name.encode() + b"\n" + Path(source_file).read_bytes())
@@ -36,7 +36,7 @@ def use_triton(implementation: str, device: torch.device) -> bool:
     """Whether Triton computes an operation, chosen at each call.
 
     Args:
-        implementation (`str`): "auto" takes Triton on devices that it compiles for; "triton" and "torch" insist.
+        implementation (`str`): "auto" takes Triton on devices that it compiles for; "triton" and "torch" force one.
         device (`torch.device`): where the tensors are.
     Raises:
         ValueError: if Triton is asked for where it cannot run.
@@ -53,7 +53,7 @@ def use_triton(implementation: str, device: torch.device) -> bool:
 
 
 def expect(is_met: bool, name: str, expected: str, got) -> None:
-    """Raise a `ValueError` that says what was expected of `name` and what came, unless it was met."""
+    """Raise a `ValueError` that says what was expected of `name` and what was given, unless the expectation is met."""
     if not is_met:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -65,7 +65,7 @@ def expect_float(name: str, tensor: torch.Tensor, has_double: bool = False) -> N
 
 
 def expect_tensors(device: torch.device, **tensors: tuple[torch.Tensor, tuple, torch.dtype]) -> None:
-    """Check each tensor, given with its shape and dtype, and all against one device."""
+    """Check the shape and dtype of each tensor, and that all are on one device."""
     for name, (tensor, shape, dtype) in tensors.items():
         found = (("shape", shape, tuple(tensor.shape)), ("dtype", dtype, tensor.dtype), ("device", device, tensor.device))
         for what, expected, got in found:

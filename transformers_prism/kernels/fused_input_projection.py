@@ -5,10 +5,10 @@
 of N rows of width D. `weight` `(D, 2 * D)` and `bias` belong to the module of the draft step; the embedding table
 `(V, D)` is the target's. The scaled embedding is rounded to the tensors' dtype, as it would be if it were stored.
 
-With 16 rows or fewer the weight is all that counts: 2 * D * D elements, loaded once. Each program computes a few columns of
-the output and reads both halves of their weights; no joined rows [N, 2 * D] and no gathered embeddings are stored. The
-2 * N * D elements of the inputs are read again by every program, from the second-level cache. With more rows torch's
-own product over the joined rows is used.
+With 16 rows or fewer, nearly all traffic is the weight: 2 * D * D elements, loaded once. Each program computes a few columns
+of the output and reads both halves of their weights; no joined rows [N, 2 * D] and no gathered embeddings are stored. The
+2 * N * D elements of the inputs are read again by every program, from the L2 cache. With more rows torch's own product over
+the joined rows is used.
 Source: ours; the formula is EAGLE's (arXiv:2401.15077).
 """
 
@@ -23,7 +23,7 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-# Rows that the kernel takes: as many as the smallest matrix product of a tensor core.
+# Most rows that the kernel takes: those of a tensor core's smallest matrix product.
 MAX_ROWS = 16
 
 
@@ -74,7 +74,7 @@ if triton is not None:
         tl.store(address, result.to(output.dtype.element_ty), mask=mask)
 
     def _tiles(hidden_size: int, itemsize: int) -> dict:
-        """Columns of a program: fewer where there would be too few programs; what a load brings is 16 KB at most."""
+        """Columns of a program, fewer where there would be too few programs; a load brings at most 16 KB."""
         block_d = 32 if hidden_size >= 32 * NUM_PROGRAMS else 16
         block_k = min(64 if itemsize == 4 else 128, max(16, triton.next_power_of_2(hidden_size)))
         # float32 as six products of bfloat16 parts, which are as exact.
@@ -114,7 +114,7 @@ def fused_input_projection(
 
     Args:
         token_ids (`torch.LongTensor` of shape `(...)`): of N >= 1 rows in all, each in [0, V). On Triton's path an id
-            outside counts as an embedding of zeros.
+            outside of that gets an embedding of zeros.
         hidden (`torch.Tensor` of shape `(..., D)`): float32, float16 or bfloat16.
         embedding (`torch.Tensor` of shape `(V, D)`): the table.
         weight (`torch.Tensor` of shape `(D, 2 * D)`): of the processing module.

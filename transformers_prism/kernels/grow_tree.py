@@ -1,9 +1,9 @@
-"""How a tree of drafted tokens grows, for a batch of rows: one draft step, the choice of nodes, and who descends from whom.
+"""How a tree of drafted tokens grows, for a batch of rows: one draft step, the choice of nodes, and their ancestors.
 
 [`grow_tree`], a draft step that has drawn K children of each of W nodes:
 
     log_probs[b, w * K + k] = node_log_probs[b, w] + child_log_probs[b, w, k]
-    chosen[b]               = indices of the largest of these, best first: the nodes that the next step goes on with
+    chosen[b]               = indices of the largest of these, best first: the nodes that the next step expands
     ancestors[b, j]         = node_ancestors[b, chosen[b, j] // K], and bit first_bit + j
 
 [`choose_nodes`], at the end: the most probable nodes of all that were drawn, as a tree in the order drawn. The choice is
@@ -14,9 +14,9 @@ closed under parents, because log-probabilities never rise along a path and pare
 Ancestors are bits of int64 words `(B, N, ceil(R / 64))`, bit j % 64 of word j // 64, as the tree attention takes them.
 Of equal log-probabilities the smaller index comes first; NaN counts as minus infinity. All paths give the same bits.
 
-Bytes moved: inputs and outputs once, a few KB a row. What the kernels save is launches: one instead of some ten, twenty
-and twenty-five. Each program serves a row. A candidate is one 64-bit number, its log-probability in an
-order-preserving form above its index counted backwards, so that a comparison of two decides ties as well.
+Bytes moved: inputs and outputs once, a few KB a row. The kernels save launches: one instead of about ten, twenty and
+twenty-five. Each program serves a row. A candidate is one 64-bit number: in its high bits the log-probability in an
+order-preserving form, in its low bits the index counted backwards, so that comparing two also decides ties.
 Source: EAGLE-2 (arXiv:2406.16858), section 4; ties and orders as in its released code.
 """
 
@@ -35,14 +35,14 @@ except ImportError:
 _NAMESPACE = operator_namespace(__name__, __file__)
 _WORD = 64
 _NUM_KEPT_WORDS = 4
-# Of the kernels: nodes that a step goes on with, children of a step, and nodes of a tree, the root included.
+# Limits of the kernels: nodes that a step expands, children of a step, and nodes of a tree, the root included.
 MAX_WIDTH = 64
 MAX_CHILDREN = 4096
 MAX_NODES = 128
 
 
 class GrownStep(NamedTuple):
-    """What a draft step brought; C is the number of all children and N that of the nodes to go on with, best first."""
+    """The result of a draft step: all C children, and the N of them that the next step expands, best first."""
 
     all_log_probs: torch.Tensor  # [B, C], cumulative
     chosen: torch.Tensor  # [B, N], index of each node among the children
@@ -114,7 +114,7 @@ def ancestor_bits_reference(parents: torch.Tensor) -> torch.Tensor:
     num_words = -(-num_nodes // _WORD)
     bits = _own_bits(0, num_nodes, num_words, parents.device).expand(num_rows, -1, -1)
     ancestor = parents
-    # A node knows twice as many levels after each turn: its own, and those that its farthest known ancestor knows.
+    # Each pass doubles the levels that a node knows: it adds those that its farthest known ancestor knows.
     for _ in range((num_nodes - 1).bit_length()):
         bits = bits | bits.gather(1, ancestor[..., None].expand(-1, -1, num_words))
         ancestor = ancestor.gather(1, ancestor)
@@ -164,7 +164,7 @@ if triton is not None:
         # Less than any candidate, and all different.
         best = rank.to(tl.int64) - 9223372036854775807
         best = _insert(_as_candidates(values, child, is_child), best, NUM_BEST)
-        # How many are better is where each belongs.
+        # The position of each is the number of those that are better.
         position = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1)
         is_next = position < NUM_NEXT
         index = tl.where(is_next, 0x7FFFFFFF - (best & 0x7FFFFFFF), 0)
@@ -200,7 +200,7 @@ if triton is not None:
             values = tl.load(log_probs + first + candidate, mask=is_candidate, other=0.0)
             best = _insert(_as_candidates(values, candidate, is_candidate), best, NUM_BEST)
         is_node = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1) < NUM_NODES
-        # Beyond all candidates, so that nothing below counts what was not chosen.
+        # What was not chosen gets an index beyond all candidates, so that nothing below counts it.
         index = tl.where(is_node, 0x7FFFFFFF - (best & 0x7FFFFFFF), 0x7FFFFFFF).to(tl.int32)
         parent = tl.load(parents + first + index, mask=is_node, other=-1).to(tl.int32)
         node = 1 + tl.sum((index[None, :] < index[:, None]).to(tl.int32), 1)
@@ -230,7 +230,7 @@ if triton is not None:
         at = tl.where(is_node, node, 0)
         result = (word[None, :] == (at // 64)[:, None]).to(tl.int64) << (at % 64)[:, None]
         num_left = tl.max(tl.where(is_node, NUM_NODES, 0), 0)
-        # The bound ends what is no tree.
+        # The bound ends the loop even if the parents form no tree.
         while (tl.max(at, 0) > 0) & (num_left > 0):
             at = tl.load(parents + row * NUM_NODES + at, mask=(at >= 0) & (at < NUM_NODES), other=0)
             result |= (word[None, :] == (at // 64)[:, None]).to(tl.int64) << (at % 64)[:, None]
@@ -315,7 +315,7 @@ def grow_tree(
     child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
     num_next: int, first_bit: int, implementation: str = "auto"
 ) -> GrownStep:
-    """Add the children that a draft step has drawn, and say which of them the next step goes on with.
+    """Add the children that a draft step has drawn, and choose those that the next step expands.
 
     Tensors of any strides are made contiguous.
 
@@ -324,14 +324,14 @@ def grow_tree(
         child_log_probs (`torch.FloatTensor` of shape `(B, W, K)`): of each token, given the path to its node, in nats.
         log_probs (`torch.FloatTensor` of shape `(B, W)`): cumulative ones of the W nodes.
         ancestors (`torch.LongTensor` of shape `(B, W, words)`): bits of the W nodes.
-        num_next (`int`): nodes to go on with, 1 to W * K.
-        first_bit (`int`): bit of the first of them; they get one each, in a row.
+        num_next (`int`): nodes to choose, 1 to W * K.
+        first_bit (`int`): bit of the first of them; the others get the bits after it.
         implementation (`str`): "auto", "triton" (W * K at most 4096, `num_next` at most 64) or "torch". "auto" takes
             PyTorch's path beyond.
     Returns:
         `GrownStep`: the cumulative log-probabilities, and the chosen nodes.
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit, or the nodes have no bits.
+        ValueError: if shapes, dtypes or devices do not fit, or there are too few bits for the nodes.
     """
     expect(
         child_ids.dim() == 3 and child_ids.numel() > 0, "child_ids", "3 dimensions, none empty", tuple(child_ids.shape)

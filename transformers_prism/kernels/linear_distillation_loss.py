@@ -8,16 +8,16 @@
     negative_log_acceptance  -log sum min(p, q)                             q (B - a) / sum min(p, q)
 
 with cap(x) = softcap * tanh(x / softcap), or x itself; a is 1/2 where q = p. Both share one frozen head of V rows, all of
-the target's or those of a draft vocabulary; a head that is trained is not for it. Gradients reach the student alone.
+the target's or those of a draft vocabulary; a head that is being trained is not supported. Gradients reach the student alone.
 
-Layout: student `(N, D)`, teacher `(R, D)`, head `(V, D)`, losses `(K, N)` in float32. Forward makes both products tile by
-tile of the vocabulary, in a running softmax, and keeps 8 float32 numbers a row; the sums of min(p, q) take a second pass,
-since they need both softmaxes whole. Backward makes the products again, a part of the vocabulary at a time: z's gradients
-of that part go through a workspace of at most 64 MB, and a second product adds them up to `(N, D)` in float32. Backward
-reads what forward kept and writes nothing of it, so that several losses may share it.
+Layout: student `(N, D)`, teacher `(R, D)`, head `(V, D)`, losses `(K, N)` in float32. Forward computes both products tile by
+tile of the vocabulary, with a running softmax, and keeps 8 float32 numbers a row. The sums of min(p, q) take a second pass,
+since they need both complete softmaxes. Backward computes the products again, a part of the vocabulary at a time: z's
+gradients of that part go through a workspace of at most 64 MB, and a second product adds them up to `(N, D)` in float32.
+Backward only reads what forward kept, so that several losses may share it.
 
 Bytes moved: a pass reads the head once for every 128 rows (64 in float32 or unless D is a multiple of 16), 2 * V * D bytes
-in 16 bits; everything else is small beside it. A pass takes 4 * N * V * D operations, backward 6 * N * V * D.
+in 16 bits; everything else is small compared to that. A pass takes 4 * N * V * D operations, backward 6 * N * V * D.
 Source: softmax in tiles as in Cut Cross-Entropy (arXiv:2411.09009); acceptance of a drafted token is sum min(p, q) by
 Leviathan et al. 2023 (arXiv:2211.17192).
 """
@@ -34,11 +34,11 @@ except ImportError:
 
 _NAMESPACE = operator_namespace(__name__, __file__)
 LOSSES = ("cross_entropy", "kl", "reverse_kl", "total_variation", "negative_log_acceptance")
-# Acceptance below this counts as this, and has no gradient.
+# Smaller acceptances are clamped to this, and have no gradient.
 _LEAST_ACCEPTANCE = 1e-9
 # Of each row: both log-sum-exps, p z, p y, q z, q y, and for the last two losses min(p, q) and a q, summed over tokens.
 _NUM_STATISTICS = 8
-# Of gradients of logits: 4096 tokens by a few thousand rows in 16 bits stay in an H100's second-level cache.
+# Of gradients of logits: 4096 tokens by a few thousand rows in 16 bits stay in an H100's L2 cache.
 _WORKSPACE_BYTES = 64 * 1024**2
 _MAX_WORKSPACE_TOKENS = 4096
 
@@ -47,8 +47,8 @@ def distillation_losses(
     log_probs: torch.Tensor, target_log_probs: torch.Tensor, target: torch.Tensor, losses: tuple[str, ...],
     token_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Some of `LOSSES` from whole distributions, the logarithms of q and p and p itself, `(..., V)` each: `(K, ...)`,
-    in the order of `losses`. If the V tokens are a sample, `token_weights` `(V,)` is how many tokens each stands for."""
+    """The named `losses`, `(K, ...)` in their order, from whole distributions: log q, log p and p, `(..., V)` each. If the
+    V tokens are a sample, `token_weights` `(V,)` says how many tokens each stands for."""
     # No `vecdot`, which rounds to 16 bits under autocast.
     def total(terms: torch.Tensor) -> torch.Tensor:
         return (terms if token_weights is None else terms * token_weights).sum(dim=-1)
@@ -182,7 +182,7 @@ if triton is not None:
         row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         is_row = row < num_rows
         for side in tl.static_range(0, 2):
-            # The student's largest logits and sums stand first, the sums that they weigh last.
+            # The student's largest logits and sums come first, but the sums that are weighted by them come last.
             at_max = parts + 2 * side * num_rows + row
             at_sums = parts + (6 - 2 * side) * num_rows + row
             largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -306,9 +306,9 @@ if triton is not None:
         tl.store(address, result, mask=mask)
 
     def _tiles(hidden_size: int, itemsize: int) -> dict:
-        """Whatever the number of rows: smaller tiles for few would not be faster, since the head has to be read in any
-        case. float32 as six products of bfloat16 parts, which are as exact; they take registers, as do rows of which each
-        number has an address of its own."""
+        """Tiles for any number of rows: smaller tiles for few rows would not be faster, since the head has to be read in any
+        case. float32 products are six products of bfloat16 parts, which is as exact. These take registers, and so do rows
+        whose elements each have an address of their own."""
         block_n = 128 if hidden_size % 16 == 0 else 64
         tiles = {"PRECISION": "ieee", "BLOCK_N": block_n, "BLOCK_V": 64, "BLOCK_D": 64}
         if itemsize == 4:
@@ -316,7 +316,7 @@ if triton is not None:
         return {**tiles, "num_warps": 8, "num_stages": 2, **ALL_REGISTERS}
 
     def _forward_grid(num_rows: int, num_tokens: int, tiles: dict) -> tuple[tuple[int, int], int]:
-        """Tiles of rows by parts of the vocabulary, as many as give every processor a program, and a part's length."""
+        """Tiles of rows by parts of the vocabulary, enough to give every multiprocessor a program, and a part's length."""
         num_tiles = triton.cdiv(num_tokens, tiles["BLOCK_V"])
         row_tiles = triton.cdiv(num_rows, tiles["BLOCK_N"])
         num_splits = min(num_tiles, triton.cdiv(NUM_PROGRAMS, row_tiles))
@@ -324,12 +324,12 @@ if triton is not None:
         return (row_tiles, triton.cdiv(num_tokens, split_length)), split_length
 
     def _numerics(student_scale, student_softcap, teacher_scale, teacher_softcap) -> tuple[tuple, dict]:
-        """What kernels take of them: numbers, and which soft-caps there are."""
+        """The scales and soft-caps as kernels take them: numbers, and flags that say which soft-caps there are."""
         numbers = (student_scale, student_softcap or 1.0, teacher_scale, teacher_softcap or 1.0)
         return numbers, {"HAS_STUDENT_CAP": student_softcap is not None, "HAS_TEACHER_CAP": teacher_softcap is not None}
 
     def _loss_values(statistics: torch.Tensor, losses: str) -> torch.Tensor:
-        """Losses `(K, N)` from what a row keeps."""
+        """Losses `(K, N)` from the statistics of each row."""
         our_log_sum, their_log_sum, pz, py, qz, qy, accepted, _ = statistics
         formulas = {
             "cross_entropy": lambda: our_log_sum - pz,
@@ -373,7 +373,7 @@ if triton is not None:
         return _loss_values(statistics, losses), statistics
 
     def _coefficients(grad_losses: torch.Tensor, statistics: torch.Tensor, losses: str) -> torch.Tensor:
-        """What the gradients of a row's logits are made of, `(4, N)`: factors of q - p and of the reverse KL's part, the
+        """Coefficients of the gradients of a row's logits, `(4, N)`: factors of q - p and of the reverse KL's part, the
         reverse KL itself, and the factor of q (B - a)."""
         gradient = dict(zip(losses.split(","), grad_losses.float(), strict=True))
         zero = torch.zeros_like(statistics[0])
@@ -392,7 +392,7 @@ if triton is not None:
     ) -> torch.Tensor:
         (num_rows, hidden_size), num_tokens = student.shape, head.shape[0]
         coefficients = _coefficients(grad_losses, statistics, losses)
-        # Rows of little weight must not vanish in 16 bits: the workspace holds their gradients at full size.
+        # Gradients of rows with a small weight must not underflow in 16 bits, so the workspace holds them without the weight.
         size = coefficients[[0, 1, 3]].abs().amax(dim=0).clamp(min=1e-30)
         coefficients[[0, 1, 3]] /= size
         tiles = _tiles(hidden_size, student.element_size())
@@ -450,7 +450,7 @@ def linear_distillation_loss(
     student_scale: float = 1.0, student_softcap: float | None = None, teacher_scale: float = 1.0,
     teacher_softcap: float | None = None, implementation: str = "auto"
 ) -> torch.Tensor:
-    """How far the distributions are apart that a frozen head makes of two hidden states, in nats.
+    """Distances, in nats, between the distributions that a frozen head gives for two hidden states.
 
     Args:
         student (`torch.Tensor` of shape `(..., R, D)`): float32, float16 or bfloat16; on PyTorch's path float64 as well.
@@ -458,7 +458,7 @@ def linear_distillation_loss(
         teacher (`torch.Tensor` of shape `(R, D)`): compared with every leading dimension of the student. Made contiguous
             where it is not.
         head (`torch.Tensor` of shape `(V, D)`): contiguous; the rows of a draft vocabulary, or all.
-        losses (`tuple` of `str`): different ones of "cross_entropy", "kl", "reverse_kl", "total_variation" and
+        losses (`tuple` of `str`): one or more, each once, of "cross_entropy", "kl", "reverse_kl", "total_variation" and
             "negative_log_acceptance".
         student_scale, teacher_scale (`float`): of the logits.
         student_softcap, teacher_softcap (`float`, *optional*): bounds of the logits.

@@ -3,16 +3,16 @@
     logits[n, v] = cap(scale * (hidden[n] . weight[v] + bias[v])),    cap(x) = softcap * tanh(x / softcap), or x itself
     log_prob[n, v] = logits[n, v] - log sum_w exp(logits[n, w])
 
-Best first; of equal logits the one with the smaller row of the head. A row of the head is a token, or stands for the
-token `token_ids[v]` of a larger vocabulary. A state with a NaN among its logits has no log-probabilities: all k are
-minus infinity, and their tokens are some k different ones.
+Best first; ties go to the smaller row of the head. A row of the head is a token, or stands for the token `token_ids[v]` of a
+larger vocabulary. A state with a NaN among its logits has no log-probabilities: all k are minus infinity, and their tokens
+are any k different ones.
 
-The head `(V, D)` is all that counts: V * D elements, loaded once for up to 128 rows of `hidden` (64 in float32). Each program goes
-through a few tiles of the vocabulary and keeps the largest logit, the sum of exponentials and the best k of what it
-has seen; it writes N * (k' + 1) 8-byte numbers (k' is k rounded up to 2, 16 or 64). A second kernel joins these
-lists. No logits reach memory.
-A candidate is one 64-bit number, its logit in an order-preserving form above its row counted backwards, so that a
-comparison of two decides ties as well, and no two are equal.
+Nearly all traffic is the head `(V, D)`: V * D elements, loaded once for up to 128 rows of `hidden` (64 in float32). Each
+program goes through a few tiles of the vocabulary and keeps the largest logit, the sum of exponentials and the best k of what
+it has seen; it writes N * (k' + 1) 8-byte numbers (k' is k rounded up to 2, 16 or 64). A second kernel joins these lists. No
+logits reach memory.
+A candidate is one 64-bit number: in its high bits the logit in an order-preserving form, in its low bits the row counted
+backwards, so that comparing two also decides ties, and no two are equal.
 Source: ours; the running sum is that of online softmax (Milakov and Gimelshein, arXiv:1805.02867).
 """
 
@@ -36,10 +36,10 @@ except ImportError:
     triton = None
 
 _NAMESPACE = operator_namespace(__name__, __file__)
-# Of the kernel: a program keeps so many of the best for each row.
+# Limits of the kernel: a program keeps at most MAX_TOP_K of the best for each row.
 MAX_TOP_K = 64
 MAX_TOKENS = 262144
-# On a CPU, logits are searched in columns of this length, where there are at least so many logits.
+# On a CPU, logits are searched in columns of this length if there are at least this many logits.
 _COLUMN = 32
 _MANY_LOGITS = 2**15
 
@@ -56,8 +56,8 @@ def top_k_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 def top_k_by_columns(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What `values.topk(k, dim=-1)` returns, equal values in any order; two to three times as fast on a CPU.
 
-    `(..., V)` is read as a matrix. The k largest values are in the k columns with the largest maxima, and a maximum of
-    columns runs over vectors, while `torch.topk` compares numbers one by one.
+    `(..., V)` is read as a matrix. The k largest values are in the k columns with the largest maxima. These maxima are
+    computed on whole vectors, while `torch.topk` compares numbers one by one.
     """
     size = values.shape[-1]
     width = size // _COLUMN
@@ -78,7 +78,7 @@ def top_k_log_prob_reference(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
     scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition; see [`top_k_log_prob`]. It alone has no order for equal logits."""
+    """The definition; see [`top_k_log_prob`]. Unlike the kernel, it has no order for equal logits."""
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float()) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -137,7 +137,7 @@ if triton is not None:
             if HAS_SOFTCAP:
                 logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.8853900817779268 / softcap)) + 1.0))
             logits = tl.where(is_token[None, :], logits, float("-inf"))
-            # NaN takes part in the sum, and so spoils the row, but not in comparisons.
+            # NaN is part of the sum, which becomes NaN for the whole row, but not of comparisons.
             ordered = tl.where(logits == logits, logits, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(ordered, 1))
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -182,7 +182,7 @@ if triton is not None:
             candidates = tl.load(address, mask=place < num_candidates, other=-9223372036854775808)
             best = _insert(candidates[None, :], best, NUM_BEST)
         best = tl.reshape(best, (NUM_BEST,))
-        # How many are better is where each belongs.
+        # The position of each is the number of those that are better.
         position = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1)
         bits = (best >> 32).to(tl.int32)
         logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -196,13 +196,13 @@ if triton is not None:
         tl.store(best_log_probs + row * NUM_CHOSEN + position, log_prob, mask=is_chosen)
 
     def _tiles(num_rows: int, hidden_size: int, itemsize: int) -> dict:
-        """Tiles by shape alone: rows up to 128, in float32 up to 64, so that the head is read once for as many."""
+        """Tiles by shape alone: rows up to 128, in float32 up to 64, so that the head is read once for all of them."""
         block_n = min(64 if itemsize == 4 else 128, max(16, triton.next_power_of_2(num_rows)))
         is_narrow = itemsize == 2 and block_n < 64
         block_k = min(64 if is_narrow else 32, max(16, triton.next_power_of_2(hidden_size)))
         # float32 as six products of bfloat16 parts, which are as exact.
         precision = "bf16x6" if itemsize == 4 else "ieee"
-        # 128 rows and their lists, or the parts of float32 products, leave registers for half as many candidates.
+        # 128 rows and their lists, or the parts of float32 products, leave registers for only half as many candidates.
         block_v = 32 if block_n == 128 or (itemsize == 4 and block_n == 16) else 64
         tiles = {"PRECISION": precision, "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k}
         return {**tiles, "num_warps": 16 if block_n == 128 else 8, "num_stages": 4 if is_narrow else 3, **ALL_REGISTERS}
@@ -273,7 +273,7 @@ def top_k_log_prob(
     Returns:
         `tuple`: tokens, a `torch.LongTensor` of shape `(..., k)`, and their log-probabilities in nats, a
         `torch.FloatTensor` of the same shape. Of equal logits the smaller row of the head comes first on Triton's
-        path; on PyTorch's, `torch.topk` decides.
+        path; on PyTorch's they come in any order.
     Raises:
         ValueError: if shapes, strides, dtypes or devices do not fit.
     """

@@ -103,7 +103,7 @@ if triton is not None:
         output = output * decay[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         return output, new_max, row_sum
 
-    # What grows from round to round must not compile anything anew.
+    # Sizes that grow from round to round must not lead to recompilation.
     @triton.jit(do_not_specialize=["num_prefix", "num_tree_keys", "split_length", "num_words"])
     def _tree_attention_fwd_kernel(
         query, key, value, ancestors, committed, node_index, output, part_sums,
@@ -149,7 +149,7 @@ if triton is not None:
             visible = is_row[:, None] & seen[None, :]
             if HAS_WINDOW:
                 visible = visible & (place[None, :] >= oldest[:, None])
-            # Nothing is known of what padding and holes hold, and 0 * NaN is NaN.
+            # Padding and holes may hold anything, and 0 * NaN is NaN.
             mask = seen[:, None] & is_element[None, :]
             keys = tl.load(key + place[:, None] * stride_kt + element[None, :], mask=mask, other=0.0)
             values = tl.load(value + place[:, None] * stride_vt + element[None, :], mask=mask, other=0.0)
@@ -214,7 +214,7 @@ if triton is not None:
         tl.store(output + cell * HEAD_DIM + element, result.to(output.dtype.element_ty), mask=element < HEAD_DIM)
 
     def _tiles(num_rows: int, head_dim: int, itemsize: int) -> dict:
-        """Tiles by shape alone: rows up to 128, and as many keys as registers and shared memory hold beside them.
+        """Tiles by shape alone: rows up to 128, and as many keys as registers and shared memory hold in addition.
 
         float32 products are six products of bfloat16 parts, as exact as float32 itself; with wide heads, where those would not
         fit into registers, they are plain float32.
@@ -224,7 +224,7 @@ if triton is not None:
         block_k, precision, num_stages = min(64, 8192 // block_e), "ieee", 2
         num_warps = 8 if block_m * block_e * itemsize >= 16384 else 4
         if itemsize == 4:
-            # A second stage in flight would not fit into the 64 KiB of an MI300X's processors.
+            # A second stage in flight would not fit into the 64 KiB of shared memory of an MI300X's compute units.
             block_k, precision, num_stages = 16, "bf16x6", 1
             if block_e > 64:
                 precision, num_warps, num_stages = "ieee", 8, 2

@@ -12,10 +12,10 @@ Layout: logits `(B, N, V)`, the tree's tensors `(B, N)`, noise `(W, R, V)`, and 
 many tokens a row emits, the nodes that they are emitted at, the tokens. Nothing is read by the host.
 
 Three launches: `bounds`, only where warpers remove tokens, one program for each node; `choose`, a program for each node
-and 4096 tokens; `walk`, one program for each row. A node's logits are sorted nowhere. What a warper keeps is an interval
-of values: a bisection over the numbers that the dtype can hold counts or weighs the tokens above a bound in as many
-passes over the node's row as its bits, from the second-level cache. The tokens at the lower end of the interval of
-top-p may be kept in part; then those with the smaller ids are removed first, as a stable sort would.
+and 4096 tokens; `walk`, one program for each row. A node's logits are never sorted. What a warper keeps is an interval
+of values. A bisection over the numbers that the dtype can hold finds its bounds: each pass over the node's row, from the L2
+cache, counts or weighs the tokens above a bound, and there are as many passes as the dtype has bits. Of the tokens at the
+lower end of top-p's interval only some may be kept; those with the smaller ids are removed first, as a stable sort would.
 Bytes moved: the logits once (V * N * B elements), W * R * V float32 of noise, and 16 bytes per program of `choose`.
 Source: walk and noise are ours; the warpers are those of transformers' `generation/logits_process.py`.
 """
@@ -40,7 +40,7 @@ except ImportError:
 _NAMESPACE = operator_namespace(__name__, __file__)
 # The walk holds a row's whole tree in registers.
 MAX_NODES = 1024
-# Settings by the names of `verify_tree`, in the order in which transformers applies the warpers.
+# Warpers by the names of their settings in `verify_tree`, in the order in which transformers applies them.
 WARPERS = {
     "temperature": TemperatureLogitsWarper,
     "top_k": TopKLogitsWarper,
@@ -90,7 +90,7 @@ if triton is not None:
 
     @triton.jit
     def _float_of(key, SHIFT: tl.constexpr):
-        # Integers that are ordered as floats are: every number of a dtype that has SHIFT fewer bits than float32.
+        # The float of an integer, in the same order; for a dtype with SHIFT fewer bits than float32.
         bits = key.to(tl.int32) << SHIFT
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -122,8 +122,8 @@ if triton is not None:
 
     @triton.jit
     def _top_p_floor(row, floor, largest, rest, scale, vocab_size, SHIFT: tl.constexpr, BLOCK_V: tl.constexpr):
-        # The largest number below which at most the share `rest` of the weight lies, and the first token of those
-        # that have it which is kept.
+        # The largest number below which at most the share `rest` of the weight lies, and the first token that is kept
+        # of those with this number.
         weights = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, vocab_size, BLOCK_V):
             token = start + tl.arange(0, BLOCK_V)
@@ -211,7 +211,7 @@ if triton is not None:
                 lowest = tl.minimum(lowest, tl.where(is_near, value, float("inf")))
                 highest = tl.maximum(highest, tl.where(is_near, value, float("-inf")))
             is_enough = tl.sum(weights, 0) >= mass * total
-            # Taken from the pass that was enough, since another might round the distance to a token differently.
+            # Taken from the pass with enough weight, since another might round the distance to a token differently.
             new_floor = tl.where(is_enough, tl.min(lowest, 0), new_floor)
             ceiling = tl.where(is_enough, tl.max(highest, 0), ceiling)
             low = tl.where(is_enough, low, middle + 1)
@@ -255,7 +255,7 @@ if triton is not None:
         tl.store(bounds + 2 * cell + 1, ceiling)
         tl.store(first_ties + cell, first_tie)
 
-    # The steps of noise that are held change from round to round.
+    # Not specialised, since the number of noise steps changes from round to round.
     @triton.jit(do_not_specialize=["num_noise_steps", "num_noise_rows"])
     def _verify_tree_choose_fwd_kernel(
         logits, depths, noise, noise_steps, noise_rows, bounds, first_ties, part_values, part_largest, part_tokens,
@@ -362,7 +362,7 @@ if triton is not None:
             HAS_MIN_P=min_p is not None,
             HAS_TYPICAL=typical_p is not None,
             SHIFT={torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype],
-            # A program has a processor for itself.
+            # Each program has a multiprocessor to itself.
             **_tile(vocab_size, 8192, num_warps=16),
         )
         return bounds, first_ties
@@ -419,7 +419,7 @@ def verify_tree(
         logits (`torch.Tensor` of shape `(B, N, V)`): the target's at each node; float32, float16 or bfloat16.
         token_ids, parents, depths (`torch.LongTensor` of shape `(B, N)`): the tree, as `Tree` holds it; of twins (two
             children with one token) the first is taken.
-        num_steps (`int`): S, tokens emitted at most; one more than the tree is deep lets no walk end early.
+        num_steps (`int`): S, tokens emitted at most; with the tree's depth + 1, no walk ends early.
         noise (`torch.Tensor` of shape `(W, R, V)`, *optional*): float32, exponential, of W steps of a batch of R rows.
             Tokens are sampled with it; without it they are the argmax, and no warper may be given.
         noise_steps (`torch.LongTensor` of shape `(B,)`): which of the W steps each row's next token is.
@@ -433,7 +433,7 @@ def verify_tree(
 
     Returns:
         `torch.LongTensor` of shape `(B, 1 + 2 * S)`: n, the number of tokens emitted; then the nodes that they are
-        emitted at, the root first; then the tokens. Behind the first n of each are zeros. A node whose probabilities
+        emitted at, the root first; then the tokens. After the first n of each come zeros. A node whose probabilities
         are not numbers emits -1 and ends the walk.
     Raises:
         ValueError: if shapes, strides, dtypes, devices or settings do not fit, before anything is computed.

@@ -9,11 +9,11 @@ draft's cumulative probability and depth, or, for continuations copied from the 
     draft steps and nodes   those that bring more tokens than their time is worth at this rate (`planners.py`)
 
 which is the rule for the highest average reward per unit of time. Where drafting does not pay, rounds are plain steps,
-which the draft does not even read, and it is tried again when that costs a small share of the time (`payoff.py`). Where it
-hardly pays, one round now and then is a plain step, so that its cost is known.
+which the draft does not even read. Drafting is tried again once a try only costs a small share of the time (`payoff.py`).
+Where it hardly pays, a round is a plain step now and then, to measure what one costs.
 
-Several sequences take as long as the slowest, so a token counts half in one that is a few tokens ahead of that, and hardly
-in one that is far ahead.
+A batch takes as long as its slowest sequence. So a token counts half in a sequence that is a few tokens ahead of the slowest,
+and hardly at all in one that is far ahead.
 Source: the marginal value theorem (Charnov 1976) for the rule; trees as in EAGLE-2 (arXiv:2406.16858).
 """
 
@@ -48,7 +48,7 @@ def known_costs(target, draft, num_sequences: int) -> RoundCosts:
     before = known.get(key)
     known[key] = load_or_measure(target, draft, num_sequences, before)
     if before is not None and known[key] is not before:
-        # Whether drafting pays was judged by costs that did not hold.
+        # Whether drafting pays was judged by the old costs, which were wrong.
         for do_sample in (False, True):
             experience_of(draft, do_sample).payoff = Payoff()
     return known[key]
@@ -61,7 +61,7 @@ def are_costs_known(target, draft, num_sequences: int) -> bool:
 
 
 def _costs_of_process(target, draft, num_sequences: int) -> tuple[dict, tuple]:
-    """Costs of a target with a draft by what they depend on, and that of this call."""
+    """The known costs of a target with a draft, by a key of what they depend on, and this call's key."""
     known = kept_with(target, "round costs", WeakKeyDictionary).setdefault(draft, {})
     # Preparing or compiling a model changes the classes of its layers.
     layers = frozenset(type(module) for model in (target, draft) for module in model.modules())
@@ -75,8 +75,8 @@ def experience_of(draft, do_sample: bool) -> Experience:
 
 
 class AutomaticTrees:
-    """Proposes a tree per round, at most as large as `settings` say, and learns from what becomes of it; `text` is the
-    beginning of a single sequence, indexed by an earlier call."""
+    """Proposes a tree per round, at most as large as `settings` say, and learns from the outcome. `text` is an
+    earlier call's index of the beginning of a single sequence."""
 
     def __init__(
         self, settings: TreeSettings, target, draft, sequences: Sequences, sampler: Sampler, text: NgramIndex | None = None
@@ -98,12 +98,12 @@ class AutomaticTrees:
         """The tree of the next round."""
         outlook = self.begin_round(sequences, limits.num_carried)
         depth = min(self.payoff.most_steps(self.known.settings.depth), limits.depth, limits.nodes)
-        # Of several sequences the target moves the state on by itself.
+        # With several sequences the target advances its state by itself.
         is_one, carried = len(sequences) == 1, self.known.experience.carried
         if is_one and carried.should_move_on(limits.num_carried, outlook.rate, self.known.costs):
             depth = 0
         is_check = self.planner.observes_times and self.payoff.is_check_due
-        # Carried tokens run once more, at least.
+        # Carried tokens will run at least once more.
         num_active, verify = len(sequences.active), self.known.costs.verify
         owed = verify(num_active + limits.num_carried) / verify(num_active) - 1.0
         if depth > 0 and self.payoff.is_draft_due(owed) and not is_check:
@@ -138,7 +138,7 @@ class AutomaticTrees:
             kept (`list[list[int]]`): of each active sequence the nodes that a token was emitted at, the root first; []
                 if it is done.
         Returns:
-            `Proposal`: with what was expected of it, which of a planned tree is only known now.
+            `Proposal`: with its expected tokens, which for a planned tree are only known now.
         """
         tree, experience = proposal.tree, self.known.experience
         if self.planner.observes_times:
@@ -159,32 +159,32 @@ class AutomaticTrees:
         return proposal
 
     def observe_payoff(self, proposal: Proposal, kept: list[list[int]], verify_seconds: float) -> None:
-        """Learn whether rounds with the draft pay; a plain step that runs carried tokens is a part of their price."""
+        """Learn whether rounds with the draft pay; a plain step that runs carried tokens is part of their cost."""
         costs, lesson, num_active = self.known.costs, proposal.lesson, len(kept)
         num_weighed = max(sum(lesson.weights), 1.0)
         counts = [(weight, len(nodes)) for weight, nodes in zip(lesson.weights, kept, strict=True)]
         emitted = sum(weight * count for weight, count in counts) / num_weighed
-        # How far the slowest sequence has come: a token counts half for each _HALF_LEAD by which one is ahead.
+        # How far the slowest sequence is now, from where the slowest was before: a weight is halved by each _HALF_LEAD of lead.
         most = max(lesson.weights)
         leads = [_HALF_LEAD * math.log2(most / weight) + count for weight, count in counts if weight > 0.0]
         tokens = min(leads, default=0.0)
         if not (proposal.num_steps or lesson.num_carried):
             self.payoff.observe_tokens(tokens)
             return
-        # What was expected is less noisy than what came of it in few sequences, which in turn knows the text at hand.
+        # The expected tokens are less noisy than those of a few sequences, which in turn reflect the current text.
         expected = (proposal.expected_tokens / num_weighed + num_active * emitted) / (1 + num_active)
         plain_seconds, num_nodes = costs.verify(num_active), proposal.tree.num_nodes
         seconds = costs.verify(num_active * num_nodes + lesson.num_carried)
         if self.planner.observes_times:
-            # Half what it took, if that was longer: costs that were measured too low are corrected slowly, and a machine may
-            # be busy for a round.
+            # The geometric mean with what it took, if that was longer: costs measured too low are corrected slowly, while the
+            # machine may only have been busy for this round.
             seconds = max(seconds, math.sqrt(seconds * verify_seconds))
         seconds += costs.step_seconds * proposal.num_steps
         seconds += self.known.overhead.seconds if num_nodes > 1 else 0.0
         self.payoff.observe(tokens, expected, seconds / plain_seconds, lesson.read_seconds / plain_seconds)
 
     def estimates(self) -> dict:
-        """What the choices rest on, for a person to read."""
+        """The estimates behind the choices, for a person to read."""
         experience = self.known.experience
         return {
             **asdict(self.known.costs),

@@ -1,4 +1,4 @@
-"""What the tree of a round can be made of, and the best of it as a tree; on the host, in plain lists."""
+"""Candidate nodes for the tree of a round, and the best of them as a tree; on the host, in plain lists."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from .experience import MAX_COPIED
 
 @dataclass
 class Candidates:
-    """What the tree of a sequence can be made of, parents before children; each list has an entry per candidate.
+    """Candidate nodes for the tree of a sequence, parents before children; each list has an entry per candidate.
 
     Args:
         token_ids, parents, depths, log_probs: as in [`CandidatePool`].
-        drafted_cells, copied_cells: in the tables of drafted and of copied nodes, -1 where none applies.
+        drafted_cells, copied_cells: cells in the acceptance tables of drafted and of copied nodes, -1 where none applies.
         values: probability of acceptance, never above the parent's.
     """
 
@@ -29,14 +29,14 @@ class Candidates:
 
     @classmethod
     def drafted(cls, token_ids, parents, depths, log_probs, cells, chances: list[float]) -> "Candidates":
-        """What was drafted for a sequence; `chances` by cell."""
+        """What was drafted for a sequence; `chances` of acceptance are by cell."""
         values: list[float] = []
         for cell, parent in zip(cells, parents, strict=True):
             values.append(min(chances[cell], values[parent]) if parent >= 0 else chances[cell])
         return cls(token_ids, parents, depths, log_probs, cells, [-1] * len(cells), values)
 
     def add_copy(self, match: int, tokens: list[int], chances: list[float]) -> None:
-        """Let a copied continuation join: as further candidates, or in candidates that say the same."""
+        """Add a copied continuation: as further candidates, or to candidates that hold the same tokens."""
         if not tokens:
             return
         node_of = {pair: node for node, pair in enumerate(zip(self.parents, self.token_ids, strict=True))}
@@ -54,10 +54,10 @@ class Candidates:
                 self.values[node] = max(self.values[node], chance)
 
     def best(self, num_nodes: int) -> "Candidates":
-        """The best of them as nodes of a tree, ties to the first; a parent is a node of the tree, 0 its root.
+        """The best of them as nodes of a tree, ties to the first; parents are then nodes of the tree, 0 its root.
 
-        Each node is followed by all that lies below it, better children first: where the likeliest path is accepted, its
-        keys and values need not be moved.
+        Each node is followed by all its descendants, better children first: if the likeliest path is accepted, its keys and
+        values need not be moved.
         """
         ranked = sorted(range(len(self.values)), key=self.values.__getitem__, reverse=True)[:num_nodes]
         children: dict[int, list[int]] = {one: [] for one in (-1, *ranked)}

@@ -1,12 +1,12 @@
-"""When a target with recurrent layers should move its state on (`recurrent_target.py`).
+"""When a target with recurrent layers should advance its state (`recurrent_target.py`).
 
 Tokens that were committed since the kept state run again in every forward, until a round accepts its whole chain. A round
-without drafted tokens moves the state on, too. With k carried tokens and a chain of n nodes that pays when
+without drafted tokens also advances the state. With k carried tokens that pays if it saves more than it loses:
 
     what it loses    expected tokens - 1, less rate * (seconds saved in this round)
     what it saves    rate * (seconds of k tokens in a forward) in each round until one accepts its whole chain
 
-and the latter is more. Both follow the rounds so far.
+Both are estimated from the rounds so far.
 """
 
 # How fast the averages follow the latest round, and the most rounds that savings are counted for.
@@ -14,7 +14,7 @@ _RATE, _MOST_ROUNDS = 0.1, 16
 
 
 class CarriedTokens:
-    """What is known of rounds of a chain: tokens they bring, nodes they verify, and how often all are accepted."""
+    """Averages over rounds with a chain: tokens they commit, nodes they verify, and how often all are accepted."""
 
     def __init__(self):
         self.num_tokens, self.num_nodes, self.share_accepted = 2.0, 4.0, 0.3
@@ -27,8 +27,8 @@ class CarriedTokens:
             self.share_accepted += _RATE * ((num_kept == num_nodes) - self.share_accepted)
 
     def should_move_on(self, num_carried: int, rate: float, costs) -> bool:
-        """Whether a round without drafted tokens pays, where the next forward runs `num_carried` tokens besides its
-        tree and time is worth `rate` tokens per second."""
+        """Whether a round without drafted tokens pays, where the next forward runs `num_carried` tokens in addition
+        to its tree and a second is worth `rate` tokens."""
         if not num_carried:
             return False
         verify = costs.verify

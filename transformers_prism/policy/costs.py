@@ -1,12 +1,12 @@
 """What the parts of a round cost here: a target forward over N tokens, and a draft step.
 
 Measured once for a target, a draft, a device, a number of threads and a batch size, kept on disk, and corrected by
-every round that runs, since contexts grow and machines slow down. On a busy machine trees look dearer than they are, so
-costs are not taken for granted:
-  measuring    repetitions of a forward that take very different times: the costs are used, but not kept, and the next
-               call measures again;
-  a new process   a few forwards compare with what was kept;
-  rounds       that are clearly faster than what was measured: the next call measures again.
+every round that runs, since contexts grow and machines slow down. On a busy machine trees look more expensive than they are,
+so costs are checked:
+  while measuring    if repetitions of a forward take very different times, the costs are used but not kept, and the next
+                     call measures again;
+  in a new process   a few forwards are compared with the costs that were kept;
+  in rounds          if they are clearly faster than was measured, the next call measures again.
 """
 
 import contextlib
@@ -42,26 +42,26 @@ logger = logging.getLogger(__name__)
 
 # Tokens of one sequence in a target forward that are measured; between them costs are interpolated.
 MEASURED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-# In one forward, all sequences together: beyond the last point measured the line is continued.
+# Most tokens in a measured forward, all sequences together; beyond it costs are extrapolated.
 _MAX_TOKENS = 128
 _NUM_REPEATS = 3
 # A round moves the estimate a tenth of the way to what it measured, and those of other sizes a fiftieth.
 _RATE = 0.1
 _SPREAD = 0.2
 _OVERHEAD_RATE = 0.1
-# One round that was interrupted does not count for more than this.
+# A single round, which may have been interrupted, counts as off by this factor at most.
 _MAX_SURPRISE = 2.0
-# How far the cost of a small tree, over that of a plain step, may be from what was kept.
+# Factor by which the cost of a small tree, relative to a plain step, may differ from what was kept.
 _MAX_DRIFT = 1.3
 # A machine is busy if repetitions of the usual forward take this many times as long as the fastest.
 _MAX_SPREAD = 1.5
-# Rounds that were faster than measured, more than slower, until the costs are in doubt.
+# The costs are in doubt once rounds that were clearly faster than measured outnumber the others by this many.
 _MOST_FASTER = 8
 # A machine that never comes to rest is not measured more often than this in a process.
 _MOST_MEASUREMENTS = 3
 _FORMAT = 2
 _KEPT = ("num_tokens", "verify_seconds", "step_seconds")
-# No file of ours is longer.
+# A longer file is not one of ours.
 _MOST_BYTES = 10_000
 
 
@@ -70,9 +70,9 @@ class RoundCosts:
     """Seconds of the parts of a round for a batch.
 
     Args:
-        num_tokens, verify_seconds: tokens in a target forward, all sequences together, increasing, and what it takes.
+        num_tokens, verify_seconds: tokens in a target forward, all sequences together, increasing, and its seconds.
         step_seconds: of one draft step with its proposals and its share of choosing nodes.
-        spread: slowest over fastest repetition when they were measured, of the usual forward.
+        spread: slowest over fastest repetition when they were measured, for the median forward.
         num_measured: how often they were measured in this process.
     """
 
@@ -108,7 +108,7 @@ class RoundCosts:
 
     def observe_verify(self, num_tokens: int, seconds: float) -> None:
         """Correct the estimates by a forward that took `seconds`: near its number of tokens more than far from it."""
-        # Long contexts make rounds slower, and nothing makes them faster than a machine that is free.
+        # Long contexts make rounds slower. If rounds are faster than measured, the machine was busy when it was measured.
         is_faster = seconds * _MAX_DRIFT < _interpolated(self.num_tokens, self._measured, num_tokens)
         self._num_faster = max(self._num_faster + (1 if is_faster else -1), 0)
         surprise = _bounded(seconds / self.verify(num_tokens))
@@ -127,7 +127,7 @@ class RoundCosts:
 
 
 class TreeOverhead:
-    """What rounds with a tree take longer outside their forwards than plain steps do: masks, walk and commit."""
+    """How much longer rounds with a tree take outside of their forwards than plain steps do: masks, walk and commit."""
 
     def __init__(self):
         self.plain: float | None = None  # seconds of rounds without a tree, and with one
@@ -157,8 +157,8 @@ def _interpolated(points: list[int], seconds: list[float], num_tokens: int) -> f
     """Seconds at `num_tokens` on the line through the measured points."""
     left, share = _between(points, num_tokens)
     low, high = seconds[left], seconds[left + 1]
-    # The last line is extended; before the first point, where sequences have ended, fewer tokens cost at least their share,
-    # since a steep line would end below zero.
+    # Beyond the last point its line is extended. Below the first, where sequences have ended, fewer tokens cost at least their
+    # share of it, since a steep line would end below zero.
     return max(low + share * (high - low), low * min(num_tokens / points[left], 1.0))
 
 
@@ -231,7 +231,7 @@ def _counts_of_one_row(target, num_rows: int) -> list[int]:
 
 @torch.no_grad()
 def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
-    """Whether a forward over a small tree costs as much more than a plain step as was kept."""
+    """Whether a forward over a small tree, relative to a plain step, still costs about what was kept."""
     index = min(3, len(costs.num_tokens) - 1)
     counts = [costs.num_tokens[one] // num_rows for one in (0, index)]
     with _undisturbed(target, draft):
@@ -242,7 +242,7 @@ def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed(target, draft) -> Iterator[None]:
-    """Nothing is compiled or dropped out, and random generators and models are left as they are."""
+    """Run without compilation and dropout, and leave random generators and models as they are."""
     devices = [target.device] if target.device.type == "cuda" else []
     are_compiled = is_compiled(target) or is_compiled(draft)
     uncompiled = torch.compiler.set_stance("force_eager") if are_compiled else contextlib.nullcontext()
@@ -253,8 +253,8 @@ def _undisturbed(target, draft) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_frequencies(*models: nn.Module) -> Iterator[None]:
-    """Rotary embeddings are left as they are: those of the types "dynamic" and "longrope" keep what they computed for the
-    longest text, or for the last one, and serve the next with it."""
+    """Leave rotary embeddings as they are: those of the types "dynamic" and "longrope" keep frequencies of the longest text,
+    or of the last one, and use them for the next."""
     modules = {module for model in models for module in model.modules()}
     found = [one for one in modules if hasattr(one, "rope_type") or any(name.endswith("inv_freq") for name in one._buffers)]
     kept = [(module, _public_state(module), dict(module._buffers), _copies(module._buffers)) for module in found]
@@ -284,7 +284,7 @@ def _copies(buffers: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _key(target, draft, num_rows: int) -> str:
-    """What the costs depend on, as a file name."""
+    """A file name derived from what the costs depend on."""
     layers = Counter(type(module).__name__ for module in target.modules())
     layers.update(type(module).__name__ for module in draft.modules())
     device = input_device(target)
@@ -294,7 +294,7 @@ def _key(target, draft, num_rows: int) -> str:
         sorted(layers.items()),  # packed and quantised layers have classes of their own
         [list(parameter.shape) for parameter in target.parameters()],
         [list(parameter.shape) for parameter in draft.parameters()],
-        # The head's rows are the target's.
+        # The head may be the target's, so its rows do not show in the draft's parameters.
         [draft.config.num_draft_tokens, draft.config.num_attention_heads, list(draft.config.draft_step_to_module)],
         [str(target.dtype), str(draft.dtype)],
         device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
@@ -308,10 +308,10 @@ def _key(target, draft, num_rows: int) -> str:
 
 @torch.no_grad()
 def measure(target, draft, num_rows: int, announce: Callable[[int, float], None] = lambda count, seconds: None) -> RoundCosts:
-    """Time target forwards and draft steps in the order in which rounds run them, and take the smallest of each.
+    """Time target forwards and draft steps in the order in which rounds run them, and take the shortest time of each.
 
-    A compiled target is timed as if it were not, since nothing here has the shapes that it is compiled for; rounds
-    correct that. `announce` is told once, when it can be foreseen: target forwards in all, and seconds that they take.
+    A compiled target is timed uncompiled, since inputs here do not have the shapes that it is compiled for; rounds correct
+    that. `announce` is called once, after the first repetition: with the target forwards in all, and their estimated seconds.
     """
     per_row = _counts_of_one_row(target, num_rows)
     times: dict[int, list[float]] = {count: [] for count in per_row}
@@ -322,7 +322,7 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
             for count in per_row:
                 seconds = _time_target(target, draft, num_rows, count)
                 step_seconds = _time_draft(target, draft, num_rows)
-                if repeat > 0:  # the first time pays for what is made once
+                if repeat > 0:  # the first time includes work that is only done once
                     times[count].append(seconds)
                     step = min(step, step_seconds)
             if repeat == 0:
@@ -330,7 +330,7 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
     measured = [min(one) for one in times.values()]
     for index in range(1, len(measured)):
         measured[index] = max(measured[index], measured[index - 1])
-    # Of forwards that take less than a millisecond, the clock and the interpreter spread more than that.
+    # One millisecond is added, since the times of shorter forwards vary by the clock and the interpreter alone.
     spread = median((max(one) + 1e-3) / (min(one) + 1e-3) for one in times.values())
     return RoundCosts([count * num_rows for count in per_row], measured, step, spread)
 
@@ -338,14 +338,14 @@ def measure(target, draft, num_rows: int, announce: Callable[[int, float], None]
 def _time_target(target, draft, num_rows: int, num_tokens: int) -> float:
     input_ids = torch.zeros((num_rows, num_tokens), dtype=torch.long, device=input_device(target))
     arguments = {"use_cache": False}
-    if is_stateful(target):  # which run a single token in another way behind a state
+    if is_stateful(target):  # which run a single token differently after a state
         first = target(input_ids[:, :1], use_cache=True)
         arguments = {"use_cache": True, **cache_argument(target, cache_of(first))}
     start = clock(input_device(target))
     try:
         with experts_of_step(target, num_tokens):
             target(input_ids, output_hidden_states=draft.config.target_layer_ids, **arguments)
-    # Whatever a model's own code may fail with where an input of the call is not there.
+    # A model's own code may fail in any way if an input of the call is missing.
     except Exception as error:
         what = f'tree="auto" times forwards over text alone, which {type(target).__name__} refuses'
         raise Declined(f'{what} ({type(error).__name__}: {error}); set tree="static"') from error

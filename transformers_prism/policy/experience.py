@@ -1,7 +1,7 @@
 """What rounds have taught about a draft: how often its nodes were accepted, and whether it paid.
 
 Nodes are put in cells, those of the draft by depth and by class of cumulative probability, those that were copied from the
-text by depth and by length of the match. The share of a cell's nodes that were accepted is the value of its next node.
+text by depth and by length of the match. The value of a node is the share of its cell's earlier nodes that were accepted.
 """
 
 import math
@@ -25,17 +25,17 @@ _FADE = 0.995
 # A new draft is trusted as if this many nodes of each cell had been seen, accepted a bit less often than it says.
 _PRIOR_WEIGHT = 8.0
 _PRIOR_TRUST = 0.8
-# What is expected at first of one more draft step, over the step before it, and how fast that follows the latest round.
+# Value of one more draft step, relative to the step before it, at first; and how fast it follows the latest round.
 STEP_GAIN = 0.7
 _GAIN_RATE = 0.1
-# Values of planned trees: of the nodes of step 0 at first; how fast values follow rounds, and what was not seen drifts back.
+# Values of planned trees: that of step 0's nodes at first; how fast values follow rounds, and how fast unseen ones drift back.
 FIRST_VALUE = 0.6
 _RATE, _DRIFT = 0.1, 0.02
 MAX_PLANNED = 127  # nodes
 
 
 class AcceptanceTable:
-    """How often nodes were accepted, by cell; each starts from the probability that `prior` `(rows, columns)` says."""
+    """How often nodes were accepted, by cell; each starts from its probability in `prior` `(rows, columns)`."""
 
     def __init__(self, prior: torch.Tensor):
         self.num_columns = prior.shape[1]
@@ -68,7 +68,7 @@ def _drafted_prior() -> torch.Tensor:
 
 
 def _copied_prior() -> torch.Tensor:
-    """By length of the match and depth: longer matches are right more often, and each further token as often again."""
+    """By length of the match and depth: longer matches are right more often; each token multiplies by the same chance."""
     chance = torch.linspace(0.2, 0.6, MAX_MATCH + 1, dtype=torch.float64, device="cpu")[:, None]
     return chance ** torch.arange(1, MAX_COPIED + 1, device="cpu")
 
@@ -90,14 +90,14 @@ def cells_of_drafted(depths: list[int], log_probs: list[float]) -> list[int]:
 
 
 def _rank_values() -> torch.Tensor:
-    """Values that each rank starts from: in sum some two tokens for 63 nodes."""
+    """Values that each rank starts from, together about two tokens for 63 nodes."""
     return FIRST_VALUE * torch.arange(1, MAX_PLANNED + 1, dtype=torch.float64, device="cpu") ** -1.2
 
 
 @dataclass
 class PlanValues:
-    """What a tree that is planned before its round should bring, on average over sequences: value of the nodes that
-    step 0 proposes, and `(MAX_PLANNED,)` that of the best node, of the second best and so on."""
+    """Expected values of a tree that is planned before its round, on average over sequences: `first`, that of all nodes that
+    step 0 proposes, and `ranks` `(MAX_PLANNED,)`, those of the best node, of the second best and so on."""
 
     first: float = FIRST_VALUE
     ranks: torch.Tensor = field(default_factory=_rank_values)
@@ -119,9 +119,9 @@ class Experience:
     Args:
         drafted, copied: acceptance of the draft's nodes and of copied ones.
         step_gain: value that one more draft step brings, over the value of the nodes that it expands.
-        plan: what planned trees should bring.
+        plan: expected values of planned trees.
         payoff: whether its rounds pay, and what they may lose.
-        carried: of targets with recurrent layers, when their state should move on.
+        carried: for targets with recurrent layers, when they should advance their state.
     """
 
     drafted: AcceptanceTable = field(default_factory=lambda: AcceptanceTable(_drafted_prior()))
@@ -132,12 +132,12 @@ class Experience:
     carried: CarriedTokens = field(default_factory=CarriedTokens)
 
     def observe_step_gain(self, nodes: list[tuple[int, float]], num_steps: int) -> None:
-        """Learn how much of the value of nodes that a step expanded, their children brought; depths and values."""
+        """Learn the value of a step's nodes relative to that of the nodes that it expanded; `nodes` are depths and values."""
         before = sum(value for depth, value in nodes if depth < num_steps)
         after = sum(value for depth, value in nodes if 1 < depth <= num_steps)
         if before > 0:
             self.step_gain += _GAIN_RATE * (min(after / before, 1.0) - self.step_gain)
 
     def forget_step_gain(self) -> None:
-        """After a round of one step, which shows nothing of it: return towards where it began."""
+        """Move the step gain towards where it began, after a round of one step, which does not show it."""
         self.step_gain += _DRIFT * (STEP_GAIN - self.step_gain)

@@ -8,14 +8,14 @@ from .settings import TreeSettings
 
 
 class PlainSteps:
-    """Proposes no trees: for a target that turned out to compute them otherwise than single steps."""
+    """Proposes no trees: for a target whose trees turned out to differ from single steps."""
 
     def propose(self, draft_side: DraftSide, sequences: Sequences, limits: Limits) -> Proposal:
         """The last token of each sequence."""
         return plain_step(sequences.last_tokens())
 
     def learn(self, proposal: Proposal, kept: list[list[int]], verified: Verified) -> Proposal:
-        """Nothing."""
+        """Learn nothing; returns the proposal."""
         return proposal
 
     def estimates(self) -> None:

@@ -1,4 +1,4 @@
-"""Continuations copied from the text so far: what followed the last few tokens when they stood there before.
+"""Continuations copied from the text so far: what followed the last few tokens when they occurred before.
 
 Source: prompt lookup decoding (Saxena 2023), which transformers has as `prompt_lookup_num_tokens`; here the
 continuation joins the draft's tree instead of replacing it.
@@ -10,7 +10,7 @@ MIN_MATCH = 2
 
 
 class NgramIndex:
-    """Where each short run of tokens ended last, over the growing text of one sequence."""
+    """An index of the growing text of one sequence: where each short run of tokens occurred last."""
 
     def __init__(self, token_ids: list[int]):
         self.token_ids: list[int] = []
@@ -28,8 +28,8 @@ class NgramIndex:
             self.token_ids.append(token)
 
     def continuation(self, max_tokens: int) -> tuple[int, list[int]]:
-        """What followed the longest run that the text ends in, where it stood last: length of the match in tokens, and
-        at most `max_tokens` of the continuation; 0 and [] without a match."""
+        """Find the longest run that the text ends in and that occurred before: its length in tokens, and at most `max_tokens`
+        tokens that followed its last occurrence; 0 and [] without a match."""
         for length in range(min(MAX_MATCH, len(self.token_ids)), MIN_MATCH - 1, -1):
             start = self.following[length].get(tuple(self.token_ids[-length:]))
             if start is not None:
@@ -38,8 +38,8 @@ class NgramIndex:
 
 
 class Texts:
-    """The texts of a call's sequences, indexed when they are asked for; `text` is the beginning of a single sequence,
-    indexed by an earlier call."""
+    """The texts of a call's sequences, indexed when they are asked for; `text` is an earlier call's index of the beginning of a
+    single sequence."""
 
     def __init__(self, sequences, text: NgramIndex | None = None):
         self.sequences = sequences
@@ -59,5 +59,5 @@ class Texts:
         return text
 
     def all_repeat(self) -> bool:
-        """Whether the text of every active sequence ends in a run that it had before."""
+        """Whether the text of every active sequence ends in a run that occurred in it before."""
         return all(self[sequence].continuation(1)[1] for sequence in self.sequences.active)

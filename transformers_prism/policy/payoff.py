@@ -9,15 +9,15 @@ steps, over all calls in which a process uses a draft:
     it shrinks by   what they lose
     it has a limit, so that gains of one text do not pay for a long loss in the next
 
-A round drafts if the balance covers what it loses should the target accept nothing. All losses together are then at most
-the allowance or that share of all tokens, whichever is more, and what a round risks more than the one before it.
+A round drafts if the balance covers what it would lose if the target accepted nothing. All losses together are then at most
+the allowance or that share of all tokens, whichever is more, plus what a round risks in excess of the one before it.
 """
 
 from dataclasses import dataclass, field
 
-# Plain steps that drafting may lose; after so many tokens that this share of them is more, the share.
+# Plain steps that drafting may lose, or this share of all tokens once that is more.
 _ALLOWANCE, _SHARE = 3.6, 0.02
-# The most that is saved up.
+# The most that the balance can be.
 _LIMIT = 8.0
 # Draft steps of a round while it is not known that drafting pays.
 _STEPS_OF_TRIES = 4
@@ -32,7 +32,7 @@ class Recent:
     """Rounds with the draft for a number of active sequences, in which older ones fade.
 
     Args:
-        tokens, plain_steps: in sum, per sequence and by weight, and their time in plain steps; one plain step at first.
+        tokens, plain_steps: sums of their weighted tokens per sequence, and of their time in plain steps; 1 each at first.
         risk: what a round loses, in plain steps, if the target accepts nothing.
     """
 
@@ -51,7 +51,7 @@ class Payoff:
     """What a draft's rounds have brought, and what they may lose; kept from call to call.
 
     Args:
-        by_size: recent rounds by the bits of the number of active sequences less one: of 1, 2, up to 4, up to 8 and so on.
+        by_size: recent rounds by class of the number of active sequences: 1, 2, up to 4, up to 8 and so on.
         recent: those for the active sequences of the current round.
         balance: plain steps that rounds with the draft may lose.
         num_tokens: per sequence, in all rounds.
@@ -69,12 +69,12 @@ class Payoff:
         self.recent = self.by_size.setdefault((num_active - 1).bit_length(), Recent())
 
     def is_draft_due(self, owed: float = 0.0) -> bool:
-        """Whether a round may run the draft, where earlier ones will yet cost `owed` plain steps. One that risks more than
-        the allowance may once that is there."""
+        """Whether a round may run the draft, where earlier ones will still cost `owed` plain steps. A round that risks more
+        than the allowance may run once the balance is as large as the allowance."""
         return self.balance - owed >= min(self.recent.risk, _ALLOWANCE)
 
     def most_steps(self, depth: int) -> int:
-        """Draft steps that a round may have, of at most `depth`: tries are short."""
+        """Draft steps that a round may have, at most `depth`; few while it is not known that drafting pays."""
         return depth if self.recent.advantage > 1.0 else min(depth, _STEPS_OF_TRIES)
 
     @property
@@ -97,11 +97,11 @@ class Payoff:
         """Learn from a round with the draft.
 
         Args:
-            tokens (`float`): that it committed, per active sequence and by weight.
+            tokens (`float`): weighted tokens that it committed per active sequence.
             expected (`float`): the same as an estimate with less noise, for the advantage.
             plain_steps (`float`): its time, in plain steps.
-            reading (`float`): time in which the draft read the prompt or caught up on earlier rounds, in plain steps; of
-                a draft that pays it is not counted, since every later round gains by it.
+            reading (`float`): time in which the draft read the prompt or caught up on earlier rounds, in plain steps;
+                it is not counted for a draft that pays, since every later round gains by it.
         """
         recent = self.recent
         pays = recent.advantage >= 1.0

@@ -5,15 +5,15 @@ Within a round (on a CPU), each draft step is weighed by what the step before it
     draft steps    one more while the values it should bring exceed rate * (its seconds + those of its nodes)
     nodes          as many as maximise  sum of values - rate * seconds of the verification
 
-Ahead of it (on accelerators), so that drafting reads nothing back from the device, by what rounds have brought on average:
+Ahead of it (on accelerators), so that drafting reads nothing back from the device, by averages over earlier rounds:
 
     draft steps    as many as maximise  sum of the steps' values - rate * their seconds
     nodes          as many as maximise  sum of the values of as many ranks - rate * seconds of the verification
 
-Values and rate are those of `automatic.py`. Copies of the text join trees within a round; ahead of it they join rounds
-without the draft only, since comparing them with what was drafted would read that back. What became of a planned round is
-learned from depths and log-probabilities that are copied to the host while the target verifies; how long its parts took is
-not, since calls return before they are done.
+Values and rate are those of `automatic.py`. Copies of the text are added to trees that are chosen within a round. Ahead of it
+they only serve rounds without the draft, since comparing them with drafted nodes would read these back. What is learned from
+a planned round comes from depths and log-probabilities that are copied to the host while the target verifies. How long its
+parts took is not learned, since calls return before their work is done.
 Shape letters: B active sequences, C candidates, n nodes of the tree without the root.
 """
 
@@ -35,13 +35,13 @@ from .experience import MAX_COPIED, MAX_PLANNED, Experience, cells_of_drafted, c
 from .ngrams import Texts
 from .settings import TreeSettings
 
-# Nodes of planned trees, so that few different ones are made; with the root they fill tiles.
+# Sizes of planned trees without the root: few, so that few shapes occur; with the root they fill tiles.
 _PLANNED_SIZES = (1, 3, 7, 15, 31, 63, 127)
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What choices in a call rest on; the parts are corrected by its rounds."""
+    """What the choices of a call are based on; its rounds correct the parts."""
 
     settings: TreeSettings
     sampler: Sampler
@@ -56,10 +56,10 @@ class Outlook:
     """What is known before a round.
 
     Args:
-        weights: what a token counts in each active sequence; in sum, how many of them go on.
-        rate: tokens per second, all sequences together and by weight, that time is worth.
+        weights: what a token counts in each active sequence; their sum is the number of sequences that are not done.
+        rate: what a second is worth, in weighted tokens of all sequences together.
         is_first: whether the draft has yet to read the prompt.
-        num_carried: committed tokens that the target's forward runs besides the tree.
+        num_carried: committed tokens that the target's forward runs in addition to the tree.
     """
 
     weights: list[float]
@@ -70,7 +70,7 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a policy needs of its proposal to learn from what becomes of it.
+    """What a policy needs to know of its proposal to learn from the outcome.
 
     Args:
         weights: see [`Outlook`].
@@ -93,8 +93,8 @@ class Lesson:
 def best_tree(
     known: Knowledge, outlook: Outlook, sequences: Sequences, candidates: list[Candidates], limits: Limits, **fields
 ) -> Proposal:
-    """The tree of those candidates and copies of the text that pay best; `fields` are those of the [`Lesson`], and
-    `num_steps` of the [`Proposal`]. Copies are added to the candidates."""
+    """The tree of those candidates and copies of the text that pay best. `fields` are for the [`Lesson`], but `num_steps` is
+    for the [`Proposal`]. Copies are added to `candidates` in place."""
     num_steps = fields.pop("num_steps", 0)
     if known.settings.ngrams:
         longest = min(limits.depth, limits.nodes, MAX_COPIED, known.settings.num_nodes)
@@ -125,8 +125,8 @@ def best_tree(
 
 
 def _best_size(known: Knowledge, outlook: Outlook, values: list[list[float]], max_nodes: int) -> tuple[int, float]:
-    """Nodes of every sequence that pay best, and the tokens, by weight, that the round should then commit in all."""
-    # As many as the sequence with the fewest has: trees of a batch have one size.
+    """The number of nodes per sequence that pays best, and the weighted tokens that the round should then commit in all."""
+    # At most as many as the sequence with the fewest has, since trees of a batch have one size.
     most = min(known.settings.num_nodes, max_nodes, *map(len, values))
     best_first = np.array([sorted(one, reverse=True)[:most] for one in values])
     expected = np.cumsum([sum(outlook.weights), *(outlook.weights @ best_first)])  # with 0, 1, ... nodes
@@ -139,7 +139,7 @@ def _best_size(known: Knowledge, outlook: Outlook, values: list[list[float]], ma
 class WithinRound:
     """Chooses a tree while the draft grows it."""
 
-    # Calls return when they are done, so their times are known, and plain steps now and then show what those cost.
+    # Calls return when their work is done, so it can be timed, and a plain step now and then shows what one costs.
     observes_times = True
 
     def __init__(self, known: Knowledge):
@@ -149,7 +149,7 @@ class WithinRound:
         self, outlook: Outlook, draft_side: DraftSide, sequences: Sequences, depth: int, limits: Limits
     ) -> Proposal:
         """The best tree of at most `depth` draft steps."""
-        # The first reads the prompt, one that is behind the rounds that it missed: no usual step.
+        # The first round reads the prompt, and a draft that is behind reads the rounds that it missed: no usual step.
         known, reads_more, start = self.known, draft_side.is_behind or outlook.is_first, time.perf_counter()
         drafter = draft_side.read()
         read_seconds = time.perf_counter() - start if reads_more else 0.0
@@ -179,12 +179,12 @@ class _StepChoice:
         self.experience, self.top_k, self.depth = known.experience, known.settings.top_k, depth
         self.weights, self.num_steps = outlook.weights, 1
         self.step_price = outlook.rate * known.costs.step_seconds
-        # What one more node of every sequence costs in the verification, on average over a tree of usual size, for one.
+        # What one more node of one sequence costs in the verification, on average over a tree of usual size.
         num_active, verify = len(outlook.weights), known.costs.verify
         self.node_price = outlook.rate * ((verify(16 * num_active) - verify(num_active)) / 15) / num_active
 
     def choose_width(self, log_probs: torch.Tensor) -> int:
-        """Nodes for the next step, given the cumulative log-probabilities `(B, K, top_k)` of those to choose from; 0 ends."""
+        """How many nodes the next step expands, given their cumulative log-probabilities `(B, K, top_k)`; 0 for no step."""
         chances, gain = self.experience.drafted.chances, self.experience.step_gain
         first = first_cell(self.num_steps)
         likeliest = [sorted(row, reverse=True)[: self.top_k] for row in log_probs.flatten(1).tolist()]
@@ -220,7 +220,7 @@ class AheadOfRound:
         """A tree of at most `depth` draft steps, planned before any of them."""
         plan = self.plan(outlook, depth, limits.nodes)
         tree = draft_side.read().grow(plan, self.known.sampler.coupling(sequences, plan.depth))
-        # It is there once the walk, which the same queue runs later, has been read.
+        # The copy is complete once the walk, which the same queue runs later, has been read.
         drawn = torch.stack((tree.depths.float(), tree.log_probs))[..., 1:].to("cpu", non_blocking=True)
         lesson = Lesson(outlook.weights, time.perf_counter(), [], [], num_carried=outlook.num_carried, drawn=drawn)
         return Proposal(tree, plan.depth, plan.depth, lesson=lesson)
@@ -246,7 +246,7 @@ class AheadOfRound:
         return TreeSettings("static", settings.top_k, min(depth, num_nodes), num_nodes)
 
     def completed(self, proposal: Proposal) -> Proposal:
-        """The proposal with the cells of its nodes and what was expected of them; its values are learned from."""
+        """The proposal with the cells of its nodes and its expected tokens; also learns from the values of the nodes."""
         lesson, experience = proposal.lesson, self.known.experience
         if lesson.drawn is None:
             return proposal

@@ -10,7 +10,7 @@ _SWITCHES = ("tree_ngrams", "tree_coupled", "tree_text_tokens")
 
 
 def default_tree_settings() -> dict:
-    """Settings of a draft that says nothing else: the best tree of each round, within bounds that seldom bind."""
+    """Default settings: the best tree in each round, within limits that are seldom reached."""
     sizes = {"tree_top_k": 10, "tree_depth": 8, "tree_num_nodes": 63}
     switches = {"tree_ngrams": True, "tree_coupled": True, "tree_text_tokens": True}
     return {"tree": "auto", **sizes, **switches}

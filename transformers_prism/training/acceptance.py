@@ -19,10 +19,10 @@ NUM_NEW_TOKENS = 48
 def measure_acceptance(
     draft, target, conversations: list[Conversation], num_new_tokens: int = NUM_NEW_TOKENS
 ) -> torch.Tensor:
-    """Decode the beginnings of conversations greedily with a draft that is bound to the target, at most
-    `num_new_tokens` each.
+    """Answer the first prompt of each conversation greedily, with a draft that is bound to the target, in at most
+    `num_new_tokens` tokens.
 
-    Both decode in eval mode and are left as they were.
+    Both models decode in eval mode and are left in the mode that they were in.
 
     Returns:
         `torch.Tensor` of shape `(8 + depth,)`, float64, to be summed over processes: rounds, committed tokens, seconds
@@ -50,9 +50,9 @@ def measure_acceptance(
 
 def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
     """Figures of [`measure_acceptance`]'s counts, none without rounds: `tau`, pooled over rounds, the bonus included;
-    `conditional_<i>`, the share of rounds that accepted more than i tokens among those that accepted i;
-    `speedup_estimate`, tau times the seconds of a plain step over those of a round; `loop_share`, of answers that end
-    in a loop, which flatters tau.
+    `conditional_<i>`, the share of rounds with more than i accepted tokens among those with at least i;
+    `speedup_estimate`, tau times the seconds of a plain step over those of a round; `loop_share`, the share of
+    answers that end in a loop, which raises tau.
     """
     rounds, committed, round_seconds, plain_seconds, num_plain, num_answers, num_loops = counts[:7].tolist()
     tau = acceptance_length(committed, rounds)
@@ -89,7 +89,7 @@ def _counts(speculation: Speculation) -> torch.Tensor:
 
 
 def _plain_steps(target, prompt: torch.Tensor, count: int = 8) -> tuple[float, int]:
-    """Seconds of some forwards over one token behind a prompt, and how many."""
+    """Seconds of `count` forwards over one token after a prompt, in total, and their number."""
     cache = cache_of(target(prompt, use_cache=True, logits_to_keep=1))
     token = prompt[:, -1:]
     target(token, **cache_argument(target, cache), use_cache=True)

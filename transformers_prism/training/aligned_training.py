@@ -29,14 +29,14 @@ class AlignedTraining(nn.Module):
                 "load the target outside of it"
             )
         self.draft, self.stage, self.text_tokens, self.options = draft, stage, text_tokens, options
-        # Behind a function, the target is neither trained nor saved with the draft.
+        # Inside a function the target is not registered as a submodule, so it is neither trained nor saved.
         self.target = lambda: target
 
     def forward(self, input_ids, states, mask):
         """Loss of a batch of [`collate`].
 
         Returns:
-            `dict`: `loss`, and without gradients its `parts`: `(3, S)`, of token, acceptance and hidden state.
+            `dict`: `loss`, and its `parts` without gradients, `(3, S)`: token, acceptance and hidden-state loss.
         """
         predictions = self.predict(input_ids, states, self.stage.num_steps, self.stage.is_detached)
         history = history_mask(input_ids.shape[1], self.stage.num_steps, input_ids.device)
@@ -54,7 +54,7 @@ class AlignedTraining(nn.Module):
         return self.draft.text_rows(input_ids) if self.text_tokens else None
 
     def _labels(self, states):
-        """What each step predicts: the target's last, normed states behind the first token."""
+        """What each step predicts: the target's last, normed states from the second token on."""
         return states[:, 1:, -label_width(self.draft.config) :]
 
     def predict(self, input_ids, states, num_steps: int, is_detached: bool = False):
@@ -66,15 +66,15 @@ class AlignedTraining(nn.Module):
     def count_agreements(self, input_ids, states, mask, num_steps: int) -> torch.Tensor:
         """How close each step comes to the target: `(S, 3)` sums over rows.
 
-        They are how often the step's first choice is the target's, over the whole vocabulary; how probable it is that a
+        The sums are: rows where the step's first choice is the target's, over the whole vocabulary; the probability that a
         token drawn from the draft is accepted, sum min(p, q); and the number of rows. The draft can propose the tokens of the
-        whole text, those that are still to come, too.
+        whole text, including those that come later.
         """
         predictions = self.predict(input_ids, states, num_steps)
         history = history_mask(input_ids.shape[1], num_steps, input_ids.device)
         counts = torch.zeros(num_steps, 3, dtype=torch.float64, device=input_ids.device)
         label = self._labels(states)
-        # One text at a time, whose own tokens can be proposed, so that nothing depends on what else is in the batch.
+        # One text at a time: the draft can propose this text's tokens only, so counts do not depend on the rest of the batch.
         for row, positions in enumerate(mask):
             rows = positions.nonzero()[:, 0]
             text = self._text_rows(input_ids[row, : int(rows.max()) + 1]) if len(rows) else None
@@ -88,7 +88,7 @@ class AlignedTraining(nn.Module):
         names = self.draft.draft_to_target if text is None else text.token_ids
         whole = self._target_logits(label)
         expected = whole.argmax(dim=-1)
-        # What the target gives to tokens that the draft cannot propose is accepted by none.
+        # Probability that the target gives to tokens outside the draft vocabulary can never be accepted.
         target = (self.draft.compute_target_logits(label, text).float() - whole.logsumexp(dim=-1, keepdim=True)).exp()
         sums = []
         for prediction, valid in zip(predictions, is_valid, strict=True):
@@ -102,15 +102,15 @@ class AlignedTraining(nn.Module):
         return torch.stack(sums)
 
     def _target_logits(self, label: torch.Tensor) -> torch.Tensor:
-        """The target's own over the whole vocabulary, `(R, V)` in float32."""
+        """The target's own logits over the whole vocabulary, `(R, V)` in float32."""
         head = output_embeddings(self.target())
         logits = head(label.to(*place_of(head, self.target(), label.dtype))).to(self.draft.device).float()
         return target_logits(self.target(), logits)
 
 
 def reaches_all_weights(draft: PrismDraftModel, stage: Stage) -> bool:
-    """Whether the loss of a stage has a gradient for every weight of a draft: a module of which no forward of the stage is,
-    or a head of its own without a loss over the vocabulary, gets none."""
+    """Whether the loss of a stage has a gradient for every weight of a draft. A module that no step of the stage uses gets
+    none, nor does the draft's own head without a loss over the vocabulary."""
     modules = {draft.config.module_of_step(step) for step in range(stage.num_steps)}
     has_head_loss = bool(stage.loss.of_vocabulary) or not draft.head_parameters()
     return len(modules) == draft.config.num_processing_modules and has_head_loss

@@ -1,10 +1,10 @@
-"""Training-time-test steps, called aligned forwards here: what a draft computes while it trains is what it computes while it decodes.
+"""Training-time-test steps, called aligned forwards here: in training a draft computes what it computes in decoding.
 
-Forward k stands for draft step k. Its query at row i plays the node that k draft steps below the last committed row
-i - k: it sees the committed rows j <= i - k through the keys and values of step 0, and the k nodes of its own path at
-rows i - k + s, for s = 1..k, through the keys and values of step s. Those k extra keys are diagonals, since every
-query has one of each, so a forward reuses all earlier keys and values, and makes no score matrix on a GPU (Triton) or a
-CPU (`flash_alignment.py`), or else one of T x (T + k) per head group.
+Forward k is draft step k. Its query at row i plays the node k draft steps below the last committed row i - k. It sees the
+committed rows j <= i - k through the keys and values of step 0, and the k nodes of its own path, rows i - k + s for
+s = 1..k, through the keys and values of step s. Each query has one key of each of these steps (a diagonal of the scores), so
+a forward reuses all earlier keys and values. It makes no score matrix on a GPU (Triton) or a CPU (`flash_alignment.py`);
+elsewhere it makes one of T x (T + k) per head group.
 With `context_kv="own_module"` each module keeps keys and values of its own for every step. A sliding window is one more
 bound on what a query sees, like the first row of a packed sequence.
 
@@ -66,7 +66,7 @@ def aligned_forward(
 
 
 class AlignedPasses:
-    """The keys and values that training-time-test steps leave behind for later ones.
+    """The keys and values that each training-time-test step keeps for later steps.
 
     A view holds, for each draft step and layer, keys and values `(B, G, T, E)`. There is one view that all modules
     write to, or one for each module. Arguments are those of [`aligned_forward`].
@@ -92,7 +92,7 @@ class AlignedPasses:
         step = len(self.streams) - 1
         module = self.draft.config.module_of_step(step)
         view = self.views[module if self.has_own_views else 0]
-        # Steps of other modules that this one has not seen yet: only their keys and values are needed.
+        # Earlier steps of other modules, which this view lacks: only their keys and values are needed.
         while len(view) < step:
             self._run(self.draft.processing_modules[module], view, len(view), needs_output=False)
         return self._run(self.draft.processing_modules[module], view, step, needs_output=True)
@@ -149,7 +149,7 @@ class AlignedPasses:
         return queries.dtype != torch.float64 and use_triton(self.implementation, queries.device)
 
     def _attend_by_group(self, queries: torch.Tensor, keys_values, scale: float) -> torch.Tensor:
-        """A head group at a time, `(B, T, H, E)`, so that one group's scores are the most that is in the making."""
+        """One head group at a time, `(B, T, H, E)`, so that only one group's scores are in memory."""
         parts = []
         num_groups = keys_values[0][0].shape[1]
         for group, group_queries in enumerate(queries.chunk(num_groups, dim=1)):
@@ -161,7 +161,7 @@ class AlignedPasses:
         return context_alignment_attention_reference(queries, keys, values, starts, scale)
 
     def _maybe_again(self, function, *args):
-        """Call a function, and once more in the backward pass if activations are not to be kept."""
+        """Call a function; with activation checkpointing it is called again in the backward pass."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)

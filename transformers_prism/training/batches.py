@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.features import FeatureStore, OnlineFeatures
 
-# Sorting by length within a few updates wastes little on padding and keeps them different from epoch to epoch.
+# Sorted by length within pools of this many updates, batches have little padding and still differ between epochs.
 UPDATES_PER_POOL = 25
 
 
@@ -42,7 +42,7 @@ class ConversationDataset(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """Join conversations of T + 1 tokens into rows of T: a row reads a token's state and the token after it.
+    """Join conversations of T + 1 tokens into sequences of T positions; each reads a token's state and the next token.
 
     Returns:
         `dict`: `input_ids` `(B, T)`, the token after each state; `states` `(B, T + 1, C * hidden_size)`, of which the first
@@ -58,20 +58,20 @@ def collate(items: list[dict]) -> dict:
         length = len(item["input_ids"])
         input_ids[row, : length - 1] = item["input_ids"][1:]
         states[row, :length] = item["features"]
-        # Row t predicts the state of token t + 1, which tells token t + 2: the first that a round drafts in an
-        # answer starting at token P follows row P - 1.
+        # Position t predicts the state of token t + 1, whose logits give token t + 2. In an answer that starts at token P,
+        # the target itself chooses token P, so the first prediction that counts is at position P - 1.
         for start, end in item["trained_spans"]:
             mask[row, start - 1 : end - 1] = True
     return {"input_ids": input_ids, "states": states, "mask": mask}
 
 
 class LengthSampler(Sampler):
-    """Indices in an order in which neighbours are of like length in tokens, drawn afresh from (seed, epoch).
+    """A random order of indices in which neighbours have similar lengths in tokens, drawn from (seed, epoch).
 
-    The order depends on nothing else, so that a resumed run sees the batches that it would have seen. It goes on where the
-    `updates_before` of earlier stages ended: stages that make an epoch together see every item once, but for those of a last
-    update that is short. All batches of an
-    update, those of all processes, are neighbours: no process waits for one with longer rows.
+    The order depends on nothing else, so that a resumed run sees the same batches. It continues after the `updates_before`
+    updates of earlier stages: stages that together make one epoch see every item once, except those of a short last update.
+    All batches of one update, over all processes, are neighbours, so that no process waits for another with longer
+    sequences.
     """
 
     def __init__(

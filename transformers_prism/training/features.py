@@ -1,9 +1,9 @@
 """The target's hidden states over conversations, cached on disk or computed whenever they are asked for.
 
-A folder of features holds `features.json` and one file a shard: bfloat16 rows, one a token, in the order of the
-conversations; a row is the target's states at `layer_ids` side by side. A shard is renamed into place when it is
-whole, so that an interrupted run resumes where it stopped and several processes may share one folder. A folder grows
-with its data: what is added behind the conversations that it knows is all that is computed.
+A folder of features holds `features.json` and one file per shard. A shard has one bfloat16 row per token, in the order of
+the conversations: the target's states at `layer_ids`, concatenated. A shard is renamed into place when it is complete, so an
+interrupted run resumes where it stopped, and several processes may share one folder. A folder grows with its data: if
+conversations are appended, only their features are computed.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 CONVERSATIONS_PER_SHARD = 64
 BYTES_PER_VALUE = 2  # bfloat16
-# Of ranks of logits, the target's own and those that its head makes of the last state in bfloat16.
+# Lowest rank correlation between the target's own logits and those that its head computes from the last state in bfloat16.
 _LEAST_CORRELATION = 0.8
-# Between these logits in numbers, of their standard deviation.
+# Largest median difference between these logits, in units of their standard deviation.
 _MOST_DIFFERENCE = 0.1
 
 
 class FeatureStore:
     """The target's hidden states over a list of conversations, memory-mapped from a folder of shards; a token's C
-    states at `layer_ids` have `width` values together."""
+    states at `layer_ids` have `width` values in total."""
 
     def __init__(self, folder, conversations: list[Conversation], layer_ids: list[int], width: int):
         self.folder = Path(folder)
@@ -69,7 +69,7 @@ class FeatureStore:
         return sum(self.lengths[index] for index in self.members(shard)) * self.width * BYTES_PER_VALUE
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not there yet, or not whole, as the last one where data has grown."""
+        """Shards that are missing or incomplete, such as the last one after data was added."""
         return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
 
     def _is_whole(self, shard: int) -> bool:
@@ -120,16 +120,16 @@ def compute_features(
     target, conversations: list[Conversation], layer_ids: list[int], folder, needed: list[int] | None = None,
     part: tuple[int, int] = (0, 1)
 ) -> FeatureStore:
-    """Run the target over conversations once and keep its hidden states; shards that are there are not redone.
+    """Run the target over conversations once and keep its hidden states; existing shards are not computed again.
 
     Args:
         target (`PreTrainedModel`): in the dtype to compute in; states are kept in bfloat16 in any case.
-        folder: made if it is not there; must belong to the same target and layers if it is, and to the same data or to
-            its first conversations. Features that were computed in float32 serve other dtypes, too, when none is missing.
-        needed (`list[int]`, *optional*): indices of the conversations that are needed; their shards are computed.
-        part (`tuple[int, int]`): of `(index, count)`, do only the shards whose number is `index` modulo `count`.
+        folder: made if it is missing. An existing one must belong to the same target and layers, and to the same data or
+            its first conversations. Features computed in float32 also serve other dtypes, if no needed shard is missing.
+        needed (`list[int]`, *optional*): indices of the needed conversations, by default all; their shards are computed.
+        part (`tuple[int, int]`): `(index, count)`: compute only the shards whose number is `index` modulo `count`.
     Raises:
-        ValueError: if the folder holds features of something else.
+        ValueError: if the folder holds features of another target, other layers or other data.
         OSError: if the disk has no room for them, with both sizes in bytes.
     """
     store = FeatureStore(folder, conversations, layer_ids, sum(state_widths(target, layer_ids)))
@@ -147,7 +147,7 @@ def compute_features(
 
 
 def computed_with(needed: list[int], num_conversations: int) -> list[int]:
-    """The conversations whose features are computed where those of `needed` are: shards are computed whole."""
+    """The conversations whose features are computed along with those of `needed`, since shards are computed whole."""
     shards = _shards_of(needed)
     return [index for index in range(num_conversations) if index // CONVERSATIONS_PER_SHARD in shards]
 
@@ -157,13 +157,13 @@ def _shards_of(indices: Iterable[int]) -> set[int]:
 
 
 def state_widths(target, layer_ids: list[int]) -> list[int]:
-    """Width of each of a target's hidden states at `layer_ids`, which a few targets do not have in common."""
+    """Width of each of a target's hidden states at `layer_ids`; in a few targets the widths differ."""
     return [state.shape[-1] for state in _states_of(target, (0, 0), layer_ids)]
 
 
 def check_states(target, layer_ids: list[int], label_width: int) -> None:
-    """Check that what a draft is trained on, the target's states at `layer_ids`, the last one last, is what the
-    target's vocabulary head reads.
+    """Check the target's states at `layer_ids`, which a draft is trained on: their widths, and that the last one is what
+    the target's vocabulary head reads.
 
     Raises:
         ValueError: if the states have other widths, or if the target transforms its last state before the head
@@ -192,7 +192,7 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
             type(target).__name__,
             difference,
         )
-    # Scaled and capped logits keep their order; those of a transformed state have nothing to do with these.
+    # Scales and soft-caps keep the order of logits; logits of a transformed state have an unrelated order.
     ranks = [one.float().argsort(dim=-1).argsort(dim=-1).float().flatten() for one in (found, logits.to(found.device))]
     correlation = float(torch.corrcoef(torch.stack(ranks))[0, 1])
     if correlation < _LEAST_CORRELATION:
@@ -217,7 +217,7 @@ def _description(target, conversations: list[Conversation], layer_ids: list[int]
 
 
 def _claim_folder(store: FeatureStore, target, conversations: list[Conversation], may_be_float32: bool):
-    """Write what the folder holds, or compare with what it says it holds; data that has grown is the same data."""
+    """Write the description of a new folder, or compare with an existing one; appended data is accepted."""
     description = _description(target, conversations, store.layer_ids)
     path = store.folder / "features.json"
     if not path.is_file():

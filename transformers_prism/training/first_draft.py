@@ -1,4 +1,4 @@
-"""The draft that training begins with: its architecture, its draft vocabulary, and what it already knows."""
+"""The draft that training begins with: its architecture, its draft vocabulary and its initial weights."""
 
 import json
 import logging
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.Tensor, float]:
-    """The `size` most frequent tokens of the answers, increasing, and the share of answer tokens that they cover, in
-    0..1; filled up with the smallest unused ids where the data has fewer tokens."""
+    """The `size` most frequent tokens of the answers, in increasing order, and the share of answer tokens that they cover,
+    in 0..1. If the data has fewer tokens, the smallest unused ids fill the rest."""
     counts = _answer_tokens(conversations)
     total = counts.total()
-    # Tokens of the prompts come after all answer tokens, and ids that never occur last.
+    # Tokens of the prompts rank after all answer tokens, and ids that never occur rank last.
     for conversation in conversations:
         counts.update(dict.fromkeys(conversation.input_ids, 0))
     chosen = dict(counts.most_common(size))
@@ -55,7 +55,7 @@ def source_config(config: TrainConfig) -> PrismConfig | None:
 def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     """The architecture of the finished draft, for a target or its configuration; the tokenizer is for the fingerprint.
 
-    Without stage split a draft keeps the modules that it starts with, whatever the recipe would split them into.
+    Without stage split a draft keeps its initial number of modules, whatever number the recipe names.
 
     Raises:
         ValueError: if the draft to start from has more modules than the finished one, if the run asks for more modules
@@ -65,7 +65,7 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     num_modules = _num_modules(config, source)
     overrides: dict = {
         "module_form": config.module_form,
-        # EAGLE-3 learns a head of its own.
+        # EAGLE-3 trains its own head.
         "share_target_head": config.module_form != "eagle3",
         "num_processing_modules": num_modules,
         "num_layers_per_module": config.num_layers_per_module,
@@ -107,14 +107,14 @@ def _num_modules(config: TrainConfig, source: PrismConfig | None) -> int:
 def first_draft(
     config: TrainConfig, draft_config: PrismConfig, training: list[Conversation], report: dict
 ) -> PrismDraftModel:
-    """A new draft with one module, or what the draft that is started from knows, in as many modules as it has.
+    """A new draft: with one random module, or with the weights and the number of modules of the draft to start from.
 
     Args:
         draft_config (`PrismConfig`): of the finished draft.
         training (`list[Conversation]`): their answers choose the draft vocabulary.
-        report (`dict`): gets the draft vocabulary's coverage, and what was started from, with its own training record.
+        report (`dict`): gets the draft vocabulary's coverage, and the name and training record of the draft to start from.
     Raises:
-        ValueError: if the draft to start from cannot be started from.
+        ValueError: if the weights of the draft to start from do not fit.
     """
     torch.manual_seed(config.seed)
     source = None

@@ -1,10 +1,10 @@
-"""Attention of a training-time-test step on a CPU, without a tensor of T x T: flash attention over the committed rows, and the
-path's few keys merged into it.
+"""Attention of a training-time-test step on a CPU without a T x T tensor: flash attention over the committed rows, merged
+with attention to the path's few keys.
 
-Softmax over two sets of keys is each set's own, weighted by its share of the sum of exponentials. So the committed rows
-go through PyTorch's fused attention, shifted by k rows to be plainly causal, and the k keys of the path, of which a query
-has one each, through products of rows. Backward gives the fused one the merged output and the merged log-sum-exp, from
-which its formula yields the gradients of the whole softmax. With a sliding window one mask of T x T serves all heads.
+Attention over two sets of keys is the attention over each set, weighted by the set's share of the sum of exponentials. So the
+committed rows go through PyTorch's fused attention, shifted by k rows so that the mask is causal. The k keys of each query's
+path go through row-wise products. Backward passes the merged output and log-sum-exp to the fused backward, whose formula then
+gives the gradients of the whole softmax. With a sliding window, one T x T mask is made for all heads.
 
 Shape letters: B batch, T rows, H query heads, G key/value heads, R = H / G, E head dim, k the draft step.
 Source: FlashAttention-2 (arXiv:2307.08691), whose backward needs nothing but output and log-sum-exp.
@@ -22,7 +22,7 @@ def flash_alignment_attention(
     query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float,
     sliding_window: int | None = None
 ) -> torch.Tensor:
-    """What [`context_alignment_attention`] computes, for one sequence a row, on a CPU.
+    """The same as [`context_alignment_attention`], on a CPU, for a batch without packed sequences.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, T, E)`): of draft step k.
@@ -100,20 +100,20 @@ class _FlashAlignment(torch.autograd.Function):
 
 
 def _path(states: tuple[torch.Tensor, ...], groups: int) -> list[torch.Tensor]:
-    """Keys or values of the path that each query sees, `(B, H, T, E)`: of step s, k - s rows before its own."""
+    """Keys or values of the path that each query sees, `(B, H, T, E)`: those of step s are k - s rows before the query."""
     step = len(states) - 1
     moved = [shift_down(one, step - s) for s, one in enumerate(states[1:], start=1)]
     return [one.repeat_interleave(groups, dim=1) for one in moved]
 
 
 def _visible(scores: torch.Tensor, num_before: int) -> torch.Tensor:
-    """Scores `(B, H, T)` with minus infinity in the first rows, where the path begins before the first of all."""
+    """Scores `(B, H, T)` with minus infinity in the first rows, whose path would begin before row 0."""
     scores[:, :, :num_before] = -torch.inf
     return scores
 
 
 def _window_mask(num_rows: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
-    """What is added to causal scores `(num_rows, num_rows)` that see `window` keys; None where that hides nothing."""
+    """Additive mask `(num_rows, num_rows)`: causal, over `window` keys; None if the window hides nothing."""
     if num_rows <= window:
         return None
     rows = torch.arange(num_rows)

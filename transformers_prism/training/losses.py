@@ -21,10 +21,10 @@ ROWS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much each part of the loss counts: soft cross-entropy, negative log of the probability that a drafted token
-    is accepted, and distance between hidden states; and draft steps 0, 1, ..., the last weight for all later steps.
+    """Weights of the parts of the loss: soft cross-entropy, negative log of the probability that a drafted token is
+    accepted, and distance between hidden states. `steps` weighs draft steps 0, 1, ...; its last entry also all later ones.
 
-    Then the share of the vocabulary that the first two are computed over (see [`VocabularySample`]).
+    `vocab_sample` is the share of the vocabulary that the first two are computed over (see [`VocabularySample`]).
     """
 
     token: float = 0.1
@@ -39,7 +39,7 @@ class LossWeights:
 
     @property
     def of_vocabulary(self) -> dict[str, float]:
-        """Losses of [`linear_distillation_loss`] that have a weight, with it."""
+        """The losses of [`linear_distillation_loss`] with a weight other than 0, and that weight."""
         weights = {"cross_entropy": self.token, "negative_log_acceptance": self.acceptance}
         return {name: weight for name, weight in weights.items() if weight}
 
@@ -74,7 +74,7 @@ def aligned_loss(
         text (`TextRows`, *optional*): tokens that the draft can propose in addition to its vocabulary.
     Source: EAGLE's losses as the PRISM artifact weighs them (0.1 and 1.0).
     """
-    # Indices, since every use of a mask of unknown size would wait for the device.
+    # Indices are made once, since each use of a boolean mask would wait for the device.
     rows = mask.any(dim=0).flatten().nonzero()[:, 0]  # [R]
     row_weights = mask.flatten(1).index_select(1, rows).to(torch.float32)  # [S, R]
     row_weights = row_weights / (row_weights.sum(dim=1, keepdim=True) + 1e-5)
@@ -94,7 +94,7 @@ def vocabulary_loss(
     draft, predictions: torch.Tensor, label_hidden: torch.Tensor, row_weights: torch.Tensor, weights: LossWeights,
     implementation: str = "auto", text: TextRows | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The parts of the loss that need logits, of which no tensor of all rows by all tokens is ever made.
+    """The parts of the loss that need logits. No tensor of all rows by all tokens is ever made.
 
     With p the target's and q the draft's distribution over the draft vocabulary, the soft cross-entropy is -sum(p log
     q), and a token drawn from q is accepted with probability sum(min(p, q)) = 1 - TV(p, q).
@@ -102,9 +102,9 @@ def vocabulary_loss(
     Args:
         predictions, label_hidden (`torch.Tensor`): predicted hidden states `(S, R, D)`, and the target's `(R, D)`.
         row_weights (`torch.Tensor` of shape `(S, R)`): of each row in the sums.
-        implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU where
-            the draft has no norm or head of its own to train; else logits are made in chunks of rows, and always for a
-            sample of the vocabulary.
+        implementation (`str`): "auto", "triton" or "torch". "auto" takes [`linear_distillation_loss`] on a GPU, if
+            the draft trains no norm or head of its own. Otherwise, and always for a sample of the vocabulary, logits are
+            made in chunks of rows.
     Returns:
         `tuple` of the weighted sum, the soft cross-entropy and the negative log acceptance, each of shape `(S,)` in
             nats; only the first carries gradients.
@@ -138,7 +138,7 @@ def vocabulary_loss(
 
 
 def _vocabulary_of(draft, text: TextRows | None, share: float) -> Callable:
-    """What makes, of the target's states of a chunk of rows, the vocabulary that their loss is computed over."""
+    """A function from the target's states of a chunk of rows to the vocabulary that the chunk's loss is computed over."""
     if share == 1:
         return functools.partial(_WholeVocabulary, draft, text)
     shared = draft.shared_head(text)
@@ -152,7 +152,7 @@ def _vocabulary_of(draft, text: TextRows | None, share: float) -> Callable:
 
 
 class _WholeVocabulary:
-    """All that the draft can propose; for a part of it see [`VocabularySample`]."""
+    """All tokens that the draft can propose; for a sample of them see [`VocabularySample`]."""
 
     token_weights = None
 
@@ -161,7 +161,7 @@ class _WholeVocabulary:
         self.target_log_probs = torch.log_softmax(draft.compute_target_logits(label_hidden, text).float(), dim=-1)
 
     def log_probs(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Of the draft, `(R, V)`."""
+        """The draft's log-probabilities, `(R, V)`."""
         return torch.log_softmax(self.draft.compute_logits(prediction, self.text).float(), dim=-1)
 
 
@@ -173,7 +173,7 @@ def _weighted(sums: torch.Tensor, coefficients: dict[str, float]) -> torch.Tenso
 class _ChunkedVocabularyLoss(torch.autograd.Function):
     """The weighted total `(S,)`, and each loss that has a weight, `(K, S)`, without gradients.
 
-    Forward computes the gradients too, chunk by chunk, so that logits are made once and dropped at once.
+    Forward computes the gradients too, chunk by chunk, so that each chunk's logits are made once and freed at once.
     """
 
     @staticmethod

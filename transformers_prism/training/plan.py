@@ -1,4 +1,4 @@
-"""What a training run will do and take, said before anything runs."""
+"""What a training run will do and cost, estimated before anything runs."""
 
 import dataclasses
 import shutil
@@ -24,9 +24,9 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StageCost:
-    """Estimates for one stage: updates of the optimizer; tokens seen, epochs counted; 1e15 products and sums of the
-    draft, forward and backward; bytes of draft, gradients, optimizer and activations in one process, the target not
-    counted."""
+    """Estimates for one stage: optimizer updates; tokens seen, over all epochs; 1e15 floating-point operations (PFLOP) of
+    the draft, forward and backward; peak bytes of draft, gradients, optimizer and activations in one process, without the
+    target."""
 
     stage: Stage
     num_updates: int
@@ -47,9 +47,9 @@ def _stage_cost(stage: Stage, config: TrainConfig, draft_config, lengths: list[i
     num_tokens = round(sum(lengths) * num_epochs)
     module = _num_parameters(draft_config, 1)
     vocabulary = (draft_config.draft_vocab_size or draft_config.vocab_size) * draft_config.hidden_size
-    # A trained weight takes part in three products and sums for each token of a step: forward, for the states' gradients and for
-    # its own. The target's head, which a draft borrows, is not trained: two, over what is sampled of the vocabulary; and
-    # one for each token, all steps together, over the target's state. Attention over T rows counts by the mean length.
+    # A trained weight costs three multiply-adds per token and step: forward, gradient of the states, gradient of the weight.
+    # A borrowed head is not trained and costs two, over the sampled share of the vocabulary; the target's logits cost one
+    # more per token, once for all steps. Attention is counted at the mean length.
     mean_length = sum(lengths) / max(len(lengths), 1)
     attention = 2 * mean_length * draft_config.num_attention_heads * draft_config.head_dim
     borrowed = 4 * draft_config.share_target_head * stage.num_steps * config.vocab_sample
@@ -66,12 +66,12 @@ def _num_parameters(draft_config, num_modules: int) -> int:
 
 
 def _activation_bytes(stage: Stage, config: TrainConfig, draft_config, length: int) -> int:
-    """What the backward pass keeps, for a batch of the longest conversations."""
+    """Bytes kept for the backward pass, for a batch of the longest conversations."""
     value = 2 if config.compute_dtype == "bfloat16" else 4
     rows = config.batch_size * length
     heads, width = draft_config.num_attention_heads, draft_config.hidden_size
     attention = 2 * heads * draft_config.head_dim + 2 * draft_config.num_key_value_heads * draft_config.head_dim
-    # Nothing of the MLP is kept where it is computed again.
+    # With checkpointing no MLP activations are kept.
     if config.checkpoint_activations:
         per_row = 6 * width + attention
     else:
@@ -80,8 +80,8 @@ def _activation_bytes(stage: Stage, config: TrainConfig, draft_config, length: i
 
 
 def describe_plan(config: TrainConfig) -> str:
-    """What a run would do: the draft, the data, each stage, memory and disk. Nothing is written, no weight is loaded
-    where the target's configuration can be had without them.
+    """What a run would do: the draft, the data, each stage, memory and disk. Nothing is written, and no weights are loaded
+    if the target's configuration can be read without them.
 
     Raises:
         FileNotFoundError, ValueError: for data and settings that cannot be used, as the run itself would say.
@@ -102,7 +102,7 @@ def describe_plan(config: TrainConfig) -> str:
     target_flops = 2e-15 * target_size * num_tokens
     costs = stage_costs(config, draft_config, [len(one.input_ids) for one in used])
     if config.online_features:
-        # Every stage asks the target again.
+        # Every stage runs the target again.
         target_flops = 2e-15 * target_size * sum(cost.num_tokens for cost in costs)
         where = "computed whenever they are needed, none on disk"
     else:
@@ -130,7 +130,7 @@ def describe_plan(config: TrainConfig) -> str:
 
 
 def _parts_of_features(config: TrainConfig, training: Part, validation: Part) -> list[Part]:
-    """What features are computed of: one list of conversations, or two where validation data have files of their own."""
+    """The lists of conversations that features are computed for: one, or two if the validation data is separate."""
     if config.validation_data:
         return [training, validation]
     return [dataclasses.replace(training, indices=[*training.indices, *validation.indices])]

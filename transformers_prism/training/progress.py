@@ -12,7 +12,7 @@ from transformers_prism.decoding.transfer import clock
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.whole_files import whole_file
 
-# Columns of the log, and how they are called; of those that have one value for each draft step, all are shown.
+# Columns of the log and their labels; a column with one value per draft step shows all of them.
 _COLUMNS = {
     "loss": "loss",
     "token_loss": "token loss by step",
@@ -32,7 +32,7 @@ _VALIDATION = {
 
 
 class TrainingLog(TrainerCallback):
-    """A table of a stage's figures, a row a line of the log and one a validation, above a bar with the time left."""
+    """A table of a stage's figures, with one row per log entry and one line per validation, above a bar with the time left."""
 
     def __init__(self, title: str, console: Console | None = None):
         self.title, self.console = title, console
@@ -82,8 +82,8 @@ def _cells(logs: dict, columns: dict[str, str]) -> dict[str, str]:
 
 
 class UpdateClock(TrainerCallback, ExportableState):
-    """Seconds spent in updates, their batches' states included, over a run and its resumptions; validation and checkpoints
-    are not counted."""
+    """Seconds spent in updates, including the hidden states of their batches, over a run and its resumptions. Validation
+    and checkpoints are not counted."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.started = seconds, 0.0
@@ -96,7 +96,7 @@ class UpdateClock(TrainerCallback, ExportableState):
         """The first batches are fetched next."""
         self.started = clock(args.device)
 
-    # What comes between two updates is not theirs.
+    # The clock restarts after a validation or a checkpoint, so that neither counts.
     on_evaluate = on_save = on_epoch_begin
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -106,7 +106,7 @@ class UpdateClock(TrainerCallback, ExportableState):
 
 
 def smoothed(line: list[tuple[float, float]], share: float = 0.05) -> list[tuple[float, float]]:
-    """The mean of each point and those before it that lie within a share of the line's points; at least of two."""
+    """Running mean: each point with the points before it, over a window of this share of all points, at least two."""
     width = max(2, round(share * len(line)))
     values = [y for _, y in line]
     means = (statistics.mean(values[max(0, place + 1 - width) : place + 1]) for place in range(len(values)))
@@ -117,9 +117,9 @@ def plot_curves(results: list[dict], path) -> None:
     """Loss, top-1 accuracy and, where it was measured, tau over the tokens seen, all stages one after the other, as a
     PNG file.
 
-    The loss is drawn pale as logged and dark as a running mean. Validations are joined across stages. What never
-    changes (as a share of loops that is always 0) gets no panel. `results` are the stages' `history`, `num_updates`,
-    `tokens_seen`.
+    The loss is drawn pale as logged and dark as a running mean. Validations are joined across stages. A figure that
+    never changes, such as a share of loops that is always 0, gets no panel. `results` holds each stage's `history`,
+    `num_updates` and `tokens_seen`.
     """
     import matplotlib.figure
 
@@ -136,7 +136,7 @@ def plot_curves(results: list[dict], path) -> None:
         for name, lines in points.items():
             values: dict[int, float] = {}
             for entry in result["history"]:
-                # The checkpoint that is kept is validated once more after the last update, where it does not belong.
+                # The kept checkpoint may be validated again, logged at the last update: the first value of an update counts.
                 if name in entry:
                     values.setdefault(entry["step"], entry[name])
             lines.append([((seen + step * per_update) / 1e6, value) for step, value in values.items()])

@@ -1,4 +1,4 @@
-"""How far something is that takes longer than a few seconds: a bar in a terminal, lines elsewhere, both with the time left."""
+"""Progress of work that takes more than a few seconds: a bar in a terminal, lines elsewhere, both with the time left."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 # Where there is no terminal, a line is printed after 5 seconds and then every half minute.
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 5.0, 30.0
-# One for all, since bars within bars have to know of each other.
+# One console for all bars, since nested bars must share it.
 _STANDARD_ERROR = Console(stderr=True)
 
 
@@ -59,11 +59,11 @@ class ProgressBar:
             self.bar.stop()
 
     def advance(self, count: int = 1) -> None:
-        """So much more is done."""
+        """`count` more units are done."""
         self.update(self.completed + count)
 
     def update(self, completed: int, total: int | None = None) -> None:
-        """So much is done in all."""
+        """`completed` units are done in all."""
         self.completed, self.total = completed, total or self.total
         if self.is_bar:
             self.bar.update(self.task, completed=completed, total=self.total, text=self.text())

@@ -19,7 +19,7 @@ from transformers_prism.training.losses import LossWeights
 # Options that differ between recipes, with the values of each.
 RECIPES: MappingProxyType[str, dict] = MappingProxyType(
     {
-        # Source: PRISM (arXiv:2602.01762), with a first stretch of one step that is ours.
+        # Source: PRISM (arXiv:2602.01762), preceded by a single-step stage that is ours.
         "prism": {"num_modules": 2, "single_step_epochs": 1.0, "warm_up_epochs": 2.0, "split_epochs": 1.0},
         # Source: HASS (arXiv:2408.15766).
         "hass": {"single_step_epochs": 1.0, "warm_up_epochs": 3.0},
@@ -157,17 +157,17 @@ class TrainConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """`compute_dtype` as torch knows it."""
+        """`compute_dtype` as a torch dtype."""
         return getattr(torch, self.compute_dtype)
 
     @property
     def stays_on_cpu(self) -> bool:
-        """Whether the CPU is what trains; accelerate has to be told to find other processes there."""
+        """Whether training runs on the CPU. accelerate must be told, or it finds no other processes there."""
         return self.use_cpu or not torch.accelerator.is_available()
 
     @property
     def chooses_by_tau(self) -> bool:
-        """Whether the checkpoint with the best measured tau is what a stage ends with."""
+        """Whether a stage ends with the checkpoint that has the best measured tau."""
         return bool(self.num_acceptance_prompts and self.validation_updates)
 
     def numbers(self, name: str, kind: type = int) -> list:
@@ -199,7 +199,7 @@ class Stage:
 def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
     """The stages of a recipe in order, those of 0 epochs left out, for a run that starts from a draft of
     `num_modules`."""
-    run: Any = config  # whose recipe has filled in what was None
+    run: Any = config  # the recipe has filled in options that were None
     rate, num_split = run.learning_rate, max(num_modules, run.num_modules)
     step_weights = tuple(run.numbers("step_weights", float))
     parts = (run.token_weight, run.acceptance_weight, run.hidden_weight)
@@ -214,7 +214,7 @@ def plan_stages(config: TrainConfig, num_modules: int = 1) -> list[Stage]:
 
 
 def has_own_num_modules(config: TrainConfig) -> bool:
-    """Whether the run asks for another number of modules than its recipe, or for steps that share modules in its own way."""
+    """Whether the run sets another number of modules than its recipe does, or its own `draft_step_to_module`."""
     by_recipe = {**_PLAIN, **RECIPES[config.recipe]}["num_modules"]
     return config.num_modules != by_recipe or bool(config.draft_step_to_module)
 

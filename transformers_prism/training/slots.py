@@ -1,8 +1,8 @@
-"""Decoding many rows at once where a row that ends is replaced at once: a cache of slots that is allocated once.
+"""Decode many sequences at once, replacing each one as soon as it ends, in a cache of slots that is allocated once.
 
-`generate` decodes a batch until its longest row ends, copies its cache for every token, and repeats the keys of every
-group of heads. Here each slot keeps its own length, keys and values are written in place, the heads of a group read
-their keys together, and only the last position goes through the vocabulary head.
+`generate` decodes a batch until its longest sequence ends, copies its cache for every token, and repeats the keys of each
+group of query heads. Here each slot has its own length, keys and values are written in place, the query heads of a group
+share their keys without copies, and only the last position goes through the vocabulary head.
 Shape letters: B slots, W positions in use, H query heads, G key/value heads, R = H / G, E head dim, V vocabulary.
 """
 
@@ -25,12 +25,12 @@ from transformers_prism.decoding.target_support import layer_windows, why_no_tre
 from transformers_prism.decoding.tree import attention_mask
 from transformers_prism.transformers_names import attention_name, cache_argument, is_stateful
 
-# Prompts of which several conversations begin alike are read once; this many are remembered.
+# A prompt that several conversations begin with is prefilled once; at most this many are remembered.
 _MAX_REMEMBERED = 16
 
 
 def slot_attention(module, query, key, value, attention_mask, **kwargs):
-    """Attention of one new token per slot, the heads of a group side by side; anything longer goes to SDPA."""
+    """Attention of one new token per slot: the R heads of a group become R queries of one head. Longer inputs go to SDPA."""
     num_groups = key.shape[1]
     if query.shape[2] != 1 or num_groups == query.shape[1]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -47,12 +47,12 @@ class _SlotLayer(DynamicLayer):
         self.slots = slots
 
     def reserve(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Allocate for all slots, given keys and values `(n, G, T, E)` of any."""
+        """Allocate buffers for all slots, of the dtype, device and sizes of these keys and values `(n, G, T, E)`."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            # One more than a row can hold: a slot that waits is written to behind its end, where nothing looks.
+            # One position more than a sequence can hold: an idle slot is written to after its end, and every mask hides that.
             shape = (self.slots.num_slots, keys.shape[1], self.slots.max_length + 1)
-            # Zeros, since what is masked must still be a number.
+            # Zeros, since masked values must still be finite.
             self.keys = keys.new_zeros((*shape, keys.shape[3]))
             self.values = values.new_zeros((*shape, values.shape[3]))
 
@@ -69,14 +69,14 @@ class _SlotLayer(DynamicLayer):
 
 
 class _SlotStates(LinearAttentionLayer):
-    """Recurrent states of all slots, which the stock layer writes to in place, each slot's by itself."""
+    """Recurrent states of all slots. The layer of transformers updates them in place, each slot independently."""
 
     def __init__(self, slots: "Slots"):
         super().__init__()
         self.slots = slots
 
     def fill(self, slot: int, read: LinearAttentionLayer) -> None:
-        """Give a slot the states of a row that was read alone."""
+        """Copy the states of a sequence that was prefilled alone into a slot."""
         self.number_of_states, self.conv_kernel_size = read.number_of_states, read.conv_kernel_size
         self.has_previous_state = dict(read.has_previous_state)
         for name in ("conv_states", "recurrent_states"):
@@ -90,7 +90,7 @@ class _SlotStates(LinearAttentionLayer):
 
 
 class _SlotLayerAndStates(_SlotStates, _SlotLayer):
-    """Both, of layers that attend and recur."""
+    """Keys and values, and recurrent states, for layers that have both."""
 
     lazy_initialization = LinearAttentionAndFullAttentionLayer.lazy_initialization
 
@@ -99,7 +99,7 @@ class _SlotLayerAndStates(_SlotStates, _SlotLayer):
         _SlotStates.__init__(self, slots)
 
 
-# What stands in for which layer of a target's own cache.
+# The replacement for each type of layer in a target's own cache.
 _LAYERS = {
     DynamicLayer: _SlotLayer,
     LinearAttentionLayer: _SlotStates,
@@ -109,12 +109,12 @@ _LAYERS = {
 
 
 class Slots:
-    """A target that decodes up to `num_slots` rows (B) at once, in eval mode whatever mode it is in; `max_length`
-    positions of each slot are allocated at once.
+    """Decodes up to `num_slots` sequences (B) at once with a target, always in eval mode. `max_length` positions are
+    allocated for each slot, once.
 
     Raises:
-        ValueError: if the target's forward takes no mask of ours and its layers are not recurrent ones beside full
-            attention.
+        ValueError: if the target accepts no attention mask of ours, and is not a model of recurrent and full-attention
+            layers.
     """
 
     def __init__(self, target, num_slots: int, max_length: int):
@@ -140,8 +140,8 @@ class Slots:
 
     @torch.no_grad()
     def fill(self, slot: int, token_ids: list[int], is_shared: bool = False) -> torch.Tensor:
-        """Put a new row of 1 to `max_length` - 1 tokens in a slot; returns the logits `(V,)` after them. `is_shared`
-        says that other rows will begin with exactly these tokens."""
+        """Put a new sequence of 1 to `max_length` - 1 tokens in a slot; returns the logits `(V,)` after them. `is_shared`
+        says that other sequences will begin with exactly these tokens."""
         if not 0 < len(token_ids) < self.max_length:
             raise ValueError(f"token_ids: expected 1 to {self.max_length - 1} tokens, got {len(token_ids)}")
         read = self._read.get(tuple(token_ids))
@@ -160,7 +160,7 @@ class Slots:
                 continue
             keys, values = of_row.keys, of_row.values
             layer.reserve(keys, values)
-            # A sliding layer keeps the end of a long prompt only; masks never ask for what it dropped.
+            # A sliding-window layer keeps only the end of a long prompt; masks hide what it dropped.
             kept = keys.shape[2]
             layer.keys[slot, :, len(token_ids) - kept : len(token_ids)] = keys[0]
             layer.values[slot, :, len(token_ids) - kept : len(token_ids)] = values[0]
@@ -169,7 +169,7 @@ class Slots:
 
     @torch.no_grad()
     def step(self, token_ids: dict[int, int]) -> torch.Tensor:
-        """Append a token to some slots; returns the logits `(B, V)` after it, of which the rows of other slots mean nothing."""
+        """Append a token to some slots; returns the logits `(B, V)` after it. The rows of all other slots are meaningless."""
         input_ids = torch.zeros((self.num_slots, 1), dtype=torch.long)
         for slot, token in token_ids.items():
             if self.lengths[slot] == self.max_length:

@@ -44,15 +44,15 @@ logger = logging.getLogger(__name__)
 
 
 class AlignedTrainer(Trainer):
-    """Transformers' Trainer with our order of batches, which goes on behind the `updates_before` of earlier stages, our loss,
-    and our evaluation; acceptance is measured on `prompts`."""
+    """Transformers' Trainer with our own batch order, loss and evaluation. The order continues after the `updates_before`
+    updates of earlier stages; acceptance is measured on `prompts`."""
 
     def __init__(self, *args, prompts: Sequence[Conversation] = (), updates_before: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.prompts, self.updates_before = list(prompts), updates_before
         self.sampler: LengthSampler | None = None
         self._parts: list[torch.Tensor] = []
-        # FSDP will cut the model's own weights to pieces.
+        # FSDP will shard the model's own weights, so an unsharded copy is kept.
         self._whole_copy = copy.deepcopy(self.model).to(self.args.device) if self.is_fsdp_enabled else None
 
     def _get_train_sampler(self, train_dataset=None):
@@ -63,7 +63,7 @@ class AlignedTrainer(Trainer):
         return self.sampler
 
     def whole_model(self) -> AlignedTraining:
-        """The model with all of its weights; under FSDP a copy, gathered anew, for which every process has to ask."""
+        """The model with all of its weights. Under FSDP they are gathered into a copy, so every process must call this."""
         if self._whole_copy is None:
             return self.accelerator.unwrap_model(self.model)
         self._whole_copy.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
@@ -102,7 +102,7 @@ class AlignedTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Agreement of each draft step with the target on held-out conversations, teacher-forced, and measured rounds."""
+        """Teacher-forced top-1 accuracy and acceptance of each draft step on held-out conversations, and tau of real rounds."""
         dataset = eval_dataset or self.eval_dataset
         training = self.whole_model()
         num_steps = max(4, training.stage.num_steps)
@@ -116,7 +116,7 @@ class AlignedTrainer(Trainer):
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
                     inputs = self._prepare_inputs(batch)
                     counts += training.count_agreements(**inputs, num_steps=num_steps)
-                # The states of one batch are gone before those of the next are made.
+                # Free the states of this batch before those of the next are made.
                 del batch, inputs
                 bar.advance()
         training.train()
@@ -140,18 +140,18 @@ class AlignedTrainer(Trainer):
 
 
 class _EpochOfOrder(TrainerCallback):
-    """Tells the sampler of the epoch. Where a run of several processes is resumed, it lies deeper than the Trainer reaches."""
+    """Tells the sampler the epoch: in a resumed run of several processes it is wrapped too deeply for the Trainer to reach."""
 
     def __init__(self, trainer: AlignedTrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Choose the order of the epoch that begins, or is resumed in."""
+        """Choose the order of the epoch that begins, or that the run resumes in."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class _LastUpdateCounts(TrainerCallback):
-    """With a checkpoint chosen by tau, the last update is a candidate like the others."""
+    """Where the best tau decides which checkpoint is kept, the last update is evaluated and saved, too."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Evaluate and save at the end."""
@@ -166,8 +166,8 @@ def train(config: TrainConfig, argv: list[str] | None = None, models: tuple | No
 
     Args:
         config (`TrainConfig`): the run.
-        argv (`list[str]`, *optional*): the command that asked for it, recorded without folders.
-        models (`tuple`, *optional*): the target and its tokenizer where they are loaded already.
+        argv (`list[str]`, *optional*): the command line, recorded without the folders of its paths.
+        models (`tuple`, *optional*): the target and its tokenizer, if they are already loaded.
     Returns:
         `PrismDraftModel`: trained, bound to its target, in eval mode and float32.
     Raises:
@@ -180,7 +180,7 @@ def train(config: TrainConfig, argv: list[str] | None = None, models: tuple | No
             f"fsdp: expected several processes with an accelerator each, as `accelerate launch --multi_gpu` starts them, got "
             f"{state.num_processes} on {state.device.type}"
         )
-    # Every process has looked before the first one writes.
+    # Every process checks the paths before the first one writes.
     state.wait_for_everyone()
     target, tokenizer = models or load_target(config.target, config.dtype)
     target.to(state.device)
@@ -214,7 +214,7 @@ def train(config: TrainConfig, argv: list[str] | None = None, models: tuple | No
 
 
 def _check_paths(config: TrainConfig):
-    """What can be said before anything is loaded."""
+    """Checks that need nothing to be loaded."""
     if not config.output:
         raise ValueError("output: expected a folder, got none")
     for name in ("data", "validation_data") if config.validation_data else ("data",):
@@ -225,7 +225,7 @@ def _check_paths(config: TrainConfig):
         return
     if not config.resume:
         raise ValueError(f"output: expected a new folder, got {record.parent.name!r} with a run in it; add --resume")
-    # A setting that is younger than the run had its default.
+    # A setting that did not exist when the run began had its default.
     found = {**_settings(TrainConfig()), **json.loads(record.read_text())}
     for name, expected in _settings(config).items():
         if found.get(name) != expected:
@@ -245,7 +245,7 @@ def _settings(config: TrainConfig) -> dict:
 
 
 def _features(config, target, parts: tuple[Part, Part], draft_config) -> list[FeatureStore | OnlineFeatures]:
-    """Features of both parts; validation data of its own has a folder of its own, since the other one grows with its data."""
+    """Features of both parts. Separate validation data has its own folder, since a folder belongs to one list of data."""
     last = num_target_layers(target.config.get_text_config())
     layer_ids = sorted({*draft_config.target_layer_ids, last})
     check_states(target, layer_ids, label_width(draft_config))
@@ -279,7 +279,7 @@ def _training_arguments(
         max_steps=num_updates,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=config.schedule,
-        # The first update of a warm-up has a rate of 0: one update is none.
+        # The first warm-up update has a learning rate of 0, so a stage of a single update has no warm-up.
         warmup_steps=min(math.ceil(config.warm_up_share * num_updates), num_updates - 1),
         optim="adamw_torch_fused",
         adam_beta1=0.9,
@@ -288,7 +288,7 @@ def _training_arguments(
         max_grad_norm=config.max_grad_norm,
         bf16=config.compute_dtype == "bfloat16",
         use_cpu=config.stays_on_cpu,
-        # A draft step calls the parts of a module in its own order, so that all weights are gathered at once.
+        # All weights are gathered at once, since a training-time-test step calls the parts of a module, not its forward.
         fsdp=config.fsdp or None,
         fsdp_config={"auto_wrap_policy": "NO_WRAP"} if config.fsdp else None,
         logging_steps=config.logging_updates,
@@ -298,7 +298,7 @@ def _training_arguments(
         save_total_limit=2,
         eval_strategy="steps" if config.validation_updates else "no",
         eval_steps=config.validation_updates or None,
-        # Where a draft that is fine-tuned stood before.
+        # Validate a fine-tuned draft before its first update, for comparison.
         eval_on_start=bool(config.init_from and config.validation_updates and not is_begun),
         load_best_model_at_end=config.chooses_by_tau,
         metric_for_best_model="tau" if config.chooses_by_tau else None,
@@ -306,18 +306,18 @@ def _training_arguments(
         remove_unused_columns=False,
         report_to=config.report_to,
         run_name=f"{Path(config.output).name}-{stage.name}",
-        # Patience and seconds count over a resumed run as over a whole one.
+        # A resumed run continues to count patience and seconds.
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
         # States that were computed online are on the device already.
         dataloader_pin_memory=not config.online_features,
         seed=config.seed,
-        # Without being told, DDP would wait for the gradients of the others.
+        # Otherwise DDP would wait for gradients of weights that get none.
         ddp_find_unused_parameters=not reaches_all_weights(draft, stage),
         ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
     )
     if arguments.n_gpu > 1:
-        # DataParallel, whose replicas have no parameters, is what the Trainer would make of one process.
+        # In a single process the Trainer would use DataParallel, whose replicas have no parameters.
         logger.warning("One of %d devices is used; `accelerate launch` starts a process on each.", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
@@ -326,14 +326,14 @@ def _training_arguments(
 def _run_stage(
     stage: Stage, config: TrainConfig, draft: PrismDraftModel, target, sets, updates_before: int
 ) -> tuple[PrismDraftModel, dict]:
-    """Train one stage behind the updates of earlier ones, or load what it made if an earlier run finished it."""
+    """Train one stage after the updates of earlier stages, or load its result if an earlier run finished it."""
     folder = Path(config.output) / stage.name
     finished = folder / "draft"
     if (folder / "result.json").is_file():
         return PrismDraftModel.from_pretrained(finished).train(), json.loads((folder / "result.json").read_text())
     train_set, validation_set = sets
     num_updates, _ = count_updates(stage, config, len(train_set), PartialState().num_processes)
-    # Behind the last update the Trainer would make another one.
+    # Resumed from a checkpoint of the last update, the Trainer would make one more update.
     checkpoint = last_whole_checkpoint(folder, before=num_updates) if config.resume else None
     model = AlignedTraining(
         draft.train(),
@@ -353,7 +353,7 @@ def _run_stage(
         updates_before=updates_before,
     )
     trainer.add_callback(_EpochOfOrder(trainer))
-    # It would print the figures of our table once more, as a dict.
+    # PrinterCallback would print the figures of our table again, as a dict.
     trainer.remove_callback(PrinterCallback)
     logger.info("Stage %s: M=%d, S=%d, %d updates.", stage.name, stage.num_modules, stage.num_steps, num_updates)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -382,7 +382,7 @@ def _callbacks(stage: Stage, config: TrainConfig) -> list[TrainerCallback]:
 
 
 def _stage_result(stage: Stage, trainer: AlignedTrainer) -> dict:
-    """What the record of a run says of a stage. The clock of a resumed run is the one that the checkpoint restored."""
+    """The entry of a stage in the record of a run. In a resumed run the clock is the one restored from the checkpoint."""
     clock = next(one for one in trainer.callback_handler.callbacks if isinstance(one, UpdateClock))
     return {
         "stage": dataclasses.asdict(stage),
@@ -396,7 +396,7 @@ def _stage_result(stage: Stage, trainer: AlignedTrainer) -> dict:
 
 
 def _last_validation(trainer: AlignedTrainer) -> dict:
-    """The validation of the weights that a stage ends with: that of their update if it was validated, or made now."""
+    """The validation of the weights that a stage ends with: the logged one if their update was validated, else a new one."""
     state = trainer.state
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     kept = best or state.global_step
@@ -405,8 +405,8 @@ def _last_validation(trainer: AlignedTrainer) -> dict:
 
 
 def last_whole_checkpoint(folder: Path, before: float = math.inf) -> str | None:
-    """The newest checkpoint of a stage, of an update before this one, that was written to its end; the Trainer writes its state
-    last."""
+    """The newest complete checkpoint of a stage, of an update below `before`. The Trainer writes its state last, so a
+    checkpoint with a readable state is complete."""
     whole = {int(path.parent.name.split("-")[1]): path for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)}
     updates = [update for update in whole if update < before]
     return str(whole[max(updates)].parent) if updates else None
@@ -431,7 +431,7 @@ def _describe_data(part: Part) -> dict:
 
 
 def _without_history(stage: dict) -> dict:
-    """A stage's result with its validations, each with the tokens seen, in place of every line of the log."""
+    """A stage's result with only the validations of its log, each with the tokens seen by then."""
     validations = [entry for entry in stage["history"] if "eval_tokens_seen" in entry]
     return {**{name: value for name, value in stage.items() if name != "history"}, "validations": validations}
 
@@ -449,7 +449,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
         **report,
         "stages": [_without_history(stage) for stage in report["stages"]],
     }
-    # First, since the card that is saved with the draft tells of it.
+    # Written first, since the card that is saved with the draft reads it.
     write_json(folder / TRAINING, record)
     plot_curves(report["stages"], folder / CURVES)
     draft.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """The loss over a sample of the vocabulary, since the product with the vocabulary head is most of a training step's work.
 
-Half of the sample are the target's most probable tokens, each of which stands for itself. The other half are drawn from the
-rest, all with the same probability, and each stands for 1 / that probability tokens. So sums over the vocabulary are
-estimated without bias: the normaliser of the draft's softmax (its logarithm with a small one), sum(p log q) and
+Half of the sample is the target's most probable tokens, each with weight 1. The other half is drawn uniformly from the rest,
+and each of these tokens has the weight 1 / its probability of being drawn. So sums over the vocabulary are estimated without
+bias: the normaliser of the draft's softmax (its logarithm has a small bias), sum(p log q) and
 sum(min(p, q)). The target's own logits are still computed over the whole vocabulary, once for all draft steps.
 
 Shape letters: R rows, D hidden, V draft vocabulary, C sampled tokens.
@@ -16,8 +16,8 @@ from transformers_prism.kernels.linear_distillation_loss import head_logits
 
 
 class VocabularySample:
-    """The sampled tokens of a chunk of rows, which share them; `token_weights` `(C,)` is how many tokens each stands for, and
-    `target_log_probs` `(R, C)` are the target's, exact.
+    """One sample of tokens, shared by a chunk of rows. `token_weights` `(C,)` is how many tokens each one stands for;
+    `target_log_probs` `(R, C)` are the target's exact log-probabilities.
 
     Args:
         head (`torch.Tensor` of shape `(V, D)`): the frozen head that draft and target share.
@@ -42,13 +42,13 @@ class VocabularySample:
 
 
 def choose_tokens(scores: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a sample of the vocabulary, with the global random generator, which checkpoints keep.
+    """Draw a sample of the vocabulary, with the global random generator, whose state checkpoints keep.
 
     Args:
-        scores (`torch.Tensor` of shape `(V,)`): those with the highest are taken for certain.
+        scores (`torch.Tensor` of shape `(V,)`): the tokens with the highest scores are always taken.
         share (`float`): C / V.
     Returns:
-        `tuple`: different tokens `(C,)`, and how many tokens of the vocabulary each stands for `(C,)`.
+        `tuple`: distinct tokens `(C,)`, and how many tokens of the vocabulary each stands for `(C,)`.
     """
     size = len(scores)
     count = math.ceil(share * size)

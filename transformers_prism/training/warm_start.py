@@ -1,8 +1,8 @@
-"""Start a draft from another: more modules out of one that is trained, or a new recipe from what an older draft knows.
+"""Start a draft from the weights of another: split a trained module into several, or train an older draft further.
 
-Checkpoints of others (EAGLE-2, HASS, PRISM, EAGLE-3) are drafts of ours once `transformers-prism convert` has read them.
-A module starts as the one that served its first draft step in the source, so that M modules out of one compute at first
-what the one computed.
+Checkpoints of others (EAGLE-2, HASS, PRISM, EAGLE-3) can be used once `transformers-prism convert` has converted them.
+Each module is copied from the source's module for its first draft step, so M modules made from one initially compute
+the same as that one.
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 from transformers_prism.configuration_prism import PrismConfig
 from transformers_prism.modeling_prism import PrismDraftModel
 
-# Fields that weights of the same shapes can have been trained with differently.
+# Fields that do not change the shapes of weights, but change what they were trained for.
 _MEANING = (
     "target_layer_ids normalize_target_hidden context_kv sliding_window rope_parameters rms_norm_eps logit_scale".split()
 )
@@ -23,7 +23,7 @@ _MEANING = (
 
 @dataclass
 class WarmStartReport:
-    """What a warm start did; `str()` of it is for people.
+    """What a warm start did; `str()` gives a readable report.
 
     `matched` names weights of the new draft and where their values come from, `initial` those that keep their initial
     values and why, `unused` those of the source that nothing was taken from, `notes` settings in which the two drafts
@@ -50,8 +50,8 @@ class WarmStartReport:
 
 
 def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
-    """The same architecture with `num_modules` processing modules, in a new configuration: as it is if it has that
-    many, else one for each of the first draft steps."""
+    """A new configuration of the same architecture with `num_modules` processing modules. If that changes their number,
+    each of the first draft steps gets its own module."""
     changes: dict = {}
     if num_modules != config.num_processing_modules:
         changes = {"num_processing_modules": num_modules, "draft_step_to_module": list(range(num_modules))}
@@ -59,11 +59,11 @@ def with_modules(config: PrismConfig, num_modules: int) -> PrismConfig:
 
 
 def expand_modules(draft: PrismDraftModel, num_modules_or_config: int | PrismConfig) -> PrismDraftModel:
-    """A draft with more processing modules, each a copy of the one that served its first draft step: M of them, or
-    those of the same architecture with more modules, where steps share modules in another way than one each.
+    """A draft with more processing modules, each a copy of the one that served its first draft step. Give their number M,
+    or a configuration of the same architecture with more modules, if steps are to share modules in another way.
 
-    The new draft has the dtype, device and generation settings of the old one, is bound to no target and shares
-    nothing with it. Its first M steps compute what the draft's compute.
+    The new draft has the dtype, device and generation settings of the old one. It is bound to no target and shares no
+    tensors with the old one. Its first M steps compute the same as the old draft's.
 
     Raises:
         ValueError: if there would be fewer modules, or the configuration describes other weights, listing them.
@@ -99,7 +99,7 @@ def warm_start(draft: PrismDraftModel, source: PrismDraftModel, fresh: Collectio
     """Fill a new draft with the weights of another draft.
 
     Modules are paired by draft steps, everything else by name. A bias that the source lacks becomes zero, which computes
-    the same. Rows of an own head are paired by the target's tokens, since the vocabularies may differ; the draft
+    the same. Rows of the draft's own head are paired by target token, since vocabularies may differ; the draft
     vocabulary itself stays the new draft's.
 
     Args:
@@ -181,7 +181,7 @@ def _differences(config: PrismConfig, source: PrismConfig) -> list[str]:
 
 
 def _shared_tokens(draft: PrismDraftModel, source: PrismDraftModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of both own heads that stand for the same token of the target, `(R,)` each."""
+    """Rows of the two drafts' own heads that stand for the same token of the target, `(R,)` each."""
     row_in_source = torch.full((draft.config.vocab_size,), -1, dtype=torch.long)
     known = _tokens(source)
     row_in_source[known] = torch.arange(len(known))

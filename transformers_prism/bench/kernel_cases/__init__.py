@@ -33,7 +33,7 @@ class KernelCase:
     """One call of a kernel.
 
     Args:
-        config: sizes and dtype, to read.
+        config: sizes and dtype, for display.
         make: the arguments, from [`Inputs`]; called anew for each run, since an operation may write to them.
         call, launch: the public function, which takes the arguments and `implementation`; the launcher of its kernels.
         tolerance: largest difference from the PyTorch path, relative to its largest value.
@@ -51,7 +51,7 @@ class KernelCase:
 def cases_of(
     sizes: dict[str, dict], make: Callable, call: Callable, launch: Callable, tolerance, **options
 ) -> list[KernelCase]:
-    """A case for each of these arguments of `make`; one tolerance, or one for each `dtype`, bfloat16 if none is named."""
+    """One case for each set of `make`'s arguments in `sizes`. `tolerance`: one value, or one per `dtype` (default bfloat16)."""
     tolerances = tolerance if isinstance(tolerance, dict) else defaultdict(lambda: tolerance)
     return [
         KernelCase(config, partial(make, **size), call, launch, tolerances[size.get("dtype", torch.bfloat16)], **options)

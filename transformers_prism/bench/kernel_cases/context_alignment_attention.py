@@ -15,7 +15,7 @@ def _make(
     dtype=torch.bfloat16
 ):
     def heads(count):
-        # As a linear layer's output lies in memory.
+        # In the memory layout of a linear layer's output.
         return inputs.normal(1, num_rows, count, head_dim, dtype=dtype).transpose(1, 2)
 
     keys, values = ([heads(num_groups) for _ in range(step + 1)] for _ in range(2))
@@ -27,7 +27,7 @@ def _make(
 
 
 def _call(query, keys, values, starts, scale, implementation):
-    """Output and every gradient, of the output's own square."""
+    """Output and every gradient, with the output itself as the incoming gradient."""
     query, *states = (one.detach().requires_grad_() for one in (query, *keys, *values))
     keys, values = states[: len(keys)], states[len(keys) :]
     output = context_alignment_attention(query, keys, values, starts, scale, implementation)

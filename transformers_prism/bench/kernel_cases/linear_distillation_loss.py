@@ -17,7 +17,7 @@ def _make(
 ):
     student = inputs.normal(num_steps, num_rows, hidden_size, dtype=dtype)
     teacher = inputs.normal(num_rows, hidden_size, dtype=dtype)
-    # Logits of the size that a model's are.
+    # Logits as large as those of a real model.
     head = inputs.normal(num_tokens, hidden_size, dtype=dtype, scale=2 * hidden_size**-0.5)
     return student, teacher, head, losses, 1.0, softcap, 1.0, softcap
 
@@ -32,7 +32,7 @@ def _call(student, *rest, implementation):
 def _launch(student, teacher, head, losses, *rest):
     arguments = (student.flatten(0, 1), teacher, head, ",".join(losses), *rest)
     values, statistics = _linear_distillation_loss_fwd(*arguments)
-    # The launches of one part of the vocabulary are those of all of them.
+    # All parts of the vocabulary have the same launches.
     _linear_distillation_loss_bwd(values, statistics, *arguments)
 
 

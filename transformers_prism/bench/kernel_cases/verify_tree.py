@@ -30,7 +30,7 @@ def _make(
 
 
 def _choices(logits, depths, noise, noise_steps, noise_rows, settings) -> torch.Tensor:
-    """What is chosen at each node `(B, N)`, by the PyTorch path: with every node a tree of its own."""
+    """The token chosen at each node `(B, N)` by the PyTorch path, with every node as its own tree."""
     num_rows, num_nodes, vocab_size = logits.shape
     zeros = depths.new_zeros((depths.numel(), 1))
     if noise is not None:
@@ -62,5 +62,5 @@ def cases() -> list[KernelCase]:
             **{"vocab_size": 262144, "num_nodes": 128},
         },
     }
-    # Integers; random numbers make no near-ties here.
+    # Results are integers and must be equal; random logits make no near-ties here.
     return cases_of(sizes, _make, verify_tree, _verify_tree_fwd, 0.0)

@@ -1,7 +1,7 @@
 """One row of data as a chat: messages with a role and text, whatever shape the row has.
 
-`docs/data-formats.md` shows every shape. Nothing is made up for what a row leaves open, and a row that cannot be used
-raises [`RowError`], which the readers of [`formats`] count.
+`docs/data-formats.md` shows every shape. What a row does not say is never guessed. A row that cannot be used raises
+[`RowError`], which the readers of [`formats`] count.
 """
 
 import json
@@ -21,7 +21,7 @@ class NoAnswer(RowError):
     """A row that is fine, but has nothing to train on."""
 
 
-# A row has the shape of the first of these columns that it fills.
+# The first of these columns that is not null gives the shape of a row.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query")
 ANSWER_COLUMNS = ("chosen", "completion", "response", "output", "answer")
@@ -45,16 +45,16 @@ def chat_of(row) -> list[dict]:
 
     Returns:
         `list[dict]`: messages with `role` (user, assistant, system, tool) and `content`, both text; an answer may have
-            `tool_calls`. An answer with `"weight": 0` stays in the chat and is not trained: the row says so, or it is
-            empty, or its tool call cannot be read.
+            `tool_calls`. An answer with `"weight": 0` stays in the chat and is not trained, because the row says
+            so, it is empty, or its tool call cannot be read.
     Raises:
-        RowError: if the row has no known shape, or something else in the place of text.
+        RowError: if the row has no known shape, or anything but text where text belongs.
     """
     if isinstance(row, list):
         row = {"messages": row}
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, got {shown(row)}")
-    # Where rows of several shapes share a table, the columns of the others are null.
+    # In a table with rows of several shapes, a row's columns for other shapes are null.
     filled = {name: value for name, value in row.items() if value is not None}
     chat = _chat(filled)
     system = _first(filled, _SYSTEM_COLUMNS)
@@ -64,8 +64,8 @@ def chat_of(row) -> list[dict]:
 
 
 def prompt_of(row) -> list[dict]:
-    """A row as messages of which at least one is by the user; a [`RowError`] if there is none, or as for
-    [`chat_of`]."""
+    """A row as messages, at least one of them by the user; raises [`RowError`] if there is none, and where
+    [`chat_of`] does."""
     chat = chat_of(row)
     if all(turn["role"] != "user" for turn in chat):
         raise RowError(f"expected at least one turn by the user, got {len(chat)} turns by others")
@@ -155,13 +155,13 @@ def _prompt_and_answer(row: dict, name: str, answer: str | None) -> list[dict]:
         if context and name in ("instruction", "question"):
             parts.append(text_of(row[context], context))
         chat = [*_history(row.get("history")), _user("\n\n".join(part for part in parts if part), name)]
-    # Alpaca's empty output is one that is still to be written.
+    # In Alpaca an empty output means that there is no answer yet.
     if answer is None or row[answer] == "":
         return chat
     value = row[answer]
     if is_messages(value):
         answers = _messages(value, answer)
-        # Preferences often hold the prompt in the answer, too.
+        # Preference data often repeats the prompt in the answer.
         is_whole = any(turn["role"] == "user" for turn in answers)
         return answers if is_whole else [*chat, *answers]
     if isinstance(value, list) and not any(isinstance(part, dict) for part in value):
@@ -193,7 +193,7 @@ def _messages(turns, name: str) -> list[dict]:
     if not turns:
         raise RowError(f"expected at least one message in {name}, got an empty list")
     messages = [_message(turn) for turn in turns]
-    # A system turn that says nothing is one that is not there.
+    # An empty system turn counts as none.
     return [turn for turn in messages if turn["role"] != "system" or turn["content"]]
 
 
@@ -243,7 +243,7 @@ def _assistant(turn: dict, name: str) -> dict:
 
 def _tool_calls(given) -> list[dict] | None:
     """Tool calls as templates take them, the arguments an object; None if one of them cannot be read."""
-    # Tables fill the arguments of other tools with null.
+    # In tables, the arguments of other tools are filled with null.
     given = _from_json(given) if isinstance(given, str) else _without_nulls(given)
     calls = []
     for call in given if isinstance(given, list) else [given]:
@@ -264,7 +264,7 @@ def _first(row: dict, names: tuple[str, ...]) -> str | None:
 
 
 def _from_json(value):
-    """What JSON text says; anything else as it is."""
+    """The value of JSON text; anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -19,16 +19,16 @@ from transformers_prism.training.data.templates import is_trained, tokenize, tok
 
 logger = logging.getLogger(__name__)
 
-# A shared run of this many tokens marks a text as known from a benchmark.
+# A text that shares a run of this many tokens with a benchmark prompt counts as contaminated.
 CONTAMINATION_NGRAM = 13
-# An answer loops if its end is one run of tokens three times over, at least this many tokens in all.
+# An answer loops if it ends in one run of tokens three times in a row, of at least this many tokens in total.
 _LOOP_REPEATS, _LOOP_MIN_TOKENS, _LOOP_MAX_PERIOD = 3, 24, 64
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids of a whole conversation, template included, and `(start, end)` of each answer, rising and apart from
-    each other; `is_cut` if there was more of it than training takes."""
+    """Token ids of a whole conversation, template included, and `(start, end)` of each answer, in order and without
+    overlap; `is_cut` if the conversation was cut to the length that training takes."""
 
     input_ids: tuple[int, ...]
     assistant_spans: tuple[tuple[int, int], ...]
@@ -47,8 +47,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Part:
-    """The conversations that a run trains on, or is validated on: those at `indices` of a list that features are kept
-    of."""
+    """The conversations that a run trains on, or is validated on: those at `indices` of a list whose features are
+    kept."""
 
     conversations: list[Conversation]
     indices: list[int]
@@ -68,7 +68,7 @@ def read_conversations(
         vocab_size (`int`): tokens of the target's vocabulary; ids must be below it.
         max_length (`int`, *optional*): tokens that are kept of each conversation; cut ones are counted in a warning.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target; renders chats.
-        max_bad_share (`float`): of the rows of a source, 0 to 1, that may be unusable. They are left out with a
+        max_bad_share (`float`): share of a source's rows, 0 to 1, that may be unusable. They are left out with a
             warning.
     Returns:
         `list[Conversation]`: those with at least one answer token after the cut, in order.
@@ -100,7 +100,7 @@ def conversation_of(row, vocab_size: int, tokenizer=None) -> Conversation:
 
     Raises:
         RowError: if the row cannot be used.
-        ValueError: for token ids outside the vocabulary, which are another tokenizer's, as all of the source must be.
+        ValueError: for token ids outside the vocabulary: then the whole source must come from another tokenizer.
     """
     if is_token_ids(row):
         return _of_token_ids(row, vocab_size)
@@ -135,12 +135,12 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
 
 
 def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, list[str]]:
-    """What a source holds: its counts, and lines to print with chats and answers that can be used, and what is left
-    out and why.
+    """Examine a source. Returns its counts, and lines to print: how many chats and answers can be used, and what is
+    left out and why.
 
     Args:
-        target (`tuple`, *optional*): size of the vocabulary and tokenizer of a target, whose template then renders the
-            chats; without it only the shapes are checked, and token ids not at all.
+        target (`tuple`, *optional*): vocabulary size and tokenizer of a target, whose template then renders the chats.
+            Without it only the shapes are checked, and token ids are not.
         split (`str`): of a data set on the Hub.
     Raises:
         FileNotFoundError, ValueError: if the source is not there or cannot be read.
@@ -180,7 +180,7 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation 
     input_ids = conversation.input_ids[:max_length]
     spans = tuple((start, min(end, len(input_ids))) for start, end in conversation.assistant_spans)
     spans = tuple((start, end) for start, end in spans if start < end)
-    # A row of the draft joins three tokens: one whose state it reads, the next, and the one that it predicts.
+    # A position that is trained on needs three tokens: one whose state is read, the next, and the predicted one.
     if len(input_ids) < 3 or not spans:
         return None
     return Conversation(input_ids, spans, is_cut=len(input_ids) < len(conversation.input_ids))
@@ -189,11 +189,11 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation 
 def split_conversations(
     conversations: list[Conversation], validation_share: float, num_training: int = 0, num_validation: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Indices for training in the order of the data, and for validation in an order of their own.
+    """Indices for training, in the order of the data, and for validation, in the order of their hashes.
 
-    A conversation's own tokens decide where it belongs, whatever else there is: what one run holds out, another run
-    over more data, or the same in another order, holds out as well, so that a draft that is fine-tuned is never
-    validated on what it was trained on. Copies stay together.
+    A hash of a conversation's tokens decides where it belongs. What one run holds out, a run over more data or over the
+    same data in another order holds out as well. So a fine-tuned draft is never validated on what it was trained on.
+    Copies stay together.
 
     Args:
         validation_share (`float`): held out, above 0 and below 1; at least one conversation, never all.
@@ -213,8 +213,8 @@ def split_conversations(
 
 
 def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
-    """What a run trains on and is validated on: a share of its data, or conversations of their own, which are then
-    left out of training.
+    """The conversations that a run trains on and those that it is validated on: a share of its data, or separate ones,
+    which are then left out of training.
 
     Raises:
         FileNotFoundError, ValueError: for data that cannot be used, as [`read_conversations`] says; if nothing is left
@@ -241,7 +241,7 @@ def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
 
 
 def _place(conversation: Conversation) -> float:
-    """A number in [0, 1), as good as drawn, that the tokens alone decide."""
+    """A pseudo-random number in [0, 1): a hash of the tokens."""
     digest = hashlib.sha256(json.dumps(conversation.input_ids).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -260,7 +260,7 @@ def preview(conversation: Conversation, tokenizer):
 
 
 def loop_period(token_ids: Iterable[int]) -> int | None:
-    """Length of the run of tokens that an answer ends in three times over; None if it does not end in a loop."""
+    """Length of the run of tokens that an answer repeats at its end; None if it does not end in a loop."""
     tokens = list(token_ids)
     for period in range(1, min(_LOOP_MAX_PERIOD, len(tokens) // _LOOP_REPEATS) + 1):
         length = max(_LOOP_REPEATS * period, _LOOP_MIN_TOKENS)
@@ -271,7 +271,7 @@ def loop_period(token_ids: Iterable[int]) -> int | None:
 
 
 def before_loop(token_ids: list[int]) -> list[int]:
-    """An answer without the loop that it ends in: up to the first of the runs of tokens that are repeated."""
+    """An answer without the loop at its end: of the repeated runs, only the first is kept."""
     period = loop_period(token_ids)
     if period is None:
         return token_ids
@@ -282,11 +282,11 @@ def before_loop(token_ids: list[int]) -> list[int]:
 
 
 class Contamination:
-    """Runs of tokens that benchmark prompts hold, to keep conversations with any of them out of the data."""
+    """Token n-grams of benchmark prompts, used to leave out conversations that contain any of them."""
 
     def __init__(self, tokenizer, texts: Iterable[str]):
         self.ngrams: set[tuple[int, ...]] = set()
-        self.short: set[tuple[int, ...]] = set()  # prompts of fewer tokens count as a whole
+        self.short: set[tuple[int, ...]] = set()  # shorter prompts are compared as a whole
         for text in texts:
             tokens = tokenize(tokenizer, text.strip())
             self.ngrams.update(_ngrams(tokens))
@@ -294,11 +294,11 @@ class Contamination:
                 self.short.add(tuple(tokens))
 
     def holds(self, token_ids: Iterable[int], user_turn: Iterable[int] = ()) -> bool:
-        """Whether a conversation shares a run with the benchmark, or its first user turn is one of its short prompts."""
+        """Whether a conversation shares an n-gram with the benchmark, or its first user turn is one of its short prompts."""
         return tuple(user_turn) in self.short or any(ngram in self.ngrams for ngram in _ngrams(list(token_ids)))
 
     def hash(self) -> str:
-        """sha256 over all runs."""
+        """sha256 over all n-grams and short prompts."""
         return hashlib.sha256(repr((sorted(self.ngrams), sorted(self.short))).encode()).hexdigest()
 
 

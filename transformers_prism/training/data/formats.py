@@ -1,8 +1,8 @@
 """Files, folders and data sets on the Hub as rows; rows that cannot be used are counted and left out.
 
-JSON and CSV are read here, not by `datasets` or pandas: the one gives every column of a table one type, so that one number
-among texts, or one `null` line, would refuse the whole file without saying which line it was; the other takes the first column
-for an index where rows are longer than the first line. All other formats are read by pyarrow and `datasets`.
+JSON and CSV are read here, not by `datasets` or pandas. `datasets` gives each column one type: because of one number among
+texts, or one `null` line, it refuses the whole file without naming the line. pandas takes the first column for an index if
+rows are longer than the header. All other formats are read by pyarrow and `datasets`.
 """
 
 import bz2
@@ -24,13 +24,13 @@ from transformers_prism.training.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
 
-# Of a source's rows, this share may be unusable before nothing of it is used.
+# A source is refused if more than this share of its rows is unusable.
 MAX_BAD_SHARE = 0.5
 _PLACES_TOLD = 3  # of each reason
-_ROWS_TRIED = 1000  # after which a source that is all wrong is given up
+_ROWS_TRIED = 1000  # first rows of a data set on the Hub; if none of them is usable, it is given up
 _LARGEST_CELL = 2**31 - 1  # characters of a table's cell
 _OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# In a folder, files of the first kind that is there are read; settings that lie with the data are often .json.
+# In a folder, only files of the first of these kinds are read; .json comes late, since it often holds settings.
 _KINDS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt")
 
 
@@ -76,11 +76,11 @@ class RowCounts:
 def usable_rows(
     source, convert: Callable, max_bad_share: float = MAX_BAD_SHARE, split: str = "train", counts: RowCounts | None = None
 ) -> Iterator:
-    """What `convert` makes of the JSON value of each row of a source; rows for which it raises [`RowError`] are
-    counted, in `counts` if given, else in a warning of the log, and left out.
+    """What `convert` returns for the JSON value of each row of a source. Rows for which it raises [`RowError`] are left
+    out and counted, in `counts` if given, else in a logged warning.
 
     Args:
-        max_bad_share (`float`): of the rows, 0 to 1, that may be left out.
+        max_bad_share (`float`): share of the rows, 0 to 1, that may be left out.
         split (`str`): of a data set on the Hub.
     Raises:
         FileNotFoundError: if the source is not there.
@@ -98,7 +98,7 @@ def usable_rows(
                 converted = convert(row)
             except RowError as error:
                 counts.leave_out(where, error)
-                # A file is read to its end, a data set on the Hub may have none.
+                # A file is always read to its end; a data set on the Hub may have no end.
                 if counts.num_rows == counts.num_bad == _ROWS_TRIED and not Path(source).exists():
                     counts.check(max_bad_share)
             except ValueError as error:  # a fault of the whole source
@@ -111,8 +111,8 @@ def usable_rows(
 
 
 def read_chats(source, max_bad_share: float = MAX_BAD_SHARE, split: str = "train") -> list[list[dict]]:
-    """Prompts of a source: chats as messages ([`chat_of`]) of which at least one is by the user; errors as of
-    [`usable_rows`], and a ValueError if there is none at all."""
+    """Prompts of a source: chats as messages ([`chat_of`]), each with at least one turn by the user. Raises what
+    [`usable_rows`] raises, and a ValueError if there is no chat at all."""
     chats = list(usable_rows(source, prompt_of, max_bad_share, split))
     if not chats:
         raise ValueError(f"data: expected at least one chat in {Path(source).name}, got none")
@@ -120,8 +120,8 @@ def read_chats(source, max_bad_share: float = MAX_BAD_SHARE, split: str = "train
 
 
 def is_token_ids(row) -> bool:
-    """Whether a row is token ids: it has `input_ids` and says which are answers, or has nothing that a chat could be read
-    from."""
+    """Whether a row is token ids: it has `input_ids`, and either says which are answers or has no column that a chat could
+    be read from."""
     if not isinstance(row, dict) or row.get("input_ids") is None:
         return False
     has_answers = any(row.get(name) is not None for name in ("prompt_length", "assistant_spans"))
@@ -129,7 +129,7 @@ def is_token_ids(row) -> bool:
 
 
 def check_source(source) -> None:
-    """Tell a file that is not there from a data set on the Hub, without asking the Hub.
+    """Tell a missing file from the name of a data set on the Hub, without asking the Hub.
 
     Raises:
         FileNotFoundError: if the source is not there and cannot be the name of a data set.
@@ -184,8 +184,8 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, with their numbers. Bytes that are not UTF-8 become lone surrogates, which are refused
-    where they stand."""
+    """Lines that are not empty, with their numbers. Bytes that are not UTF-8 become lone surrogates, so that the row that
+    holds them is refused later."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -202,7 +202,7 @@ def _opened(path: Path, **options) -> TextIO:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """JSON lines, or one array of rows, or one object that holds it, or one row."""
+    """JSON lines, one array of rows, an object that holds such an array, or a single row."""
     _, first = next(_lines(path), (0, ""))
     head = _parsed(first)
     is_row = isinstance(head, dict) and any(name in head for name in (*COLUMNS, "input_ids"))
@@ -241,8 +241,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, dict | RowError]]:
-    """Rows of a table, all cells texts; an empty cell is none. Of a row of another length nobody knows what belongs where,
-    but for empty cells at its end."""
+    """Rows of a table. Every cell is text, and an empty cell counts as absent. A row with more cells than the header cannot be
+    used, unless the further cells are empty."""
     csv.field_size_limit(_LARGEST_CELL)
     with _opened(path, newline="") as file:
         rows = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",")

@@ -1,4 +1,4 @@
-"""Shards of conversations that the target wrote: which are kept, in the order of their numbers, and where a run stopped."""
+"""Shards of conversations that the target wrote: which conversations are kept, in numerical order, and where a run stopped."""
 
 import json
 from collections import Counter, deque
@@ -10,15 +10,15 @@ import torch
 from transformers_prism.whole_files import whole_file, write_json
 
 CONVERSATIONS_PER_SHARD = 64
-_FRUITLESS = 256  # conversations of which none is kept
+_FRUITLESS = 256  # a run stops if none of this many conversations can be kept
 
 
 @dataclass
 class WrittenRow:
     """A conversation being written.
 
-    `forced` holds tokens that come next whatever the target says: what the template writes between turns, and given
-    user turns.
+    `forced` holds tokens that come next regardless of the target's logits: what the template writes between turns, and
+    given user turns.
     """
 
     index: int
@@ -37,7 +37,7 @@ class WrittenRow:
 
 
 def claim_folder(folder: Path, provenance: dict) -> None:
-    """Record what the folder holds, or compare with what it says it holds."""
+    """Record the provenance of a new folder, or compare with that of an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "provenance.json"
     if not path.is_file():
@@ -46,7 +46,7 @@ def claim_folder(folder: Path, provenance: dict) -> None:
     found = json.loads(path.read_text())
     names = ("target", "compute_dtype", "chat_template_sha256", "source", "config", "num_processes", "chats_sha256", "exclude_sha256")
     for name in names:
-        # A folder of an earlier release does not say all of it.
+        # A folder of an earlier release lacks some of these entries.
         if name in found and found[name] != provenance[name]:
             raise ValueError(
                 f"{folder.name}: expected a run with {name}={found.get(name)!r} as it began, got {provenance[name]!r}; "
@@ -55,12 +55,12 @@ def claim_folder(folder: Path, provenance: dict) -> None:
 
 
 class ShardWriter:
-    """Decides in the order of their numbers which conversations are kept, and writes them, a shard at a time."""
+    """Decides in numerical order which conversations are kept, and writes them, one shard at a time."""
 
     def __init__(self, folder: Path, provenance: dict, num_tokens: int, contamination, part: tuple[int, int]):
         self.folder, self.provenance, self.contamination, self.part = folder, provenance, contamination, part
         self.goal = -(-num_tokens // part[1])
-        self.waiting: dict[int, WrittenRow] = {}  # ended before one with a smaller number
+        self.waiting: dict[int, WrittenRow] = {}  # ended, but wait for a smaller number
         self.kept: list[WrittenRow] = []
         self.refused: Counter[str] = Counter()
         self.seen: set[tuple[int, ...]] = set()
@@ -71,19 +71,19 @@ class ShardWriter:
 
     @property
     def num_ended_tokens(self) -> int:
-        """Tokens of conversations that have ended, those included that wait for one with a smaller number."""
+        """Tokens of all conversations that have ended, including those that wait for one with a smaller number."""
         return self.num_tokens + self.num_waiting_tokens
 
     @property
     def has_enough(self) -> bool:
-        """Whether nothing new needs to be begun."""
+        """Whether enough tokens are written, so that no new conversation needs to begin."""
         return self.num_ended_tokens >= self.goal
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{self.part[0]:03d}-{number:05d}.parquet"
 
     def _read_back(self) -> None:
-        """Take stock of shards that an earlier run wrote."""
+        """Restore the counts from the shards that an earlier run wrote."""
         import pyarrow.parquet
 
         while self._path(self.num_shards).is_file():
@@ -124,7 +124,7 @@ class ShardWriter:
             self._write()
 
     def check_progress(self) -> None:
-        """Refuse to go on where nothing could be kept, which more conversations would not change.
+        """Stop if none of the first conversations could be kept, since more would not help.
 
         Raises:
             ValueError: with the reasons.
@@ -134,13 +134,13 @@ class ShardWriter:
             raise ValueError(f"expected conversations that can be kept, got none among the first {self.num_decided} ({reasons})")
 
     def finish(self) -> None:
-        """Write what is left where the prompts or the time have run out."""
+        """Write what is left when the prompts or the time have run out."""
         if not self.is_full:
             self.is_full = True
             self._write()
 
     def keep(self) -> None:
-        """Write what was decided since the last shard, where a run is interrupted."""
+        """Write what was decided since the last shard, when a run is interrupted."""
         if self.num_decided > self.num_written:
             self._write()
 

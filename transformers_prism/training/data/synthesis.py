@@ -1,8 +1,8 @@
 """Conversations that the target writes itself: answers to given prompts, or user turns and answers both.
 
-An instruct model asked with nothing but its own template's user prefix writes what a user might say; its answer to
-that is what a draft has to predict. Conversation number i depends on (seed, i) alone, not on what else is decoded,
-and shards hold the numbers in order, so that an interrupted run can be resumed and writes the same.
+Given only the user prefix of its own chat template, an instruct model writes what a user might say; its answer to that
+is what a draft has to predict. Conversation i depends on (seed, i) alone, not on what else is decoded, and shards hold
+conversations in order, so an interrupted run can be resumed and writes the same.
 
     transformers-prism synthesize --num-tokens 1000000 --output data
     transformers-prism synthesize --prompts prompts.jsonl --num-tokens 1000000 --output data
@@ -28,7 +28,7 @@ from transformers_prism.training.data.shards import ShardWriter, WrittenRow, cla
 from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize, tokenize_behind
 from transformers_prism.training.slots import Slots
 
-# Ways to begin a user turn that lead to a kind of task; the target writes the rest.
+# Beginnings of user turns that lead to a kind of task; the target writes the rest.
 TOPICS = {
     "code": (
         "Write a Python function that",
@@ -46,7 +46,7 @@ TOPICS = {
         "Translate this French text to English:",
         "Translate from Spanish to English:",
     ),
-    # Texts that the answer is about, which the target writes, too.
+    # Tasks about a text, which the target writes, too.
     "reading": (
         "Summarize:",
         "Give a short summary of this article:",
@@ -55,11 +55,11 @@ TOPICS = {
     ),
 }
 
-# Stands for the words before what a template writes.
+# A placeholder for the words that come before the template's text.
 _WORD = "x"
-# An answer that ends for want of time, or in a loop, is kept if it has this many tokens before.
+# An answer that is cut by the time limit or by a loop is kept if it has at least this many tokens before the cut.
 FEWEST_CUT_TOKENS = 16
-# So often a loop is looked for.
+# Tokens between two checks for a loop.
 _TOKENS_BETWEEN_LOOKS = 16
 
 
@@ -69,16 +69,16 @@ class SynthesisConfig:
 
     Args:
         num_tokens: stop when N tokens are kept.
-        batch_size: rows decoded at once.
+        batch_size: sequences decoded at once.
         temperatures: of answers; each conversation draws one, 0 is greedy.
         top_k: tokens that sampling chooses from.
         user_temperature, user_top_k: of user turns.
         max_user_tokens, max_answer_tokens: a longer user turn drops the conversation; a longer answer is cut there.
         max_turns: user turns of a conversation at most; each conversation draws a number.
         topics: names of [`TOPICS`] that some user turns begin with.
-        topic_share: share of conversations that do.
+        topic_share: share of conversations that begin with one.
         system_prompts: each conversation draws one; none leaves the template's own.
-        max_length: tokens of a conversation; a batch's keys and values take room for that many in each of its sequences.
+        max_length: tokens of a conversation at most; keys and values of that many positions are allocated per sequence.
         seed: of everything.
     """
 
@@ -114,7 +114,7 @@ class SynthesisConfig:
 
 
 def tokens_of_a_turn(tokenizer, config: SynthesisConfig) -> int:
-    """The longest user turn and answer, and what the chat template writes around them.
+    """Tokens of the longest user turn and answer, with what the chat template writes around them.
 
     Raises:
         ValueError: if the template cannot be taken apart.
@@ -141,12 +141,12 @@ class Synthesizer:
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.texts_between = between_turns(tokenizer)
         self.to_assistant, self.to_user = (tokenize_behind(tokenizer, _WORD, text) for text in self.texts_between)
-        # The template's own end of a turn, which a target's settings may lack.
+        # The token that ends a turn in the template; a target's generation settings may lack it.
         self.eos_ids.update(token for token in self.to_user[:1] if token in tokenizer.all_special_ids)
         num_positions = num_learned_positions(target)
         if num_positions is not None and config.max_length > num_positions:
             raise ValueError(f"max_length: expected at most {num_positions}, the target's positions, got {config.max_length}")
-        needed = tokens_of_a_turn(tokenizer, config)  # system prompts are refused now or never
+        needed = tokens_of_a_turn(tokenizer, config)  # also fails here if the template refuses a system prompt
         if chats is None and config.max_length < needed:
             raise ValueError(
                 f"max_length: expected at least {needed}, room for a user turn, an answer and what the chat template writes "
@@ -155,7 +155,7 @@ class Synthesizer:
 
     @property
     def num_conversations(self) -> int | None:
-        """How many there can be; None without end."""
+        """How many conversations can be written; None if there is no limit."""
         return None if self.chats is None else len(self.chats)
 
     def run(self, indices: Iterator[int], is_over: Callable[[], bool] = lambda: False) -> Iterator[WrittenRow]:
@@ -233,7 +233,7 @@ class Synthesizer:
             row.refusal = str(error)
             return row
         row.first_user = tuple(tokenize(self.tokenizer, turns[0]))
-        # As one text, as the target is asked elsewhere.
+        # Tokenized as one text, as the target's prompts are elsewhere.
         row.tokens = tokenize(self.tokenizer, f"{before}{turns[0]}{to_assistant}")
         row.start = len(row.tokens)
         if len(row.tokens) + self.config.max_answer_tokens > self.config.max_length:
@@ -256,15 +256,15 @@ class Synthesizer:
         return self.config.user_temperature if row.is_user else row.temperature
 
     def _draw(self, logits: torch.Tensor, rows_of_slots: dict[int, WrittenRow]) -> list[int]:
-        """Sample in some slots, each with noise of its own, so that it does not matter what else is decoded."""
+        """Sample in some slots, each with its own random generator, so that it does not matter what else is decoded."""
         slots, rows = list(rows_of_slots), list(rows_of_slots.values())
         top_ks = [self.config.user_top_k if row.is_user else self.config.top_k for row in rows]
-        # Of all slots, since a copy of some takes longer. Of an accelerator's logits only these few come to the host.
+        # Top-k of all slots, since copying some of them takes longer. Only these few values leave an accelerator.
         values, tokens = (best.cpu()[slots] for best in logits.topk(min(max(top_ks), logits.shape[-1]), dim=-1))
         values, temperatures = values.float(), torch.tensor([self._temperature(row) for row in rows])[:, None]
         is_kept = torch.arange(values.shape[1])[None] < torch.tensor(top_ks)[:, None]
         probs = (values / temperatures).masked_fill(~is_kept, -torch.inf).softmax(dim=-1)
-        # As many draws as the row itself can choose from.
+        # As many draws as the sequence itself can choose from, whatever the others need.
         noise = torch.ones(values.shape)
         for drawn, top_k, row in zip(noise, top_ks, rows, strict=True):
             drawn[:top_k].exponential_(generator=row.generator)
@@ -326,7 +326,7 @@ class Synthesizer:
             row.user_start = row.start
 
     def _cut(self, row: WrittenRow) -> WrittenRow:
-        """A conversation whose time is over: its last answer as far as it has come, or without a turn that has just begun."""
+        """End a conversation whose time is up: keep its last answer as far as written, or drop a turn that has just begun."""
         if not row.is_user and len(row.tokens) - row.start >= FEWEST_CUT_TOKENS:
             self._end_answer(row, is_cut=True)
         elif row.spans:
@@ -336,7 +336,7 @@ class Synthesizer:
         return row
 
     def _force(self, row: WrittenRow, tokens: list[int]) -> None:
-        """Let these tokens come next; the turn begins behind them."""
+        """Let these tokens come next; the turn begins after them."""
         row.start = len(row.tokens) + len(tokens)
         row.forced.extend(tokens)
 
@@ -351,15 +351,15 @@ def synthesize(
     contamination: Contamination | None = None, part: tuple[int, int] = (0, 1),
     report: Callable[[dict], None] = lambda progress: None, is_over: Callable[[], bool] = lambda: False
 ) -> dict:
-    """Write conversations to Parquet shards in a folder; a folder with a part of them is resumed.
+    """Write conversations to Parquet shards in a folder; an unfinished folder is resumed.
 
     Args:
         target, tokenizer, config, chats: as for [`Synthesizer`].
         output (`str` or path): the folder.
-        contamination (`Contamination`, *optional*): leaves conversations out that hold a benchmark's prompts.
+        contamination (`Contamination`, *optional*): leaves out conversations that contain a benchmark's prompts.
         part (`tuple[int, int]`): of `(index, count)` processes; each writes its share of the tokens to its own shards.
-        report (`Callable`): called after each conversation with the tokens of those that have ended, the number to keep, and those
-            that earlier runs kept.
+        report (`Callable`): called after each conversation with a dict of token counts: `written` by conversations that have
+            ended, the `goal`, and those kept `before` by earlier runs.
         is_over (`Callable`): asked before each forward; once True, the run ends with what there is.
     Returns:
         `dict`: counts of what was kept and why the rest was not, over all shards of this process.
@@ -375,7 +375,7 @@ def synthesize(
     try:
         while not writer.is_full:
             first = writer.num_decided
-            # What is refused at the end, as a duplicate of what was still being written, is made up for.
+            # If late conversations are refused, for example as duplicates, another pass makes up for them.
             for row in synthesizer.run(_numbers(writer, part, synthesizer.num_conversations), is_over):
                 writer.add(row)
                 writer.check_progress()
@@ -400,7 +400,7 @@ def _numbers(writer: ShardWriter, part: tuple[int, int], num_conversations: int 
 
 
 def _provenance(target, tokenizer, config: SynthesisConfig, chats, contamination, num_processes: int) -> dict:
-    is_list = isinstance(chats, list)  # else made up from what `source` says
+    is_list = isinstance(chats, list)  # else they are made on demand, and `source` describes them
     return {
         "target": target_fingerprint(target.config, tokenizer),
         "compute_dtype": str(target.dtype).removeprefix("torch."),

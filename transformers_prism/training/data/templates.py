@@ -31,12 +31,12 @@ def opening(tokenizer, system: str | None = None) -> str:
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of text that holds its special tokens already."""
+    """Token ids of text that already contains its special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def tokenize_behind(tokenizer, before: str, text: str) -> list[int]:
-    """Token ids of text where it follows other text: some tokenizers put a mark of a space before a text that begins."""
+    """Token ids of text as it follows other text: some tokenizers add a space mark at the start of a text only."""
     ids, known = tokenize(tokenizer, before + text), tokenize(tokenizer, before)
     return ids[len(known) :] if ids[: len(known)] == known else tokenize(tokenizer, text)
 
@@ -47,8 +47,8 @@ def template_hash(tokenizer) -> str:
 
 
 def between_turns(tokenizer) -> tuple[str, str]:
-    """What a chat template writes between a user's words and the answer, and between an answer and the next user's words;
-    found by rendering a conversation of marks.
+    """What a chat template writes between a user's words and the answer, and between an answer and the next user's words,
+    found by rendering a conversation of marker words.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or one that drops or changes what is said.
@@ -75,14 +75,14 @@ def tokenized_chat(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a chat, and `(start, end)` of each answer that is trained, with the token that ends its turn.
 
-    An answer is trained if the text before it is what the target would be given to answer, and if its tokens read back
-    as what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are
+    An answer is trained if the text before it is the prompt that the target would get, and if its tokens decode to
+    what the row says. What the template adds to it, such as an empty thought, is not part of it. Tool calls are
     trained as the template writes them; if it leaves them out, that turn is not trained, and neither are answers to
-    tool results that it leaves out. The tokenizer has to tell character offsets (a fast one).
+    tool results that it leaves out. The tokenizer must return character offsets (a fast one).
 
     Raises:
         NoAnswer: if the chat has nothing to train on.
-        RowError: if the template refuses the chat or changes its answers, or if the tokens do not read back.
+        RowError: if the template refuses the chat or changes its answers, or if the tokens do not decode to them.
     """
     if all(turn["role"] != "assistant" for turn in chat):
         raise NoAnswer(f"expected a chat with at least one assistant turn, got {len(chat)} turns without")
@@ -106,7 +106,7 @@ class _Span:
 
 
 def _rendered(tokenizer, chat: list[dict], tools) -> tuple[list[dict], str, list[_Span]]:
-    """The chat without what its template hides, its text, and the spans of tool calls."""
+    """The chat, with weight 0 for answers that its template hides, its text, and the spans of tool calls."""
     try:
         text = render(tokenizer, chat, tools=tools)
     except RowError:
@@ -139,8 +139,8 @@ def _without_calls(turn: dict) -> dict:
 
 
 def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Span | None:
-    """Where a turn with tool calls stands; None if the template does not write them there."""
-    if not index:  # nobody asks for a turn that begins a chat
+    """The span of a turn with tool calls; None if the template does not write them there."""
+    if not index:  # a turn that begins a chat answers no prompt
         return None
     before = render(tokenizer, chat[:index], True, tools)
     through = render(tokenizer, chat[: index + 1], False, tools).rstrip()
@@ -158,8 +158,8 @@ def _call_span(tokenizer, chat: list[dict], index: int, text: str, tools) -> _Sp
 
 
 def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
-    """Where the answers without tool calls stand: the chat is rendered with marks in their places, and what stands around
-    the marks must be what stands around the answers."""
+    """The spans of answers without tool calls. The chat is also rendered with markers in their places; the text around the
+    markers must be the text around the answers."""
     indices = [index for index, turn in enumerate(chat) if is_trained(turn) and not turn.get("tool_calls")]
     if not indices:
         return []
@@ -182,8 +182,8 @@ def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
         position = start + len(said)
         end = position + (len(turn_end) if text.startswith(turn_end, position) else 0)
         spans.append(_Span(start, position, end))
-    # The target will be asked with the beginning of the chat, as the template writes it alone.
-    # Nobody asks for a turn that begins a chat.
+    # The target's prompt will be the beginning of the chat, rendered alone.
+    # A turn that begins a chat answers no prompt.
     befores = [render(tokenizer, chat[:index], True, tools) if index else None for index in indices]
     pairs = [(span, before) for span, before in zip(spans, befores, strict=True) if before is not None]
     asked = [span for span, before in pairs if text[: span.start].startswith(before.rstrip())]
@@ -193,7 +193,7 @@ def _answer_spans(tokenizer, chat: list[dict], text: str, tools) -> list[_Span]:
 
 
 def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span) -> tuple[int, int]:
-    """The tokens of an answer, read back and compared."""
+    """The token span of an answer, after its tokens were decoded and compared with its text."""
     inside, said = [], []
     for position, (first, last) in enumerate(offsets):
         # A space before a word is part of its token.
@@ -205,7 +205,7 @@ def _token_span(tokenizer, text: str, input_ids: list[int], offsets, span: _Span
     expected = text[span.start : span.said_end].strip()
     said_ids = [input_ids[position] for position in said]
     read_back = tokenizer.decode(said_ids, clean_up_tokenization_spaces=False)
-    # An answer that mentions a special token would be read as one, such as the end of its turn.
+    # A special token that is written out in an answer would be tokenized as that token, such as the end of its turn.
     if not span.has_calls and read_back != tokenizer.decode(said_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content in expected]
         if special:
