@@ -1,11 +1,13 @@
 """prism_tree and grouped attention: the text and the logits of "sdpa" or "eager", with trees on the tree attention's own path."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_prism.decoding.attention as attention
@@ -289,3 +291,15 @@ def test_tree_attention_is_lent_to_a_draft_where_triton_computes(monkeypatch, at
             assert 1 + draft.generation_config.tree_num_nodes not in attended
             attended.clear()
     assert not attended
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5000), (1, 1, 3, 5000)], ids=["for each head", "for all rows"])
+def test_masks_of_other_shapes_over_a_long_context(shape):
+    """Attention code of others may hand on a mask for each head, or one for all rows."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 3, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 5000, 8, generator=generator) for _ in range(2))
+    mask = torch.rand(shape, generator=generator) > 0.5
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=False)
+    found, expected = (function(module, query, key, value, mask)[0] for function in (attention.grouped_attention, sdpa_attention_forward))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

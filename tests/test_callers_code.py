@@ -10,12 +10,14 @@ import torch
 from compatibility_images import image_prompt
 from compatibility_models import build
 from tiny_models import PAD_ID, prompts, scripted_draft, tiny_draft, tiny_target
+from torch import nn
 from torch.nn.functional import linear
-from transformers import AttentionMaskInterface, DynamicCache, LlamaForCausalLM, LogitsProcessorList
+from transformers import AttentionMaskInterface, DynamicCache, LlamaForCausalLM, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from transformers_prism.decoding import round_check
 from transformers_prism.transformers_names import CACHE_KEYWORD, cache_of
@@ -59,6 +61,126 @@ def test_hooks_that_look_at_the_last_token_of_a_forward():
     assert not told
     assert speculation.stopped_drafting is None
     assert speculation.acceptance_length > 1.5
+
+
+class LastTokenSteering(nn.Module):
+    """Adds a direction to the last token of what another module returns."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("direction", 4 * torch.randn(32, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, hidden, *args, **kwargs):
+        output = self.inner(hidden, *args, **kwargs).clone()
+        output[:, -1] += self.direction
+        return output
+
+
+@pytest.mark.parametrize("way", ["module", "layer", "class"])
+def test_modules_that_look_at_the_last_token_of_a_forward(monkeypatch, way):
+    """In the place of the model's own, around a layer, or patched into the class: found as hooks are."""
+    target = tiny_target("llama", 3)
+    layer = target.model.layers[1]
+    if way == "module":
+        layer.mlp = LastTokenSteering(layer.mlp)
+    elif way == "layer":
+        target.model.layers[1] = LastTokenSteering(layer)
+    else:
+        forward, direction = LlamaMLP.forward, LastTokenSteering(layer.mlp).direction
+
+        def steered(self, hidden):
+            output = forward(self, hidden).clone()
+            output[:, -1] += direction
+            return output
+
+        monkeypatch.setattr(LlamaMLP, "forward", steered)
+    plain, found, told, speculation = generate_both(target)
+    assert torch.equal(found, plain)
+    assert any("some of its modules have hooks or a forward of their own" in one for one in told), told
+    assert speculation.stopped_drafting is not None
+
+
+class Halved(LlamaForCausalLM):
+    """Gives two tokens one position."""
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs["position_ids"] = inputs["position_ids"] // 2
+        return inputs
+
+
+class Capped(LlamaForCausalLM):
+    """Stops counting positions in the middle of an answer."""
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs["position_ids"] = inputs["position_ids"].clamp(max=15)
+        return inputs
+
+
+class Forgetful(LlamaForCausalLM):
+    """Hides all but the first four and the last eight tokens."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
+        attention_mask[:, 4:-8] = 0
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Usual(LlamaForCausalLM):
+    """A method of its own that changes nothing."""
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Halved, "position_ids"), (Capped, "position_ids"), (Forgetful, "attention_mask"), (Usual, None)]
+)
+def test_inputs_that_a_model_makes_in_its_own_way(kind, what):
+    target = kind(tiny_target("llama", 3).config).eval()
+    target.load_state_dict(tiny_target("llama", 3).state_dict())
+    plain, found, told, speculation = generate_both(target, max_new_tokens=24)
+    assert torch.equal(found, plain)
+    if what is None:
+        assert speculation.declined is None
+        assert speculation.acceptance_length > 1.3
+    else:
+        assert speculation.declined is not None
+        assert f"{kind.__name__} makes {what} of later steps in its own way" in speculation.declined
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("is_setting", [False, True], ids=["keyword", "config"])
+def test_router_logits_that_were_asked_for(name, is_setting):
+    """Their loss takes no tree mask; plain decoding returns none of them."""
+    target = build(name)
+    target.config.output_router_logits = is_setting
+    _, found, told, speculation = generate_both(target, **({} if is_setting else {"output_router_logits": True}))
+    target.config.output_router_logits = False
+    assert torch.equal(found, target.generate(prompts(1)[0], **LENGTH))
+    assert not told
+    assert speculation.declined is None
+    assert speculation.acceptance_length > 1.3
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+def test_a_mask_that_counts_a_token_more_than_the_cache(is_static):
+    """The last token of an answer is in the mask, but not passed along: refused where the mask hides anything."""
+    target, (input_ids, mask) = tiny_target("llama", 3), prompts(2)
+    new = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    whole = torch.cat((mask, torch.ones(2, 11, dtype=torch.long)), dim=1)
+    texts = []
+    for draft in (None, tiny_draft(target)):
+        cache = StaticCache(target.config, max_cache_len=64) if is_static else DynamicCache()
+        settings = {CACHE_KEYWORD: cache, **LENGTH, "max_new_tokens": 8, "assistant_model": draft}
+        target.generate(input_ids, attention_mask=mask, **settings)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            texts.append(target.generate(new, attention_mask=whole, **settings))
+    assert torch.equal(*texts)
+    assert any(f"attention_mask has {whole.shape[1]} columns, but the cache holds" in str(one.message) for one in told)
 
 
 def test_hooks_that_do_the_same_to_each_token():

@@ -279,3 +279,13 @@ def test_a_compiled_draft_in_a_chat_that_hands_over_new_tokens_alone():
             text.append(ids.tolist())
         texts.append(text)
     assert texts[0] == texts[1]
+
+
+def test_a_draft_without_a_generation_configuration_drafts():
+    target = tiny_target("llama", 3)
+    input_ids, _ = prompts(1)
+    draft = tiny_draft(target)
+    draft.generation_config = None
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD_ID}
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **settings), target.generate(input_ids, **settings))
+    assert draft.last_speculation.declined is None

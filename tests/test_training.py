@@ -254,6 +254,91 @@ def test_resume_refuses_other_settings(tmp_path, load_tiny):
         train(settings(tmp_path))
 
 
+def test_a_run_without_a_checkpoint_is_begun_again(tmp_path, load_tiny, monkeypatch):
+    """A setting that proves wrong before the first checkpoint locks nobody out; hidden states are kept."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers_prism.training.train._run_stage", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(tmp_path, learning_rate=0.1))
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "features").glob("shard-*")}
+    assert written
+    train(settings(tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+@pytest.mark.parametrize("is_online", [False, True], ids=["stored", "online"])
+def test_resume_refuses_other_data(tmp_path, load_tiny, monkeypatch, is_online):
+    """Data that grew, too, which the record of the run would count as seen from its beginning."""
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "online_features": is_online}
+    step = AlignedTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignedTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(tmp_path, **options))
+    data = tmp_path / "data.jsonl"
+    before = data.read_text()
+    write_data(tmp_path / "more.jsonl", 8, seed=1)
+    data.write_text(before + (tmp_path / "more.jsonl").read_text())
+    with pytest.raises(ValueError, match="resume: expected the conversations that the run began with"):
+        train(settings(tmp_path, resume=True, **options))
+    data.write_text(before)
+    train(settings(tmp_path, resume=True, **options))
+
+
+def test_learned_positions_limit_the_data(tmp_path, monkeypatch, caplog):
+    """Texts are cut at the target's positions, and acceptance is measured on prompts that leave room for an answer."""
+    target = tiny_target("gpt2", 3, n_positions=64)
+    monkeypatch.setattr("transformers_prism.training.train.load_target", lambda name, dtype: (target, None))
+    data = tmp_path / "long.jsonl"
+    lengths = [(100, 4)] * 12 + [(40, 30)] * 12
+    vocab_size = target.config.vocab_size
+    rows = [{"input_ids": [(number + place) % vocab_size for place in range(n)], "prompt_length": m} for number, (n, m) in enumerate(lengths)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0, "validation_updates": 2, "num_acceptance_prompts": 8}
+    train(settings(tmp_path, data=str(data), validation_share=0.3, **options))
+    assert "cut at the target's 64 positions" in caplog.text
+    record = json.loads((tmp_path / "run" / "draft" / "training.json").read_text())
+    assert record["data"]["training"]["num_cut"] > 0
+
+
+def test_a_run_that_depends_on_rounds_says_beforehand_that_there_are_none(tmp_path, load_tiny, target):
+    """Where the target ends every answer at once, no checkpoint could be chosen by tau."""
+    target.generation_config.eos_token_id = list(range(VOCAB_SIZE))
+    with pytest.raises(ValueError, match="num_acceptance_prompts: expected a prompt among the first 2 held-out ones"):
+        train(settings(tmp_path, validation_updates=2, num_acceptance_prompts=2, validation_share=0.3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_acceptance_is_measured_without_beams(target):
+    target.generation_config.num_beams = 2
+    counts = measure_acceptance(tiny_draft(target), target, [Conversation((5, 6, 7, 8, 9, 9), ((4, 6),))], num_new_tokens=8)
+    assert counts[0] > 0
+
+
+@pytest.mark.parametrize("is_planned", [False, True], ids=["run", "plan"])
+def test_layers_that_the_target_lacks_are_named(tmp_path, load_tiny, monkeypatch, target, is_planned):
+    monkeypatch.setattr("transformers_prism.training.plan.config_and_tokenizer", lambda name: (target.config, None))
+    config = settings(tmp_path, target_layer_ids="1,99")
+    with pytest.raises(ValueError, match=r"target_layer_ids: expected indices up to \d+ \(target\), got \[1, 99\]"):
+        describe_plan(config) if is_planned else train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_usual_draft_vocabulary_fits_a_small_target(tmp_path, load_tiny):
+    draft = train(settings(tmp_path, draft_vocab_size=8192, warm_up_epochs=0.0, split_epochs=0.0))
+    assert draft.config.draft_vocab_size is None
+
+
 def test_resume_takes_a_run_from_before_a_setting(tmp_path, load_tiny):
     """A setting that the record of an older version lacks is one at its default."""
     train(settings(tmp_path, warm_up_epochs=0.0, split_epochs=0.0))
@@ -625,6 +710,34 @@ def test_data_that_is_not_gzip_is_named(tmp_path):
     path = write_data(tmp_path / "data.jsonl.gz")
     with pytest.raises(ValueError, match="expected .jsonl in data.jsonl.gz, got: Not a gzipped file"):
         read_conversations(path, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("schedule", "cosin", "one of linear, cosine"),
+        ("schedule", "warmup_stable_decay", "one of linear, cosine"),
+        ("logging_updates", 0, "at least 1, got 0"),
+        ("max_length", -5, "at least 1, got -5"),
+        ("learning_rate", -1.0, "at least 0, got -1.0"),
+        ("token_weight", -1.0, "at least 0, got -1.0"),
+        ("num_validation", -2, "at least 0, got -2"),
+        ("num_conversations", -1, "at least 0, got -1"),
+        ("num_acceptance_prompts", -1, "at least 0, got -1"),
+        ("weight_decay", float("nan"), "at least 0, got nan"),
+        ("teraflops", -3.0, "at least 0, got -3.0"),
+        ("warm_up_share", 3.0, "a number from 0 to 1, got 3.0"),
+    ],
+)
+def test_bounds_of_settings_are_named(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}: expected {expected}"):
+        TrainConfig(**{name: value})
+
+
+def test_a_report_that_nothing_can_write_is_named(tmp_path, load_tiny):
+    with pytest.raises(ValueError, match="report_to: expected one of none, all.* got 'nonsense'"):
+        train(settings(tmp_path, report_to="nonsense"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_are_checked():

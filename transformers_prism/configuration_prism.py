@@ -499,6 +499,9 @@ class PrismConfig(PreTrainedConfig):
         derived["rope_parameters"] = _plain_rope(config, overrides.get("head_dim") or derived["head_dim"])
         derived.update(overrides)
         derived.setdefault("normalize_target_hidden", len(derived["target_layer_ids"]) > 1)
+        last = num_target_layers(config)
+        if any(index > last for index in derived["target_layer_ids"]):
+            raise ValueError(f"target_layer_ids: expected indices up to {last} (target), got {derived['target_layer_ids']}")
         return cls(**derived)
 
 

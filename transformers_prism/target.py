@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -67,6 +68,17 @@ def load_target(
         return _load_pretrained(DEMO_HUB_ID, dtype)
     logger.info("The Hub does not answer within %g seconds; using the wheel %s.", HUB_TIMEOUT_SECONDS, WHEEL_REQUIREMENT)
     return _load_demo_wheel(dtype)
+
+
+@contextlib.contextmanager
+def naming(kind: str, name: str | None) -> Iterator[None]:
+    """Add the name that was asked for to an error about a file or a repository; transformers' own may lack it."""
+    try:
+        yield
+    except OSError as error:
+        if name is None or name in str(error):
+            raise
+        raise OSError(f"expected a {kind} at {name!r}, a folder or a name on the Hub, got: {error}") from error
 
 
 def check_folder(name: str | os.PathLike) -> None:

@@ -27,7 +27,7 @@ from transformers_prism.decoding import target_choice
 from transformers_prism.decoding import walk as walk_module
 from transformers_prism.decoding.sampler import Sampler, treating_cpus_as_accelerators
 from transformers_prism.decoding.sequences import Sequences
-from transformers_prism.decoding.speculation import Speculation
+from transformers_prism.decoding.speculation import Speculation, acceptance_length
 from transformers_prism.policy import automatic
 from transformers_prism.policy.experience import Experience
 from transformers_prism.transformers_names import CACHE_KEYWORD
@@ -119,7 +119,7 @@ class Check:
             gap; None if there is neither.
         gap, rounding: at that place, as in [`Difference`]: a near-tie's gap is below twice the rounding.
         has_same_generator: whether the random generator was left in the state that plain decoding leaves.
-        acceptance_length: tau of the run with the draft, its last call where it has several.
+        acceptance_length: tau of the run with the draft, its last call where it has several; None without a round.
         path: what that call did, from its statistics: "target", "walk" and "coupled" of [`Speculation`], the kind of
             "tree", nodes "drafted", how many of them "copied", and why it "declined" or "stopped" drafting, if it did.
         control_of: for the negative control, the path that was broken.
@@ -130,7 +130,7 @@ class Check:
     num_tokens: int
     is_identical: bool
     has_same_generator: bool
-    acceptance_length: float
+    acceptance_length: float | None
     row: int | None = None
     position: int | None = None
     gap: float | None = None
@@ -291,15 +291,15 @@ def _compare(run: _Run, target, draft, plain_runs: dict) -> Check:
         return Check(run.path.name, run.prompt, 0, True, True, 1.0, path=_path_taken(nothing, run.path))
     with _on_path(run.path, draft):
         speculative = _decode(run, target, draft)
-    pairs = list(zip(plain, speculative, strict=True))
+    pairs, speculation = list(zip(plain, speculative, strict=True)), draft.last_speculation
     check = Check(
         name=run.path.name,
         prompt=run.prompt,
         num_tokens=sum(turn.sequences[:, turn.start :].numel() for turn in plain),
         is_identical=all(torch.equal(one.sequences, other.sequences) for one, other in pairs),
         has_same_generator=all(torch.equal(one.state, other.state) for one, other in pairs),
-        acceptance_length=draft.last_speculation.acceptance_length,
-        path=_path_taken(draft.last_speculation, run.path),
+        acceptance_length=acceptance_length(sum(speculation.num_committed), sum(speculation.num_rounds)),
+        path=_path_taken(speculation, run.path),
     )
     if not check.is_identical:
         _explain(check, run, target, speculative)
@@ -410,7 +410,7 @@ def check_table(checks: list[Check]) -> Table:
         if check not in caught:
             name = check.name if check.control_of is None else f"{CONTROL}: {check.control_of}"
             prompt = "all" if check.prompt is None else str(check.prompt)
-            tau = f"{check.acceptance_length:.2f}"
+            tau = "" if check.acceptance_length is None else f"{check.acceptance_length:.2f}"
             table.add_row(name, prompt, path_in_words(check.path), str(check.num_tokens), tau, _result(check))
     num_controls = sum(check.name == CONTROL for check in checks)
     table.add_row(CONTROL, "", "", "", "", f"caught on {len(caught)} of {num_controls} paths")

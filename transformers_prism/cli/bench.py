@@ -61,9 +61,25 @@ for _name in ("page", "training", "synthesize", "scaling"):
     add_moved(bench_app, _name, f"python -m benchmarks.{_name}")
 
 
-def _at_most(usual: int, given: int | None) -> Callable[[int], int]:
-    """A function from the number of all prompts to the number to measure: `given`, or by default at most `usual`."""
-    return lambda number: min(usual, number) if given is None else given
+def _at_most(usual: int, given: int | None, batch_size: int = 1) -> Callable[[int], int]:
+    """A function from the number of all prompts to the number to measure: `given`, or by default at most `usual`, as many as
+    fill batches."""
+    if given is not None and given % batch_size:
+        raise ValueError(f"num_prompts: expected a multiple of the batch size {batch_size}, got {given}")
+
+    def count(number: int) -> int:
+        if number < batch_size:
+            raise ValueError(f"prompts: expected at least {batch_size}, which fill a batch, got {number}")
+        return min(max(usual, batch_size), number) // batch_size * batch_size if given is None else given
+
+    return count
+
+
+def _half(number: int) -> int:
+    """Of all prompts the number to measure where the others lengthen them."""
+    if number < 2:
+        raise ValueError(f"prompts: expected at least 2, some to measure and others to lengthen them with, got {number}")
+    return min(12, number // 2)
 
 
 def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) -> None:
@@ -158,7 +174,7 @@ def bench_generate_command(
     _check_file(json_file, resume, update_card)
     methods = parse_methods(method or ["draft"], packed, batch_size)
     generate = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
-    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(8, num_prompts), target, draft)
+    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(8, num_prompts, batch_size), target, draft)
     measurement = GenerateMeasurement(methods, generate, prompts.name, batch_size, context, repeat, warm_up, seed, assistant)
     models = (model, tokenizer, model_draft, weights)
     figures = measurement.run(*models, chat_inputs, chosen, records, json_file, resume, console)
@@ -300,7 +316,7 @@ def bench_rounds_command(
     (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
     if not chosen.uses_draft:
         raise ValueError(f"method: expected one with a draft, got {method!r}")
-    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, lambda number: min(12, number // 2), target, draft)
+    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, _half, target, draft)
     contest = Contest(model, measured_draft, None, [chosen], max_length=1)
     contest.enter(chosen)
     profiles = []

@@ -1,6 +1,5 @@
 """What a terminal shows: text as it is decoded, with accepted and bonus tokens in two colours, and a table of figures."""
 
-import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers.generation import BaseStreamer
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.target import load_target
+from transformers_prism.target import load_target, naming
 from transformers_prism.transformers_names import name_of
 
 SHIPPED_DRAFT = Path(__file__).resolve().parents[2] / "hub_cards" / "SmolLM2-135M-Instruct-PRISM"
@@ -127,25 +126,14 @@ def load_pair(
         packed (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
         device (`str` or `torch.device`), dtype (`torch.dtype`): of both models.
     """
-    with _naming("target", target_name):
+    with naming("target", target_name):
         target, tokenizer = load_target(target_name, dtype)
     target.to(device)
-    with _naming("draft", draft_name):
+    with naming("draft", draft_name):
         draft = load_draft(draft_name or SHIPPED_DRAFT, target)
     if packed:
         prepare_for_cpu(target, draft)
     return target, tokenizer, draft
-
-
-@contextlib.contextmanager
-def _naming(kind: str, name: str | None):
-    """Add the name that was asked for to an error about a file or a repository; transformers' own may lack it."""
-    try:
-        yield
-    except OSError as error:
-        if name is None or name in str(error):
-            raise
-        raise OSError(f"expected a {kind} at {name!r}, a folder or a name on the Hub, got: {error}") from error
 
 
 def answer_once(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: PrismDraftModel) -> None:

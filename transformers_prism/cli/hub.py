@@ -37,6 +37,8 @@ def card(
     """Write a draft's card, README.md, from its measurements and training record."""
     from transformers_prism.hub.card import name_target, write_card
 
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"expected the folder of a draft, with config.json in it, got {folder}")
     if base_model is not None:
         name_target(folder, base_model)
     for name in write_card(folder, measurements):
@@ -132,11 +134,9 @@ def _files_to_push(folder: str, repository: str, private: bool, revision: str | 
     """What a push would upload: it is written as for a push, but into a temporary folder."""
     import tempfile
 
-    from transformers_prism.modeling_prism import PrismDraftModel
-
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / repository.split("/")[-1]
-        PrismDraftModel.from_pretrained(folder).save_pretrained(written)
+        _draft_to_push(folder).save_pretrained(written)
         _name_target(str(written), base_model)
         sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     lines = [f"{size:>12,}  {name}" for name, size in sorted(sizes.items())]
@@ -145,10 +145,16 @@ def _files_to_push(folder: str, repository: str, private: bool, revision: str | 
     return "\n".join([*lines, total])
 
 
-def _push_draft(folder: str, repository: str, private: bool, revision: str | None, message: str) -> str:
+def _draft_to_push(folder: str):
     from transformers_prism.modeling_prism import PrismDraftModel
+    from transformers_prism.target import naming
 
-    draft = PrismDraftModel.from_pretrained(folder)
+    with naming("draft", folder):
+        return PrismDraftModel.from_pretrained(folder)
+
+
+def _push_draft(folder: str, repository: str, private: bool, revision: str | None, message: str) -> str:
+    draft = _draft_to_push(folder)
     with _reachable_hub():
         commit = draft.push_to_hub(repository, private=private, revision=revision, commit_message=message)
     return f"pushed {repository}, revision {commit.oid}"

@@ -224,6 +224,11 @@ class Run:
             with ProgressBar(f"synthesis, until minute {_SYNTHESIS_ENDS * self.budget / 60:.1f}", None, "tokens") as bar:
                 folder = self.work / "data"
                 summary = synthesize(target, tokenizer, config, folder, chats, report=report, is_over=is_over)
+            if summary["num_conversations"] < 2:
+                raise ValueError(
+                    f"expected at least 2 usable conversations (training and validation), got {summary['num_conversations']}, "
+                    f"left out: {summary['left_out'] or 'none'}; give more --prompts, or none, and remove {self.work}"
+                )
             return {name: summary[name] for name in ("num_conversations", "num_tokens")}
 
         self.step("synthesis", work)
@@ -297,6 +302,11 @@ class Run:
     def measure(self) -> dict:
         """Decode with and without the draft, put the figures into its card, and let the finished folder appear."""
         finished = self.work / self.output.name
+        if self.output.exists() and "measuring" not in self.steps:
+            raise ValueError(
+                f"output: expected no such folder until the draft is finished, got {self.output}, which has appeared since; "
+                "move it away and run the command again"
+            )
         if not self.output.exists():
             shutil.rmtree(finished, ignore_errors=True)
             shutil.copytree(self.work / "run" / "draft", finished)
@@ -364,7 +374,8 @@ class Openings(Sequence):
 
     def _write(self, seed: int) -> list[list[dict]]:
         tokenizer, generator = self.tokenizer, torch.Generator().manual_seed(seed)
-        start = torch.randint(len(tokenizer), (self._BLOCK, 1), generator=generator)
+        num_tokens = min(len(tokenizer), self.target.config.get_text_config().vocab_size)
+        start = torch.randint(num_tokens, (self._BLOCK, 1), generator=generator)
         if tokenizer.bos_token_id is not None:
             start.fill_(tokenizer.bos_token_id)
         start = start.to(self.target.device)

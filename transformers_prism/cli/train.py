@@ -31,6 +31,9 @@ _BadShareOption = Annotated[
         min=0, max=1, help="Share of the rows that may be unusable; they are left out with a warning.", rich_help_panel=ADVANCED
     ),
 ]
+_MaxLengthOption = Annotated[
+    int, typer.Option(min=3, help="Tokens that `train` keeps of a conversation, as with its --max-length.", rich_help_panel=ADVANCED)
+]
 # Help for the negative form of a flag.
 _NEGATIVE = {
     "text_tokens": "propose tokens of the draft vocabulary only",
@@ -188,6 +191,7 @@ def data_check(
     ] = None,
     split: _SplitOption = "train",
     max_bad_share: _BadShareOption = 0.5,
+    max_length: _MaxLengthOption = 2048,
 ):
     """Count what a file holds, in which shapes, and which rows cannot be used and why.
 
@@ -200,7 +204,7 @@ def data_check(
     if target is not None:
         config, tokenizer = config_and_tokenizer(target)
         found = config.get_text_config().vocab_size, tokenizer
-    counts, lines = check_data(data, found, split)
+    counts, lines = check_data(data, found, split, max_length)
     typer.echo("\n".join(lines))
     raise typer.Exit(counts.num_bad > max_bad_share * counts.num_rows)
 
@@ -210,16 +214,17 @@ def data_preview(
     target: TargetOption = None,
     count: Annotated[int, typer.Option(min=1, help="Conversations shown.")] = 3,
     max_bad_share: _BadShareOption = 0.5,
+    max_length: _MaxLengthOption = 2048,
 ):
     """Show conversations with the tokens that training learns from in colour, and how many there are."""
     from rich.console import Console
 
-    from transformers_prism.target import load_target
+    from transformers_prism.target import config_and_tokenizer
     from transformers_prism.training.data.conversations import describe, preview, read_conversations
 
-    model, tokenizer = load_target(target)
-    vocab_size = model.config.get_text_config().vocab_size
-    conversations = read_conversations(data.split(","), vocab_size, tokenizer=tokenizer, max_bad_share=max_bad_share)
+    config, tokenizer = config_and_tokenizer(target)
+    vocab_size = config.get_text_config().vocab_size
+    conversations = read_conversations(data.split(","), vocab_size, max_length, tokenizer, max_bad_share)
     console = Console()
     for conversation in conversations[:count]:
         console.print(preview(conversation, tokenizer), soft_wrap=True)

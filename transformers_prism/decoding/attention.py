@@ -157,7 +157,8 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
 
 def _attend(query, key, value, attention_mask, dropout: float, scaling: float | None) -> torch.Tensor:
     """Attention of few queries under a mask, `(B, N, H, E)`."""
-    if _is_long(query, key, value) and attention_mask.dtype == torch.bool and not dropout:
+    is_usual = attention_mask.dtype == torch.bool and attention_mask.shape[:2] == (len(query), 1)
+    if _is_long(query, key, value) and is_usual and not dropout:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         return _long_attention(query, key, value, attention_mask, scale)
     output = torch.nn.functional.scaled_dot_product_attention(

@@ -28,17 +28,13 @@ from ..transformers_names import attention_name
 from ..tried_targets import TRIED_TYPES
 from ..whole_files import name_of_parts, write_json_if_possible
 from .memory import kept_with
+from .target_support import is_foreign
 from .tree import Tree
 
 # Parts of names of configuration fields that hold lengths at which attention or positions may change.
 _LENGTH_WORDS = ("window", "topk", "top_k", "chunk", "original_max", "max_position", "block_size", "max_seq")
 # Differences of logits that rounding can explain: units in the last place of the largest, and the most as a share of it.
 _ROUNDING, _MOST_ROUNDING = 4096, 0.25
-# Packages whose hooks and forwards treat several tokens at once as they treat one; ours is among them under either name.
-_TRIED_PACKAGES = {
-    *("torch", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "compressed_tensors"),
-    *("transformers_prism", __name__.split(".")[0]),
-}
 
 
 class _CheckedLengths:
@@ -49,7 +45,7 @@ class _CheckedLengths:
     """
 
     def __init__(self, target):
-        is_told = bool(_digest(_source_of(type(target)))) and not foreign_code(target)
+        is_told = not _added_code(target) and all(map(_digest, _sources(target)))
         self.path = _folder() / f"{_key(target)}.json" if is_told else None
         self.by_kind: dict[str, list[int]] = {}
         if self.path is None:
@@ -87,12 +83,17 @@ def _digest(path: str) -> str:
         return ""
 
 
-def _source_of(kind: type) -> str:
-    """Source file of a class; empty if there is none, as in an interactive session."""
+def _source_of(kind) -> str:
+    """Source file of a class or function; empty if there is none, as in an interactive session."""
     try:
         return inspect.getsourcefile(kind) or ""
     except (OSError, TypeError):
         return ""
+
+
+def _sources(target) -> list[str]:
+    """Source files of a model's class and of the forwards of its modules' classes that are not from tried packages."""
+    return [_source_of(type(target)), *sorted(map(_source_of, _foreign_forwards(target)))]
 
 
 def _key(target) -> str:
@@ -100,7 +101,7 @@ def _key(target) -> str:
     own_code = [_digest(str(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
     parts = [
         f"{type(target).__module__}.{type(target).__qualname__}",
-        _digest(_source_of(type(target))),
+        [_digest(path) for path in _sources(target)],
         sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in target.modules()}),
         json.dumps(target.config.to_dict(), default=repr),
         [str(target.dtype), target.device.type, attention_name(target.config)],
@@ -117,15 +118,26 @@ def is_tried(target) -> bool:
 
 
 def foreign_code(target) -> list:
-    """Hooks that a model's forwards run, and forwards that replace a class's own, from packages that were not tried, as for
-    steering activations or compressing caches."""
+    """What a model's forwards run of packages that were not tried, as for steering activations or compressing caches: hooks,
+    forwards that replace a class's own, and modules of other classes."""
+    return [*_added_code(target), *_foreign_forwards(target)]
+
+
+def _foreign_forwards(target) -> list:
+    """Forwards of the classes of a model's modules, from packages that were not tried."""
+    kinds = dict.fromkeys(type(module) for module in target.modules())
+    return [forward for forward in dict.fromkeys(kind.forward for kind in kinds) if is_foreign(forward)]
+
+
+def _added_code(target) -> list:
+    """Hooks of a model's modules and forwards of single ones, from packages that were not tried."""
     functions: list = [*_global_hooks().values()]
     for module in target.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if "forward" in vars(module):
             functions.append(vars(module)["forward"])
-    return [function for function in functions if _package_of(function) not in _TRIED_PACKAGES]
+    return [function for function in functions if is_foreign(function)]
 
 
 def _checked_lengths(target) -> "_CheckedLengths":
@@ -143,12 +155,6 @@ def _checked_lengths(target) -> "_CheckedLengths":
 def _global_hooks() -> dict:
     module = torch.nn.modules.module
     return {**module._global_forward_hooks, **module._global_forward_pre_hooks}
-
-
-def _package_of(function) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return (getattr(function, "__module__", None) or type(function).__module__).split(".")[0]
 
 
 def lengths_named(text_config) -> list[int]:
@@ -242,7 +248,8 @@ class RoundCheck:
             f"logits of {type(target).__name__} over several tokens differ from single steps by {difference:.3g} at "
             f"{length} tokens (rounding explains {allowed:.1g})"
         )
-        what = "its modules have hooks or a forward of their own" if foreign_code(target) else "please report this model"
+        is_changed = _added_code(target) or (foreign_code(target) and not is_foreign(type(target)))
+        what = "some of its modules have hooks or a forward of their own" if is_changed else "please report this model"
         warnings.warn(f"decoding goes on without the draft: {self.finding}; {what}", stacklevel=8)
         return True
 

@@ -137,7 +137,8 @@ class Speculation:
         """A few lines for a person: tokens, rounds, tau, tokens per second, seconds by part, plain steps and why."""
         rate = self.tokens_per_second
         lines = [
-            f"{self.num_tokens} tokens in {sum(self.num_rounds)} rounds, acceptance length {self.acceptance_length:.2f}"
+            f"{self.num_tokens} tokens in {sum(self.num_rounds)} rounds"
+            + (f", acceptance length {self.acceptance_length:.2f}" if any(self.num_rounds) else "")
             + ("" if rate is None else f", {rate:.1f} tokens/s without the prompt")
         ]
         if rate is not None:
@@ -158,7 +159,8 @@ class Speculation:
 
     def __repr__(self) -> str:
         rate = self.tokens_per_second
-        parts = [f"{self.num_tokens} tokens", f"{sum(self.num_rounds)} rounds", f"tau {self.acceptance_length:.2f}"]
+        parts = [f"{self.num_tokens} tokens", f"{sum(self.num_rounds)} rounds"]
+        parts += [f"tau {self.acceptance_length:.2f}"] if any(self.num_rounds) else []
         parts += [] if rate is None else [f"{rate:.1f} tokens/s"]
         parts += ["plain decoding"] if self.declined else []
         return f"Speculation({', '.join(parts)})"

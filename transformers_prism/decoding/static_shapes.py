@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
 from .cache import round_up
 from .memory import keep_with, kept_with
@@ -52,7 +53,7 @@ def static_shapes(
         is_target_compiled (`bool`): whether generate() compiles the target's forward in this call.
         num_cached (`int`): tokens that are in the cache when the call begins; they may not be among its input_ids.
     """
-    own, run_module = draft.generation_config, None
+    own, run_module = draft.generation_config or GenerationConfig(), None
     compile_config = own.compile_config or (generation_config.compile_config if is_target_compiled else None)
     if compile_config is not None and not (own.disable_compile or generation_config.disable_compile):
         run_module = _compiled(draft, compile_config)

@@ -35,6 +35,7 @@ from .target_support import (
     hidden_state,
     image_layers,
     inputs_of_next_step,
+    makes_own_inputs,
     place_of_state,
     position_offset,
     reason_against_batch_positions,
@@ -55,6 +56,8 @@ _REPLACED_INPUTS = (
     *("attention_mask", "cache_position", "input_ids", "inputs_embeds", "logits_to_keep", "output_attentions"),
     *("output_hidden_states", "position_ids", "return_dict", "use_cache"),
 )
+# Steps after the prompt up to which a target's own way of making inputs is looked at.
+_MOST_STEPS_AHEAD = 1024
 # Names of tables of learned positions.
 _OF_POSITIONS = re.compile("posit|pos_|wpe")
 
@@ -167,11 +170,18 @@ class TargetSide:
         mask = self.model_kwargs.get("attention_mask")
         mask = torch.ones((len(input_ids), width), device=hidden.device) if mask is None else mask
         mask = mask.bool()
+        if stored_length(self.cache) is not None and mask.shape[1] != width:
+            # Where nothing is masked, only the length counts, and that is the cache's.
+            if not mask.all():
+                raise Declined(f"attention_mask has {mask.shape[1]} columns, but the cache holds {width} tokens")
+            mask = mask[:, :1].expand(-1, width)
         given = self.model_kwargs.get("position_ids")
         position_ids = text_positions(given, mask) + self.position_offset
         if given is not None and given.dim() == 3:
             self.axes = AxisPositions(given, position_ids)
         self._set_positions(position_ids[:, -1].tolist(), input_ids.shape[1], num_positions)
+        if makes_own_inputs(self.target) and self.axes is None:
+            self._check_own_inputs(input_ids, outputs[0], position_ids[:, -1:], mask)
         self._after_prefill(mask)
         length = hidden.shape[1]
         read_mask = mask[:, -length:] if self.is_padded else None
@@ -195,9 +205,7 @@ class TargetSide:
         if self.has_more_inputs:
             model_kwargs, steps = self.model_kwargs, list[dict]()
             for _ in range(2):
-                model_kwargs = next_kwargs(self.target, outputs, model_kwargs)
-                model_kwargs |= {name: self.own_cache for name in CACHE_NAMES if model_kwargs.get(name) is not None}
-                input_ids = pad(input_ids, (0, 1))
+                model_kwargs, input_ids = self._next_step(input_ids, outputs, model_kwargs)
                 step = inputs_of_next_step(self.target, input_ids, model_kwargs)
                 if step is None:
                     raise Declined(f"{type(self.target).__name__} does not say what a step behind its prompt reads")
@@ -205,6 +213,10 @@ class TargetSide:
             self.forward_kwargs, self.token_inputs = inputs_by_kind(steps[0], steps[1], _REPLACED_INPUTS)
         if takes_logits_to_keep(self.target):
             self.forward_kwargs["logits_to_keep"] = 0
+        # A loss over router logits takes no tree mask, and nobody gets what rounds would return of it.
+        asks_for_router = getattr(self.target.config.get_text_config(), "output_router_logits", False)
+        if asks_for_router or "output_router_logits" in self.forward_kwargs:
+            self.forward_kwargs["output_router_logits"] = False
         # Tensors of the whole call, and an image in the cache, may have a row for each sequence, so all sequences stay.
         self.keeps_finished |= any(isinstance(value, torch.Tensor) for value in self.forward_kwargs.values())
         layers = enumerate(getattr(self.cache, "layers", ()))
@@ -215,6 +227,36 @@ class TargetSide:
                     "without a cross_attention_mask several tokens see other parts of an image than single ones; pass one for the "
                     "whole text"
                 )
+
+    def _next_step(self, input_ids: torch.Tensor, outputs, model_kwargs: dict) -> tuple[dict, torch.Tensor]:
+        """What plain decoding prepares the step after these outputs from: its arguments, and ids with one more token."""
+        model_kwargs = next_kwargs(self.target, outputs, model_kwargs)
+        model_kwargs |= {name: self.own_cache for name in CACHE_NAMES if model_kwargs.get(name) is not None}
+        return model_kwargs, pad(input_ids, (0, 1))
+
+    def _check_own_inputs(self, input_ids: torch.Tensor, outputs, last_position: torch.Tensor, mask: torch.Tensor) -> None:
+        """Compare what the target's own code makes the next steps of, and the last one, with what rounds give them.
+
+        Args:
+            last_position (`torch.LongTensor` of shape `(B, 1)`), mask (`torch.BoolTensor` of shape `(B, P)`): of the prompt.
+        Raises:
+            Declined: if positions or masks differ.
+        """
+        num_steps = min(max(self.generation_config.max_length - input_ids.shape[1], 2), _MOST_STEPS_AHEAD)
+        model_kwargs = self.model_kwargs
+        for step in range(1, num_steps + 1):
+            model_kwargs, input_ids = self._next_step(input_ids, outputs, model_kwargs)
+            if step not in (1, 2, num_steps):
+                continue
+            made = inputs_of_next_step(self.target, input_ids, model_kwargs) or {}
+            expected = {"position_ids": last_position + step, "attention_mask": pad(mask, (0, step), value=True)}
+            for name, value in expected.items():
+                given = made.get(name)
+                if given is None or given.dim() != 2:
+                    continue
+                given = given[:, -1:] if name == "position_ids" else given.bool()
+                if not torch.equal(given.to(value), value):
+                    raise Declined(f"{type(self.target).__name__} makes {name} of later steps in its own way, which rounds do not")
 
     def _most_tokens(self, input_ids: torch.LongTensor) -> int:
         """Tokens of the longest prompt, padding not counted."""

@@ -4,6 +4,7 @@ Plain decoding asks the model itself for the inputs of every step; so do we, onc
 choice depends on what the answer lacks (positions) or adds (inputs that cannot be extended along a tree), not on model names.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Collection, Iterator
@@ -21,6 +22,15 @@ from .cache import is_adoptable, stored_length
 _TREE_ATTENTION = ("sdpa", "eager", PRISM_TREE)
 # Configuration fields of a local window or a number of keys to attend to, for which transformers makes no mask.
 _OWN_WINDOWS = ("window_size", "attention_window", "local_window_size", "attention_window_size", "local_attention_window")
+
+
+# Packages whose code treats several tokens at once as it treats one, be it modules, hooks or step inputs: transformers, what
+# it was tried with, and layers of quantised weights. Ours is among them under either name.
+_TRIED_PACKAGES = {
+    *("torch", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "compressed_tensors", "kernels"),
+    *("aqlm", "auto_gptq", "auto_round", "awq", "eetq", "fbgemm_gpu", "gptqmodel", "hqq", "optimum", "quark", "vptq"),
+    *("transformers_prism", __name__.split(".")[0]),
+}
 
 
 class Declined(Exception):
@@ -134,6 +144,19 @@ def why_no_tree_mask(target) -> str | None:
     if has_local and any(isinstance(getattr(config, name, None), int) for name in _OWN_WINDOWS):
         return "its local attention follows places in the cache, not positions"
     return None
+
+
+def is_foreign(function) -> bool:
+    """Whether a function, also behind functools.partial, or a class is from a package that was not tried."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module.split(".")[0] not in _TRIED_PACKAGES
+
+
+def makes_own_inputs(target) -> bool:
+    """Whether a target makes the inputs of a step by code of its own, in place of transformers'."""
+    return is_foreign(target.prepare_inputs_for_generation) or is_foreign(target._update_model_kwargs_for_generation)
 
 
 def inputs_of_next_step(target, input_ids: torch.Tensor, model_kwargs: dict) -> dict | None:

@@ -21,7 +21,7 @@ from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.policy.settings import fill_in_tree_settings
-from transformers_prism.target import auto_class, read_target_config
+from transformers_prism.target import auto_class, naming, read_target_config
 from transformers_prism.transformers_names import output_embeddings
 
 
@@ -169,7 +169,8 @@ def draft_folder(source: str | Path, revision: str | None = None) -> Path:
         OSError: if there is no such folder or repository.
         ValueError: if it is no PRISM draft; nothing but its config.json is downloaded then.
     """
-    file = Path(cached_file(str(source), "config.json", revision=revision))
+    with naming("draft", str(source)):
+        file = Path(cached_file(str(source), "config.json", revision=revision))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

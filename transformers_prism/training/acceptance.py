@@ -4,6 +4,7 @@ import torch
 
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
+from transformers_prism.decoding.target_side import num_learned_positions
 from transformers_prism.decoding.transfer import clock
 from transformers_prism.training.data.conversations import Conversation, loop_period
 from transformers_prism.training.progress_bar import ProgressBar
@@ -13,6 +14,34 @@ from transformers_prism.transformers_names import cache_argument, cache_of
 DEPTH = 4
 TREE = {"tree": "static", "tree_top_k": 4, "tree_depth": DEPTH, "tree_num_nodes": 15}
 NUM_NEW_TOKENS = 48
+
+
+@torch.no_grad()
+def check_prompts(target, conversations: list[Conversation]) -> None:
+    """See that acceptance can be measured on the first prompts of some conversations, before a run depends on it.
+
+    Raises:
+        ValueError: if none fits the target's positions with its answer and is answered with more than one token, so that
+            there would be no round.
+    """
+    with in_eval_mode(target):
+        if any(_decode(target, None, prompt, 2).numel() > 1 for prompt in _prompts(target, conversations, NUM_NEW_TOKENS)):
+            return
+    raise ValueError(
+        f"num_acceptance_prompts: expected a prompt among the first {len(conversations)} held-out ones that the target answers "
+        "with more than one token, got none; without rounds there is no tau to choose a checkpoint by"
+    )
+
+
+def _prompts(target, conversations: list[Conversation], num_new_tokens: int) -> list[torch.Tensor]:
+    """The first prompts `(1, T)` of conversations, those left out that the target has no positions for with an answer."""
+    most = num_learned_positions(target)
+    prompts = [list(one.input_ids[: one.prompt_length]) for one in conversations]
+    return [
+        torch.tensor([prompt], device=target.device)
+        for prompt in prompts
+        if most is None or len(prompt) + num_new_tokens <= most
+    ]
 
 
 @torch.no_grad()
@@ -33,16 +62,16 @@ def measure_acceptance(
     counts = torch.zeros(8 + DEPTH, dtype=torch.float64)
     draft.generation_config.update(**TREE)
     try:
-        bar = ProgressBar("decoding", len(conversations), "prompts")
+        prompts = _prompts(target, conversations, num_new_tokens)
+        bar = ProgressBar("decoding", len(prompts), "prompts")
         with in_eval_mode(target, draft), bar:
-            for conversation in conversations:
-                prompt = torch.tensor([conversation.input_ids[: conversation.prompt_length]], device=target.device)
-                answer = _decode(target, draft, prompt, num_new_tokens)
+            for prompt in prompts:
+                answer = _decode(target, draft, prompt, num_new_tokens).tolist()
                 counts += _counts(draft.last_speculation)
                 counts[5:7] += torch.tensor([1.0, float(loop_period(answer) is not None)])
                 bar.advance()
-            if conversations:
-                counts[3:5] += torch.tensor(_plain_steps(target, prompt), dtype=torch.float64)
+            if prompts:
+                counts[3:5] += torch.tensor(_plain_steps(target, prompts[-1]), dtype=torch.float64)
     finally:
         draft.generation_config.update(**settings)
     return counts
@@ -68,17 +97,18 @@ def acceptance_metrics(counts: torch.Tensor, prefix: str) -> dict[str, float]:
     return metrics
 
 
-def _decode(target, draft, prompt: torch.Tensor, num_new_tokens: int) -> list[int]:
-    """The answer's token ids."""
+def _decode(target, draft, prompt: torch.Tensor, num_new_tokens: int) -> torch.Tensor:
+    """The answer's token ids `(N,)`, with a draft or, if None, without."""
     output = target.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         assistant_model=draft,
         do_sample=False,
+        num_beams=1,
         max_new_tokens=num_new_tokens,
         pad_token_id=target.generation_config.pad_token_id or 0,
     )
-    return output[0, prompt.shape[1] :].tolist()
+    return output[0, prompt.shape[1] :]
 
 
 def _counts(speculation: Speculation) -> torch.Tensor:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.hub.files import TRAINING, find_file
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.target import naming
 from transformers_prism.training.data.conversations import Conversation
 from transformers_prism.training.recipes import TrainConfig, has_own_num_modules, plan_stages
 from transformers_prism.training.warm_start import warm_start, with_modules
@@ -49,7 +50,10 @@ def _answer_tokens(conversations: list[Conversation]) -> Counter[int]:
 
 def source_config(config: TrainConfig) -> PrismConfig | None:
     """The architecture of the draft that a run starts from, if there is one; reads no weights."""
-    return PrismConfig.from_pretrained(config.init_from) if config.init_from else None
+    if not config.init_from:
+        return None
+    with naming("draft", config.init_from):
+        return PrismConfig.from_pretrained(config.init_from)
 
 
 def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
@@ -74,9 +78,11 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     }
     if config.plain_fusion:
         overrides |= {"projection_bias": False, "normalize_target_hidden": False}
-    for name in ("draft_vocab_size", "sliding_window"):
-        if getattr(config, name):
-            overrides[name] = getattr(config, name)
+    vocab_size = getattr(target, "config", target).get_text_config().vocab_size
+    if 0 < config.draft_vocab_size < vocab_size:
+        overrides["draft_vocab_size"] = config.draft_vocab_size
+    if config.sliding_window:
+        overrides["sliding_window"] = config.sliding_window
     if source is not None and source.sliding_window is not None:
         overrides.setdefault("sliding_window", source.sliding_window)
     for name in ("target_layer_ids", "draft_step_to_module"):

@@ -45,6 +45,18 @@ _PLAIN = MappingProxyType(
 )
 # Options that a recipe sets where the user leaves them out.
 BY_RECIPE = tuple(_PLAIN)
+_AT_LEAST_ONE = (
+    "batch_size accumulation max_length num_modules num_layers_per_module warm_up_steps split_steps save_updates logging_updates"
+).split()
+_NOT_NEGATIVE = (
+    "teraflops num_conversations draft_vocab_size sliding_window single_step_epochs warm_up_epochs split_epochs learning_rate "
+    "split_learning_rate token_weight acceptance_weight hidden_weight weight_decay max_grad_norm validation_updates "
+    "num_validation num_acceptance_prompts patience"
+).split()
+# Those of transformers that need no further settings.
+_SCHEDULES = (
+    "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt"
+).split()
 
 
 def _option(default, text: str):
@@ -85,7 +97,7 @@ class TrainConfig:
         "Read the target's states by a product alone, without norms and bias: what the files of other servers hold "
         "(docs/convert.md).",
     )
-    draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0 is the whole vocabulary.")
+    draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0, or as many as the target has, is all.")
     text_tokens: bool = _option(True, "Let the draft also propose the tokens of the text that it is given.")
     learn_prompts: bool = _option(False, "Train on the tokens of prompts, too: validations count answers in any case.")
     context_kv: str = _option("prefill_module", "prefill_module or own_module.")
@@ -136,13 +148,17 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share: expected a number between 0 and 1, got {self.validation_share}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share: expected a number from 0 to 1, got {self.max_bad_share}")
+        for name in ("max_bad_share", "warm_up_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype: expected float32 or bfloat16, got {self.compute_dtype!r}")
-        for name in ("batch_size", "accumulation", "num_modules", "warm_up_steps", "split_steps", "save_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
+        for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         stages = plan_stages(self)
         if not stages:
             raise ValueError("expected at least one stage with more than 0 epochs, got none")

@@ -6,6 +6,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -20,14 +21,16 @@ from accelerate import DistributedType, PartialState
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
 from transformers_prism.command_line import command_line, versions
 from transformers_prism.configuration_prism import num_target_layers
+from transformers_prism.decoding.target_side import num_learned_positions
 from transformers_prism.hub.files import CURVES, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
-from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
+from transformers_prism.training.acceptance import acceptance_metrics, check_prompts, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining, label_width, reaches_all_weights
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
 from transformers_prism.training.data.conversations import Conversation, Part, read_parts
@@ -185,9 +188,11 @@ def train(config: TrainConfig, argv: list[str] | None = None, models: tuple | No
     target, tokenizer = models or load_target(config.target, config.dtype)
     target.to(state.device)
     vocab_size = target.config.get_text_config().vocab_size
-    parts = training_part, validation_part = read_parts(config, vocab_size, tokenizer)
+    parts = training_part, validation_part = read_parts(_within_positions(config, target), vocab_size, tokenizer)
     draft_config = make_draft_config(config, target, tokenizer)
-    _claim_output(config)
+    if config.chooses_by_tau:
+        check_prompts(target, validation_part.chosen[: config.num_acceptance_prompts])
+    _claim_output(config, parts)
     start = time.monotonic()
     training_store, validation_store = _features(config, target, parts, draft_config)
     report: dict = {
@@ -220,8 +225,11 @@ def _check_paths(config: TrainConfig):
     for name in ("data", "validation_data") if config.validation_data else ("data",):
         for source in getattr(config, name).split(","):
             check_source(source)
+    reports = ("none", "all", *get_available_reporting_integrations())
+    if config.report_to not in reports:
+        raise ValueError(f"report_to: expected one of {', '.join(reports)}, which are installed, got {config.report_to!r}")
     record = Path(config.output) / "config.json"
-    if not record.is_file():
+    if not (record.is_file() and _has_begun(record.parent)):
         return
     if not config.resume:
         raise ValueError(f"output: expected a new folder, got {record.parent.name!r} with a run in it; add --resume")
@@ -232,12 +240,45 @@ def _check_paths(config: TrainConfig):
             raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
 
 
-def _claim_output(config: TrainConfig):
-    """Record the settings that a resumed run must repeat, once data and target have been found to be usable."""
-    if PartialState().is_main_process:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output) / "config.json", _settings(config))
-    PartialState().wait_for_everyone()
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has something to resume: a checkpoint or a finished stage. Before that, settings may still change."""
+    return any(any(folder.glob(pattern)) for pattern in ("*/checkpoint-*", "*/result.json", "draft"))
+
+
+def _within_positions(config: TrainConfig, target) -> TrainConfig:
+    """The settings with a `max_length` that the target's learned positions allow."""
+    most = num_learned_positions(target)
+    if most is None or most >= config.max_length:
+        return config
+    logger.warning("Conversations are cut at the target's %d positions, since max_length is %d.", most, config.max_length)
+    return dataclasses.replace(config, max_length=most)
+
+
+def _claim_output(config: TrainConfig, parts: tuple[Part, Part]):
+    """Record the settings and the data that a resumed run must repeat, once data and target have been found to be usable.
+
+    Raises:
+        ValueError: if the run began with other conversations.
+    """
+    folder, digest, state = Path(config.output), hashlib.sha256(), PartialState()
+    for part in parts:
+        for one in part.chosen:
+            digest.update(json.dumps([one.input_ids, one.assistant_spans]).encode())
+        digest.update(b"\n")
+    record = folder / "config.json"
+    if record.is_file() and _has_begun(folder):
+        # A run of an earlier version has no digest.
+        found = json.loads(record.read_text()).get("data_sha256", digest.hexdigest())
+        if found != digest.hexdigest():
+            raise ValueError(
+                f"resume: expected the conversations that the run began with (sha256 {found[:12]}), got others "
+                f"({digest.hexdigest()[:12]}); use a new output folder for other data"
+            )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, {**_settings(config), "data_sha256": digest.hexdigest()})
+    state.wait_for_everyone()
 
 
 def _settings(config: TrainConfig) -> dict:

@@ -149,6 +149,11 @@ def _prompt_and_answer(row: dict, name: str, answer: str | None) -> list[dict]:
     """Alpaca, TRL's prompt and completion, preferences, and other pairs of columns."""
     if is_messages(row[name]):
         chat = _messages(row[name], name)
+    elif isinstance(row[name], list) and row[name] and all(isinstance(turn, str) for turn in row[name]):
+        # The user's turns of a benchmark, such as MT-bench's.
+        if answer is not None:
+            raise RowError(f"expected one text in {name} next to an answer in {answer}, got a list of {len(row[name])}")
+        return [_user(turn, name) for turn in row[name]]
     else:
         parts = [text_of(row[name], name)]
         context = _first(row, _CONTEXT_COLUMNS)

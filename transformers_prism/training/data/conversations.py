@@ -80,10 +80,7 @@ def read_conversations(
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
 
     def convert(row) -> Conversation:
-        shortened = shorten(conversation_of(row, vocab_size, tokenizer), max_length)
-        if shortened is None:
-            raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
-        return shortened
+        return _within(conversation_of(row, vocab_size, tokenizer), max_length)
 
     kept = [one for source in sources for one in usable_rows(source, convert, max_bad_share)]
     names = ", ".join(Path(source).name for source in sources)
@@ -111,6 +108,18 @@ def conversation_of(row, vocab_size: int, tokenizer=None) -> Conversation:
     return Conversation(tuple(input_ids), tuple(spans))
 
 
+def _within(conversation: Conversation, max_length: int | None) -> Conversation:
+    """The beginning of a conversation, as [`shorten`] returns it.
+
+    Raises:
+        NoAnswer: if no answer is left.
+    """
+    shortened = shorten(conversation, max_length)
+    if shortened is None:
+        raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
+    return shortened
+
+
 def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
     input_ids, spans = row["input_ids"], row.get("assistant_spans")
     if not isinstance(input_ids, list) or not all(type(token) is int for token in input_ids):
@@ -134,7 +143,7 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
     return Conversation(tuple(input_ids), tuple((start, end) for start, end in spans))
 
 
-def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, list[str]]:
+def check_data(source, target=None, split: str = "train", max_length: int | None = None) -> tuple[RowCounts, list[str]]:
     """Examine a source. Returns its counts, and lines to print: how many chats and answers can be used, and what is
     left out and why.
 
@@ -142,6 +151,7 @@ def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, li
         target (`tuple`, *optional*): vocabulary size and tokenizer of a target, whose template then renders the chats.
             Without it only the shapes are checked, and token ids are not.
         split (`str`): of a data set on the Hub.
+        max_length (`int`, *optional*): with a target, tokens that are kept of each conversation.
     Raises:
         FileNotFoundError, ValueError: if the source is not there or cannot be read.
     """
@@ -151,6 +161,9 @@ def check_data(source, target=None, split: str = "train") -> tuple[RowCounts, li
     def convert(row) -> None:
         if target is not None:
             conversation = conversation_of(row, *target)
+            if conversation.assistant_spans:
+                conversation = _within(conversation, max_length)
+            sums["conversations cut at --max-length"] += conversation.is_cut
             sums.update({"tokens": len(conversation.input_ids), "tokens of answers": conversation.num_answer_tokens})
             sums["answers that are trained"] += len(conversation.assistant_spans)
         elif is_token_ids(row):

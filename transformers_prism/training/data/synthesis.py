@@ -11,6 +11,7 @@ Source: Magpie (arXiv:2406.08464) for asking with the user prefix alone.
 
 import hashlib
 import json
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from transformers_prism.training.data.conversations import Contamination, before
 from transformers_prism.training.data.shards import ShardWriter, WrittenRow, claim_folder
 from transformers_prism.training.data.templates import between_turns, opening, template_hash, tokenize, tokenize_behind
 from transformers_prism.training.slots import Slots
+
+logger = logging.getLogger(__name__)
 
 # Beginnings of user turns that lead to a kind of task; the target writes the rest.
 TOPICS = {
@@ -385,7 +388,10 @@ def synthesize(
     except BaseException:
         writer.keep()
         raise
-    return writer.summary()
+    summary = writer.summary()
+    if summary["num_tokens"] < writer.goal and not is_over():
+        logger.warning("The prompts are used up: %d of %d tokens were written.", summary["num_tokens"], writer.goal)
+    return summary
 
 
 def _numbers(writer: ShardWriter, part: tuple[int, int], num_conversations: int | None) -> Iterator[int]:
