@@ -118,6 +118,17 @@ def test_parts_of_text_are_joined(row):
     assert chat_of(row) == [USER]
 
 
+@pytest.mark.parametrize("name", ["prompt", "question"])
+def test_texts_of_a_prompt_are_turns(name):
+    """As in MT-bench on the Hub; they became one text without a space between them."""
+    assert chat_of({name: ["w1 w2", "w3"], "category": "writing"}) == [
+        {"role": "user", "content": "w1 w2"},
+        {"role": "user", "content": "w3"},
+    ]
+    with pytest.raises(RowError, match=f"expected one text in {name} next to an answer in response, got a list of 2"):
+        chat_of({name: ["w1", "w3"], "response": "w4"})
+
+
 @pytest.mark.parametrize("content", [5, 0, 1.5, True, False, {"text": "w1"}, {}, [5], [None], [["w1"]], [IMAGE], ["w1", IMAGE]])
 @pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
 def test_content_that_is_no_text_is_refused(role, content):

@@ -1,5 +1,6 @@
 """The commands demo, generate and bench on tiny models; errors of users are one line and a status."""
 
+import json
 import re
 import shutil
 import warnings
@@ -243,6 +244,35 @@ def test_cli_old_spellings_are_told_of_once(tiny_folders, monkeypatch):
             warnings.simplefilter("error")
             result = CliRunner().invoke(app, [*words, *more], env=variables)
         assert result.stderr.startswith("error: "), result.stderr
+
+
+def test_cli_numbers_of_prompts_fit_the_batches_and_the_file(tiny_folders, prompt_file, tmp_path):
+    """Said before models are loaded; without a number as many are measured as fill batches."""
+    one = write_lines(tmp_path / "one.jsonl", [{"question_id": 0, "category": "qa", "turns": ["w5"]}])
+    assert "prompts: expected at least 2, some to measure and others to lengthen them with, got 1" in fails(
+        "bench", "rounds", "--prompts", one, "--target", "nowhere"
+    )
+    generate = ["bench", "generate", "--prompts", prompt_file, "--batch-size", 4]
+    assert "num_prompts: expected a multiple of the batch size 4, got 6" in fails(*generate, "--num-prompts", 6, "--target", "nowhere")
+    assert "prompts: expected at least 4, which fill a batch, got 1" in fails(
+        "bench", "generate", "--prompts", one, "--batch-size", 4, "--target", "nowhere"
+    )
+    target, draft = tiny_folders
+    options = ["--target", target, "--draft", draft, "--method", "chain", "--max-new-tokens", 4, "--json", tmp_path / "f.json", "--no-packed"]
+    run(*generate, *options)
+    assert json.loads((tmp_path / "f.json").read_text())["settings"]["num_prompts"] == 4
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["push", "--dry-run"], ["train", "--use-cpu", "--data", "{data}", "--output", "{out}", "--init-from"]])
+def test_cli_a_draft_that_is_not_there_is_named(tiny_folders, tmp_path, words):
+    data = write_lines(tmp_path / "data.jsonl", [{"input_ids": [5, 6, 7, number], "prompt_length": 1} for number in range(9)])
+    words = [word.format(data=data, out=tmp_path / "out") for word in words]
+    more = ["me/draft"] if words[0] == "push" else ["--target", tiny_folders[0]] if words[0] == "train" else []
+    assert "expected a draft at 'no/where', a folder or a name on the Hub, got: " in fails(*words, "no/where", *more)
+
+
+def test_cli_a_card_is_of_a_draft(tmp_path):
+    assert "expected the folder of a draft, with config.json in it, got " in fails("card", tmp_path / "nowhere")
 
 
 def test_cli_errors_are_one_line_or_a_traceback(monkeypatch):

@@ -86,6 +86,18 @@ def test_doctor_counts_a_target_of_another_kind_among_its_findings(tmp_path):
     }
 
 
+def test_a_special_token_without_a_row_is_no_obstacle():
+    """Text models that were cut out of an image model keep its tokens; only words without a row are a failure."""
+    tokenizer = chat_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    found, _ = doctor.tokenizer_findings(tokenizer, size)
+    assert found.state == "ok"
+    assert found.text.endswith("none for 1 special tokens")
+    found, _ = doctor.tokenizer_findings(tokenizer, size - 5)
+    assert found.state == "fails"
+
+
 def test_doctor_refuses_a_file_in_no_folder_at_once(tmp_path, target_folder, monkeypatch):
     """Before anything is examined."""
     monkeypatch.setattr("transformers_prism.cli.doctor.target_findings", lambda *_: 1 / 0)

@@ -311,6 +311,22 @@ def test_data_check_counts_rows_and_answers(tmp_path):
     assert strict.exit_code == 1
 
 
+def test_data_is_looked_at_without_weights_and_as_far_as_training_reads(tmp_path):
+    folder = save_chat_target(tmp_path / "target")
+    (folder / "model.safetensors").unlink()
+    long = {"messages": [{"role": "user", "content": "w1 " * 40}, CHAT[1]]}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [ROW, long])))
+    outputs = []
+    for words in (["preview", "--data"], ["check"]):
+        arguments = ["data", *words, str(tmp_path / "a.jsonl"), "--target", str(folder), "--max-length", "20"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (result.output, result.exception)
+        outputs.append(result.output)
+    assert json.loads(outputs[0].splitlines()[-1])["num_conversations"] == 1
+    assert "       1  rows that can be used\n" in outputs[1]
+    assert "line 2: expected an answer within 20 tokens, got none" in outputs[1]
+
+
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "data-formats.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|`]+) \| `([^`]+)` \| ([^|]+) \|$", PAGE, flags=re.MULTILINE)
 LEFT_OUT = re.findall(r"^\| `([^`]+)` \| (expected [^|]+) \|$", PAGE, flags=re.MULTILINE)

@@ -200,6 +200,22 @@ def interrupted() -> dict:
     raise KeyboardInterrupt
 
 
+def test_prompts_that_are_too_few_are_said_before_training(model, tmp_path):
+    """The step is not counted as finished, so that more prompts can be given."""
+    prompts = write_lines(tmp_path / "one.jsonl", [{"messages": [{"role": "user", "content": "w10 w11 w12"}]}])
+    result = CliRunner().invoke(app, words(model, "--prompts", prompts))
+    assert result.exit_code == 1
+    assert "expected at least 2 usable conversations (training and validation), got 1" in result.output + result.stderr
+    assert json.loads((model.parent / "made.work" / "steps.json").read_text())["steps"] == {}
+
+
+def test_a_folder_that_appears_is_not_taken_for_the_draft(model, tmp_path):
+    made = make_draft.Run(model.parent / "made", {"minutes": 1, "model": str(model)}, Console(quiet=True))
+    made.output.mkdir()
+    with pytest.raises(ValueError, match="output: expected no such folder until the draft is finished, got .*made"):
+        made.measure()
+
+
 def test_openings_are_the_same_whenever_they_are_asked_for():
     """By number alone, so that a resumed run continues with those that the first one began with."""
     target, tokenizer = tiny_target("llama", seed=3), word_tokenizer()

@@ -377,6 +377,11 @@ def test_settings_are_checked(settings, message):
         SynthesisConfig(num_tokens=10, **{**SETTINGS, **settings})
 
 
+def test_prompts_that_are_used_up_are_told_of(tmp_path, brief_target, caplog):
+    summary = run(brief_target, tmp_path / "data", chats(5), num_tokens=10**6)
+    assert f"The prompts are used up: {summary['num_tokens']} of 1000000 tokens were written." in caplog.text
+
+
 def test_commands(tmp_path, target, monkeypatch):
     """synthesize, data preview and train, one after the other."""
     loaded = lambda *_, **__: (target, chat_tokenizer())  # noqa: E731

@@ -240,6 +240,17 @@ def test_a_wrong_forward_is_no_rounding(short_float_pair, monkeypatch, fault):
     assert any(check.num_errors and check.gap >= 2 * check.rounding for check in checks if check.name != CONTROL)
 
 
+def test_an_answer_of_one_token_has_no_tau(pair, monkeypatch, tmp_path):
+    """There is no round; a report with NaN in it was refused as a measurement."""
+    target, draft, inputs = pair
+    monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
+    checks = verify_module.verify(target, draft, inputs, max_new_tokens=1)
+    compared = [check for check in checks if check.name != CONTROL]
+    assert {check.acceptance_length for check in compared} == {None}
+    json.dumps(verify_module.as_json(checks), allow_nan=False)
+    verify_module.check_table(checks)
+
+
 def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):
     """0 and a report, or 1."""
     target, draft, inputs = pair
