@@ -59,7 +59,7 @@ pytestmark = pytest.mark.quick
                 "share_target_embedding": False,
                 "share_target_head": False,
             },
-            "hidden_size: expected another number than .* got 512",
+            "hidden_size: expected a value other than .* got 512",
         ),
     ],
 )
@@ -398,11 +398,11 @@ def test_sizes_of_no_draft_are_refused(sizes):
     [
         ("[]", "got a list"),
         ('"x"', "got a str"),
-        ("null", "got content of another form"),
-        ("7", "got content of another form"),
+        ("null", "got content that is not a configuration"),
+        ("7", "got content that is not a configuration"),
         ("{", "got no JSON"),
         ("", "got no JSON"),
-        ("[" * 100_000, "got content of another form"),
+        ("[" * 100_000, "got content that is not a configuration"),
         ("{}", "got None"),
         ('{"model_type": "llama"}', "got 'llama'"),
         ('{"model_type": ["prism"]}', r"got \['prism'\]"),

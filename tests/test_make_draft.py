@@ -232,5 +232,5 @@ def test_a_missing_extra_is_said_before_anything_runs(model, monkeypatch):
     monkeypatch.setattr("transformers_prism.cli.doctor._version", lambda name: None if name in ("pyarrow", "gradio") else "1")
     result = CliRunner().invoke(app, words(model))
     assert result.exit_code == 1
-    assert "expected the extra 'train', got a part of it or none; pip install accelerate datasets matplotlib pyarrow" in result.stderr
+    assert "expected the extra 'train', got an incomplete one or none; pip install accelerate datasets matplotlib pyarrow" in result.stderr
     assert "gradio" not in result.stderr

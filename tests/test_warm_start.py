@@ -94,7 +94,7 @@ def test_expanding_keeps_the_dtype(target):
         ({"intermediate_size": 48}, r"mlp.gate_proj.weight \(shape \[48, 32\], the source's \[64, 32\]\)"),
         (
             {"projection_bias": False},
-            r"expected a place for every weight of the draft, got none for \['fusion_layer.bias'",
+            r"expected the configuration to have every weight of the draft, missing: \['fusion_layer.bias'",
         ),
         ({"module_form": "eagle3"}, "module_form: expected the source's, 'prism', got 'eagle3'"),
     ],

@@ -289,7 +289,7 @@ class PrismConfig(PreTrainedConfig):
                 raise
             raise ValueError(f"{expected}, got no JSON: {error.__context__}") from error
         except (TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{expected}, got content of another form ({error!r})") from error
+            raise ValueError(f"{expected}, got content that is not a configuration ({error!r})") from error
         if not isinstance(found, dict):
             raise ValueError(f"{expected}, got a {type(found).__name__}")
         if found.get("model_type") != cls.model_type:
@@ -367,7 +367,7 @@ class PrismConfig(PreTrainedConfig):
             )
         if self.has_fusion_layer and self.hidden_size == self.fused_hidden_size:
             raise ValueError(
-                "hidden_size: expected another number than len(target_layer_ids) * target_hidden_size, so that fused and "
+                "hidden_size: expected a value other than len(target_layer_ids) * target_hidden_size, so that fused and "
                 f"unfused states can be told apart, got {self.hidden_size}"
             )
         for name, absent in (("normalize_target_hidden", False), ("target_norm", "none")):

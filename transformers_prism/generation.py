@@ -325,13 +325,13 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None with a draft, got {generation_config.dola_layers!r}")
     if decodes_in_its_own_way(target):
-        raise Declined(f"{type(target).__name__} has a decoding loop of its own (_sample), which drafting would leave out")
+        raise Declined(f"{type(target).__name__} has a decoding loop of its own (_sample), which drafting would bypass")
     if not model_kwargs.get("use_cache"):
         raise Declined("use_cache=False leaves nothing to verify a draft against; pass use_cache=True")
     if cache_of(model_kwargs) is None:
         raise Declined(f"{type(target).__name__} keeps its state in no cache of transformers that could be rolled back")
     if plain_arguments["synced_gpus"]:
-        raise Declined("synced_gpus asks for the same forwards on every process")
+        raise Declined("synced_gpus requires the same forwards on every process, which drafting does not run")
     embeds = model_kwargs.get("inputs_embeds")
     if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
         raise Declined("inputs_embeds has no token ids for the draft to read; pass the input_ids of the same prompt, too")

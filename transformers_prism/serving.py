@@ -86,7 +86,7 @@ class Request:
         if not isinstance(body.get("messages", []), list):
             raise ValueError(f"messages: expected a list of turns, got {body['messages']!r}")
         if not any(body.get(name) for name in ("messages", "input", "prompt")):
-            raise ValueError("expected messages, input or a prompt that say something, got none")
+            raise ValueError("expected messages, input or a prompt that is not empty, got none")
         temperature = _number(body, "temperature", float, at_least=0)
         top_p = _number(body, "top_p", float, at_least=0)
         if top_p is not None and not 0 < top_p <= 1:
@@ -337,7 +337,7 @@ def report_of(num_tokens: int, seconds: float, speculation: Speculation | None) 
     report: dict = {"tokens": num_tokens, "seconds": round(seconds, 3)}
     report["tokens_per_second"] = round(num_tokens / seconds, 2) if seconds > 0 else None
     if speculation is None:
-        return report | {"draft_not_used": "no draft is bound to this model and way of decoding"}
+        return report | {"draft_not_used": "this model, or this way of decoding, has no draft"}
     if speculation.declined is not None:
         return report | {"draft_not_used": speculation.declined}
     tau, num_rounds = speculation.acceptance_length, sum(speculation.num_rounds)

@@ -91,7 +91,7 @@ def check_folder(name: str | os.PathLike) -> None:
     files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").is_file() else []
     if files:
         names = ", ".join(map(str, files))
-        raise ValueError(f"target: expected a folder with config.json, got one with GGUF files alone; name a file: {names}")
+        raise ValueError(f"target: expected a folder with config.json, got one with only GGUF files; name a file: {names}")
 
 
 def read_target_config(name: str | os.PathLike) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None] | None:

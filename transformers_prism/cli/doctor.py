@@ -216,7 +216,7 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     if result.is_identical:
         yield Finding("same output", "ok", f"{result.num_tokens} tokens")
     else:
-        text = "another text with the draft than without; in float32 that must not be: `transformers-prism verify` looks closer"
+        text = "the text differs with the draft; in float32 this is an error: run `transformers-prism verify`"
         yield Finding("same output", "fails" if target.dtype == torch.float32 else "note", text)
     if draft_name is None:
         return
@@ -238,9 +238,9 @@ def _fingerprint(draft, draft_name: str | None, target, tokenizer) -> Finding:
 def _way_of_verifying(speculation) -> Finding:
     """How the target verified, from the statistics of the call."""
     if speculation.declined:
-        return Finding("verifies", "fails", f"nothing, plain decoding runs: {speculation.declined}")
+        return Finding("verifies", "fails", f"no drafts, decoding is plain: {speculation.declined}")
     if speculation.stopped_drafting:
-        return Finding("verifies", "fails", f"nothing any more: {speculation.stopped_drafting}")
+        return Finding("verifies", "fails", f"no drafts after a failed check: {speculation.stopped_drafting}")
     if speculation.why_no_tree:
         return Finding("verifies", "note", f"chains, no trees: {speculation.why_no_tree}")
     return Finding("verifies", "ok", f"{speculation.target}s")

@@ -59,7 +59,7 @@ def inspect(
 ):
     """Say what a draft is: target, modules, sizes, bytes read per draft step, whether the target here matches.
 
-    Exits with 1 if the target here does not match, or with --verify if a byte is another.
+    Exits with 1 if the target here does not match, or with --verify if a byte differs.
     """
     from transformers_prism.hub.inspection import inspect_draft, verify_files
 
@@ -74,14 +74,14 @@ def inspect(
 def push(
     folder: Annotated[str, typer.Argument(help="The draft's folder, or its name on the Hub; with --code-only user/name alone.")],
     repository: Annotated[
-        str | None, typer.Argument(help="user/name on the Hub; made if it is not there.", show_default=False)
+        str | None, typer.Argument(help="user/name on the Hub; created if missing.", show_default=False)
     ] = None,
     base_model: BaseModelOption = None,
-    private: Annotated[bool, typer.Option("--private", help="If the repository is made: for yourself.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is created.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be pushed, with sizes, and push nothing.")] = False,
     revision: Annotated[
         str | None,
-        typer.Option(help="Branch; made if it is not there, unless --code-only.", show_default=False, rich_help_panel=ADVANCED),
+        typer.Option(help="Branch; created if missing, unless --code-only.", show_default=False, rich_help_panel=ADVANCED),
     ] = None,
     message: Annotated[
         str | None,

@@ -71,7 +71,7 @@ def run_make_draft(output: Path, settings: dict, words: list[str], console: Cons
     figures = run.measure()
     console.print(result_table(figures, run))
     if run.spent() > 1.2 * run.budget:
-        told = f"That took {run.spent() / 60:.1f} minutes instead of {settings['minutes']:g}: the least that a draft needs takes longer here."
+        told = f"That took {run.spent() / 60:.1f} minutes instead of {settings['minutes']:g}: even the minimum for a draft takes longer on this machine."
         console.print(told, style="yellow", soft_wrap=True, highlight=False)
     more = "" if names_target(output) else " --base-model NAME/OF-THE-TARGET"
     console.print(f"Push it: transformers-prism push {output} USER/{output.name}{more}", highlight=False, soft_wrap=True)
@@ -95,7 +95,7 @@ def _needed(finding: Finding, form: str) -> Finding:
     if finding.state != "note":
         return finding
     if finding.name == "extras":
-        return Finding(finding.name, "fails", f"expected the extra 'train', got a part of it or none; pip install {' '.join(EXTRAS['train'])}")
+        return Finding(finding.name, "fails", f"expected the extra 'train', got an incomplete one or none; pip install {' '.join(EXTRAS['train'])}")
     return Finding(finding.name, "fails", finding.text) if finding.name == "chat template" and form == "chat" else finding
 
 

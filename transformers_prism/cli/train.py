@@ -55,7 +55,7 @@ def add_to(app: Commands) -> None:
 def make_draft(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="The target: Hub id, folder or .gguf file.")],
-    output: Annotated[Path, typer.Option(help="Folder for the finished draft; OUTPUT.work next to it holds what is in work.")],
+    output: Annotated[Path, typer.Option(help="Folder for the finished draft; OUTPUT.work next to it holds intermediate files.")],
     minutes: Annotated[float, typer.Option(min=0.01, help="Time to take, as closely as steps allow.", rich_help_panel=COST)] = 30,
     form: Annotated[
         Literal["chat", "text"],

@@ -118,7 +118,7 @@ class Speculation:
         if not self.num_plain_steps or not self.estimates:
             return None
         if self.estimates["advantage"] >= 1:
-            return "rounds before it lost too much, steps that measure what plain decoding costs, or little text left"
+            return "earlier rounds lost too much time, plain steps were measured, or little text was left"
         return f"drafting does not pay here: {self._costs_in_words()}"
 
     def _costs_in_words(self) -> str:

@@ -208,7 +208,7 @@ class TargetSide:
                 model_kwargs, input_ids = self._next_step(input_ids, outputs, model_kwargs)
                 step = inputs_of_next_step(self.target, input_ids, model_kwargs)
                 if step is None:
-                    raise Declined(f"{type(self.target).__name__} does not say what a step behind its prompt reads")
+                    raise Declined(f"{type(self.target).__name__} does not say what a step after its prompt reads")
                 steps.append(step)
             self.forward_kwargs, self.token_inputs = inputs_by_kind(steps[0], steps[1], _REPLACED_INPUTS)
         if takes_logits_to_keep(self.target):

@@ -206,7 +206,7 @@ def reason_against_layers(cache, num_tokens: int, of_images: Collection[int], ar
         if getattr(layer, "is_initialized", False) and hasattr(layer, "get_seq_length"):
             length = int(layer.get_seq_length())
             if length and (length != num_tokens or index in of_images):
-                return f"layer {index} of its cache holds {length} positions of something else than the text, as of an image"
+                return f"layer {index} of its cache holds {length} positions of something other than the text, such as an image"
     return None
 
 

@@ -67,7 +67,7 @@ class TreeSettings:
             if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {values[name]!r}")
         if any(getattr(generation_config, "tree_cuda_graph", False) for generation_config in generation_configs):
-            warnings.warn("tree_cuda_graph: expected no such setting; it was removed and does nothing", stacklevel=3)
+            warnings.warn("tree_cuda_graph: this setting was removed and has no effect", stacklevel=3)
         for name in _SWITCHES:
             if not isinstance(values[name], bool):
                 raise ValueError(f"{name}: expected True or False, got {values[name]!r}")

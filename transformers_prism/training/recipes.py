@@ -114,7 +114,7 @@ class TrainConfig:
     token_weight: float = _option(0.1, "Weight of the soft cross-entropy.")
     acceptance_weight: float = _option(0.0, "Weight of the negative log of the acceptance probability.")
     hidden_weight: float | None = _by_recipe("Weight of the hidden-state loss before stage split, which has none.")
-    step_weights: str = _option("1", "Weight of each draft step's loss, such as 1,0.8; the last goes for later steps.")
+    step_weights: str = _option("1", "Weight of each draft step's loss, such as 1,0.8; the last applies to later steps.")
     vocab_sample: float = _option(
         1.0,
         "Share of the draft vocabulary that the loss is computed over: half of it the target's most probable tokens, half drawn "
@@ -137,7 +137,7 @@ class TrainConfig:
     num_validation: int = _option(0, "Use the first N conversations for validation; 0 is all.")
     num_acceptance_prompts: int = _option(0, "Decode N held-out prompts at each validation, for a measured tau.")
     patience: int = _option(0, "Stop a stage after N validations without a better tau; 0 never does.")
-    seed: int = _option(0, "Of weights and of the order of batches.")
+    seed: int = _option(0, "Seed of the weights and of the order of batches.")
     resume: bool = _option(False, "Resume from the last checkpoint in the output folder.")
 
     def __post_init__(self):

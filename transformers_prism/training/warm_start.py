@@ -89,7 +89,7 @@ def expand_modules(draft: PrismDraftModel, num_modules_or_config: int | PrismCon
         expanded.draft_to_target.copy_(draft.draft_to_target)
     report = warm_start(expanded, draft)
     if report.unused:
-        raise ValueError(f"expected a place for every weight of the draft, got none for {report.unused}")
+        raise ValueError(f"expected the configuration to have every weight of the draft, missing: {report.unused}")
     expanded.generation_config = copy.deepcopy(draft.generation_config)
     return expanded.train(draft.training)
 
