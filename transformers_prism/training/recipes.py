@@ -49,7 +49,7 @@ _AT_LEAST_ONE = (
     "batch_size accumulation max_length num_modules num_layers_per_module warm_up_steps split_steps save_updates logging_updates"
 ).split()
 _NOT_NEGATIVE = (
-    "teraflops num_conversations draft_vocab_size sliding_window single_step_epochs warm_up_epochs split_epochs learning_rate "
+    "teraflops num_conversations draft_vocab_size single_step_epochs warm_up_epochs split_epochs learning_rate "
     "split_learning_rate token_weight acceptance_weight hidden_weight weight_decay max_grad_norm validation_updates "
     "num_validation num_acceptance_prompts patience"
 ).split()
