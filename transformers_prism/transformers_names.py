@@ -103,6 +103,11 @@ def next_kwargs(target, outputs, model_kwargs: dict) -> dict:
     return target._update_model_kwargs_for_generation(outputs, dict(model_kwargs), is_encoder_decoder=False)
 
 
+def input_methods(target) -> tuple:
+    """The methods by which generate() makes the inputs of a step."""
+    return target.prepare_inputs_for_generation, target._update_model_kwargs_for_generation
+
+
 def decode_plainly(target, input_ids, **arguments):
     """What generate() returns without an assistant; arguments as it prepares them for its decoding methods."""
     return type(target)._sample(target, input_ids, **arguments)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..transformers_names import attention_name, keeps_no_activations
+from ..transformers_names import attention_name, input_methods, keeps_no_activations
 from .attention import PRISM_TREE
 from .cache import is_adoptable, stored_length
 
@@ -156,7 +156,7 @@ def is_foreign(function) -> bool:
 
 def makes_own_inputs(target) -> bool:
     """Whether a target makes the inputs of a step by code of its own, in place of transformers'."""
-    return is_foreign(target.prepare_inputs_for_generation) or is_foreign(target._update_model_kwargs_for_generation)
+    return any(map(is_foreign, input_methods(target)))
 
 
 def inputs_of_next_step(target, input_ids: torch.Tensor, model_kwargs: dict) -> dict | None:
