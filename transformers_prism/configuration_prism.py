@@ -446,12 +446,13 @@ class PrismConfig(PreTrainedConfig):
             line = f"{name}: expected {expected[name]!r} (draft), got {found[name]!r} (target)"
             # A tokenizer does not change what is generated, and one that differs may have just one token more.
             (mild if name in ("name", "revision", "tokenizer_hash") else fatal).append(line)
-        if self.target_layer_ids[-1] > found["num_hidden_layers"]:
-            fatal.append(
-                f"target_layer_ids: expected indices up to {found['num_hidden_layers']} (target), "
-                f"got {self.target_layer_ids} (draft)"
-            )
-        return fatal, mild
+        return fatal + self._layers_beyond(found["num_hidden_layers"]), mild
+
+    def _layers_beyond(self, num_layers: int) -> list[str]:
+        """A line on `target_layer_ids` if a target of so many layers lacks any of them; else none."""
+        if self.target_layer_ids[-1] <= num_layers:
+            return []
+        return [f"target_layer_ids: expected indices up to {num_layers} (target), got {self.target_layer_ids} (draft)"]
 
     @classmethod
     def from_target(cls, target, **overrides) -> "PrismConfig":
@@ -499,10 +500,10 @@ class PrismConfig(PreTrainedConfig):
         derived["rope_parameters"] = _plain_rope(config, overrides.get("head_dim") or derived["head_dim"])
         derived.update(overrides)
         derived.setdefault("normalize_target_hidden", len(derived["target_layer_ids"]) > 1)
-        last = num_target_layers(config)
-        if any(index > last for index in derived["target_layer_ids"]):
-            raise ValueError(f"target_layer_ids: expected indices up to {last} (target), got {derived['target_layer_ids']}")
-        return cls(**derived)
+        made = cls(**derived)
+        for problem in made._layers_beyond(num_target_layers(config)):
+            raise ValueError(problem)
+        return made
 
 
 def target_fingerprint(target_config, tokenizer=None) -> dict:

@@ -32,6 +32,16 @@ class Item:
     inputs: dict
 
 
+def check_batches(num_prompts: int, batch_size: int) -> None:
+    """See that prompts fill their batches.
+
+    Raises:
+        ValueError: if the last batch would have fewer prompts.
+    """
+    if num_prompts % batch_size:
+        raise ValueError(f"num_prompts: expected a multiple of the batch size {batch_size}, got {num_prompts}")
+
+
 def make_items(records: list[dict], rows: list[dict], batch_size: int, pad_token_id: int) -> list[Item]:
     """Batches of prompts, in order.
 
@@ -42,8 +52,7 @@ def make_items(records: list[dict], rows: list[dict], batch_size: int, pad_token
     Raises:
         ValueError: if the last batch would have fewer prompts.
     """
-    if len(records) % batch_size:
-        raise ValueError(f"num_prompts: expected a multiple of the batch size {batch_size}, got {len(records)}")
+    check_batches(len(records), batch_size)
     items = []
     for start in range(0, len(records), batch_size):
         members = records[start : start + batch_size]

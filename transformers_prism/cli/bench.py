@@ -64,8 +64,10 @@ for _name in ("page", "training", "synthesize", "scaling"):
 def _at_most(usual: int, given: int | None, batch_size: int = 1) -> Callable[[int], int]:
     """A function from the number of all prompts to the number to measure: `given`, or by default at most `usual`, as many as
     fill batches."""
-    if given is not None and given % batch_size:
-        raise ValueError(f"num_prompts: expected a multiple of the batch size {batch_size}, got {given}")
+    from transformers_prism.bench.generate import check_batches
+
+    if given is not None:
+        check_batches(given, batch_size)
 
     def count(number: int) -> int:
         if number < batch_size:

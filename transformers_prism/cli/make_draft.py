@@ -266,7 +266,6 @@ class Run:
             compute_dtype=_dtype(target.device),
             save_updates=25,
             num_validation=_NUM_VALIDATION,
-            draft_vocab_size=min(8192, target.config.get_text_config().vocab_size),
             resume=(folder / "config.json").is_file(),
             **settings,
         )

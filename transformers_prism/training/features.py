@@ -6,7 +6,6 @@ interrupted run resumes where it stopped, and several processes may share one fo
 conversations are appended, only their features are computed.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -19,7 +18,7 @@ from transformers_prism.borrowed_layers import place_of, target_logits
 from transformers_prism.configuration_prism import target_fingerprint, target_numerics
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
-from transformers_prism.training.data.conversations import Conversation
+from transformers_prism.training.data.conversations import Conversation, sha256_of
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import output_embeddings
 from transformers_prism.whole_files import whole_file, write_json
@@ -202,16 +201,13 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
 
 
 def _description(target, conversations: list[Conversation], layer_ids: list[int]) -> dict:
-    digest = hashlib.sha256()
-    for conversation in conversations:
-        digest.update(json.dumps(conversation.input_ids).encode())
     return {
         "target": target_fingerprint(target.config),
         "compute_dtype": str(target.dtype).removeprefix("torch."),
         "layer_ids": list(layer_ids),
         "num_conversations": len(conversations),
         "num_tokens": sum(len(conversation.input_ids) for conversation in conversations),
-        "conversations_sha256": digest.hexdigest(),
+        "conversations_sha256": sha256_of(conversation.input_ids for conversation in conversations),
         "conversations_per_shard": CONVERSATIONS_PER_SHARD,
     }
 

@@ -6,7 +6,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -33,7 +32,7 @@ from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, check_prompts, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining, label_width, reaches_all_weights
 from transformers_prism.training.batches import ConversationDataset, LengthSampler, collate
-from transformers_prism.training.data.conversations import Conversation, Part, read_parts
+from transformers_prism.training.data.conversations import Conversation, Part, read_parts, sha256_of
 from transformers_prism.training.data.formats import check_source
 from transformers_prism.training.features import FeatureStore, OnlineFeatures, check_states, compute_features
 from transformers_prism.training.first_draft import first_draft, make_draft_config
@@ -260,24 +259,21 @@ def _claim_output(config: TrainConfig, parts: tuple[Part, Part]):
     Raises:
         ValueError: if the run began with other conversations.
     """
-    folder, digest, state = Path(config.output), hashlib.sha256(), PartialState()
-    for part in parts:
-        for one in part.chosen:
-            digest.update(json.dumps([one.input_ids, one.assistant_spans]).encode())
-        digest.update(b"\n")
+    folder, state = Path(config.output), PartialState()
+    digest = sha256_of([place, one.input_ids, one.assistant_spans] for place, part in enumerate(parts) for one in part.chosen)
     record = folder / "config.json"
     if record.is_file() and _has_begun(folder):
         # A run of an earlier version has no digest.
-        found = json.loads(record.read_text()).get("data_sha256", digest.hexdigest())
-        if found != digest.hexdigest():
+        found = json.loads(record.read_text()).get("data_sha256", digest)
+        if found != digest:
             raise ValueError(
                 f"resume: expected the conversations that the run began with (sha256 {found[:12]}), got others "
-                f"({digest.hexdigest()[:12]}); use a new output folder for other data"
+                f"({digest[:12]}); use a new output folder for other data"
             )
     state.wait_for_everyone()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, {**_settings(config), "data_sha256": digest.hexdigest()})
+        write_json(record, {**_settings(config), "data_sha256": digest})
     state.wait_for_everyone()
 
 

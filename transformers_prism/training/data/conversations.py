@@ -80,7 +80,7 @@ def read_conversations(
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
 
     def convert(row) -> Conversation:
-        return _within(conversation_of(row, vocab_size, tokenizer), max_length)
+        return shorten(conversation_of(row, vocab_size, tokenizer), max_length)
 
     kept = [one for source in sources for one in usable_rows(source, convert, max_bad_share)]
     names = ", ".join(Path(source).name for source in sources)
@@ -106,18 +106,6 @@ def conversation_of(row, vocab_size: int, tokenizer=None) -> Conversation:
         raise RowError("expected token ids, since there is no tokenizer, got a chat")
     input_ids, spans = tokenized_chat(tokenizer, chat, tools_of(row))
     return Conversation(tuple(input_ids), tuple(spans))
-
-
-def _within(conversation: Conversation, max_length: int | None) -> Conversation:
-    """The beginning of a conversation, as [`shorten`] returns it.
-
-    Raises:
-        NoAnswer: if no answer is left.
-    """
-    shortened = shorten(conversation, max_length)
-    if shortened is None:
-        raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
-    return shortened
 
 
 def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
@@ -162,7 +150,7 @@ def check_data(source, target=None, split: str = "train", max_length: int | None
         if target is not None:
             conversation = conversation_of(row, *target)
             if conversation.assistant_spans:
-                conversation = _within(conversation, max_length)
+                conversation = shorten(conversation, max_length)
             sums["conversations cut at --max-length"] += conversation.is_cut
             sums.update({"tokens": len(conversation.input_ids), "tokens of answers": conversation.num_answer_tokens})
             sums["answers that are trained"] += len(conversation.assistant_spans)
@@ -188,14 +176,18 @@ def check_data(source, target=None, split: str = "train", max_length: int | None
     return counts, lines
 
 
-def shorten(conversation: Conversation, max_length: int | None) -> Conversation | None:
-    """The beginning of a conversation, `max_length` tokens at most; None if no answer is left."""
+def shorten(conversation: Conversation, max_length: int | None) -> Conversation:
+    """The beginning of a conversation, `max_length` tokens at most.
+
+    Raises:
+        NoAnswer: if no answer is left.
+    """
     input_ids = conversation.input_ids[:max_length]
     spans = tuple((start, min(end, len(input_ids))) for start, end in conversation.assistant_spans)
     spans = tuple((start, end) for start, end in spans if start < end)
     # A position that is trained on needs three tokens: one whose state is read, the next, and the predicted one.
     if len(input_ids) < 3 or not spans:
-        return None
+        raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
     return Conversation(input_ids, spans, is_cut=len(input_ids) < len(conversation.input_ids))
 
 
@@ -251,6 +243,14 @@ def read_parts(config, vocab_size: int, tokenizer) -> tuple[Part, Part]:
     logger.info("Left out of training, since they are validated on: %d conversations.", len(conversations) - len(training))
     validation = list(range(len(held_out)))[: config.num_validation or None]
     return Part(conversations, training[: config.num_conversations or None]), Part(held_out, validation)
+
+
+def sha256_of(values: Iterable) -> str:
+    """sha256 of JSON values one after the other, such as token ids; 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value).encode())
+    return digest.hexdigest()
 
 
 def _place(conversation: Conversation) -> float:
