@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import typer
-from tiny_models import scripted_draft, tiny_target, write_lines
+from tiny_models import scripted_draft, tiny_draft, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import choose_prompts, read_prompts
@@ -85,6 +85,63 @@ def test_cli_generate_streams_the_text_of_plain_decoding(tiny_folders):
     assert tokenizer.decode(plain, skip_special_tokens=True) in output
     assert "10 tokens in" in output
     assert run("generate", *arguments, "--temperature", 0.8, "--top-p", 0.9)
+
+
+def test_cli_targets_that_ask_for_beams_decode_with_one(tiny_folders, prompt_file, tmp_path):
+    """A target's own settings may ask for beams, which no draft serves; each command says that it uses one."""
+    target, folder = tiny_target("llama", seed=3), tmp_path / "beams"
+    shutil.copytree(tiny_folders[0], folder)
+    target.generation_config.num_beams = 3
+    target.generation_config.save_pretrained(folder)
+    pair = ("--target", folder, "--draft", tiny_folders[1])
+    assert "10 tokens in" in run("generate", *pair, "--prompt", "w5 w6 w7", "--max-new-tokens", 10)
+    words = ("--prompts", prompt_file, *pair, "--num-prompts", 2, "--max-new-tokens", 6)
+    result = CliRunner().invoke(app, [str(word) for word in ("bench", "generate", *words, "--repeat", 1)])
+    assert result.exit_code == 0
+    assert "the target's own settings ask for 3 beams" in result.stderr
+    assert "2/2" in result.output
+    findings = tmp_path / "findings.json"
+    run("doctor", *pair, "--max-new-tokens", 8, "--json", findings)
+    (told,) = [one for one in json.loads(findings.read_text())["findings"] if one["name"] == "settings"]
+    assert "3 beams" in told["text"]
+
+
+def test_cli_answers_beyond_learned_positions_are_refused(prompt_file, tmp_path):
+    """With the most that the target has positions for, before anything is decoded."""
+    target, folder, draft = tiny_target("gpt2"), tmp_path / "target", tmp_path / "draft"
+    target.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    tiny_draft(target).save_pretrained(draft)
+    pair = ("--target", folder, "--draft", draft, "--max-new-tokens", 126)
+    expected = "max_new_tokens: expected at most 123 with a prompt of 5 tokens, since the target has 128 learned positions, got 126"
+    assert expected in fails("generate", *pair, "--prompt", "w5 w6 w7 w8 w9")
+    for command in (("bench", "generate"), ("bench", "acceptance"), ("verify",)):
+        assert expected in fails(*command, "--prompts", prompt_file, *pair)
+
+
+def test_cli_greedy_decoding_takes_no_top_p(tiny_folders):
+    """It would be ignored."""
+    words = ("generate", "--target", tiny_folders[0], "--draft", tiny_folders[1], "--prompt", "w5")
+    assert "top_p: expected a temperature above 0 with it, got 0.9" in fails(*words, "--top-p", 0.9)
+    assert CliRunner().invoke(app, [*words, "--temperature", "1", "--top-p", "3"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("synthesize", "--output", "FILE"), "is a file"),
+        (("make-draft", "model", "--output", "FILE"), "is a file"),
+        (("make-draft", "model", "--output", "new", "--chat-template", "absent"), "does not exist"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_cli_paths_of_another_kind_are_refused_at_once(words, message, tmp_path, monkeypatch):
+    """A file where a folder is expected, and a file that is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_cli_streamer_tells_accepted_from_bonus(tiny_folders):

@@ -68,6 +68,20 @@ def test_chats_without_answers_are_left_out_and_no_fault(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("name", "other"), [("labels", -100), ("assistant_masks", 0), ("loss_mask", 0)], ids=lambda value: str(value)
+)
+def test_masks_give_the_answers(tmp_path, name, other):
+    """Every run that counts is an answer; the first token is none, since nothing comes before it."""
+    ids = [3, 5, 4, 7, 8, 9]
+    masks = [[True, True, False, False, True, True], [False] * 6]
+    own = ids if name == "labels" else [1] * len(ids)
+    columns = [[one if is_answer else other for one, is_answer in zip(own, mask, strict=True)] for mask in masks]
+    rows = [{"input_ids": ids, name: column} for column in columns]
+    found = read_conversations(write_lines(tmp_path / "a.jsonl", rows), VOCAB_SIZE)
+    assert found == [Conversation(tuple(ids), ((1, 2), (4, 6)))]
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"input_ids": [3, 97, 4], "prompt_length": 1}, r"a.jsonl, line 1: expected token ids in 0\.\.96 .* got 97; was the"),
@@ -78,6 +92,8 @@ def test_chats_without_answers_are_left_out_and_no_fault(tmp_path, caplog):
         ({"input_ids": [3, 5, 4], "assistant_spans": []}, "rising assistant_spans"),
         ({"input_ids": [3, 5, 4], "assistant_spans": [[1.0, 2]]}, "expected integers in prompt_length"),
         ({"input_ids": [3, 5, 4]}, r"expected integers in prompt_length or assistant_spans, got \[\[None, 3\]\]"),
+        ({"input_ids": [3, 5, 4], "labels": [-100, 5]}, "expected 3 integers in labels, one for each token"),
+        ({"input_ids": [3, 5, 4], "loss_mask": [0, 0.5, 1]}, "expected 3 integers in loss_mask"),
         ({"messages": CHAT}, "expected token ids, since there is no tokenizer, got a chat"),
     ],
 )

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers_prism.bench.figures import as_json, differences, main_method
 from transformers_prism.bench.generate import ItemResult, bench_generate, make_items
 from transformers_prism.bench.methods import Contest, Method, load_assistant
-from transformers_prism.bench.prompts import contexts_of
+from transformers_prism.bench.prompts import check_positions, contexts_of
 from transformers_prism.bench.record import finished_part, record_head
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.whole_files import write_json
@@ -57,6 +57,7 @@ class GenerateMeasurement:
         rows = contexts_of(
             tokenizer, records, chosen, self.context, lambda text: make_inputs(tokenizer, text, target.device)
         )
+        check_positions(target, rows, self.generate["max_new_tokens"])
         items = make_items(chosen, rows, self.batch_size, tokenizer.pad_token_id or 0)
         longest = max(item.inputs["input_ids"].shape[1] for item in items)
         assistant = load_assistant(self.assistant, target)

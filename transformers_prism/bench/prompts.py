@@ -1,10 +1,11 @@
 """Benchmark prompts: Spec-Bench's question_id, category and turns, or any other shape of chats and prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch.nn.utils.rnn import pad_sequence
 
+from transformers_prism.decoding.target_side import num_learned_positions
 from transformers_prism.training.data.chats import prompt_of
 from transformers_prism.training.data.formats import usable_rows
 
@@ -125,7 +126,13 @@ def contexts_of(
 def sampling_settings(
     max_new_tokens: int, temperature: float, top_p: float | None = None, repetition_penalty: float | None = None
 ) -> dict:
-    """Arguments of generate(): greedy at temperature 0, else sampling."""
+    """Arguments of generate(): greedy at temperature 0, else sampling.
+
+    Raises:
+        ValueError: for `top_p` with greedy decoding, which would ignore it.
+    """
+    if top_p is not None and temperature == 0:
+        raise ValueError(f"top_p: expected a temperature above 0 with it, got {top_p} with greedy decoding")
     settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
@@ -134,6 +141,21 @@ def sampling_settings(
     if repetition_penalty is not None:
         settings["repetition_penalty"] = repetition_penalty
     return settings
+
+
+def check_positions(target, prompts: Iterable[dict], max_new_tokens: int) -> None:
+    """See that a target has positions for prompts (inputs of generate()) and their answers.
+
+    Raises:
+        ValueError: if it has learned positions, and too few.
+    """
+    most = num_learned_positions(target)
+    longest = max((inputs["input_ids"].shape[1] for inputs in prompts), default=0)
+    if most is not None and longest + max_new_tokens > most:
+        raise ValueError(
+            f"max_new_tokens: expected at most {most - longest} with a prompt of {longest} tokens, since the target has {most} "
+            f"learned positions, got {max_new_tokens}"
+        )
 
 
 def batch_rows(rows: list[dict], pad_token_id: int) -> dict:

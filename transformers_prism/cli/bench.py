@@ -96,13 +96,15 @@ def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft:
     from transformers_prism.bench.methods import random_draft
     from transformers_prism.bench.prompts import choose_prompts, read_prompts
     from transformers_prism.bench.record import UNTRAINED
-    from transformers_prism.cli.demo import SHIPPED_DRAFT, load_draft
+    from transformers_prism.cli.demo import SHIPPED_DRAFT, leave_beams, load_draft
     from transformers_prism.hub.files import weights_sha256
     from transformers_prism.target import load_target
 
     records = read_prompts(prompts)
     chosen = choose_prompts(records, count(len(records)))
     model, tokenizer = load_target(target)
+    if note := leave_beams(model):
+        typer.echo(f"warning: {note}", err=True)
     if draft == UNTRAINED:
         return records, chosen, model, tokenizer, random_draft(model, 2, {"tree": "auto"}).bind(model), draft
     return records, chosen, model, tokenizer, load_draft(draft or SHIPPED_DRAFT, model), weights_sha256(draft or SHIPPED_DRAFT)
@@ -230,7 +232,7 @@ def bench_acceptance_command(
 
     from transformers_prism.bench.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
     from transformers_prism.bench.figures import table_of
-    from transformers_prism.bench.prompts import task_of
+    from transformers_prism.bench.prompts import check_positions, task_of
     from transformers_prism.cli.demo import chat_inputs
     from transformers_prism.training.progress_bar import ProgressBar
 
@@ -251,6 +253,7 @@ def bench_acceptance_command(
         model_draft.generation_config.tree_text_tokens = text_tokens
     settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
     questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
+    check_positions(model, [inputs for _, inputs in questions], max_new_tokens)
     num_answers = len(questions) * len(settings["trees"]) * len(settings["temperatures"])
     with ProgressBar("answers", num_answers, console=console) as bar:
         rows = bench_acceptance(model, model_draft, questions, settings, weights, json_file, resume, bar.advance)

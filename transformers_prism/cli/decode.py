@@ -133,7 +133,7 @@ def verify(
     """
     from rich.console import Console
 
-    from transformers_prism.bench.prompts import choose_prompts, read_prompts
+    from transformers_prism.bench.prompts import check_positions, choose_prompts, read_prompts
     from transformers_prism.bench.record import write_record
     from transformers_prism.bench.verify import TREE, as_json, check_table
     from transformers_prism.bench.verify import verify as verify_draft
@@ -148,6 +148,7 @@ def verify(
     target_model, tokenizer, draft_model = load_pair(target, draft)
     weights = weights_sha256(draft or SHIPPED_DRAFT)
     inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]
+    check_positions(target_model, inputs, max_new_tokens)
     checks = verify_draft(target_model, draft_model, inputs, max_new_tokens, seed)
     figures = as_json(checks)
     Console().print(check_table(checks))

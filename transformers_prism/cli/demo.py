@@ -13,11 +13,14 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from transformers_prism.bench.prompts import check_positions
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target, naming
 from transformers_prism.transformers_names import name_of
+
+logger = logging.getLogger(__name__)
 
 SHIPPED_DRAFT = Path(__file__).resolve().parents[2] / "hub_cards" / "SmolLM2-135M-Instruct-PRISM"
 PROMPTS = (
@@ -111,6 +114,15 @@ def load_draft(folder: str | Path, target: PreTrainedModel) -> PrismDraftModel:
     return draft.eval().bind(target)
 
 
+def leave_beams(target: PreTrainedModel) -> str:
+    """Let a target decode with one beam where its own generation settings ask for more; returns what to tell the user, or ""."""
+    num_beams = target.generation_config.num_beams or 1
+    if num_beams == 1:
+        return ""
+    target.generation_config.update(num_beams=1, num_beam_groups=None, early_stopping=None, length_penalty=None)
+    return f"the target's own settings ask for {num_beams} beams; a draft serves one, so one is used here (num_beams=1)"
+
+
 def load_pair(
     target_name: str | None,
     draft_name: str | None,
@@ -129,6 +141,8 @@ def load_pair(
     with naming("target", target_name):
         target, tokenizer = load_target(target_name, dtype)
     target.to(device)
+    if note := leave_beams(target):
+        logger.warning(note)
     with naming("draft", draft_name):
         draft = load_draft(draft_name or SHIPPED_DRAFT, target)
     if packed:
@@ -184,6 +198,7 @@ def run_generate(
     target, tokenizer, draft = load_pair(target_name, draft_folder, packed)
     console.print(_legend())
     inputs = chat_inputs(tokenizer, prompt, target.device)
+    check_positions(target, [inputs], settings["max_new_tokens"])
     streamer = RoundStreamer(console, tokenizer)
     target.generate(**inputs, **settings, assistant_model=draft, streamer=streamer, tokenizer=tokenizer)
     assert draft.last_speculation is not None, "generate() leaves what it did"
@@ -281,6 +296,6 @@ def log_to(console: Console) -> None:
 
 
 __all__ = [
-    "Comparison", "RoundStreamer", "answer_once", "chat_inputs", "compare", "comparison_table", "load_draft", "load_pair", "log_to",
-    "run_demo", "run_generate",
+    "Comparison", "RoundStreamer", "answer_once", "chat_inputs", "compare", "comparison_table", "leave_beams", "load_draft",
+    "load_pair", "log_to", "run_demo", "run_generate",
 ]

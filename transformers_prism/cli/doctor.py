@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from transformers_prism.bench.methods import random_draft
-from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, compare, load_draft
+from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, compare, leave_beams, load_draft
 from transformers_prism.cli.options import EXTRAS
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.policy.costs import costs_path
@@ -190,6 +190,8 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
     except (ImportError, OSError, ValueError) as error:
         yield Finding("target", "fails", " ".join(str(error).split()))
         return
+    if note := leave_beams(target):
+        yield Finding("settings", "note", note)
     if target_name is None or str(target_name).endswith(".gguf"):
         yield from tokenizer_findings(tokenizer, target.config.get_text_config().vocab_size)
     if target_name is None and draft_name is None and (SHIPPED_DRAFT / "config.json").is_file():

@@ -56,7 +56,7 @@ JsonOption = Annotated[
     typer.Option("--json", help="File to write settings and figures to.", callback=in_a_folder, rich_help_panel=ADVANCED),
 ]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")]
-TopPOption = Annotated[float | None, typer.Option(help="Nucleus sampling; with a temperature.", rich_help_panel=ADVANCED)]
+TopPOption = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; with a temperature.", rich_help_panel=ADVANCED)]
 RepetitionPenaltyOption = Annotated[float | None, typer.Option(help="1 is none.", rich_help_panel=ADVANCED)]
 SeedOption = Annotated[int, typer.Option(help="Seed of every random number.", rich_help_panel=ADVANCED)]
 RunSeedOption = Annotated[int, typer.Option(help="Seed, set before every answer.", rich_help_panel=ADVANCED)]

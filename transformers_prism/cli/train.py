@@ -55,14 +55,18 @@ def add_to(app: Commands) -> None:
 def make_draft(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="The target: Hub id, folder or .gguf file.")],
-    output: Annotated[Path, typer.Option(help="Folder for the finished draft; OUTPUT.work next to it holds intermediate files.")],
+    output: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder for the finished draft; OUTPUT.work next to it holds intermediate files."),
+    ],
     minutes: Annotated[float, typer.Option(min=0.01, help="Time to take, as closely as steps allow.", rich_help_panel=COST)] = 30,
     form: Annotated[
         Literal["chat", "text"],
         typer.Option("--format", help="What the draft learns: chats, or for base models continuations of the target's own text."),
     ] = "chat",
     chat_template: Annotated[
-        Path | None, typer.Option(help="File with a chat template, for a tokenizer without one.", show_default=False)
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File with a chat template, for a tokenizer without one.", show_default=False),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -89,7 +93,9 @@ def make_draft(
 
 
 def synthesize(
-    output: Annotated[Path, typer.Option(help="Folder of Parquet shards; a run that was interrupted there is resumed.")],
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of Parquet shards; a run that was interrupted there is resumed.")
+    ],
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to keep.")] = 1_000_000,
     target: TargetOption = None,
     prompts: Annotated[

@@ -1,11 +1,12 @@
 """Conversations as token ids, with the answers that a draft is trained on.
 
 A source holds chats in any of the usual shapes, which the target's chat template renders, or token ids: `input_ids` with
-`assistant_spans` or `prompt_length`, as `transformers-prism synthesize` writes them. An assistant span `[start, end)` holds
+`assistant_spans` or `prompt_length`, as `transformers-prism synthesize` writes them, or with a column of [`MASKS`]. An assistant span `[start, end)` holds
 an answer with the token that ends its turn.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers_prism.training.data.chats import NoAnswer, RowError, chat_of, tools_of
-from transformers_prism.training.data.formats import MAX_BAD_SHARE, RowCounts, is_token_ids, usable_rows
+from transformers_prism.training.data.formats import MASKS, MAX_BAD_SHARE, RowCounts, is_token_ids, usable_rows
 from transformers_prism.training.data.templates import is_trained, tokenize, tokenized_chat
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,10 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
             f"expected token ids in 0..{vocab_size - 1} (the target's vocabulary), got {outside[0]}; was the data made "
             "with another tokenizer?"
         )
-    if spans is None:
+    mask = next((name for name in MASKS if row.get(name) is not None), None)
+    if spans is None and row.get("prompt_length") is None and mask is not None:
+        spans = _spans_of_mask(mask, row[mask], len(input_ids))
+    elif spans is None:
         spans = [[row.get("prompt_length"), len(input_ids)]]
     if not isinstance(spans, list) or not all(isinstance(span, list) and [type(edge) for edge in span] == [int, int] for span in spans):
         raise RowError(f"expected integers in prompt_length or assistant_spans, got {spans!r}")
@@ -129,6 +133,17 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
             f"got {spans!r} for {len(input_ids)} tokens"
         )
     return Conversation(tuple(input_ids), tuple((start, end) for start, end in spans))
+
+
+def _spans_of_mask(name: str, mask, num_tokens: int) -> list[list[int]]:
+    """The runs of a mask's positions that count; never the first token, before which nothing could predict it."""
+    if not isinstance(mask, list) or not all(type(one) in (int, bool) for one in mask) or len(mask) != num_tokens:
+        raise RowError(f"expected {num_tokens} integers in {name}, one for each token, got {mask!r}")
+    runs = itertools.groupby(range(1, num_tokens), lambda position: mask[position] != MASKS[name])
+    positions = [list(run) for is_answer, run in runs if is_answer]
+    if not positions:
+        raise NoAnswer(f"expected an answer to train on, got {name} without one")
+    return [[run[0], run[-1] + 1] for run in positions]
 
 
 def check_data(source, target=None, split: str = "train", max_length: int | None = None) -> tuple[RowCounts, list[str]]:

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # A source is refused if more than this share of its rows is unusable.
 MAX_BAD_SHARE = 0.5
+# Columns that say of each token whether it belongs to an answer, and the value of those that do not: as transformers' collators,
+# chat templates and SpecForge write them.
+MASKS = {"labels": -100, "assistant_masks": 0, "loss_mask": 0}
 _PLACES_TOLD = 3  # of each reason
 _ROWS_TRIED = 1000  # first rows of a data set on the Hub; if none of them is usable, it is given up
 _LARGEST_CELL = 2**31 - 1  # characters of a table's cell
@@ -125,6 +128,7 @@ def is_token_ids(row) -> bool:
     if not isinstance(row, dict) or row.get("input_ids") is None:
         return False
     has_answers = any(row.get(name) is not None for name in ("prompt_length", "assistant_spans"))
+    has_answers |= any(isinstance(row.get(name), list) for name in MASKS)
     return has_answers or all(row.get(name) is None for name in COLUMNS)
 
 
