@@ -352,6 +352,12 @@ def test_cli_push_lists_files_without_pushing(tiny_folders):
     assert "for me/tiny-PRISM, private if it is new, branch main; nothing was pushed" in output
 
 
+@pytest.mark.parametrize("name", ["a b/c", "../x", "me/x..y"])
+def test_cli_push_refuses_what_the_hub_would_not_take(tiny_folders, name):
+    """With --dry-run, too."""
+    assert name in fails("push", tiny_folders[1], name, "--dry-run")
+
+
 @pytest.mark.parametrize("words", [(), ("--code-only",)])
 def test_cli_push_offline_ends_in_one_line(tiny_folders, words):
     """Whatever the client says about its connection."""

@@ -100,6 +100,10 @@ def push(
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    if repository is not None:
+        validate_repo_id(repository)
     if code_only:
         if repository is not None or private or dry_run or base_model:
             raise ValueError(
