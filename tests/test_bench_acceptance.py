@@ -78,6 +78,17 @@ def test_acceptance_goes_on_where_it_was_interrupted(command, tmp_path, monkeypa
     result = CliRunner().invoke(app, [*command, "--resume", "--max-new-tokens", "6"])
     assert result.exit_code == 1
     assert "expected max_new_tokens 6 to resume, got 8" in result.stderr
+    # A file of an earlier version says nothing of prompts and weights.
+    settings = {name: value for name, value in whole["settings"].items() if name != "prompts_sha256"}
+    older = {name: value for name, value in whole.items() if name != "target_sha256"} | {"settings": settings}
+    path.write_text(json.dumps(older))
+    assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
+
+
+@pytest.mark.parametrize("tree", ["5/2/1", "40/2/3"])
+def test_trees_that_cannot_have_so_many_nodes_are_refused(tree):
+    with pytest.raises(ValueError, match="trees: expected at most (2|12) nodes with depth 2"):
+        tree_settings(tree)
 
 
 @pytest.mark.parametrize(("options", "expected"), [([], True), (["--no-coupled"], False)])

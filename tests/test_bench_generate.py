@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,6 +364,22 @@ def test_command_does_not_mix_settings(command):
     _, before = command(*sizes, "--repeat", 1)
     result, after = command(*sizes, "--repeat", 2, "--resume", status=1)
     assert "settings: expected repeat 2 to resume, got 1" in result.stderr
+    assert before == after
+
+
+def test_command_does_not_mix_prompts_or_targets(command, prompt_file, tiny_folders, tmp_path):
+    """A file of the same name with other prompts, and a folder of the same name with other weights."""
+    sizes = ("--num-prompts", 1, "--repeat", 1, "--method", "chain", "--no-packed")
+    _, before = command(*sizes)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_lines(other / prompt_file.name, [{**record, "turns": ["w30 w31"]} for record in RECORDS])
+    result, after = command(*sizes, "--resume", "--prompts", other / prompt_file.name, status=1)
+    assert "expected prompts_sha256" in result.stderr
+    folder = shutil.copytree(tiny_folders[0], other / Path(tiny_folders[0]).name)
+    tiny_target("llama", seed=5).save_pretrained(folder)
+    result, after = command(*sizes, "--resume", "--target", folder, status=1)
+    assert "expected target_sha256" in result.stderr
     assert before == after
 
 

@@ -81,6 +81,14 @@ def test_masks_give_the_answers(tmp_path, name, other):
     assert found == [Conversation(tuple(ids), ((1, 2), (4, 6)))]
 
 
+def test_padding_is_dropped_and_masks_count_together(tmp_path):
+    """Tokens that `attention_mask` hides are no context; an answer is what every mask counts."""
+    row = {"input_ids": [0, 0, 3, 5, 4, 7], "attention_mask": [0, 0, 1, 1, 1, 1], "labels": [-100, -100, -100, 5, 4, 7]}
+    rows = [row, {**row, "assistant_masks": [0, 0, 0, 0, 1, 1]}]
+    found = read_conversations(write_lines(tmp_path / "a.jsonl", rows), VOCAB_SIZE)
+    assert found == [Conversation((3, 5, 4, 7), ((1, 4),)), Conversation((3, 5, 4, 7), ((2, 4),))]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -92,6 +100,8 @@ def test_masks_give_the_answers(tmp_path, name, other):
         ({"input_ids": [3, 5, 4], "assistant_spans": []}, "rising assistant_spans"),
         ({"input_ids": [3, 5, 4], "assistant_spans": [[1.0, 2]]}, "expected integers in prompt_length"),
         ({"input_ids": [3, 5, 4]}, r"expected integers in prompt_length or assistant_spans, got \[\[None, 3\]\]"),
+        ({"input_ids": [3, 5, 4], "labels": [-100, 4, -100]}, "expected labels that repeat input_ids at their place or are -100"),
+        ({"input_ids": [3, 5, 4], "attention_mask": [0, 1, 1], "prompt_length": 1}, "expected no padding beside prompt_length"),
         ({"input_ids": [3, 5, 4], "labels": [-100, 5]}, "expected 3 integers in labels, one for each token"),
         ({"input_ids": [3, 5, 4], "loss_mask": [0, 0.5, 1]}, "expected 3 integers in loss_mask"),
         ({"messages": CHAT}, "expected token ids, since there is no tokenizer, got a chat"),

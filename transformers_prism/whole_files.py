@@ -40,6 +40,27 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Args:
+        path (`Path`): the file.
+    Returns:
+        `dict`: what it holds.
+    Raises:
+        ValueError: if it is not there, or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"expected a file {path.name}, got none in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
 def write_json_if_possible(path: Path, content: dict) -> None:
     """Write a JSON file as [`write_json`] does, and make its folder; an OSError is ignored."""
     with contextlib.suppress(OSError):

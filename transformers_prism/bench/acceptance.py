@@ -14,6 +14,7 @@ from transformers_prism.bench.prompts import sampling_settings
 from transformers_prism.bench.record import finished_part, record_head
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.decoding.speculation import acceptance_length
+from transformers_prism.policy.settings import TreeSettings
 from transformers_prism.training.data.conversations import loop_period
 from transformers_prism.whole_files import write_json
 
@@ -32,6 +33,9 @@ def tree_settings(tree: str) -> dict:
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"trees: expected nodes/depth/top-k such as 59/6/10, got {tree!r}")
     num_nodes, depth, top_k = map(int, parts)
+    most = depth if top_k == 1 else TreeSettings("static", top_k, depth, num_nodes).pool_size(depth)
+    if num_nodes > most:
+        raise ValueError(f"trees: expected at most {most} nodes with depth {depth} and top-k {top_k}, got {tree!r}")
     kind = "chain" if top_k == 1 else "static"
     return {"tree": kind, "tree_num_nodes": num_nodes, "tree_depth": depth, "tree_top_k": top_k}
 

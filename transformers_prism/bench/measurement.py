@@ -10,7 +10,7 @@ from transformers_prism.bench.figures import as_json, differences, main_method
 from transformers_prism.bench.generate import ItemResult, bench_generate, make_items
 from transformers_prism.bench.methods import Contest, Method, load_assistant
 from transformers_prism.bench.prompts import check_positions, contexts_of
-from transformers_prism.bench.record import finished_part, record_head
+from transformers_prism.bench.record import finished_part, prompts_sha256, record_head
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.whole_files import write_json
 
@@ -62,7 +62,8 @@ class GenerateMeasurement:
         longest = max(item.inputs["input_ids"].shape[1] for item in items)
         assistant = load_assistant(self.assistant, target)
         contest = Contest(target, draft, assistant, self.methods, longest + self.generate["max_new_tokens"])
-        head = record_head("generate", target, self._settings(contest, draft, len(chosen)), weights)
+        settings = {**self._settings(contest, draft, len(chosen)), "prompts_sha256": prompts_sha256(rows)}
+        head = record_head("generate", target, settings, weights)
         found = finished_part(path, head) if is_resumed and path is not None else None
         results = [ItemResult.from_json(content) for content in found["prompts"]] if found else []
         if results:

@@ -1,5 +1,6 @@
 """Benchmark prompts: Spec-Bench's question_id, category and turns, or any other shape of chats and prompts."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from transformers_prism.training.data.formats import usable_rows
 
 # Spec-Bench's first task is MT-bench, whose records carry one of eight categories; the other tasks carry their own name.
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+# Logits divided by less may be infinite.
+_LEAST_TEMPERATURE = 1e-6
 
 
 def task_of(record: dict) -> str:
@@ -129,8 +133,12 @@ def sampling_settings(
     """Arguments of generate(): greedy at temperature 0, else sampling.
 
     Raises:
-        ValueError: for `top_p` with greedy decoding, which would ignore it.
+        ValueError: for `top_p` with greedy decoding, which would ignore it, or for a number that cannot be served.
     """
+    if not (temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(f"temperature: expected 0 or a finite number of at least {_LEAST_TEMPERATURE}, got {temperature}")
+    if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty: expected a finite number above 0, got {repetition_penalty}")
     if top_p is not None and temperature == 0:
         raise ValueError(f"top_p: expected a temperature above 0 with it, got {top_p} with greedy decoding")
     settings: dict = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

@@ -8,17 +8,22 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from transformers_prism.command_line import this_command, versions
 from transformers_prism.configuration_prism import target_fingerprint
+from transformers_prism.target import weights_digest
+from transformers_prism.training.data.conversations import sha256_of
 from transformers_prism.transformers_names import name_of
 from transformers_prism.whole_files import write_json
 
 # For an untrained draft: its name in commands, and the value in place of its weights' hash.
 UNTRAINED = "random"
+# Files of earlier versions have no such entries, and are resumed all the same.
+_LATER_NAMES = ("target_sha256", "prompts_sha256")
 
 
 def record_head(kind: str, target, settings: dict, weights: str | None = None) -> dict:
@@ -34,6 +39,7 @@ def record_head(kind: str, target, settings: dict, weights: str | None = None) -
         "command": this_command(),
         "date": datetime.date.today().isoformat(),
         "target": _name_elsewhere(target.config),
+        "target_sha256": weights_digest(target),
         "weights_sha256": weights,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
@@ -92,8 +98,15 @@ def _check_same(expected: dict, found: dict, where: str) -> None:
     for name, value in json.loads(json.dumps(expected)).items():
         if name == "settings":
             _check_same(value, found[name], f"{where}, settings")
+        elif name in _LATER_NAMES and name not in found:
+            continue
         elif found.get(name) != value:
             raise ValueError(f"{where}: expected {name} {value!r} to resume, got {found.get(name)!r}")
+
+
+def prompts_sha256(prompts: Iterable[dict]) -> str:
+    """Hash of prompts as they are decoded, given as inputs of generate()."""
+    return sha256_of(inputs["input_ids"].tolist() for inputs in prompts)
 
 
 def hardware(device: torch.device) -> str:

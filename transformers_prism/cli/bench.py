@@ -233,6 +233,7 @@ def bench_acceptance_command(
     from transformers_prism.bench.acceptance import TEMPERATURES, TREES, acceptance_rows, bench_acceptance
     from transformers_prism.bench.figures import table_of
     from transformers_prism.bench.prompts import check_positions, task_of
+    from transformers_prism.bench.record import prompts_sha256
     from transformers_prism.cli.demo import chat_inputs
     from transformers_prism.training.progress_bar import ProgressBar
 
@@ -254,6 +255,7 @@ def bench_acceptance_command(
     settings["text_tokens"] = model_draft.generation_config.tree_text_tokens
     questions = [(task_of(one), chat_inputs(tokenizer, one["turns"][0], model.device)) for one in chosen]
     check_positions(model, [inputs for _, inputs in questions], max_new_tokens)
+    settings["prompts_sha256"] = prompts_sha256(inputs for _, inputs in questions)
     num_answers = len(questions) * len(settings["trees"]) * len(settings["temperatures"])
     with ProgressBar("answers", num_answers, console=console) as bar:
         rows = bench_acceptance(model, model_draft, questions, settings, weights, json_file, resume, bar.advance)

@@ -32,7 +32,7 @@ from transformers_prism.configuration_prism import attention_heads, num_target_l
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.hub.card import add_to_card, names_target
 from transformers_prism.target import find_device, load_target
-from transformers_prism.whole_files import write_json
+from transformers_prism.whole_files import read_json, write_json
 
 # Shares of the time after which these steps should be finished; the rest is for measuring.
 _SYNTHESIS_ENDS, _TRAINING_ENDS = 0.45, 0.85
@@ -125,7 +125,9 @@ class Run:
             if output.exists():
                 raise ValueError(f"output: expected a new folder, got {output}, which is there")
             return
-        found = json.loads(self.path.read_text(encoding="utf-8"))
+        found = read_json(self.path)
+        if not all(isinstance(found.get(name), dict) for name in ("settings", "steps")):
+            raise ValueError(f"{self.path}: expected the record of a run, got one without settings and steps; remove {self.work}")
         changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
         if changed:
             name = changed[0]

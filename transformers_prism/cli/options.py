@@ -58,8 +58,8 @@ JsonOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")]
 TopPOption = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; with a temperature.", rich_help_panel=ADVANCED)]
 RepetitionPenaltyOption = Annotated[float | None, typer.Option(help="1 is none.", rich_help_panel=ADVANCED)]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random number.", rich_help_panel=ADVANCED)]
-RunSeedOption = Annotated[int, typer.Option(help="Seed, set before every answer.", rich_help_panel=ADVANCED)]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random number.", rich_help_panel=ADVANCED)]
+RunSeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed, set before every answer.", rich_help_panel=ADVANCED)]
 AnswerTokensOption = Annotated[int, typer.Option(min=2, help="Tokens per answer.", rich_help_panel=COST)]
 
 

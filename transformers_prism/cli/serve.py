@@ -35,8 +35,8 @@ def serve(
     POST /v1/chat/completions, /v1/completions and /v1/responses, streamed or not; GET /v1/models and /health.
     Requests wait for each other: continuous batching of transformers takes no draft.
     """
-    from transformers_prism import serving
     from transformers_prism.cli.demo import SHIPPED_DRAFT
+    from transformers_prism.serving import app as serving
     from transformers_prism.target import DEMO_HUB_ID
 
     if continuous_batching:

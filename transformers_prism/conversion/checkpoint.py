@@ -1,6 +1,5 @@
 """Read weights written by other packages: safetensors or `weights_only`, in one file or in shards. No code is run."""
 
-import json
 import pickle
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from transformers_prism.transformers_names import NO_ERROR_IF_ABSENT
+from transformers_prism.whole_files import read_json
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -62,27 +62,6 @@ def read_config(source: str | Path) -> dict:
 def _no_source(source: str | Path, error: Exception) -> ValueError:
     reason = str(error).strip().split("\n", 1)[0]
     return ValueError(f"source: expected a folder or a name on the Hub, got {source}: {reason}")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Args:
-        path (`Path`): the file.
-    Returns:
-        `dict`: what it holds.
-    Raises:
-        ValueError: if it is not there, or is not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"expected a file {path.name}, got none in {path.parent}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -17,7 +17,7 @@ import re
 
 import torch
 
-from transformers_prism.conversion.exporting import Expectations, export_draft
+from transformers_prism.conversion.exporting import Expectations, expect_last_state, export_draft
 from transformers_prism.conversion.importing import (
     EXPERIMENTAL,
     SourceDraft,
@@ -59,10 +59,7 @@ def _write(draft: PrismDraftModel, notes: list[str]):
     expectations = Expectations("eagle", config)
     expectations.expect("module_form", "prism", "its layers are EAGLE's; EAGLE-3 drafts go to the form eagle3")
     expectations.expect("num_processing_modules", 1, "it has one set of parameters for all steps")
-    last = (config.target_fingerprint or {}).get("num_hidden_layers") or config.target_layer_ids[-1]
-    expectations.expect(
-        "target_layer_ids", [last], "servers hand over the last state alone, and there is no fusion layer"
-    )
+    expect_last_state(expectations)
     expectations.expect("draft_vocab_size", None, "there is no field for it")
     expectations.expect("share_target_head", True, "the head is the target's")
     expectations.check()

@@ -143,6 +143,13 @@ def _embedding(draft: PrismDraftModel, target, notes: list[str]) -> dict[str, to
     return {EMBEDDING: embedding.to(draft.dtype).contiguous()}
 
 
+def expect_last_state(expectations: Expectations) -> None:
+    """Servers give a draft without a fusion layer the target's last state."""
+    config = expectations.config
+    last = (config.target_fingerprint or {}).get("num_hidden_layers") or config.target_layer_ids[-1]
+    expectations.expect("target_layer_ids", [last], "servers hand over the last state alone, and there is no fusion layer")
+
+
 def expect_layers_before_the_last(expectations: Expectations) -> None:
     """Servers give a draft the outputs of layers, but not the state after the final norm, nor the embedding."""
     config = expectations.config

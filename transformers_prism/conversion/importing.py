@@ -18,7 +18,6 @@ from transformers_prism.borrowed_layers import float_weight
 from transformers_prism.configuration_prism import PrismConfig, target_fingerprint
 from transformers_prism.conversion.checkpoint import (
     checkpoint_folder,
-    read_json,
     read_weight_ending_with,
     read_weights,
 )
@@ -26,6 +25,7 @@ from transformers_prism.hub.files import CARD, card_license
 from transformers_prism.hub.loading import check_values
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.transformers_names import name_of
+from transformers_prism.whole_files import read_json
 
 EXPERIMENTAL = (
     "experimental: no published file of this form could be tried; names and code were read, and round trips tested"

@@ -1,5 +1,7 @@
 """The configuration of a Llama layer, as checkpoints of others carry it in `config.json`, read and written."""
 
+import math
+
 from transformers.activations import ACT2FN
 
 from transformers_prism.configuration_prism import PrismConfig
@@ -103,13 +105,17 @@ def _read_rope(config: dict) -> dict:
         raise ValueError(f"config.json: expected partial_rotary_factor to be absent or 1, got {share!r}")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        raise ValueError(f"config.json: expected rope_theta to be a number, got {theta!r}")
+    if not _is_above_0(theta):
+        raise ValueError(f"config.json: expected rope_theta to be a finite number above 0, got {theta!r}")
     kept = {name: value for name, value in rope.items() if name not in ("type", "rope_type", "rope_theta")}
     factor = kept.get("factor", 1.0)
-    if (rope_type != "default" and "factor" not in kept) or isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise ValueError(f"config.json: expected rope_scaling of type {rope_type} with a number as factor, got {rope!r}")
+    if (rope_type != "default" and "factor" not in kept) or not _is_above_0(factor):
+        raise ValueError(f"config.json: expected rope_scaling of type {rope_type} with a finite factor above 0, got {rope!r}")
     return {**kept, "rope_type": rope_type, "rope_theta": float(theta)}
+
+
+def _is_above_0(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def write_llama_config(config: PrismConfig) -> dict:

@@ -17,7 +17,12 @@ Source: names as the authors give them for their port; SGLang, `python/sglang/sr
 import functools
 import re
 
-from transformers_prism.conversion.exporting import Expectations, expect_layers_before_the_last, export_draft
+from transformers_prism.conversion.exporting import (
+    Expectations,
+    expect_last_state,
+    expect_layers_before_the_last,
+    export_draft,
+)
 from transformers_prism.conversion.importing import (
     EXPERIMENTAL,
     SourceDraft,
@@ -108,6 +113,8 @@ def _write(draft: PrismDraftModel, notes: list[str]):
     if config.has_fusion_layer:
         expect_layers_before_the_last(expectations)
         settings.update(architectures=["LlamaForCausalLMEagle3"], **aux_layer_field(config.target_layer_ids))
+    else:
+        expect_last_state(expectations)
     expectations.check()
     notes.append(EXPERIMENTAL)
     notes.append(

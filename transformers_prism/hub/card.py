@@ -4,7 +4,6 @@ Figures come from metrics.json (`metrics.py`), training.json (the record of the 
 weights; a figure that a file should hold and does not is an error. What only a person can say is in about.json.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers_prism.hub.files import ABOUT, CARD, CURVES, METRICS, PLACEHOLD
 from transformers_prism.hub.metrics import KINDS, gather, read_metrics
 from transformers_prism.hub.weight_headers import read_weight_headers
 from transformers_prism.policy.settings import default_tree_settings
-from transformers_prism.whole_files import write_json, write_text
+from transformers_prism.whole_files import read_json, write_json, write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ABOUT_KEYS = ("license", "base_model", "language", "target", "data", "limits")
@@ -85,7 +84,7 @@ def name_target(folder: str | Path, name: str) -> None:
 
 def names_target(folder: str | Path) -> bool:
     """Whether a draft's files name its target."""
-    fingerprint = _read_json(Path(folder) / "config.json").get("target_fingerprint") or {}
+    fingerprint = read_json(Path(folder) / "config.json").get("target_fingerprint") or {}
     return bool(_read_about(Path(folder) / ABOUT)["base_model"] or fingerprint.get("name"))
 
 
@@ -93,10 +92,10 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
     """The text of a draft's card. The folder's name is the draft's name. Figures are those of `metrics`, as [`gather`]
     returns them, by default those of metrics.json."""
     folder = Path(folder).resolve()
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     about = _read_about(folder / ABOUT)
     metrics = read_metrics(folder) if metrics is None else metrics
-    training = _read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
+    training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else None
     fingerprint = config.get("target_fingerprint") or {}
     target_id = about["base_model"] or fingerprint.get("name") or UNNAMED_TARGET
     template_text = TEMPLATE.read_text(encoding="utf-8")
@@ -116,7 +115,7 @@ def render_card(folder: str | Path, metrics: dict | None = None) -> str:
             plot=PLOT,
             curves=CURVES if (folder / CURVES).is_file() else None,
             config=config,
-            tree={**default_tree_settings(), **_read_json(folder / "generation_config.json")},
+            tree={**default_tree_settings(), **read_json(folder / "generation_config.json")},
             facts=_facts(folder, config),
             generate=metrics["generate"],
             acceptance=metrics["acceptance"],
@@ -268,18 +267,8 @@ def _facts(folder: Path, config: dict) -> dict:
     }
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _read_about(path: Path) -> dict:
-    about = _read_json(path) if path.is_file() else {}
+    about = read_json(path) if path.is_file() else {}
     unknown = sorted(set(about) - set(ABOUT_KEYS))
     if unknown:
         raise ValueError(f"{path}: expected only {', '.join(ABOUT_KEYS)}, got {', '.join(unknown)}")

@@ -4,7 +4,6 @@ Bytes count each weight that a draft step or a target forward reads, in the dtyp
 rows of embeddings are not counted.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.policy.settings import fill_in_tree_settings
 from transformers_prism.target import auto_class, naming, read_target_config
 from transformers_prism.transformers_names import output_embeddings
+from transformers_prism.whole_files import read_json
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,12 @@ def draft_folder(source: str | Path, revision: str | None = None) -> Path:
         OSError: if there is no such folder or repository.
         ValueError: if it is no PRISM draft; nothing but its config.json is downloaded then.
     """
-    with naming("draft", str(source)):
-        file = Path(cached_file(str(source), "config.json", revision=revision))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{source}: expected a JSON object in config.json, got {error}") from error
-    if not isinstance(content, dict) or content.get("model_type") != PrismConfig.model_type:
-        kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
+    file = Path(source) / "config.json"
+    if not Path(source).is_dir():
+        with naming("draft", str(source)):
+            file = Path(cached_file(str(source), "config.json", revision=revision))
+    kind = read_json(file).get("model_type")
+    if kind != PrismConfig.model_type:
         raise ValueError(f"{source}: expected a draft of model type {PrismConfig.model_type!r}, got {kind!r}")
     return Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), revision=revision))
 

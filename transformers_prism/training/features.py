@@ -6,7 +6,6 @@ interrupted run resumes where it stopped, and several processes may share one fo
 conversations are appended, only their features are computed.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable
@@ -18,10 +17,11 @@ from transformers_prism.borrowed_layers import place_of, target_logits
 from transformers_prism.configuration_prism import target_fingerprint, target_numerics
 from transformers_prism.decoding.eval_mode import in_eval_mode
 from transformers_prism.decoding.target_support import hidden_state, states_to_ask_for
+from transformers_prism.target import weights_digest
 from transformers_prism.training.data.conversations import Conversation, sha256_of
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.transformers_names import output_embeddings
-from transformers_prism.whole_files import whole_file, write_json
+from transformers_prism.whole_files import read_json, whole_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ BYTES_PER_VALUE = 2  # bfloat16
 _LEAST_CORRELATION = 0.8
 # Largest median difference between these logits, in units of their standard deviation.
 _MOST_DIFFERENCE = 0.1
+# Largest relative difference of kept states from those of today's target, which may compute in bfloat16.
+_MOST_CHANGE = 0.1
 
 
 class FeatureStore:
@@ -128,7 +130,7 @@ def compute_features(
         needed (`list[int]`, *optional*): indices of the needed conversations, by default all; their shards are computed.
         part (`tuple[int, int]`): `(index, count)`: compute only the shards whose number is `index` modulo `count`.
     Raises:
-        ValueError: if the folder holds features of another target, other layers or other data.
+        ValueError: if the folder holds features of another target, other layers or other data, or a damaged file.
         OSError: if the disk has no room for them, with both sizes in bytes.
     """
     store = FeatureStore(folder, conversations, layer_ids, sum(state_widths(target, layer_ids)))
@@ -136,6 +138,9 @@ def compute_features(
     wanted = _shards_of(range(len(conversations)) if needed is None else needed)
     _claim_folder(store, target, conversations, may_be_float32=wanted.isdisjoint(store.missing_shards()))
     missing = [shard for shard in store.missing_shards() if shard in wanted]
+    for shard in sorted(wanted.difference(missing)):
+        if shard % part[1] == part[0]:
+            _check_shard(target, store, shard, conversations)
     _check_disk(store, missing)
     shards = [shard for shard in missing if shard % part[1] == part[0]]
     total = sum(store.lengths[index] for shard in shards for index in store.members(shard))
@@ -200,9 +205,10 @@ def check_states(target, layer_ids: list[int], label_width: int) -> None:
         )
 
 
-def _description(target, conversations: list[Conversation], layer_ids: list[int]) -> dict:
+def _description(target, digest: str, conversations: list[Conversation], layer_ids: list[int]) -> dict:
     return {
         "target": target_fingerprint(target.config),
+        "weights_sha256": digest,
         "compute_dtype": str(target.dtype).removeprefix("torch."),
         "layer_ids": list(layer_ids),
         "num_conversations": len(conversations),
@@ -214,16 +220,17 @@ def _description(target, conversations: list[Conversation], layer_ids: list[int]
 
 def _claim_folder(store: FeatureStore, target, conversations: list[Conversation], may_be_float32: bool):
     """Write the description of a new folder, or compare with an existing one; appended data is accepted."""
-    description = _description(target, conversations, store.layer_ids)
+    digest = weights_digest(target)
+    description = _description(target, digest, conversations, store.layer_ids)
     path = store.folder / "features.json"
     if not path.is_file():
         write_json(path, description)
         return
-    found = json.loads(path.read_text())
+    found = {"weights_sha256": digest, **read_json(path)}  # a folder of an earlier version has no digest
     if may_be_float32 and found.get("compute_dtype") == "float32":
         description["compute_dtype"] = "float32"
     known = found.get("num_conversations", 0)
-    before = {**_description(target, conversations[:known], store.layer_ids), "compute_dtype": description["compute_dtype"]}
+    before = {**_description(target, digest, conversations[:known], store.layer_ids), "compute_dtype": description["compute_dtype"]}
     if known < len(conversations) and found == before:
         write_json(path, description)
         return
@@ -233,6 +240,19 @@ def _claim_folder(store: FeatureStore, target, conversations: list[Conversation]
                 f"{store.folder.name}: expected features with {name}={expected!r}, got {found.get(name)!r}; "
                 "use another folder or remove this one"
             )
+
+
+def _check_shard(target, store: FeatureStore, shard: int, conversations: list[Conversation]):
+    """Compare a shard's shortest conversation with the states that the target has over it now."""
+    index = min(store.members(shard), key=store.lengths.__getitem__)
+    states = target_states(target, conversations[index].input_ids, store.layer_ids).cpu().float()
+    differences = (states - store.states(index).float()).norm(dim=-1) / states.norm(dim=-1)  # [T]
+    difference = float(differences.median())
+    if not difference < _MOST_CHANGE:
+        raise ValueError(
+            f"{store.shard_path(shard)}: expected hidden states of this target, got others or a damaged file: in the median of "
+            f"{len(states)} tokens they differ by {100 * difference:.0f} %; remove it, or use another folder"
+        )
 
 
 def _check_disk(store: FeatureStore, missing: list[int]):

@@ -76,6 +76,8 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
         "context_kv": config.context_kv,
         "target_fingerprint": target_fingerprint(getattr(target, "config", target), tokenizer),
     }
+    if config.vocab_sample < 1 and not overrides["share_target_head"]:
+        raise ValueError(f"vocab_sample: expected 1 for a draft with a head of its own (module_form eagle3), got {config.vocab_sample}")
     if config.plain_fusion:
         overrides |= {"projection_bias": False, "normalize_target_hidden": False}
     vocab_size = getattr(target, "config", target).get_text_config().vocab_size

@@ -40,7 +40,7 @@ from transformers_prism.training.progress import TrainingLog, UpdateClock, plot_
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
-from transformers_prism.whole_files import write_json
+from transformers_prism.whole_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def _check_paths(config: TrainConfig):
     if not config.resume:
         raise ValueError(f"output: expected a new folder, got {record.parent.name!r} with a run in it; add --resume")
     # A setting that did not exist when the run began had its default.
-    found = {**_settings(TrainConfig()), **json.loads(record.read_text())}
+    found = {**_settings(TrainConfig()), **read_json(record)}
     for name, expected in _settings(config).items():
         if found.get(name) != expected:
             raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
@@ -254,26 +254,32 @@ def _within_positions(config: TrainConfig, target) -> TrainConfig:
 
 
 def _claim_output(config: TrainConfig, parts: tuple[Part, Part]):
-    """Record the settings and the data that a resumed run must repeat, once data and target have been found to be usable.
+    """Record the settings, the data and the processes that a resumed run must repeat, once data and target are usable.
 
     Raises:
-        ValueError: if the run began with other conversations.
+        ValueError: if the run began with other conversations, or with another number of processes.
     """
     folder, state = Path(config.output), PartialState()
     digest = sha256_of([place, one.input_ids, one.assistant_spans] for place, part in enumerate(parts) for one in part.chosen)
     record = folder / "config.json"
     if record.is_file() and _has_begun(folder):
-        # A run of an earlier version has no digest.
-        found = json.loads(record.read_text()).get("data_sha256", digest)
+        # A run of an earlier version has neither.
+        before = read_json(record)
+        found = before.get("data_sha256", digest)
         if found != digest:
             raise ValueError(
                 f"resume: expected the conversations that the run began with (sha256 {found[:12]}), got others "
                 f"({digest[:12]}); use a new output folder for other data"
             )
+        num_processes = before.get("num_processes", state.num_processes)
+        if num_processes != state.num_processes:
+            raise ValueError(
+                f"resume: expected {num_processes} processes as the run began, got {state.num_processes}: batches would be others"
+            )
     state.wait_for_everyone()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, {**_settings(config), "data_sha256": digest})
+        write_json(record, {**_settings(config), "data_sha256": digest, "num_processes": state.num_processes})
     state.wait_for_everyone()
 
 

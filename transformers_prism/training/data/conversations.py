@@ -119,9 +119,9 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
             f"expected token ids in 0..{vocab_size - 1} (the target's vocabulary), got {outside[0]}; was the data made "
             "with another tokenizer?"
         )
-    mask = next((name for name in MASKS if row.get(name) is not None), None)
-    if spans is None and row.get("prompt_length") is None and mask is not None:
-        spans = _spans_of_mask(mask, row[mask], len(input_ids))
+    input_ids, masks = _without_padding(row, input_ids)
+    if masks and spans is None and row.get("prompt_length") is None:
+        spans = _spans_of_masks(masks, input_ids)
     elif spans is None:
         spans = [[row.get("prompt_length"), len(input_ids)]]
     if not isinstance(spans, list) or not all(isinstance(span, list) and [type(edge) for edge in span] == [int, int] for span in spans):
@@ -135,15 +135,36 @@ def _of_token_ids(row: dict, vocab_size: int) -> Conversation:
     return Conversation(tuple(input_ids), tuple((start, end) for start, end in spans))
 
 
-def _spans_of_mask(name: str, mask, num_tokens: int) -> list[list[int]]:
-    """The runs of a mask's positions that count; never the first token, before which nothing could predict it."""
-    if not isinstance(mask, list) or not all(type(one) in (int, bool) for one in mask) or len(mask) != num_tokens:
-        raise RowError(f"expected {num_tokens} integers in {name}, one for each token, got {mask!r}")
-    runs = itertools.groupby(range(1, num_tokens), lambda position: mask[position] != MASKS[name])
-    positions = [list(run) for is_answer, run in runs if is_answer]
-    if not positions:
-        raise NoAnswer(f"expected an answer to train on, got {name} without one")
-    return [[run[0], run[-1] + 1] for run in positions]
+def _without_padding(row: dict, input_ids: list[int]) -> tuple[list[int], dict[str, list[int]]]:
+    """The token ids and the row's columns of [`MASKS`], without the places that `attention_mask` hides.
+
+    Raises:
+        RowError: if one of these is no list of an integer for each token, or if places are hidden that other columns count.
+    """
+    columns = {name: row[name] for name in (*MASKS, "attention_mask") if isinstance(row.get(name), list)}
+    for name, column in columns.items():
+        if len(column) != len(input_ids) or not all(type(one) in (int, bool) for one in column):
+            raise RowError(f"expected {len(input_ids)} integers in {name}, one for each token, got {column!r}")
+    is_seen = columns.pop("attention_mask", [1] * len(input_ids))
+    if all(is_seen):
+        return input_ids, columns
+    if any(row.get(name) is not None for name in ("prompt_length", "assistant_spans")):
+        raise RowError("expected no padding beside prompt_length or assistant_spans, got zeros in attention_mask")
+    seen = [place for place, one in enumerate(is_seen) if one]
+    return [input_ids[place] for place in seen], {name: [column[place] for place in seen] for name, column in columns.items()}
+
+
+def _spans_of_masks(masks: dict[str, list[int]], input_ids: list[int]) -> list[list[int]]:
+    """The runs of places that all masks count; never the first token, before which nothing could predict it."""
+    labels = masks.get("labels", input_ids)
+    if any(label not in (MASKS["labels"], token) for label, token in zip(labels, input_ids, strict=True)):
+        raise RowError(f"expected labels that repeat input_ids at their place or are {MASKS['labels']}, got others")
+    is_answer = [all(column[place] != MASKS[name] for name, column in masks.items()) for place in range(len(input_ids))]
+    runs = itertools.groupby(range(1, len(input_ids)), is_answer.__getitem__)
+    places = [list(run) for counts, run in runs if counts]
+    if not places:
+        raise NoAnswer(f"expected an answer to train on, got {' and '.join(masks)} without one")
+    return [[run[0], run[-1] + 1] for run in places]
 
 
 def check_data(source, target=None, split: str = "train", max_length: int | None = None) -> tuple[RowCounts, list[str]]:

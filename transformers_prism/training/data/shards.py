@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from transformers_prism.whole_files import whole_file, write_json
+from transformers_prism.whole_files import read_json, whole_file, write_json
 
 CONVERSATIONS_PER_SHARD = 64
 _FRUITLESS = 256  # a run stops if none of this many conversations can be kept
@@ -43,9 +43,9 @@ def claim_folder(folder: Path, provenance: dict) -> None:
     if not path.is_file():
         write_json(path, provenance)
         return
-    found = json.loads(path.read_text())
-    names = ("target", "compute_dtype", "chat_template_sha256", "source", "config", "num_processes", "chats_sha256", "exclude_sha256")
-    for name in names:
+    found = read_json(path)
+    names = "target weights_sha256 compute_dtype chat_template_sha256 source config num_processes chats_sha256 exclude_sha256"
+    for name in names.split():
         # A folder of an earlier release lacks some of these entries.
         if name in found and found[name] != provenance[name]:
             raise ValueError(

@@ -23,6 +23,7 @@ import torch
 from transformers_prism.command_line import versions
 from transformers_prism.configuration_prism import target_fingerprint
 from transformers_prism.decoding.target_side import num_learned_positions
+from transformers_prism.target import weights_digest
 from transformers_prism.training.data.chats import RowError
 from transformers_prism.training.data.conversations import Contamination, before_loop, loop_period
 from transformers_prism.training.data.shards import ShardWriter, WrittenRow, claim_folder
@@ -409,6 +410,7 @@ def _provenance(target, tokenizer, config: SynthesisConfig, chats, contamination
     is_list = isinstance(chats, list)  # else they are made on demand, and `source` describes them
     return {
         "target": target_fingerprint(target.config, tokenizer),
+        "weights_sha256": weights_digest(target),
         "compute_dtype": str(target.dtype).removeprefix("torch."),
         "chat_template_sha256": template_hash(tokenizer),
         "source": getattr(chats, "source", None) or ("the target's own user turns" if chats is None else f"{len(chats)} given prompts"),

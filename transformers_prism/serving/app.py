@@ -17,7 +17,7 @@ from asyncio import Queue, create_task
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from huggingface_hub import CacheNotFound
@@ -27,12 +27,14 @@ from transformers.generation import BaseStreamer
 
 from transformers_prism.decoding.speculation import Speculation
 from transformers_prism.decoding.target_side import num_learned_positions
+from transformers_prism.serving.request import Request
 from transformers_prism.transformers_names import serve_parts
 
 parts = serve_parts()
 
 import uvicorn  # noqa: E402
 from fastapi import HTTPException  # noqa: E402
+from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.responses import JSONResponse  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -64,59 +66,7 @@ class ServedTarget:
     allows_other_models: bool = False
 
 
-@dataclass
-class Request:
-    """What generation needs to know about the HTTP request that it answers, and the report on the answer."""
-
-    has_hung_up: threading.Event = field(default_factory=threading.Event)
-    seed: int | None = None
-    do_sample: bool | None = None
-    names_limit: bool = False
-    report: dict | None = None
-
-    def read(self, body: dict) -> None:
-        """Take the seed out of a request's body, see whether it samples, and check its numbers.
-
-        transformers would set the seed when the request arrives, in the middle of another request's answer. And if the
-        target's own configuration is greedy, it would stay greedy whatever temperature was asked for.
-
-        Raises:
-            ValueError: for a number that cannot be served.
-        """
-        if not isinstance(body.get("messages", []), list):
-            raise ValueError(f"messages: expected a list of turns, got {body['messages']!r}")
-        if not any(body.get(name) for name in ("messages", "input", "prompt")):
-            raise ValueError("expected messages, input or a prompt that is not empty, got none")
-        temperature = _number(body, "temperature", float, at_least=0)
-        top_p = _number(body, "top_p", float, at_least=0)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p:g}")
-        limits = [_number(body, name, int, at_least=1) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
-        self.names_limit = any(limit is not None for limit in limits)
-        if (_number(body, "n", int, at_least=1) or 1) > 1:
-            raise ValueError(f"n: expected 1, got {body['n']}; send one request for each answer")
-        if isinstance(body.get("logit_bias"), dict):
-            # Clients send integers here, which transformers refuses.
-            body["logit_bias"] = {name: float(value) for name, value in body["logit_bias"].items()}
-        self.seed = _number(body, "seed", int)
-        body.pop("seed", None)
-        if temperature is not None or top_p is not None:
-            self.do_sample = temperature != 0
-
-
 _request: ContextVar[Request | None] = ContextVar("request", default=None)
-
-
-def _number(body: dict, name: str, kind: type, at_least: float = -math.inf):
-    """A number of a request's body, None if it names none."""
-    value = body.get(name)
-    if value is None:
-        return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not at_least <= value < math.inf or kind(value) != value:
-        bound = "" if at_least == -math.inf else f" of at least {at_least}"
-        raise ValueError(f"{name}: expected {'an integer' if kind is int else 'a number'}{bound}, got {value!r}")
-    return kind(value)
 
 
 class ClientWatch:
@@ -398,7 +348,10 @@ class _Checked:
         request, served = _request.get() or Request(), self.model_manager.served  # type: ignore[attr-defined]
         if body.get("model") is None:
             body["model"] = served.name
+        body.setdefault("stream", False)  # transformers' own default for responses is True, OpenAI's is False
         try:
+            if not isinstance(body["model"], str):
+                raise ValueError(f"model: expected a name, got {body['model']!r}")
             request.read(body)
             response = await super().handle_request(body, request_id)  # type: ignore[misc]
         except OSError as error:
@@ -474,6 +427,11 @@ def build_app(served: ServedTarget, **options):
     @app.exception_handler(HTTPException)
     async def tell(_, error):
         return JSONResponse(_error(error.detail, error.status_code), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_of_body(_, error):
+        reason = "; ".join(one["msg"] for one in error.errors())
+        return JSONResponse(_error(f"expected a JSON object as the body, got another: {reason}"), 400)
 
     models.load_model_and_processor(served.name)
     watched = ClientWatch(app)
