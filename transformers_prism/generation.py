@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.cache import stored_length
@@ -115,11 +115,13 @@ def speculative_generate(
     )
     plain_arguments = {
         "logits_processor": logits_processor,
-        "stopping_criteria": stopping_criteria,
+        "stopping_criteria": StoppingCriteriaList(_flattened(stopping_criteria)),
         "generation_config": generation_config,
         "synced_gpus": synced_gpus,
         "streamer": streamer,
     }
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"expected a decoder-only target, got {type(target).__name__}")
     try:
         with remembering_inference_mode(), _tensors_that_last(cache_of(model_kwargs)):
             if (reason := reason_against_target(target)) is not None:  # before bind(), which may fail on such a head
@@ -133,6 +135,15 @@ def speculative_generate(
     except Declined as error:
         reason = str(error)
     return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
+
+
+def _flattened(criteria) -> Iterator[StoppingCriteria]:
+    """Criteria in the order in which they are called; those of lists within a list, too."""
+    for one in criteria:
+        if isinstance(one, StoppingCriteriaList):
+            yield from _flattened(one)
+        else:
+            yield one
 
 
 def _tensors_of(states) -> Iterator[torch.Tensor]:
@@ -170,8 +181,8 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
     sequences = sampler.new_sequences(input_ids, criteria, generation_config, streamer)
     layer_ids = draft.config.target_layer_ids
     target_side = make_target(target, layer_ids, generation_config, model_kwargs, input_ids, sequences)
+    asked = settings
     if target_side.why_no_tree is not None:
-        _tell_of_chain(target, settings, target_side.why_no_tree)
         settings = settings.as_chain()
     is_target_compiled = compiled_forward(target, model_kwargs, generation_config) is not None
     num_cached = stored_length(target_side.cache) or 0
@@ -190,7 +201,7 @@ def _speculate(target, draft, input_ids, settings: TreeSettings, plain_arguments
                 policy = AutomaticTrees(settings, target, draft, sequences, sampler, chat.text)
             else:
                 policy = FixedTrees(settings, sampler)
-            speculation = _decode(input_ids, sequences, sampler, policy, chat.draft_side, target_side)
+            speculation = _decode(input_ids, sequences, sampler, policy, chat.draft_side, target_side, asked)
             ids = sequences.finished().to(input_ids.device)
             num_steps = ids.shape[1] - sequences.prompt_length
             sampler.finish(num_steps)
@@ -232,16 +243,16 @@ def _has_time_limit(criteria) -> bool:
     return any(isinstance(one, MaxTimeCriteria) for one in criteria)
 
 
-def _tell_of_chain(target, settings: TreeSettings, reason: str) -> None:
+def _tell_of_chain(target_side: TargetSide, asked: TreeSettings) -> None:
     """Warn, once for each target, that chains replace the trees that were asked for, and why."""
-    told = kept_with(target, "told of chains", list)
-    if settings.tree != "chain" and not told:
+    told, reason = kept_with(target_side.target, "told of chains", list), target_side.why_no_tree
+    if reason is not None and asked.tree != "chain" and not told:
         told.append(reason)
-        warnings.warn(f"drafting a chain instead of a tree: {reason}", stacklevel=6)
+        warnings.warn(f"drafting a chain instead of a tree: {reason}", stacklevel=7)
 
 
 def _decode(
-    input_ids, sequences: Sequences, sampler: Sampler, policy, draft_side: DraftSide, target_side: TargetSide
+    input_ids, sequences: Sequences, sampler: Sampler, policy, draft_side: DraftSide, target_side: TargetSide, asked: TreeSettings
 ) -> Speculation:
     """The prefill, then rounds until every sequence is done.
 
@@ -250,6 +261,7 @@ def _decode(
         sequences (`Sequences`), sampler (`Sampler`): what is emitted, and what chooses it.
         policy (`AutomaticTrees` or `FixedTrees`): proposes each round's tree and learns from what becomes of it.
         draft_side (`DraftSide`), target_side (`TargetSide`): the models' halves.
+        asked (`TreeSettings`): what the call asked for, which the target may not be able to verify.
     Returns:
         `Speculation`: the statistics.
     """
@@ -257,6 +269,7 @@ def _decode(
     speculation.target, speculation.why_no_tree = target_side.kind, target_side.why_no_tree
     speculation.walk, speculation.coupled = "device" if sampler.walks_on_device else "host", sampler.is_coupled
     prompt = target_side.prefill(input_ids)
+    _tell_of_chain(target_side, asked)  # not before, since the prompt may show that decoding has to be plain
     check = RoundCheck(target_side)
     walk(sequences, sampler, Proposal(root_tree(input_ids[:, -1])), Verified(prompt.logits[:, None], [], [], 0.0))
     draft_side.commit_prompt(sequences, prompt)
@@ -320,8 +333,6 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
         ValueError: for what plain decoding would not do either.
     """
     generation_config = plain_arguments["generation_config"]
-    if target.config.is_encoder_decoder:
-        raise ValueError(f"expected a decoder-only target, got {type(target).__name__}")
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None with a draft, got {generation_config.dola_layers!r}")
     if decodes_in_its_own_way(target):

@@ -209,6 +209,12 @@ class PrismDraftModel(PrismPreTrainedModel, GenerationMixin):
             embeddings = borrowed.embedding(input_ids.to(device)) * self.config.embedding_scale
         return embeddings.to(device=self.device, dtype=self.dtype)
 
+    def known_tokens(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Token ids `(B, T)` of a prompt, those without an embedding replaced: placeholders of images may have such ids."""
+        table = self.embed_tokens if self.embed_tokens is not None else self._require_target().embedding
+        num_rows = getattr(table, "num_embeddings", None)
+        return input_ids if num_rows is None else cast(torch.LongTensor, input_ids.clamp(0, num_rows - 1))
+
     def compute_logits(self, hidden_states: torch.Tensor, text: TextRows | None = None) -> torch.Tensor:
         """Logits over the draft vocabulary, scaled and capped as the target's own.
 

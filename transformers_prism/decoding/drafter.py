@@ -87,6 +87,7 @@ class Drafter:
             self._join_vocabulary(token_ids)
         token_ids, position_ids = on_device(token_ids, self.device), on_device(position_ids, self.device)
         if self._cache is None:
+            token_ids = self.draft.known_tokens(token_ids)
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
             return
@@ -133,7 +134,7 @@ class Drafter:
             self.can_propose = bytearray(self.draft.own_tokens().numpy())
         # Ids beyond the vocabulary stand for images; no head has logits for them.
         known = len(self.can_propose)
-        new = sorted({token for token in token_ids.flatten().tolist() if token < known and not self.can_propose[token]})
+        new = sorted({token for token in token_ids.flatten().tolist() if 0 <= token < known and not self.can_propose[token]})
         if new:
             for token in new:
                 self.can_propose[token] = 1

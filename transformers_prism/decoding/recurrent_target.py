@@ -265,12 +265,15 @@ class _NotStateful:
 
 
 def install_for_stateful() -> None:
-    """Let targets with recurrent layers pass transformers' check if the draft is of model type "prism", and only then."""
+    """Let targets with recurrent layers pass transformers' check if the draft is of model type "prism", and only then; another
+    target's draft is refused there in our words."""
 
     def make(original):
         def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
             draft = generation_mode_kwargs.get("assistant_model")
             is_ours = getattr(getattr(draft, "config", None), "model_type", None) == "prism"
+            if is_ours and draft.config.vocab_size != self.config.get_text_config().vocab_size:
+                draft.bind(self)  # raises an error that names both sides; transformers would advise to pass tokenizers
             seen = _NotStateful(self) if is_ours and is_stateful(self) else self
             return original(seen, generation_mode, generation_config, generation_mode_kwargs)
 

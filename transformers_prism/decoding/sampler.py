@@ -183,8 +183,13 @@ class Sampler:
     def _process(self, sequences: Sequences, index: int, raw: torch.Tensor) -> torch.Tensor:
         if not self.logits_processor:
             return raw
+        ids = sequences.ids[index : index + 1, : sequences.lengths[index]]
+        before = int(ids[0, -1])
         with as_called():
-            return self._processed(sequences.ids[index : index + 1, : sequences.lengths[index]], index, raw)
+            scores = self._processed(ids, index, raw)
+        if int(ids[0, -1]) != before:
+            raise ValueError("logits_processor: expected processors that leave input_ids as they are, got one that wrote to them")
+        return scores
 
     def _processed(self, ids: torch.Tensor, index: int, raw: torch.Tensor) -> torch.Tensor:
         # Stock warpers look at nothing but the sequence's own scores.

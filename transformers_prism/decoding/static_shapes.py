@@ -6,6 +6,7 @@ Prompts, and the rare rounds that commit more positions, are read uncompiled.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from transformers import GenerationConfig
 
 from .cache import round_up
 from .memory import keep_with, kept_with
-from .tree_target import is_compiled
+from .tree_target import is_compiled, most_positions
 
 _CAPACITY_STEP = 256
 _READ_STEP = 8
@@ -60,8 +61,16 @@ def static_shapes(
     elif not is_compiled(draft):
         return None
     num_read = round_up(settings.depth + 1, _READ_STEP)
-    room = max(num_read, settings.top_k * (settings.depth - 1))
-    capacity = round_up(generation_config.max_length + num_cached + room, _CAPACITY_STEP)
+    length = generation_config.max_length + num_cached
+    room, most = max(num_read, settings.top_k * (settings.depth - 1)), most_positions(draft.config)
+    if max(length, room) > most:
+        warnings.warn(
+            f"the draft is not compiled in this call: expected texts and trees of at most {most} tokens (max_position_embeddings), "
+            f"got max_length={length} and trees of {room}",
+            stacklevel=6,
+        )
+        return None
+    capacity = round_up(length + room, _CAPACITY_STEP)
     # It only grows, so that calls share what is compiled.
     capacity = max(capacity, kept_with(draft, "capacity", int))
     keep_with(draft, "capacity", capacity)

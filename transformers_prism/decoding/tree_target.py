@@ -44,6 +44,7 @@ from .uneven_prompts import groups_of_like_length, side_by_side
 # Sizes, root included, to which a target of static shapes pads its trees; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
+_MOST_POSITIONS = 2**17  # of models that name no limit
 # Holes that a cache may have: with more, attention costs more; with fewer, they are closed more often.
 _MAX_HOLES = 32
 # Inputs of a prompt of text alone.
@@ -87,6 +88,8 @@ class TreeTarget(TargetSide):
         if is_static and self.returns_cache and num_sequences == 1 and whole:
             return min(whole)
         length = max(self.generation_config.max_length + int(self.cache.get_seq_length()), *whole, 0)
+        if not is_static and length > most_positions(self.target.config.get_text_config()):
+            return None  # a limit that no text reaches: layers grow, as in plain decoding
         wanted = round_up(length + _STATIC_SIZES[-1], _CAPACITY_STEP)
         # It only grows, so that calls share what is compiled.
         capacity = max(wanted, kept_with(self.target, "capacity", int))
@@ -287,6 +290,11 @@ class TreeTarget(TargetSide):
             self.verify(chain_tree(token_ids))
             self.commit([list(range(max(count, 0))) for count in missing])
         self.committed.set_length(goal)
+
+
+def most_positions(config) -> int:
+    """Positions up to which static layers are allocated for a model of this configuration."""
+    return getattr(config, "max_position_embeddings", None) or _MOST_POSITIONS
 
 
 def is_compiled(target) -> bool:
