@@ -1089,5 +1089,82 @@ def test_a_draft_for_another_target_is_refused_with_both_names():
     more_words = tiny_draft(tiny_target("llama", 0, vocab_size=98))
     with pytest.raises(ValueError, match=r"vocab_size: expected 98 \(draft\), got 97 \(target\)"):
         more_words.bind(target)
-    with pytest.raises(ValueError, match="different tokenizers"):  # generate() itself comes first
+    # transformers would advise to pass two tokenizers, which could not help.
+    with pytest.raises(ValueError, match=r"vocab_size: expected 98 \(draft\), got 97 \(target\)"):
         target.generate(input_ids, assistant_model=more_words, **LENGTH)
+
+
+@pytest.mark.parametrize("architecture", ["jamba", "mamba"])
+def test_plain_decoding_is_told_of_once_and_no_chain(architecture):
+    """Targets of which only the prompt's forward shows that they cannot be served."""
+    target = build(architecture).float().eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        target.generate(prompts(1)[0], assistant_model=tiny_draft(target), max_new_tokens=8, pad_token_id=PAD_ID)
+    reasons = [str(one.message) for one in told if "draft" in str(one.message)]
+    assert len(reasons) == 1, reasons
+    assert reasons[0].startswith("decoding without the draft")
+
+
+def test_a_criterion_in_a_list_of_its_own_counts():
+    """One that may keep a state for the whole batch: plain decoding, as where it stands in the outer list."""
+
+    class SixCalls(StoppingCriteria):
+        def __init__(self):
+            self.num_calls = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.num_calls += 1
+            return torch.full((len(input_ids),), self.num_calls >= 6, dtype=torch.bool)
+
+    target = tiny_target("llama", 1)
+    input_ids, attention_mask = prompts(3)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **LENGTH}
+
+    def nested():
+        return StoppingCriteriaList([StoppingCriteriaList([SixCalls()])])
+
+    plain = target.generate(**inputs, stopping_criteria=nested())
+    with pytest.warns(UserWarning, match="SixCalls may keep a state for the whole batch"):
+        found = target.generate(**inputs, stopping_criteria=nested(), assistant_model=tiny_draft(target))
+    assert torch.equal(found, plain)
+
+
+def test_a_processor_that_writes_to_the_ids_is_refused():
+    def replace(input_ids, scores):
+        input_ids[:, -1] = 7
+        return scores
+
+    target = tiny_target("llama", 1)
+    with pytest.raises(ValueError, match="logits_processor: expected processors that leave input_ids as they are"):
+        target.generate(
+            prompts(1)[0], logits_processor=LogitsProcessorList([replace]), assistant_model=tiny_draft(target), **LENGTH
+        )
+
+
+@pytest.mark.parametrize("placeholder", [-200, -1, VOCAB_SIZE, 32000])
+@pytest.mark.parametrize("draft_vocab_size", [None, 30])
+def test_placeholders_without_an_embedding_beside_inputs_embeds(placeholder, draft_vocab_size):
+    """As LLaVA's own code writes them; the draft reads another token there."""
+    target = tiny_target("llama", 1)
+    input_ids = prompts(1)[0]
+    embeds = target.get_input_embeddings()(input_ids).detach()
+    input_ids[0, 3] = placeholder
+    plain = target.generate(inputs_embeds=embeds, input_ids=input_ids, **LENGTH)
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size)
+    found = target.generate(inputs_embeds=embeds, input_ids=input_ids, assistant_model=draft, **LENGTH)
+    assert torch.equal(found, plain)
+
+
+def test_a_compiled_target_allocates_nothing_for_a_limit_that_no_text_reaches():
+    """Nor in a later call with a small limit."""
+    target = tiny_target("llama", 1)
+    input_ids = prompts(1)[0]
+    plain = target.generate(input_ids, max_new_tokens=12, pad_token_id=PAD_ID)
+    end = {"eos_token_id": int(plain[0, -1]), "pad_token_id": PAD_ID}
+    expected = target.generate(input_ids, max_new_tokens=12, **end)
+    draft = tiny_draft(target)
+    target.compile(backend="eager")
+    for limit in ({"max_length": 10**12}, {"max_new_tokens": 12}):
+        assert torch.equal(target.generate(input_ids, assistant_model=draft, **limit, **end), expected)
+    assert draft.last_speculation.target == "tree"
