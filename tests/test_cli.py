@@ -115,8 +115,9 @@ def test_cli_answers_beyond_learned_positions_are_refused(prompt_file, tmp_path)
     pair = ("--target", folder, "--draft", draft, "--max-new-tokens", 126)
     expected = "max_new_tokens: expected at most 123 with a prompt of 5 tokens, since the target has 128 learned positions, got 126"
     assert expected in fails("generate", *pair, "--prompt", "w5 w6 w7 w8 w9")
-    for command in (("bench", "generate"), ("bench", "acceptance"), ("verify",)):
+    for command in (("bench", "generate"), ("bench", "acceptance")):
         assert expected in fails(*command, "--prompts", prompt_file, *pair)
+    assert "max_new_tokens: expected at most 124 with a prompt of 4 tokens" in fails("verify", "--prompts", prompt_file, *pair)
 
 
 def test_cli_greedy_decoding_takes_no_top_p(tiny_folders):

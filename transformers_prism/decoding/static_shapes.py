@@ -65,7 +65,7 @@ def static_shapes(
     room, most = max(num_read, settings.top_k * (settings.depth - 1)), most_positions(draft.config)
     if max(length, room) > most:
         warnings.warn(
-            f"the draft is not compiled in this call: expected texts and trees of at most {most} tokens (max_position_embeddings), "
+            f"the draft is not compiled in this call: expected texts and trees of at most {most} tokens, "
             f"got max_length={length} and trees of {room}",
             stacklevel=6,
         )

@@ -44,7 +44,8 @@ from .uneven_prompts import groups_of_like_length, side_by_side
 # Sizes, root included, to which a target of static shapes pads its trees; larger ones are multiples of the last.
 _STATIC_SIZES = (1, 8, 16, 32, 64)
 _CAPACITY_STEP = 256
-_MOST_POSITIONS = 2**17  # of models that name no limit
+# Positions for which static layers may be allocated in any case, and those where a model names no limit.
+_FEWEST_POSITIONS, _MOST_POSITIONS = 2**12, 2**17
 # Holes that a cache may have: with more, attention costs more; with fewer, they are closed more often.
 _MAX_HOLES = 32
 # Inputs of a prompt of text alone.
@@ -294,7 +295,7 @@ class TreeTarget(TargetSide):
 
 def most_positions(config) -> int:
     """Positions up to which static layers are allocated for a model of this configuration."""
-    return getattr(config, "max_position_embeddings", None) or _MOST_POSITIONS
+    return max(getattr(config, "max_position_embeddings", None) or _MOST_POSITIONS, _FEWEST_POSITIONS)
 
 
 def is_compiled(target) -> bool:

@@ -157,8 +157,10 @@ class TrainConfig:
             raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
         for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
             for name in names:
-                if not least <= getattr(self, name) < math.inf:
-                    raise ValueError(f"{name}: expected a finite number of at least {least}, got {getattr(self, name)}")
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+                if getattr(self, name) == math.inf:
+                    raise ValueError(f"{name}: expected a finite number, got inf")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
         weights = self.numbers("step_weights", float)
