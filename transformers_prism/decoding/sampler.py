@@ -184,10 +184,11 @@ class Sampler:
         if not self.logits_processor:
             return raw
         ids = sequences.ids[index : index + 1, : sequences.lengths[index]]
-        before = int(ids[0, -1])
+        may_write = self.warpers is None  # stock warpers write to nothing but scores
+        before = int(ids[0, -1]) if may_write else None
         with as_called():
             scores = self._processed(ids, index, raw)
-        if int(ids[0, -1]) != before:
+        if may_write and int(ids[0, -1]) != before:
             raise ValueError("logits_processor: expected processors that leave input_ids as they are, got one that wrote to them")
         return scores
 

@@ -6,10 +6,10 @@ Each record is a measurement's file (`bench/record.py`) without the figures of s
 baseline and command stay with every figure.
 """
 
-import json
 from pathlib import Path
 
 from transformers_prism.hub.files import KINDS, METRICS, weights_sha256
+from transformers_prism.whole_files import read_json
 
 _NEEDED = ("command", "target", "weights_sha256", "dtype", "device", "hardware", "num_threads", "versions", "settings")
 _NEEDED_BY_KIND = {"generate": ("summary", "tasks"), "acceptance": ("rows",), "verify": ("holds", "checks", "num_near_ties")}
@@ -18,6 +18,7 @@ _NEEDED_SETTINGS = {
     "acceptance": ("prompts", "num_prompts", "max_new_tokens", "seed", "coupled", "packed"),
     "verify": ("num_prompts", "max_new_tokens", "seed"),
 }
+_MEASUREMENT = "a JSON object of a measurement"
 
 
 def gather(folder: str | Path, files: list[Path]) -> dict:
@@ -72,15 +73,9 @@ def _read(path: Path) -> dict:
     def refuse(constant: str):
         raise ValueError(f"expected finite numbers, got {constant}")
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: expected a JSON object of a measurement, got no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON object of a measurement, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object of a measurement, got {type(content).__name__}")
-    return content
+    if not path.exists():
+        raise ValueError(f"{path}: expected {_MEASUREMENT}, got no such file")
+    return read_json(path, _MEASUREMENT, refuse)
 
 
 def _check(record: dict, weights: str, where: str) -> None:

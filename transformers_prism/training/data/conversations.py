@@ -1,8 +1,8 @@
 """Conversations as token ids, with the answers that a draft is trained on.
 
 A source holds chats in any of the usual shapes, which the target's chat template renders, or token ids: `input_ids` with
-`assistant_spans` or `prompt_length`, as `transformers-prism synthesize` writes them, or with a column of [`MASKS`]. An assistant span `[start, end)` holds
-an answer with the token that ends its turn.
+`assistant_spans` or `prompt_length`, as `transformers-prism synthesize` writes them, or with a column of [`MASKS`]. An
+assistant span `[start, end)` holds an answer with the token that ends its turn.
 """
 
 import hashlib
