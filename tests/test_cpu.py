@@ -12,12 +12,15 @@ from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, tiny_dra
 from torch import nn
 
 from transformers_prism import prepare_for_cpu
-from transformers_prism.cpu import HalfLinear, PackedLinear, PreparedModels, pack
+from transformers_prism.cpu import HalfLinear, MklLinear, PackedLinear, PreparedModels, pack
 
 pytestmark = [
     pytest.mark.quick,
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
 ]
+
+
+needs_mkl = pytest.mark.skipif(not MklLinear.is_available(), reason="this build of torch has no MKL")
 
 
 def test_autocast_computes_as_without_packed_weights():
@@ -47,37 +50,129 @@ def test_products_equal_the_default_within_rounding(num_rows, has_bias):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("slow_rows", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("slow_from", [100, 200])
-def test_few_and_many_rows_take_the_product_that_was_faster(slow_rows, slow_from, monkeypatch):
-    """The packed one made slow for up to so many rows and from so many on; layers of a shape agree, and from four rows to
-    127 it always serves."""
-    packed_product, calls = PackedLinear.packed_product, []
+@needs_mkl
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 97), (192, 576), (1023, 64)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
+def test_one_mkl_copy_serves_all_numbers_of_rows(shape, has_bias, threads):
+    """Packed for one number of rows and by one number of threads, used with others."""
+    linear, before = nn.Linear(*shape, bias=has_bias), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads[0])
+        pack(linear, MklLinear)
+        torch.set_num_threads(threads[1])
+        for num_rows in (0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700):
+            inputs = torch.randn(num_rows, shape[0])
+            expected = nn.functional.linear(inputs, linear.weight, linear.bias)
+            torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+            # Columns that do not follow one another, a row without a batch, and more dimensions.
+            strided = torch.randn(shape[0], num_rows).T
+            torch.testing.assert_close(linear(strided), nn.functional.linear(strided, linear.weight, linear.bias), atol=1e-5, rtol=1e-5)
+        assert linear(torch.randn(shape[0])).shape == (shape[1],)
+        assert linear(torch.randn(2, 3, shape[0])).shape == (2, 3, shape[1])
+    finally:
+        torch.set_num_threads(before)
 
-    def product(self, input):
-        calls.append(len(input))
-        time.sleep(0.02 if len(input) <= slow_rows or len(input) >= slow_from else 0)
-        return packed_product(self, input)
 
-    monkeypatch.setattr(PackedLinear, "packed_product", product)
-    # Otherwise nobody could say which product is the faster one.
-    default = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: time.sleep(0.005) or default(self, input))
+@pytest.fixture
+def one_thread():
+    """Threads that wait for one another on a busy machine may take longer than what a test waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class _Slow:
+    """Products of packed layers, and the default one, which take as long as a test says; they note their calls."""
+
+    def __init__(self, monkeypatch):
+        self.seconds, self.calls = {}, []
+        for kind, name in ((PackedLinear, "packed_product"), (MklLinear, "packed_product"), (nn.Linear, "forward")):
+            monkeypatch.setattr(kind, name, self.slowed(kind, getattr(kind, name)))
+
+    def slowed(self, kind, product):
+        def run(layer, input, *others):
+            time.sleep(self.seconds.get(kind, lambda num_rows: 0)(len(input)))
+            self.calls.append((kind.__name__, len(input)))
+            return product(layer, input, *others)
+
+        return run
+
+
+@torch.no_grad()
+@needs_mkl
+@pytest.mark.parametrize("best", [PackedLinear, MklLinear])
+@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [128], [1, 2, 3, 4, 8, 16, 32, 128]])
+def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, one_thread, monkeypatch):
+    """Of both libraries the one that saves the most; the default product where that one is slow. Layers of a shape agree."""
+    slow = _Slow(monkeypatch)
+    slow.seconds = {
+        nn.Linear: lambda num_rows: 0.003,
+        PackedLinear: lambda num_rows: 0.012,
+        MklLinear: lambda num_rows: 0.012,
+        best: lambda num_rows: 0.006 if num_rows in slow_rows else 0,
+    }
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 8))
     with prepare_for_cpu(model) as prepared:
-        calls.clear()
-        for linear in prepared.linears:
-            for num_rows in (1, 2, 3, 4, 5, 127, 128, 129):
+        for linear in prepared.linears[:2]:
+            # Where neither library ever helps, it does not matter which packed.
+            assert type(linear) is best or len(slow_rows) == 8
+            for num_rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 127, 128, 129):
+                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32) if num_rows <= rows), 128)
+                slow.calls.clear()
                 inputs = torch.randn(num_rows, 256)
-                torch.testing.assert_close(linear(inputs), default(linear, inputs), atol=1e-5, rtol=1e-5)
-        first = min(slow_rows + 1, 4)
-        many = [] if slow_from == 100 else [128, 129]
+                expected = nn.functional.linear(inputs, linear.weight, linear.bias)
+                torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+                assert slow.calls == [("Linear" if timed_rows in slow_rows else best.__name__, num_rows)]
         # The last layer has too few weights to be timed.
-        assert calls == [*range(first, 6), 127, *many] * 2 + [1, 2, 3, 4, 5, 127, 128, 129]
-        assert copy.deepcopy(model)[0].packed_from == first
-        assert (copy.deepcopy(model)[0].packed_to == 127) == (slow_from == 100)
-    assert not hasattr(model[0], "packed_from")
-    assert not hasattr(model[0], "packed_to")
+        assert type(model[2]) is PackedLinear
+        assert all(model[2].packed_rows[1:])
+        twin = copy.deepcopy(model)[0]
+        assert (type(twin), twin.packed_rows) == (type(model[0]), model[0].packed_rows)
+    assert type(model[0]) is nn.Linear
+    assert not hasattr(model[0], "packed_rows")
+
+
+@torch.no_grad()
+@needs_mkl
+@pytest.mark.parametrize("wrong_rows", [[3], [128]])
+def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch):
+    """Fast as it may be: it is compared with the default product where it is timed."""
+    slow, product = _Slow(monkeypatch), MklLinear.packed_product
+    slow.seconds = {nn.Linear: lambda num_rows: 0.004, PackedLinear: lambda num_rows: 0.002}
+
+    def wrong(layer, input, *others):
+        return product(layer, input, *others) * (1.01 if len(input) in wrong_rows else 1)
+
+    monkeypatch.setattr(MklLinear, "packed_product", wrong)
+    linear = nn.Linear(256, 256)
+    with prepare_for_cpu(linear):
+        for num_rows in (1, 2, 3, 4, 100, 128, 400):
+            inputs = torch.randn(num_rows, 256)
+            expected = nn.functional.linear(inputs, linear.weight, linear.bias)
+            torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_without_mkl_layers_are_packed_by_onednn(monkeypatch):
+    """As in builds for ARM."""
+    monkeypatch.setattr(MklLinear, "is_available", classmethod(lambda cls: False))
+    linear = nn.Linear(256, 256)
+    with prepare_for_cpu(linear):
+        assert type(linear) is PackedLinear
+
+
+def test_a_parametrized_layer_takes_the_default_product():
+    """Its weight is no parameter, but computed in each forward."""
+    linear = nn.Linear(8, 8)
+    with prepare_for_cpu(linear):
+        nn.utils.parametrizations.weight_norm(linear)
+        inputs = torch.randn(3, 8)
+        with torch.no_grad():
+            linear.parametrizations.weight.original0.mul_(2)
+            expected = nn.functional.linear(inputs, linear.weight, linear.bias)
+            torch.testing.assert_close(linear(inputs), expected, atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()

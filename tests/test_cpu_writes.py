@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers_prism import cpu, prepare_for_cpu
 from transformers_prism.cpu import (
     HalfLinear,
+    MklLinear,
     PackedLinear,
     WeightCheck,
     pack,
@@ -73,6 +74,7 @@ def two_columns_change_places(linear):
     linear.weight.data[:, [2, 6]] = linear.weight.data[:, [6, 2]]
 
 
+KINDS = [kind for kind in (PackedLinear, MklLinear, HalfLinear) if kind.is_available()]
 DENSE = [merged, copied, loaded]
 PARTIAL = [one_row, one_row_by_numpy, one_value, two_rows_change_places, two_columns_change_places]
 
@@ -85,7 +87,7 @@ def busy(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("write", [*DENSE, *PARTIAL])
-@pytest.mark.parametrize("kind", [PackedLinear, HalfLinear])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(48, 97), (47, 97), (47, 12), (200, 48)])
 def test_a_refresh_finds_every_write(write, kind, shape):
     """In layers of even and odd sizes; dense ones show without it."""
@@ -94,7 +96,7 @@ def test_a_refresh_finds_every_write(write, kind, shape):
     if write in PARTIAL:
         assert linear.refresh()
     expected = nn.functional.linear(inputs, linear.weight, linear.bias)
-    tolerance = {PackedLinear: 1e-5, HalfLinear: 2e-2}[kind]
+    tolerance = 2e-2 if kind is HalfLinear else 1e-5
     torch.testing.assert_close(linear(inputs), expected, atol=tolerance, rtol=tolerance)
     assert not linear.refresh()
 
@@ -123,12 +125,13 @@ def test_weights_within_a_longer_vector():
 
 
 @torch.no_grad()
-def test_weights_that_are_not_contiguous_and_nan():
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not HalfLinear])
+def test_weights_that_are_not_contiguous_and_nan(kind):
     """Noted where they lie; NaN is not packed in every product anew."""
     linear = nn.Linear(24, 18)
     linear.weight = nn.Parameter(torch.randn(24, 18).T)
     linear.weight[0, 0] = torch.nan
-    pack(linear, PackedLinear)
+    pack(linear, kind)
     packed, inputs = linear.__dict__["_packed"], torch.randn(5, 24)
     assert not linear.refresh()
     linear(inputs)
@@ -314,12 +317,13 @@ def test_weights_that_were_made_in_inference_mode():
     assert torch.equal(target.generate(input_ids, assistant_model=draft, **GREEDY), negated)
 
 
-def test_threads_forward_while_one_packs_again():
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not HalfLinear])
+def test_threads_forward_while_one_packs_again(kind):
     """Every product is that of one of the two weights."""
     linear, inputs = nn.Linear(64, 64, bias=False), torch.randn(4, 64)
     first, second = linear.weight.detach().clone(), torch.randn(64, 64)
     expected = [inputs @ first.T, inputs @ second.T]
-    pack(linear, PackedLinear)
+    pack(linear, kind)
     wrong, is_over = [], threading.Event()
 
     @torch.no_grad()

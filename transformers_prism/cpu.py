@@ -1,12 +1,12 @@
 """Make forwards over a few tokens cost little more than one over a single token, on a CPU.
 
-torch's default matrix product re-packs a weight for every product with 2 to 32 rows. Packed once, in the layout that
-oneDNN chooses, the product reads the weight and nothing else; torch.compile does the same with frozen weights. Results
+torch's default matrix product re-packs a weight for every product with 2 to 32 rows. Packed once, in the layout that a
+library chooses, the product reads the weight and nothing else; torch.compile does the same with frozen weights. Results
 differ from the default product by rounding only.
 
-On some CPUs a call of oneDNN costs more than it saves for few rows, and on some the default product is faster for the many
-rows of a prompt. So products with up to three rows, or with 128 and more, use whichever was faster when the weights were
-packed.
+Which product is fastest depends on the CPU, the shape of the weight and the number of rows: oneDNN's, MKL's or the default
+one. All are timed when the weights are packed. Each shape gets the packing that saves the most, and the default product
+where that one is faster.
 
 A draft step is bound by memory bandwidth, and what a draft proposes never changes the output: a draft's weights are packed
 in float16, half of the bytes.
@@ -21,7 +21,6 @@ stay as they are.
 """
 
 import contextlib
-import sys
 import threading
 import time
 import warnings
@@ -35,13 +34,17 @@ from transformers import Cache, PreTrainedModel
 
 from .transformers_names import cache_of
 
-# The default product re-packs the weight from two or four rows on, depending on the CPU.
-_MOST_UNPACKED_ROWS = 3
-# From this many rows on they are those of a prompt, not of a tree.
-_MANY_ROWS = 128
+# Products are timed with these numbers of rows, and the fastest serves those between the one before and this one too. More
+# than the last are those of a prompt, and take what is faster for the last.
+_TIMED_ROWS = (1, 2, 3, 4, 8, 16, 32, 128)
+_MOST_ROWS = _TIMED_ROWS[-1]
 # Layers with fewer weights are not timed. Of each shape, layers with this many weights in all are: more than a CPU cache holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
-_NUM_REPEATS = 5
+_NUM_REPEATS, _MOST_SECONDS = 5, 0.05
+# Products of two libraries differ by rounding, which is at most this share of the largest value.
+_ROUNDING = 1e-4
+# MKL asks for the number of rows, and packs in the same way for any: copies are of equal size, and serve all numbers of rows.
+_MKL_ROWS = 64
 # Values of a weight that every product compares; and weights that are summed at a time, few enough for a core's cache.
 _NUM_SAMPLES, _SUMMED_WEIGHTS = 16, 2**18
 # A prepared model is checked again after this many seconds without a forward, but at least this many times a check's time.
@@ -62,6 +65,13 @@ _trust = _Trust()
 def weight_version(weight: torch.Tensor) -> int | None:
     """How often a tensor was written to, as far as torch counts; None for tensors made in inference mode, without a count."""
     return None if weight.is_inference() else weight._version
+
+
+def _takes(input: torch.Tensor) -> bool:
+    """Whether a packed copy can serve this input."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return input.dtype is torch.float32 and input.is_cpu
 
 
 class _Packed(NamedTuple):
@@ -111,36 +121,36 @@ def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class PackedLinear(nn.Linear):
-    """An `nn.Linear` with a packed copy of its weight. A layer is converted, and converted back, by changing its class.
+    """An `nn.Linear` with a copy of its weight that oneDNN packed. It is converted, and converted back, by changing its class.
 
-    The packed copy is used in forwards without gradients on float32 inputs of `packed_from` to `packed_to` rows. It is made
-    again when a write to the weight is noticed (see [`prepare_for_cpu`]). All other inputs take the default product.
+    The packed copy is used in forwards without gradients on float32 inputs with as many rows as `packed_rows` names, by
+    number (the last entry also for more). It is made again when a write to the weight is noticed (see [`prepare_for_cpu`]).
+    All other inputs take the default product.
     """
 
     BYTES_PER_WEIGHT = 4
-    packed_from, packed_to = 1, sys.maxsize
+    packed_rows = (False,) + (True,) * _MOST_ROWS
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight.T + bias`, as `nn.Linear`."""
-        if self.takes(input) and self.packed_from <= input.shape[:-1].numel() <= self.packed_to:
-            return self.packed_product(input)
-        return super().forward(input)
-
-    def takes(self, input: torch.Tensor) -> bool:
-        """Whether the packed copy can serve this input."""
-        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return is_plain and input.dtype == torch.float32 and input.device.type == "cpu"
-
-    def packed_product(self, input: torch.Tensor) -> torch.Tensor:
-        """The product with the packed copy."""
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed_weight(), self.bias, "none", [], "")
-
-    def packed_weight(self):
-        """The packed copy, an opaque object."""
-        packed, weight = self.__dict__.get("_packed"), self.weight
+        # A call per layer and forward: a look at a parameter by its attribute would take a tenth of a small product.
+        num_rows = input.numel() // self.in_features
+        weight = self._parameters.get("weight")
+        if weight is None or not self.packed_rows[min(num_rows, _MOST_ROWS)] or not _takes(input):
+            return super().forward(input)
+        packed = self.__dict__.get("_packed")
         if packed is None or not packed.is_of(weight):
             packed = self._pack_again()
-        return packed.copy
+        return super().forward(input) if packed.copy is None else self.packed_product(input, packed.copy, num_rows)
+
+    @classmethod
+    def is_available(cls) -> bool:
+        """Whether this build of torch has the product."""
+        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+    def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
+        """The product with a packed copy, which is an opaque object."""
+        return torch.ops.mkldnn._linear_pointwise.default(input, copy, self._parameters["bias"], "none", [], "")
 
     def refresh(self) -> bool:
         """Pack the weight again if any part of it has changed since it was packed; returns whether it was packed again."""
@@ -170,22 +180,41 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in super().__getstate__().items() if name != "_packed"}
 
 
+class MklLinear(PackedLinear):
+    """A layer whose weight MKL packed. Its resident memory is that of the weight, the addresses that it reserves are more."""
+
+    @classmethod
+    def is_available(cls) -> bool:
+        """Whether this build of torch has MKL."""
+        return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+
+    def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
+        """As [`PackedLinear.packed_product`]."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        return torch.ops.mkl._mkl_linear.default(input, copy, weight, bias, num_rows)
+
+    def _pack(self, weight: torch.Tensor):
+        return torch.ops.mkl._mkl_reorder_linear_weight.default(weight, _MKL_ROWS)
+
+
 class HalfLinear(PackedLinear):
     """A draft's layer, whose packed copy is in float16; products are summed in float32."""
 
     BYTES_PER_WEIGHT = 2
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input @ weight.T + bias`, with a weight of 11 significant bits."""
-        packed = self.packed_weight() if self.takes(input) and input.numel() else None
-        if packed is None:
-            return nn.Linear.forward(self, input)
-        output = torch.ops.quantized.linear_dynamic_fp16(input, packed)
-        return output if self.bias is None else output.add_(self.bias)
+    @classmethod
+    def is_available(cls) -> bool:
+        """Whether torch's engine for quantised products, which users may choose, has them in float16."""
+        return torch.backends.quantized.engine in ("fbgemm", "x86")
+
+    def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
+        """As [`PackedLinear.packed_product`], with a weight of 11 significant bits."""
+        output, bias = torch.ops.quantized.linear_dynamic_fp16.default(input, copy), self._parameters["bias"]
+        return output if bias is None else output.add_(bias)
 
     def _pack(self, weight: torch.Tensor):
         # Without the bias, which may be written to. None where a weight exceeds float16, or the product is not available.
-        can_pack = _fits_half(weight) and _has_half_products()
+        can_pack = _fits_half(weight) and self.is_available()
         return torch.ops.quantized.linear_prepack_fp16(weight, None) if can_pack else None
 
 
@@ -271,7 +300,7 @@ class PreparedModels:
             check.handle.remove()
         for linear in self.linears:
             linear.__class__ = nn.Linear  # type: ignore[assignment]
-            for name in ("_packed", "packed_from", "packed_to"):
+            for name in ("_packed", "packed_rows"):
                 linear.__dict__.pop(name, None)
         self.linears, self.checks = [], []
 
@@ -285,8 +314,8 @@ class PreparedModels:
 def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
-    Both products are timed on one to three rows and on 128, in about a second, and the faster one is used from then on. A
-    target's results stay the same within float error. A draft is packed in float16, and so are the rows of the head that it
+    The products of the libraries in torch are timed on 1 to 128 rows, in one or two seconds, and the fastest are used from
+    then on. A target's results stay the same within float error. A draft is packed in float16, and so are the rows of the head that it
     borrows: it may propose other tokens now and then, which changes no output. Layers that are not a plain `nn.Linear` in
     float32 (quantised, with adapters, offloaded, in 16 bits) stay as they are.
 
@@ -302,14 +331,14 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     Returns:
         `PreparedModels`: with `undo()`, `refresh()`, and `num_bytes`, the memory that the copies take.
     """
-    has_packed_products = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not has_packed_products and any(map(_packable, models)):
+    if not PackedLinear.is_available() and any(map(_packable, models)):
         warnings.warn("expected a build of torch with oneDNN, got one without; nothing was prepared", stacklevel=2)
         return PreparedModels([])
     prepared, checks = [], []
     for model in models:
         is_draft = isinstance(model, PreTrainedModel) and model.config.model_type == "prism"
-        packed = [pack(linear, HalfLinear if is_draft else PackedLinear) for linear in _packable(model)]
+        linears = _packable(model)
+        packed = [pack(linear, HalfLinear) for linear in linears] if is_draft else _pack_fastest(linears)
         prepared += packed
         if not packed:
             _warn_of_unpacked(model)
@@ -317,46 +346,74 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
         if packed and not is_draft:
             checks.append(WeightCheck(packed))
             checks[-1].handle = model.register_forward_pre_hook(checks[-1], with_kwargs=True)
-    _choose_products([linear for linear in prepared if type(linear) is PackedLinear])
     return PreparedModels(prepared, checks)
 
 
 def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
     """Turn a layer into a packed one of this kind, in place; into one in float32 where float16 is not possible."""
     if kind is HalfLinear:
-        kind = HalfLinear if _has_half_products() and _fits_half(linear.weight) else PackedLinear
+        kind = HalfLinear if HalfLinear.is_available() and _fits_half(linear.weight) else PackedLinear
     linear.__class__ = kind
-    linear.packed_weight()  # type: ignore[operator]
+    linear._pack_again()  # type: ignore[operator]
     return linear  # type: ignore[return-value]
 
 
-def _choose_products(linears: list[PackedLinear]) -> None:
-    """Find from how many rows on, and up to how many, the packed product is the faster one, for each shape of weights."""
+def _pack_fastest(linears: list[nn.Linear]) -> list[PackedLinear]:
+    """Pack layers by the library, and for the numbers of rows, that timing shows to be the fastest for their shape."""
     by_shape = defaultdict(list)
     for linear in linears:
-        if linear.weight.numel() >= _FEWEST_TIMED_WEIGHTS:
-            by_shape[tuple(linear.weight.shape)].append(linear)
+        by_shape[tuple(linear.weight.shape)].append(linear)
     for same in by_shape.values():
-        timed = same[: -(-_TIMED_WEIGHTS // same[0].weight.numel())]
-        rows = (rows for rows in range(1, _MOST_UNPACKED_ROWS + 1) if _is_packed_faster(timed, rows))
-        packed_from = next(rows, _MOST_UNPACKED_ROWS + 1)
-        packed_to = sys.maxsize if _is_packed_faster(timed[:1], _MANY_ROWS) else _MANY_ROWS - 1
+        kind, packed_rows = PackedLinear, PackedLinear.packed_rows
+        if same[0].weight.numel() >= _FEWEST_TIMED_WEIGHTS:
+            kind, packed_rows = _fastest_products(same[: -(-_TIMED_WEIGHTS // same[0].weight.numel())])
         for linear in same:
-            linear.packed_from, linear.packed_to = packed_from, packed_to
+            pack(linear, kind).packed_rows = packed_rows
+    return linears  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def _is_packed_faster(linears: list[PackedLinear], num_rows: int) -> bool:
-    """Whether one pass over these layers takes less time by the packed product, the best of several in turn."""
-    input = torch.ones(num_rows, linears[0].in_features, device="cpu")
-    seconds: dict = {nn.Linear.forward: [], PackedLinear.packed_product: []}
-    for _ in range(_NUM_REPEATS):
-        for product, taken in seconds.items():
+def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tuple[bool, ...]]:
+    """The packing that saves the most on these layers of one shape, and whether it is faster, by number of rows."""
+    kinds = [kind for kind in (PackedLinear, MklLinear) if kind.is_available()]
+    twins = [[pack(_twin(linear), kind) for linear in linears] for kind in kinds]
+    shares: dict[type[PackedLinear], list[float]] = {kind: [] for kind in kinds}
+    for num_rows in _TIMED_ROWS:
+        # The many rows of a prompt are bound by arithmetic, whatever the caches hold.
+        timed = slice(None if num_rows < _MOST_ROWS else 1)
+        input = torch.linspace(-1, 1, num_rows * linears[0].in_features, device="cpu").view(num_rows, -1)
+        default, *seconds = _seconds([linears[timed], *(layers[timed] for layers in twins)], input)
+        expected = linears[0](input)
+        for kind, layers, taken in zip(kinds, twins, seconds, strict=True):
+            is_right = (layers[0](input) - expected).abs().max() <= _ROUNDING * expected.abs().max()
+            shares[kind].append(taken / default if is_right else float("inf"))
+    kind = min(kinds, key=lambda kind: sum(min(share, 1.0) for share in shares[kind]))
+    packed_rows = [False]
+    for num_rows, share in zip(_TIMED_ROWS, shares[kind], strict=True):
+        packed_rows += [share < 1] * (num_rows + 1 - len(packed_rows))
+    return kind, tuple(packed_rows)
+
+
+def _twin(linear: nn.Linear) -> nn.Linear:
+    """Another layer with the same weight and bias."""
+    twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    twin.weight, twin.bias = linear.weight, linear.bias
+    return twin
+
+
+def _seconds(kinds: list[list], input: torch.Tensor) -> list[float]:
+    """For each list of layers, the time of one pass over them: the shortest of several, in turn."""
+    fewest, start_of_all = [float("inf")] * len(kinds), time.perf_counter()
+    for repeat in range(_NUM_REPEATS):
+        # Large layers take long, and vary little.
+        if repeat > 1 and time.perf_counter() - start_of_all > _MOST_SECONDS:
+            break
+        for index, layers in enumerate(kinds):
             start = time.perf_counter()
-            for linear in linears:
-                product(linear, input)
-            taken.append(time.perf_counter() - start)
-    return min(seconds[PackedLinear.packed_product]) < min(seconds[nn.Linear.forward])
+            for layer in layers:
+                layer.forward(input)
+            fewest[index] = min(fewest[index], time.perf_counter() - start)
+    return fewest
 
 
 def _warn_of_unpacked(model: nn.Module) -> None:
@@ -389,11 +446,6 @@ def _is_packable(weight: torch.Tensor) -> bool:
 def _is_plain(weight: torch.Tensor) -> bool:
     # Quantised weights may call themselves float32, but are of a class of their own.
     return type(weight) in (torch.Tensor, nn.Parameter)
-
-
-def _has_half_products() -> bool:
-    """Whether torch's engine for quantised products, which users may choose, has float16 products."""
-    return torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
 def _fits_half(weight: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .memory import kept_with
 
 # Layers of ours that compute what an `nn.Linear` does.
-_OWN_LAYERS = ("PackedLinear", "HalfLinear")
+_OWN_LAYERS = ("PackedLinear", "MklLinear", "HalfLinear")
 _NUM_OTHERS, _FACTOR = 7, 100.0
 # Differences by rounding, as a share of the largest output, in float32 and in the shorter types.
 _ROUNDING, _SHORT_ROUNDING = 1e-4, 4e-3
