@@ -482,6 +482,19 @@ def test_layers_in_vllms_field_count_as_states(tmp_path, target, target_folder):
     assert eagle3.convert(source, tmp_path / "draft", target_folder).config.target_layer_ids == [1, 2, 5]
 
 
+def test_two_lists_of_layers_that_differ_are_told(tmp_path, target, target_folder):
+    """SGLang's is read, which counts layers from 0; lists that mean the same states need no word."""
+    for own, is_told in (([1, 2, 5], False), ([0, 1, 4], True)):
+        nested = {"eagle_aux_hidden_state_layer_ids": [0, 1, 4]}
+        change = put(eagle_config=nested, eagle_aux_hidden_state_layer_ids=own)
+        source = broken_source(tmp_path / str(is_told), target, target_folder, "eagle3", change)
+        report = eagle3.convert(source, tmp_path / str(is_told) / "draft", target_folder)
+        assert report.config.target_layer_ids == [1, 2, 5]
+        assert [note for note in report.notes if "two lists" in note] == (
+            [f"config.json names two lists of states: [1, 2, 5] by eagle_config, which are read, and {own}"] if is_told else []
+        )
+
+
 def test_eagle3_for_a_wider_target(tmp_path, target_folder):
     """A draft narrower than its target keeps its own embedding, and decodes."""
     wide = tiny_target(num_hidden_layers=8, hidden_size=48, head_dim=12)

@@ -103,9 +103,10 @@ class _Slow:
 @torch.no_grad()
 @needs_mkl
 @pytest.mark.parametrize("best", [PackedLinear, MklLinear])
-@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [128], [1, 2, 3, 4, 8, 16, 32, 128]])
+@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [256], [1, 2, 3, 4, 8, 16, 32, 256]])
 def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, one_thread, monkeypatch):
-    """Of both libraries the one that saves the most; the default product where that one is slow. Layers of a shape agree."""
+    """Of both libraries the one that saves the most; the default product where that one is slow, and for a prompt.
+    Layers of a shape agree."""
     slow = _Slow(monkeypatch)
     slow.seconds = {
         nn.Linear: lambda num_rows: 0.003,
@@ -118,13 +119,13 @@ def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, 
         for linear in prepared.linears[:2]:
             # Where neither library ever helps, it does not matter which packed.
             assert type(linear) is best or len(slow_rows) == 8
-            for num_rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 127, 128, 129):
-                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32) if num_rows <= rows), 128)
+            for num_rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 255, 256, 257, 900):
+                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32, 256) if num_rows <= rows), None)
                 slow.calls.clear()
                 inputs = torch.randn(num_rows, 256)
                 expected = nn.functional.linear(inputs, linear.weight, linear.bias)
                 torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
-                assert slow.calls == [("Linear" if timed_rows in slow_rows else best.__name__, num_rows)]
+                assert slow.calls == [("Linear" if timed_rows in (None, *slow_rows) else best.__name__, num_rows)]
         # The last layer has too few weights to be timed.
         assert type(model[2]) is PackedLinear
         assert all(model[2].packed_rows[1:])
@@ -136,7 +137,7 @@ def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, 
 
 @torch.no_grad()
 @needs_mkl
-@pytest.mark.parametrize("wrong_rows", [[3], [128]])
+@pytest.mark.parametrize("wrong_rows", [[3], [256]])
 def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch):
     """Fast as it may be: it is compared with the default product where it is timed."""
     slow, product = _Slow(monkeypatch), MklLinear.packed_product
@@ -148,7 +149,7 @@ def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch
     monkeypatch.setattr(MklLinear, "packed_product", wrong)
     linear = nn.Linear(256, 256)
     with prepare_for_cpu(linear):
-        for num_rows in (1, 2, 3, 4, 100, 128, 400):
+        for num_rows in (1, 2, 3, 4, 100, 256, 400):
             inputs = torch.randn(num_rows, 256)
             expected = nn.functional.linear(inputs, linear.weight, linear.bias)
             torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
@@ -213,16 +214,18 @@ def test_a_prepared_pair_is_lossless(draft_vocab_size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_rows", [0, 1, 10, 200])
+@pytest.mark.parametrize("num_rows", [0, 1, 10, 128])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_drafts_layer_in_float16(num_rows, has_bias):
-    """The product with the rounded weight, summed in float32; exact again when it is undone."""
+    """The product with the rounded weight, summed in float32; exact for a prompt, and when it is undone."""
     linear = nn.Linear(576, 97, bias=has_bias)
     inputs = torch.randn(2, num_rows, 576)
     exact = linear(inputs)
     expected = nn.functional.linear(inputs, linear.weight.half().float(), linear.bias)
     pack(linear, HalfLinear)
     torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+    prompt = torch.randn(257, 576)
+    assert torch.equal(linear(prompt), nn.functional.linear(prompt, linear.weight, linear.bias))
     with torch.enable_grad():
         assert torch.equal(linear(inputs), exact)
     PreparedModels([linear]).undo()

@@ -244,6 +244,7 @@ def test_serving_other_ways_to_ask(client):
         ({"messages": ["hi"]}, "messages: expected turns with a text or a list as content, got 'hi'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages: expected turns with a text or a list as content"),
         ({"logit_bias": {"10": "x"}}, "10: expected a number, got 'x'"),
+        ({"logit_bias": {"10": None}}, "logit_bias: expected numbers, got {'10': None}"),
         ({"extra_body": {"logit_bias": [1]}}, "logit_bias: expected an object of numbers by token id"),
         ({"extra_body": {"generation_config": "[1]"}}, "generation_config: expected a JSON object as a text, got"),
         ({"extra_body": {"generation_config": '{"return_dict_in_generate": true}'}}, "expected return_dict_in_generate to be false"),

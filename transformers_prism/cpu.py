@@ -34,9 +34,9 @@ from transformers import Cache, PreTrainedModel
 
 from .transformers_names import cache_of
 
-# Products are timed with these numbers of rows, and the fastest serves those between the one before and this one too. More
-# than the last are those of a prompt, and take what is faster for the last.
-_TIMED_ROWS = (1, 2, 3, 4, 8, 16, 32, 128)
+# Products are timed with these numbers of rows, and the fastest serves those between the one before and this one, too.
+_TIMED_ROWS = (1, 2, 3, 4, 8, 16, 32, 256)
+# More are those of a prompt, and take the default product: packing a weight is then a small part of it.
 _MOST_ROWS = _TIMED_ROWS[-1]
 # Layers with fewer weights are not timed. Of each shape, layers with this many weights in all are: more than a CPU cache holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
@@ -123,9 +123,9 @@ def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class PackedLinear(nn.Linear):
     """An `nn.Linear` with a copy of its weight that oneDNN packed. It is converted, and converted back, by changing its class.
 
-    The packed copy is used in forwards without gradients on float32 inputs with as many rows as `packed_rows` names, by
-    number (the last entry also for more). It is made again when a write to the weight is noticed (see [`prepare_for_cpu`]).
-    All other inputs take the default product.
+    The packed copy is used in forwards without gradients on float32 inputs for which `packed_rows`, by the number of rows, is
+    True. It is made again when a write to the weight is noticed (see [`prepare_for_cpu`]). All other inputs, and those with
+    more rows, take the default product.
     """
 
     BYTES_PER_WEIGHT = 4
@@ -136,7 +136,7 @@ class PackedLinear(nn.Linear):
         # A call per layer and forward: a look at a parameter by its attribute would take a tenth of a small product.
         num_rows = input.numel() // self.in_features
         weight = self._parameters.get("weight")
-        if weight is None or not self.packed_rows[min(num_rows, _MOST_ROWS)] or not _takes(input):
+        if weight is None or num_rows > _MOST_ROWS or not self.packed_rows[num_rows] or not _takes(input):
             return super().forward(input)
         packed = self.__dict__.get("_packed")
         if packed is None or not packed.is_of(weight):
@@ -314,8 +314,8 @@ class PreparedModels:
 def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
     """Pack the weights of every float32 `nn.Linear` on the CPU once, so that verifying a tree and drafting one cost little.
 
-    The products of the libraries in torch are timed on 1 to 128 rows, in one or two seconds, and the fastest are used from
-    then on. A target's results stay the same within float error. A draft is packed in float16, and so are the rows of the head that it
+    The products of torch's libraries are timed on 1 to 256 rows, in some two seconds, and the fastest are used from then on.
+    A target's results stay the same within float error. A draft is packed in float16, and so are the rows of the head that it
     borrows: it may propose other tokens now and then, which changes no output. Layers that are not a plain `nn.Linear` in
     float32 (quantised, with adapters, offloaded, in 16 bits) stay as they are.
 
@@ -373,6 +373,7 @@ def _pack_fastest(linears: list[nn.Linear]) -> list[PackedLinear]:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tuple[bool, ...]]:
     """The packing that saves the most on these layers of one shape, and whether it is faster, by number of rows."""
     kinds = [kind for kind in (PackedLinear, MklLinear) if kind.is_available()]

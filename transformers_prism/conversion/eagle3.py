@@ -133,9 +133,12 @@ def _target_ids(d2t: torch.Tensor, t2d: torch.Tensor | None, fields: dict) -> to
 
 def _layer_ids(config: dict):
     """A function from the target's number of layers to the states that a draft reads, and notes about these."""
-    given = aux_layer_ids(config) or read_layer_list(config)
+    nested, own = aux_layer_ids(config), read_layer_list(config)
+    given = nested or own
     if given is not None:
-        return (lambda num_target_layers: list(given)), []
+        differs = nested is not None and own is not None and nested != own
+        notes = [f"config.json names two lists of states: {nested} by eagle_config, which are read, and {own}"] if differs else []
+        return (lambda num_target_layers: list(given)), notes
 
     def default(num_target_layers: int | None) -> list[int]:
         num_layers = require_layers(num_target_layers, "it says which states an EAGLE-3 draft reads")

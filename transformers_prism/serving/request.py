@@ -44,8 +44,10 @@ class Request:
             biases = body["logit_bias"]
             if not isinstance(biases, dict):
                 raise ValueError(f"logit_bias: expected an object of numbers by token id, got {biases!r}")
+            if None in biases.values():
+                raise ValueError(f"logit_bias: expected numbers, got {biases!r}")
             # Clients send integers here, which transformers refuses.
-            body["logit_bias"] = {name: float(_number(biases, name, float) or 0.0) for name in biases}
+            body["logit_bias"] = {name: _number(biases, name, float) for name in biases}
         self.seed = _number(body, "seed", int, at_least=0)
         if self.seed is not None and self.seed >= 2**63:
             raise ValueError(f"seed: expected 0 to {2**63 - 1}, got {self.seed}")
