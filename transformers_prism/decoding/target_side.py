@@ -32,10 +32,10 @@ from .sequences import Sequences
 from .target_support import (
     Declined,
     counts_positions,
-    hidden_state,
     image_layers,
     inputs_of_next_step,
     makes_own_inputs,
+    one_stream,
     place_of_state,
     position_offset,
     reason_against_batch_positions,
@@ -103,6 +103,8 @@ class TargetSide:
         self.target, self.device = target, input_device(target)
         self.layer_ids = list(layer_ids)
         self.asked_states = states_to_ask_for(self.layer_ids, target.config)
+        # By how many hidden states a forward returns, since transformers searches the configuration in each look at it.
+        self.places_of_states: dict[int, list[int]] = {}
         self.image_layers = image_layers(target.config)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
@@ -414,12 +416,16 @@ class TargetSide:
         if outputs.hidden_states is None:
             raise Declined(f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns none")
         num_states = len(outputs.hidden_states)
-        if max(place_of_state(layer, self.target.config, num_states) for layer in self.layer_ids) >= num_states:
+        if num_states not in self.places_of_states:
+            config = self.target.config
+            self.places_of_states[num_states] = [place_of_state(layer, config, num_states) for layer in self.layer_ids]
+        places = self.places_of_states[num_states]
+        if max(places) >= num_states:
             raise Declined(
                 f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns only the first "
                 f"{num_states}"
             )
-        return [hidden_state(outputs, layer, self.target.config) for layer in self.layer_ids]
+        return [one_stream(outputs.hidden_states[place], self.target.config) for place in places]
 
 
 def num_learned_positions(target) -> int | None:

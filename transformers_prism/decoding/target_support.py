@@ -59,7 +59,11 @@ class RotarySwitch(NamedTuple):
 def hidden_state(outputs, layer: int, config) -> torch.Tensor:
     """A hidden state `(B, T, D)` of a target's output; of several streams the one that the model continues with (gemma3n,
     `(streams, B, T, D)`) or their mean (hyper-connections, `(B, T, streams, D)`)."""
-    state = outputs.hidden_states[place_of_state(layer, config, len(outputs.hidden_states))]
+    return one_stream(outputs.hidden_states[place_of_state(layer, config, len(outputs.hidden_states))], config)
+
+
+def one_stream(state: torch.Tensor, config) -> torch.Tensor:
+    """A hidden state `(B, T, D)` of one that may have several streams, as for [`hidden_state`]."""
     if state.dim() == 3:
         return state
     active = getattr(config.get_text_config(), "altup_active_idx", None)
