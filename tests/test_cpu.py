@@ -11,7 +11,7 @@ import torch
 from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, tiny_draft, tiny_target, varied_target
 from torch import nn
 
-from transformers_prism import prepare_for_cpu
+from transformers_prism import cpu, prepare_for_cpu
 from transformers_prism.cpu import HalfLinear, MklLinear, PackedLinear, PreparedModels, pack
 
 pytestmark = [
@@ -153,6 +153,22 @@ def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch
             inputs = torch.randn(num_rows, 256)
             expected = nn.functional.linear(inputs, linear.weight, linear.bias)
             torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_every_kind_are_timed(monkeypatch):
+    """Made in inference mode, with weights that are not contiguous, with more rows than are timed; under autocast."""
+    monkeypatch.setattr(cpu, "_TIMED_WEIGHTS", 2**17)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 1024, bias=False), nn.Linear(1024, 256))
+        model[2].weight = nn.Parameter(torch.randn(1024, 256).T)
+    inputs = {num_rows: torch.randn(num_rows, 256) for num_rows in (1, 2, 3, 8, 100, 300)}
+    with torch.no_grad():
+        expected = {num_rows: model(one) for num_rows, one in inputs.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            prepared = prepare_for_cpu(model)
+        with prepared:
+            for num_rows, one in inputs.items():
+                torch.testing.assert_close(model(one), expected[num_rows], atol=1e-3, rtol=1e-4)
 
 
 @torch.no_grad()

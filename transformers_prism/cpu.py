@@ -38,7 +38,7 @@ from .transformers_names import cache_of
 _TIMED_ROWS = (1, 2, 3, 4, 8, 16, 32, 256)
 # More are those of a prompt, and take the default product: packing a weight is then a small part of it.
 _MOST_ROWS = _TIMED_ROWS[-1]
-# Layers with fewer weights are not timed. Of each shape, layers with this many weights in all are: more than a CPU cache holds.
+# Layers with fewer weights are not timed. Of each shape this many weights are: more than a core's cache holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
 _NUM_REPEATS, _MOST_SECONDS = 5, 0.05
 # Products of two libraries differ by rounding, which is at most this share of the largest value.
@@ -377,14 +377,15 @@ def _pack_fastest(linears: list[nn.Linear]) -> list[PackedLinear]:
 def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tuple[bool, ...]]:
     """The packing that saves the most on these layers of one shape, and whether it is faster, by number of rows."""
     kinds = [kind for kind in (PackedLinear, MklLinear) if kind.is_available()]
-    twins = [[pack(_twin(linear), kind) for linear in linears] for kind in kinds]
+    plain = [_first_rows(linear) for linear in linears]
+    twins = [[pack(_first_rows(linear), kind) for linear in linears] for kind in kinds]
     shares: dict[type[PackedLinear], list[float]] = {kind: [] for kind in kinds}
     for num_rows in _TIMED_ROWS:
         # The many rows of a prompt are bound by arithmetic, whatever the caches hold.
         timed = slice(None if num_rows < _MOST_ROWS else 1)
         input = torch.linspace(-1, 1, num_rows * linears[0].in_features, device="cpu").view(num_rows, -1)
-        default, *seconds = _seconds([linears[timed], *(layers[timed] for layers in twins)], input)
-        expected = linears[0](input)
+        default, *seconds = _seconds([layers[timed] for layers in (plain, *twins)], input)
+        expected = plain[0](input)
         for kind, layers, taken in zip(kinds, twins, seconds, strict=True):
             is_right = (layers[0](input) - expected).abs().max() <= _ROUNDING * expected.abs().max()
             shares[kind].append(taken / default if is_right else float("inf"))
@@ -395,18 +396,21 @@ def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tup
     return kind, tuple(packed_rows)
 
 
-def _twin(linear: nn.Linear) -> nn.Linear:
-    """Another layer with the same weight and bias."""
-    twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    twin.weight, twin.bias = linear.weight, linear.bias
-    return twin
+def _first_rows(linear: nn.Linear) -> nn.Linear:
+    """A layer with the same weight and bias; of a large one, such as a head, with its first rows."""
+    num_rows = min(linear.out_features, -(-_TIMED_WEIGHTS // linear.in_features))
+    rows = nn.Linear(linear.in_features, num_rows, bias=False, device="meta")
+    rows.weight = nn.Parameter(linear.weight[:num_rows], requires_grad=False)
+    if linear.bias is not None:
+        rows.bias = nn.Parameter(linear.bias[:num_rows], requires_grad=False)
+    return rows
 
 
 def _seconds(kinds: list[list], input: torch.Tensor) -> list[float]:
     """For each list of layers, the time of one pass over them: the shortest of several, in turn."""
     fewest, start_of_all = [float("inf")] * len(kinds), time.perf_counter()
     for repeat in range(_NUM_REPEATS):
-        # Large layers take long, and vary little.
+        # What takes long varies little.
         if repeat > 1 and time.perf_counter() - start_of_all > _MOST_SECONDS:
             break
         for index, layers in enumerate(kinds):
