@@ -378,13 +378,13 @@ def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tup
     """The packing that saves the most on these layers of one shape, and whether it is faster, by number of rows."""
     kinds = [kind for kind in (PackedLinear, MklLinear) if kind.is_available()]
     plain = [_first_rows(linear) for linear in linears]
-    twins = [[pack(_first_rows(linear), kind) for linear in linears] for kind in kinds]
+    twins: list[list] = [[pack(_first_rows(linear), kind) for linear in linears] for kind in kinds]
     shares: dict[type[PackedLinear], list[float]] = {kind: [] for kind in kinds}
     for num_rows in _TIMED_ROWS:
         # The many rows of a prompt are bound by arithmetic, whatever the caches hold.
         timed = slice(None if num_rows < _MOST_ROWS else 1)
         input = torch.linspace(-1, 1, num_rows * linears[0].in_features, device="cpu").view(num_rows, -1)
-        default, *seconds = _seconds([layers[timed] for layers in (plain, *twins)], input)
+        default, *seconds = _seconds([plain[timed], *(layers[timed] for layers in twins)], input)
         expected = plain[0](input)
         for kind, layers, taken in zip(kinds, twins, seconds, strict=True):
             is_right = (layers[0](input) - expected).abs().max() <= _ROUNDING * expected.abs().max()
