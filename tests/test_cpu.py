@@ -156,7 +156,8 @@ def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch
 
 
 def test_layers_of_every_kind_are_timed(monkeypatch):
-    """Made in inference mode, with weights that are not contiguous, with more rows than are timed; under autocast."""
+    """Made in inference mode, with weights that are not contiguous, with more rows than are timed; under autocast, and with
+    another default dtype."""
     monkeypatch.setattr(cpu, "_TIMED_WEIGHTS", 2**17)
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 1024, bias=False), nn.Linear(1024, 256))
@@ -164,8 +165,12 @@ def test_layers_of_every_kind_are_timed(monkeypatch):
     inputs = {num_rows: torch.randn(num_rows, 256) for num_rows in (1, 2, 3, 8, 100, 300)}
     with torch.no_grad():
         expected = {num_rows: model(one) for num_rows, one in inputs.items()}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            prepared = prepare_for_cpu(model)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                prepared = prepare_for_cpu(model)
+        finally:
+            torch.set_default_dtype(torch.float32)
         with prepared:
             for num_rows, one in inputs.items():
                 torch.testing.assert_close(model(one), expected[num_rows], atol=1e-3, rtol=1e-4)

@@ -383,7 +383,7 @@ def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tup
     for num_rows in _TIMED_ROWS:
         # The many rows of a prompt are bound by arithmetic, whatever the caches hold.
         timed = slice(None if num_rows < _MOST_ROWS else 1)
-        input = torch.linspace(-1, 1, num_rows * linears[0].in_features, device="cpu").view(num_rows, -1)
+        input = torch.linspace(-1, 1, num_rows * linears[0].in_features, dtype=torch.float32, device="cpu").view(num_rows, -1)
         default, *seconds = _seconds([plain[timed], *(layers[timed] for layers in twins)], input)
         expected = plain[0](input)
         for kind, layers, taken in zip(kinds, twins, seconds, strict=True):
