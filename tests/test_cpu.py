@@ -54,33 +54,19 @@ def test_products_equal_the_default_within_rounding(num_rows, has_bias):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 97), (192, 576), (1023, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
-def test_one_mkl_copy_serves_all_numbers_of_rows(shape, has_bias, threads):
+def test_one_mkl_copy_serves_all_numbers_of_rows(shape, has_bias, threads, one_thread):
     """Packed for one number of rows and by one number of threads, used with others."""
-    linear, before = nn.Linear(*shape, bias=has_bias), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads[0])
-        pack(linear, MklLinear)
-        torch.set_num_threads(threads[1])
-        for num_rows in (0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700):
-            inputs = torch.randn(num_rows, shape[0])
+    linear = nn.Linear(*shape, bias=has_bias)
+    torch.set_num_threads(threads[0])
+    pack(linear, MklLinear)
+    torch.set_num_threads(threads[1])  # the fixture sets it back
+    for num_rows in (0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700):
+        # Also columns that do not follow one another.
+        for inputs in (torch.randn(num_rows, shape[0]), torch.randn(shape[0], num_rows).T):
             expected = nn.functional.linear(inputs, linear.weight, linear.bias)
             torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
-            # Columns that do not follow one another, a row without a batch, and more dimensions.
-            strided = torch.randn(shape[0], num_rows).T
-            torch.testing.assert_close(linear(strided), nn.functional.linear(strided, linear.weight, linear.bias), atol=1e-5, rtol=1e-5)
-        assert linear(torch.randn(shape[0])).shape == (shape[1],)
-        assert linear(torch.randn(2, 3, shape[0])).shape == (2, 3, shape[1])
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread():
-    """Threads that wait for one another on a busy machine may take longer than what a test waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    assert linear(torch.randn(shape[0])).shape == (shape[1],)
+    assert linear(torch.randn(2, 3, shape[0])).shape == (2, 3, shape[1])
 
 
 class _Slow:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_prism import target_numerics
-from .cpu import HalfLinear, MklLinear, PackedLinear, pack
+from .cpu import PACKED_KINDS, PackedLinear, pack
 from .decoding.layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
 from .decoding.transfer import on_device
 from .transformers_names import output_embeddings
@@ -143,7 +143,7 @@ class BorrowedLayers:
         """How to pack rows of the head: as `draft_layer`, one layer of the draft, else as the head; None: not at all."""
         # By name: a model may have been prepared by another copy of this code.
         names = {type(draft_layer).__name__, type(self.head).__name__}
-        return next((kind for kind in (HalfLinear, MklLinear, PackedLinear) if kind.__name__ in names), None)
+        return next((kind for kind in PACKED_KINDS if kind.__name__ in names), None)
 
     def __deepcopy__(self, memo):
         """A copied draft borrows the same layers."""

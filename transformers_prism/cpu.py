@@ -218,6 +218,10 @@ class HalfLinear(PackedLinear):
         return torch.ops.quantized.linear_prepack_fp16(weight, None) if can_pack else None
 
 
+# All kinds of layers that compute what an `nn.Linear` does, the one that a draft prefers first.
+PACKED_KINDS = (HalfLinear, MklLinear, PackedLinear)
+
+
 class WeightCheck:
     """A forward pre-hook of a prepared model: before a sequence begins, it packs weights again that were written to."""
 
@@ -351,10 +355,9 @@ def prepare_for_cpu(*models: nn.Module) -> PreparedModels:
 
 def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
     """Turn a layer into a packed one of this kind, in place; into one in float32 where float16 is not possible."""
-    if kind is HalfLinear:
-        kind = HalfLinear if HalfLinear.is_available() and _fits_half(linear.weight) else PackedLinear
     linear.__class__ = kind
-    linear._pack_again()  # type: ignore[operator]
+    if linear._pack_again().copy is None:  # type: ignore[operator]
+        return pack(linear, PackedLinear)
     return linear  # type: ignore[return-value]
 
 

@@ -136,8 +136,9 @@ def _layer_ids(config: dict):
     nested, own = aux_layer_ids(config), read_layer_list(config)
     given = nested or own
     if given is not None:
-        differs = nested is not None and own is not None and nested != own
-        notes = [f"config.json names two lists of states: {nested} by eagle_config, which are read, and {own}"] if differs else []
+        notes = []
+        if nested and own and nested != own:
+            notes.append(f"config.json names two lists of states: {nested} by eagle_config, which are read, and {own}")
         return (lambda num_target_layers: list(given)), notes
 
     def default(num_target_layers: int | None) -> list[int]:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..cpu import PACKED_KINDS
 from .memory import kept_with
 
-# Layers of ours that compute what an `nn.Linear` does.
-_OWN_LAYERS = ("PackedLinear", "MklLinear", "HalfLinear")
+# By name: a model may have been prepared by another copy of this code.
+_OWN_LAYERS = tuple(kind.__name__ for kind in PACKED_KINDS)
 _NUM_OTHERS, _FACTOR = 7, 100.0
 # Differences by rounding, as a share of the largest output, in float32 and in the shorter types.
 _ROUNDING, _SHORT_ROUNDING = 1e-4, 4e-3

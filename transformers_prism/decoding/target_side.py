@@ -417,14 +417,14 @@ class TargetSide:
             raise Declined(f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns none")
         num_states = len(outputs.hidden_states)
         if num_states not in self.places_of_states:
-            config = self.target.config
-            self.places_of_states[num_states] = [place_of_state(layer, config, num_states) for layer in self.layer_ids]
+            places = [place_of_state(layer, self.target.config, num_states) for layer in self.layer_ids]
+            if max(places) >= num_states:
+                raise Declined(
+                    f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns only the "
+                    f"first {num_states}"
+                )
+            self.places_of_states[num_states] = places
         places = self.places_of_states[num_states]
-        if max(places) >= num_states:
-            raise Declined(
-                f"the draft reads hidden states {self.layer_ids}, of which {type(self.target).__name__} returns only the first "
-                f"{num_states}"
-            )
         return [one_stream(outputs.hidden_states[place], self.target.config) for place in places]
 
 
