@@ -8,7 +8,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import scripted_draft, tiny_draft, tiny_target
@@ -33,13 +32,6 @@ def test_round_costs_are_interpolated_and_go_on_beyond_the_last_point():
     """By straight lines."""
     costs = RoundCosts([1, 2, 4], [1.0, 2.0, 6.0], 0.1)
     assert [costs.verify(count) for count in (1, 2, 3, 4, 5)] == pytest.approx([1.0, 2.0, 4.0, 6.0, 8.0])
-
-
-@pytest.mark.parametrize(("points", "seconds"), [([1, 2, 4], [1.0, 2.0, 6.0]), ([8, 16], [1.0, 3.0]), ([8, 16], [1.0, 1.1])])
-def test_round_costs_of_several_forwards_are_those_of_each(points, seconds):
-    """Between the points that were measured, before the first and beyond the last."""
-    costs, counts = RoundCosts(points, seconds, 0.1), np.arange(1, 40)
-    assert costs.verify_each(counts).tolist() == pytest.approx([costs.verify(count) for count in counts.tolist()])
 
 
 def test_round_costs_follow_what_rounds_measure():

@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, tiny_dra
 from torch import nn
 
 from transformers_prism import cpu, prepare_for_cpu
-from transformers_prism.cpu import HalfLinear, MklLinear, PackedLinear, PreparedModels, pack
+from transformers_prism.cpu import CompiledLinear, HalfLinear, MklLinear, PackedLinear, PreparedModels, pack
 
 pytestmark = [
     pytest.mark.quick,
@@ -21,6 +21,9 @@ pytestmark = [
 
 
 needs_mkl = pytest.mark.skipif(not MklLinear.is_available(), reason="this build of torch has no MKL")
+needs_compiled = pytest.mark.skipif(not CompiledLinear.is_available(), reason="no C++ compiler or no x86 CPU with AVX2")
+# The kinds that are timed against each other.
+KINDS = [kind for kind in (PackedLinear, MklLinear, CompiledLinear) if kind.is_available()]
 
 
 def test_autocast_computes_as_without_packed_weights():
@@ -50,15 +53,15 @@ def test_products_equal_the_default_within_rounding(num_rows, has_bias):
 
 
 @torch.no_grad()
-@needs_mkl
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 97), (192, 576), (1023, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
-def test_one_mkl_copy_serves_all_numbers_of_rows(shape, has_bias, threads, one_thread):
+def test_one_copy_serves_all_numbers_of_rows(kind, shape, has_bias, threads, one_thread):
     """Packed for one number of rows and by one number of threads, used with others."""
     linear = nn.Linear(*shape, bias=has_bias)
     torch.set_num_threads(threads[0])
-    pack(linear, MklLinear)
+    pack(linear, kind)
     torch.set_num_threads(threads[1])  # the fixture sets it back
     for num_rows in (0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700):
         # Also columns that do not follow one another.
@@ -74,8 +77,9 @@ class _Slow:
 
     def __init__(self, monkeypatch):
         self.seconds, self.calls = {}, []
-        for kind, name in ((PackedLinear, "packed_product"), (MklLinear, "packed_product"), (nn.Linear, "forward")):
-            monkeypatch.setattr(kind, name, self.slowed(kind, getattr(kind, name)))
+        for kind in KINDS:
+            monkeypatch.setattr(kind, "packed_product", self.slowed(kind, kind.packed_product))
+        monkeypatch.setattr(nn.Linear, "forward", self.slowed(nn.Linear, nn.Linear.forward))
 
     def slowed(self, kind, product):
         def run(layer, input, *others):
@@ -87,26 +91,24 @@ class _Slow:
 
 
 @torch.no_grad()
-@needs_mkl
-@pytest.mark.parametrize("best", [PackedLinear, MklLinear])
-@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [256], [1, 2, 3, 4, 8, 16, 32, 256]])
+@pytest.mark.parametrize("best", KINDS)
+@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [256], [1, 2, 3, 4, 8, 16, 32, 64, 256]])
 def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, one_thread, monkeypatch):
-    """Of both libraries the one that saves the most; the default product where that one is slow, and for a prompt.
+    """Of all kinds the one that saves the most; the default product where that one is slow, and for a prompt.
     Layers of a shape agree."""
     slow = _Slow(monkeypatch)
     slow.seconds = {
         nn.Linear: lambda num_rows: 0.003,
-        PackedLinear: lambda num_rows: 0.012,
-        MklLinear: lambda num_rows: 0.012,
+        **dict.fromkeys(KINDS, lambda num_rows: 0.012),
         best: lambda num_rows: 0.006 if num_rows in slow_rows else 0,
     }
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 8))
     with prepare_for_cpu(model) as prepared:
         for linear in prepared.linears[:2]:
-            # Where neither library ever helps, it does not matter which packed.
-            assert type(linear) is best or len(slow_rows) == 8
-            for num_rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 255, 256, 257, 900):
-                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32, 256) if num_rows <= rows), None)
+            # Where none ever helps, it does not matter which packed.
+            assert type(linear) is best or len(slow_rows) == 9
+            for num_rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 65, 255, 256, 257, 900):
+                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32, 64, 256) if num_rows <= rows), None)
                 slow.calls.clear()
                 inputs = torch.randn(num_rows, 256)
                 expected = nn.functional.linear(inputs, linear.weight, linear.bias)
@@ -127,7 +129,7 @@ def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, 
 def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch):
     """Fast as it may be: it is compared with the default product where it is timed."""
     slow, product = _Slow(monkeypatch), MklLinear.packed_product
-    slow.seconds = {nn.Linear: lambda num_rows: 0.004, PackedLinear: lambda num_rows: 0.002}
+    slow.seconds = {nn.Linear: lambda num_rows: 0.004, **dict.fromkeys(KINDS, lambda num_rows: 0.002), MklLinear: lambda num_rows: 0}
 
     def wrong(layer, input, *others):
         return product(layer, input, *others) * (1.01 if len(input) in wrong_rows else 1)
@@ -163,12 +165,34 @@ def test_layers_of_every_kind_are_timed(monkeypatch):
 
 
 @torch.no_grad()
-def test_without_mkl_layers_are_packed_by_onednn(monkeypatch):
-    """As in builds for ARM."""
-    monkeypatch.setattr(MklLinear, "is_available", classmethod(lambda cls: False))
+def test_without_mkl_and_a_compiler_layers_are_packed_by_onednn(monkeypatch):
+    """As on ARM."""
+    for kind in (MklLinear, CompiledLinear):
+        monkeypatch.setattr(kind, "is_available", classmethod(lambda cls: False))
     linear = nn.Linear(256, 256)
     with prepare_for_cpu(linear):
         assert type(linear) is PackedLinear
+
+
+@torch.no_grad()
+@needs_compiled
+def test_a_pickled_layer_where_there_is_no_compiler(monkeypatch):
+    """It takes the default product."""
+    linear, inputs = pack(nn.Linear(48, 97), CompiledLinear), torch.randn(3, 48)
+    expected = linear(inputs)
+    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: False)
+    loaded = pickle.loads(pickle.dumps(linear))
+    assert type(loaded) is CompiledLinear
+    torch.testing.assert_close(loaded(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@needs_compiled
+def test_a_compiled_layers_output_does_not_depend_on_the_other_rows():
+    """Bit for bit: a tree's products are those of plain steps."""
+    linear = pack(nn.Linear(576, 97), CompiledLinear)
+    inputs = torch.randn(61, 576)
+    assert torch.equal(linear(inputs), torch.cat([linear(row[None]) for row in inputs]))
 
 
 def test_a_parametrized_layer_takes_the_default_product():
@@ -223,8 +247,10 @@ def test_a_prepared_pair_is_lossless(draft_vocab_size):
 @torch.no_grad()
 @pytest.mark.parametrize("num_rows", [0, 1, 10, 128])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_drafts_layer_in_float16(num_rows, has_bias):
-    """The product with the rounded weight, summed in float32; exact for a prompt, and when it is undone."""
+@pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=needs_compiled), False])
+def test_a_drafts_layer_in_float16(num_rows, has_bias, is_compiled, monkeypatch):
+    """The product with the rounded weight, summed in float32; exact for a prompt, and when it is undone. Ours or torch's."""
+    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: is_compiled)
     linear = nn.Linear(576, 97, bias=has_bias)
     inputs = torch.randn(2, num_rows, 576)
     exact = linear(inputs)
@@ -312,8 +338,8 @@ def test_a_model_with_nothing_to_pack_is_told():
         assert not prepare_for_cpu(nn.Linear(4, 4, device="meta")).linears  # as on an accelerator
 
 
-def test_a_draft_is_packed_in_float32_where_torch_has_no_products_in_float16():
-    """Which the engine for quantised products decides; the user may choose another after packing."""
+def test_a_draft_is_packed_in_float32_where_there_are_no_products_in_float16(monkeypatch):
+    """Without our own. Which torch has, the engine for quantised products decides; the user may choose another after packing."""
     target = tiny_target("llama", 3)
     draft = tiny_draft(target)
     before = torch.backends.quantized.engine
@@ -322,6 +348,7 @@ def test_a_draft_is_packed_in_float32_where_torch_has_no_products_in_float16():
         pytest.skip("this build of torch has no engine without such products")
     input_ids, mask = prompts(1)
     settings = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID}
+    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: False)
     try:
         for engines in itertools.product((before, *others), others):
             torch.backends.quantized.engine = engines[0]

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from transformers_prism import cpu, prepare_for_cpu
 from transformers_prism.cpu import (
+    CompiledLinear,
     HalfLinear,
     MklLinear,
     PackedLinear,
@@ -74,7 +75,7 @@ def two_columns_change_places(linear):
     linear.weight.data[:, [2, 6]] = linear.weight.data[:, [6, 2]]
 
 
-KINDS = [kind for kind in (PackedLinear, MklLinear, HalfLinear) if kind.is_available()]
+KINDS = [kind for kind in (PackedLinear, MklLinear, CompiledLinear, HalfLinear) if kind.is_available()]
 DENSE = [merged, copied, loaded]
 PARTIAL = [one_row, one_row_by_numpy, one_value, two_rows_change_places, two_columns_change_places]
 

@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms from the ground up: a file imports files of lower floors, and of its own folder. A room is a folder or a file.
 FLOORS = (
-    {"command_line", "kernels", "tried_releases", "tried_targets", "whole_files"},
-    {"transformers_names"},
+    {"command_line", "tried_releases", "tried_targets", "whole_files"},
+    {"kernels", "transformers_names"},
     {"configuration_prism", "cpu", "target"},
     {"decoding", "processing_module"},
     {"borrowed_layers", "policy"},

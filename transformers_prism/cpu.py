@@ -1,12 +1,12 @@
 """Make forwards over a few tokens cost little more than one over a single token, on a CPU.
 
 torch's default matrix product re-packs a weight for every product with 2 to 32 rows. Packed once, in the layout that a
-library chooses, the product reads the weight and nothing else; torch.compile does the same with frozen weights. Results
-differ from the default product by rounding only.
+product reads, it reads the weight and nothing else; torch.compile does the same with frozen weights. Results differ from the
+default product by rounding only.
 
-Which product is fastest depends on the CPU, the shape of the weight and the number of rows: oneDNN's, MKL's or the default
-one. All are timed when the weights are packed. Each shape gets the packing that saves the most, and the default product
-where that one is faster.
+Which product is fastest depends on the CPU, the shape of the weight and the number of rows: our own, which needs a C++
+compiler (`kernels/packed_linear.py`), oneDNN's, MKL's or the default one. All are timed when the weights are packed. Each
+shape gets the packing that saves the most, and the default product where that one is faster.
 
 A draft step is bound by memory bandwidth, and what a draft proposes never changes the output: a draft's weights are packed
 in float16, half of the bytes.
@@ -32,16 +32,17 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from .kernels.packed_linear import pack_weight, packed_linear, packed_linear_is_available
 from .transformers_names import cache_of
 
 # Products are timed with these numbers of rows, and the fastest serves those between the one before and this one, too.
-_TIMED_ROWS = (1, 2, 3, 4, 8, 16, 32, 256)
+_TIMED_ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 256)
 # More are those of a prompt, and take the default product: packing a weight is then a small part of it.
 _MOST_ROWS = _TIMED_ROWS[-1]
 # Layers with fewer weights are not timed. Of each shape this many weights are: more than a core's cache holds.
 _FEWEST_TIMED_WEIGHTS, _TIMED_WEIGHTS = 2**16, 2**23
 _NUM_REPEATS, _MOST_SECONDS = 5, 0.05
-# Products of two libraries differ by rounding, which is at most this share of the largest value.
+# Two products differ by rounding, which is at most this share of the largest value.
 _ROUNDING = 1e-4
 # MKL asks for the number of rows, and packs in the same way for any: copies are of equal size, and serve all numbers of rows.
 _MKL_ROWS = 64
@@ -71,7 +72,8 @@ def _takes(input: torch.Tensor) -> bool:
     """Whether a packed copy can serve this input."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return input.dtype is torch.float32 and input.is_cpu
+    # Subclasses, such as those that only stand for a tensor while a graph is traced, may have no memory.
+    return input.dtype is torch.float32 and input.is_cpu and _is_plain(input)
 
 
 class _Packed(NamedTuple):
@@ -197,6 +199,31 @@ class MklLinear(PackedLinear):
         return torch.ops.mkl._mkl_reorder_linear_weight.default(weight, _MKL_ROWS)
 
 
+_outside_of_graphs = torch.compiler.disable(packed_linear)
+
+
+def _own_product(*arguments) -> torch.Tensor:
+    """[`packed_linear`], which torch.compile cannot trace."""
+    return _outside_of_graphs(*arguments) if torch.compiler.is_compiling() else packed_linear(*arguments)
+
+
+class CompiledLinear(PackedLinear):
+    """A layer whose product is our own."""
+
+    @classmethod
+    def is_available(cls) -> bool:
+        """Whether it could be compiled here."""
+        return packed_linear_is_available()
+
+    def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
+        """As [`PackedLinear.packed_product`]; a row's output does not depend on the number of rows."""
+        return _own_product(input, copy, self._parameters["bias"], self.out_features)
+
+    def _pack(self, weight: torch.Tensor):
+        # A pickle may be loaded where there is no compiler.
+        return pack_weight(weight) if packed_linear_is_available() else None
+
+
 class HalfLinear(PackedLinear):
     """A draft's layer, whose packed copy is in float16; products are summed in float32."""
 
@@ -204,22 +231,29 @@ class HalfLinear(PackedLinear):
 
     @classmethod
     def is_available(cls) -> bool:
-        """Whether torch's engine for quantised products, which users may choose, has them in float16."""
-        return torch.backends.quantized.engine in ("fbgemm", "x86")
+        """Whether our own product is there, or torch's engine for quantised products, which users may choose, has one."""
+        return packed_linear_is_available() or _has_half_engine()
 
     def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
         """As [`PackedLinear.packed_product`], with a weight of 11 significant bits."""
-        output, bias = torch.ops.quantized.linear_dynamic_fp16.default(input, copy), self._parameters["bias"]
+        bias = self._parameters["bias"]
+        if isinstance(copy, torch.Tensor):
+            return _own_product(input, copy, bias, self.out_features)
+        output = torch.ops.quantized.linear_dynamic_fp16.default(input, copy)
         return output if bias is None else output.add_(bias)
 
     def _pack(self, weight: torch.Tensor):
-        # Without the bias, which may be written to. None where a weight exceeds float16, or the product is not available.
-        can_pack = _fits_half(weight) and self.is_available()
-        return torch.ops.quantized.linear_prepack_fp16(weight, None) if can_pack else None
+        # None where a weight exceeds float16, or there is no product.
+        if not _fits_half(weight):
+            return None
+        if packed_linear_is_available():
+            return pack_weight(weight.half())
+        # Without the bias, which may be written to.
+        return torch.ops.quantized.linear_prepack_fp16(weight, None) if _has_half_engine() else None
 
 
 # All kinds of layers that compute what an `nn.Linear` does, the one that a draft prefers first.
-PACKED_KINDS = (HalfLinear, MklLinear, PackedLinear)
+PACKED_KINDS = (HalfLinear, CompiledLinear, MklLinear, PackedLinear)
 
 
 class WeightCheck:
@@ -362,7 +396,7 @@ def pack(linear: nn.Linear, kind: type[PackedLinear]) -> PackedLinear:
 
 
 def _pack_fastest(linears: list[nn.Linear]) -> list[PackedLinear]:
-    """Pack layers by the library, and for the numbers of rows, that timing shows to be the fastest for their shape."""
+    """Pack layers for the product, and the numbers of rows, that timing shows to be the fastest for their shape."""
     by_shape = defaultdict(list)
     for linear in linears:
         by_shape[tuple(linear.weight.shape)].append(linear)
@@ -379,7 +413,7 @@ def _pack_fastest(linears: list[nn.Linear]) -> list[PackedLinear]:
 @torch.autocast("cpu", enabled=False)
 def _fastest_products(linears: list[nn.Linear]) -> tuple[type[PackedLinear], tuple[bool, ...]]:
     """The packing that saves the most on these layers of one shape, and whether it is faster, by number of rows."""
-    kinds = [kind for kind in (PackedLinear, MklLinear) if kind.is_available()]
+    kinds = [kind for kind in (PackedLinear, MklLinear, CompiledLinear) if kind.is_available()]
     plain = [_first_rows(linear) for linear in linears]
     twins: list[list] = [[pack(_first_rows(linear), kind) for linear in linears] for kind in kinds]
     shares: dict[type[PackedLinear], list[float]] = {kind: [] for kind in kinds}
@@ -454,6 +488,10 @@ def _is_packable(weight: torch.Tensor) -> bool:
 def _is_plain(weight: torch.Tensor) -> bool:
     # Quantised weights may call themselves float32, but are of a class of their own.
     return type(weight) in (torch.Tensor, nn.Parameter)
+
+
+def _has_half_engine() -> bool:
+    return torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
 def _fits_half(weight: torch.Tensor) -> bool:

@@ -138,9 +138,9 @@ def speculative_generate(
 
 
 def _flattened(criteria) -> Iterator[StoppingCriteria]:
-    """Criteria in the order in which they are called; those of lists within a list, too."""
+    """Criteria in the order in which they are called; those of lists within a list, too, unless these combine them otherwise."""
     for one in criteria:
-        if isinstance(one, StoppingCriteriaList):
+        if type(one) is StoppingCriteriaList:
             yield from _flattened(one)
         else:
             yield one

@@ -28,7 +28,7 @@ from ..transformers_names import attention_name
 from ..tried_targets import TRIED_TYPES
 from ..whole_files import name_of_parts, write_json_if_possible
 from .memory import kept_with
-from .target_support import is_foreign
+from .target_support import added_code, is_foreign
 from .tree import Tree
 
 # Parts of names of configuration fields that hold lengths at which attention or positions may change.
@@ -131,13 +131,7 @@ def _foreign_forwards(target) -> list:
 
 def _added_code(target) -> list:
     """Hooks of a model's modules and forwards of single ones, from packages that were not tried."""
-    functions: list = [*_global_hooks().values()]
-    for module in target.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module):
-            functions.append(vars(module)["forward"])
-    return [function for function in functions if is_foreign(function)]
+    return [function for function in added_code(target) if is_foreign(function)]
 
 
 def _checked_lengths(target) -> "_CheckedLengths":
@@ -150,11 +144,6 @@ def _checked_lengths(target) -> "_CheckedLengths":
     if len(before) != len(functions) or any(one is not other for one, other in zip(before, functions, strict=True)):
         known.update(functions=functions, lengths=_CheckedLengths(target))
     return known["lengths"]
-
-
-def _global_hooks() -> dict:
-    module = torch.nn.modules.module
-    return {**module._global_forward_hooks, **module._global_forward_pre_hooks}
 
 
 def lengths_named(text_config) -> list[int]:

@@ -9,10 +9,10 @@ from .target_side import TargetSide
 from .target_support import (
     Declined,
     inputs_of_next_step,
+    reason_against_adapters,
     reason_against_inputs,
     reason_against_masks,
     reason_against_untried_chat,
-    reason_against_virtual_tokens,
     rotary_switches,
     skipped_token,
     why_no_chain,
@@ -36,7 +36,7 @@ def make_target(target, layer_ids, generation_config, model_kwargs: dict, input_
     config = target.config.get_text_config()
     reason = (
         reason_against_masks(config)
-        or reason_against_virtual_tokens(target)
+        or reason_against_adapters(target)
         or reason_against_inputs(inputs, rotary_switches(config))
     )
     if reason is None and (untried := reason_against_untried_chat(cache)) is not None and not is_tried(target):

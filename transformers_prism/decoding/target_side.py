@@ -35,6 +35,7 @@ from .target_support import (
     image_layers,
     inputs_of_next_step,
     makes_own_inputs,
+    may_know_rows,
     one_stream,
     place_of_state,
     position_offset,
@@ -114,7 +115,8 @@ class TargetSide:
         self.snapshot = CacheSnapshot(self.cache)
         self.own_cache = copy.copy(self.cache)  # which keeps its own layers where others are lent
         self.returns_cache = generation_config.return_dict_in_generate or is_callers_cache(self.cache)
-        self.keeps_finished = self.returns_cache  # sequences that have ended stay in the batch
+        # Sequences that have ended stay in the batch.
+        self.keeps_finished = self.returns_cache or (len(sequences) > 1 and may_know_rows(target))
         self.has_given_up = False
         self.rotary_switches = rotary_switches(target.config.get_text_config())
         self.model_forward = target

@@ -150,12 +150,35 @@ def why_no_tree_mask(target) -> str | None:
     return None
 
 
-def is_foreign(function) -> bool:
-    """Whether a function, also behind functools.partial, or a class is from a package that was not tried."""
+def package_of(function) -> str:
+    """The package of a function, also behind functools.partial, or a class."""
     while isinstance(function, functools.partial):
         function = function.func
     module = getattr(function, "__module__", None) or type(function).__module__
-    return module.split(".")[0] not in _TRIED_PACKAGES
+    return module.split(".")[0]
+
+
+def is_foreign(function) -> bool:
+    """Whether a function, also behind functools.partial, or a class is from a package that was not tried."""
+    return package_of(function) not in _TRIED_PACKAGES
+
+
+def added_code(target) -> list:
+    """Hooks of a model's modules and of all modules, and forwards of single ones that replace their class's own."""
+    everywhere = torch.nn.modules.module
+    functions = [*everywhere._global_forward_hooks.values(), *everywhere._global_forward_pre_hooks.values()]
+    for module in target.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module):
+            functions.append(vars(module)["forward"])
+    return functions
+
+
+def may_know_rows(target) -> bool:
+    """Whether code was added to a model that may hold something for each row of a batch, as peft's hooks do for rows with
+    different adapters."""
+    return any(is_foreign(one) or package_of(one) == "peft" for one in added_code(target))
 
 
 def makes_own_inputs(target) -> bool:
@@ -184,12 +207,14 @@ def reason_against_masks(text_config) -> str | None:
     return None
 
 
-def reason_against_virtual_tokens(target) -> str | None:
-    """Why a target cannot be served if peft adds virtual tokens to its text; None if it adds none."""
+def reason_against_adapters(target) -> str | None:
+    """Why a target cannot be served if peft adds virtual tokens to its text, or adapts a part of the text; None if not."""
     # peft puts its own method in the place of the model's.
     owner = getattr(vars(target).get("prepare_inputs_for_generation"), "__self__", None)
     if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
         return "peft's prompt and prefix tuning put virtual tokens before the text, for which a draft has no states"
+    if any("alora_offsets" in getattr(one, "keywords", ()) for one in added_code(target)):
+        return "peft's aLoRA changes the last tokens of each forward, whichever they are"
     return None
 
 

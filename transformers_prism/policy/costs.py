@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from huggingface_hub import constants
 from torch import nn
@@ -99,12 +98,6 @@ class RoundCosts:
     def verify(self, num_tokens: int) -> float:
         """Seconds of a target forward over `num_tokens` tokens, all sequences together."""
         return _interpolated(self.num_tokens, self.verify_seconds, num_tokens)
-
-    def verify_each(self, num_tokens: np.ndarray) -> np.ndarray:
-        """Seconds of target forwards over these numbers of tokens, rising."""
-        beyond = int(num_tokens[-1]) + self.num_tokens[-1]
-        seconds = [self.verify(0), *self.verify_seconds, self.verify(beyond)]
-        return np.interp(num_tokens, [0, *self.num_tokens, beyond], seconds)
 
     def observe_verify(self, num_tokens: int, seconds: float) -> None:
         """Correct the estimates by a forward that took `seconds`: near its number of tokens more than far from it."""

@@ -8,7 +8,6 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from .carried_tokens import CarriedTokens
@@ -85,8 +84,7 @@ def first_cell(depth: int) -> int:
 
 def cells_of_drafted(depths: list[int], log_probs: list[float]) -> list[int]:
     """The cell of each drafted node of a sequence."""
-    first_cells = (np.minimum(depths, _MAX_DEPTH) - 1) * (len(EDGES) + 1)
-    return (first_cells + np.searchsorted(_LOG_EDGES, log_probs)).tolist()
+    return [first_cell(depth) + class_of(log_prob) for depth, log_prob in zip(depths, log_probs, strict=True)]
 
 
 def _rank_values() -> torch.Tensor:

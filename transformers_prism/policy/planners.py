@@ -22,7 +22,6 @@ import operator
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..decoding.draft_side import DraftSide
@@ -128,12 +127,15 @@ def _best_size(known: Knowledge, outlook: Outlook, values: list[list[float]], ma
     """The number of nodes per sequence that pays best, and the weighted tokens that the round should then commit in all."""
     # At most as many as the sequence with the fewest has, since trees of a batch have one size.
     most = min(known.settings.num_nodes, max_nodes, *map(len, values))
-    best_first = np.array([sorted(one, reverse=True)[:most] for one in values])
-    expected = np.cumsum([sum(outlook.weights), *(outlook.weights @ best_first)])  # with 0, 1, ... nodes
-    seconds = known.costs.verify_each(len(values) * np.arange(1, most + 2) + outlook.num_carried)
-    seconds[1:] += known.overhead.seconds
-    count = int((expected - outlook.rate * seconds).argmax())
-    return count, float(expected[count])
+    best_first = [sorted(one, reverse=True)[:most] for one in values]
+    expected = [sum(outlook.weights)]  # with 0, 1, ... nodes
+    for of_rank in zip(*best_first, strict=True):
+        expected.append(expected[-1] + sum(map(operator.mul, outlook.weights, of_rank)))
+    num_tokens = [len(values) * (count + 1) + outlook.num_carried for count in range(most + 1)]
+    seconds = [known.costs.verify(num) + (known.overhead.seconds if count else 0.0) for count, num in enumerate(num_tokens)]
+    rewards = [tokens - outlook.rate * took for tokens, took in zip(expected, seconds, strict=True)]
+    count = rewards.index(max(rewards))
+    return count, expected[count]
 
 
 class WithinRound:
