@@ -147,8 +147,8 @@ def scripted_draft(target, num_modules: int) -> ScriptedDraft:
 
 
 def run_tests(seconds: float) -> dict:
-    """The tests marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:xdist", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    """The tests marked `gpu`, which are in one file."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:xdist", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_kernels_compiled.py")]
     start = time.perf_counter()
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
@@ -166,15 +166,19 @@ def run_kernels(device: torch.device, deadline: float) -> dict:
     """Every kernel's first case, then the other cases of each in turn until the time is up."""
     cases = {name: module.cases() for name, module in kernels.kernel_modules().items()}
     turns = [(name, members[turn]) for turn in range(max(map(len, cases.values()))) for name, members in cases.items() if turn < len(members)]
-    timings, left_out = [], []
+    rows: list[dict] = []
+    left_out = []
     for index, (name, case) in enumerate(turns):
         if index >= len(cases) and time.monotonic() > deadline:
             left_out.append(f"{name}: {case.config}")
             continue
-        timings.append(kernels.bench_case(name, case, device))
+        try:
+            timing = kernels.bench_case(name, case, device, with_compiled=index < len(cases))
+            rows.append({**asdict(timing), "is_right": timing.is_right})
+        except Exception as error:  # of any kind: the other kernels are still to be seen
+            rows.append({"kernel": name, "config": case.config, "is_right": False, "failure": _text_of(error)})
         _free()
-    rows = [{**asdict(timing), "is_right": timing.is_right} for timing in timings]
-    return {"is_right": all(timing.is_right for timing in timings), "rows": rows, "left_out": left_out}
+    return {"is_right": all(row["is_right"] for row in rows), "rows": rows, "left_out": left_out}
 
 
 def run_size(size: Size, device: torch.device, deadline: float) -> dict:
@@ -183,20 +187,23 @@ def run_size(size: Size, device: torch.device, deadline: float) -> dict:
     start = torch.randint(size.config["vocab_size"], (1, 1), generator=torch.Generator().manual_seed(1))
     ids = (start + _STRIDE * torch.arange(size.num_prompt)) % size.config["vocab_size"]
     inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    found: dict = {"config": size.config, "num_new": size.num_new, "num_prompt": size.num_prompt, "modules": {}, "left_out": []}
+    found: dict = {"config": size.config, "num_new": size.num_new, "num_prompt": size.num_prompt, "modules": {}, "left_out": [], "failures": []}
     for num_modules in (1, 2, 4, 8):
         if num_modules > 1 and time.monotonic() > deadline:
             found["left_out"].append(f"M = {num_modules}")
             continue
         draft = scripted_draft(target, num_modules)
         modes = ["compiled", *MODES] if num_modules == 1 else [MODES[0], MODES[-1]]
-        found["modules"][num_modules] = _decode(target, draft, inputs, modes, size)
-        if num_modules == 1:
-            with profiled_rounds(target, draft, inputs, MODES[-1]) as events:
-                found["timeline"] = timeline(events, device.type)
+        try:
+            found["modules"][num_modules] = _decode(target, draft, inputs, modes, size)
+            if num_modules == 1:
+                with profiled_rounds(target, draft, inputs, MODES[-1]) as events:
+                    found["timeline"] = timeline(events, device.type)
+        except Exception as error:  # of any kind: the other drafts are still to be seen
+            found["failures"].append(f"M = {num_modules}: {_text_of(error)}")
         del draft
         _free()
-    found["is_right"] = all(one["is_right"] for one in found["modules"].values())
+    found["is_right"] = not found["failures"] and all(one["is_right"] for one in found["modules"].values())
     return found
 
 
@@ -227,6 +234,10 @@ def _decode(target, draft, inputs: dict, modes: list[str], size: Size) -> dict:
             "peak_bytes": _peak_bytes(target, {**inputs, **settings, **contest.arguments(method)}),
         }
     return found
+
+
+def _text_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
 
 
 def _peak_bytes(target, arguments: dict) -> int | None:
@@ -350,7 +361,7 @@ def measure(device: torch.device, sizes: tuple[Size, ...], minutes: float, log: 
     }
     if has_tests:
         log("tests marked gpu")
-        report["tests"] = run_tests(60 * minutes * 0.3)
+        report["tests"] = run_tests(60 * minutes * 0.4)
     for index, size in enumerate(sizes):
         free = torch.cuda.mem_get_info()[0] / 1e9 if device.type == "cuda" else float("inf")
         if free < size.gigabytes:
@@ -385,9 +396,11 @@ def summary(report: dict) -> str:
             one = target["timeline"]
             lines.append(f"{name}: a round of {one['round_us'] / 1e3:.2f} ms, {len(one['kernels'])} kernels, device busy {one['busy_us'] / one['round_us']:.0%}")
         lines += [f"{name}: left out, {what}" for what in target.get("left_out", [])]
+        lines += [f"{name}: FAILED, {what}" for what in target.get("failures", [])]
     for row in report["kernels"]["rows"]:
         if not row["is_right"]:
-            lines.append(f"{row['kernel']}, {row['config']}: WRONG, error {row['error']:.1e} above {row['tolerance']:.0e}")
+            wrong = f"FAILED, {row['failure']}" if "failure" in row else f"WRONG, error {row['error']:.1e} above {row['tolerance']:.0e}"
+            lines.append(f"{row['kernel']}, {row['config']}: {wrong}")
     lines.append(f"kernels: {len(report['kernels']['rows'])} cases, left out for time: {len(report['kernels']['left_out'])}")
     return "\n".join(lines)
 

@@ -53,6 +53,56 @@ def test_other_adapters_are_followed_or_declined(num_rows, kind, settings, match
         assert match is not None or draft is not script or draft.last_speculation.acceptance_length > 1.3
 
 
+def test_an_adapter_of_the_last_tokens_is_declined():
+    """aLoRA: also after a prompt without the tokens that switch it on, and in a batch."""
+    target = make_target()
+    input_ids, mask = prompts(3)
+    tokens = input_ids[0, -3:-1].tolist()
+    model = tuned(target, "LoraConfig", target_modules=["q_proj", "down_proj"], alora_invocation_tokens=tokens)
+    other = (input_ids + 7) % 90 + 3
+    draft = tiny_draft(target)
+    for ids, of_ids in ((other[:1], mask[:1]), (input_ids[:1], mask[:1]), (input_ids, mask)):
+        arguments = {"input_ids": ids, "attention_mask": of_ids, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        plain = model.generate(**arguments)
+        with pytest.warns(UserWarning, match="aLoRA changes the last tokens of each forward"):
+            assert torch.equal(model.generate(**arguments, assistant_model=draft), plain)
+
+
+def test_rows_with_adapters_of_their_own():
+    """peft's hooks hold one adapter for each row of the batch, so that rows that have ended stay."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    target = make_target()
+    model = tuned(target, "LoraConfig", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model.add_adapter("b", peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
+    input_ids, mask = prompts(3)
+    arguments = {
+        **{"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": PAD_ID},
+        "adapter_names": ["default", "b", "__base__"],
+    }
+    # Ends one row early.
+    arguments["eos_token_id"] = int(model.generate(**arguments)[1, input_ids.shape[1] + 3])
+    plain = model.generate(**arguments)
+    for tree in ("auto", "static"):
+        draft = scripted_draft(target, plain, input_ids.shape[1], is_strict=False)
+        draft.generation_config.update(tree=tree)
+        assert torch.equal(model.generate(**arguments, assistant_model=draft), plain)
+
+
+def test_a_hook_that_knows_rows(one_thread):
+    """A vector for each row of the batch, added by somebody's hook: rows that have ended stay, and others keep their places."""
+    target = make_target()
+    input_ids, mask = prompts(3)
+    vectors = 0.3 * torch.randn(3, 1, target.config.hidden_size)
+    hook = target.model.layers[0].register_forward_hook(lambda module, args, output: output + vectors[: len(output)])
+    arguments = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": PAD_ID}
+    arguments["eos_token_id"] = int(target.generate(**arguments)[1, input_ids.shape[1] + 3])
+    plain = target.generate(**arguments)
+    for draft in (scripted_draft(target, plain, input_ids.shape[1], is_strict=False), tiny_draft(target)):
+        assert torch.equal(target.generate(**arguments, assistant_model=draft), plain)
+        assert draft.last_speculation.declined is None
+    hook.remove()
+
+
 @pytest.mark.parametrize(
     "switch",
     [

@@ -1130,6 +1130,29 @@ def test_a_criterion_in_a_list_of_its_own_counts():
     assert torch.equal(found, plain)
 
 
+def test_a_list_of_criteria_that_combines_them_otherwise():
+    """Its own call decides: here all criteria have to agree, while transformers' list ends at the first."""
+
+    class Multiple(StoppingCriteria):
+        def __init__(self, number):
+            self.number = number
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] % self.number == 0, dtype=torch.bool)
+
+    class All(StoppingCriteriaList):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.stack([one(input_ids, scores) for one in self]).all(dim=0)
+
+    target = tiny_target("llama", 1)
+    input_ids, attention_mask = prompts(1)
+    criteria = StoppingCriteriaList([All([Multiple(3), Multiple(7)])])
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "stopping_criteria": criteria, **LENGTH}
+    plain = target.generate(**inputs)
+    assert plain.shape[1] % 21 == 0
+    assert torch.equal(target.generate(**inputs, assistant_model=tiny_draft(target)), plain)
+
+
 def test_a_processor_that_writes_to_the_ids_is_refused():
     def replace(input_ids, scores):
         input_ids[:, -1] = 7

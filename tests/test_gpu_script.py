@@ -93,6 +93,26 @@ def test_scripted_models_run_on_an_accelerator(tree, monkeypatch, cheap_rounds):
 
 
 @pytest.mark.quick
+def test_one_failure_does_not_lose_the_report(monkeypatch, one_thread):
+    """Of a kernel, or of a target: the others are still measured, and the report says what failed."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(gpu.kernels, "bench_case", fail)
+    found = gpu.run_kernels(CPU, time.monotonic() - 1)
+    assert not found["is_right"]
+    assert len(found["rows"]) == len(gpu.kernels.kernel_modules())
+    monkeypatch.setattr(gpu, "_decode", fail)
+    target = gpu.run_size(TINY, CPU, time.monotonic() + 1000)
+    assert not target["is_right"]
+    assert len(target["failures"]) == 4
+    told = gpu.summary({"device": "d", "minutes": 1.0, "is_right": False, "targets": {"tiny": target}, "kernels": found})
+    assert told.count("FAILED, RuntimeError: out of resources") == len(found["rows"])
+    assert "tiny: FAILED, M = 8: RuntimeError: out of resources" in told
+
+
+@pytest.mark.quick
 def test_the_report_is_wrong_if_a_part_is(monkeypatch, tmp_path):
     """Exit code, summary and picture."""
     timeline = {"round_us": 10.0, "busy_us": 5.0, "kernels": [["k", 1.0, 5.0]], "gaps": [[6.0, 4.0], [0.0, 1.0]], "by_name": {}}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ def check_rows(rows):
     assert rows
     for row in rows:
         assert row["shared_bytes"] <= bench.MAX_SHARED_BYTES[row["arch"]], row
+        # The threads of a program share 65536 registers, given out in eights.
+        num_warps = int(re.search(r"num_warps=(\d+)", row["config"])[1])
+        assert row["arch"] == "gfx942" or -(-row["registers"] // 8) * 8 * 32 * num_warps <= 65536, row
         assert row["arch"] not in ("sm_90", "sm_100") or row["spill_bytes"] == 0, row
 
 

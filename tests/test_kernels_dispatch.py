@@ -1,5 +1,6 @@
 """Which implementation runs, and several copies of the kernels' code in one process."""
 
+import contextlib
 import importlib
 import os
 import re
@@ -46,6 +47,33 @@ def test_dispatch_says_what_is_wrong(monkeypatch):
         use_triton("cuda", torch.device("cpu"))
     with pytest.raises(ValueError, match="expected auto or torch for tensors on cpu, got triton"):
         use_triton("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("place", [lambda one: (None, one), lambda one: ([one], 2), lambda one: (3, (one,))])
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch, place):
+    """Triton takes the current device, which may be another of several."""
+    entered = []
+
+    class Module:
+        @staticmethod
+        @contextlib.contextmanager
+        def device(device):
+            entered.append(device)
+            yield
+
+    @dispatch.on_its_device
+    def launch(first, second):
+        """Some kernel."""
+        return len(entered)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    assert launch(*place(torch.ones(1))) == 0
+
+    class OfSecondGpu(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    assert launch(*place(torch.ones(1).as_subclass(OfSecondGpu))) == 1
+    assert entered == [OfSecondGpu.device]
 
 
 def test_namespaces_differ_by_source_and_by_module(tmp_path):
@@ -231,7 +259,8 @@ def test_a_cpu_launches_nothing(launched):
 
 
 def test_no_setting_chooses_an_implementation():
-    """Neither a configuration nor the environment; Triton's own interpreter is asked for by a name of Triton's."""
+    """Neither a configuration nor the environment; Triton's own interpreter is asked for by a name of Triton's, and a C++
+    compiler by the usual one."""
     words = ("implementation", "triton", "kernel")
     ours = set(PrismConfig().to_dict()) - set(transformers.PretrainedConfig().to_dict())
     settings = set(tiny_draft(tiny_target()).generation_config.to_dict())
@@ -242,7 +271,7 @@ def test_no_setting_chooses_an_implementation():
     files = [*folder.glob("*.py"), *folder.parent.glob("*.py"), *(folder.parent / "training").glob("*.py")]
     read = {name for file in files for name in re.findall(r"environ[^\n]*?[\"'](\w+)[\"']", file.read_text("utf-8"))}
     # The last says which process of a training shows how far it is.
-    assert read <= {"TRITON_INTERPRET", "XDG_CACHE_HOME", "RANK"}
+    assert read <= {"TRITON_INTERPRET", "CXX", "XDG_CACHE_HOME", "RANK"}
 
 
 WITHOUT_TRITON = """

@@ -136,6 +136,40 @@ def test_a_chat_template_can_be_given(tmp_path):
     assert settings["source"] == "30 given prompts"
 
 
+@pytest.mark.parametrize("name", ["run", "data", "made[2]"])
+def test_any_name_of_the_draft(model, name):
+    """Also that of a folder of the run, whose content stays."""
+    output = run(model, "--output", model.parent / name)
+    assert f"transformers-prism push {model.parent / name} USER/{name}" in output.replace("\n", "")
+    assert PrismDraftModel.from_pretrained(model.parent / name).config.vocab_size == 97
+    kept = {path.name for path in (model.parent / f"{name}.work").iterdir()}
+    assert {"data", "run", "steps.json", "bench.json"} <= kept
+    assert name in run(model, "--output", model.parent / name)
+
+
+def test_a_path_may_be_written_in_another_way(model):
+    """As the shell completes it."""
+    run(model)
+    options = ["--output", f"{model.parent / 'made'}/", "--minutes", "0.02", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(app, ["make-draft", f"{model}/", *options])
+    assert result.exit_code == 0, result.stderr
+
+
+def test_missing_prompts_are_said_before_the_folder_is_claimed(model, tmp_path):
+    """So that the corrected command works."""
+    result = CliRunner().invoke(app, words(model, "--prompts", tmp_path / "nothere.jsonl"))
+    assert "which is not there" in result.stderr
+    assert not (model.parent / "made.work").exists()
+
+
+def test_a_template_for_text_is_refused(model, tmp_path):
+    """It would be ignored."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    result = CliRunner().invoke(app, words(model, "--format", "text", "--chat-template", template))
+    assert "chat_template: expected none with --format text" in result.stderr
+
+
 def test_other_settings_do_not_resume(model, monkeypatch):
     """Nor is a folder overwritten that is not of this run."""
     with monkeypatch.context() as patch:

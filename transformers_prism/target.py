@@ -138,6 +138,8 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
     Raises:
         ValueError: if neither knows the configuration.
     """
+    if config.model_type == "prism":
+        raise ValueError("target: expected a language model, got a PRISM draft; name it with --draft")
     for one in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if has_class_for(one, config):
             return one

@@ -66,17 +66,20 @@ def _as_tuple(values) -> tuple:
     return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
-def bench_case(kernel: str, case: KernelCase, device) -> Timing:
-    """Check a case and time it, the PyTorch path and what torch.compile makes of that; a failing case is not timed."""
+def bench_case(kernel: str, case: KernelCase, device, with_compiled: bool = True) -> Timing:
+    """Check a case and time it, the PyTorch path and, `with_compiled`, what torch.compile makes of that, which takes seconds to
+    compile; a failing case is not timed."""
     from triton.testing import do_bench
 
     timing = Timing(kernel, case.config, relative_error(case, device), case.tolerance)
     if timing.is_right:
         arguments = case.make(Inputs(device))
-        compiled = torch.compile(lambda *inputs: case.call(*inputs, implementation="torch"))
         timing.triton_ms = do_bench(lambda: case.call(*arguments, implementation="triton"))
         timing.torch_ms = do_bench(lambda: case.call(*arguments, implementation="torch"))
-        timing.compiled_ms = do_bench(lambda: compiled(*arguments))
+        if with_compiled:
+            torch.compiler.reset()  # torch compiles no more than eight graphs of one line of code
+            compiled = torch.compile(lambda *inputs: case.call(*inputs, implementation="torch"))
+            timing.compiled_ms = do_bench(lambda: compiled(*arguments))
     return timing
 
 

@@ -88,6 +88,8 @@ def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) 
     """Refuse --resume and --update-card without --json, since both need the file."""
     if (resume or update_card) and json_file is None:
         raise ValueError(f"expected --json with {'--resume' if resume else '--update-card'}, got none")
+    if update_card and not (update_card / "config.json").is_file():
+        raise ValueError(f"update_card: expected the folder of a draft, got {update_card}, which has no config.json")
 
 
 def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft: str | None) -> tuple:

@@ -46,6 +46,9 @@ def convert(
     if from_form is not None and to_form is None:
         report = READ[from_form].convert(source, destination, target, context_kv, num_target_layers)
     elif to_form is not None and from_form is None:
+        if context_kv != "prefill_module" or num_target_layers is not None:
+            name = "num_target_layers" if num_target_layers is not None else "context_kv"
+            raise ValueError(f"{name}: expected none with --to, which takes it from the draft, got one")
         report = WRITTEN[to_form].export(source, destination, target)
     else:
         raise ValueError(f"expected either --from or --to, got {'none' if from_form is None else 'both'}")

@@ -92,7 +92,10 @@ class Comparison:
 def chat_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, device="cpu") -> dict:
     """A prompt as the inputs of generate(), in the chat template if the tokenizer has one."""
     if tokenizer.chat_template is None:
-        return dict(tokenizer(prompt, return_tensors="pt").to(device))
+        inputs = dict(tokenizer(prompt, return_tensors="pt").to(device))
+        if inputs["input_ids"].shape[1] == 0:
+            raise ValueError("prompt: expected a text of at least one token, got none")
+        return inputs
     messages = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     return dict(inputs.to(device))

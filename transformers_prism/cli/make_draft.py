@@ -8,6 +8,7 @@ updates of `train` to time one, `train` with as many epochs as fit, and `bench g
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transformers_prism.cli.demo import PROMPTS, chat_inputs, load_draft, log_to
@@ -64,7 +66,7 @@ def run_make_draft(output: Path, settings: dict, words: list[str], console: Cons
     log_to(console)
     run = Run(output, settings, console)
     if not run.steps:
-        check(settings["model"], settings["format"], settings["chat_template"], console)
+        check(settings["model"], settings["format"], settings["chat_template"], settings["prompts"], console)
     run.claim()
     run.synthesize()
     run.train(words)
@@ -74,16 +76,20 @@ def run_make_draft(output: Path, settings: dict, words: list[str], console: Cons
         told = f"That took {run.spent() / 60:.1f} minutes instead of {settings['minutes']:g}: even the minimum for a draft takes longer on this machine."
         console.print(told, style="yellow", soft_wrap=True, highlight=False)
     more = "" if names_target(output) else " --base-model NAME/OF-THE-TARGET"
-    console.print(f"Push it: transformers-prism push {output} USER/{output.name}{more}", highlight=False, soft_wrap=True)
+    console.print(f"Push it: transformers-prism push {escape(str(output))} USER/{run.name}{more}", highlight=False, soft_wrap=True)
 
 
-def check(model: str, form: str, template: str | None, console: Console) -> None:
-    """The checks of `doctor` that need no weights.
+def check(model: str, form: str, template: str | None, prompts: str | None, console: Console) -> None:
+    """The checks of `doctor` that need no weights, and whether the prompts are there.
 
     Raises:
         ValueError: if the model cannot get a draft here, after a table that says why.
     """
     findings = [_needed(one, form) for one in [*machine_findings(), *target_findings(model, template)]]
+    if prompts is not None:
+        from transformers_prism.training.data.formats import check_source
+
+        check_source(prompts)
     if has_failed(findings):
         console.print(findings_table(findings))
         wrong = "; ".join(f"{one.name}: {one.text}" for one in findings if one.state == "fails")
@@ -97,6 +103,12 @@ def _needed(finding: Finding, form: str) -> Finding:
     if finding.name == "extras":
         return Finding(finding.name, "fails", f"expected the extra 'train', got an incomplete one or none; pip install {' '.join(EXTRAS['train'])}")
     return Finding(finding.name, "fails", finding.text) if finding.name == "chat template" and form == "chat" else finding
+
+
+def _is_same(name: str, before, now) -> bool:
+    """Whether a setting is what it was when a run began; a path may be written in another way."""
+    are_paths = name in ("model", "prompts") and isinstance(before, str) and isinstance(now, str)
+    return before == now or (are_paths and os.path.normpath(before) == os.path.normpath(now))
 
 
 class Run:
@@ -128,7 +140,7 @@ class Run:
         found = read_json(self.path)
         if not all(isinstance(found.get(name), dict) for name in ("settings", "steps")):
             raise ValueError(f"{self.path}: expected the record of a run, got one without settings and steps; remove {self.work}")
-        changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
+        changed = [name for name, value in settings.items() if not _is_same(name, found["settings"].get(name), value)]
         if changed:
             name = changed[0]
             raise ValueError(
@@ -136,6 +148,11 @@ class Run:
                 "remove that folder to begin anew"
             )
         self.steps, self.interrupted = found["steps"], found.get("interrupted", {})
+
+    @property
+    def name(self) -> str:
+        """The draft's name, for messages, whose brackets are no markup."""
+        return escape(self.output.name)
 
     def claim(self) -> None:
         """Record the finished steps; the first call also claims the folder for this run."""
@@ -169,7 +186,7 @@ class Run:
             packed (`bool`): whether the target's weights are to be packed for the CPU.
         """
         if self._models is None:
-            self.console.print(f"loading {self.settings['model']}", style="dim", highlight=False, soft_wrap=True)
+            self.console.print(f"loading {escape(str(self.settings['model']))}", style="dim", highlight=False, soft_wrap=True)
             device = find_device()
             target, tokenizer = load_target(self.settings["model"], getattr(torch, _dtype(device)))
             self._models = target.to(device), self._with_template(tokenizer, target)
@@ -302,7 +319,7 @@ class Run:
 
     def measure(self) -> dict:
         """Decode with and without the draft, put the figures into its card, and let the finished folder appear."""
-        finished = self.work / self.output.name
+        finished = self.work / "finished" / self.output.name  # the card takes its name from the folder
         if self.output.exists() and "measuring" not in self.steps:
             raise ValueError(
                 f"output: expected no such folder until the draft is finished, got {self.output}, which has appeared since; "

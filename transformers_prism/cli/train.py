@@ -81,6 +81,9 @@ def make_draft(
 
     from transformers_prism.cli.make_draft import run_make_draft
 
+    if form == "text" and chat_template is not None:
+        raise ValueError("chat_template: expected none with --format text, which has no turns, got one")
+
     settings = {
         "model": model,
         "minutes": minutes,

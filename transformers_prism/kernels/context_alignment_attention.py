@@ -22,7 +22,16 @@ and its backward as in FlashAttention-2 (arXiv:2307.08691).
 
 import torch
 
-from .dispatch import ALL_REGISTERS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    ALL_REGISTERS,
+    expect,
+    expect_float,
+    expect_rows,
+    expect_tensors,
+    on_its_device,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton
@@ -358,6 +367,7 @@ if triton is not None:
     def _strides(tensors: list[torch.Tensor]) -> tuple:
         return tuple(tuple(tensor.stride()[:3]) for tensor in tensors)
 
+    @on_its_device
     def _context_alignment_attention_fwd(
         query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None,
         scale: float
@@ -375,6 +385,7 @@ if triton is not None:
         )
         return output, log_sums
 
+    @on_its_device
     def _context_alignment_attention_bwd(
         grad_output: torch.Tensor, output: torch.Tensor, log_sums: torch.Tensor, query: torch.Tensor,
         keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None, scale: float

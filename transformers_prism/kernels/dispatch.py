@@ -1,7 +1,10 @@
 """Which implementation of a kernel runs, and the name that its operator is registered under."""
 
+import functools
 import hashlib
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -50,6 +53,20 @@ def use_triton(implementation: str, device: torch.device) -> bool:
         can_run = device.type in TRITON_DEVICES or os.environ.get("TRITON_INTERPRET") == "1"
         expect(can_run, "implementation", f"auto or torch for tensors on {device.type}", implementation)
     return implementation == "triton"
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """The launcher of kernels, with the device of its first tensor as the current one: Triton launches on that."""
+
+    @functools.wraps(launcher)
+    def run(*args, **kwargs):
+        flat = (one for arg in (*args, *kwargs.values()) for one in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+        device = next(one.device for one in flat if isinstance(one, torch.Tensor))
+        # Tensors on a CPU have no index.
+        with nullcontext() if device.index is None else torch.get_device_module(device).device(device):
+            return launcher(*args, **kwargs)
+
+    return run
 
 
 def expect(is_met: bool, name: str, expected: str, got) -> None:

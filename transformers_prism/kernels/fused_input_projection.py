@@ -14,7 +14,16 @@ Source: ours; the formula is EAGLE's (arXiv:2401.15077).
 
 import torch
 
-from .dispatch import NUM_PROGRAMS, expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    NUM_PROGRAMS,
+    expect,
+    expect_float,
+    expect_rows,
+    expect_tensors,
+    on_its_device,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton
@@ -82,6 +91,7 @@ if triton is not None:
         tiles = {"PRECISION": precision, "BLOCK_N": MAX_ROWS, "BLOCK_D": block_d, "BLOCK_K": block_k}
         return {**tiles, "num_warps": 4, "num_stages": 4}
 
+    @on_its_device
     def _fused_input_projection_fwd(
         token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
         bias: torch.Tensor | None, scale: float

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import expect, expect_tensors, operator_namespace, use_triton
+from .dispatch import expect, expect_tensors, on_its_device, operator_namespace, use_triton
 
 try:
     import triton
@@ -238,6 +238,7 @@ if triton is not None:
         mask = is_node[:, None] & (word < NUM_WORDS)[None, :]
         tl.store(bits + (row * NUM_NODES + node)[:, None] * NUM_WORDS + word[None, :], result, mask=mask)
 
+    @on_its_device
     def _grow_tree_fwd(
         child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
         num_next: int, first_bit: int
@@ -258,6 +259,7 @@ if triton is not None:
         )
         return outputs
 
+    @on_its_device
     def _choose_nodes_fwd(
         root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
         log_probs: torch.Tensor, num_nodes: int
@@ -274,6 +276,7 @@ if triton is not None:
         )
         return outputs
 
+    @on_its_device
     def _ancestor_bits_fwd(parents: torch.Tensor) -> torch.Tensor:
         num_rows, num_nodes = parents.shape
         num_words = triton.cdiv(num_nodes, _WORD)

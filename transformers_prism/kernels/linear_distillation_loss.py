@@ -24,7 +24,16 @@ Leviathan et al. 2023 (arXiv:2211.17192).
 
 import torch
 
-from .dispatch import ALL_REGISTERS, NUM_PROGRAMS, expect, expect_float, expect_tensors, operator_namespace, use_triton
+from .dispatch import (
+    ALL_REGISTERS,
+    NUM_PROGRAMS,
+    expect,
+    expect_float,
+    expect_tensors,
+    on_its_device,
+    operator_namespace,
+    use_triton,
+)
 
 try:
     import triton
@@ -343,6 +352,7 @@ if triton is not None:
     def _needs(losses: str) -> tuple[bool, bool]:
         return "reverse_kl" in losses, "total_variation" in losses or "negative_log_acceptance" in losses
 
+    @on_its_device
     def _linear_distillation_loss_fwd(
         student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: str, student_scale: float,
         student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None
@@ -385,6 +395,7 @@ if triton is not None:
         reverse_kl = _loss_values(statistics, "reverse_kl")[0]
         return torch.stack((forward, gradient.get("reverse_kl", zero), reverse_kl, acceptance))
 
+    @on_its_device
     def _linear_distillation_loss_bwd(
         grad_losses: torch.Tensor, statistics: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor,
         head: torch.Tensor, losses: str, student_scale: float, student_softcap: float | None, teacher_scale: float,

@@ -25,6 +25,7 @@ from .dispatch import (
     expect_float,
     expect_rows,
     expect_tensors,
+    on_its_device,
     operator_namespace,
     use_triton,
 )
@@ -205,12 +206,15 @@ if triton is not None:
         # 128 rows and their lists, or the parts of float32 products, leave registers for only half as many candidates.
         block_v = 32 if block_n == 128 or (itemsize == 4 and block_n == 16) else 64
         tiles = {"PRECISION": precision, "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k}
-        return {**tiles, "num_warps": 16 if block_n == 128 else 8, "num_stages": 4 if is_narrow else 3, **ALL_REGISTERS}
+        # All threads of a program share 65536 registers, which the assembler exceeds if it is told that each may have 255.
+        registers = dict.fromkeys(ALL_REGISTERS, 128) if block_n == 128 else ALL_REGISTERS
+        return {**tiles, "num_warps": 16 if block_n == 128 else 8, "num_stages": 4 if is_narrow else 3, **registers}
 
     def _num_best(k: int) -> int:
         """How many of the best a program keeps: a few sizes, so that each of them is compiled in the tests."""
         return next(size for size in (2, 16, MAX_TOP_K) if k <= size)
 
+    @on_its_device
     def _top_k_log_prob_fwd(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
         scale: float, softcap: float | None

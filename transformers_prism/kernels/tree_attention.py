@@ -26,6 +26,7 @@ from .dispatch import (
     expect_float,
     expect_rows,
     expect_tensors,
+    on_its_device,
     operator_namespace,
     use_triton,
 )
@@ -240,6 +241,7 @@ if triton is not None:
         most = 2 * num_prefix * head_dim * itemsize // (4 * num_rows * (head_dim + 1))
         return max(1, min(wanted, most, triton.cdiv(num_prefix, block_k)))
 
+    @on_its_device
     def _tree_attention_fwd(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
         node_index: torch.Tensor | None, sliding_window: int | None, softcap: float | None, scale: float

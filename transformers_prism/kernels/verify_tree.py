@@ -29,7 +29,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .dispatch import expect, expect_float, expect_rows, expect_tensors, operator_namespace, use_triton
+from .dispatch import expect, expect_float, expect_rows, expect_tensors, on_its_device, operator_namespace, use_triton
 
 try:
     import triton
@@ -367,6 +367,7 @@ if triton is not None:
         )
         return bounds, first_ties
 
+    @on_its_device
     def _verify_tree_fwd(
         logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
         noise: torch.Tensor | None, noise_steps: torch.Tensor | None, noise_rows: torch.Tensor | None,

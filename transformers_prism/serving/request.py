@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 from dataclasses import dataclass, field
 from types import NoneType
@@ -46,8 +47,12 @@ class Request:
                 raise ValueError(f"logit_bias: expected an object of numbers by token id, got {biases!r}")
             if None in biases.values():
                 raise ValueError(f"logit_bias: expected numbers, got {biases!r}")
-            # Clients send integers here, which transformers refuses.
+            if not all(name.isdecimal() for name in biases):
+                raise ValueError(f"logit_bias: expected token ids as names, got {biases!r}")
+            # Clients send integers here, which transformers refuses, as it does an empty object.
             body["logit_bias"] = {name: _number(biases, name, float) for name in biases}
+            if not biases:
+                del body["logit_bias"]
         self.seed = _number(body, "seed", int, at_least=0)
         if self.seed is not None and self.seed >= 2**63:
             raise ValueError(f"seed: expected 0 to {2**63 - 1}, got {self.seed}")
@@ -62,7 +67,7 @@ def _number(body: dict, name: str, kind: type, at_least: float = -math.inf):
     if value is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not at_least <= value < math.inf or kind(value) != value:
+    if not is_number or not at_least <= value <= sys.float_info.max or kind(value) != value:
         bound = "" if at_least == -math.inf else f" of at least {at_least}"
         raise ValueError(f"{name}: expected {'an integer' if kind is int else 'a number'}{bound}, got {value!r}")
     return kind(value)

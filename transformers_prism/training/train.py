@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import platform
 import shutil
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -43,6 +45,9 @@ from transformers_prism.training.warm_start import expand_modules, with_modules
 from transformers_prism.whole_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+# Settings that name files or folders.
+_PATHS = ("data", "validation_data", "output", "features", "target", "init_from")
 
 
 class AlignedTrainer(Trainer):
@@ -221,6 +226,14 @@ def _check_paths(config: TrainConfig):
     """Checks that need nothing to be loaded."""
     if not config.output:
         raise ValueError("output: expected a folder, got none")
+    for name in ("output", "features"):
+        if Path(getattr(config, name) or "").is_file():
+            raise ValueError(f"{name}: expected a folder, got the file {getattr(config, name)}")
+    if config.push_to_hub:
+        try:
+            validate_repo_id(config.push_to_hub)
+        except HFValidationError as error:
+            raise ValueError(f"push_to_hub: expected a repository's name, user/name, got {config.push_to_hub!r}: {error}") from error
     for name in ("data", "validation_data") if config.validation_data else ("data",):
         for source in getattr(config, name).split(","):
             check_source(source)
@@ -235,8 +248,16 @@ def _check_paths(config: TrainConfig):
     # A setting that did not exist when the run began had its default.
     found = {**_settings(TrainConfig()), **read_json(record)}
     for name, expected in _settings(config).items():
-        if found.get(name) != expected:
+        if not _is_same(name, found.get(name), expected):
             raise ValueError(f"resume: expected {name}={found.get(name)!r} as the run began, got {expected!r}")
+
+
+def _is_same(name: str, before, now) -> bool:
+    """Whether a setting is what it was when a run began. The folder may have moved; paths may be written in another way."""
+    if name not in _PATHS or not before or not now:
+        return before == now
+    paths = [[os.path.normpath(part) for part in str(one).split(",")] for one in (before, now)]
+    return name == "output" or paths[0] == paths[1]
 
 
 def _has_begun(folder: Path) -> bool:
@@ -483,7 +504,7 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     folder = Path(config.output) / "draft"
     folder.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    for name in ("data", "validation_data", "output", "features", "target", "init_from"):
+    for name in _PATHS:
         settings[name] = settings[name] and ",".join(Path(part).name for part in settings[name].split(","))
     record = {
         "command": None if argv is None else command_line(argv),
@@ -498,5 +519,9 @@ def _save_run(draft: PrismDraftModel, config: TrainConfig, report: dict, argv: l
     draft.save_pretrained(folder)
     logger.info("Draft saved in %s.", folder.name)
     if config.push_to_hub:
-        PrismDraftModel.from_pretrained(folder).push_to_hub(config.push_to_hub)
+        try:
+            PrismDraftModel.from_pretrained(folder).push_to_hub(config.push_to_hub)
+        except Exception as error:
+            kept = f"the draft is saved in {folder}; push it with `transformers-prism push {folder} {config.push_to_hub}`"
+            raise RuntimeError(f"push_to_hub: expected to push to {config.push_to_hub}, got {error}. Nothing is lost: {kept}") from error
         logger.info("Draft pushed to %s.", config.push_to_hub)

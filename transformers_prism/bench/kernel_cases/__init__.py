@@ -13,19 +13,20 @@ class Inputs:
 
     def __init__(self, device):
         self.device = torch.device(device)
-        self.generator = torch.Generator().manual_seed(0)
+        # Billions of numbers in all, which a CPU draws for a minute.
+        self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(0)
 
     def normal(self, *shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
         """Normally distributed numbers."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=self.device)
-        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, dtype)
+        return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(dtype)
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
         """Integers from `low` to `high - 1`."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=torch.int64, device=self.device)
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+        return torch.randint(low, high, shape, generator=self.generator, device=self.generator.device).to(self.device)
 
 
 @dataclass

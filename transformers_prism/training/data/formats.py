@@ -174,7 +174,7 @@ def read_rows(source, split: str = "train") -> Iterator[tuple[str, object]]:
 
 def _kind(path: Path) -> str:
     """The suffix of a file, without that of its compression."""
-    return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in _OPENERS else path).suffix.lower()
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -198,7 +198,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _opened(path: Path, **options) -> TextIO:
     """A text file, unpacked if need be, in UTF-8 or UTF-16."""
-    opener: Callable = _OPENERS.get(path.suffix, open)
+    opener: Callable = _OPENERS.get(path.suffix.lower(), open)
     with opener(path, "rb") as file:
         is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = {"encoding": "utf-16"} if is_wide else {"encoding": "utf-8-sig", "errors": "surrogateescape"}

@@ -12,6 +12,7 @@ Source: Magpie (arXiv:2406.08464) for asking with the user prefix alone.
 import hashlib
 import json
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -113,8 +114,8 @@ class SynthesisConfig:
         unknown = [topic for topic in self.topics if topic not in TOPICS]
         if unknown:
             raise ValueError(f"topics: expected some of {', '.join(TOPICS)}, got {unknown[0]!r}")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(f"temperatures: expected numbers of at least 0, got {self.temperatures}")
+        if not self.temperatures or not all(0 <= one < math.inf for one in self.temperatures):
+            raise ValueError(f"temperatures: expected finite numbers of at least 0, got {self.temperatures}")
 
 
 def tokens_of_a_turn(tokenizer, config: SynthesisConfig) -> int:
