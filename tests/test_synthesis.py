@@ -369,6 +369,8 @@ def test_what_the_template_writes_takes_room_too(target):
         ({"topics": ("cooking",)}, "topics: expected some of code, math, writing, translation, reading, got 'cooking'"),
         ({"temperatures": (-1.0,)}, "temperatures: expected numbers of at least 0"),
         ({"temperatures": ()}, "temperatures: expected numbers of at least 0"),
+        ({"temperatures": (float("nan"),)}, "temperatures: expected numbers of at least 0"),
+        ({"temperatures": (0.5, float("inf"))}, "temperatures: expected numbers of at least 0, none infinite"),
         ({"max_length": 80}, "max_length: expected at least 84, room for a user turn and an answer, got 80"),
     ],
 )

@@ -115,7 +115,7 @@ class SynthesisConfig:
         if unknown:
             raise ValueError(f"topics: expected some of {', '.join(TOPICS)}, got {unknown[0]!r}")
         if not self.temperatures or not all(0 <= one < math.inf for one in self.temperatures):
-            raise ValueError(f"temperatures: expected finite numbers of at least 0, got {self.temperatures}")
+            raise ValueError(f"temperatures: expected numbers of at least 0, none infinite, got {self.temperatures}")
 
 
 def tokens_of_a_turn(tokenizer, config: SynthesisConfig) -> int:
