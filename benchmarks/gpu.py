@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -252,7 +252,8 @@ def _peak_bytes(target, arguments: dict) -> int | None:
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an error of the device each further call brings it again
+            torch.cuda.empty_cache()
 
 
 class _Rounds(BaseStreamer):
@@ -368,7 +369,10 @@ def measure(device: torch.device, sizes: tuple[Size, ...], minutes: float, log: 
             report["targets"][size.name] = {"is_right": True, "left_out": [f"needs {size.gigabytes:g} GB, got {free:.0f} GB"]}
             continue
         log(f"target of the sizes of {size.name}")
-        report["targets"][size.name] = run_size(size, device, begun + 60 * minutes * (0.45 + 0.25 * index))
+        try:
+            report["targets"][size.name] = run_size(size, device, begun + 60 * minutes * (0.45 + 0.25 * index))
+        except Exception as error:  # of any kind: the rest is still to be seen
+            report["targets"][size.name] = {"is_right": False, "failures": [_text_of(error)]}
         _free()
     log("kernels")
     report["kernels"] = run_kernels(device, begun + 60 * minutes * 0.95)

@@ -88,19 +88,35 @@ def test_rows_with_adapters_of_their_own():
         assert torch.equal(model.generate(**arguments, assistant_model=draft), plain)
 
 
-def test_a_hook_that_knows_rows(one_thread):
-    """A vector for each row of the batch, added by somebody's hook: rows that have ended stay, and others keep their places."""
+class Steered(nn.Module):
+    """A layer, and a vector for each row."""
+
+    def __init__(self, layer, vectors):
+        super().__init__()
+        self.layer, self.vectors = layer, vectors
+
+    def forward(self, *args, **kwargs):
+        output = self.layer(*args, **kwargs)
+        return output + self.vectors[: len(output)]
+
+
+@pytest.mark.parametrize("is_hook", [True, False])
+def test_added_code_that_knows_rows(is_hook, one_thread):
+    """A vector for each row of the batch, added by somebody's hook or module: rows that have ended stay in their places."""
     target = make_target()
     input_ids, mask = prompts(3)
     vectors = 0.3 * torch.randn(3, 1, target.config.hidden_size)
-    hook = target.model.layers[0].register_forward_hook(lambda module, args, output: output + vectors[: len(output)])
+    layer = target.model.layers[0].mlp
+    if is_hook:
+        layer.register_forward_hook(lambda module, args, output: output + vectors[: len(output)])
+    else:
+        target.model.layers[0].mlp = Steered(layer, vectors)
     arguments = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": PAD_ID}
     arguments["eos_token_id"] = int(target.generate(**arguments)[1, input_ids.shape[1] + 3])
     plain = target.generate(**arguments)
     for draft in (scripted_draft(target, plain, input_ids.shape[1], is_strict=False), tiny_draft(target)):
         assert torch.equal(target.generate(**arguments, assistant_model=draft), plain)
         assert draft.last_speculation.declined is None
-    hook.remove()
 
 
 @pytest.mark.parametrize(

@@ -395,8 +395,10 @@ def test_command_adds_to_a_card(command, tiny_folders, tmp_path):
     assert read_metrics(folder)["generate"][1]["summary"] == record["summary"]
 
 
-def test_command_refuses_what_cannot_be_before_any_model_is_loaded(command):
-    """Options that need a file, and unknown methods."""
+def test_command_refuses_what_cannot_be_before_any_model_is_loaded(command, tmp_path):
+    """Options that need a file, a folder without a draft, and unknown methods."""
+    result, _ = command("--update-card", tmp_path / "nowhere", status=1)
+    assert "update_card: expected the folder of a draft, got" in result.stderr
     result, _ = command("--method", "fast", status=1)
     assert "got 'fast'" in result.stderr
 

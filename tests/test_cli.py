@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import typer
-from tiny_models import scripted_draft, tiny_draft, tiny_target, word_tokenizer, write_lines
+from tiny_models import chat_tokenizer, scripted_draft, tiny_draft, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import choose_prompts, read_prompts
@@ -404,3 +404,21 @@ def test_cli_a_missing_package_names_the_extra(capsys):
         raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
     expected = "error: expected the packages of the extra 'train', got no accelerate; pip install accelerate datasets matplotlib pyarrow"
     assert capsys.readouterr().err.strip() == expected
+
+
+def test_a_draft_in_the_place_of_the_target(tmp_path):
+    """As where the two names change places."""
+    target = tiny_target("llama", seed=3)
+    tiny_draft(target).save_pretrained(tmp_path / "draft")
+    chat_tokenizer().save_pretrained(tmp_path / "draft")
+    for arguments in (["generate", "--prompt", "w10"], ["doctor"]):
+        result = CliRunner().invoke(app, [*arguments, "--target", str(tmp_path / "draft")])
+        assert result.exit_code == 1, arguments
+        told = " ".join((result.stdout + result.stderr).split())
+        assert "expected a language model, got a PRISM draft; name it with --draft" in told, arguments
+
+
+def test_a_prompt_without_a_token():
+    """A tokenizer without a template and a beginning of text."""
+    with pytest.raises(ValueError, match="prompt: expected a text of at least one token, got none"):
+        demo.chat_inputs(word_tokenizer(), "")

@@ -607,6 +607,10 @@ def test_command_goes_both_ways(tmp_path, target, target_folder):
         result = CliRunner().invoke(app, ["convert", *options, *places])
         assert result.exit_code == 1
         assert f"expected either --from or --to, got {found}" in result.output
+    for option, name in ((["--context-kv", "own_module"], "context_kv"), (["--num-target-layers", "9"], "num_target_layers")):
+        result = CliRunner().invoke(app, ["convert", "--to", "eagle3", *places, *option])
+        assert result.exit_code == 1
+        assert f"{name}: expected none with --to" in result.output
 
 
 def test_the_page_on_forms_lists_those_that_the_command_takes():

@@ -195,6 +195,35 @@ def test_a_compiled_layers_output_does_not_depend_on_the_other_rows():
     assert torch.equal(linear(inputs), torch.cat([linear(row[None]) for row in inputs]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, HalfLinear])
+@pytest.mark.parametrize("num_rows", [40, 60])
+def test_a_weight_of_another_size_is_packed_again(kind, num_rows):
+    """In the place of one with 50 rows, as where a vocabulary was cut or enlarged."""
+    linear, inputs = pack(nn.Linear(24, 50, bias=False), kind), torch.randn(5, 24)
+    linear(inputs)
+    linear.weight = nn.Parameter(torch.randn(num_rows, 24))
+    tolerance = 2e-2 if kind is HalfLinear else 1e-5
+    torch.testing.assert_close(linear(inputs), inputs @ linear.weight.T, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("kind", [*KINDS, HalfLinear])
+def test_layers_are_traced_and_mapped(kind):
+    """By torch.jit, whose graph must hold the product, by torch.func, and by torch.compile."""
+    linear, inputs, others = pack(nn.Linear(24, 50), kind), torch.randn(5, 24), torch.randn(5, 24)
+    exact = nn.functional.linear(others, linear.weight, linear.bias)
+    with torch.no_grad():
+        found = [
+            torch.jit.trace(linear, inputs, check_trace=False)(others),
+            torch.func.vmap(linear)(torch.stack((inputs, others)))[1],
+            torch.compile(linear, backend="eager")(others),
+        ]
+    tolerance = 2e-2 if kind is HalfLinear else 1e-5
+    for output in found:
+        torch.testing.assert_close(output, exact, atol=tolerance, rtol=tolerance)
+
+
 def test_a_parametrized_layer_takes_the_default_product():
     """Its weight is no parameter, but computed in each forward."""
     linear = nn.Linear(8, 8)

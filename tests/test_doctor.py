@@ -44,7 +44,7 @@ def test_doctor_examines_a_pair(tmp_path, target_folder):
     draft.save_pretrained(tmp_path / "draft")
     found = examine(tmp_path, "--target", target_folder, "--draft", tmp_path / "draft")
     assert found.keys() == {
-        *("versions", "extras", "threads", "disk", "Hub", "target", "memory", "tokenizer", "chat template", "draft"),
+        *("versions", "extras", "threads", "CPU kernel", "disk", "Hub", "target", "memory", "tokenizer", "chat template", "draft"),
         *("verifies", "calibration", "same output", "expected gain"),
     }
     assert f"torch {torch.__version__.split('+')[0]}" in found["versions"]["text"]

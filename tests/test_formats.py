@@ -54,6 +54,7 @@ FILES = {
     "array_in_lines.jsonl": lambda path: path.write_text(f"{json.dumps(CHAT)}\n{json.dumps(CHAT)}"),
     "wrapped.json": lambda path: path.write_text(json.dumps({"version": 1, "data": [ROW, ROW]}, indent=1)),
     "wrapped_in_a_line.json": lambda path: path.write_text(json.dumps({"data": [ROW, ROW]})),
+    "lines.JSONL.GZ": lambda path: path.write_bytes(gzip.compress(f"{LINE}\n{LINE}\n".encode())),
     "lines.jsonl.gz": lambda path: path.write_bytes(gzip.compress(f"{LINE}\n{LINE}\n".encode())),
     "array.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps([ROW, ROW]).encode())),
     "lines.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(f"{LINE}\n{LINE}\n".encode())),

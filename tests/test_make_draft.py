@@ -136,7 +136,7 @@ def test_a_chat_template_can_be_given(tmp_path):
     assert settings["source"] == "30 given prompts"
 
 
-@pytest.mark.parametrize("name", ["run", "data", "made[2]"])
+@pytest.mark.parametrize("name", ["run", "data", "made[b]"])
 def test_any_name_of_the_draft(model, name):
     """Also that of a folder of the run, whose content stays."""
     output = run(model, "--output", model.parent / name)

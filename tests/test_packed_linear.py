@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers_prism.kernels.packed_linear import (
     packed_linear,
     packed_linear_is_available,
     packed_linear_reference,
+    why_no_packed_linear,
 )
 
 pytestmark = pytest.mark.skipif(not packed_linear_is_available(), reason="the kernel needs a C++ compiler and an x86 CPU with AVX2")
@@ -41,9 +44,9 @@ print("equal")
 @pytest.fixture
 def fresh_kernels():
     """The kernels are looked for again, and once more after the test."""
-    packed_linear_file._kernels.cache_clear()
+    packed_linear_file._built.cache_clear()
     yield
-    packed_linear_file._kernels.cache_clear()
+    packed_linear_file._built.cache_clear()
 
 
 @pytest.fixture
@@ -56,10 +59,8 @@ def cache_folder(tmp_path, monkeypatch, fresh_kernels):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_equals_the_reference(shape, dtype, has_bias, num_threads, one_thread):
+def test_equals_the_reference(shape, dtype, has_bias, one_thread):
     """For every number of rows, and the same bits for a row alone and with others, by any number of threads."""
-    torch.set_num_threads(num_threads)  # the fixture sets it back
     num_inputs, num_outputs = shape
     packed = pack_weight(torch.randn(num_outputs, num_inputs).to(dtype))
     bias = torch.randn(num_outputs) if has_bias else None
@@ -70,6 +71,10 @@ def test_equals_the_reference(shape, dtype, has_bias, num_threads, one_thread):
         torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-5)
         for row in {0, num_rows // 2, num_rows - 1}:
             assert torch.equal(output[row], packed_linear(input[row], packed, bias, num_outputs))
+        for num_threads in (2, 3):
+            torch.set_num_threads(num_threads)  # the fixture sets it back
+            assert torch.equal(output, packed_linear(input, packed, bias, num_outputs))
+        torch.set_num_threads(1)
 
 
 def test_the_packed_weight_is_the_weight():
@@ -102,6 +107,9 @@ def test_inputs_of_every_layout():
     for input in (torch.randn(2, 3, 24), torch.randn(24), torch.randn(24, 5).T, torch.randn(5, 48)[:, ::2], torch.randn(0, 24)):
         expected = packed_linear_reference(input, packed, None, 40)
         torch.testing.assert_close(packed_linear(input, packed, None, 40), expected, atol=1e-4, rtol=1e-5)
+    negative, bias = torch.randn(3, 24, dtype=torch.complex64).conj().imag, torch.randn(80)[::2]
+    expected = packed_linear_reference(negative, packed, bias, 40)
+    torch.testing.assert_close(packed_linear(negative, packed, bias, 40), expected, atol=1e-4, rtol=1e-5)
     input = torch.randn(3, 24)
     input[0, 3], input[1, 5] = torch.nan, torch.inf
     output = packed_linear(input, packed, None, 40)
@@ -116,39 +124,72 @@ def test_inputs_that_do_not_fit():
     for input in (torch.randn(3, 23), torch.randn(3, 24, dtype=torch.float64), torch.randn(3, 24, device="meta")):
         with pytest.raises(ValueError, match=r"input: expected float32 of shape \(\.\.\., 24\) on the CPU, got"):
             packed_linear(input, packed, None, 40)
+    for wrong in (packed[:-1], packed.transpose(1, 2).contiguous(), packed.double(), packed.transpose(0, 1)):
+        with pytest.raises(ValueError, match="packed: expected what pack_weight makes of a weight of 90 rows, got|input: expected"):
+            packed_linear(torch.randn(3, 24), wrong, None, 90)
+    for bias in (torch.randn(39), torch.randn(40).bfloat16(), torch.randn(40, device="meta")):
+        with pytest.raises(ValueError, match=r"bias: expected float32 of shape \(40,\) on the CPU, got"):
+            packed_linear(torch.randn(3, 24), packed, bias, 40)
 
 
 def test_it_is_compiled_once_and_kept(cache_folder, monkeypatch):
     """A later process loads what an earlier one compiled; other code has another name."""
     assert packed_linear_is_available()
     (kept,) = cache_folder.iterdir()
-    packed_linear_file._kernels.cache_clear()
-    monkeypatch.setattr(packed_linear_file, "_compile", lambda *arguments: pytest.fail("compiled again"))
+    packed_linear_file._built.cache_clear()
+    monkeypatch.setattr(packed_linear_file, "_compiled", lambda *arguments: pytest.fail("compiled again"))
     assert packed_linear_is_available()
     monkeypatch.undo()
     monkeypatch.setattr(packed_linear_file.constants, "HF_HOME", str(cache_folder.parents[1]))
     monkeypatch.setattr(packed_linear_file, "_SOURCE", packed_linear_file._SOURCE + "// changed\n")
-    packed_linear_file._kernels.cache_clear()
+    packed_linear_file._built.cache_clear()
     assert packed_linear_is_available()
     assert len(list(cache_folder.iterdir())) == 2
     assert kept.is_file()
 
 
-def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, fresh_kernels):
-    """A file in its place: the process compiles for itself."""
-    (tmp_path / "prism").write_text("a file")
-    monkeypatch.setattr(packed_linear_file.constants, "HF_HOME", str(tmp_path))
+@pytest.mark.parametrize("fails", ["folder", "copy", "load"])
+def test_a_cache_folder_that_cannot_be_used(fails, cache_folder, tmp_path, monkeypatch):
+    """A file in its place, a full disk, a disk from which nothing may be run: the process compiles for itself."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    load = packed_linear_file._load
+
+    def refuse(*paths):
+        raise OSError("not here")
+
+    if fails == "folder":
+        cache_folder.parent.write_text("a file")
+    elif fails == "copy":
+        monkeypatch.setattr(shutil, "copyfile", refuse)
+    else:
+        monkeypatch.setattr(packed_linear_file, "_load", lambda path: refuse() if cache_folder in path.parents else load(path))
+    assert packed_linear_is_available()
+    packed = pack_weight(torch.eye(3))
+    assert torch.equal(packed_linear(torch.eye(3), packed, None, 3), torch.eye(3))
+    assert not any(temporary.iterdir())
+
+
+def test_a_compiler_that_does_not_work(cache_folder, monkeypatch):
+    """`g++` takes its place."""
+    monkeypatch.setenv("CXX", "no-such-compiler 'with an open quote")
     assert packed_linear_is_available()
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", f"{sys.executable} -c raise(SystemExit(3))"])
-def test_without_a_compiler(compiler, cache_folder, monkeypatch, caplog):
+def test_without_a_compiler(compiler, cache_folder, tmp_path, monkeypatch, caplog):
     """It is not there, and a log says why; nothing is left behind."""
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("PATH", "")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with caplog.at_level(logging.INFO):
         assert not packed_linear_is_available()
-    assert "would be faster with a C++ compiler" in caplog.text
-    assert not any(cache_folder.iterdir())
+    assert "faster still: expected a C++ compiler" in caplog.text
+    assert not cache_folder.exists()
+    assert not any(temporary.iterdir())
     with pytest.raises(ValueError, match=r"packed_linear: expected a C\+\+ compiler"):
         packed_linear(torch.randn(1, 2), torch.zeros(1, 2, 32), None, 3)
 
@@ -162,7 +203,7 @@ def test_a_file_that_is_no_library(cache_folder, tmp_path, monkeypatch):
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"")
     monkeypatch.setattr(packed_linear_file.constants, "HF_HOME", str(tmp_path / "other"))
-    packed_linear_file._kernels.cache_clear()
+    packed_linear_file._built.cache_clear()
     assert packed_linear_is_available()
     assert broken.stat().st_size == kept.stat().st_size
 
@@ -175,9 +216,8 @@ def test_the_kernel_of_a_cpu_without_avx512():
     assert done.stdout == "equal\n", done.stderr
 
 
-def test_another_cpu(monkeypatch, fresh_kernels, caplog):
+def test_another_cpu(monkeypatch, fresh_kernels):
     """Not available, and said."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    with caplog.at_level(logging.INFO):
-        assert not packed_linear_is_available()
-    assert "expected a CPU with AVX2 or AVX-512, got DEFAULT" in caplog.text
+    assert not packed_linear_is_available()
+    assert why_no_packed_linear() == "expected a CPU with AVX2 or AVX-512, got DEFAULT"

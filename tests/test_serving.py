@@ -248,6 +248,7 @@ def test_serving_other_ways_to_ask(client):
         ({"logit_bias": {"x": 1}}, "logit_bias: expected token ids as names, got {'x': 1}"),
         ({"logit_bias": {"-1": 1}}, "logit_bias: expected token ids as names, got {'-1': 1}"),
         ({"temperature": 10**400}, "temperature: expected a number of at least 0"),
+        ({"logit_bias": {"10": -(10**400)}}, "10: expected a number, got"),
         ({"extra_body": {"logit_bias": [1]}}, "logit_bias: expected an object of numbers by token id"),
         ({"extra_body": {"generation_config": "[1]"}}, "generation_config: expected a JSON object as a text, got"),
         ({"extra_body": {"generation_config": '{"return_dict_in_generate": true}'}}, "expected return_dict_in_generate to be false"),

@@ -246,6 +246,43 @@ def test_the_clock_counts_updates_and_their_batches(monkeypatch):
     assert clock.seconds == 140.0
 
 
+@pytest.mark.parametrize("name", ["user name/draft", "a/b/c"])
+def test_a_name_that_no_repository_can_have_is_said_first(tmp_path, name):
+    """Not after the training."""
+    with pytest.raises(ValueError, match="push_to_hub: expected a repository's name, user/name, got "):
+        train(settings(tmp_path, push_to_hub=name))
+
+
+@pytest.mark.parametrize("name", ["output", "features"])
+def test_a_file_in_the_place_of_a_folder_is_said_first(tmp_path, name):
+    """By the name of the option."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"{name}: expected a folder, got the file .*file"):
+        train(settings(tmp_path, **{name: str(tmp_path / "file")}))
+
+
+def test_a_push_that_fails_says_where_the_draft_is(tmp_path, load_tiny, monkeypatch):
+    """Nothing is lost."""
+
+    def refuse(self, name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(PrismDraftModel, "push_to_hub", refuse)
+    with pytest.raises(RuntimeError, match="no network. Nothing is lost: the draft is saved in .*draft; push it with `transformers-prism push"):
+        train(settings(tmp_path, warm_up_epochs=0.0, split_epochs=0.0, push_to_hub="user/draft"))
+    assert (tmp_path / "run" / "draft" / "model.safetensors").is_file()
+
+
+def test_a_run_that_was_moved_is_resumed(tmp_path, load_tiny):
+    """And one whose paths are written in another way."""
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0}
+    expected = train(settings(tmp_path, **options)).state_dict()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    data = f"{tmp_path}/./data.jsonl"
+    resumed = train(settings(tmp_path, output=f"{tmp_path}/moved/", data=data, resume=True, **options)).state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
 def test_resume_refuses_other_settings(tmp_path, load_tiny):
     train(settings(tmp_path))
     with pytest.raises(ValueError, match=r"learning_rate=0.005 as the run began, got 0.1"):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -71,6 +72,9 @@ def load_target(
     return _load_demo_wheel(dtype)
 
 
+_DRAFT_AS_TARGET = "target: expected a language model, got a PRISM draft; name it with --draft"
+
+
 @contextlib.contextmanager
 def naming(kind: str, name: str | None) -> Iterator[None]:
     """Add the name that was asked for to an error about a file or a repository; transformers' own may lack it."""
@@ -83,12 +87,17 @@ def naming(kind: str, name: str | None) -> Iterator[None]:
 
 
 def check_folder(name: str | os.PathLike) -> None:
-    """Check that a folder, if it is one, holds a model in transformers' format.
+    """Check that a folder, if it is one, holds a model in transformers' format, and no draft.
 
     Raises:
-        ValueError: if it holds GGUF files only; the message lists them.
+        ValueError: if it holds GGUF files only, which the message lists, or a draft.
     """
     folder = Path(name)
+    found = None
+    with contextlib.suppress(OSError, ValueError):  # said when it is loaded
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(found, dict) and found.get("model_type") == "prism":
+        raise ValueError(_DRAFT_AS_TARGET)
     files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").is_file() else []
     if files:
         names = ", ".join(map(str, files))
@@ -139,7 +148,7 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
         ValueError: if neither knows the configuration.
     """
     if config.model_type == "prism":
-        raise ValueError("target: expected a language model, got a PRISM draft; name it with --draft")
+        raise ValueError(_DRAFT_AS_TARGET)
     for one in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if has_class_for(one, config):
             return one

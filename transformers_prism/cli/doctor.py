@@ -18,6 +18,7 @@ from transformers_prism.bench.methods import random_draft
 from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, compare, leave_beams, load_draft
 from transformers_prism.cli.options import EXTRAS
 from transformers_prism.cpu import prepare_for_cpu
+from transformers_prism.kernels.packed_linear import why_no_packed_linear
 from transformers_prism.policy.costs import costs_path
 from transformers_prism.target import (
     HUB_TIMEOUT_SECONDS,
@@ -86,6 +87,7 @@ def machine_findings() -> Iterator[Finding]:
     extras = f"without {', '.join(missing)}; in a clone: pip install -e '.[{','.join(missing)}]'" if missing else "all installed"
     yield Finding("extras", "note" if "train" in missing else "ok", extras)
     yield _threads()
+    yield _few_rows()
     home = next(path for path in (Path(constants.HF_HOME), *Path(constants.HF_HOME).parents) if path.exists())
     free = shutil.disk_usage(home).free / _GIB
     yield Finding("disk", "ok" if free > 2 else "note", f"{free:.1f} GiB free at {home}")
@@ -113,6 +115,14 @@ def _threads() -> Finding:
     if threads > cores:
         return Finding("threads", "note", f"{text}. More threads than cores wait for each other: set OMP_NUM_THREADS={cores}")
     return Finding("threads", "ok", text)
+
+
+def _few_rows() -> Finding:
+    """Whether forwards over a few tokens can be as fast on this CPU as they get."""
+    reason = why_no_packed_linear()
+    if reason is None:
+        return Finding("CPU kernel", "ok", "compiled: prepare_for_cpu makes forwards over a few tokens cost little more than one")
+    return Finding("CPU kernel", "note", f"prepare_for_cpu takes torch's products, which cost more for a few tokens: {reason}")
 
 
 def target_findings(name: str | None, chat_template: str | None = None) -> list[Finding]:

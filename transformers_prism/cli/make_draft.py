@@ -108,7 +108,7 @@ def _needed(finding: Finding, form: str) -> Finding:
 def _is_same(name: str, before, now) -> bool:
     """Whether a setting is what it was when a run began; a path may be written in another way."""
     are_paths = name in ("model", "prompts") and isinstance(before, str) and isinstance(now, str)
-    return before == now or (are_paths and os.path.normpath(before) == os.path.normpath(now))
+    return before == now or (are_paths and os.path.abspath(before) == os.path.abspath(now))
 
 
 class Run:

@@ -176,9 +176,11 @@ def added_code(target) -> list:
 
 
 def may_know_rows(target) -> bool:
-    """Whether code was added to a model that may hold something for each row of a batch, as peft's hooks do for rows with
-    different adapters."""
-    return any(is_foreign(one) or package_of(one) == "peft" for one in added_code(target))
+    """Whether code was added to a model that may hold something for each row of a batch: hooks, as peft has for rows with
+    different adapters, and modules of other packages within a model of transformers."""
+    if any(is_foreign(one) or package_of(one) == "peft" for one in added_code(target)):
+        return True
+    return not is_foreign(type(target)) and any(is_foreign(kind.forward) for kind in {type(one) for one in target.modules()})
 
 
 def makes_own_inputs(target) -> bool:

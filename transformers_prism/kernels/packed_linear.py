@@ -11,8 +11,8 @@ A row is summed in the same order whatever the number of rows, in parts of 256: 
 is computed alone or with others.
 
 The kernel is C++, compiled when it is first needed, in a second or two, by the compiler that `CXX` names, or by `g++`. The
-result is kept in the Hugging Face cache folder. It uses the threads of torch's own OpenMP. Without a compiler, or on other
-CPUs than x86 with AVX2 or AVX-512, it is not available.
+result is kept in the Hugging Face cache folder. It uses the threads of torch's own OpenMP, which is GNU's. Without a compiler
+for that, or on other CPUs than x86 with AVX2 or AVX-512, it is not available.
 Shape letters: M rows, K inputs, N outputs, P panels, C outputs of a panel.
 """
 
@@ -56,6 +56,14 @@ static inline Floats load(const uint16_t* weights) {
 #endif
 }
 
+static inline Floats add_product(float value, Floats weights, Floats sum) {
+#if WIDTH == 16
+  return (Floats)_mm512_fmadd_ps(_mm512_set1_ps(value), (__m512)weights, (__m512)sum);
+#else
+  return (Floats)_mm256_fmadd_ps(_mm256_set1_ps(value), (__m256)weights, (__m256)sum);
+#endif
+}
+
 // ROWS rows times a panel. For each k memory is asked for `bytes` more at `ahead`.
 template <typename T, int ROWS>
 static void multiply(const float* input, long K, const T* panel, float* output, long N, const float* bias, long count,
@@ -70,8 +78,8 @@ static void multiply(const float* input, long K, const T* panel, float* output, 
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
         const float value = input[row * K + k];
-        part[row][0] += value * left;
-        part[row][1] += value * right;
+        part[row][0] = add_product(value, left, part[row][0]);
+        part[row][1] = add_product(value, right, part[row][1]);
       }
     }
 #pragma GCC unroll 16
@@ -127,7 +135,12 @@ extern "C" void linear_float16(const float* input, const uint16_t* packed, const
 
 def packed_linear_is_available() -> bool:
     """Whether the kernel can run here; compiles it if it has to be."""
-    return _kernels() is not None
+    return why_no_packed_linear() is None
+
+
+def why_no_packed_linear() -> str | None:
+    """Why the kernel cannot run here, and what it would need; None if it can."""
+    return _built()[1]
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -165,13 +178,21 @@ def packed_linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor 
     Raises:
         ValueError: if inputs and weight do not fit each other, or the kernel is not available here.
     """
-    kernels, num_inputs = _kernels(), packed.shape[1]
-    if kernels is None:
-        raise ValueError("packed_linear: expected a C++ compiler and an x86 CPU with AVX2, got neither or only one of them")
+    (kernels, reason), (num_panels, num_inputs, width) = _built(), packed.shape
+    if reason is not None:
+        raise ValueError(f"packed_linear: {reason}")
+    if num_panels != -(-num_outputs // width) or packed.dtype not in kernels or not packed.is_contiguous():
+        found = f"{packed.dtype}, {tuple(packed.shape)}"
+        raise ValueError(f"packed: expected what pack_weight makes of a weight of {num_outputs} rows, got {found}")
     if input.dtype is not torch.float32 or not input.is_cpu or input.shape[-1] != num_inputs:
         found = f"{input.dtype}, {tuple(input.shape)} on {input.device}"
         raise ValueError(f"input: expected float32 of shape (..., {num_inputs}) on the CPU, got {found}")
-    input = input.contiguous()
+    if bias is not None:
+        if bias.dtype is not torch.float32 or not bias.is_cpu or bias.shape != (num_outputs,):
+            found = f"{bias.dtype}, {tuple(bias.shape)} on {bias.device}"
+            raise ValueError(f"bias: expected float32 of shape ({num_outputs},) on the CPU, got {found}")
+        bias = bias.contiguous()
+    input = input.resolve_neg().contiguous()
     output = input.new_empty((*input.shape[:-1], num_outputs))
     pointers = input.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), output.data_ptr()
     kernels[packed.dtype](*pointers, input.numel() // num_inputs, num_inputs, num_outputs, torch.get_num_threads())
@@ -179,45 +200,42 @@ def packed_linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor 
 
 
 @functools.cache
-def _kernels() -> dict[torch.dtype, Any] | None:
-    """The compiled functions, by the dtype of the weight; None, with the reason logged, where there are none."""
+def _built() -> tuple[dict[torch.dtype, Any], str | None]:
+    """The compiled functions, by the dtype of the weight; none, and the reason, where they cannot be had."""
     cpu = torch.backends.cpu.get_cpu_capability()
     if cpu not in _CPUS:
-        logger.info("no kernel for forwards over a few tokens: expected a CPU with AVX2 or AVX-512, got %s", cpu)
-        return None
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "g++"]
-    width, most_rows, options = _CPUS[cpu]
-    command = [*compiler, "-O3", "-std=c++17", *options.split(), f"-DWIDTH={width}", f"-DMOST_ROWS={most_rows}"]
-    name = f"packed_linear_{name_of_parts([_SOURCE, command])}.so"
-    path = Path(constants.HF_HOME) / "prism" / "kernels" / name
-    try:
-        with contextlib.suppress(OSError):  # absent, or not whole
-            return _load(path)
-        return _load(_compiled(command, path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.info("no kernel for forwards over a few tokens, which would be faster with a C++ compiler: %s", reason)
-        return None
+        return {}, f"expected a CPU with AVX2 or AVX-512, got {cpu}"
+    width, most_rows, of_cpu = _CPUS[cpu]
+    options = ["-O3", "-std=c++17", *of_cpu.split(), f"-DWIDTH={width}", f"-DMOST_ROWS={most_rows}"]
+    path = Path(constants.HF_HOME) / "prism" / "kernels" / f"packed_linear_{name_of_parts([_SOURCE, options])}.so"
+    with contextlib.suppress(OSError):  # absent, or not whole
+        return _load(path), None
+    found = []
+    for compiler in dict.fromkeys((os.environ.get("CXX") or "g++", "g++")):
+        with tempfile.TemporaryDirectory(prefix="prism_kernels_") as folder:
+            try:
+                library = _compiled([*shlex.split(compiler), *options], Path(folder))
+                with contextlib.suppress(OSError):  # a folder that cannot be written, or from which nothing may be run
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(path) as unfinished:
+                        shutil.copyfile(library, unfinished)
+                    return _load(path), None
+                return _load(library), None  # which may be removed once it is loaded
+            except (OSError, subprocess.SubprocessError, ValueError) as error:
+                found.append(f"{compiler}: {(getattr(error, 'stderr', None) or error)!s}".strip())
+    reason = f"expected a C++ compiler for GNU's OpenMP (g++, or what CXX names), got {'; '.join(found)}"
+    logger.info("prepare_for_cpu would make forwards over a few tokens faster still: %s", reason)
+    return {}, reason
 
 
-def _compiled(command: list[str], path: Path) -> Path:
-    """The compiled source, at `path` or, where that cannot be written, in a folder of this process."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _compile(command, path)
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="prism_kernels_")) / path.name
-        _compile(command, path)
-    return path
-
-
-def _compile(command: list[str], path: Path) -> None:
+def _compiled(command: list[str], folder: Path) -> Path:
+    """The compiled source in a folder."""
+    objects, library = folder / "packed_linear.o", folder / "packed_linear.so"
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-    with tempfile.TemporaryDirectory() as work, whole_file(path) as unfinished:
-        objects = Path(work) / "packed_linear.o"
-        run([*command, "-fopenmp", "-fPIC", "-x", "c++", "-c", "-", "-o", str(objects)], input=_SOURCE)
-        # Without -fopenmp, which would bring a second OpenMP, whose threads would compete with those of torch.
-        run([*command, "-shared", str(objects), "-o", str(unfinished)])
+    run([*command, "-fopenmp", "-fPIC", "-x", "c++", "-c", "-", "-o", str(objects)], input=_SOURCE)
+    # Without -fopenmp, which would bring a second OpenMP, whose threads would compete with those of torch.
+    run([*command, "-shared", str(objects), "-o", str(library)])
+    return library
 
 
 def _load(path: Path) -> dict[torch.dtype, Any]:

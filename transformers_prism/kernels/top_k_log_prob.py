@@ -203,8 +203,8 @@ if triton is not None:
         block_k = min(64 if is_narrow else 32, max(16, triton.next_power_of_2(hidden_size)))
         # float32 as six products of bfloat16 parts, which are as exact.
         precision = "bf16x6" if itemsize == 4 else "ieee"
-        # 128 rows and their lists, or the parts of float32 products, leave registers for only half as many candidates.
-        block_v = 32 if block_n == 128 or (itemsize == 4 and block_n == 16) else 64
+        # 128 rows and their lists, or the parts of float32 products, leave registers for fewer candidates.
+        block_v = 16 if block_n == 128 else 32 if itemsize == 4 and block_n == 16 else 64
         tiles = {"PRECISION": precision, "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k}
         # All threads of a program share 65536 registers, which the assembler exceeds if it is told that each may have 255.
         registers = dict.fromkeys(ALL_REGISTERS, 128) if block_n == 128 else ALL_REGISTERS

@@ -67,7 +67,7 @@ def _number(body: dict, name: str, kind: type, at_least: float = -math.inf):
     if value is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not at_least <= value <= sys.float_info.max or kind(value) != value:
+    if not is_number or not max(at_least, -sys.float_info.max) <= value <= sys.float_info.max or kind(value) != value:
         bound = "" if at_least == -math.inf else f" of at least {at_least}"
         raise ValueError(f"{name}: expected {'an integer' if kind is int else 'a number'}{bound}, got {value!r}")
     return kind(value)

@@ -256,7 +256,7 @@ def _is_same(name: str, before, now) -> bool:
     """Whether a setting is what it was when a run began. The folder may have moved; paths may be written in another way."""
     if name not in _PATHS or not before or not now:
         return before == now
-    paths = [[os.path.normpath(part) for part in str(one).split(",")] for one in (before, now)]
+    paths = [[os.path.abspath(part) for part in str(one).split(",")] for one in (before, now)]
     return name == "output" or paths[0] == paths[1]
 
 
