@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import PAD_ID, prompts, scripted_draft, tiny_target, varied_target
+from tiny_models import PAD_ID, observer, prompts, scripted_draft, tiny_target, varied_target
 from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -212,7 +212,7 @@ def test_rows_that_have_ended_leave_the_forwards():
     arguments = {**ARGUMENTS, "eos_token_id": int(plain[0, 14])}
     plain = target.generate(input_ids, attention_mask=mask, **arguments)
     sizes = []
-    hook = target.register_forward_hook(lambda module, inputs, output: sizes.append(output.logits.shape[0]))
+    hook = target.register_forward_hook(observer(lambda module, inputs, output: sizes.append(output.logits.shape[0])))
     output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, **arguments)
     hook.remove()
     assert torch.equal(output, plain)

@@ -203,12 +203,11 @@ class MklLinear(PackedLinear):
 _outside_of_graphs = torch.compiler.disable(packed_linear)
 
 
-def _own_product(layer: nn.Linear, input: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-    """[`packed_linear`], which torch.compile cannot trace."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+def _own_product(layer: nn.Linear, input: torch.Tensor, copy: torch.Tensor, weight, bias) -> torch.Tensor:
+    """[`packed_linear`], which torch.compile cannot trace, with the layer's weight and bias."""
     product = _outside_of_graphs if torch.compiler.is_compiling() else packed_linear
     try:
-        return product(input, copy, bias, len(weight))  # type: ignore[arg-type]
+        return product(input, copy, bias, len(weight))
     except RuntimeError:  # raised for a tensor without memory of its own, as under torch.func.vmap
         return nn.Linear.forward(layer, input)
 
@@ -223,7 +222,7 @@ class CompiledLinear(PackedLinear):
 
     def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
         """As [`PackedLinear.packed_product`]; a row's output does not depend on the number of rows."""
-        return _own_product(self, input, copy)
+        return _own_product(self, input, copy, self._parameters["weight"], self._parameters["bias"])
 
     def _pack(self, weight: torch.Tensor):
         # A pickle may be loaded where there is no compiler.
@@ -242,9 +241,10 @@ class HalfLinear(PackedLinear):
 
     def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
         """As [`PackedLinear.packed_product`], with a weight of 11 significant bits."""
+        bias = self._parameters["bias"]
         if isinstance(copy, torch.Tensor):
-            return _own_product(self, input, copy)
-        output, bias = torch.ops.quantized.linear_dynamic_fp16.default(input, copy), self._parameters["bias"]
+            return _own_product(self, input, copy, self._parameters["weight"], bias)
+        output = torch.ops.quantized.linear_dynamic_fp16.default(input, copy)
         return output if bias is None else output.add_(bias)
 
     def _pack(self, weight: torch.Tensor):
