@@ -61,6 +61,7 @@ class _Trust(threading.local):
 
 
 _trust = _Trust()
+_outside_of_graphs = torch.compiler.disable(packed_linear)
 
 
 def weight_version(weight: torch.Tensor) -> int | None:
@@ -155,6 +156,14 @@ class PackedLinear(nn.Linear):
         """The product with a packed copy, which is an opaque object."""
         return torch.ops.mkldnn._linear_pointwise.default(input, copy, self._parameters["bias"], "none", [], "")
 
+    def _own_product(self, input: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        # torch.compile cannot trace it.
+        product = _outside_of_graphs if torch.compiler.is_compiling() else packed_linear
+        try:
+            return product(input, copy, self._parameters["bias"], self._parameters["weight"].shape[0])  # type: ignore[union-attr]
+        except RuntimeError:  # raised for a tensor without memory of its own, as under torch.func.vmap
+            return super().forward(input)
+
     def refresh(self) -> bool:
         """Pack the weight again if any part of it has changed since it was packed; returns whether it was packed again."""
         packed, weight = self.__dict__.get("_packed"), self.weight
@@ -200,18 +209,6 @@ class MklLinear(PackedLinear):
         return torch.ops.mkl._mkl_reorder_linear_weight.default(weight, _MKL_ROWS)
 
 
-_outside_of_graphs = torch.compiler.disable(packed_linear)
-
-
-def _own_product(layer: nn.Linear, input: torch.Tensor, copy: torch.Tensor, weight, bias) -> torch.Tensor:
-    """[`packed_linear`], which torch.compile cannot trace, with the layer's weight and bias."""
-    product = _outside_of_graphs if torch.compiler.is_compiling() else packed_linear
-    try:
-        return product(input, copy, bias, len(weight))
-    except RuntimeError:  # raised for a tensor without memory of its own, as under torch.func.vmap
-        return nn.Linear.forward(layer, input)
-
-
 class CompiledLinear(PackedLinear):
     """A layer whose product is our own."""
 
@@ -222,7 +219,7 @@ class CompiledLinear(PackedLinear):
 
     def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
         """As [`PackedLinear.packed_product`]; a row's output does not depend on the number of rows."""
-        return _own_product(self, input, copy, self._parameters["weight"], self._parameters["bias"])
+        return self._own_product(input, copy)
 
     def _pack(self, weight: torch.Tensor):
         # A pickle may be loaded where there is no compiler.
@@ -241,10 +238,9 @@ class HalfLinear(PackedLinear):
 
     def packed_product(self, input: torch.Tensor, copy: Any, num_rows: int) -> torch.Tensor:
         """As [`PackedLinear.packed_product`], with a weight of 11 significant bits."""
-        bias = self._parameters["bias"]
         if isinstance(copy, torch.Tensor):
-            return _own_product(self, input, copy, self._parameters["weight"], bias)
-        output = torch.ops.quantized.linear_dynamic_fp16.default(input, copy)
+            return self._own_product(input, copy)
+        output, bias = torch.ops.quantized.linear_dynamic_fp16.default(input, copy), self._parameters["bias"]
         return output if bias is None else output.add_(bias)
 
     def _pack(self, weight: torch.Tensor):

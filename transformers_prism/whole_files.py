@@ -71,6 +71,11 @@ def write_json_if_possible(path: Path, content: dict) -> None:
         write_json(path, content)
 
 
+def are_same_paths(first: str, second: str) -> bool:
+    """Whether two lists of paths, separated by commas, name the same, however they are written."""
+    return [os.path.abspath(path) for path in first.split(",")] == [os.path.abspath(path) for path in second.split(",")]
+
+
 def name_of_parts(parts: list) -> str:
     """A file name derived from these parts, which JSON must be able to hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -8,7 +8,6 @@ updates of `train` to time one, `train` with as many epochs as fit, and `bench g
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from transformers_prism.configuration_prism import attention_heads, num_target_l
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.hub.card import add_to_card, names_target
 from transformers_prism.target import find_device, load_target
-from transformers_prism.whole_files import read_json, write_json
+from transformers_prism.whole_files import are_same_paths, read_json, write_json
 
 # Shares of the time after which these steps should be finished; the rest is for measuring.
 _SYNTHESIS_ENDS, _TRAINING_ENDS = 0.45, 0.85
@@ -76,7 +75,7 @@ def run_make_draft(output: Path, settings: dict, words: list[str], console: Cons
         told = f"That took {run.spent() / 60:.1f} minutes instead of {settings['minutes']:g}: even the minimum for a draft takes longer on this machine."
         console.print(told, style="yellow", soft_wrap=True, highlight=False)
     more = "" if names_target(output) else " --base-model NAME/OF-THE-TARGET"
-    console.print(f"Push it: transformers-prism push {escape(str(output))} USER/{run.name}{more}", highlight=False, soft_wrap=True)
+    console.print(f"Push it: transformers-prism push {escape(str(output))} USER/{escape(output.name)}{more}", highlight=False, soft_wrap=True)
 
 
 def check(model: str, form: str, template: str | None, prompts: str | None, console: Console) -> None:
@@ -107,8 +106,9 @@ def _needed(finding: Finding, form: str) -> Finding:
 
 def _is_same(name: str, before, now) -> bool:
     """Whether a setting is what it was when a run began; a path may be written in another way."""
-    are_paths = name in ("model", "prompts") and isinstance(before, str) and isinstance(now, str)
-    return before == now or (are_paths and os.path.abspath(before) == os.path.abspath(now))
+    if name not in ("model", "prompts") or not before or not now:
+        return before == now
+    return are_same_paths(before, now)
 
 
 class Run:
@@ -148,11 +148,6 @@ class Run:
                 "remove that folder to begin anew"
             )
         self.steps, self.interrupted = found["steps"], found.get("interrupted", {})
-
-    @property
-    def name(self) -> str:
-        """The draft's name, for messages, whose brackets are no markup."""
-        return escape(self.output.name)
 
     def claim(self) -> None:
         """Record the finished steps; the first call also claims the folder for this run."""
@@ -435,5 +430,5 @@ def result_table(figures: dict, run: Run) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("without a draft", "1.00", f"{figures['plain_tokens_per_second']:.1f}", "1.00")
     tau, rate = figures["acceptance_length_pooled"] or 1.0, figures["draft_tokens_per_second"]
-    table.add_row(f"with {run.output.name}", f"{tau:.2f}", f"{rate:.1f}", f"{figures['ratio']:.2f}")
+    table.add_row(f"with {escape(run.output.name)}", f"{tau:.2f}", f"{rate:.1f}", f"{figures['ratio']:.2f}")
     return table

@@ -28,7 +28,7 @@ from ..transformers_names import attention_name
 from ..tried_targets import TRIED_TYPES
 from ..whole_files import name_of_parts, write_json_if_possible
 from .memory import kept_with
-from .target_support import added_code, is_foreign
+from .target_support import added_code, foreign_forwards, is_foreign
 from .tree import Tree
 
 # Parts of names of configuration fields that hold lengths at which attention or positions may change.
@@ -93,7 +93,7 @@ def _source_of(kind) -> str:
 
 def _sources(target) -> list[str]:
     """Source files of a model's class and of the forwards of its modules' classes that are not from tried packages."""
-    return [_source_of(type(target)), *sorted(map(_source_of, _foreign_forwards(target)))]
+    return [_source_of(type(target)), *sorted(map(_source_of, foreign_forwards(target)))]
 
 
 def _key(target) -> str:
@@ -120,13 +120,7 @@ def is_tried(target) -> bool:
 def foreign_code(target) -> list:
     """What a model's forwards run of packages that were not tried, as for steering activations or compressing caches: hooks,
     forwards that replace a class's own, and modules of other classes."""
-    return [*_added_code(target), *_foreign_forwards(target)]
-
-
-def _foreign_forwards(target) -> list:
-    """Forwards of the classes of a model's modules, from packages that were not tried."""
-    kinds = dict.fromkeys(type(module) for module in target.modules())
-    return [forward for forward in dict.fromkeys(kind.forward for kind in kinds) if is_foreign(forward)]
+    return [*_added_code(target), *foreign_forwards(target)]
 
 
 def _added_code(target) -> list:

@@ -175,12 +175,18 @@ def added_code(target) -> list:
     return functions
 
 
+def foreign_forwards(target) -> list:
+    """Forwards of the classes of a model's modules, from packages that were not tried."""
+    kinds = dict.fromkeys(type(module) for module in target.modules())
+    return [forward for forward in dict.fromkeys(kind.forward for kind in kinds) if is_foreign(forward)]
+
+
 def may_know_rows(target) -> bool:
     """Whether code was added to a model that may hold something for each row of a batch: hooks, as peft has for rows with
     different adapters, and modules of other packages within a model of transformers."""
     if any(is_foreign(one) or package_of(one) == "peft" for one in added_code(target)):
         return True
-    return not is_foreign(type(target)) and any(is_foreign(kind.forward) for kind in {type(one) for one in target.modules()})
+    return not is_foreign(type(target)) and bool(foreign_forwards(target))
 
 
 def makes_own_inputs(target) -> bool:

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import platform
 import shutil
 import time
@@ -42,7 +41,7 @@ from transformers_prism.training.progress import TrainingLog, UpdateClock, plot_
 from transformers_prism.training.progress_bar import ProgressBar
 from transformers_prism.training.recipes import Stage, TrainConfig, count_updates, plan_stages
 from transformers_prism.training.warm_start import expand_modules, with_modules
-from transformers_prism.whole_files import read_json, write_json
+from transformers_prism.whole_files import are_same_paths, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -256,8 +255,7 @@ def _is_same(name: str, before, now) -> bool:
     """Whether a setting is what it was when a run began. The folder may have moved; paths may be written in another way."""
     if name not in _PATHS or not before or not now:
         return before == now
-    paths = [[os.path.abspath(part) for part in str(one).split(",")] for one in (before, now)]
-    return name == "output" or paths[0] == paths[1]
+    return name == "output" or are_same_paths(before, now)
 
 
 def _has_begun(folder: Path) -> bool:
