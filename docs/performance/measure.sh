@@ -61,8 +61,7 @@ measure() {
   case $step in
     greedy) generate --method auto --num-prompts 48 ;;
     sampled) generate --method auto --num-prompts 48 --temperature 0.8 ;;
-    batch32) generate --method auto --num-prompts 32 --batch-size 32 ;;
-    batch*) generate --method auto --num-prompts 48 --batch-size "${step#batch}" ;;
+    batch[0-9]*) generate --method auto --num-prompts 64 --batch-size "${step#batch}" ;;
     context7936) generate --method auto --num-prompts 3 --context 7936 ;;
     context*) generate --method auto --num-prompts 12 --context "${step#context}" ;;
     methods)

@@ -13,7 +13,7 @@ Source: ours.
 
 import torch
 
-from .dispatch import expect, expect_tensors, on_its_device, operator_namespace, use_triton
+from .dispatch import expect, expect_tensors, operator, operator_namespace, use_triton
 
 try:
     import triton
@@ -79,7 +79,6 @@ if triton is not None:
         tl.debug_barrier()
         tl.store(buffer + end[:, None] * stride_c + column[None, :], moved, mask=mask)
 
-    @on_its_device
     def _compact_cache_fwd(buffers: list[torch.Tensor], source: torch.Tensor, destination: torch.Tensor) -> None:
         first = buffers[0]
         num_rows, num_heads, length, head_dim = first.shape
@@ -93,9 +92,7 @@ if triton is not None:
             HEAD_DIM=head_dim, BLOCK_A=block_a, BLOCK_E=block_e, num_warps=4,
         )
 
-    _compact_cache = torch.library.custom_op(
-        f"{_NAMESPACE}::compact_cache", _compact_cache_fwd, mutates_args=("buffers",)
-    )
+    _compact_cache = operator(_NAMESPACE, _compact_cache_fwd, mutates_args=("buffers",))
 
     @_compact_cache.register_fake
     def _(buffers, source, destination):

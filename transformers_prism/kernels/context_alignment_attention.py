@@ -28,7 +28,7 @@ from .dispatch import (
     expect_float,
     expect_rows,
     expect_tensors,
-    on_its_device,
+    operator,
     operator_namespace,
     use_triton,
 )
@@ -367,7 +367,6 @@ if triton is not None:
     def _strides(tensors: list[torch.Tensor]) -> tuple:
         return tuple(tuple(tensor.stride()[:3]) for tensor in tensors)
 
-    @on_its_device
     def _context_alignment_attention_fwd(
         query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None,
         scale: float
@@ -385,7 +384,6 @@ if triton is not None:
         )
         return output, log_sums
 
-    @on_its_device
     def _context_alignment_attention_bwd(
         grad_output: torch.Tensor, output: torch.Tensor, log_sums: torch.Tensor, query: torch.Tensor,
         keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor | None, scale: float
@@ -399,8 +397,7 @@ if triton is not None:
         tiles, key_tiles = _backward_tiles(head_dim, query.element_size(), step)
         first_rows = log_sums if starts is None else starts
         sizes = (num_heads, num_rows, scale)
-        group = num_heads // num_groups
-        constants = {"STEP": step, "GROUP": group, "HEAD_DIM": head_dim, "HAS_STARTS": starts is not None}
+        constants = {"STEP": step, "GROUP": num_heads // num_groups, "HEAD_DIM": head_dim, "HAS_STARTS": starts is not None}
         query_strides = tuple(query.stride()[:3])
         strides = (query_strides, _strides(keys), _strides(values))
         grid = (triton.cdiv(num_rows, tiles["BLOCK_M"]), num_batch * num_heads)
@@ -422,12 +419,8 @@ if triton is not None:
             )
         return [grad_query, *grads]
 
-    _context_alignment_attention = torch.library.custom_op(
-        f"{_NAMESPACE}::context_alignment_attention", _context_alignment_attention_fwd, mutates_args=()
-    )
-    _context_alignment_attention_backward = torch.library.custom_op(
-        f"{_NAMESPACE}::context_alignment_attention_backward", _context_alignment_attention_bwd, mutates_args=()
-    )
+    _context_alignment_attention = operator(_NAMESPACE, _context_alignment_attention_fwd)
+    _context_alignment_attention_backward = operator(_NAMESPACE, _context_alignment_attention_bwd)
 
     @_context_alignment_attention.register_fake
     def _(query, keys, values, starts, scale):

@@ -3,11 +3,12 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.library import CustomOpDef
 
 try:
     import triton
@@ -67,6 +68,18 @@ def on_its_device(launcher: Callable) -> Callable:
             return launcher(*args, **kwargs)
 
     return run
+
+
+def operator(namespace: str, launcher: Callable, mutates_args: Iterable[str] = ()) -> CustomOpDef:
+    """Register a launcher of kernels as an operator of `torch.library`.
+
+    Args:
+        namespace (`str`): of [`operator_namespace`].
+        launcher (`Callable`): `_NAME_fwd` becomes the operator NAME, `_NAME_bwd` the operator NAME_backward.
+        mutates_args (iterable of `str`): arguments that it writes to.
+    """
+    name = launcher.__name__.removeprefix("_").removesuffix("_fwd").replace("_bwd", "_backward")
+    return torch.library.custom_op(f"{namespace}::{name}", on_its_device(launcher), mutates_args=mutates_args)
 
 
 def expect(is_met: bool, name: str, expected: str, got) -> None:

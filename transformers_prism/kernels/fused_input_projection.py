@@ -20,7 +20,7 @@ from .dispatch import (
     expect_float,
     expect_rows,
     expect_tensors,
-    on_its_device,
+    operator,
     operator_namespace,
     use_triton,
 )
@@ -91,7 +91,6 @@ if triton is not None:
         tiles = {"PRECISION": precision, "BLOCK_N": MAX_ROWS, "BLOCK_D": block_d, "BLOCK_K": block_k}
         return {**tiles, "num_warps": 4, "num_stages": 4}
 
-    @on_its_device
     def _fused_input_projection_fwd(
         token_ids: torch.Tensor, hidden: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
         bias: torch.Tensor | None, scale: float
@@ -107,9 +106,7 @@ if triton is not None:
         )
         return output
 
-    _fused_input_projection = torch.library.custom_op(
-        f"{_NAMESPACE}::fused_input_projection", _fused_input_projection_fwd, mutates_args=()
-    )
+    _fused_input_projection = operator(_NAMESPACE, _fused_input_projection_fwd)
 
     @_fused_input_projection.register_fake
     def _(token_ids, hidden, embedding, weight, bias, scale):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import expect, expect_tensors, on_its_device, operator_namespace, use_triton
+from .dispatch import expect, expect_tensors, operator, operator_namespace, use_triton
 
 try:
     import triton
@@ -238,7 +238,6 @@ if triton is not None:
         mask = is_node[:, None] & (word < NUM_WORDS)[None, :]
         tl.store(bits + (row * NUM_NODES + node)[:, None] * NUM_WORDS + word[None, :], result, mask=mask)
 
-    @on_its_device
     def _grow_tree_fwd(
         child_ids: torch.Tensor, child_log_probs: torch.Tensor, log_probs: torch.Tensor, ancestors: torch.Tensor,
         num_next: int, first_bit: int
@@ -259,7 +258,6 @@ if triton is not None:
         )
         return outputs
 
-    @on_its_device
     def _choose_nodes_fwd(
         root_ids: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor,
         log_probs: torch.Tensor, num_nodes: int
@@ -276,7 +274,6 @@ if triton is not None:
         )
         return outputs
 
-    @on_its_device
     def _ancestor_bits_fwd(parents: torch.Tensor) -> torch.Tensor:
         num_rows, num_nodes = parents.shape
         num_words = triton.cdiv(num_nodes, _WORD)
@@ -287,9 +284,9 @@ if triton is not None:
         )
         return bits
 
-    _grow_tree = torch.library.custom_op(f"{_NAMESPACE}::grow_tree", _grow_tree_fwd, mutates_args=())
-    _choose_nodes = torch.library.custom_op(f"{_NAMESPACE}::choose_nodes", _choose_nodes_fwd, mutates_args=())
-    _ancestor_bits = torch.library.custom_op(f"{_NAMESPACE}::ancestor_bits", _ancestor_bits_fwd, mutates_args=())
+    _grow_tree = operator(_NAMESPACE, _grow_tree_fwd)
+    _choose_nodes = operator(_NAMESPACE, _choose_nodes_fwd)
+    _ancestor_bits = operator(_NAMESPACE, _ancestor_bits_fwd)
 
     @_grow_tree.register_fake
     def _(child_ids, child_log_probs, log_probs, ancestors, num_next, first_bit):

@@ -30,7 +30,7 @@ from .dispatch import (
     expect,
     expect_float,
     expect_tensors,
-    on_its_device,
+    operator,
     operator_namespace,
     use_triton,
 )
@@ -352,7 +352,6 @@ if triton is not None:
     def _needs(losses: str) -> tuple[bool, bool]:
         return "reverse_kl" in losses, "total_variation" in losses or "negative_log_acceptance" in losses
 
-    @on_its_device
     def _linear_distillation_loss_fwd(
         student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, losses: str, student_scale: float,
         student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None
@@ -395,7 +394,6 @@ if triton is not None:
         reverse_kl = _loss_values(statistics, "reverse_kl")[0]
         return torch.stack((forward, gradient.get("reverse_kl", zero), reverse_kl, acceptance))
 
-    @on_its_device
     def _linear_distillation_loss_bwd(
         grad_losses: torch.Tensor, statistics: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor,
         head: torch.Tensor, losses: str, student_scale: float, student_softcap: float | None, teacher_scale: float,
@@ -429,12 +427,8 @@ if triton is not None:
             )
         return (grad_student * (size * student_scale)[:, None]).to(student.dtype)
 
-    _linear_distillation_loss = torch.library.custom_op(
-        f"{_NAMESPACE}::linear_distillation_loss", _linear_distillation_loss_fwd, mutates_args=()
-    )
-    _linear_distillation_loss_backward = torch.library.custom_op(
-        f"{_NAMESPACE}::linear_distillation_loss_backward", _linear_distillation_loss_bwd, mutates_args=()
-    )
+    _linear_distillation_loss = operator(_NAMESPACE, _linear_distillation_loss_fwd)
+    _linear_distillation_loss_backward = operator(_NAMESPACE, _linear_distillation_loss_bwd)
 
     @_linear_distillation_loss.register_fake
     def _(student, teacher, head, losses, *scales):

@@ -25,7 +25,7 @@ from .dispatch import (
     expect_float,
     expect_rows,
     expect_tensors,
-    on_its_device,
+    operator,
     operator_namespace,
     use_triton,
 )
@@ -214,7 +214,6 @@ if triton is not None:
         """How many of the best a program keeps: a few sizes, so that each of them is compiled in the tests."""
         return next(size for size in (2, 16, MAX_TOP_K) if k <= size)
 
-    @on_its_device
     def _top_k_log_prob_fwd(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor | None, k: int,
         scale: float, softcap: float | None
@@ -245,7 +244,7 @@ if triton is not None:
         )
         return best_ids, best_log_probs
 
-    _top_k_log_prob = torch.library.custom_op(f"{_NAMESPACE}::top_k_log_prob", _top_k_log_prob_fwd, mutates_args=())
+    _top_k_log_prob = operator(_NAMESPACE, _top_k_log_prob_fwd)
 
     @_top_k_log_prob.register_fake
     def _(hidden, weight, bias, token_ids, k, scale, softcap):

@@ -26,7 +26,7 @@ from .dispatch import (
     expect_float,
     expect_rows,
     expect_tensors,
-    on_its_device,
+    operator,
     operator_namespace,
     use_triton,
 )
@@ -241,7 +241,6 @@ if triton is not None:
         most = 2 * num_prefix * head_dim * itemsize // (4 * num_rows * (head_dim + 1))
         return max(1, min(wanted, most, triton.cdiv(num_prefix, block_k)))
 
-    @on_its_device
     def _tree_attention_fwd(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ancestors: torch.Tensor, committed: torch.Tensor,
         node_index: torch.Tensor | None, sliding_window: int | None, softcap: float | None, scale: float
@@ -279,7 +278,7 @@ if triton is not None:
             )
         return output
 
-    _tree_attention = torch.library.custom_op(f"{_NAMESPACE}::tree_attention", _tree_attention_fwd, mutates_args=())
+    _tree_attention = operator(_NAMESPACE, _tree_attention_fwd)
 
     @_tree_attention.register_fake
     def _(query, key, value, ancestors, committed, node_index, sliding_window, softcap, scale):

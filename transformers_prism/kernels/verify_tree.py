@@ -29,7 +29,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from .dispatch import expect, expect_float, expect_rows, expect_tensors, on_its_device, operator_namespace, use_triton
+from .dispatch import expect, expect_float, expect_rows, expect_tensors, operator, operator_namespace, use_triton
 
 try:
     import triton
@@ -367,7 +367,6 @@ if triton is not None:
         )
         return bounds, first_ties
 
-    @on_its_device
     def _verify_tree_fwd(
         logits: torch.Tensor, token_ids: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, num_steps: int,
         noise: torch.Tensor | None, noise_steps: torch.Tensor | None, noise_rows: torch.Tensor | None,
@@ -401,7 +400,7 @@ if triton is not None:
         )
         return output
 
-    _verify_tree = torch.library.custom_op(f"{_NAMESPACE}::verify_tree", _verify_tree_fwd, mutates_args=())
+    _verify_tree = operator(_NAMESPACE, _verify_tree_fwd)
 
     @_verify_tree.register_fake
     def _(logits, token_ids, parents, depths, num_steps, *rest):
