@@ -43,7 +43,7 @@ from transformers_prism.bench.record import hardware
 from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.options import user_errors
 from transformers_prism.command_line import command_line
-from transformers_prism.configuration_prism import default_target_layer_ids, num_target_layers
+from transformers_prism.configuration_prism import PrismConfig, default_target_layer_ids, num_target_layers
 from transformers_prism.hub.files import TRAINING, weights_sha256
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
@@ -414,7 +414,7 @@ def _trained(run: Run) -> dict:
         "num_data_tokens": run.num_data_tokens,
         "learning_rate": run.config.learning_rate,
         "batch_size": run.config.batch_size,
-        "draft_vocab_size": run.config.draft_vocab_size,
+        "draft_vocab_size": PrismConfig.from_pretrained(draft).draft_vocab_size,
         "aligned_steps": stages[-1]["stage"]["num_steps"],
         "checkpoint_sha256": weights_sha256(draft),
     }

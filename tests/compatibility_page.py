@@ -28,16 +28,16 @@ and without one. Made by
     python -m tests.compatibility --update   # writes this page and transformers_prism/tried_targets.py
 
 A type counts as drafted if its text was the same token for token, greedy and sampled with the same seed, and a round
-committed {rate:.0f} tokens and more, at lengths beyond every window, top-k, chunk and original length of its configuration
-(8 tokens, and 24 for rotary tables). Drafts are scripted to be right most of the time. Every target that counts was
+committed {rate:.0f} tokens and more, on texts longer than every limit of its tiny configuration (sliding window, number of chosen
+keys, chunk: 8 tokens; length of the rotary table: 24). Drafts are scripted to be right most of the time. Every target that counts was
 shown to give a different text when the mask of a round is off by one, or when keys are moved to a wrong place and recurrent
 states are halved: an error of that kind could not have hidden. Audio models get text alone here;
 prompts with sounds are in `tests/test_audio_targets.py`.
 
 The numbers are tokens a round. "batch" is three rows with left padding, "static" `cache_implementation="static"`, "chat"
 a second call with the cache of the first, "image" a picture in the prompt and a second call behind it, for models that take
-images; there "tree" and "chain" mean the same, "plain" means plain decoding with a warning, "-" that plain decoding fails
-there too, which for images is told further below.
+images. In these columns "tree" or "chain" means that it was drafted so, with plain decoding's text; "plain" that it was decoded
+plainly, with a warning; "-" that plain decoding fails, too (for images see below).
 """
 
 

@@ -412,3 +412,14 @@ def test_tables_keep_every_figure_in_a_narrow_terminal():
     text = console.file.getvalue()
     assert "…" not in text
     assert all(cell in text for cell in rows[0])
+
+
+def test_generate_in_another_dtype_packs_nothing(command):
+    """Weights are packed for a CPU in float32 alone; the file says which dtype it was."""
+    _, content = command("--dtype", "bfloat16", "--num-prompts", 2, "--repeat", 1)
+    assert content["dtype"] == "bfloat16"
+    assert set(content["methods"]) == {"plain", "draft"}
+    result, _ = command("--dtype", "bfloat16", "--method", "prepared", status=1)
+    assert "expected --packed, a CPU and float32 for 'prepared'" in result.stderr
+    result, _ = command("--device", "cuda:99", status=1)
+    assert "device: expected one that torch has here, got 'cuda:99'" in result.stderr

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -326,3 +328,31 @@ def test_page_refuses_other_files(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="expected the JSON file of a measurement"):
         write_page([tmp_path / "list.json"], tmp_path / "page.md")
+
+
+def test_each_step_of_measuring_writes_its_own_file(tmp_path):
+    """measure.sh with commands that only say what they were asked for."""
+    source = Path(__file__).resolve().parent.parent / "docs" / "performance" / "measure.sh"
+    script = tmp_path / "docs" / "performance" / "measure.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(source, script)
+    (tmp_path / "hub_cards" / "SmolLM2-135M-Instruct-PRISM").mkdir(parents=True)
+    (tmp_path / "prompts.jsonl").touch()
+    asked, commands = tmp_path / "asked.txt", tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    for name in ("python", "transformers-prism", "git"):
+        command = commands / name
+        command.write_text(f'#!/bin/sh\necho {name} "$@" >> {asked}\n')
+        command.chmod(0o755)
+    steps = re.search(r"^steps=\(([^)]*)\)", script.read_text(), re.MULTILINE).group(1).split()
+    for step in steps:
+        asked.unlink(missing_ok=True)
+        done = subprocess.run([script, tmp_path / "prompts.jsonl", step], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        *measured, page = [line for line in asked.read_text().splitlines() if not line.startswith("git")]
+        assert page.startswith("python -m benchmarks.page")
+        assert f"{step}.json" in measured[-1].split(), (step, measured)
+        module = {"rivals": "rivals.run", "modules": "scaling"}.get(step, step)
+        has_module = (source.parents[2] / "benchmarks" / Path(*module.split("."))).with_suffix(".py").is_file()
+        expected = f"python -m benchmarks.{module} " if has_module else "transformers-prism bench "
+        assert measured[-1].startswith(expected), (step, measured)

@@ -4,17 +4,22 @@ import json
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
+from pretend_accelerator import DEVICE, PretendedAccelerator, move_model
 from tiny_models import chat_tokenizer, scripted_draft, tiny_draft, tiny_target, word_tokenizer, write_lines
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from transformers_prism.bench.prompts import choose_prompts, read_prompts
 from transformers_prism.cli import demo
 from transformers_prism.cli.main import app
 from transformers_prism.cli.options import user_errors
+from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.policy import costs
 
 pytestmark = pytest.mark.quick
 
@@ -422,3 +427,38 @@ def test_a_prompt_without_a_token():
     """A tokenizer without a template and a beginning of text."""
     with pytest.raises(ValueError, match="prompt: expected a text of at least one token, got none"):
         demo.chat_inputs(word_tokenizer(), "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--prompt", "w10 w11", "--max-new-tokens", 8), ("demo", "--max-new-tokens", 4), ("doctor", "--max-new-tokens", 8),
+        ("bench", "generate", "--num-prompts", 2, "--repeat", 1, "--max-new-tokens", 4),
+        ("bench", "acceptance", "--num-prompts", 2, "--tree", "5/5/1", "--max-new-tokens", 4),
+        ("bench", "rounds", "--num-rounds", 2, "--context", 16),
+    ],
+)
+def test_cli_commands_run_on_a_device_and_in_a_dtype(tiny_folders, prompt_file, monkeypatch, words):
+    """Models and prompts go to the accelerator that there is; nothing is packed for a CPU."""
+    target, draft = tiny_folders
+    asked, bind = [], PrismDraftModel.bind
+
+    def bind_first(draft, target, tokenizer=None):
+        if draft.device != DEVICE:  # it refuses weights on such a device
+            bind(draft, target)
+            move_model(target)
+            move_model(draft)
+        return draft
+
+    monkeypatch.setattr(PrismDraftModel, "bind", bind_first)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, place, *more: asked.append(place) or model)
+    for place in ("cli.demo", "cli.doctor", "target"):
+        monkeypatch.setattr(f"transformers_prism.{place}.find_device", lambda name="auto": DEVICE)
+    functions = {"synchronize": lambda device: None, "get_rng_state": lambda device=None: torch.get_rng_state()}
+    functions["set_rng_state"] = lambda state, device=None: torch.set_rng_state(state)
+    monkeypatch.setattr(costs, "MEASURED_TOKENS", (1, 4))
+    monkeypatch.setattr(torch, "meta", SimpleNamespace(**functions), raising=False)
+    prompts = ("--prompts", prompt_file) if "bench" in words else ()
+    with PretendedAccelerator():
+        run(*words, *prompts, "--target", target, "--draft", draft)
+    assert DEVICE in asked

@@ -63,7 +63,7 @@ def test_doctor_without_a_draft_tries_an_untrained_one(tmp_path, target_folder):
     assert found["verifies"]["state"] == "ok"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        list(doctor.trial_findings(str(target_folder), None, 64, packed=False))
+        list(doctor.trial_findings(str(target_folder), None, 64, False, torch.device("cpu"), torch.float32))
     assert not [one for one in told if "hardly helped" in str(one.message)]
 
 
@@ -109,7 +109,7 @@ def test_doctor_refuses_a_file_in_no_folder_at_once(tmp_path, target_folder, mon
 def test_doctor_without_names_tries_the_shipped_pair(tmp_path, target_folder, monkeypatch):
     tiny_draft(tiny_target("llama", seed=3)).save_pretrained(tmp_path / "draft")
     monkeypatch.setattr(doctor, "SHIPPED_DRAFT", tmp_path / "draft")
-    monkeypatch.setattr(doctor, "load_target", lambda name: load_target(target_folder))
+    monkeypatch.setattr(doctor, "load_target", lambda name, dtype: load_target(target_folder, dtype))
     found = examine(tmp_path)
     assert found["draft"]["state"] == "ok"
     assert "times plain decoding" in found["expected gain"]["text"]
@@ -163,7 +163,7 @@ def test_doctor_tells_each_finding_at_once(tmp_path, target_folder, monkeypatch)
     """What is known stands there before the next check begins, which may take a while."""
     shown = []
     monkeypatch.setattr(doctor, "findings_table", lambda found: shown.append(found[0].name) or "")
-    monkeypatch.setattr(doctor, "load_target", lambda name: shown.append("loads the target") or load_target(name))
+    monkeypatch.setattr(doctor, "load_target", lambda name, dtype: shown.append("loads the target") or load_target(name, dtype))
     CliRunner().invoke(app, ["doctor", "--target", str(target_folder), "--max-new-tokens", "8"])
     assert shown[:2] == ["versions", "extras"]
     assert shown[shown.index("chat template") + 1] == "loads the target"
@@ -176,6 +176,6 @@ def test_doctor_counts_a_missing_package_among_its_findings(tmp_path, monkeypatc
     assert "pip install gguf" in found["target"]["text"]
 
 
-def fails(name):
+def fails(name, dtype):
     """A target that needs a package."""
     raise ImportError("expected the package gguf to read x.gguf, got none; pip install gguf")

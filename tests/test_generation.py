@@ -1191,3 +1191,51 @@ def test_a_compiled_target_allocates_nothing_for_a_limit_that_no_text_reaches():
     for limit in ({"max_length": 10**12}, {"max_new_tokens": 12}):
         assert torch.equal(target.generate(input_ids, assistant_model=draft, **limit, **end), expected)
     assert draft.last_speculation.target == "tree"
+
+
+@pytest.mark.parametrize("settings", [{}, {"pad_token_id": None}])
+def test_end_tokens_of_nested_criteria(settings):
+    """Plain decoding looks for end tokens among the outer criteria only, so sequences that have ended are not padded."""
+    input_ids, mask = prompts(3)
+    target = varied_target("llama", input_ids, mask, **LENGTH)
+    inputs = {"attention_mask": mask, **LENGTH, "do_sample": False, **settings}
+    if "pad_token_id" in settings:
+        target.generation_config.pad_token_id = None
+        input_ids, inputs["attention_mask"] = input_ids[:1], mask[:1]
+    first = target.generate(input_ids, **inputs)[:, input_ids.shape[1] :]
+    ends = torch.tensor([int(row[4 + 2 * place]) for place, row in enumerate(first)])
+
+    def nested():
+        return StoppingCriteriaList([StoppingCriteriaList([EosTokenCriteria(ends)])])
+
+    plain = target.generate(input_ids, **inputs, stopping_criteria=nested())
+    for cached in ({}, {"use_cache": False}):
+        draft = scripted_draft(target, plain, input_ids.shape[1], is_strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = target.generate(input_ids, **inputs, **cached, stopping_criteria=nested(), assistant_model=draft)
+        assert torch.equal(found, plain), cached
+
+
+def test_a_draft_that_is_used_with_another_target_meanwhile():
+    """Here within the call, as it may happen in another thread: the inner call is plain, the outer one goes on drafting."""
+    input_ids, _ = prompts(1)
+    target, other = tiny_target("llama", 3), tiny_target("llama", 5).to(torch.bfloat16)
+    plain, plain_of_other = (one.generate(input_ids, do_sample=False, **LENGTH) for one in (target, other))
+    draft = tiny_draft(target, draft_vocab_size=20)
+    found_of_other = []
+
+    class Another(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if not found_of_other and ids.shape[1] > input_ids.shape[1] + 3:
+                found_of_other.append(None)
+                with pytest.warns(UserWarning, match="drafting for another target at this moment"):
+                    found_of_other[0] = other.generate(input_ids, assistant_model=draft, do_sample=False, **LENGTH)
+            return scores
+
+    processors = LogitsProcessorList([Another()])
+    found = target.generate(input_ids, assistant_model=draft, logits_processor=processors, do_sample=False, **LENGTH)
+    assert torch.equal(found, plain)
+    assert torch.equal(found_of_other[0], plain_of_other)
+    assert other.generate(input_ids, assistant_model=draft, do_sample=False, **LENGTH).shape == plain_of_other.shape
+    assert draft.last_speculation.declined is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_draft, tiny_target
 
+from transformers_prism.decoding.memory import warn_once
 from transformers_prism.decoding.speculation import RoundTree, Speculation, why_hardly_used
 
 pytestmark = pytest.mark.quick
@@ -122,3 +123,20 @@ def test_generate_warns_once_of_a_draft_that_hardly_helps():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         target.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=20, **settings)
+
+
+def test_a_warning_that_differs_in_numbers_alone_comes_once():
+    """For each object that it is about; other warnings, and the same one, come as Python's filters say."""
+
+    class Owner:
+        pass
+
+    first, second = Owner(), Owner()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for message in ("3 of 4 tokens by 1.5e-3", "5 of 9 tokens by 2e+4", "another: 3", "3 of 4 tokens by 1.5e-3"):
+            warn_once(first, message, stacklevel=1)
+        warn_once(second, "5 of 9 tokens by 2e+4", stacklevel=1)
+    told = [str(one.message) for one in caught]
+    assert told == ["3 of 4 tokens by 1.5e-3", "another: 3", "3 of 4 tokens by 1.5e-3", "5 of 9 tokens by 2e+4"]
+    assert {one.filename for one in caught} == {__file__}

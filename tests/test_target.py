@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from transformers_prism import target as target_module
-from transformers_prism.target import auto_class, cache_folder, load_target
+from transformers_prism.target import auto_class, cache_folder, find_device, load_target
 
 
 @pytest.fixture
@@ -135,6 +135,12 @@ def test_target_half_made_folder_is_not_used(pretend_pip, monkeypatch, tiny_fold
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("name", ["cuda:99", "gpu"])
+def test_a_device_that_torch_does_not_have_is_named(name):
+    with pytest.raises(ValueError, match=f"device: expected one that torch has here, got '{name}'"):
+        find_device(name)
+
+
 def test_target_missing_gguf_file_is_named(tmp_path):
     """A GGUF file that is not there is an error before anything is loaded."""
     with pytest.raises(FileNotFoundError, match="nothing.gguf"):

@@ -490,6 +490,21 @@ def test_a_sliding_window_trains(tmp_path, load_tiny, target):
         make_draft_config(dataclasses.replace(again, sliding_window=-1), target, None)
 
 
+def test_a_draft_that_is_carried_on_keeps_its_architecture(tmp_path, load_tiny):
+    """And its draft vocabulary, whatever tokens are frequent in the new data."""
+    options = {"warm_up_epochs": 0.0, "split_epochs": 0.0}
+    own = {"draft_vocab_size": 30, "target_layer_ids": "1,2", "context_kv": "own_module"}
+    first = train(settings(tmp_path, "first", **options, **own))
+    other = str(write_data(tmp_path / "other.jsonl", seed=5))
+    source = str(tmp_path / "first" / "draft")
+    again = train(settings(tmp_path, "again", data=other, init_from=source, draft_vocab_size=None, **options))
+    for name in ("draft_vocab_size", "target_layer_ids", "context_kv"):
+        assert getattr(again.config, name) == getattr(first.config, name), name
+    assert torch.equal(again.draft_to_target, first.draft_to_target)
+    wider = train(settings(tmp_path, "wider", data=other, init_from=source, draft_vocab_size=40, **options))
+    assert wider.config.draft_vocab_size == 40
+
+
 def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
     states = FeatureStore.states
     monkeypatch.setattr(FeatureStore, "states", lambda self, index: states(self, index) * float("nan"))

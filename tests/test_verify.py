@@ -255,7 +255,7 @@ def test_the_command_exits_with_its_verdict(pair, tmp_path, monkeypatch):
     """0 and a report, or 1."""
     target, draft, inputs = pair
     monkeypatch.setattr(verify_module, "PATHS", FEW_PATHS)
-    monkeypatch.setattr("transformers_prism.cli.demo.load_pair", lambda *names: (target, None, draft))
+    monkeypatch.setattr("transformers_prism.cli.demo.load_pair", lambda *names, **places: (target, None, draft))
     monkeypatch.setattr("transformers_prism.cli.demo.chat_inputs", lambda tokenizer, question, device: inputs[0])
     arguments = ["verify", "--max-new-tokens", "12", "--json", str(tmp_path / "report.json")]
     result = CliRunner().invoke(app, arguments)

@@ -256,4 +256,4 @@ def test_vllm_release_range(version, is_tried, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.0")
     warning = importlib.import_module("transformers_prism_vllm").warning_of_release(version)
     assert (warning is None) == is_tried
-    assert is_tried or f"expected vLLM >=0.32,<0.34, which it was tried with, got {version}" in warning
+    assert is_tried or f"expected vLLM >=0.32,<0.34, which it was made for, got {version}" in warning

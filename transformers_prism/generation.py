@@ -12,13 +12,14 @@ The loop is [`_decode`]; what its parts hand to each other stands in `decoding/r
 
 import copy
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 
 from .decoding.attention import install_lending, lent_attention, uninstall_lending
 from .decoding.cache import stored_length
@@ -27,12 +28,12 @@ from .decoding.chat import Chat
 from .decoding.draft_side import DraftSide
 from .decoding.eval_mode import in_eval_mode
 from .decoding.layer_check import reason_against_target
-from .decoding.memory import kept_with
+from .decoding.memory import kept_with, warn_once
 from .decoding.recurrent_target import install_for_stateful, uninstall_for_stateful
 from .decoding.round_check import RoundCheck
 from .decoding.round_values import Limits, Proposal, Verified
 from .decoding.sampler import Sampler
-from .decoding.sequences import Sequences, Stopping
+from .decoding.sequences import Sequences, Stopping, flattened
 from .decoding.speculation import Speculation, warn_if_hardly_used
 from .decoding.static_shapes import static_shapes
 from .decoding.target_choice import make_target
@@ -55,6 +56,7 @@ from .transformers_names import (
 )
 from .tried_releases import warn_of_untried_release
 
+_lock = threading.Lock()
 _MOST_LENGTH = 2**31 - 1  # of a text in tokens
 # Processors that keep one state for a whole batch, so that sequences cannot run ahead of each other.
 _WHOLE_BATCH_PROCESSORS = (
@@ -115,7 +117,7 @@ def speculative_generate(
     )
     plain_arguments = {
         "logits_processor": logits_processor,
-        "stopping_criteria": StoppingCriteriaList(_flattened(stopping_criteria)),
+        "stopping_criteria": stopping_criteria,
         "generation_config": generation_config,
         "synced_gpus": synced_gpus,
         "streamer": streamer,
@@ -123,7 +125,7 @@ def speculative_generate(
     if target.config.is_encoder_decoder:
         raise ValueError(f"expected a decoder-only target, got {type(target).__name__}")
     try:
-        with remembering_inference_mode(), _tensors_that_last(cache_of(model_kwargs)):
+        with remembering_inference_mode(), _tensors_that_last(cache_of(model_kwargs)), _drafting_for(target, draft):
             if (reason := reason_against_target(target)) is not None:  # before bind(), which may fail on such a head
                 raise Declined(reason)
             draft.bind(target, tokenizer)
@@ -137,13 +139,22 @@ def speculative_generate(
     return _decode_plainly(reason, target, draft, input_ids, plain_arguments, model_kwargs)
 
 
-def _flattened(criteria) -> Iterator[StoppingCriteria]:
-    """Criteria in the order in which they are called; those of lists within a list, too, unless these combine them otherwise."""
-    for one in criteria:
-        if type(one) is StoppingCriteriaList:
-            yield from _flattened(one)
-        else:
-            yield one
+@contextmanager
+def _drafting_for(target, draft) -> Iterator[None]:
+    """Note that a draft is used with a target.
+
+    Raises:
+        Declined: if it is being used with another one, by another thread or around this call: it can be bound to one only.
+    """
+    targets = kept_with(draft, "targets of running calls", list)
+    with _lock:
+        if any(one is not target for one in targets):
+            raise Declined("the draft is drafting for another target at this moment; load it once for each target")
+        targets.append(target)
+    try:
+        yield
+    finally:
+        targets.remove(target)
 
 
 def _tensors_of(states) -> Iterator[torch.Tensor]:
@@ -229,7 +240,7 @@ def _with_length_of(criteria, generation_config, prompt_length: int):
 
     It allows at least one token, as plain decoding does. Numbers that stand for "no limit" are capped to fit a tensor.
     """
-    limits = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
+    limits = [one.max_length for one in flattened(criteria) if isinstance(one, MaxLengthCriteria)]
     most = min(limits, default=generation_config.max_length)
     most = max(math.ceil(min(most, _MOST_LENGTH)), prompt_length + 1)
     if type(generation_config.max_length) is int and generation_config.max_length == most:
@@ -240,7 +251,7 @@ def _with_length_of(criteria, generation_config, prompt_length: int):
 
 
 def _has_time_limit(criteria) -> bool:
-    return any(isinstance(one, MaxTimeCriteria) for one in criteria)
+    return any(isinstance(one, MaxTimeCriteria) for one in flattened(criteria))
 
 
 def _tell_of_chain(target_side: TargetSide, asked: TreeSettings) -> None:
@@ -359,17 +370,16 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
 
 def _reason_against_batch(plain_arguments: dict) -> str | None:
     """Why these processors or criteria cannot serve a batch whose sequences advance unevenly; None if they can."""
-    for kind in ("logits_processor", "stopping_criteria"):
-        for function in plain_arguments[kind]:
-            name, module = type(function).__name__, type(function).__module__
-            if name in _WHOLE_BATCH_PROCESSORS or not module.startswith("transformers."):
-                return f"{name} may keep a state for the whole batch; decode one sequence at a time"
+    for function in (*plain_arguments["logits_processor"], *flattened(plain_arguments["stopping_criteria"])):
+        name, module = type(function).__name__, type(function).__module__
+        if name in _WHOLE_BATCH_PROCESSORS or not module.startswith("transformers."):
+            return f"{name} may keep a state for the whole batch; decode one sequence at a time"
     return None
 
 
 def _decode_plainly(reason: str, target, draft, input_ids, plain_arguments: dict, model_kwargs: dict):
     """Plain decoding from inside the hook, with a warning; the result is the same as without a draft."""
-    warnings.warn(f"decoding without the draft: {reason}", stacklevel=5)
+    warn_once(target, f"decoding without the draft: {reason}", stacklevel=5)
     warn_of_untried_release(stacklevel=5)
     output = decode_plainly(target, input_ids, **plain_arguments, **model_kwargs)
     returns_dict = plain_arguments["generation_config"].return_dict_in_generate

@@ -178,9 +178,16 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """A device by its name; "auto" is an accelerator if there is one, else the CPU."""
+    """A device by its name; "auto" is an accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch has no such device here.
+    """
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: expected one that torch has here, got {name!r}: {str(error).splitlines()[0]}") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 

@@ -16,7 +16,7 @@ from .tried_releases import errors_tell_of_untried_release
 
 # A newer release may lack one of these names.
 with errors_tell_of_untried_release():
-    from transformers import GenerationMixin
+    from transformers import AttentionInterface, GenerationMixin
     from transformers.generation import GenerateDecoderOnlyOutput
     from transformers.models.llama.modeling_llama import LlamaAttention
     from transformers.utils.hub import extract_commit_hash
@@ -33,6 +33,12 @@ NO_ERROR_AT_ALL = NO_ERROR_IF_ABSENT | {
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+
+
+def registered_attention(name: str) -> Callable:
+    """The attention function that is registered under a name, whatever stands in its place for a while
+    (`ALL_ATTENTION_FUNCTIONS[name] = function`)."""
+    return AttentionInterface._global_mapping[name]
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_prism.bench.methods import can_be_packed
 from transformers_prism.bench.prompts import sampling_settings
 from transformers_prism.bench.record import finished_part, record_head
 from transformers_prism.cpu import PreparedModels, prepare_for_cpu
@@ -42,7 +43,7 @@ def tree_settings(tree: str) -> dict:
 
 def packed_for_cpu(target, draft, packed: bool) -> PreparedModels:
     """A context in which the models' weights are packed, if that is asked for and they are on a CPU."""
-    return prepare_for_cpu(*(target, draft) if packed and target.device.type == "cpu" else ())
+    return prepare_for_cpu(*(target, draft) if packed and can_be_packed(target.device, target.dtype) else ())
 
 
 @torch.no_grad()

@@ -70,6 +70,11 @@ class Method:
         return {}
 
 
+def can_be_packed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether [`prepare_for_cpu`] is for models like this."""
+    return device.type == "cpu" and dtype == torch.float32
+
+
 def parse_methods(names: list[str], is_packed: bool, batch_size: int = 1) -> list[Method]:
     """Methods by name, as at the head of this file, with the plain methods that they are compared with; those with the
     same target are neighbours. `is_packed` says whether methods decode with the prepared target.
@@ -103,7 +108,7 @@ def _parse(name: str, is_packed: bool) -> Method:
         forms = {"lookup": "lookup[:N]", "chain": "chain[:DEPTH]", "static": "static[:TOP_K,DEPTH,NODES]"}
         raise ValueError(f"method: expected one of {', '.join(forms.get(one, one) for one in _KINDS)}, got {name!r}")
     if kind == "prepared" and not is_packed:
-        raise ValueError("method: expected --packed for 'prepared', got --no-packed")
+        raise ValueError("method: expected --packed, a CPU and float32 for 'prepared', got something else")
     is_prepared = is_packed and kind not in ("plain", "compiled")
     return Method(name, kind, is_prepared, tuple(int(number) for number in numbers))
 

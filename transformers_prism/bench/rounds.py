@@ -14,15 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import torch
+
 from transformers_prism.bench.generate import TokenClock
 from transformers_prism.decoding.cache import CommittedCache
 from transformers_prism.decoding.chain_target import ChainTarget
 from transformers_prism.decoding.drafter import Drafter
 from transformers_prism.decoding.recurrent_target import RecurrentTarget
 from transformers_prism.decoding.speculation import acceptance_length
+from transformers_prism.decoding.transfer import clock
 from transformers_prism.decoding.tree_target import TreeTarget
 from transformers_prism.policy.automatic import AutomaticTrees
 
+CPU = torch.device("cpu")
 PARTS = ("target forward", "draft forwards", "selection", "masks", "walk", "commit", "other")
 # Everything else is the round's own cost.
 FORWARDS = PARTS[:2]
@@ -47,9 +51,13 @@ class Stopwatch:
     """Seconds of each part, each without the parts that run inside it; and when rounds and steps end.
 
     It is a streamer, which the loop tells of the end of each round.
+
+    Args:
+        device (`torch.device`): each part waits for an accelerator, so that its work counts for that part.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device = CPU):
+        self.device = device
         self.running: list[str] = []
         self.since = 0.0
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -67,7 +75,7 @@ class Stopwatch:
         self.running.pop()
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = clock(self.device)
         if self.running:
             self.seconds[self.running[-1]] += now - self.since
         self.since = now
@@ -106,7 +114,7 @@ class Stopwatch:
 @contextmanager
 def watched(target, draft) -> Iterator[Stopwatch]:
     """A stopwatch on every part of the rounds of these models, for as long as the block runs."""
-    watch = Stopwatch()
+    watch = Stopwatch(target.device)
     with ExitStack() as stack:
         for part, names in _FUNCTIONS.items():
             for file in _CALLING_FILES:

@@ -11,6 +11,8 @@ from transformers_prism.cli.options import (
     COST,
     AnswerTokensOption,
     Commands,
+    DeviceOption,
+    DtypeOption,
     JsonOption,
     PackedOption,
     RepetitionPenaltyOption,
@@ -92,24 +94,36 @@ def _check_file(json_file: Path | None, resume: bool, update_card: Path | None) 
         raise ValueError(f"update_card: expected the folder of a draft, got {update_card}, which has no config.json")
 
 
-def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft: str | None) -> tuple:
+def _load(prompts: Path, count: Callable[[int], int], target: str | None, draft: str | None, device: str, dtype: str) -> tuple:
     """All prompts of a file, those to measure (`count` gives their number), then target, tokenizer, draft, and the hash of the
     draft's weights; the draft "random" is an untrained one."""
+    import torch
+
     from transformers_prism.bench.methods import random_draft
     from transformers_prism.bench.prompts import choose_prompts, read_prompts
     from transformers_prism.bench.record import UNTRAINED
     from transformers_prism.cli.demo import SHIPPED_DRAFT, leave_beams, load_draft
     from transformers_prism.hub.files import weights_sha256
-    from transformers_prism.target import load_target
+    from transformers_prism.target import find_device, load_target
 
-    records = read_prompts(prompts)
+    place, records = find_device(device), read_prompts(prompts)
     chosen = choose_prompts(records, count(len(records)))
-    model, tokenizer = load_target(target)
+    model, tokenizer = load_target(target, getattr(torch, dtype))
+    model.to(place)
     if note := leave_beams(model):
         typer.echo(f"warning: {note}", err=True)
     if draft == UNTRAINED:
         return records, chosen, model, tokenizer, random_draft(model, 2, {"tree": "auto"}).bind(model), draft
     return records, chosen, model, tokenizer, load_draft(draft or SHIPPED_DRAFT, model), weights_sha256(draft or SHIPPED_DRAFT)
+
+
+def _can_be_packed(device: str, dtype: str) -> bool:
+    import torch
+
+    from transformers_prism.bench.methods import can_be_packed
+    from transformers_prism.target import find_device
+
+    return can_be_packed(find_device(device), getattr(torch, dtype))
 
 
 def _update_card(folder: Path | None, measurement: Path | None) -> None:
@@ -159,6 +173,8 @@ def bench_generate_command(
     top_p: TopPOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
     seed: RunSeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
     json_file: JsonOption = None,
     resume: ResumeOption = False,
@@ -178,9 +194,9 @@ def bench_generate_command(
 
     console = Console()
     _check_file(json_file, resume, update_card)
-    methods = parse_methods(method or ["draft"], packed, batch_size)
+    methods = parse_methods(method or ["draft"], packed and _can_be_packed(device, dtype), batch_size)
     generate = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
-    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(8, num_prompts, batch_size), target, draft)
+    records, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(8, num_prompts, batch_size), target, draft, device, dtype)
     measurement = GenerateMeasurement(methods, generate, prompts.name, batch_size, context, repeat, warm_up, seed, assistant)
     models = (model, tokenizer, model_draft, weights)
     figures = measurement.run(*models, chat_inputs, chosen, records, json_file, resume, console)
@@ -224,6 +240,8 @@ def bench_acceptance_command(
             rich_help_panel=ADVANCED,
         ),
     ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
     json_file: JsonOption = None,
     resume: ResumeOption = False,
@@ -250,7 +268,7 @@ def bench_acceptance_command(
         "packed": packed,
     }
     _check_file(json_file, resume, update_card)
-    _, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(48, num_prompts), target, draft)
+    _, chosen, model, tokenizer, model_draft, weights = _load(prompts, _at_most(48, num_prompts), target, draft, device, dtype)
     settings["num_prompts"] = len(chosen)
     if text_tokens is not None:
         model_draft.generation_config.tree_text_tokens = text_tokens
@@ -301,12 +319,14 @@ def bench_rounds_command(
         str, typer.Option(help="draft, auto, auto-no-ngrams, chain[:DEPTH] or static[:TOP_K,DEPTH,NODES].")
     ] = "auto",
     context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens that prompts are brought to; several. 128 and 4096.")
+        list[int] | None, typer.Option(min=1, help="Tokens to bring prompts to; repeat it for several. 128 and 4096 if absent.")
     ] = None,
     num_rounds: Annotated[int, typer.Option(min=1, help="Rounds at each context.", rich_help_panel=COST)] = 60,
     label: Annotated[
         str | None, typer.Option(help="What the page calls this profile.", show_default=False, rich_help_panel=ADVANCED)
     ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
     json_file: JsonOption = None,
     plot: PlotOption = None,
@@ -321,11 +341,11 @@ def bench_rounds_command(
     from transformers_prism.bench.rounds import profile_rounds, profile_rows, weight_bytes
     from transformers_prism.cli.demo import chat_inputs
 
-    console = Console()
+    console, packed = Console(), packed and _can_be_packed(device, dtype)
     (chosen,) = (one for one in parse_methods([method], packed) if one.name == method)
     if not chosen.uses_draft:
         raise ValueError(f"method: expected one with a draft, got {method!r}")
-    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, _half, target, draft)
+    records, measured, model, tokenizer, measured_draft, weights = _load(prompts, _half, target, draft, device, dtype)
     contest = Contest(model, measured_draft, None, [chosen], max_length=1)
     contest.enter(chosen)
     profiles = []

@@ -11,7 +11,9 @@ from transformers_prism.cli.options import (
     COST,
     AnswerTokensOption,
     Commands,
+    DeviceOption,
     DraftOption,
+    DtypeOption,
     JsonOption,
     PackedOption,
     RepetitionPenaltyOption,
@@ -37,6 +39,8 @@ def demo(
     target: TargetOption = None,
     draft: DraftOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 96,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
     web: Annotated[bool, typer.Option("--web", help="Show a page in the browser instead, to ask your own.")] = False,
     port: Annotated[int, typer.Option(help="With --web: port of the page, on this machine alone.")] = 7860,
@@ -45,12 +49,12 @@ def demo(
     if web:
         from transformers_prism.cli.web import run_web
 
-        return run_web(target, draft, packed, port)
+        return run_web(target, draft, packed, device, dtype, port)
     from rich.console import Console
 
     from transformers_prism.cli.demo import run_demo
 
-    run_demo(target, draft, max_new_tokens, packed, Console())
+    run_demo(target, draft, max_new_tokens, packed, device, dtype, Console())
 
 
 def doctor(
@@ -64,6 +68,8 @@ def doctor(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the trial.", rich_help_panel=COST)] = 64,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
     json_file: Annotated[
         Path | None,
@@ -80,7 +86,7 @@ def doctor(
     from transformers_prism.whole_files import write_json
 
     console, findings = Console(), []
-    for one in examine(target, draft, max_new_tokens, packed):
+    for one in examine(target, draft, max_new_tokens, packed, device, dtype):
         findings.append(one)
         console.print(findings_table([one]))
     if json_file is not None:
@@ -98,6 +104,8 @@ def generate(
     top_p: TopPOption = None,
     repetition_penalty: RepetitionPenaltyOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
 ):
     """Answer one prompt with a draft, and say how the draft did."""
@@ -109,7 +117,7 @@ def generate(
 
     torch.manual_seed(seed)
     settings = sampling_settings(max_new_tokens, temperature, top_p, repetition_penalty)
-    run_generate(target, draft, prompt, settings, packed, Console())
+    run_generate(target, draft, prompt, settings, packed, device, dtype, Console())
 
 
 def verify(
@@ -123,6 +131,8 @@ def verify(
     ] = None,
     max_new_tokens: AnswerTokensOption = 64,
     seed: RunSeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     json_file: JsonOption = None,
 ):
     """Check that a draft is lossless here, on every path of generate(), with a broken verifier that each must catch.
@@ -145,7 +155,7 @@ def verify(
         records = read_prompts(prompts)
         count = min(4, len(records)) if num_prompts is None else num_prompts
         questions = [record["turns"][0] for record in choose_prompts(records, count)]
-    target_model, tokenizer, draft_model = load_pair(target, draft)
+    target_model, tokenizer, draft_model = load_pair(target, draft, device=device, dtype=dtype)
     weights = weights_sha256(draft or SHIPPED_DRAFT)
     inputs = [chat_inputs(tokenizer, question, target_model.device) for question in questions]
     check_positions(target_model, inputs, max_new_tokens)

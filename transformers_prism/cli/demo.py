@@ -13,11 +13,12 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from transformers_prism.bench.methods import can_be_packed
 from transformers_prism.bench.prompts import check_positions
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
 from transformers_prism.modeling_prism import PrismDraftModel
-from transformers_prism.target import load_target, naming
+from transformers_prism.target import find_device, load_target, naming
 from transformers_prism.transformers_names import name_of
 
 logger = logging.getLogger(__name__)
@@ -130,25 +131,28 @@ def load_pair(
     target_name: str | None,
     draft_name: str | None,
     packed: bool = False,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    dtype: str = "float32",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrismDraftModel]:
     """A target with its tokenizer, and a draft bound to it.
 
     Args:
         target_name (`str`, *optional*): as for [`load_target`]; None is the demo target.
         draft_name (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
-        packed (`bool`): prepare both models with [`prepare_for_cpu`]; plain decoding gets them, too.
-        device (`str` or `torch.device`), dtype (`torch.dtype`): of both models.
+        packed (`bool`): prepare both models with [`prepare_for_cpu`], if they are in float32 on a CPU; plain decoding gets
+            them, too.
+        device (`str`): of both models, as for [`find_device`].
+        dtype (`str`): of both models, such as "bfloat16".
     """
+    place = find_device(device)
     with naming("target", target_name):
-        target, tokenizer = load_target(target_name, dtype)
-    target.to(device)
+        target, tokenizer = load_target(target_name, getattr(torch, dtype))
+    target.to(place)
     if note := leave_beams(target):
         logger.warning(note)
     with naming("draft", draft_name):
         draft = load_draft(draft_name or SHIPPED_DRAFT, target)
-    if packed:
+    if packed and can_be_packed(target.device, target.dtype):
         prepare_for_cpu(target, draft)
     return target, tokenizer, draft
 
@@ -160,17 +164,17 @@ def answer_once(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dra
 
 
 def run_demo(
-    target_name: str | None, draft_folder: str | None, max_new_tokens: int, packed: bool, console: Console
+    target_name: str | None, draft_folder: str | None, max_new_tokens: int, packed: bool, device: str, dtype: str, console: Console
 ) -> None:
     """Answer three prompts with and without the draft: text that streams, then a table.
 
     Args:
-        target_name, draft_folder, packed: as for [`load_pair`].
+        target_name, draft_folder, packed, device, dtype: as for [`load_pair`].
         max_new_tokens (`int`): tokens per answer.
         console (`rich.console.Console`): where to print.
     """
     log_to(console)
-    target, tokenizer, draft = load_pair(target_name, draft_folder, packed)
+    target, tokenizer, draft = load_pair(target_name, draft_folder, packed, device, dtype)
     console.print(f"Target: {name_of(target.config)}. Draft: {draft_folder or SHIPPED_DRAFT.name}.", soft_wrap=True)
     console.print(_legend())
     target.generate(**chat_inputs(tokenizer, "Hello!", target.device), max_new_tokens=8, do_sample=False)
@@ -182,23 +186,23 @@ def run_demo(
         target.generate(**inputs, **settings, assistant_model=draft, streamer=RoundStreamer(console, tokenizer))
         comparisons.append(compare(target, draft, inputs, settings, prompt))
     console.print()
-    weights = "weights packed for the CPU, for both ways" if packed else "weights as loaded"
+    weights = "weights packed for the CPU, for both ways" if packed and can_be_packed(target.device, target.dtype) else "weights as loaded"
     console.print(comparison_table(comparisons, f"greedy decoding, {weights}"))
 
 
 def run_generate(
-    target_name, draft_folder, prompt: str, settings: dict, packed: bool, console: Console
+    target_name, draft_folder, prompt: str, settings: dict, packed: bool, device: str, dtype: str, console: Console
 ) -> None:
     """Answer one prompt with a draft and say how it went.
 
     Args:
-        target_name, draft_folder, packed: as for [`load_pair`].
+        target_name, draft_folder, packed, device, dtype: as for [`load_pair`].
         prompt (`str`): the user's turn.
         settings (`dict`): further arguments of generate().
         console (`rich.console.Console`): where to print.
     """
     log_to(console)
-    target, tokenizer, draft = load_pair(target_name, draft_folder, packed)
+    target, tokenizer, draft = load_pair(target_name, draft_folder, packed, device, dtype)
     console.print(_legend())
     inputs = chat_inputs(tokenizer, prompt, target.device)
     check_positions(target, [inputs], settings["max_new_tokens"])

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from transformers_prism.bench.methods import random_draft
+from transformers_prism.bench.methods import can_be_packed, random_draft
 from transformers_prism.cli.demo import PROMPTS, SHIPPED_DRAFT, chat_inputs, compare, leave_beams, load_draft
 from transformers_prism.cli.options import EXTRAS
 from transformers_prism.cpu import prepare_for_cpu
@@ -46,20 +46,22 @@ class Finding:
     text: str
 
 
-def examine(target: str | None, draft: str | None, max_new_tokens: int, packed: bool) -> Iterator[Finding]:
+def examine(
+    target: str | None, draft: str | None, max_new_tokens: int, packed: bool, device: str = "auto", dtype: str = "float32"
+) -> Iterator[Finding]:
     """All that `doctor` finds, one after the other; models are loaded only if no earlier check failed.
 
     Args:
         target (`str`, *optional*), draft (`str`, *optional*): names; for a target without a draft an untrained one is tried.
         max_new_tokens (`int`): of the trial.
-        packed (`bool`): pack the weights for the CPU, as for [`prepare_for_cpu`].
+        packed (`bool`), device (`str`), dtype (`str`): as for [`load_pair`].
     """
-    found = []
+    place, found = find_device(device), []
     for one in itertools.chain(machine_findings(), target_findings(target)):
         found.append(one)
         yield one
     if not has_failed(found):
-        yield from trial_findings(target, draft, max_new_tokens, packed)
+        yield from trial_findings(target, draft, max_new_tokens, packed, place, getattr(torch, dtype))
 
 
 def has_failed(findings: list[Finding]) -> bool:
@@ -193,10 +195,13 @@ def tokenizer_findings(tokenizer, vocab_size: int) -> list[Finding]:
     return [*findings, Finding("chat template", "ok", "writes user and assistant turns once each")]
 
 
-def trial_findings(target_name: str | None, draft_name: str | None, max_new_tokens: int, packed: bool) -> Iterator[Finding]:
+def trial_findings(
+    target_name: str | None, draft_name: str | None, max_new_tokens: int, packed: bool, device: torch.device, dtype: torch.dtype
+) -> Iterator[Finding]:
     """Load both models, decode one prompt with and without the draft, and report what generate() recorded."""
     try:
-        target, tokenizer = load_target(target_name)
+        target, tokenizer = load_target(target_name, dtype)
+        target.to(device)
     except (ImportError, OSError, ValueError) as error:
         yield Finding("target", "fails", " ".join(str(error).split()))
         return
@@ -212,7 +217,7 @@ def trial_findings(target_name: str | None, draft_name: str | None, max_new_toke
         yield Finding("draft", "fails", " ".join(str(error).split()))
         return
     yield _fingerprint(draft, draft_name, target, tokenizer)
-    if packed:
+    if packed and can_be_packed(device, dtype):
         prepare_for_cpu(target, draft)
     inputs = chat_inputs(tokenizer, PROMPTS[0], target.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}

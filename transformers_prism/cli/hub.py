@@ -27,8 +27,8 @@ def card(
     measurements: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Files of `bench generate --json` and `verify --json`, in the card's order; they replace those in "
-            "metrics.json, which stays as it is if none is named.",
+            help="Files of `bench generate`, `bench acceptance` and `verify` with --json, in the card's order; they replace those "
+            "in metrics.json, which stays as it is if none is named.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def inspect(
         str | None, typer.Option(help="Of the repository on the Hub.", show_default=False, rich_help_panel=ADVANCED)
     ] = None,
     verify_bytes: Annotated[
-        bool, typer.Option("--verify", help="Check every byte against the repository's hashes and metrics.json.")
+        bool, typer.Option("--verify", help="Check every byte of a repository against the Hub's hashes, or a folder's weights against metrics.json.")
     ] = False,
 ):
     """Say what a draft is: target, modules, sizes, bytes read per draft step, whether the target here matches.

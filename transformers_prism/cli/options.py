@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from safetensors import SafetensorError
@@ -34,11 +34,18 @@ DraftOption = Annotated[
     str | None,
     typer.Option(help="Folder or Hub id of the draft; the one that the repository ships if absent.", show_default=False),
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="Of both models: cpu, cuda, ...; auto is an accelerator if there is one.", rich_help_panel=COST)
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(help="Of both models; in 16 bits rounding may decide near-ties, so that texts differ.", rich_help_panel=COST),
+]
 PackedOption = Annotated[
     bool,
     typer.Option(
         "--packed/--no-packed",
-        help="Pack weights for the CPU first (prepare_for_cpu), with and without the draft. --no-packed: use them as loaded.",
+        help="Pack weights first, with and without the draft: on a CPU, in float32 (prepare_for_cpu). --no-packed: use them as loaded.",
         rich_help_panel=COST,
     ),
 ]

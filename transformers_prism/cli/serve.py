@@ -1,11 +1,11 @@
 """The command `serve`: an OpenAI-compatible server whose answers are drafted."""
 
 import logging
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from transformers_prism.cli.options import Commands, DraftOption, PackedOption
+from transformers_prism.cli.options import Commands, DeviceOption, DraftOption, DtypeOption, PackedOption
 
 
 def serve(
@@ -25,8 +25,8 @@ def serve(
     other_models: Annotated[
         bool, typer.Option("--other-models", help="Load other models that requests name, too, without a draft.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto is an accelerator if there is one.")] = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of both models.")] = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     packed: PackedOption = True,
     continuous_batching: Annotated[bool, typer.Option("--continuous-batching", hidden=True)] = False,
 ):
@@ -68,15 +68,10 @@ def load(target_name: str | None, draft_name: str | None, device: str, dtype: st
     Args:
         target_name (`str`, *optional*): as for [`load_target`].
         draft_name (`str`, *optional*): folder or Hub id; None is the draft that the repository ships.
-        device (`str`): of both; "auto" is an accelerator if there is one.
-        dtype (`str`): of both.
-        packed (`bool`): pack the weights for a CPU, where they are float32.
+        device (`str`), dtype (`str`), packed (`bool`): as for [`load_pair`].
     """
-    import torch
-
     from transformers_prism.cli.demo import answer_once, load_pair
-    from transformers_prism.target import find_device
 
-    models = load_pair(target_name, draft_name, packed, find_device(device), getattr(torch, dtype))
+    models = load_pair(target_name, draft_name, packed, device, dtype)
     answer_once(*models)
     return models

@@ -112,10 +112,10 @@ def synthesize(
     max_bad_share: _BadShareOption = 0.5,
     exclude: Annotated[
         Path | None,
-        typer.Option(help="JSON lines of benchmark prompts; conversations that share 13 tokens in a row with them are left out."),
+        typer.Option(help="Benchmark prompts, in any shape that --prompts takes; conversations that share 13 tokens in a row with them are left out."),
     ] = None,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="Of answers, 0 is greedy; each conversation draws one of those given.")
+        list[float] | None, typer.Option(help="Of answers, 0 is greedy; each conversation draws one of those given, or of 0, 0, 0, 0.6, 0.7 and 0.8.")
     ] = None,
     topic: Annotated[
         list[str] | None, typer.Option(help="code, math, writing, translation, reading: some user turns begin like one.")

@@ -364,11 +364,14 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
     return page
 
 
-def run_web(target: str | None, draft: str | None, packed: bool, port: int, host: str = "127.0.0.1") -> None:
+def run_web(
+    target: str | None, draft: str | None, packed: bool, device: str, dtype: str, port: int, host: str = "127.0.0.1"
+) -> None:
     """Show the page until interrupted.
 
     Args:
-        target (`str`, *optional*), draft (`str`, *optional*), packed (`bool`): as for [`load_pair`].
+        target (`str`, *optional*), draft (`str`, *optional*), packed (`bool`), device (`str`), dtype (`str`): as for
+            [`load_pair`].
         port (`int`), host (`str`): to listen on.
     Raises:
         ImportError: if Gradio is missing.
@@ -376,16 +379,16 @@ def run_web(target: str | None, draft: str | None, packed: bool, port: int, host
     """
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("expected the package gradio for the page, got none; pip install gradio")
-    page = make_page(target, draft, packed)
+    page = make_page(target, draft, packed, device, dtype)
     try:
         launch(page, server_name=host, server_port=port)
     except OSError as error:
         raise OSError(f"expected to listen on {host} port {port}, got: {error}; name another with --port") from error
 
 
-def make_page(target: str | None, draft: str | None, packed: bool = True):
+def make_page(target: str | None, draft: str | None, packed: bool = True, device: str = "auto", dtype: str = "float32"):
     """Load a target and its draft and build their page; arguments as for [`load_pair`]. Costs are measured here, not later."""
-    models = load_pair(target, draft, packed)
+    models = load_pair(target, draft, packed, device, dtype)
     answer_once(*models)
     return build_page(Comparison(*models), name_of(models[0].config), draft or SHIPPED_DRAFT.name)
 

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.dispatch import use_triton
 from ..kernels.tree_attention import MAX_HEAD_DIM, tree_attention
-from ..transformers_names import attention_name
+from ..transformers_names import attention_name, registered_attention
 
 PRISM_TREE = "prism_tree"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
@@ -208,7 +208,7 @@ def install_lending() -> None:
 
     The implementation's name stays "sdpa", since a model may choose its masks by the name.
     """
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    original = registered_attention("sdpa")
     if hasattr(original, "prism_lent"):
         return
     lent = threading.local()
@@ -226,7 +226,7 @@ def install_lending() -> None:
 
 def uninstall_lending() -> None:
     """Undo [`install_lending`]."""
-    AttentionInterface.register("sdpa", getattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "prism_original", sdpa_attention_forward))
+    AttentionInterface.register("sdpa", getattr(registered_attention("sdpa"), "prism_original", sdpa_attention_forward))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ class ChainTarget(TargetSide):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.num_committed = 0  # tokens in the cache that stay
+        self.widths: list[int] = []  # inputs that each layer's convolutions hold at that length
         # Layers that recorded past positions before the call; they go on doing so after it.
         self.recording = [layer for layer in self.cache.layers if getattr(layer, "record_past", False)]
 
@@ -28,6 +29,11 @@ class ChainTarget(TargetSide):
             raise Declined(f"{type(self.target).__name__} keeps recurrent states, which cannot be rolled back")
         self.cache.activate_past_recording()
         self.num_committed = int(self.cache.get_seq_length())
+        self._note_widths()
+
+    def _note_widths(self) -> None:
+        """Note how many inputs the convolutions hold, which do not say how long their text is."""
+        self.widths = [_width(layer) for layer in self.cache.layers]
 
     def _verify(self, tree: Tree):
         if self.skipped_token is not None:
@@ -40,9 +46,10 @@ class ChainTarget(TargetSide):
 
     def forget_appended(self) -> None:
         """Drop what was appended since the last commit."""
-        for layer in self.cache.layers:
+        for layer, width in zip(self.cache.layers, self.widths, strict=True):
             # A forward that failed may have reached only some of the layers.
-            num_appended = int(layer.get_seq_length()) - self.num_committed
+            has_length = hasattr(layer, "get_seq_length")
+            num_appended = int(layer.get_seq_length()) - self.num_committed if has_length else _width(layer) - width
             if num_appended > 0:
                 layer.crop(-num_appended)
 
@@ -55,6 +62,7 @@ class ChainTarget(TargetSide):
             self.num_committed, self.next_position = self.num_committed + 1, [self.next_position[0] + 1]
         self.num_committed, self.next_position = before
         self.cache.crop(-token_ids.shape[1])
+        self._note_widths()
         return torch.cat(steps, dim=1)
 
     def commit(self, kept: list[list[int]]) -> None:
@@ -62,6 +70,7 @@ class ChainTarget(TargetSide):
         num_appended = int(self.cache.get_seq_length()) - self.num_committed
         self.cache.crop(len(kept[0]) - num_appended)
         self.num_committed += len(kept[0])
+        self._note_widths()
         super().commit(kept)
 
     def finish(self, sequences: torch.Tensor) -> None:
@@ -69,3 +78,9 @@ class ChainTarget(TargetSide):
         for layer in self.cache.layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = any(layer is one for one in self.recording)
+
+
+def _width(layer) -> int:
+    """Inputs that a layer's convolutions hold; 0 if it has none."""
+    states = getattr(layer, "conv_states", None) or {}
+    return max((state.shape[-1] for state in states.values() if state is not None), default=0)

@@ -5,6 +5,8 @@
     of a target   costs of rounds, sizes that its compiled forwards know, warnings given, how far it was checked
 """
 
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,3 +32,10 @@ def keep_with(owner, name: str, value) -> None:
 def take_from(owner, name: str) -> Any:
     """Remove and return the value kept with an object under a name; None if there is none."""
     return _memories.get(owner, {}).pop(name, None)
+
+
+def warn_once(owner, message: str, stacklevel: int) -> None:
+    """Warn, unless a message about this object was given that differs in numbers alone."""
+    told = kept_with(owner, "warnings", dict)
+    if told.setdefault(re.sub(r"\d[\d.e+-]*", "0", message), message) == message:
+        warnings.warn(message, stacklevel=stacklevel + 1)

@@ -125,6 +125,8 @@ class RecurrentTarget(TargetSide):
         )
 
     def _verify(self, tree: Tree):
+        while self.has_given_up and min(self._carried()):
+            self._catch_up(1)
         if len(self.num_carried_of) > 1 and self._most_carried() >= MAX_CARRIED:
             self._catch_up()
         tokens, starts = self._with_carried(tree.token_ids)
@@ -178,9 +180,9 @@ class RecurrentTarget(TargetSide):
         mask = self._mask_over(self.num_stored + width)
         return self._forward(chain_tree(tokens), mask, position_ids, num_logits=num_logits)
 
-    def _catch_up(self) -> None:
-        """Advance the state by what all sequences have committed, in a forward of its own."""
-        width = min(self._carried())
+    def _catch_up(self, most: int | None = None) -> None:
+        """Advance the state by what all sequences have committed, or the first `most` tokens of it, in a forward of its own."""
+        width = min(self._carried()) if most is None else min(*self._carried(), most)
         if width:
             self._run(self._text(width), 1)
             self._move_on(width)
@@ -227,7 +229,9 @@ class RecurrentTarget(TargetSide):
         """If the cache is returned, run the committed tokens that it lacks, so that it is as plain decoding leaves it."""
         rest = sequences[:, self.num_stored - self.num_cached_before : -1]
         if self.returns_cache and rest.shape[1]:
-            self._run(rest, 1)
+            for tokens in rest.split(1 if self.has_given_up else rest.shape[1], dim=1):
+                self._run(tokens, 1)
+                self._move_on(tokens.shape[1])
 
 
 def _of_nodes(

@@ -15,7 +15,6 @@ import hashlib
 import inspect
 import json
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from huggingface_hub import constants
 from ..transformers_names import attention_name
 from ..tried_targets import TRIED_TYPES
 from ..whole_files import name_of_parts, write_json_if_possible
-from .memory import kept_with
+from .memory import kept_with, warn_once
 from .target_support import added_code, foreign_forwards, is_foreign
 from .tree import Tree
 
@@ -38,20 +37,19 @@ _ROUNDING, _MOST_ROUNDING = 4096, 0.25
 
 
 class _CheckedLengths:
-    """Lengths in tokens, rising, at which models of one code and configuration were checked, by kind of call; kept in a file.
+    """Lengths in tokens, rising, at which models of one code and configuration were checked, by kind of call.
 
     Args:
-        target (`PreTrainedModel`): one of these models. With hooks, or code that is in no file, nothing is written.
+        path (`Path`, *optional*): a file that they are kept in.
     """
 
-    def __init__(self, target):
-        is_told = not _added_code(target) and all(map(_digest, _sources(target)))
-        self.path = _folder() / f"{_key(target)}.json" if is_told else None
+    def __init__(self, path: Path | None = None):
+        self.path = path
         self.by_kind: dict[str, list[int]] = {}
-        if self.path is None:
+        if path is None:
             return
         with contextlib.suppress(OSError, ValueError):  # none yet, or not one of ours
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(found, dict):
                 self.by_kind = {kind: lengths for kind, lengths in found.items() if _are_lengths(lengths)}
 
@@ -119,25 +117,22 @@ def is_tried(target) -> bool:
 
 def foreign_code(target) -> list:
     """What a model's forwards run of packages that were not tried, as for steering activations or compressing caches: hooks,
-    forwards that replace a class's own, and modules of other classes."""
-    return [*_added_code(target), *foreign_forwards(target)]
+    attention functions, forwards that replace a class's own, and modules of other classes."""
+    return [*(function for function in added_code(target) if is_foreign(function)), *foreign_forwards(target)]
 
 
-def _added_code(target) -> list:
-    """Hooks of a model's modules and forwards of single ones, from packages that were not tried."""
-    return [function for function in added_code(target) if is_foreign(function)]
+def _is_changed(target) -> bool:
+    """Whether code of other packages was added to a model that is not of such a package itself."""
+    return bool(foreign_code(target)) and not (is_foreign(type(target)) and not any(map(is_foreign, added_code(target))))
 
 
 def _checked_lengths(target) -> "_CheckedLengths":
-    """The lengths of models of this code and configuration; with hooks, which come and go, of this model while it has them."""
-    functions = foreign_code(target)
-    if not functions:
-        return kept_with(target, "checked lengths", lambda: _CheckedLengths(target))
-    known = kept_with(target, "checked lengths with hooks", dict)
-    before = known.get("functions", [])
-    if len(before) != len(functions) or any(one is not other for one, other in zip(before, functions, strict=True)):
-        known.update(functions=functions, lengths=_CheckedLengths(target))
-    return known["lengths"]
+    """The lengths of models of this code and configuration. None are known of code that was added to a model: what it computes
+    may depend on values that change from call to call."""
+    if _is_changed(target):
+        return _CheckedLengths()
+    path = _folder() / f"{_key(target)}.json" if all(map(_digest, _sources(target))) else None
+    return kept_with(target, "checked lengths", lambda: _CheckedLengths(path))
 
 
 def lengths_named(text_config) -> list[int]:
@@ -209,7 +204,7 @@ class RoundCheck:
                 raise
             name = type(self.side.target).__name__
             self.finding = f"{name} refuses several tokens behind its cache ({type(error).__name__}: {error})"
-            warnings.warn(f"decoding goes on without the draft: {self.finding}", stacklevel=8)
+            warn_once(self.side.target, f"decoding goes on without the draft: {self.finding}", stacklevel=8)
 
     def differs(self, tree: Tree, logits: torch.Tensor, steps: torch.Tensor | None) -> bool:
         """Whether a tree's logits `(B, N, V)` differ from those of the single steps; warns if so."""
@@ -231,9 +226,8 @@ class RoundCheck:
             f"logits of {type(target).__name__} over several tokens differ from single steps by {difference:.3g} at "
             f"{length} tokens (rounding explains {allowed:.1g})"
         )
-        is_changed = _added_code(target) or (foreign_code(target) and not is_foreign(type(target)))
-        what = "some of its modules have hooks or a forward of their own" if is_changed else "please report this model"
-        warnings.warn(f"decoding goes on without the draft: {self.finding}; {what}", stacklevel=8)
+        what = "its attention, or some of its modules, run code of another package" if _is_changed(target) else "please report this model"
+        warn_once(target, f"decoding goes on without the draft: {self.finding}; {what}", stacklevel=8)
         return True
 
 

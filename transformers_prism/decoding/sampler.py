@@ -40,7 +40,7 @@ from ..kernels.verify_tree import WARPERS
 from ..transformers_names import allowed_tokens_of
 from .callers_mode import as_called
 from .sampling_noise import Coupling, StepNoise
-from .sequences import Sequences
+from .sequences import Sequences, flattened
 from .transfer import on_device
 
 # Criteria that look at nothing but the ids, which the device's walk keeps on the host.
@@ -129,7 +129,7 @@ class Sampler:
         self.scores = self._lists() if returns and generation_config.output_scores else None
         self.logits = self._lists() if returns and generation_config.output_logits else None
         self.warpers = warper_settings(logits_processor)
-        has_stock_criteria = all(type(one) in _CRITERIA_OF_IDS for one in stopping_criteria)
+        has_stock_criteria = all(type(one) in _CRITERIA_OF_IDS for one in flattened(stopping_criteria))
         self.is_coupled = is_coupled and self.do_sample and self.warpers is not None and has_stock_criteria
         # On the device no processor is called, and no scores or logits are kept.
         is_there = self.device.type in TRITON_DEVICES or is_treated_as_accelerator(self.device)

@@ -1,12 +1,23 @@
 """The sequences of a generate() call: what was emitted, where each ends, and what a streamer was given of them."""
 
+from collections.abc import Iterator
+
 import torch
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from ..transformers_names import pad_token
 from .callers_mode import as_called
 
 _FIRST_ROOM = 1024  # tokens of a sequence; a limit may be far beyond what any reaches
+
+
+def flattened(criteria) -> Iterator[StoppingCriteria]:
+    """Criteria in the order in which they are called; those of lists within a list, too, unless these combine them otherwise."""
+    for one in criteria:
+        if type(one) is StoppingCriteriaList:
+            yield from flattened(one)
+        else:
+            yield one
 
 
 class Stopping:
@@ -23,11 +34,12 @@ class Stopping:
 
     def __init__(self, criteria: StoppingCriteriaList, device: torch.device, scores: list[torch.Tensor] | None = None):
         self.criteria, self.scores = criteria, scores
-        # Where there are end tokens, sequences that have ended are padded until all have.
+        # Where there are end tokens, sequences that have ended are padded until all have. Plain decoding sees none in lists within
+        # the list.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.quiet_until = float("inf")  # length in tokens from which on criteria are always asked
         self.end_tokens: set[int] = set()
-        for criterion in criteria:
+        for criterion in flattened(criteria):
             if type(criterion) is EosTokenCriteria:
                 # Moved to the ids' device, as the criterion itself does at its first call.
                 criterion.eos_token_id = criterion.eos_token_id.to(device)

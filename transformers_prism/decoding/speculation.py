@@ -1,12 +1,12 @@
 """What a generate() call with a draft did: rounds, accepted tokens, time."""
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+from .memory import warn_once
 from .round_values import Proposal
 
 # A call brings a warning if it had at least this many rounds and committed fewer than this many tokens in each.
@@ -238,9 +238,9 @@ def why_hardly_used(speculation: Speculation, differences: list[str], temperatur
 
 
 def warn_if_hardly_used(speculation: Speculation, draft, target, generation_config) -> None:
-    """Warn, once a call, if the draft gained next to nothing in a long answer; see [`why_hardly_used`]."""
+    """Warn, once for each reason, if the draft gained next to nothing in a long answer; see [`why_hardly_used`]."""
     _, differences = draft.config.target_differences(target.config)
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else None
     reason = why_hardly_used(speculation, differences, temperature, target.device.type)
     if reason is not None:
-        warnings.warn(reason, stacklevel=9)
+        warn_once(draft, reason, stacklevel=9)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..transformers_names import attention_name, input_methods, keeps_no_activations
 from .attention import PRISM_TREE
@@ -164,9 +165,13 @@ def is_foreign(function) -> bool:
 
 
 def added_code(target) -> list:
-    """Hooks of a model's modules and of all modules, and forwards of single ones that replace their class's own."""
+    """The attention and mask functions that are registered for a model, hooks of its modules and of all modules, and forwards
+    of single modules that replace their class's own."""
     everywhere = torch.nn.modules.module
     functions = [*everywhere._global_forward_hooks.values(), *everywhere._global_forward_pre_hooks.values()]
+    name = attention_name(target.config.get_text_config())
+    registered = (functions_by_name.get(name) for functions_by_name in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS))
+    functions += [getattr(one, "prism_original", one) for one in registered if one is not None]  # "eager" is each model's own
     for module in target.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             functions += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

@@ -280,7 +280,7 @@ class TreeTarget(TargetSide):
         self.committed.max_holes = 0
         goal = sequences.shape[1] - 1 + self.num_cached_before
         while max(missing := [goal - length for length in self.committed.lengths]) > 0:
-            longest = min(max(missing), self.max_nodes + 1)
+            longest = 1 if self.has_given_up else min(max(missing), self.max_nodes + 1)
             missing = [min(count, longest) for count in missing]
             token_ids = sequences.new_zeros((len(missing), longest))
             for row, (count, length) in enumerate(zip(missing, self.committed.lengths, strict=True)):

@@ -30,6 +30,7 @@ from ..cpu import trusting_packed_weights
 from ..decoding.drafter import Drafter
 from ..decoding.eval_mode import in_eval_mode
 from ..decoding.layer_check import input_device
+from ..decoding.round_check import foreign_code
 from ..decoding.target_side import num_learned_positions
 from ..decoding.target_support import Declined
 from ..decoding.transfer import clock
@@ -235,11 +236,13 @@ def _still_holds(costs: RoundCosts, target, draft, num_rows: int) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed(target, draft) -> Iterator[None]:
-    """Run without compilation and dropout, and leave random generators and models as they are."""
+    """Run without compilation and dropout, and leave random generators and models as they are. Models that draw nothing outside
+    of training leave the generators to other threads meanwhile."""
     devices = [target.device] if target.device.type == "cuda" else []
     are_compiled = is_compiled(target) or is_compiled(draft)
     uncompiled = torch.compiler.set_stance("force_eager") if are_compiled else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=devices), uncompiled, trusting_packed_weights():
+    may_draw = bool(foreign_code(target))
+    with torch.random.fork_rng(devices=devices, enabled=may_draw), uncompiled, trusting_packed_weights():
         with in_eval_mode(target, draft), kept_frequencies(target, draft):
             yield
 
@@ -259,7 +262,8 @@ def kept_frequencies(*models: nn.Module) -> Iterator[None]:
                 for name in _public_state(module).keys() - state.keys():
                     del module.__dict__[name]
                 module.__dict__.update(state)
-                module._buffers.clear()
+                for name in module._buffers.keys() - buffers.keys():
+                    del module._buffers[name]
                 module._buffers.update(buffers)
                 for buffer, copy in copies:
                     if not torch.equal(buffer, copy):  # written to in place

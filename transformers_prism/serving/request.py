@@ -35,6 +35,9 @@ class Request:
         top_p = _number(body, "top_p", float, at_least=0)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p:g}")
+        penalty = _number(body, "frequency_penalty", float)
+        if penalty is not None and penalty <= -1:
+            raise ValueError(f"frequency_penalty: expected more than -1, since 1 is added for transformers' repetition penalty, got {penalty:g}")
         limits = [_number(body, name, int, at_least=1) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
         self.names_limit = any(limit is not None for limit in limits)
         if (_number(body, "n", int, at_least=1) or 1) > 1:
@@ -81,8 +84,10 @@ def _check_turns(body: dict, name: str) -> None:
     if not isinstance(turns, list):
         raise ValueError(f"{name}: expected a list of turns, got {turns!r}")
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("content", ""), (str, list, NoneType)):
-            raise ValueError(f"{name}: expected turns with a text or a list as content, got {turn!r}")
+        content = turn.get("content", "") if isinstance(turn, dict) else turn
+        has_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+        if not isinstance(turn, dict) or not has_parts and not isinstance(content, str | NoneType):
+            raise ValueError(f"{name}: expected turns with a text or a list of parts as content, got {turn!r}")
 
 
 def _read_stop(body: dict) -> None:

@@ -17,6 +17,7 @@ from transformers_prism.training.recipes import TrainConfig, has_own_num_modules
 from transformers_prism.training.warm_start import warm_start, with_modules
 
 logger = logging.getLogger(__name__)
+_DRAFT_VOCAB_SIZE = 8192  # of a new draft
 
 
 def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.Tensor, float]:
@@ -73,7 +74,7 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
         "share_target_head": config.module_form != "eagle3",
         "num_processing_modules": num_modules,
         "num_layers_per_module": config.num_layers_per_module,
-        "context_kv": config.context_kv,
+        "context_kv": config.context_kv or (source.context_kv if source else "prefill_module"),
         "target_fingerprint": target_fingerprint(getattr(target, "config", target), tokenizer),
     }
     if config.vocab_sample < 1 and not overrides["share_target_head"]:
@@ -81,12 +82,17 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
     if config.plain_fusion:
         overrides |= {"projection_bias": False, "normalize_target_hidden": False}
     vocab_size = getattr(target, "config", target).get_text_config().vocab_size
-    if 0 < config.draft_vocab_size < vocab_size:
-        overrides["draft_vocab_size"] = config.draft_vocab_size
+    draft_vocab_size = config.draft_vocab_size
+    if draft_vocab_size is None:
+        draft_vocab_size = source.draft_vocab_size or 0 if source else _DRAFT_VOCAB_SIZE
+    if 0 < draft_vocab_size < vocab_size:
+        overrides["draft_vocab_size"] = draft_vocab_size
     if config.sliding_window:
         overrides["sliding_window"] = config.sliding_window
     if source is not None and source.sliding_window is not None:
         overrides.setdefault("sliding_window", source.sliding_window)
+    if source is not None:
+        overrides["target_layer_ids"] = source.target_layer_ids
     for name in ("target_layer_ids", "draft_step_to_module"):
         if getattr(config, name):
             overrides[name] = config.numbers(name)
@@ -135,8 +141,8 @@ def first_draft(
         own_config.draft_step_to_module = list(source.config.draft_step_to_module)
     draft = PrismDraftModel(own_config)
     if draft_config.draft_vocab_size is not None:
-        tokens, coverage = frequent_tokens(training, config.draft_vocab_size)
-        if source is not None and source.config.draft_vocab_size == config.draft_vocab_size:
+        tokens, coverage = frequent_tokens(training, draft_config.draft_vocab_size)
+        if source is not None and source.config.draft_vocab_size == draft_config.draft_vocab_size:
             tokens = source.draft_to_target
             coverage = token_coverage(training, tokens)
         draft.draft_to_target.copy_(tokens)

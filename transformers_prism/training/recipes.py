@@ -79,7 +79,7 @@ class TrainConfig:
     target: str | None = _option(None, "Hub id, folder or .gguf file; the demo target if left out.")
     features: str | None = _option(None, "Folder for the target's hidden states; <output>/features if left out.")
     online_features: bool = _option(False, "Compute hidden states whenever they are needed and keep none on disk.")
-    init_from: str | None = _option(None, "Folder or Hub id of a draft to start from; its draft vocabulary is kept.")
+    init_from: str | None = _option(None, "Folder or Hub id of a draft to start from: its weights, and its architecture where an option is left out.")
     num_conversations: int = _option(0, "Use the first N conversations of the training part; 0 is all.")
     max_length: int = _option(2048, "Tokens kept of a conversation.")
     max_bad_share: float = _option(0.5, "Share of a source's rows that may be unusable; they are left out.")
@@ -91,16 +91,22 @@ class TrainConfig:
     draft_step_to_module: str = _option(
         "", "Module of each draft step, such as 0,1,1; if left out, that of --init-from with as many modules, or 0,1,...,M-1."
     )
-    target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; three of them if left out.")
+    target_layer_ids: str = _option("", "Fused target layers, such as 3,16,28; if left out, those of --init-from, or three of them.")
     plain_fusion: bool = _option(
         False,
         "Read the target's states by a product alone, without norms and bias: what the files of other servers hold "
         "(docs/convert.md).",
     )
-    draft_vocab_size: int = _option(8192, "Tokens the draft can propose in any text; 0, or as many as the target has, is all.")
+    draft_vocab_size: int | None = _option(
+        None, "Tokens the draft can propose in any text; 0, or as many as the target has, is all. If left out, those of --init-from, or 8192."
+    )
     text_tokens: bool = _option(True, "Let the draft also propose the tokens of the text that it is given.")
     learn_prompts: bool = _option(False, "Train on the tokens of prompts, too: validations count answers in any case.")
-    context_kv: str = _option("prefill_module", "prefill_module or own_module.")
+    context_kv: str | None = _option(
+        None,
+        "prefill_module: all draft steps see the text by the first module's keys and values; own_module: each by its own. If left out, "
+        "that of --init-from, or prefill_module.",
+    )
     sliding_window: int = _option(0, "Positions that the draft's attention sees; 0 is all, or what --init-from has.")
     single_step_epochs: float | None = _by_recipe("Epochs of stage single_step; 0 leaves it out.")
     warm_up_epochs: float | None = _by_recipe("Epochs of stage warm_up; 0 leaves it out.")
@@ -132,7 +138,7 @@ class TrainConfig:
     logging_updates: int = _option(10, "Updates between two lines of the log.")
     push_to_hub: str = _option("", "user/name on the Hub that the finished draft is pushed to.")
     report_to: str = _option("none", "Where the Trainer logs to, a run a stage: tensorboard, wandb, or all that is installed.")
-    save_updates: int = _option(200, "Updates between two checkpoints; with num_acceptance_prompts and validation_updates, each validation has one.")
+    save_updates: int = _option(200, "Updates between two checkpoints; where a measured tau chooses the checkpoint, validation_updates counts instead.")
     validation_updates: int = _option(0, "Updates between two validations; 0 is at the end of each stage.")
     num_validation: int = _option(0, "Use the first N conversations for validation; 0 is all.")
     num_acceptance_prompts: int = _option(0, "Decode N held-out prompts at each validation, for a measured tau.")
@@ -157,9 +163,12 @@ class TrainConfig:
             raise ValueError(f"schedule: expected one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
         for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
             for name in names:
-                if not getattr(self, name) >= least:
-                    raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-                if getattr(self, name) == math.inf:
+                value = getattr(self, name)
+                if value is None:  # of the draft to start from
+                    continue
+                if not value >= least:
+                    raise ValueError(f"{name}: expected at least {least}, got {value}")
+                if value == math.inf:
                     raise ValueError(f"{name}: expected a finite number, got inf")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")

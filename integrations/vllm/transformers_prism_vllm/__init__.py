@@ -6,7 +6,7 @@ from packaging.version import Version
 
 __all__ = ["TRIED_VLLM", "register", "warning_of_release"]
 
-# The first release that was tried, and the first that was not.
+# The first release that it was made for, and the first that it was not; 0.32 was tried.
 TRIED_VLLM = ("0.32", "0.34")
 # As config.json says, and as vLLM's EAGLEConfig renames it.
 _ARCHITECTURES = ("PrismDraftModel", "Eagle3PrismDraftModel")
@@ -44,5 +44,5 @@ def warning_of_release(found: str) -> str | None:
         return None
     return (
         f"transformers-prism-vllm {importlib.metadata.version('transformers-prism-vllm')}: expected vLLM >={first},<{end}, "
-        f"which it was tried with, got {found}; if drafts fail or few tokens are accepted, install a release of this range"
+        f"which it was made for, got {found}; if drafts fail or few tokens are accepted, install a release of this range"
     )
