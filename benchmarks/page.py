@@ -66,29 +66,31 @@ def write_page(files: list[Path], output: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(folder)
     page.add("# Performance", *_three_figures([record for _, record in records]))
+    here, elsewhere = _by_place(records)
     for _, record in records:
         if record["kind"] == "rivals":
             page.add(*_rivals(record))
     page.add("## Words", WORDS, _machines([record for _, record in records]))
-    generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
-    page.add(*_glance([record for _, record in generate]))
-    page.add_comparison(generate, "batch_size", "sequences in a batch", "Batches")
-    page.add_comparison(generate, "context", "tokens of the prompt", "Contexts")
-    page.add_rounds([record for _, record in records if record["kind"] == "rounds"])
-    for stem, record in records:
-        if record["kind"] == "scaling":
-            page.add_scaling(stem, record)
-        elif record["kind"] == "long_texts":
-            page.add_long_texts(stem, record)
-        elif record["kind"] in _SECTIONS:
-            page.add(*_SECTIONS[record["kind"]](record))
-    if generate:
-        page.add("## Run by run", "Milliseconds are of a round, or of a plain step.")
-    for stem, record in generate:
-        page.add_generate(stem, record)
+    page.add_records(here)
+    if elsewhere:
+        page.add("## Other machines and earlier drafts", "What follows was not measured with the draft and on the machine of the above.")
+        first = len(page.parts)
+        page.prefix = "other_"
+        page.add_records(elsewhere)
+        page.parts[first:] = [re.sub(r"^#", "##", part) for part in page.parts[first:]]
     page.add("Written by `python -m benchmarks.page`; `docs/performance/measure.sh` makes all files and then the page.")
     write_text(output, "\n\n".join(page.parts) + "\n")
     return [output, *page.pictures]
+
+
+def _by_place(records: list[tuple[str, dict]]) -> tuple[list, list]:
+    """Records with the draft and on the machine of the first run of `bench generate`, and the others."""
+    main = next((one for _, one in records if one["kind"] == "generate" and one["weights_sha256"] != UNTRAINED), None)
+    if main is None:
+        return records, []
+    drafts = (main["weights_sha256"], UNTRAINED, None)
+    is_here = [one["weights_sha256"] in drafts and one["hardware"] == main["hardware"] for _, one in records]
+    return [one for one, here in zip(records, is_here, strict=True) if here], [one for one, here in zip(records, is_here, strict=True) if not here]
 
 
 def levers(summary: dict) -> list[tuple[str, float]]:
@@ -341,16 +343,36 @@ class _Page:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.prefix = ""  # of the names of pictures
         self.parts: list[str] = []
         self.pictures: list[Path] = []
+
+    def add_records(self, records: list[tuple[str, dict]]) -> None:
+        """All sections of these records: tables of several, then one for each."""
+        generate = [(stem, record) for stem, record in records if record["kind"] == "generate"]
+        self.add(*_glance([record for _, record in generate]))
+        self.add_comparison(generate, "batch_size", "sequences in a batch", "Batches")
+        self.add_comparison(generate, "context", "tokens of the prompt", "Contexts")
+        self.add_rounds([record for _, record in records if record["kind"] == "rounds"])
+        for stem, record in records:
+            if record["kind"] == "scaling":
+                self.add_scaling(stem, record)
+            elif record["kind"] == "long_texts":
+                self.add_long_texts(stem, record)
+            elif record["kind"] in _SECTIONS:
+                self.add(*_SECTIONS[record["kind"]](record))
+        if generate:
+            self.add("## Run by run", "Milliseconds are of a round, or of a plain step.")
+        for stem, record in generate:
+            self.add_generate(stem, record)
 
     def add(self, *parts: str) -> None:
         """Append paragraphs."""
         self.parts += parts
 
     def _picture(self, name: str, text: str) -> Path:
-        self.pictures.append(self.folder / name)
-        self.add(f"![{text}]({self.folder.name}/{name})")
+        self.pictures.append(self.folder / (self.prefix + name))
+        self.add(f"![{text}]({self.folder.name}/{self.prefix}{name})")
         return self.pictures[-1]
 
     def add_generate(self, stem: str, record: dict) -> None:

@@ -275,6 +275,19 @@ def test_page_pictures_keep_drafts_and_machines_apart(measured, tmp_path):
     assert [path.name for path in written[1:]] == ["rounds_0.png", "rounds_1.png"]
 
 
+def test_page_has_other_machines_in_a_section_of_their_own(measured, tmp_path):
+    """Below all that was measured with the draft and on the machine of the first run."""
+    page, other = tmp_path / "page.md", tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(measured[1].read_text()), "hardware": "another machine"}))
+    write_page([other, *measured[:2]], page)
+    here, elsewhere = page.read_text().split("## Other machines and earlier drafts")
+    assert "another machine" in here[here.index("## At a glance") :]
+    assert "another machine" not in elsewhere
+    assert "\n### At a glance" in elsewhere
+    write_page(measured[:2], page)
+    assert "## Other machines" not in page.read_text()
+
+
 def test_page_colours_belong_to_methods():
     """Whatever else is in a picture; unknown methods have one, too."""
     names = ["auto", "auto-no-ngrams", "chain", "static:10,6,59", "static:4,4,15", "lookup", "assisted", "compiled"]
