@@ -303,8 +303,8 @@ def _rivals(record: dict) -> list[str]:
         "## What to use when",
         _ADVICE.read_text(encoding="utf-8").strip(),
         f"{settings['num_prompts']} prompts of `{settings['prompts']}`, one at a time, {settings['max_new_tokens']} new tokens, "
-        f"greedy, {settings['num_threads']} threads, each program in an environment of its own, one after the other; whole "
-        "calls. Some began fewer prompts before their time was up: a ratio is over the prompts that both answered. Memory is "
+        f"greedy, {settings['num_threads']} threads, each program in an environment of its own, in turn for half a minute each, three "
+        "times; whole calls. Some began fewer prompts before their time was up: a ratio is over the prompts that both answered. Memory is "
         "the most that the process held. llama.cpp and OpenVINO compute with the file's 4 bits, the others with the same "
         "weights in float32, so that their answers differ.",
         markdown_table(record["heading"], record["rows"]),
