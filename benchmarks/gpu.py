@@ -34,7 +34,7 @@ from transformers_prism import PrismConfig, PrismDraftModel
 from transformers_prism.bench import kernels
 from transformers_prism.bench.figures import as_json
 from transformers_prism.bench.generate import bench_generate, make_items
-from transformers_prism.bench.methods import Contest, parse_methods
+from transformers_prism.bench.methods import Contest, Method, parse_methods
 from transformers_prism.bench.record import hardware
 from transformers_prism.decoding.drafter import Drafter
 from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
@@ -231,22 +231,31 @@ def _decode(target, draft, inputs: dict, modes: list[str], size: Size) -> dict:
             "round_ms": summary["round_ms"],
             "step_ms": summary["step_ms"],
             "declined": outcome.declined,
-            "peak_bytes": _peak_bytes(target, {**inputs, **settings, **contest.arguments(method)}),
+            "peak_bytes": _peak_bytes(target, {**inputs, **settings, **contest.arguments(method)}, bytes_beside(contest, draft, method)),
         }
     return found
+
+
+def bytes_beside(contest: Contest, draft, method: Method) -> int:
+    """Bytes of drafts and of a static cache that are there for other methods, and that this one would not need."""
+    drafts = [draft, *(one for name, one in contest.drafts.items() if name != method.name)]
+    held = [*(tensor for one in drafts for tensor in (*one.parameters(), *one.buffers()))]
+    if method.kind != "compiled":
+        held += [states for layer in contest.static_cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in held)
 
 
 def _text_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:2000]
 
 
-def _peak_bytes(target, arguments: dict) -> int | None:
-    """Bytes of the device's memory that a generate() call needs at most, weights included; None on a CPU."""
+def _peak_bytes(target, arguments: dict, beside: int) -> int | None:
+    """Bytes of the device's memory that a generate() call needs at most, weights included, less those `beside` it; None on a CPU."""
     if target.device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
     target.generate(**arguments)
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - beside
 
 
 def _free() -> None:

@@ -13,6 +13,7 @@ import torch
 from kernel_checks import DEVICE as KERNEL_DEVICE
 from kernel_checks import run_interpreted
 from test_device_walk import move_to_accelerator
+from tiny_models import prompts, tiny_draft, tiny_target
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,7 +21,9 @@ from pretend_accelerator import OnDevice, PretendedAccelerator
 
 from benchmarks import gpu
 from transformers_prism.bench import kernels
+from transformers_prism.bench.methods import Contest, parse_methods
 from transformers_prism.decoding.sampler import treating_cpus_as_accelerators
+from transformers_prism.transformers_names import CACHE_KEYWORD
 
 CPU = torch.device("cpu")
 (TINY,) = gpu.TRIAL_SIZES
@@ -93,6 +96,20 @@ def test_scripted_models_run_on_an_accelerator(tree, monkeypatch, cheap_rounds):
 
 
 @pytest.mark.quick
+def test_memory_of_other_methods_does_not_count():
+    """Each has a copy of the draft, and the compiled one a static cache; a method needs one draft, or none."""
+    target = tiny_target("llama", 3)
+    draft = tiny_draft(target)
+    methods = parse_methods(["compiled", "auto", "chain"], is_packed=False)
+    contest = Contest(target, draft, None, methods, max_length=20)
+    size = sum(tensor.nbytes for tensor in (*draft.parameters(), *draft.buffers()))
+    kinds = {method.kind: method for method in methods}
+    assert [gpu.bytes_beside(contest, draft, kinds[kind]) for kind in ("plain", "auto", "chain")] == [3 * size, 2 * size, 2 * size]
+    target.generate(prompts(1)[0], max_new_tokens=2, **{CACHE_KEYWORD: contest.static_cache})
+    assert gpu.bytes_beside(contest, draft, kinds["compiled"]) == 3 * size
+    assert gpu.bytes_beside(contest, draft, kinds["auto"]) > 2 * size
+
+
 def test_one_failure_does_not_lose_the_report(monkeypatch, one_thread):
     """Of a kernel, or of a target: the others are still measured, and the report says what failed."""
 
