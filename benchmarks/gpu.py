@@ -239,7 +239,7 @@ def _decode(target, draft, inputs: dict, modes: list[str], size: Size) -> dict:
 def bytes_beside(contest: Contest, draft, method: Method) -> int:
     """Bytes of drafts and of a static cache that are there for other methods, and that this one would not need."""
     drafts = [draft, *(one for name, one in contest.drafts.items() if name != method.name)]
-    held = [*(tensor for one in drafts for tensor in (*one.parameters(), *one.buffers()))]
+    held = [tensor for one in drafts for tensor in (*one.parameters(), *one.buffers())]
     if method.kind != "compiled":
         held += [states for layer in contest.static_cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
     return sum(tensor.nbytes for tensor in held)

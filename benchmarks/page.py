@@ -89,8 +89,12 @@ def _by_place(records: list[tuple[str, dict]]) -> tuple[list, list]:
     if main is None:
         return records, []
     drafts = (main["weights_sha256"], UNTRAINED, None)
-    is_here = [one["weights_sha256"] in drafts and one["hardware"] == main["hardware"] for _, one in records]
-    return [one for one, here in zip(records, is_here, strict=True) if here], [one for one, here in zip(records, is_here, strict=True) if not here]
+    here: list[tuple[str, dict]] = []
+    elsewhere: list[tuple[str, dict]] = []
+    for stem, one in records:
+        is_here = one["weights_sha256"] in drafts and one["hardware"] == main["hardware"]
+        (here if is_here else elsewhere).append((stem, one))
+    return here, elsewhere
 
 
 def levers(summary: dict) -> list[tuple[str, float]]:

@@ -110,6 +110,7 @@ def test_memory_of_other_methods_does_not_count():
     assert gpu.bytes_beside(contest, draft, kinds["auto"]) > 2 * size
 
 
+@pytest.mark.quick
 def test_one_failure_does_not_lose_the_report(monkeypatch, one_thread):
     """Of a kernel, or of a target: the others are still measured, and the report says what failed."""
 

@@ -141,6 +141,7 @@ def test_a_device_that_torch_does_not_have_is_named(name):
         find_device(name)
 
 
+@pytest.mark.quick
 def test_target_missing_gguf_file_is_named(tmp_path):
     """A GGUF file that is not there is an error before anything is loaded."""
     with pytest.raises(FileNotFoundError, match="nothing.gguf"):

@@ -27,7 +27,7 @@ from ..transformers_names import attention_name
 from ..tried_targets import TRIED_TYPES
 from ..whole_files import name_of_parts, write_json_if_possible
 from .memory import kept_with, warn_once
-from .target_support import added_code, foreign_forwards, is_foreign
+from .target_support import added_code, foreign_forwards, is_changed, is_foreign
 from .tree import Tree
 
 # Parts of names of configuration fields that hold lengths at which attention or positions may change.
@@ -121,18 +121,17 @@ def foreign_code(target) -> list:
     return [*(function for function in added_code(target) if is_foreign(function)), *foreign_forwards(target)]
 
 
-def _is_changed(target) -> bool:
-    """Whether code of other packages was added to a model that is not of such a package itself."""
-    return bool(foreign_code(target)) and not (is_foreign(type(target)) and not any(map(is_foreign, added_code(target))))
-
-
 def _checked_lengths(target) -> "_CheckedLengths":
     """The lengths of models of this code and configuration. None are known of code that was added to a model: what it computes
     may depend on values that change from call to call."""
-    if _is_changed(target):
+    if is_changed(target):
         return _CheckedLengths()
-    path = _folder() / f"{_key(target)}.json" if all(map(_digest, _sources(target))) else None
-    return kept_with(target, "checked lengths", lambda: _CheckedLengths(path))
+    return kept_with(target, "checked lengths", lambda: _CheckedLengths(_path(target)))
+
+
+def _path(target) -> Path | None:
+    """The file of the checks of a model's code and configuration; None if some of the code is in no file."""
+    return _folder() / f"{_key(target)}.json" if all(map(_digest, _sources(target))) else None
 
 
 def lengths_named(text_config) -> list[int]:
@@ -226,7 +225,7 @@ class RoundCheck:
             f"logits of {type(target).__name__} over several tokens differ from single steps by {difference:.3g} at "
             f"{length} tokens (rounding explains {allowed:.1g})"
         )
-        what = "its attention, or some of its modules, run code of another package" if _is_changed(target) else "please report this model"
+        what = "its attention, or some of its modules, run code of another package" if is_changed(target) else "please report this model"
         warn_once(target, f"decoding goes on without the draft: {self.finding}; {what}", stacklevel=8)
         return True
 

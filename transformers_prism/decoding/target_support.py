@@ -186,12 +186,18 @@ def foreign_forwards(target) -> list:
     return [forward for forward in dict.fromkeys(kind.forward for kind in kinds) if is_foreign(forward)]
 
 
-def may_know_rows(target) -> bool:
-    """Whether code was added to a model that may hold something for each row of a batch: hooks, as peft has for rows with
-    different adapters, and modules of other packages within a model of transformers."""
-    if any(is_foreign(one) or package_of(one) == "peft" for one in added_code(target)):
+def is_changed(target) -> bool:
+    """Whether code of packages that were not tried was added to a model: to any its [`added_code`], to one of transformers modules
+    of other classes, too."""
+    if any(map(is_foreign, added_code(target))):
         return True
     return not is_foreign(type(target)) and bool(foreign_forwards(target))
+
+
+def may_know_rows(target) -> bool:
+    """Whether code was added to a model that may hold something for each row of a batch, as peft's hooks do for rows with
+    different adapters."""
+    return is_changed(target) or any(package_of(one) == "peft" for one in added_code(target))
 
 
 def makes_own_inputs(target) -> bool:
