@@ -198,7 +198,8 @@ def _title(record: dict) -> str:
     decoding = f"temperature {sampling['temperature']:g}" if sampling["do_sample"] else "greedy"
     context = f", context {settings['context']}" if settings["context"] else ""
     untrained = ", untrained draft" if record["weights_sha256"] == UNTRAINED else ""
-    return f"{decoding}, batch {settings['batch_size']}{context}{untrained}".capitalize()
+    dtype = "" if record["dtype"] == "float32" else f", {record['dtype']}"
+    return f"{decoding}, batch {settings['batch_size']}{context}{dtype}{untrained}".capitalize()
 
 
 def _glance(records: list[dict]) -> list[str]:
@@ -310,7 +311,7 @@ def _rivals(record: dict) -> list[str]:
         f"greedy, {settings['num_threads']} threads, each program in an environment of its own, in turn for half a minute each, three "
         "times; whole calls. Some began fewer prompts before their time was up: a ratio is over the prompts that both answered. Memory is "
         "the most that the process held. llama.cpp and OpenVINO compute with the file's 4 bits, the others with the same "
-        "weights in float32, so that their answers differ.",
+        "weights in float32, or in 16 bits where the name says so: their answers differ from those in float32.",
         markdown_table(record["heading"], record["rows"]),
         _command_block(record),
     ]
@@ -416,7 +417,7 @@ class _Page:
             if settings[setting] is not None and record["weights_sha256"] != UNTRAINED:
                 # Contexts may differ in the number of prompts, since long prompts are few.
                 same = ("generate", other, "prompts", *(["num_prompts"] if setting == "batch_size" else []))
-                key = (*(str(settings[name]) for name in same), record["weights_sha256"], record["hardware"])
+                key = (*(str(settings[name]) for name in same), record["weights_sha256"], record["hardware"], record["dtype"])
                 groups.setdefault(key, []).append(record)
         for number, members in enumerate(groups.values()):
             if len({record["settings"][setting] for record in members}) > 1:

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_models import tiny_draft, tiny_target, word_tokenizer, write_lines
 from typer.testing import CliRunner
 
-from transformers_prism.bench import measurement
+from transformers_prism.bench import measurement, methods
 from transformers_prism.bench.figures import as_json, main_method, result_tables, summarize, table_of
 from transformers_prism.bench.generate import ItemResult, Outcome, _note_speculation, bench_generate, make_items
 from transformers_prism.bench.methods import Contest, Method, load_assistant, parse_methods
@@ -414,12 +414,15 @@ def test_tables_keep_every_figure_in_a_narrow_terminal():
     assert all(cell in text for cell in rows[0])
 
 
-def test_generate_in_another_dtype_packs_nothing(command):
-    """Weights are packed for a CPU in float32 alone; the file says which dtype it was."""
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_generate_in_another_dtype(is_packed, command, monkeypatch):
+    """Weights are packed if there is a product for it; the file says which dtype it was."""
+    monkeypatch.setattr(methods, "can_pack", lambda dtype: is_packed)
     _, content = command("--dtype", "bfloat16", "--num-prompts", 2, "--repeat", 1)
     assert content["dtype"] == "bfloat16"
-    assert set(content["methods"]) == {"plain", "draft"}
-    result, _ = command("--dtype", "bfloat16", "--method", "prepared", status=1)
-    assert "expected --packed, a CPU and float32 for 'prepared'" in result.stderr
+    assert set(content["methods"]) == {"plain", "draft", *(["prepared"] if is_packed else [])}
+    if not is_packed:
+        result, _ = command("--dtype", "bfloat16", "--method", "prepared", status=1)
+        assert "expected --packed, a CPU, and a dtype that prepare_for_cpu can pack for 'prepared'" in result.stderr
     result, _ = command("--device", "cuda:99", status=1)
     assert "device: expected one that torch has here, got 'cuda:99'" in result.stderr

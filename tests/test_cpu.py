@@ -24,6 +24,7 @@ needs_mkl = pytest.mark.skipif(not MklLinear.is_available(), reason="this build 
 needs_compiled = pytest.mark.skipif(not CompiledLinear.is_available(), reason="no C++ compiler or no x86 CPU with AVX2")
 # The kinds that are timed against each other.
 KINDS = [kind for kind in (PackedLinear, MklLinear, CompiledLinear) if kind.is_available()]
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def test_autocast_computes_as_without_packed_weights():
@@ -70,6 +71,82 @@ def test_one_copy_serves_all_numbers_of_rows(kind, shape, has_bias, threads, one
             torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
     assert linear(torch.randn(shape[0])).shape == (shape[1],)
     assert linear(torch.randn(2, 3, shape[0])).shape == (2, 3, shape[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, HalfLinear])
+@pytest.mark.parametrize("dtype", SHORT_DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layers_in_16_bits(kind, dtype, has_bias):
+    """Packed as they are, or with the default product where a library has none; a cast layer is packed again."""
+    linear = pack(nn.Linear(193, 97, bias=has_bias), kind)
+    inputs = torch.randn(5, 193)
+    linear(inputs)
+    linear.to(dtype)
+    for num_rows in (0, 1, 2, 8, 16, 33, 300):
+        inputs = torch.randn(num_rows, 193).to(dtype)
+        exact = nn.functional.linear(inputs.float(), linear.weight.float(), linear.bias.float() if has_bias else None)
+        output, rounding = linear(inputs), torch.finfo(dtype).eps
+        assert output.dtype is dtype
+        torch.testing.assert_close(output.float(), exact, atol=rounding, rtol=rounding)
+    if kind is CompiledLinear:
+        inputs = torch.randn(61, 193).to(dtype)
+        assert torch.equal(linear(inputs), torch.cat([linear(row[None]) for row in inputs]))
+    inputs = torch.randn(5, 193).to(dtype)
+    linear.weight.data[40].mul_(-1)  # which torch does not count
+    assert linear.refresh()
+    exact = nn.functional.linear(inputs.float(), linear.weight.float(), linear.bias.float() if has_bias else None)
+    torch.testing.assert_close(linear(inputs).float(), exact, atol=rounding, rtol=rounding)
+    linear.float()
+    exact = nn.functional.linear(inputs.float(), linear.weight, linear.bias)
+    tolerance = 2e-2 if kind is HalfLinear else 1e-4
+    torch.testing.assert_close(linear(inputs.float()), exact, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+@needs_compiled
+@pytest.mark.parametrize("dtype", SHORT_DTYPES)
+def test_products_in_16_bits_are_timed(dtype, one_thread, monkeypatch):
+    """Each dtype of a model by itself, up to as many rows as a prompt may have."""
+    slow = _Slow(monkeypatch)
+    slow.seconds = {nn.Linear: lambda num_rows: 0.003, **dict.fromkeys(KINDS, lambda num_rows: 0.012), CompiledLinear: lambda num_rows: 0}
+    model = nn.Sequential(nn.Linear(700, 256), nn.Linear(700, 256).to(dtype))
+    with prepare_for_cpu(model) as prepared:
+        assert [type(linear) for linear in model] == [CompiledLinear, CompiledLinear]
+        assert prepared.num_bytes == 700 * 256 * (4 + 2)
+        for num_rows in (1, 4, 60, 256):
+            slow.calls.clear()
+            model[1](torch.randn(num_rows, 700).to(dtype))
+            assert slow.calls == [("CompiledLinear", num_rows)]
+
+
+@pytest.mark.parametrize("dtype", SHORT_DTYPES)
+@pytest.mark.parametrize("of_draft", [None, torch.float32])
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_a_prepared_pair_in_16_bits(dtype, of_draft, draft_vocab_size):
+    """Logits within rounding, and a packed copy of two bytes for each weight, also of a draft in float32."""
+    target = tiny_target("llama").to(dtype)
+    draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).to(of_draft or dtype)
+    input_ids, mask = prompts(1)
+    with torch.no_grad():
+        expected = target(input_ids, attention_mask=mask).logits
+        with prepare_for_cpu(target, draft) as prepared:
+            assert prepared.num_bytes == sum(2 * linear.weight.numel() for linear in prepared.linears)
+            rounding = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+            torch.testing.assert_close(target(input_ids, attention_mask=mask).logits, expected, atol=rounding, rtol=0)
+            output = target.generate(input_ids, attention_mask=mask, assistant_model=draft, max_new_tokens=12, do_sample=False)
+    assert output.shape[1] == input_ids.shape[1] + 12
+    assert draft.last_speculation.declined is None
+
+
+def test_a_float32_target_with_a_draft_in_16_bits():
+    """The text is the target's."""
+    target = tiny_target("llama")
+    draft = tiny_draft(target, draft_vocab_size=40).to(torch.bfloat16)
+    input_ids, mask = prompts(1)
+    with prepare_for_cpu(target, draft):
+        plain, speculative, _ = generate_twice(target, draft, input_ids, mask, do_sample=False, max_new_tokens=12, pad_token_id=PAD_ID)
+    assert torch.equal(plain, speculative)
 
 
 class _Slow:
@@ -168,7 +245,7 @@ def test_layers_of_every_kind_are_timed(monkeypatch):
 def test_without_mkl_and_a_compiler_layers_are_packed_by_onednn(monkeypatch):
     """As on ARM."""
     for kind in (MklLinear, CompiledLinear):
-        monkeypatch.setattr(kind, "is_available", classmethod(lambda cls: False))
+        monkeypatch.setattr(kind, "is_available", classmethod(lambda cls, dtype=None: False))
     linear = nn.Linear(256, 256)
     with prepare_for_cpu(linear):
         assert type(linear) is PackedLinear
@@ -342,21 +419,21 @@ def test_copies_pickles_and_casts_of_a_prepared_layer():
     assert linear.to(torch.float64)(inputs.double()).dtype == torch.float64
 
 
-def test_only_plain_float32_layers_are_packed():
+def test_only_plain_layers_are_packed():
     """Subclasses and other dtypes are left alone; preparing twice packs once."""
 
     class Special(nn.Linear):
         pass
 
-    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 4))
+    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4).to(torch.float64), nn.Linear(4, 4))
     assert len(prepare_for_cpu(model).linears) == 1
     assert len(prepare_for_cpu(model).linears) == 0
 
 
 def test_a_model_with_nothing_to_pack_is_told():
-    """Models load in their checkpoint's dtype, which is often bfloat16; packed already is no reason."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"expected layers in float32, got bfloat16 in Sequential; .*dtype=torch.float32"):
+    """Its dtype has no products; packed already is no reason."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.float64)
+    with pytest.warns(UserWarning, match=r"expected layers in float32.*, got float64 in Sequential; .*dtype=torch.float32\."):
         assert not prepare_for_cpu(model).linears
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -365,6 +442,39 @@ def test_a_model_with_nothing_to_pack_is_told():
         assert not prepare_for_cpu(model).linears
         assert not prepare_for_cpu(nn.Sequential(nn.Embedding(4, 4))).linears
         assert not prepare_for_cpu(nn.Linear(4, 4, device="meta")).linears  # as on an accelerator
+
+
+@pytest.mark.parametrize("dtype", SHORT_DTYPES)
+def test_a_dtype_for_which_a_cpu_has_no_product(dtype, monkeypatch):
+    """As bfloat16 without a compiler on an old CPU: the layers stay as they are, and the user is told."""
+    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: False)
+    monkeypatch.setattr(PackedLinear, "is_available", classmethod(lambda cls, dtype=torch.float32: dtype is torch.float32))
+    with pytest.warns(UserWarning, match="expected layers in float32, got (bfloat16|float16) in Linear"):
+        assert not prepare_for_cpu(nn.Linear(4, 4).to(dtype)).linears
+    linear = pack(nn.Linear(4, 4).to(dtype), HalfLinear)  # as a draft beside a target that has one
+    inputs = torch.randn(3, 4).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(linear(inputs), nn.functional.linear(inputs, linear.weight, linear.bias))
+
+
+def test_a_machine_without_any_product(monkeypatch):
+    """The user is told what is missing."""
+    for kind in (PackedLinear, MklLinear, CompiledLinear):
+        monkeypatch.setattr(kind, "is_available", classmethod(lambda cls, dtype=torch.float32: False))
+    with pytest.warns(UserWarning, match=r"expected oneDNN or MKL in torch, or a C\+\+ compiler, got float32 in Linear; nothing of it"):
+        assert not prepare_for_cpu(nn.Linear(4, 4)).linears
+
+
+@torch.no_grad()
+@needs_compiled
+def test_a_weight_whose_bits_are_read_as_another_dtype():
+    """Same place, same bits, other numbers."""
+    linear = pack(nn.Linear(48, 97, bias=False).half(), CompiledLinear)
+    inputs = torch.randn(3, 48)
+    linear(inputs.half())
+    linear.weight.data = linear.weight.data.view(torch.bfloat16)
+    expected = nn.functional.linear(inputs.bfloat16().float(), linear.weight.float())
+    torch.testing.assert_close(linear(inputs.bfloat16()).float(), expected, atol=1e-2, rtol=1e-2)
 
 
 def test_a_draft_is_packed_in_float32_where_there_are_no_products_in_float16(monkeypatch):

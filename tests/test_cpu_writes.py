@@ -57,12 +57,12 @@ def one_row(linear):
 
 def one_row_by_numpy(linear):
     """By numpy."""
-    linear.weight.detach().numpy()[5] = 0.5
+    linear.weight.detach().view(torch.int32 if linear.weight.dtype is torch.float32 else torch.int16).numpy()[5] = 0x3F00
 
 
 def one_value(linear):
     """The smallest of changes."""
-    linear.weight.data[2, 1] += 1e-3
+    linear.weight.data[2, 1] += 1e-3 if linear.weight.dtype is torch.float32 else 1e-1
 
 
 def two_rows_change_places(linear):
@@ -89,15 +89,18 @@ def busy(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("write", [*DENSE, *PARTIAL])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(48, 97), (47, 97), (47, 12), (200, 48)])
-def test_a_refresh_finds_every_write(write, kind, shape):
+@pytest.mark.parametrize("shape", [(48, 97), (47, 97), (47, 12), (50, 97), (200, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_refresh_finds_every_write(write, kind, shape, dtype):
     """In layers of even and odd sizes; dense ones show without it."""
-    linear, inputs = pack(nn.Linear(*shape), kind), torch.randn(5, shape[0])
+    linear, inputs = pack(nn.Linear(*shape).to(dtype), kind), torch.randn(5, shape[0]).to(dtype)
     write(linear)
     if write in PARTIAL:
         assert linear.refresh()
-    expected = nn.functional.linear(inputs, linear.weight, linear.bias)
-    tolerance = 2e-2 if kind is HalfLinear else 1e-5
+    linear.to(dtype)  # if the parameter was replaced
+    bias = linear.bias.float()
+    expected = nn.functional.linear(inputs.float(), linear.weight.float(), bias).to(dtype)
+    tolerance = max(2e-2 if kind is HalfLinear else 1e-5, 2 * torch.finfo(dtype).eps)
     torch.testing.assert_close(linear(inputs), expected, atol=tolerance, rtol=tolerance)
     assert not linear.refresh()
 
@@ -114,13 +117,15 @@ def test_a_bias_written_to_and_weights_that_outgrow_float16():
 
 
 @torch.no_grad()
-def test_weights_within_a_longer_vector():
-    """As averaged parameters may be: they begin at an odd place, where two values are not one integer of 64 bits."""
-    vector, linear = torch.randn(1 + 24 * 18), nn.Linear(24, 18, bias=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_within_a_longer_vector(dtype):
+    """As averaged parameters may be: they begin at an odd place, where several values are not one integer of 64 bits."""
+    vector, linear = torch.randn(1 + 24 * 18).to(dtype), nn.Linear(24, 18, bias=False)
     linear.weight.data = vector[1:].view(18, 24)
-    inputs = torch.randn(5, 24)
+    inputs, tolerance = torch.randn(5, 24).to(dtype), max(1e-5, torch.finfo(dtype).eps)
     with prepare_for_cpu(linear) as prepared:
-        torch.testing.assert_close(linear(inputs), inputs @ linear.weight.T, atol=1e-5, rtol=1e-5)
+        expected = (inputs.float() @ linear.weight.float().T).to(dtype)
+        torch.testing.assert_close(linear(inputs), expected, atol=tolerance, rtol=tolerance)
         vector[30] += 1
         assert prepared.refresh() == 1
 

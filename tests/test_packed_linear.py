@@ -23,6 +23,13 @@ pytestmark = pytest.mark.skipif(not packed_linear_is_available(), reason="the ke
 
 # One panel or several, whole or not; inputs in one part of 256 or several.
 SHAPES = [(1, 1), (7, 5), (64, 32), (576, 192), (300, 33), (1537, 97), (256, 16), (257, 15)]
+# Of inputs and weights.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+]
 NUM_ROWS = (1, 2, 5, 6, 7, 11, 12, 13, 24, 25, 37, 60, 130)
 # As a process of its own, since the kernels of a process are those of its CPU.
 _CHECK = """
@@ -30,13 +37,13 @@ import torch
 from transformers_prism.kernels.packed_linear import packed_linear_is_available, pack_weight, packed_linear, packed_linear_reference
 assert torch.backends.cpu.get_cpu_capability() == "{cpu}" and packed_linear_is_available()
 for shape in {shapes}:
-    for dtype in (torch.float32, torch.float16):
-        packed = pack_weight(torch.randn(shape[1], shape[0]).to(dtype))
+    for dtype, of_weight in {dtypes}:
+        packed, rounding = pack_weight(torch.randn(shape[1], shape[0]).to(of_weight)), torch.finfo(dtype).eps
         for num_rows in {num_rows}:
-            input = torch.randn(num_rows, shape[0])
-            arguments = (packed, torch.randn(shape[1]), shape[1])
+            input = torch.randn(num_rows, shape[0]).to(dtype)
+            arguments = (packed, torch.randn(shape[1]).to(dtype), shape[1])
             torch.testing.assert_close(packed_linear(input, *arguments), packed_linear_reference(input, *arguments),
-                                       atol=1e-4, rtol=1e-5)
+                                       atol=max(1e-4, rounding), rtol=max(1e-5, rounding))
 print("equal")
 """
 
@@ -57,18 +64,18 @@ def cache_folder(tmp_path, monkeypatch, fresh_kernels):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "of_weight"), DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_equals_the_reference(shape, dtype, has_bias, one_thread):
+def test_equals_the_reference(shape, dtype, of_weight, has_bias, one_thread):
     """For every number of rows, and the same bits for a row alone and with others, by any number of threads."""
     num_inputs, num_outputs = shape
-    packed = pack_weight(torch.randn(num_outputs, num_inputs).to(dtype))
-    bias = torch.randn(num_outputs) if has_bias else None
+    packed, rounding = pack_weight(torch.randn(num_outputs, num_inputs).to(of_weight)), torch.finfo(dtype).eps
+    bias = torch.randn(num_outputs).to(dtype) if has_bias else None
     for num_rows in NUM_ROWS:
-        input = torch.randn(num_rows, num_inputs)
+        input = torch.randn(num_rows, num_inputs).to(dtype)
         output = packed_linear(input, packed, bias, num_outputs)
         expected = packed_linear_reference(input, packed, bias, num_outputs)
-        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(output, expected, atol=max(1e-4, rounding), rtol=max(1e-5, rounding))
         for row in {0, num_rows // 2, num_rows - 1}:
             assert torch.equal(output[row], packed_linear(input[row], packed, bias, num_outputs))
         for num_threads in (2, 3):
@@ -101,6 +108,21 @@ def test_long_sums_are_as_exact_as_torchs(shape):
     assert errors[0] < 2 * errors[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outputs_are_rounded_as_torch_rounds(dtype):
+    """To the nearest, of two the even one; numbers too small, too large, infinite, and none."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    values = torch.cat((bits.view(dtype), bits.view(dtype).roll(1)))  # all there are
+    halves = torch.tensor([[1.0, 0.5]], dtype=dtype)
+    for weight in (torch.stack((values, values * 0)), torch.stack((values, values))):
+        weight = weight.T.contiguous()
+        output = packed_linear(halves, pack_weight(weight), None, len(weight))
+        # 0 * inf is not a number, in either.
+        expected = (weight[:, 0].float() + 0.5 * weight[:, 1].float()).to(dtype)
+        assert torch.equal(output[0].isnan(), expected.isnan())
+        assert torch.equal(output[0].nan_to_num(), expected.nan_to_num())
+
+
 def test_inputs_of_every_layout():
     """More dimensions, none but the last, columns that do not follow one another, no rows, and numbers that are not finite."""
     packed = pack_weight(torch.randn(40, 24))
@@ -121,9 +143,15 @@ def test_inputs_of_every_layout():
 def test_inputs_that_do_not_fit():
     """Refused, with what was expected and got; nothing is read beyond its end."""
     packed = pack_weight(torch.randn(40, 24))
-    for input in (torch.randn(3, 23), torch.randn(3, 24, dtype=torch.float64), torch.randn(3, 24, device="meta")):
+    wrong_inputs = [torch.randn(3, 24).to(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
+    for input in (torch.randn(3, 23), torch.randn(3, 24, device="meta"), *wrong_inputs):
         with pytest.raises(ValueError, match=r"input: expected float32 of shape \(\.\.\., 24\) on the CPU, got"):
             packed_linear(input, packed, None, 40)
+    of_half = pack_weight(torch.randn(40, 24).half())
+    with pytest.raises(ValueError, match=r"input: expected float32 or float16 of shape \(\.\.\., 24\) on the CPU, got bfloat16"):
+        packed_linear(torch.randn(3, 24).bfloat16(), of_half, None, 40)
+    with pytest.raises(ValueError, match=r"bias: expected float16 of shape \(40,\) on the CPU, got float32"):
+        packed_linear(torch.randn(3, 24).half(), of_half, torch.randn(40), 40)
     for wrong in (packed[:-1], packed.transpose(1, 2).contiguous(), packed.double(), packed.transpose(0, 1)):
         with pytest.raises(ValueError, match="packed: expected what pack_weight makes of a weight of 90 rows, got|input: expected"):
             packed_linear(torch.randn(3, 24), wrong, None, 90)
@@ -210,7 +238,7 @@ def test_a_file_that_is_no_library(cache_folder, tmp_path, monkeypatch):
 
 def test_the_kernel_of_a_cpu_without_avx512():
     """Half as wide; torch takes it for an older CPU."""
-    script = _CHECK.format(cpu="AVX2", shapes=SHAPES, num_rows=NUM_ROWS)
+    script = _CHECK.format(cpu="AVX2", shapes=SHAPES, num_rows=NUM_ROWS, dtypes=DTYPES)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "equal\n", done.stderr

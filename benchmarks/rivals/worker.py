@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # From a prompt's ids and a number to at most that many new tokens, greedy, up to the end of the answer. llama.cpp returns
@@ -19,12 +20,12 @@ Decode = Callable[[list[int], int], "list[int] | tuple[str, int]"]
 _WARM_UP_TOKENS = 8
 
 
-def _model(task: dict):
+def _model(task: dict, dtype: str = "float32"):
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(task["num_threads"])
-    return AutoModelForCausalLM.from_pretrained(task["target"], dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(task["target"], dtype=getattr(torch, dtype)).eval()
 
 
 def _generating(model, arguments: Callable[[], dict] = dict) -> Decode:
@@ -45,8 +46,8 @@ def _generating(model, arguments: Callable[[], dict] = dict) -> Decode:
     return decode
 
 
-def _transformers(task: dict) -> Decode:
-    return _generating(_model(task))
+def _transformers(task: dict, dtype: str = "float32") -> Decode:
+    return _generating(_model(task, dtype))
 
 
 def _transformers_compiled(task: dict) -> Decode:
@@ -77,10 +78,10 @@ def _prism_prepared(task: dict) -> Decode:
     return _generating(model)
 
 
-def _prism(task: dict) -> Decode:
+def _prism(task: dict, dtype: str = "float32") -> Decode:
     from transformers_prism import PrismDraftModel, prepare_for_cpu
 
-    model = _model(task)
+    model = _model(task, dtype)
     draft = PrismDraftModel.from_pretrained(task["draft"], dtype=model.dtype)
     prepare_for_cpu(model, draft)
     return _generating(model, lambda: {"assistant_model": draft})
@@ -207,10 +208,14 @@ def _vllm_prism(task: dict) -> Decode:
 
 DECODERS: dict[str, Callable[[dict], Decode]] = {
     "transformers": _transformers,
+    "transformers-bfloat16": partial(_transformers, dtype="bfloat16"),
+    "transformers-float16": partial(_transformers, dtype="float16"),
     "transformers-compiled": _transformers_compiled,
     "transformers-lookup": _transformers_lookup,
     "prism-prepared": _prism_prepared,
     "prism": _prism,
+    "prism-bfloat16": partial(_prism, dtype="bfloat16"),
+    "prism-float16": partial(_prism, dtype="float16"),
     "economize-lookup": _economize_lookup,
     "flashspec-lookup": _flashspec_lookup,
     "llama.cpp": _llama_cpp,
@@ -288,9 +293,9 @@ def work(rival: str, task: dict, path: Path, clock: Callable[[], float] = time.p
             break
         record["prompts"].append(measure(decode, prompt, task["max_new_tokens"], clock))
         record["memory_bytes"] = peak_memory()
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(record, indent=1))
-        partial.replace(path)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(record, indent=1))
+        unfinished.replace(path)
     return record
 
 

@@ -17,7 +17,7 @@ export PYTHONPATH="$PWD/../.."
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483648
 draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
-steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 methods untrained adversarial
+steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 bfloat16 float16 methods untrained adversarial
   unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize batch_bound
   replay long_texts rivals)
 
@@ -64,6 +64,7 @@ measure() {
     batch[0-9]*) generate --method auto --num-prompts 64 --batch-size "${step#batch}" ;;
     context7936) generate --method auto --num-prompts 3 --context 7936 ;;
     context*) generate --method auto --num-prompts 12 --context "${step#context}" ;;
+    *float16) generate --method auto --num-prompts 24 --dtype "$step" ;;
     methods)
       generate --num-prompts 12 --method auto --method auto-no-ngrams --method chain --method static:10,6,59 \
         --method static:4,4,15 --method static:3,3,7 --method lookup --method assisted --assistant random --method compiled ;;

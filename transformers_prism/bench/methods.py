@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, StaticCache
 
 from transformers_prism.configuration_prism import PrismConfig
-from transformers_prism.cpu import PreparedModels, prepare_for_cpu
+from transformers_prism.cpu import PreparedModels, can_pack, prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
@@ -72,7 +72,7 @@ class Method:
 
 def can_be_packed(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether [`prepare_for_cpu`] is for models like this."""
-    return device.type == "cpu" and dtype == torch.float32
+    return device.type == "cpu" and can_pack(dtype)
 
 
 def parse_methods(names: list[str], is_packed: bool, batch_size: int = 1) -> list[Method]:
@@ -108,7 +108,7 @@ def _parse(name: str, is_packed: bool) -> Method:
         forms = {"lookup": "lookup[:N]", "chain": "chain[:DEPTH]", "static": "static[:TOP_K,DEPTH,NODES]"}
         raise ValueError(f"method: expected one of {', '.join(forms.get(one, one) for one in _KINDS)}, got {name!r}")
     if kind == "prepared" and not is_packed:
-        raise ValueError("method: expected --packed, a CPU and float32 for 'prepared', got something else")
+        raise ValueError("method: expected --packed, a CPU, and a dtype that prepare_for_cpu can pack for 'prepared', got something else")
     is_prepared = is_packed and kind not in ("plain", "compiled")
     return Method(name, kind, is_prepared, tuple(int(number) for number in numbers))
 

@@ -20,6 +20,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
+from transformers_prism.bench.methods import can_be_packed
 from transformers_prism.bench.near_ties import TIE_FACTOR, Difference, find_differences, generator_state
 from transformers_prism.bench.prompts import batch_rows
 from transformers_prism.cpu import prepare_for_cpu
@@ -195,7 +196,7 @@ def verify(
     controls: list[Check] = []
     plain_runs: dict = {}
     for path in PATHS:
-        if path.is_prepared and (target.device.type != "cpu" or target.dtype != torch.float32):
+        if path.is_prepared and not can_be_packed(target.device, target.dtype):
             continue
         # Weights that are packed for one path are unpacked after it.
         with prepare_for_cpu(target, draft) if path.is_prepared else contextlib.nullcontext():

@@ -139,8 +139,8 @@ def load_pair(
     Args:
         target_name (`str`, *optional*): as for [`load_target`]; None is the demo target.
         draft_name (`str`, *optional*): folder or Hub id of the draft; None is the one that the repository ships.
-        packed (`bool`): prepare both models with [`prepare_for_cpu`], if they are in float32 on a CPU; plain decoding gets
-            them, too.
+        packed (`bool`): prepare both models with [`prepare_for_cpu`], if they are on a CPU, in a dtype that it can pack;
+            plain decoding gets them, too.
         device (`str`): of both models, as for [`find_device`].
         dtype (`str`): of both models, such as "bfloat16".
     """

@@ -45,7 +45,7 @@ PackedOption = Annotated[
     bool,
     typer.Option(
         "--packed/--no-packed",
-        help="Pack weights first, with and without the draft: on a CPU, in float32 (prepare_for_cpu). --no-packed: use them as loaded.",
+        help="Pack weights first, with and without the draft: on a CPU (prepare_for_cpu). --no-packed: use them as loaded.",
         rich_help_panel=COST,
     ),
 ]

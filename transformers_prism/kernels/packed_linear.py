@@ -4,8 +4,9 @@
     packed[p, k, c] = weight[p * C + c, k], zero beyond the last row: panels of C outputs, in the order in which they are read
 
 For 2 to 30 rows, torch's products wait for the weight first and compute then. Here each core reads its panels in order, and
-while it multiplies one it has memory send the next, so that eight rows take little longer than one. The weight is float32 or
-float16, and is read once: N * K * 4 or 2 bytes.
+while it multiplies one it has memory send the next, so that eight rows take little longer than one. The weight is read once:
+N * K * 4 bytes in float32, 2 in float16 or bfloat16. Inputs and outputs have the weight's dtype, or are float32 with a weight in
+float16. Sums are float32 always, and an output is rounded once.
 
 A row is summed in the same order whatever the number of rows, in parts of 256: its output is the same, bit for bit, whether it
 is computed alone or with others.
@@ -38,22 +39,63 @@ logger = logging.getLogger(__name__)
 # By what torch says of the CPU: floats in a register, rows whose sums fit the registers, and options of the compiler.
 _CPUS = {"AVX512": (16, 12, "-mavx512f -mfma -mf16c"), "AVX2": (8, 6, "-mavx2 -mfma -mf16c")}
 _COMPILE_SECONDS = 120
+_INPUT_AND_WEIGHT_DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+)
+_WEIGHT_DTYPES = {weight for _, weight in _INPUT_AND_WEIGHT_DTYPES}
 _SOURCE = r"""
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <cstdlib>
 #include <immintrin.h>
+#include <type_traits>
 
 constexpr long PART = 256, LINE = 64, PANEL = 2 * WIDTH;
 typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
+struct Float16 { uint16_t bits; };
+struct Bfloat16 { uint16_t bits; };
 
-static inline Floats load(const float* weights) { return *(const Floats*)weights; }
-static inline Floats load(const uint16_t* weights) {
+static inline Floats load(const float* values) { return *(const Floats*)values; }
 #if WIDTH == 16
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)weights));
+static inline Floats load(const Float16* values) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)values));
+}
+static inline Floats load(const Bfloat16* values) {
+  return (Floats)((Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values)) << 16);
+}
+static inline void store_low_halves(Bits values, Bfloat16* output) {
+  _mm256_storeu_si256((__m256i*)output, _mm512_cvtepi32_epi16((__m512i)values));
+}
 #else
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)weights));
+static inline Floats load(const Float16* values) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)values)); }
+static inline Floats load(const Bfloat16* values) {
+  return (Floats)((Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)values)) << 16);
+}
+static inline void store_low_halves(Bits values, Bfloat16* output) {
+  const __m128i low = _mm256_castsi256_si128((__m256i)values), high = _mm256_extracti128_si256((__m256i)values, 1);
+  _mm_storeu_si128((__m128i*)output, _mm_packus_epi32(low, high));
+}
 #endif
+
+// Rounded to the nearest, of two the even one.
+static inline void store(Floats values, float* output) { *(Floats*)output = values; }
+static inline void store(Floats values, Float16* output) {
+#if WIDTH == 16
+  _mm256_storeu_si256((__m256i*)output, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128((__m128i*)output, _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+static inline void store(Floats values, Bfloat16* output) {
+  const Bits bits = (Bits)values, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  // Rounding up could make a NaN zero.
+  store_low_halves(values == values ? rounded : Bits{} + 0x7fc0, output);
 }
 
 static inline Floats add_product(float value, Floats weights, Floats sum) {
@@ -65,8 +107,8 @@ static inline Floats add_product(float value, Floats weights, Floats sum) {
 }
 
 // ROWS rows times a panel. For each k memory is asked for `bytes` more at `ahead`.
-template <typename T, int ROWS>
-static void multiply(const float* input, long K, const T* panel, float* output, long N, const float* bias, long count,
+template <typename Weight, typename Value, int ROWS>
+static void multiply(const float* input, long K, const Weight* panel, Value* output, long N, const Value* bias, long count,
                      const char* ahead, long bytes) {
   Floats sums[ROWS][2] = {};
   for (long start = 0; start < K; start += PART) {
@@ -88,48 +130,75 @@ static void multiply(const float* input, long K, const T* panel, float* output, 
       sums[row][1] += part[row][1];
     }
   }
+  Value added[PANEL] = {}, rounded[PANEL];
+  if (bias) memcpy(added, bias, count * sizeof(Value));
   for (int row = 0; row < ROWS; ++row) {
-    const float* sum = (const float*)sums[row];
-    for (long n = 0; n < count; ++n) output[row * N + n] = bias ? sum[n] + bias[n] : sum[n];
+    for (int half = 0; half < 2; ++half)
+      store(bias ? sums[row][half] + load(added + half * WIDTH) : sums[row][half], rounded + half * WIDTH);
+    memcpy(output + row * N, rounded, count * sizeof(Value));
   }
 }
 
 // The same for a number of rows that is only known now.
-template <typename T, int ROWS = MOST_ROWS, typename... Rest>
+template <typename Weight, typename Value, int ROWS = MOST_ROWS, typename... Rest>
 static void multiply_rows(long rows, Rest... rest) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return multiply_rows<T, ROWS - 1>(rows, rest...);
-  multiply<T, ROWS>(rest...);
+    if (rows < ROWS) return multiply_rows<Weight, Value, ROWS - 1>(rows, rest...);
+  multiply<Weight, Value, ROWS>(rest...);
 }
 
-template <typename T>
-static void linear(const float* input, const T* packed, const float* bias, float* output, long M, long K, long N, int threads) {
-  if (M == 0) return;
+template <typename Value>
+static void convert(const Value* values, long count, float* floats) {
+  long place = 0;
+  for (; place + WIDTH <= count; place += WIDTH) store(load(values + place), floats + place);
+  Value last[WIDTH] = {};
+  float converted[WIDTH];
+  memcpy(last, values + place, (count - place) * sizeof(Value));
+  store(load(last), converted);
+  memcpy(floats + place, converted, (count - place) * sizeof(float));
+}
+
+// Whether there was enough memory.
+template <typename Weight, typename Value>
+static bool linear(const Value* given, const Weight* packed, const Value* bias, Value* output, long M, long K, long N,
+                   int threads) {
+  if (M == 0) return true;
   const long panels = (N + PANEL - 1) / PANEL, blocks = (M + MOST_ROWS - 1) / MOST_ROWS;
-  const long bytes = PANEL * sizeof(T) / blocks;
+  const long bytes = PANEL * sizeof(Weight) / blocks;
+  float* converted = nullptr;
+  const float* input;
+  if constexpr (std::is_same_v<Value, float>) {
+    input = given;
+  } else {
+    input = converted = (float*)malloc(M * K * sizeof(float));
+    if (!converted) return false;
+    convert(given, M * K, converted);
+  }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long p = 0; p < panels; ++p) {
-    const T* panel = packed + p * PANEL * K;
+    const Weight* panel = packed + p * PANEL * K;
     // Each block of rows asks for its share of the next panel.
     const char* ahead = (const char*)(panel + PANEL * K);
     for (long block = 0, row = 0; block < blocks; ++block, ahead += bytes * K) {
       const long rows = (M - row + blocks - block - 1) / (blocks - block), n = p * PANEL;
-      multiply_rows<T>(rows, input + row * K, K, panel, output + row * N + n, N, bias ? bias + n : nullptr,
-                       std::min(PANEL, N - n), ahead, bytes);
+      multiply_rows<Weight, Value>(rows, input + row * K, K, panel, output + row * N + n, N, bias ? bias + n : nullptr,
+                                   std::min(PANEL, N - n), ahead, bytes);
       row += rows;
     }
   }
+  free(converted);
+  return true;
 }
 
-extern "C" void linear_float32(const float* input, const float* packed, const float* bias, float* output, long M, long K,
-                               long N, int threads) {
-  linear(input, packed, bias, output, M, K, N, threads);
-}
-
-extern "C" void linear_float16(const float* input, const uint16_t* packed, const float* bias, float* output, long M, long K,
-                               long N, int threads) {
-  linear(input, packed, bias, output, M, K, N, threads);
-}
+#define EXPORT(NAME, WEIGHT, VALUE)                                                                                   \
+  extern "C" bool NAME(const VALUE* input, const WEIGHT* packed, const VALUE* bias, VALUE* output, long M, long K, long N, \
+                       int threads) {                                                                                 \
+    return linear(input, packed, bias, output, M, K, N, threads);                                                     \
+  }
+EXPORT(float32_by_float32, float, float)
+EXPORT(float32_by_float16, Float16, float)
+EXPORT(float16_by_float16, Float16, Float16)
+EXPORT(bfloat16_by_bfloat16, Bfloat16, Bfloat16)
 """
 
 
@@ -147,7 +216,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight as the kernel reads it.
 
     Args:
-        weight (`torch.Tensor` of shape `(N, K)`): float32 or float16, on the CPU.
+        weight (`torch.Tensor` of shape `(N, K)`): float32, float16 or bfloat16, on the CPU.
     Returns:
         `torch.Tensor` of shape `(P, K, C)`.
     """
@@ -162,46 +231,55 @@ def packed_linear_reference(
 ) -> torch.Tensor:
     """The definition; see [`packed_linear`]."""
     weight = packed.transpose(1, 2).flatten(0, 1)[:num_outputs]
-    return torch.nn.functional.linear(input, weight.float(), bias)
+    output = torch.nn.functional.linear(input.float(), weight.float(), None if bias is None else bias.float())
+    return output.to(input.dtype)
 
 
 def packed_linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, num_outputs: int) -> torch.Tensor:
     """`input @ weight.T + bias`, without gradients.
 
     Args:
-        input (`torch.Tensor` of shape `(..., K)`): float32, on the CPU.
+        input (`torch.Tensor` of shape `(..., K)`): of the weight's dtype, or float32 with a weight in float16; on the CPU.
         packed (`torch.Tensor` of shape `(P, K, C)`): from [`pack_weight`].
-        bias (`torch.Tensor` of shape `(N,)`, *optional*): float32.
+        bias (`torch.Tensor` of shape `(N,)`, *optional*): of the input's dtype.
         num_outputs (`int`): N.
     Returns:
-        `torch.Tensor` of shape `(..., N)`, float32.
+        `torch.Tensor` of shape `(..., N)`, of the input's dtype.
     Raises:
         ValueError: if inputs and weight do not fit each other, or the kernel is not available here.
+        MemoryError: if there is none left for the inputs in float32.
     """
     (kernels, reason), (num_panels, num_inputs, width) = _built(), packed.shape
     if reason is not None:
         raise ValueError(f"packed_linear: {reason}")
-    if num_panels != -(-num_outputs // width) or packed.dtype not in kernels or not packed.is_contiguous():
+    if num_panels != -(-num_outputs // width) or packed.dtype not in _WEIGHT_DTYPES or not packed.is_contiguous():
         found = f"{packed.dtype}, {tuple(packed.shape)}"
         raise ValueError(f"packed: expected what pack_weight makes of a weight of {num_outputs} rows, got {found}")
-    if input.dtype is not torch.float32 or not input.is_cpu or input.shape[-1] != num_inputs:
-        found = f"{input.dtype}, {tuple(input.shape)} on {input.device}"
-        raise ValueError(f"input: expected float32 of shape (..., {num_inputs}) on the CPU, got {found}")
+    kernel = kernels.get((input.dtype, packed.dtype))
+    if kernel is None or not input.is_cpu or input.shape[-1] != num_inputs:
+        expected = " or ".join(_name(value) for value, weight in _INPUT_AND_WEIGHT_DTYPES if weight is packed.dtype)
+        found = f"{_name(input.dtype)}, {tuple(input.shape)} on {input.device}"
+        raise ValueError(f"input: expected {expected} of shape (..., {num_inputs}) on the CPU, got {found}")
     if bias is not None:
-        if bias.dtype is not torch.float32 or not bias.is_cpu or bias.shape != (num_outputs,):
-            found = f"{bias.dtype}, {tuple(bias.shape)} on {bias.device}"
-            raise ValueError(f"bias: expected float32 of shape ({num_outputs},) on the CPU, got {found}")
+        if bias.dtype is not input.dtype or not bias.is_cpu or bias.shape != (num_outputs,):
+            found = f"{_name(bias.dtype)}, {tuple(bias.shape)} on {bias.device}"
+            raise ValueError(f"bias: expected {_name(input.dtype)} of shape ({num_outputs},) on the CPU, got {found}")
         bias = bias.contiguous()
     input = input.resolve_neg().contiguous()
     output = input.new_empty((*input.shape[:-1], num_outputs))
     pointers = input.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), output.data_ptr()
-    kernels[packed.dtype](*pointers, input.numel() // num_inputs, num_inputs, num_outputs, torch.get_num_threads())
+    if not kernel(*pointers, input.numel() // num_inputs, num_inputs, num_outputs, torch.get_num_threads()):
+        raise MemoryError(f"packed_linear: expected memory for {input.numel()} numbers in float32, got none")
     return output
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
-def _built() -> tuple[dict[torch.dtype, Any], str | None]:
-    """The compiled functions, by the dtype of the weight; none, and the reason, where they cannot be had."""
+def _built() -> tuple[dict[tuple[torch.dtype, torch.dtype], Any], str | None]:
+    """The compiled functions, by the dtypes of input and weight; none, and the reason, where they cannot be had."""
     cpu = torch.backends.cpu.get_cpu_capability()
     if cpu not in _CPUS:
         return {}, f"expected a CPU with AVX2 or AVX-512, got {cpu}"
@@ -238,11 +316,11 @@ def _compiled(command: list[str], folder: Path) -> Path:
     return library
 
 
-def _load(path: Path) -> dict[torch.dtype, Any]:
+def _load(path: Path) -> dict[tuple[torch.dtype, torch.dtype], Any]:
     """The functions in a compiled file."""
-    library = ctypes.CDLL(str(path))
-    kernels: dict[torch.dtype, Any] = {torch.float32: library.linear_float32, torch.float16: library.linear_float16}
-    for kernel in kernels.values():
+    library, kernels = ctypes.CDLL(str(path)), {}
+    for value, weight in _INPUT_AND_WEIGHT_DTYPES:
+        kernel = kernels[value, weight] = getattr(library, f"{_name(value)}_by_{_name(weight)}")
         kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_int]
-        kernel.restype = None
+        kernel.restype = ctypes.c_bool
     return kernels
