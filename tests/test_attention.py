@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_prism.decoding.attention as attention
 from transformers_prism.decoding.attention import TreeMask, attach_tree
+from transformers_prism.kernels.few_queries import few_queries_is_available
 from transformers_prism.kernels.tree_attention import pack_ancestors
 
 pytestmark = pytest.mark.quick
@@ -167,8 +168,9 @@ def test_text_is_the_same_where_rows_attend_apart(architecture, monkeypatch):
     target = tiny_target(architecture, 3, eos_token_id=list(range(5)))
     plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
     draft = tiny_draft(target)
-    runs, attend = [], attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda query, *args: runs.append(len(query)) or attend(query, *args))
+    runs, by_kernel, by_sdpa = [], attention._attend_by_kernel, attention._grouped_sdpa
+    monkeypatch.setattr(attention, "_attend_by_kernel", lambda query, *args: runs.append(len(query)) or by_kernel(query, *args))
+    monkeypatch.setattr(attention, "_grouped_sdpa", lambda query, *args: runs.append(len(query)) or by_sdpa(query, *args))
     assert torch.equal(target.generate(input_ids, attention_mask=mask, assistant_model=draft, **LENGTH), plain)
     assert 1 in runs or target.config._attn_implementation == "eager"
 
@@ -178,6 +180,7 @@ def test_text_is_the_same_where_rows_attend_apart(architecture, monkeypatch):
 @pytest.mark.parametrize("num_nodes", [1, 5])
 def test_long_contexts_are_attended_to_as_by_sdpa(num_nodes, dtype, monkeypatch):
     """Rows with padding, with holes and with neither, keys as a slice of a longer cache; and SDPA is not asked."""
+    monkeypatch.setattr(attention, "serves_few_queries", lambda *states: False)
     generator = torch.Generator().manual_seed(0)
     module = torch.nn.Module()
     module.num_key_value_groups = 2
@@ -202,6 +205,7 @@ def test_long_contexts_are_attended_to_as_by_sdpa(num_nodes, dtype, monkeypatch)
 @pytest.mark.parametrize("what", ["gradients", "many queries", "bfloat16", "an added mask", "dropout", "short"])
 def test_what_products_over_all_keys_do_not_suit_goes_to_sdpa(what, monkeypatch):
     """Short contexts, prefills in chunks, training, numbers too narrow for scores, and masks that are added."""
+    monkeypatch.setattr(attention, "serves_few_queries", lambda *states: False)
     monkeypatch.setattr(attention, "_LONG_CONTEXT", 101 if what == "short" else 100)
     monkeypatch.setattr(attention, "_long_attention", None)
     module = torch.nn.Module()
@@ -219,9 +223,40 @@ def test_what_products_over_all_keys_do_not_suit_goes_to_sdpa(what, monkeypatch)
     assert found.shape == (1, num_nodes, 4, 16)
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not few_queries_is_available(), reason="no C++ compiler or no x86 CPU with AVX2")
+@pytest.mark.parametrize("num_heads", [2, 4])
+@pytest.mark.parametrize("num_nodes", [1, 5])
+def test_few_queries_are_attended_to_by_the_kernel(num_nodes, num_heads, monkeypatch):
+    """Under a mask, in groups of rows with much padding, and over many keys without one; the rest goes to SDPA."""
+    monkeypatch.setattr(attention, "_WORTH_A_CALL", 0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // num_heads
+    query = torch.randn(3, 4, num_nodes, 16)
+    key, value = (torch.randn(3, num_heads, 40, 16) for _ in range(2))
+    mask = torch.rand(3, 1, num_nodes, 40) < 0.8
+    mask[..., -1] = True
+    attention.attach_starts(padded := mask.clone(), [0, 20, 0])
+    padded[1, ..., :20] = False
+    calls = []
+    for one, scaling in ((mask, None), (padded, None), (padded, 0.3), (None, None)):
+        expected, _ = attention.sdpa_attention_forward(module, query, key, value, one, scaling=scaling)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_MANY_KEYS", 40)
+            kernel = attention.few_queries_attention
+            patch.setattr(attention, "few_queries_attention", lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
+            if one is not None or num_nodes == 1:
+                patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+            found, weights = attention.grouped_attention(module, query, key, value, one, scaling=scaling)
+        assert weights is None
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert len(calls) == 1 + 3 + 3 + (num_nodes == 1)
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_text_is_the_same_over_long_contexts(num_rows, monkeypatch):
     """Target and draft with products over all keys in every forward behind the prompt."""
+    monkeypatch.setattr(attention, "serves_few_queries", lambda *states: False)
     monkeypatch.setattr(attention, "_LONG_CONTEXT", 1)
     calls, long_attention = [], attention._long_attention
     monkeypatch.setattr(attention, "_long_attention", lambda *args: calls.append(1) or long_attention(*args))

@@ -797,6 +797,19 @@ def test_an_empty_prompt_starts_from_bos():
     )
 
 
+def test_a_batch_without_rows():
+    """Plain decoding returns it, or says what is wrong with it."""
+    target = tiny_target("llama", 3)
+    draft, input_ids = tiny_draft(target), torch.zeros(0, 4, dtype=torch.long)
+    found = []
+    for settings in ({}, {"assistant_model": draft}):
+        try:
+            found.append(target.generate(input_ids, do_sample=False, **LENGTH, **settings).tolist())
+        except Exception as error:
+            found.append(repr(error))
+    assert found[0] == found[1]
+
+
 def test_a_number_of_positions_without_a_table_limits_nothing():
     """NemotronH has neither learned nor rotary positions."""
     target = build("nemotron_h", {"max_position_embeddings": 16})

@@ -10,6 +10,7 @@ import tempfile
 import pytest
 import torch
 
+from transformers_prism.kernels import cpp
 from transformers_prism.kernels import packed_linear as packed_linear_file
 from transformers_prism.kernels.packed_linear import (
     pack_weight,
@@ -59,7 +60,7 @@ def fresh_kernels():
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch, fresh_kernels):
     """An empty Hugging Face cache folder."""
-    monkeypatch.setattr(packed_linear_file.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp.constants, "HF_HOME", str(tmp_path))
     return tmp_path / "prism" / "kernels"
 
 
@@ -165,10 +166,10 @@ def test_it_is_compiled_once_and_kept(cache_folder, monkeypatch):
     assert packed_linear_is_available()
     (kept,) = cache_folder.iterdir()
     packed_linear_file._built.cache_clear()
-    monkeypatch.setattr(packed_linear_file, "_compiled", lambda *arguments: pytest.fail("compiled again"))
+    monkeypatch.setattr(cpp, "_compiled", lambda *arguments: pytest.fail("compiled again"))
     assert packed_linear_is_available()
     monkeypatch.undo()
-    monkeypatch.setattr(packed_linear_file.constants, "HF_HOME", str(cache_folder.parents[1]))
+    monkeypatch.setattr(cpp.constants, "HF_HOME", str(cache_folder.parents[1]))
     monkeypatch.setattr(packed_linear_file, "_SOURCE", packed_linear_file._SOURCE + "// changed\n")
     packed_linear_file._built.cache_clear()
     assert packed_linear_is_available()
@@ -182,7 +183,7 @@ def test_a_cache_folder_that_cannot_be_used(fails, cache_folder, tmp_path, monke
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    load = packed_linear_file._load
+    load = cpp._load
 
     def refuse(*paths):
         raise OSError("not here")
@@ -192,7 +193,7 @@ def test_a_cache_folder_that_cannot_be_used(fails, cache_folder, tmp_path, monke
     elif fails == "copy":
         monkeypatch.setattr(shutil, "copyfile", refuse)
     else:
-        monkeypatch.setattr(packed_linear_file, "_load", lambda path: refuse() if cache_folder in path.parents else load(path))
+        monkeypatch.setattr(cpp, "_load", lambda path: refuse() if cache_folder in path.parents else load(path))
     assert packed_linear_is_available()
     packed = pack_weight(torch.eye(3))
     assert torch.equal(packed_linear(torch.eye(3), packed, None, 3), torch.eye(3))
@@ -215,7 +216,7 @@ def test_without_a_compiler(compiler, cache_folder, tmp_path, monkeypatch, caplo
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with caplog.at_level(logging.INFO):
         assert not packed_linear_is_available()
-    assert "faster still: expected a C++ compiler" in caplog.text
+    assert "would be faster with packed_linear: expected a C++ compiler" in caplog.text
     assert not cache_folder.exists()
     assert not any(temporary.iterdir())
     with pytest.raises(ValueError, match=r"packed_linear: expected a C\+\+ compiler"):
@@ -230,7 +231,7 @@ def test_a_file_that_is_no_library(cache_folder, tmp_path, monkeypatch):
     broken = tmp_path / "other" / "prism" / "kernels" / kept.name
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"")
-    monkeypatch.setattr(packed_linear_file.constants, "HF_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(cpp.constants, "HF_HOME", str(tmp_path / "other"))
     packed_linear_file._built.cache_clear()
     assert packed_linear_is_available()
     assert broken.stat().st_size == kept.stat().st_size

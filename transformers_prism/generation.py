@@ -346,6 +346,8 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
     generation_config = plain_arguments["generation_config"]
     if generation_config.dola_layers is not None:
         raise ValueError(f"dola_layers: expected None with a draft, got {generation_config.dola_layers!r}")
+    if input_ids.shape[0] == 0:
+        raise Declined("the batch has no rows")
     if decodes_in_its_own_way(target):
         raise Declined(f"{type(target).__name__} has a decoding loop of its own (_sample), which drafting would bypass")
     if not model_kwargs.get("use_cache"):

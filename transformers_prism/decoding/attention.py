@@ -11,8 +11,8 @@ this code was registered last.
 Grouped attention differs from SDPA as transformers calls it in three ways. Keys and values that several query heads share
 are not repeated; transformers repeats them whenever there is a mask, which copies the whole context in every layer and on a
 CPU takes longer than the attention itself. Sequences with much left padding are computed separately, each over its own keys.
-And over a long context the few queries of a round take one matrix product over all keys, since SDPA's blocks are too small
-to use a CPU well.
+And the few queries of a round go to a kernel of ours where there is one (`kernels/few_queries.py`), else, over a long context, to
+one matrix product over all keys, since SDPA's blocks are too small to use a CPU well.
 
 While the loop runs, models on "sdpa" get what suits their device: grouped attention on a CPU, and `prism_tree` for a draft
 where Triton computes.
@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.dispatch import use_triton
+from ..kernels.few_queries import few_queries_attention, serves_few_queries
 from ..kernels.tree_attention import MAX_HEAD_DIM, tree_attention
 from ..transformers_names import attention_name, registered_attention
 
@@ -41,6 +42,8 @@ _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # keys on, for up to this number of queries. `benchmarks.scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
+# The kernel beats SDPA without a mask from this number of keys on.
+_MANY_KEYS = 1024
 # Attending to this many keys of one sequence takes as long as one more call of SDPA.
 _WORTH_A_CALL = 128
 
@@ -141,29 +144,42 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     Returns:
         `tuple`: the output of shape `(B, N, H, E)`, and None for the weights.
     """
-    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and not dropout
+    is_usual = is_plain and _is_usual(attention_mask, query, key)
+    has_kernel = is_usual and serves_few_queries(query, key, value)
     runs = getattr(attention_mask, "prism_runs", None)
-    gains_nothing = runs is None and query.shape[1] == key.shape[1]
-    if attention_mask is None or gains_nothing or not is_plain:
+    gains_nothing = runs is None and query.shape[1] == key.shape[1] and not has_kernel
+    if gains_nothing or not is_plain or (attention_mask is None and not has_kernel):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if attention_mask is None:
+        return few_queries_attention(query, key, value, None, scale), None
+    if has_kernel:
+        attend = _attend_by_kernel
+    else:
+        attend = _long_attention if is_usual and _is_long(query, key, value) else _grouped_sdpa
     outputs = [
-        _attend(
-            query[row:end], key[row:end, :, start:], value[row:end, :, start:], attention_mask[row:end, ..., start:], dropout, scaling
-        )
+        attend(query[row:end], key[row:end, :, start:], value[row:end, :, start:], attention_mask[row:end, ..., start:], scale)
         for row, end, start in runs or [(0, len(query), 0)]
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
 
 
-def _attend(query, key, value, attention_mask, dropout: float, scaling: float | None) -> torch.Tensor:
+def _is_usual(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether a mask says what each query sees, the same for all heads, or one query sees all of many keys."""
+    if mask is None:
+        return query.shape[2] == 1 and key.shape[2] >= _MANY_KEYS
+    return mask.dtype == torch.bool and mask.shape == (len(query), 1, query.shape[2], key.shape[2])
+
+
+def _attend_by_kernel(query, key, value, mask, scale: float) -> torch.Tensor:
+    """Attention of few queries, `(B, N, H, E)`."""
+    return few_queries_attention(query, key, value, mask[:, 0], scale)
+
+
+def _grouped_sdpa(query, key, value, mask, scale: float) -> torch.Tensor:
     """Attention of few queries under a mask, `(B, N, H, E)`."""
-    is_usual = attention_mask.dtype == torch.bool and attention_mask.shape[:2] == (len(query), 1)
-    if _is_long(query, key, value) and is_usual and not dropout:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return _long_attention(query, key, value, attention_mask, scale)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     return output.transpose(1, 2).contiguous()
 
 

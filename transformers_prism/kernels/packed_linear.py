@@ -11,34 +11,18 @@ float16. Sums are float32 always, and an output is rounded once.
 A row is summed in the same order whatever the number of rows, in parts of 256: its output is the same, bit for bit, whether it
 is computed alone or with others.
 
-The kernel is C++, compiled when it is first needed, in a second or two, by the compiler that `CXX` names, or by `g++`. The
-result is kept in the Hugging Face cache folder. It uses the threads of torch's own OpenMP, which is GNU's. Without a compiler
-for that, or on other CPUs than x86 with AVX2 or AVX-512, it is not available.
+The kernel is C++ (see `cpp.py`).
 Shape letters: M rows, K inputs, N outputs, P panels, C outputs of a panel.
 """
 
-import contextlib
 import ctypes
 import functools
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 
-from ..whole_files import name_of_parts, whole_file
+from .cpp import compiled_library, vector_width
 
-logger = logging.getLogger(__name__)
-
-# By what torch says of the CPU: floats in a register, rows whose sums fit the registers, and options of the compiler.
-_CPUS = {"AVX512": (16, 12, "-mavx512f -mfma -mf16c"), "AVX2": (8, 6, "-mavx2 -mfma -mf16c")}
-_COMPILE_SECONDS = 120
 _INPUT_AND_WEIGHT_DTYPES = (
     (torch.float32, torch.float32),
     (torch.float32, torch.float16),
@@ -47,21 +31,12 @@ _INPUT_AND_WEIGHT_DTYPES = (
 )
 _WEIGHT_DTYPES = {weight for _, weight in _INPUT_AND_WEIGHT_DTYPES}
 _SOURCE = r"""
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <cstdlib>
-#include <immintrin.h>
 #include <type_traits>
 
 constexpr long PART = 256, LINE = 64, PANEL = 2 * WIDTH;
-typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
 struct Float16 { uint16_t bits; };
 struct Bfloat16 { uint16_t bits; };
 
-static inline Floats load(const float* values) { return *(const Floats*)values; }
 #if WIDTH == 16
 static inline Floats load(const Float16* values) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)values));
@@ -84,7 +59,6 @@ static inline void store_low_halves(Bits values, Bfloat16* output) {
 #endif
 
 // Rounded to the nearest, of two the even one.
-static inline void store(Floats values, float* output) { *(Floats*)output = values; }
 static inline void store(Floats values, Float16* output) {
 #if WIDTH == 16
   _mm256_storeu_si256((__m256i*)output, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
@@ -96,14 +70,6 @@ static inline void store(Floats values, Bfloat16* output) {
   const Bits bits = (Bits)values, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   // Rounding up could make a NaN zero.
   store_low_halves(values == values ? rounded : Bits{} + 0x7fc0, output);
-}
-
-static inline Floats add_product(float value, Floats weights, Floats sum) {
-#if WIDTH == 16
-  return (Floats)_mm512_fmadd_ps(_mm512_set1_ps(value), (__m512)weights, (__m512)sum);
-#else
-  return (Floats)_mm256_fmadd_ps(_mm256_set1_ps(value), (__m256)weights, (__m256)sum);
-#endif
 }
 
 // ROWS rows times a panel. For each k memory is asked for `bytes` more at `ahead`.
@@ -220,7 +186,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(P, K, C)`.
     """
-    panel = 2 * _CPUS[torch.backends.cpu.get_cpu_capability()][0]
+    panel = 2 * vector_width()
     num_missing = -len(weight) % panel
     whole = torch.nn.functional.pad(weight, (0, 0, 0, num_missing)) if num_missing else weight
     return whole.reshape(-1, panel, weight.shape[1]).transpose(1, 2).contiguous()
@@ -280,47 +246,10 @@ def _name(dtype: torch.dtype) -> str:
 @functools.cache
 def _built() -> tuple[dict[tuple[torch.dtype, torch.dtype], Any], str | None]:
     """The compiled functions, by the dtypes of input and weight; none, and the reason, where they cannot be had."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    if cpu not in _CPUS:
-        return {}, f"expected a CPU with AVX2 or AVX-512, got {cpu}"
-    width, most_rows, of_cpu = _CPUS[cpu]
-    options = ["-O3", "-std=c++17", *of_cpu.split(), f"-DWIDTH={width}", f"-DMOST_ROWS={most_rows}"]
-    path = Path(constants.HF_HOME) / "prism" / "kernels" / f"packed_linear_{name_of_parts([_SOURCE, options])}.so"
-    with contextlib.suppress(OSError):  # absent, or not whole
-        return _load(path), None
-    found = []
-    for compiler in dict.fromkeys((os.environ.get("CXX") or "g++", "g++")):
-        with tempfile.TemporaryDirectory(prefix="prism_kernels_") as folder:
-            try:
-                library = _compiled([*shlex.split(compiler), *options], Path(folder))
-                with contextlib.suppress(OSError):  # a folder that cannot be written, or from which nothing may be run
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(path) as unfinished:
-                        shutil.copyfile(library, unfinished)
-                    return _load(path), None
-                return _load(library), None  # which may be removed once it is loaded
-            except (OSError, subprocess.SubprocessError, ValueError) as error:
-                found.append(f"{compiler}: {(getattr(error, 'stderr', None) or error)!s}".strip())
-    reason = f"expected a C++ compiler for GNU's OpenMP (g++, or what CXX names), got {'; '.join(found)}"
-    logger.info("prepare_for_cpu would make forwards over a few tokens faster still: %s", reason)
-    return {}, reason
-
-
-def _compiled(command: list[str], folder: Path) -> Path:
-    """The compiled source in a folder."""
-    objects, library = folder / "packed_linear.o", folder / "packed_linear.so"
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-    run([*command, "-fopenmp", "-fPIC", "-x", "c++", "-c", "-", "-o", str(objects)], input=_SOURCE)
-    # Without -fopenmp, which would bring a second OpenMP, whose threads would compete with those of torch.
-    run([*command, "-shared", str(objects), "-o", str(library)])
-    return library
-
-
-def _load(path: Path) -> dict[tuple[torch.dtype, torch.dtype], Any]:
-    """The functions in a compiled file."""
-    library, kernels = ctypes.CDLL(str(path)), {}
-    for value, weight in _INPUT_AND_WEIGHT_DTYPES:
+    library, reason = compiled_library("packed_linear", _SOURCE)
+    kernels = {}
+    for value, weight in _INPUT_AND_WEIGHT_DTYPES if library is not None else ():
         kernel = kernels[value, weight] = getattr(library, f"{_name(value)}_by_{_name(weight)}")
         kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_int]
         kernel.restype = ctypes.c_bool
-    return kernels
+    return kernels, reason

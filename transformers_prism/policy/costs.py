@@ -35,6 +35,7 @@ from ..decoding.target_side import num_learned_positions
 from ..decoding.target_support import Declined
 from ..decoding.transfer import clock
 from ..decoding.tree_target import is_compiled
+from ..kernels.few_queries import few_queries_is_available
 from ..transformers_names import attention_name, cache_argument, cache_of, experts_of_step, is_stateful
 from ..whole_files import name_of_parts, write_json_if_possible
 
@@ -59,7 +60,7 @@ _MAX_SPREAD = 1.5
 _MOST_FASTER = 8
 # A machine that never comes to rest is not measured more often than this in a process.
 _MOST_MEASUREMENTS = 3
-_FORMAT = 2
+_FORMAT = 3
 _KEPT = ("num_tokens", "verify_seconds", "step_seconds")
 # A longer file is not one of ours.
 _MOST_BYTES = 10_000
@@ -296,6 +297,7 @@ def _key(target, draft, num_rows: int) -> str:
         [str(target.dtype), str(draft.dtype)],
         device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
         [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
+        device.type == "cpu" and few_queries_is_available(),
         attention_name(target.config),
         is_compiled(target),
         num_rows,

@@ -1,0 +1,104 @@
+"""Kernels in C++ for CPUs: compiled where they run, when they are first needed, in a second or two each.
+
+The compiler is the one that `CXX` names, or `g++`. What it makes is kept in the Hugging Face cache folder. Kernels use the
+threads of torch's own OpenMP, which is GNU's. Without a compiler for that, or on other CPUs than x86 with AVX2 or AVX-512,
+there are none.
+"""
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from ..whole_files import name_of_parts, whole_file
+
+logger = logging.getLogger(__name__)
+
+# By what torch says of the CPU: floats in a register, rows of two registers whose sums fit the registers, and options of the
+# compiler.
+_CPUS = {"AVX512": (16, 12, "-mavx512f -mfma -mf16c"), "AVX2": (8, 6, "-mavx2 -mfma -mf16c")}
+_COMPILE_SECONDS = 120
+_PRELUDE = r"""
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <immintrin.h>
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
+
+static inline Floats load(const float* values) { return *(const Floats*)values; }
+static inline void store(Floats values, float* output) { *(Floats*)output = values; }
+
+static inline Floats add_product(float value, Floats factors, Floats sum) {
+#if WIDTH == 16
+  return (Floats)_mm512_fmadd_ps(_mm512_set1_ps(value), (__m512)factors, (__m512)sum);
+#else
+  return (Floats)_mm256_fmadd_ps(_mm256_set1_ps(value), (__m256)factors, (__m256)sum);
+#endif
+}
+"""
+
+
+def vector_width() -> int:
+    """Floats in a register of this CPU, as far as kernels use them."""
+    return _CPUS[torch.backends.cpu.get_cpu_capability()][0]
+
+
+def compiled_library(name: str, source: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """A library with the functions of a source; None, and the reason, where it cannot be had.
+
+    Args:
+        name (`str`): of the kernel.
+        source (`str`): C++17, with `Floats` of `WIDTH` numbers, and `MOST_ROWS`, the rows of two such whose sums fit the registers.
+    """
+    cpu = torch.backends.cpu.get_cpu_capability()
+    if cpu not in _CPUS:
+        return None, f"expected a CPU with AVX2 or AVX-512, got {cpu}"
+    width, most_rows, of_cpu = _CPUS[cpu]
+    options = ["-O3", "-std=c++17", *of_cpu.split(), f"-DWIDTH={width}", f"-DMOST_ROWS={most_rows}"]
+    source = _PRELUDE + source
+    path = Path(constants.HF_HOME) / "prism" / "kernels" / f"{name}_{name_of_parts([source, options])}.so"
+    with contextlib.suppress(OSError):  # absent, or not whole
+        return _load(path), None
+    found = []
+    for compiler in dict.fromkeys((os.environ.get("CXX") or "g++", "g++")):
+        with tempfile.TemporaryDirectory(prefix="prism_kernels_") as folder:
+            try:
+                library = _compiled([*shlex.split(compiler), *options], source, Path(folder))
+                with contextlib.suppress(OSError):  # a folder that cannot be written, or from which nothing may be run
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(path) as unfinished:
+                        shutil.copyfile(library, unfinished)
+                    return _load(path), None
+                return _load(library), None  # which may be removed once it is loaded
+            except (OSError, subprocess.SubprocessError, ValueError) as error:
+                found.append(f"{compiler}: {(getattr(error, 'stderr', None) or error)!s}".strip())
+    reason = f"expected a C++ compiler for GNU's OpenMP (g++, or what CXX names), got {'; '.join(found)}"
+    logger.info("forwards over a few tokens would be faster with %s: %s", name, reason)
+    return None, reason
+
+
+def _compiled(command: list[str], source: str, folder: Path) -> Path:
+    """The compiled source in a folder."""
+    objects, library = folder / "kernel.o", folder / "kernel.so"
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+    run([*command, "-fopenmp", "-fPIC", "-x", "c++", "-c", "-", "-o", str(objects)], input=source)
+    # Without -fopenmp, which would bring a second OpenMP, whose threads would compete with those of torch.
+    run([*command, "-shared", str(objects), "-o", str(library)])
+    return library
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
