@@ -17,6 +17,7 @@ from transformers_prism.kernels.tree_attention import pack_ancestors
 
 pytestmark = pytest.mark.quick
 ARCHITECTURES = ["llama", "qwen2_mixed_windows", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
+needs_kernel = pytest.mark.skipif(not few_queries_is_available(), reason="no C++ compiler or no x86 CPU with AVX2")
 LENGTH = {"max_new_tokens": 20, "pad_token_id": PAD_ID, "do_sample": False}
 
 
@@ -153,8 +154,12 @@ def test_rows_attend_to_their_own_keys(long_context, monkeypatch):
     assert mask.prism_runs == [(0, 2, 8), (2, 4, 0), (4, 5, 8)]
     # What is in front of a row's first key is not read.
     key[0, :, :8] = value[0, :, :8] = float("nan")
-    found, _ = attention.grouped_attention(module, query, key, value, mask)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for num_keys in (1, 1000):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_KERNEL_KEYS", num_keys)
+            patch.setattr(attention, "_KERNEL_KEYS_OF_QUERY", 1)
+            found, _ = attention.grouped_attention(module, query, key, value, mask)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     for nothing_to_skip in ([], [0, 0], [0, 1]):
         attention.attach_starts(plain := torch.ones(2, 1, 1, 3, dtype=torch.bool), nothing_to_skip)
         assert not hasattr(plain, "prism_runs")
@@ -224,7 +229,7 @@ def test_what_products_over_all_keys_do_not_suit_goes_to_sdpa(what, monkeypatch)
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not few_queries_is_available(), reason="no C++ compiler or no x86 CPU with AVX2")
+@needs_kernel
 @pytest.mark.parametrize("num_heads", [2, 4])
 @pytest.mark.parametrize("num_nodes", [1, 5])
 def test_few_queries_are_attended_to_by_the_kernel(num_nodes, num_heads, monkeypatch):
@@ -243,6 +248,8 @@ def test_few_queries_are_attended_to_by_the_kernel(num_nodes, num_heads, monkeyp
         expected, _ = attention.sdpa_attention_forward(module, query, key, value, one, scaling=scaling)
         with monkeypatch.context() as patch:
             patch.setattr(attention, "_MANY_KEYS", 40)
+            patch.setattr(attention, "_KERNEL_KEYS", 40)
+            patch.setattr(attention, "_KERNEL_KEYS_OF_QUERY", 8)
             kernel = attention.few_queries_attention
             patch.setattr(attention, "few_queries_attention", lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
             if one is not None or num_nodes == 1:
@@ -254,13 +261,16 @@ def test_few_queries_are_attended_to_by_the_kernel(num_nodes, num_heads, monkeyp
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_text_is_the_same_over_long_contexts(num_rows, monkeypatch):
-    """Target and draft with products over all keys in every forward behind the prompt."""
-    monkeypatch.setattr(attention, "serves_few_queries", lambda *states: False)
-    monkeypatch.setattr(attention, "_LONG_CONTEXT", 1)
-    calls, long_attention = [], attention._long_attention
-    monkeypatch.setattr(attention, "_long_attention", lambda *args: calls.append(1) or long_attention(*args))
-    target = tiny_target("llama")
+@pytest.mark.parametrize("name", ["_long_attention", pytest.param("_attend_by_kernel", marks=needs_kernel)])
+def test_text_is_the_same_over_long_contexts(name, num_rows, monkeypatch):
+    """Target and draft with products over all keys, or the kernel, in every forward behind the prompt."""
+    if name == "_long_attention":
+        monkeypatch.setattr(attention, "serves_few_queries", lambda *states: False)
+    for limit in ("_LONG_CONTEXT", "_KERNEL_KEYS", "_KERNEL_KEYS_OF_QUERY", "_MANY_KEYS"):
+        monkeypatch.setattr(attention, limit, 1)
+    calls, attend = [], getattr(attention, name)
+    monkeypatch.setattr(attention, name, lambda *args: calls.append(1) or attend(*args))
+    target = tiny_target("llama", 0, head_dim=16)  # a whole register
     input_ids, mask = prompts(num_rows)
     plain = target.generate(input_ids, attention_mask=mask, **LENGTH)
     assert not calls

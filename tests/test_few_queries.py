@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not few_queries_is_available(), reason="the kernel needs a C++ compiler and an x86 CPU with AVX2"),
 ]
 
-# Sequences, heads, groups, queries, keys, sizes of heads and of values: parts of 128 keys, registers and rows, whole or not.
+# Sequences, heads, groups, queries, keys, sizes of heads and of values: parts of keys, registers and rows, whole or not.
 SHAPES = [
     (1, 9, 3, 1, 1, 64, 64),
     (1, 9, 3, 10, 127, 64, 64),
@@ -29,6 +29,10 @@ SHAPES = [
     (2, 4, 4, 5, 129, 80, 80),
     (3, 8, 1, 7, 300, 96, 96),
     (1, 6, 2, 64, 1000, 128, 128),
+    (1, 4, 2, 5, 513, 64, 32),
+    (2, 2, 2, 2, 528, 16, 64),
+    (1, 9, 3, 2, 36, 64, 64),
+    (1, 2, 1, 3, 0, 16, 16),
     (2, 4, 2, 3, 257, 24, 48),
     (1, 2, 2, 13, 40, 5, 16),
 ]
@@ -62,14 +66,14 @@ def test_equals_the_reference(shape, seen, one_thread):
     visible = torch.ones(len(query), query.shape[2], key.shape[2], dtype=torch.bool)
     if seen == "most":
         visible[:, :, -query.shape[2] :] = torch.rand(len(query), query.shape[2], min(query.shape[2], key.shape[2])) < 0.5
-        visible[:, :, 0] = True
+        visible[:, :, :1] = True
     elif seen == "a few":
         visible = torch.rand(visible.shape) < 0.05
-        visible[:, :, -1] = True
+        visible[:, :, -1:] = True
     elif seen == "a window":
         visible[:, :, : key.shape[2] // 2] = False
     elif seen == "nothing in a part":
-        visible[:, ::2, :128] = False
+        visible[:, ::2, :400] = False
     elif seen == "by some nothing":
         visible[-1, -1] = False
     output = few_queries_attention(query, key, value, visible, 0.3)
@@ -101,8 +105,13 @@ def test_large_scores_and_numbers_that_are_not_finite():
         expected = few_queries_reference(query, key, value, None, scale)
         torch.testing.assert_close(few_queries_attention(query, key, value, None, scale), expected, atol=1e-4, rtol=1e-4)
     query[0, 1, 2] = torch.nan
+    key[0, 0, 9, 1] = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # NaN as well
+    assert few_queries_attention(query, key, value, None, 0.125)[0, :, :2].isnan().all()
+    visible = torch.ones(1, 6, 400, dtype=torch.bool)
+    visible[..., 9] = False
     value[0, 1, 5, 3] = torch.inf
-    output = few_queries_attention(query, key, value, None, 0.125)
+    key[0, 0, 9, 1] = 0.0
+    output = few_queries_attention(query, key, value, visible, 0.125)
     assert output[0, 2, 1].isnan().all()
     assert output[0, :, 2:, 3].isinf().all()
     assert output[0, 3, :2].isfinite().all()
@@ -135,11 +144,14 @@ def test_what_it_does_not_serve():
     assert not serves_few_queries(query.to("meta"), key.to("meta"), value.to("meta"))
     with pytest.raises(ValueError, match="expected what serves_few_queries accepts, got torch.float16"):
         few_queries_attention(query.half(), key, value, None, 1.0)
+    assert not serves_few_queries(query, key, value[:, :, 1:])
+    assert not serves_few_queries(query, key.expand(3, -1, -1, -1), value.expand(3, -1, -1, -1))
+    assert not serves_few_queries(query[..., :0], key[..., :0], value)
+    assert not serves_few_queries(query, key[:, :0], value[:, :0])
+    assert not serves_few_queries(torch._neg_view(query), key, value)
     for wrong in (torch.ones(1, 4, 29, dtype=torch.bool), torch.ones(1, 4, 30)):
-        with pytest.raises(ValueError, match="expected key, value and visible for"):
+        with pytest.raises(ValueError, match=r"expected visible as torch.bool \(1, 4, 30\), got"):
             few_queries_attention(query, key, value, wrong, 1.0)
-    with pytest.raises(ValueError, match="expected key, value and visible for"):
-        few_queries_attention(query, key, value[:, :, 1:], None, 1.0)
     assert few_queries_attention(query[:0], key[:0], value[:0], None, 1.0).shape == (0, 4, 2, 32)
 
 

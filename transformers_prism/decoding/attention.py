@@ -42,7 +42,8 @@ _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # keys on, for up to this number of queries. `benchmarks.scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
-# The kernel beats SDPA without a mask from this number of keys on.
+# Where the kernel was seen to beat SDPA: from this number of keys on, if there are so many for each query; and without a mask.
+_KERNEL_KEYS, _KERNEL_KEYS_OF_QUERY = 256, 16
 _MANY_KEYS = 1024
 # Attending to this many keys of one sequence takes as long as one more call of SDPA.
 _WORTH_A_CALL = 128
@@ -146,7 +147,8 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     """
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and not dropout
     is_usual = is_plain and _is_usual(attention_mask, query, key)
-    has_kernel = is_usual and serves_few_queries(query, key, value)
+    is_worth_it = key.shape[2] >= max(_KERNEL_KEYS, _KERNEL_KEYS_OF_QUERY * query.shape[2])
+    has_kernel = is_usual and is_worth_it and serves_few_queries(query, key, value)
     runs = getattr(attention_mask, "prism_runs", None)
     gains_nothing = runs is None and query.shape[1] == key.shape[1] and not has_kernel
     if gains_nothing or not is_plain or (attention_mask is None and not has_kernel):

@@ -5,8 +5,9 @@
 
 Where nothing is visible, the output is 0. Keys and values are read once for all queries of a group, in parts; a part takes its
 scores, their largest value, its sum of exponentials and its weighted values, and these are joined in the order of the parts. So the
-output is the same, bit for bit, for any number of threads. Bytes moved: keys and values once, B * G * K * (E + V) * 4. While a
-core computes scores, it has memory send the values, and while it weighs these, the keys of the next part.
+output is the same, bit for bit, for any number of threads. Bytes moved: keys and values once, B * G * K * (E + V) * 4, and for
+long contexts at most half as many for what parts have weighed. Parts that no query sees are not read. While a core computes scores,
+it has memory send the values, and while it weighs these, the keys of its next part.
 
 The lanes of a register are queries while scores are computed, so that no sum goes across a register. The kernel is C++ (see
 `cpp.py`), for float32.
@@ -16,7 +17,6 @@ Source: parts joined as in flash-decoding (Dao et al. 2023); the exponential is 
 
 import ctypes
 import functools
-import math
 import threading
 from typing import Any
 
@@ -26,10 +26,10 @@ from .cpp import compiled_library, vector_width
 
 # More queries are those of a prompt.
 MAX_QUERIES = 64
-# Keys of a part, by the most keys in all: few, so that all threads have work.
-_PARTS = ((512, 36), (math.inf, 132))
-# Memory that each thread keeps for later calls, since fresh pages take longer than a short attention: at least this many floats.
-_KEPT = 2**20
+# Up to this many keys, parts are short, so that all threads have work.
+_FEW_KEYS, _SHORT, _LONG = 512, 36, 132
+# Floats that each thread keeps for later calls at most, since fresh pages take longer than a short attention.
+_KEPT = 2**22
 _scratch = threading.local()
 _SOURCE = r"""
 #include <math.h>
@@ -54,7 +54,7 @@ static inline Floats exponential(Floats x) {
   sum = sum * r + 5.0000001201e-1f;
   sum = sum * r * r + r + 1.0f;
   const Floats power = (Floats)((Bits)sum + ((Bits)shifted << 23));
-  return x < -87.0f ? Floats{} : power;
+  return x < -87.0f ? Floats{} : (x == x ? power : x);
 }
 
 // Scores of KEYS keys for a register of queries, given as E rows of L numbers. For each e memory is asked for `bytes` more at
@@ -104,6 +104,14 @@ static void weigh_rows(long count, Rest... rest) {
 static void attend(const Sizes& s, const float* queries, long L, const float* key, const float* value, const uint8_t* visible,
                    long count, float* scores, float* largest, float* total, float* weighted) {
   const long rows = s.H / s.G * s.N;
+  bool is_seen = !visible;
+  for (long n = 0; n < s.N && !is_seen; ++n) is_seen = memchr(visible + n * s.K, 1, count);
+  if (!is_seen) {
+    std::fill(largest, largest + L, -INFINITY);
+    memset(total, 0, L * sizeof(float));
+    memset(weighted, 0, rows * s.V * sizeof(float));
+    return;
+  }
   // Each register of queries asks for its share of the values, and each pass over the values for its share of the next keys.
   const long registers = L / WIDTH, passes = (rows + MOST_ROWS - 1) / MOST_ROWS * ((s.V + WIDTH - 1) / WIDTH);
   for (long lane = 0; lane < L; lane += WIDTH) {
@@ -186,17 +194,15 @@ extern "C" void few_queries(const float* query, const float* key, const float* v
         const Floats inverse = sum == 0.0f ? Floats{} : 1.0f / sum;
         for (long p = 0; p < parts; ++p) store(load(first + p * of_part + lane) * inverse, first + p * of_part + lane);
       }
-      for (long row = 0; row < rows; ++row) {
-        const long b = group / s.G, head = group % s.G * shared + row / s.N;
-        float* to = output + ((b * s.N + row % s.N) * s.H + head) * s.V;
-        for (long v = 0; v < s.V; v += WIDTH) {
-          Floats sum = {};
-          for (long p = 0; p < parts; ++p) {
-            const float* part = first + p * of_part;
-            sum = add_product(part[row], load(part + 2 * L + row * s.V + v), sum);
-          }
-          store(sum, to + v);
-        }
+    }
+#pragma omp for schedule(static)
+    for (long task = 0; task < groups * rows; ++task) {
+      const long group = task / rows, row = task % rows, head = group % s.G * shared + row / s.N;
+      float* to = output + ((group / s.G * s.N + row % s.N) * s.H + head) * s.V;
+      for (long p = 0; p < parts; ++p) {
+        const float* part = done + (group * parts + p) * of_part;
+        for (long v = 0; v < s.V; v += WIDTH)
+          store(add_product(part[row], load(part + 2 * L + row * s.V + v), p ? load(to + v) : Floats{}), to + v);
       }
     }
   }
@@ -218,13 +224,18 @@ def few_queries_is_available() -> bool:
 
 def serves_few_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the kernel can serve these, and is there; arguments as for [`few_queries_attention`]."""
-    states = (query, key, value)
-    # Under autocast the dtypes differ. Subclasses may only stand for a tensor.
-    if query.shape[2] > MAX_QUERIES or any(type(one) is not torch.Tensor or one.dtype is not torch.float32 for one in states):
+    states, (num_rows, num_heads, num_queries, head_dim), num_groups = (query, key, value), query.shape, key.shape[1]
+    if num_queries > MAX_QUERIES or not head_dim or not num_groups or num_heads % num_groups:
         return False
-    if torch.compiler.is_compiling() or any(not one.is_cpu or one.stride(3) != 1 or one.requires_grad for one in states):
+    # SDPA would broadcast sizes of 1.
+    if (num_rows, head_dim) != (len(key), key.shape[3]) or key.shape[:3] != value.shape[:3]:
         return False
-    return few_queries_is_available() and value.shape[3] % vector_width() == 0
+    # Under autocast the dtypes differ. Subclasses may only stand for a tensor, as all do while a graph is traced.
+    if any(type(one) is not torch.Tensor or one.dtype is not torch.float32 or not one.is_cpu for one in states):
+        return False
+    if any(one.stride(3) != 1 or one.requires_grad or one.is_neg() for one in states) or torch.jit.is_tracing():
+        return False
+    return not torch.compiler.is_compiling() and few_queries_is_available() and value.shape[3] % vector_width() == 0
 
 
 def few_queries_reference(
@@ -259,20 +270,24 @@ def few_queries_attention(
         found = ", ".join(f"{states.dtype} {tuple(states.shape)}" for states in (query, key, value))
         raise ValueError(f"few_queries_attention: expected what serves_few_queries accepts, got {found}")
     (num_rows, num_heads, num_queries, head_dim), (_, num_groups, num_keys, _) = query.shape, key.shape
-    wanted = [(num_rows, num_groups, num_keys, head_dim), (num_rows, num_groups, num_keys), (num_rows, num_queries, num_keys)]
-    shapes = [tuple(key.shape), tuple(value.shape[:3]), wanted[2] if visible is None else tuple(visible.shape)]
-    if shapes != wanted or num_heads % num_groups or (visible is not None and visible.dtype is not torch.bool):
-        raise ValueError(f"few_queries_attention: expected key, value and visible for {tuple(query.shape)}, got {shapes}")
+    wanted = (num_rows, num_queries, num_keys)
+    if visible is not None and (visible.dtype is not torch.bool or visible.shape != wanted):
+        found = f"{visible.dtype} {tuple(visible.shape)}"
+        raise ValueError(f"few_queries_attention: expected visible as torch.bool {wanted}, got {found}")
     output = query.new_empty((num_rows, num_queries, num_heads, value.shape[3]))
-    if not output.numel():
-        return output
-    part = next(length for most, length in _PARTS if num_keys <= most)
+    if not (output.numel() and num_keys):
+        return output.zero_()
+    # Long enough that what a part has weighed is half of its keys and values.
+    part = _SHORT if num_keys <= _FEW_KEYS else max(_LONG, 2 * num_heads // num_groups * num_queries)
+    num_threads = min(torch.get_num_threads(), num_rows * num_groups * -(-num_keys // part))
     strides = ((ctypes.c_long * 3)(*states.stride()[:3]) for states in (query, key, value))
-    counts = (num_rows, num_heads, num_groups, num_queries, num_keys, head_dim, value.shape[3], part, torch.get_num_threads())
+    counts = (num_rows, num_heads, num_groups, num_queries, num_keys, head_dim, value.shape[3], part, num_threads)
     sizes, (kernel, length_of) = _Sizes(*counts, *strides), _built()  # type: ignore[misc]
     length, memory = length_of(sizes), getattr(_scratch, "memory", None)
-    if memory is None or not length <= memory.numel() <= 4 * length + _KEPT:
-        memory = _scratch.memory = torch.empty(length, dtype=torch.float32, device="cpu")
+    if memory is None or memory.numel() < length:
+        memory = torch.empty(length, dtype=torch.float32, device="cpu")
+        if length <= _KEPT:
+            _scratch.memory = memory
     visible = None if visible is None else visible.contiguous()
     pointers = [None if states is None else states.data_ptr() for states in (query, key, value, visible, output, memory)]
     kernel(*pointers, sizes, scale)

@@ -297,7 +297,7 @@ def _key(target, draft, num_rows: int) -> str:
         [str(target.dtype), str(draft.dtype)],
         device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
         [torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability(), os.cpu_count()],
-        device.type == "cpu" and few_queries_is_available(),
+        device.type == "cpu" and target.dtype is torch.float32 and few_queries_is_available(),
         attention_name(target.config),
         is_compiled(target),
         num_rows,
