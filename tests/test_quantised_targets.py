@@ -259,17 +259,18 @@ def test_quantised_targets_lend_their_heads(tmp_path, case, draft_vocab_size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_quantised_layers_are_left_alone_by_prepare_for_cpu(tmp_path, case):
-    """What is packed is plain and in float32; the logits stay, and the layers come back."""
+    """What is packed is plain; the logits stay, and the layers come back."""
     target, _ = build(case, tmp_path)
     input_ids, _ = prompts(1)
     linears = {name: type(module) for name, module in target.named_modules()}
     with torch.no_grad(), prepare_for_cpu(target) as prepared:
-        assert all(is_plain_linear(layer) and layer.weight.dtype == torch.float32 for layer in prepared.linears)
+        assert all(is_plain_linear(layer) for layer in prepared.linears)
         changed = {name for name, module in target.named_modules() if type(module) is not linears[name]}
         assert len(changed) == len(prepared.linears)
         logits = target(input_ids).logits
     with torch.no_grad():
-        torch.testing.assert_close(target(input_ids).logits, logits, atol=1e-3, rtol=1e-3)
+        tolerance = 1e-3 if target.dtype is torch.float32 else 4 * torch.finfo(target.dtype).eps * float(logits.abs().max())
+        torch.testing.assert_close(target(input_ids).logits, logits, atol=tolerance, rtol=1e-3)
     assert {name: type(module) for name, module in target.named_modules()} == linears
 
 
