@@ -60,7 +60,7 @@ _MAX_SPREAD = 1.5
 _MOST_FASTER = 8
 # A machine that never comes to rest is not measured more often than this in a process.
 _MOST_MEASUREMENTS = 3
-_FORMAT = 3
+_FORMAT = 2
 _KEPT = ("num_tokens", "verify_seconds", "step_seconds")
 # A longer file is not one of ours.
 _MOST_BYTES = 10_000
