@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from .kernels.dispatch import dtype_name
 from .kernels.packed_linear import pack_weight, packed_linear, packed_linear_is_available
 from .transformers_names import cache_of
 
@@ -502,17 +503,13 @@ def _warn_of_unpacked(model: nn.Module) -> None:
     found = {weight.dtype for weight in weights if weight.device.type == "cpu"}
     if not found or any(map(can_pack, found)):
         return
-    packable = [_name(dtype) for dtype in _DTYPES if can_pack(dtype)]
+    packable = [dtype_name(dtype) for dtype in _DTYPES if can_pack(dtype)]
     expected = f"layers in {' or '.join(packable)}" if packable else "oneDNN or MKL in torch, or a C++ compiler"
     advice = f" Load it with dtype=torch.{packable[0]}." if packable else ""
-    got = " and ".join(sorted(map(_name, found)))
+    got = " and ".join(sorted(map(dtype_name, found)))
     warnings.warn(
         f"prepare_for_cpu: expected {expected}, got {got} in {type(model).__name__}; nothing of it was packed.{advice}", stacklevel=3
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _packable(model: nn.Module) -> list[nn.Linear]:

@@ -18,6 +18,7 @@ from transformers_prism.hub.files import METRICS
 from transformers_prism.hub.loading import check_shapes
 from transformers_prism.hub.metrics import read_metrics
 from transformers_prism.hub.weight_headers import WeightHeaders, read_weight_headers
+from transformers_prism.kernels.dispatch import dtype_name
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.policy.settings import fill_in_tree_settings
 from transformers_prism.target import auto_class, naming, read_target_config
@@ -98,11 +99,11 @@ class Inspection:
             (
                 "weights",
                 f"{self.headers.num_parameters() / 1e6:.2f} million parameters, {_megabytes(self.headers.num_bytes)} in "
-                f"{len(self.headers.file_bytes)} file(s), {_name(config.dtype)}",
+                f"{len(self.headers.file_bytes)} file(s), {dtype_name(config.dtype)}",
             ),
             ("tree", f"{tree.tree}, at most {tree.tree_num_nodes} nodes, top-k {tree.tree_top_k}, depth {tree.tree_depth}"),
-            (f"bytes of a draft step, {_name(self.dtype)}", "; ".join(steps)),
-            (f"bytes of a target forward, {_name(self.dtype)}", "not known" if forward is None else _megabytes(forward)),
+            (f"bytes of a draft step, {dtype_name(self.dtype)}", "; ".join(steps)),
+            (f"bytes of a target forward, {dtype_name(self.dtype)}", "not known" if forward is None else _megabytes(forward)),
             ("code", self._code()),
         ]
 
@@ -224,10 +225,6 @@ def _megabytes(num_bytes: int) -> str:
 def _seen(config) -> str:
     """How far the draft's attention reaches."""
     return "all positions" if config.sliding_window is None else f"the last {config.sliding_window} positions"
-
-
-def _name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _joined(values) -> str:

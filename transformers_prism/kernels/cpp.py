@@ -34,6 +34,7 @@ _PRELUDE = r"""
 #include <cstdlib>
 #include <cstring>
 #include <immintrin.h>
+#include <type_traits>
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
@@ -47,6 +48,14 @@ static inline Floats add_product(float value, Floats factors, Floats sum) {
 #else
   return (Floats)_mm256_fmadd_ps(_mm256_set1_ps(value), (__m256)factors, (__m256)sum);
 #endif
+}
+
+// Calls a function with a number of 1 to MOST_ROWS, known only now, as a constant.
+template <int COUNT = MOST_ROWS, typename Function>
+static inline void with_constant(long count, Function function) {
+  if constexpr (COUNT > 1)
+    if (count < COUNT) return with_constant<COUNT - 1>(count, function);
+  function(std::integral_constant<int, COUNT>());
 }
 """
 

@@ -94,6 +94,11 @@ def expect_float(name: str, tensor: torch.Tensor, has_double: bool = False) -> N
     expect(is_float, name, "dtype float32, float16 or bfloat16", tensor.dtype)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in torch, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def expect_tensors(device: torch.device, **tensors: tuple[torch.Tensor, tuple, torch.dtype]) -> None:
     """Check the shape and dtype of each tensor, and that all are on one device."""
     for name, (tensor, shape, dtype) in tensors.items():

@@ -38,6 +38,11 @@ _SOURCE = r"""
 struct Sizes {
   long B, H, G, N, K, E, V, part, threads;
   long query[3], key[3], value[3];  // strides of sequence, head or group, and query or key
+
+  long rows() const { return H / G * N; }
+  long lanes() const { return (rows() + WIDTH - 1) / WIDTH * WIDTH; }
+  long parts() const { return (K + part - 1) / part; }
+  long of_part() const { return 2 * lanes() + rows() * V; }  // numbers that a part leaves
 };
 
 static inline Floats larger(Floats left, Floats right) { return left > right ? left : right; }
@@ -86,24 +91,11 @@ static void weigh(const float* weights, long L, long count, const float* value, 
   for (int row = 0; row < ROWS; ++row) store(sums[row], output + row * length);
 }
 
-template <int COUNT = MOST_ROWS, typename... Rest>
-static void score_keys(long count, Rest... rest) {
-  if constexpr (COUNT > 1)
-    if (count < COUNT) return score_keys<COUNT - 1>(count, rest...);
-  score<COUNT>(rest...);
-}
-
-template <int COUNT = MOST_ROWS, typename... Rest>
-static void weigh_rows(long count, Rest... rest) {
-  if constexpr (COUNT > 1)
-    if (count < COUNT) return weigh_rows<COUNT - 1>(count, rest...);
-  weigh<COUNT>(rest...);
-}
-
 // One part: the largest score and the sum of exponentials of each query, and its weighted values.
-static void attend(const Sizes& s, const float* queries, long L, const float* key, const float* value, const uint8_t* visible,
-                   long count, float* scores, float* largest, float* total, float* weighted) {
-  const long rows = s.H / s.G * s.N;
+static void attend(const Sizes& s, const float* queries, const float* key, const float* value, const uint8_t* visible,
+                   long count, float* scores, float* largest) {
+  const long rows = s.rows(), L = s.lanes();
+  float *total = largest + L, *weighted = total + L;
   bool is_seen = !visible;
   for (long n = 0; n < s.N && !is_seen; ++n) is_seen = memchr(visible + n * s.K, 1, count);
   if (!is_seen) {
@@ -118,8 +110,10 @@ static void attend(const Sizes& s, const float* queries, long L, const float* ke
     const long values = count * s.value[2] * sizeof(float) / registers;
     const char* ahead = (const char*)value + lane / WIDTH * values;
     for (long k = 0; k < count; k += MOST_ROWS)
-      score_keys<>(std::min<long>(MOST_ROWS, count - k), queries + lane, L, s.E, key + k * s.key[2], s.key[2],
-                   scores + k * L + lane, ahead + values / count * k, values / count * MOST_ROWS / s.E);
+      with_constant(count - k, [&](auto keys) {
+        score<decltype(keys)::value>(queries + lane, L, s.E, key + k * s.key[2], s.key[2], scores + k * L + lane,
+                                     ahead + values / count * k, values / count * MOST_ROWS / s.E);
+      });
   }
   for (long n = 0; visible && n < s.N; ++n)
     if (memchr(visible + n * s.K, 0, count))
@@ -142,21 +136,21 @@ static void attend(const Sizes& s, const float* queries, long L, const float* ke
   const char* ahead = (const char*)(key + count * s.key[2]);
   for (long row = 0; row < rows; row += MOST_ROWS)
     for (long v = 0; v < s.V; v += WIDTH, ahead += keys)
-      weigh_rows<>(std::min<long>(MOST_ROWS, rows - row), scores + row, L, count, value + v, s.value[2],
-                   weighted + row * s.V + v, s.V, ahead, keys / count);
+      with_constant(rows - row, [&](auto some) {
+        weigh<decltype(some)::value>(scores + row, L, count, value + v, s.value[2], weighted + row * s.V + v, s.V, ahead,
+                                     keys / count);
+      });
 }
 
 extern "C" long few_queries_scratch(const Sizes* sizes) {
   const Sizes& s = *sizes;
-  const long rows = s.H / s.G * s.N, L = (rows + WIDTH - 1) / WIDTH * WIDTH, parts = (s.K + s.part - 1) / s.part;
-  return s.B * s.G * (s.E * L + parts * (2 * L + rows * s.V)) + s.threads * s.part * L;
+  return s.B * s.G * (s.E * s.lanes() + s.parts() * s.of_part()) + s.threads * s.part * s.lanes();
 }
 
 extern "C" void few_queries(const float* query, const float* key, const float* value, const uint8_t* visible, float* output,
                             float* memory, const Sizes* sizes, float scale) {
   const Sizes& s = *sizes;
-  const long shared = s.H / s.G, rows = shared * s.N, L = (rows + WIDTH - 1) / WIDTH * WIDTH, groups = s.B * s.G;
-  const long parts = (s.K + s.part - 1) / s.part, of_part = 2 * L + rows * s.V;
+  const long shared = s.H / s.G, rows = s.rows(), L = s.lanes(), groups = s.B * s.G, parts = s.parts(), of_part = s.of_part();
   const long of_queries = s.E * L, of_thread = s.part * L;
   float *queries = memory, *done = queries + groups * of_queries, *scratch = done + groups * parts * of_part;
 #pragma omp parallel num_threads(s.threads)
@@ -173,10 +167,9 @@ extern "C" void few_queries(const float* query, const float* key, const float* v
     for (long task = 0; task < groups * parts; ++task) {
       const long group = task / parts, first = task % parts * s.part, b = group / s.G, g = group % s.G;
       float* part = done + task * of_part;
-      attend(s, queries + group * of_queries, L, key + b * s.key[0] + g * s.key[1] + first * s.key[2],
+      attend(s, queries + group * of_queries, key + b * s.key[0] + g * s.key[1] + first * s.key[2],
              value + b * s.value[0] + g * s.value[1] + first * s.value[2],
-             visible ? visible + b * s.N * s.K + first : nullptr, std::min(s.part, s.K - first), scores, part, part + L,
-             part + 2 * L);
+             visible ? visible + b * s.N * s.K + first : nullptr, std::min(s.part, s.K - first), scores, part);
     }
 #pragma omp for schedule(static)
     for (long group = 0; group < groups; ++group) {

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .cpp import compiled_library, vector_width
+from .dispatch import dtype_name
 
 _INPUT_AND_WEIGHT_DTYPES = (
     (torch.float32, torch.float32),
@@ -31,8 +32,6 @@ _INPUT_AND_WEIGHT_DTYPES = (
 )
 _WEIGHT_DTYPES = {weight for _, weight in _INPUT_AND_WEIGHT_DTYPES}
 _SOURCE = r"""
-#include <type_traits>
-
 constexpr long PART = 256, LINE = 64, PANEL = 2 * WIDTH;
 struct Float16 { uint16_t bits; };
 struct Bfloat16 { uint16_t bits; };
@@ -105,14 +104,6 @@ static void multiply(const float* input, long K, const Weight* panel, Value* out
   }
 }
 
-// The same for a number of rows that is only known now.
-template <typename Weight, typename Value, int ROWS = MOST_ROWS, typename... Rest>
-static void multiply_rows(long rows, Rest... rest) {
-  if constexpr (ROWS > 1)
-    if (rows < ROWS) return multiply_rows<Weight, Value, ROWS - 1>(rows, rest...);
-  multiply<Weight, Value, ROWS>(rest...);
-}
-
 template <typename Value>
 static void convert(const Value* values, long count, float* floats) {
   long place = 0;
@@ -147,8 +138,10 @@ static bool linear(const Value* given, const Weight* packed, const Value* bias, 
     const char* ahead = (const char*)(panel + PANEL * K);
     for (long block = 0, row = 0; block < blocks; ++block, ahead += bytes * K) {
       const long rows = (M - row + blocks - block - 1) / (blocks - block), n = p * PANEL;
-      multiply_rows<Weight, Value>(rows, input + row * K, K, panel, output + row * N + n, N, bias ? bias + n : nullptr,
-                                   std::min(PANEL, N - n), ahead, bytes);
+      with_constant(rows, [&](auto count) {
+        multiply<Weight, Value, decltype(count)::value>(input + row * K, K, panel, output + row * N + n, N,
+                                                        bias ? bias + n : nullptr, std::min(PANEL, N - n), ahead, bytes);
+      });
       row += rows;
     }
   }
@@ -223,13 +216,13 @@ def packed_linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor 
         raise ValueError(f"packed: expected what pack_weight makes of a weight of {num_outputs} rows, got {found}")
     kernel = kernels.get((input.dtype, packed.dtype))
     if kernel is None or not input.is_cpu or input.shape[-1] != num_inputs:
-        expected = " or ".join(_name(value) for value, weight in _INPUT_AND_WEIGHT_DTYPES if weight is packed.dtype)
-        found = f"{_name(input.dtype)}, {tuple(input.shape)} on {input.device}"
+        expected = " or ".join(dtype_name(value) for value, weight in _INPUT_AND_WEIGHT_DTYPES if weight is packed.dtype)
+        found = f"{dtype_name(input.dtype)}, {tuple(input.shape)} on {input.device}"
         raise ValueError(f"input: expected {expected} of shape (..., {num_inputs}) on the CPU, got {found}")
     if bias is not None:
         if bias.dtype is not input.dtype or not bias.is_cpu or bias.shape != (num_outputs,):
-            found = f"{_name(bias.dtype)}, {tuple(bias.shape)} on {bias.device}"
-            raise ValueError(f"bias: expected {_name(input.dtype)} of shape ({num_outputs},) on the CPU, got {found}")
+            found = f"{dtype_name(bias.dtype)}, {tuple(bias.shape)} on {bias.device}"
+            raise ValueError(f"bias: expected {dtype_name(input.dtype)} of shape ({num_outputs},) on the CPU, got {found}")
         bias = bias.contiguous()
     input = input.resolve_neg().contiguous()
     output = input.new_empty((*input.shape[:-1], num_outputs))
@@ -239,17 +232,13 @@ def packed_linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor 
     return output
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @functools.cache
 def _built() -> tuple[dict[tuple[torch.dtype, torch.dtype], Any], str | None]:
     """The compiled functions, by the dtypes of input and weight; none, and the reason, where they cannot be had."""
     library, reason = compiled_library("packed_linear", _SOURCE)
     kernels = {}
     for value, weight in _INPUT_AND_WEIGHT_DTYPES if library is not None else ():
-        kernel = kernels[value, weight] = getattr(library, f"{_name(value)}_by_{_name(weight)}")
+        kernel = kernels[value, weight] = getattr(library, f"{dtype_name(value)}_by_{dtype_name(weight)}")
         kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_int]
         kernel.restype = ctypes.c_bool
     return kernels, reason
