@@ -250,8 +250,8 @@ def test_few_queries_are_attended_to_by_the_kernel(num_nodes, num_heads, monkeyp
             patch.setattr(attention, "_MANY_KEYS", 40)
             patch.setattr(attention, "_KERNEL_KEYS", 40)
             patch.setattr(attention, "_KERNEL_KEYS_OF_QUERY", 8)
-            kernel = attention.few_queries_attention
-            patch.setattr(attention, "few_queries_attention", lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
+            kernel = attention.attend_served
+            patch.setattr(attention, "attend_served", lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
             if one is not None or num_nodes == 1:
                 patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
             found, weights = attention.grouped_attention(module, query, key, value, one, scaling=scaling)

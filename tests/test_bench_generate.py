@@ -19,10 +19,10 @@ from transformers_prism.bench.prompts import ContextFiller, batch_rows
 from transformers_prism.bench.rounds import PARTS, profile_rows
 from transformers_prism.cli.demo import chat_inputs
 from transformers_prism.cli.main import app
-from transformers_prism.cpu import PackedLinear
 from transformers_prism.decoding.speculation import Speculation
 from transformers_prism.hub.files import weights_sha256
 from transformers_prism.hub.metrics import read_metrics
+from transformers_prism.packed_layers import PackedLinear
 
 pytestmark = pytest.mark.quick
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from transformers_prism.training.data.chats import ROLES, RowError, chat_of, prompt_of, tools_of
+from transformers_prism.training.data.chats import ROLES, RowError, _warn_of_reasoning, chat_of, prompt_of, tools_of
 
 pytestmark = pytest.mark.quick
 
@@ -178,6 +178,15 @@ def test_prompts_need_a_turn_by_the_user():
     assert prompt_of({"messages": CHAT}) == CHAT
     with pytest.raises(RowError, match="expected at least one turn by the user, got 1 turns by others"):
         prompt_of({"messages": CHAT[1:]})
+
+
+def test_reasoning_is_left_out_with_a_warning(caplog):
+    """Once."""
+    _warn_of_reasoning.cache_clear()
+    row = {"messages": [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w20", "reasoning_content": "w30"}]}
+    for _ in range(2):
+        assert chat_of(row) == [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w20"}]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["Answers with reasoning"]
 
 
 def test_tools_are_read_from_lists_and_json():

@@ -8,11 +8,23 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, PAD_ID, generate_twice, prompts, tiny_draft, tiny_target, varied_target
+from tiny_models import (
+    ARCHITECTURES,
+    PAD_ID,
+    generate_twice,
+    prompts,
+    scripted_draft,
+    tiny_draft,
+    tiny_target,
+    varied_target,
+)
 from torch import nn
+from transformers import DynamicCache
 
-from transformers_prism import cpu, prepare_for_cpu
-from transformers_prism.cpu import CompiledLinear, HalfLinear, MklLinear, PackedLinear, PreparedModels, pack
+from transformers_prism import cpu, packed_layers, prepare_for_cpu
+from transformers_prism.cpu import PreparedModels
+from transformers_prism.packed_layers import CompiledLinear, HalfLinear, MklLinear, PackedLinear, pack
+from transformers_prism.transformers_names import CACHE_KEYWORD
 
 pytestmark = [
     pytest.mark.quick,
@@ -25,6 +37,49 @@ needs_compiled = pytest.mark.skipif(not CompiledLinear.is_available(), reason="n
 # The kinds that are timed against each other.
 KINDS = [kind for kind in (PackedLinear, MklLinear, CompiledLinear) if kind.is_available()]
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, *SHORT_DTYPES])
+@pytest.mark.parametrize("num_tokens", [9, 240, 700])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "cohere", "gpt_neox"])
+def test_a_prepared_target_computes_the_same_bits_with_a_draft(architecture, num_tokens, dtype):
+    """Logits of trees are those of plain steps, over short texts, across the end of a part of attention, and over long ones."""
+    window = {"sliding_window": None} if architecture == "mistral" else {}
+    target = tiny_target(architecture, 1, hidden_size=64, max_position_embeddings=1024, **window).to(dtype)
+    input_ids, _ = prompts(1, num_tokens)
+    asked = {"max_new_tokens": 40, "pad_token_id": PAD_ID, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with prepare_for_cpu(target):
+        plain = target.generate(input_ids, **asked)
+        draft = scripted_draft(target, plain.sequences, num_tokens).to(dtype)
+        found = target.generate(input_ids, assistant_model=draft, **asked)
+    assert torch.equal(found.sequences, plain.sequences)
+    assert draft.last_speculation.acceptance_length > 1.2
+    for step, (ours, theirs) in enumerate(zip(found.logits, plain.logits, strict=True)):
+        assert torch.equal(ours, theirs), step
+
+
+@needs_compiled
+@torch.no_grad()
+def test_a_prepared_target_attends_alone_or_with_others_in_the_same_way():
+    """Also outside of our loop; not before it is prepared, nor after."""
+    target = tiny_target("llama", 1, head_dim=16, max_position_embeddings=1024).bfloat16()
+    input_ids, _ = prompts(1, 300)
+
+    def bits():
+        cache = DynamicCache(config=target.config)
+        target(input_ids, **{CACHE_KEYWORD: cache})
+        steps = [target(torch.tensor([[token]]), **{CACHE_KEYWORD: cache}).logits for token in range(5, 15)]
+        cache = DynamicCache(config=target.config)
+        target(input_ids, **{CACHE_KEYWORD: cache})
+        return torch.cat(steps, dim=1), target(torch.arange(5, 15)[None], **{CACHE_KEYWORD: cache}).logits
+
+    plain, _ = bits()
+    prepared = prepare_for_cpu(target)
+    assert torch.equal(*bits())
+    torch.testing.assert_close(bits()[0], plain, atol=0.2, rtol=0.2)
+    prepared.undo()
+    assert torch.equal(bits()[0], plain)
 
 
 def test_autocast_computes_as_without_packed_weights():
@@ -46,7 +101,7 @@ def test_products_equal_the_default_within_rounding(num_rows, has_bias):
     inputs = torch.randn(2, num_rows, 48)
     expected = linear(inputs)
     with prepare_for_cpu(linear) as prepared:
-        assert type(linear) is PackedLinear
+        assert isinstance(linear, PackedLinear)
         assert prepared.num_bytes == 48 * 97 * 4
         torch.testing.assert_close(linear(inputs), expected, atol=1e-5, rtol=1e-5)
     assert type(linear) is nn.Linear
@@ -109,7 +164,7 @@ def test_layers_in_16_bits(kind, dtype, has_bias):
 def test_products_in_16_bits_are_timed(dtype, one_thread, monkeypatch):
     """Each dtype of a model by itself, up to as many rows as a prompt may have."""
     slow = _Slow(monkeypatch)
-    slow.seconds = {nn.Linear: lambda num_rows: 0.003, **dict.fromkeys(KINDS, lambda num_rows: 0.012), CompiledLinear: lambda num_rows: 0}
+    slow.seconds = {nn.Linear: lambda num_rows: 0.003, CompiledLinear: lambda num_rows: 0}
     model = nn.Sequential(nn.Linear(700, 256), nn.Linear(700, 256).to(dtype))
     with prepare_for_cpu(model) as prepared:
         assert [type(linear) for linear in model] == [CompiledLinear, CompiledLinear]
@@ -149,6 +204,15 @@ def test_a_float32_target_with_a_draft_in_16_bits():
     assert torch.equal(plain, speculative)
 
 
+OTHERS = [kind for kind in KINDS if kind is not CompiledLinear]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without one."""
+    monkeypatch.setattr(CompiledLinear, "is_available", classmethod(lambda cls, dtype=None: False))
+
+
 class _Slow:
     """Products of packed layers, and the default one, which take as long as a test says; they note their calls."""
 
@@ -168,24 +232,46 @@ class _Slow:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("best", KINDS)
-@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [256], [1, 2, 3, 4, 8, 16, 32, 64, 256]])
-def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, one_thread, monkeypatch):
+@needs_compiled
+@pytest.mark.parametrize("slow_rows", [[], [1, 8], [256]])
+def test_our_own_product_serves_all_rows_of_trees(slow_rows, one_thread, monkeypatch):
+    """And of plain steps, even where it is slower; for a prompt the faster one does, and where it is wrong the default one."""
+    slow = _Slow(monkeypatch)
+    slow.seconds = {nn.Linear: lambda num_rows: 0.003, CompiledLinear: lambda num_rows: 0.006 if num_rows in slow_rows else 0}
+    linear = nn.Linear(256, 256)
+    with prepare_for_cpu(linear):
+        for num_rows in (1, 2, 8, 64, 128, 129, 256, 300):
+            slow.calls.clear()
+            linear(torch.randn(num_rows, 256))
+            is_default = num_rows > 256 or num_rows > 128 and 256 in slow_rows
+            assert slow.calls == [("Linear" if is_default else "CompiledLinear", num_rows)]
+    product = CompiledLinear.packed_product
+    monkeypatch.setattr(CompiledLinear, "packed_product", lambda layer, *given: product(layer, *given) * 1.01)
+    with prepare_for_cpu(linear):
+        slow.calls.clear()
+        linear(torch.randn(8, 256))
+        assert slow.calls == [("Linear", 8)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("best", OTHERS)
+@pytest.mark.parametrize("slow_rows", [[], [1], [1, 2, 3], [8], [256], [1, 2, 3, 4, 8, 16, 32, 64, 128, 256]])
+def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, one_thread, no_compiler, monkeypatch):
     """Of all kinds the one that saves the most; the default product where that one is slow, and for a prompt.
     Layers of a shape agree."""
     slow = _Slow(monkeypatch)
     slow.seconds = {
         nn.Linear: lambda num_rows: 0.003,
-        **dict.fromkeys(KINDS, lambda num_rows: 0.012),
+        **dict.fromkeys(OTHERS, lambda num_rows: 0.012),
         best: lambda num_rows: 0.006 if num_rows in slow_rows else 0,
     }
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 8))
     with prepare_for_cpu(model) as prepared:
         for linear in prepared.linears[:2]:
             # Where none ever helps, it does not matter which packed.
-            assert type(linear) is best or len(slow_rows) == 9
+            assert type(linear) is best or len(slow_rows) == 10
             for num_rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 65, 255, 256, 257, 900):
-                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32, 64, 256) if num_rows <= rows), None)
+                timed_rows = next((rows for rows in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256) if num_rows <= rows), None)
                 slow.calls.clear()
                 inputs = torch.randn(num_rows, 256)
                 expected = nn.functional.linear(inputs, linear.weight, linear.bias)
@@ -203,7 +289,7 @@ def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, 
 @torch.no_grad()
 @needs_mkl
 @pytest.mark.parametrize("wrong_rows", [[3], [256]])
-def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, monkeypatch):
+def test_a_product_that_is_wrong_is_not_used(wrong_rows, one_thread, no_compiler, monkeypatch):
     """Fast as it may be: it is compared with the default product where it is timed."""
     slow, product = _Slow(monkeypatch), MklLinear.packed_product
     slow.seconds = {nn.Linear: lambda num_rows: 0.004, **dict.fromkeys(KINDS, lambda num_rows: 0.002), MklLinear: lambda num_rows: 0}
@@ -257,7 +343,7 @@ def test_a_pickled_layer_where_there_is_no_compiler(monkeypatch):
     """It takes the default product."""
     linear, inputs = pack(nn.Linear(48, 97), CompiledLinear), torch.randn(3, 48)
     expected = linear(inputs)
-    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: False)
+    monkeypatch.setattr(packed_layers, "packed_linear_is_available", lambda: False)
     loaded = pickle.loads(pickle.dumps(linear))
     assert type(loaded) is CompiledLinear
     torch.testing.assert_close(loaded(inputs), expected, atol=1e-5, rtol=1e-5)
@@ -339,7 +425,7 @@ def test_a_prepared_pair_is_lossless(draft_vocab_size):
     target = varied_target("llama", input_ids, mask, **{k: v for k, v in arguments.items() if k != "do_sample"})
     draft = tiny_draft(target, draft_vocab_size=draft_vocab_size).bind(target)
     with prepare_for_cpu(target, draft):
-        assert type(target.lm_head) is PackedLinear
+        assert isinstance(target.lm_head, PackedLinear)
         assert type(draft.fusion_layer) is HalfLinear
         plain, speculative, _ = generate_twice(target, draft, input_ids, mask, **arguments)
         assert torch.equal(plain, speculative)
@@ -356,7 +442,7 @@ def test_a_prepared_pair_is_lossless(draft_vocab_size):
 @pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=needs_compiled), False])
 def test_a_drafts_layer_in_float16(num_rows, has_bias, is_compiled, monkeypatch):
     """The product with the rounded weight, summed in float32; exact for a prompt, and when it is undone. Ours or torch's."""
-    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: is_compiled)
+    monkeypatch.setattr(packed_layers, "packed_linear_is_available", lambda: is_compiled)
     linear = nn.Linear(576, 97, bias=has_bias)
     inputs = torch.randn(2, num_rows, 576)
     exact = linear(inputs)
@@ -447,7 +533,7 @@ def test_a_model_with_nothing_to_pack_is_told():
 @pytest.mark.parametrize("dtype", SHORT_DTYPES)
 def test_a_dtype_for_which_a_cpu_has_no_product(dtype, monkeypatch):
     """As bfloat16 without a compiler on an old CPU: the layers stay as they are, and the user is told."""
-    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: False)
+    monkeypatch.setattr(packed_layers, "packed_linear_is_available", lambda: False)
     monkeypatch.setattr(PackedLinear, "is_available", classmethod(lambda cls, dtype=torch.float32: dtype is torch.float32))
     with pytest.warns(UserWarning, match="expected layers in float32, got (bfloat16|float16) in Linear"):
         assert not prepare_for_cpu(nn.Linear(4, 4).to(dtype)).linears
@@ -487,7 +573,7 @@ def test_a_draft_is_packed_in_float32_where_there_are_no_products_in_float16(mon
         pytest.skip("this build of torch has no engine without such products")
     input_ids, mask = prompts(1)
     settings = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID}
-    monkeypatch.setattr(cpu, "packed_linear_is_available", lambda: False)
+    monkeypatch.setattr(packed_layers, "packed_linear_is_available", lambda: False)
     try:
         for engines in itertools.product((before, *others), others):
             torch.backends.quantized.engine = engines[0]

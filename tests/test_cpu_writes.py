@@ -12,15 +12,14 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from transformers_prism import cpu, prepare_for_cpu
-from transformers_prism.cpu import (
+from transformers_prism.cpu import WeightCheck, trusting_packed_weights
+from transformers_prism.packed_layers import (
     CompiledLinear,
     HalfLinear,
     MklLinear,
     PackedLinear,
-    WeightCheck,
     pack,
     refresh_packed_weights,
-    trusting_packed_weights,
 )
 from transformers_prism.policy import costs as round_costs
 from transformers_prism.transformers_names import cache_argument

@@ -10,6 +10,8 @@ import torch
 from transformers_prism.kernels import few_queries as few_queries_file
 from transformers_prism.kernels.few_queries import (
     MAX_QUERIES,
+    PART,
+    Tail,
     few_queries_attention,
     few_queries_is_available,
     few_queries_reference,
@@ -98,6 +100,34 @@ def test_a_query_does_not_depend_on_the_others():
         assert torch.equal(output[:, one], alone[:, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_before", [3, 250, 254, 300, 510, 700])
+def test_a_node_gets_what_its_token_alone_would_get(dtype, num_before):
+    """The same bits as one query over the text up to it, though siblings lie between, and wherever a part of the text ends."""
+    parents = [-1, 0, 0, 1, 2, 2, 4, 3, 6, 8]
+    num_nodes, num_keys = len(parents), num_before + len(parents)
+    paths = []
+    for node, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), node])
+    query, key, value = (one.to(dtype) for one in inputs_of((1, 9, 3, num_nodes, num_keys + 20, 64, 64)))
+    visible = torch.zeros(1, num_nodes, num_keys + 20, dtype=torch.bool)
+    visible[..., :num_before] = True
+    for node, path in enumerate(paths):
+        visible[0, node, [num_before + one for one in path]] = True
+    start = num_before // PART * PART
+    places = torch.tensor([*range(start, num_before), *(num_before + len(path) - 1 for path in paths)])
+    parts = torch.arange(start // PART, int(places.max()) // PART + 1)
+    tail = Tail(start, visible[:, None, :, start:num_keys] & (places // PART == parts[:, None])[None, :, None])
+    output = few_queries_attention(query, key, value, visible, 0.125, tail)
+    expected = few_queries_reference(query, key, value, visible, 0.125, tail)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps)
+    torch.testing.assert_close(few_queries_reference(query, key, value, visible, 0.125), expected)
+    for node, path in enumerate(paths):
+        text = [*range(num_before), *(num_before + one for one in path)]
+        alone = few_queries_attention(query[:, :, node : node + 1], key[:, :, text], value[:, :, text], None, 0.125)
+        assert torch.equal(output[:, node], alone[:, 0]), node
+
+
 def test_large_scores_and_numbers_that_are_not_finite():
     """Softmax does not overflow, tiny weights vanish, and NaN stays NaN."""
     query, key, value = inputs_of((1, 4, 2, 6, 400, 64, 64))
@@ -134,7 +164,7 @@ def test_what_it_does_not_serve():
     """Other dtypes, many queries, gradients, values that do not fill registers, another layout or device."""
     query, key, value = inputs_of((1, 2, 1, 4, 30, 16, 32))
     assert serves_few_queries(query, key, value)
-    assert not serves_few_queries(query.half(), key.half(), value.half())
+    assert not serves_few_queries(query.half(), key, value)
     assert not serves_few_queries(query, key, value.double())
     assert not serves_few_queries(query, key, value[..., :15])
     assert not serves_few_queries(torch.randn(1, 2, MAX_QUERIES + 1, 16), key, value)
@@ -144,6 +174,9 @@ def test_what_it_does_not_serve():
     assert not serves_few_queries(query.to("meta"), key.to("meta"), value.to("meta"))
     with pytest.raises(ValueError, match="expected what serves_few_queries accepts, got torch.float16"):
         few_queries_attention(query.half(), key, value, None, 1.0)
+    for tail in (Tail(1, torch.ones(1, 1, 4, 29, dtype=torch.bool)), Tail(0, torch.ones(1, 1, 4, 31, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="expected tail as torch.bool"):
+            few_queries_attention(query, key, value, None, 1.0, tail)
     assert not serves_few_queries(query, key, value[:, :, 1:])
     assert not serves_few_queries(query, key.expand(3, -1, -1, -1), value.expand(3, -1, -1, -1))
     assert not serves_few_queries(query[..., :0], key[..., :0], value)

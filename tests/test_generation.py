@@ -1192,6 +1192,51 @@ def test_placeholders_without_an_embedding_beside_inputs_embeds(placeholder, dra
     assert torch.equal(found, plain)
 
 
+def test_a_placeholder_without_an_embedding_in_a_later_turn():
+    """The draft reads another token there, as in a prompt."""
+    target = tiny_target("llama", 1)
+    found = []
+    for draft in (None, tiny_draft(target)):
+        cache, input_ids = DynamicCache(config=target.config), prompts(1)[0]
+        for _ in range(2):
+            known = input_ids.clamp(0, VOCAB_SIZE - 1)
+            embeds = target.get_input_embeddings()(known).detach()
+            given = {"inputs_embeds": embeds, "input_ids": input_ids, "past_key_values": cache}
+            output = target.generate(**given, assistant_model=draft, **LENGTH)
+            input_ids = torch.cat((output, torch.tensor([[-200, 5, VOCAB_SIZE + 7]])), dim=1)
+        found.append(output)
+    assert torch.equal(*found)
+    assert draft.last_speculation.declined is None
+
+
+def test_a_tensor_parallel_target_is_decoded_plainly():
+    """Each of its processes would choose trees of its own."""
+    target = tiny_target("llama", 1)
+    draft = tiny_draft(target)
+    target._tp_size = 2
+    with pytest.warns(UserWarning, match="tensor-parallel"):
+        target.generate(prompts(1)[0], assistant_model=draft, **LENGTH)
+    assert "tensor-parallel" in draft.last_speculation.declined
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_a_cache_that_was_filled_in_another_dtype(dtypes):
+    """Keys of both become those of the wider one, as in plain decoding, or it fails as that does."""
+    found = []
+    for is_drafted in (False, True):
+        target = tiny_target("llama", 1)
+        cache = DynamicCache(config=target.config)
+        with torch.no_grad():
+            target.to(dtypes[0])(prompts(1)[0][:, :-1], past_key_values=cache)
+        target.to(dtypes[1])
+        draft = tiny_draft(target).to(dtypes[1]) if is_drafted else None
+        try:
+            found.append(target.generate(prompts(1)[0], past_key_values=cache, assistant_model=draft, **LENGTH).tolist())
+        except RuntimeError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 def test_a_compiled_target_allocates_nothing_for_a_limit_that_no_text_reaches():
     """Nor in a later call with a small limit."""
     target = tiny_target("llama", 1)

@@ -265,6 +265,16 @@ def test_custom_generate_takes_a_given_draft_and_asks_for_one_otherwise(saved, p
         published_generate.generate(target, **arguments)
 
 
+def test_custom_generate_loads_a_draft_for_an_offloaded_target(saved, published_generate, monkeypatch):
+    """Whose weights seem to be on "meta"."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    target, (input_ids, mask) = AutoModelForCausalLM.from_pretrained(saved[1]), prompts(2)
+    accelerate.cpu_offload(target)
+    monkeypatch.setattr(published_generate, "_calling_repository", lambda: str(saved[0]))
+    found = published_generate.generate(target, input_ids=input_ids, attention_mask=mask, **LENGTH)
+    assert found.tolist() == saved[2]
+
+
 def test_custom_generate_hands_on_settings_that_are_none(saved, published_generate):
     """`eos_token_id=None` is not the same as no such argument; generate()'s own absent arguments are."""
     target, draft = AutoModelForCausalLM.from_pretrained(saved[1]), AutoModel.from_pretrained(saved[0])

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from transformers_prism import load_draft, prepare_for_cpu
 from transformers_prism.bench.near_ties import find_differences
-from transformers_prism.cpu import PackedLinear
 from transformers_prism.decoding.layer_check import is_plain_linear, reason_against_target
+from transformers_prism.packed_layers import PackedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -221,6 +221,14 @@ def test_noise_is_what_was_drawn_however_far_rows_are_apart(max_bytes):
         torch.empty(shape).exponential_(1)
     expected = torch.get_rng_state()
     noise.rewind_to(370)
+    assert torch.equal(torch.get_rng_state(), expected), "others have drawn since"
+    torch.set_rng_state(end_state)
+    torch.rand(1)
+    drawn_since = torch.get_rng_state()
+    noise.rewind_to(370)
+    assert torch.equal(torch.get_rng_state(), drawn_since)
+    torch.set_rng_state(end_state)
+    noise.rewind_to(370)
     assert torch.equal(torch.get_rng_state(), expected)
 
 

@@ -256,6 +256,15 @@ def test_serving_other_ways_to_ask(client):
         ({"extra_body": {"generation_config": '{"return_dict_in_generate": true}'}}, "expected return_dict_in_generate to be false"),
         ({"n": 2}, "n: expected 1, got 2"),
         ({"messages": None}, "messages: expected a list of turns, got None"),
+        ({"logprobs": True}, "logprobs: expected false or 0, since it is not served, got True"),
+        ({"presence_penalty": 0.5}, "presence_penalty: expected 0, since it is not served, got 0.5"),
+        ({"response_format": {"type": "json_object"}}, "response_format: expected .* since it is not served"),
+        ({"tool_choice": "required", "tools": []}, 'tool_choice: expected "auto" or "none", since'),
+        ({"extra_body": {"previous_response_id": "x"}}, "previous_response_id: expected none, since"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages: expected parts of type text, since this server reads nothing else, got 'image_url'",
+        ),
         ({"extra_body": {"generation_config": "{"}}, "generation_config: expected a JSON object as a text, got"),
         ({"extra_body": {"generation_config": '{"tree": "oak", "max_new_tokens": 9}'}}, "tree: expected one of auto"),
     ],
@@ -271,6 +280,9 @@ def test_serving_an_error_in_a_stream_is_readable(client):
     """Quotes and line ends in its message break no JSON."""
     broken = {"generation_config": json.dumps({"tree": 'o"a\nk', "max_new_tokens": 9})}
     with pytest.raises(openai.APIError, match="tree: expected one of auto"):
+        streamed(client, extra_body=broken)
+    broken = {"generation_config": '{"max_new_tokens": 9, "min_new_tokens": "5"}'}  # a TypeError of transformers
+    with pytest.raises(openai.APIError, match="concatenate|supported between"):
         streamed(client, extra_body=broken)
 
 
@@ -319,6 +331,76 @@ def test_serving_drafts_again_after_the_models_were_unloaded():
     assert pair.num_loads == 2
     assert first.choices[0].message.content == second.choices[0].message.content
     assert second.usage.speculation["rounds"] == first.usage.speculation["rounds"]
+
+
+@pytest.mark.quick
+def test_serving_without_a_limit_no_timer_runs():
+    """transformers' own would go off at once, again and again while an answer runs."""
+    pair = Pair()
+    models = serving.Models(serving.ServedTarget("it", "none", pair.load))
+    models.load_model_and_processor("it")
+    timed = models.loaded_models["it"]
+    timed.num_answering = 1
+    timed._timer.join()
+    timed.reset_timer()
+    timed._timeout_reached()
+    assert not timed._timer.is_alive()
+    assert models.loaded_models["it"] is timed
+
+
+@pytest.mark.quick
+def test_serving_a_request_while_models_are_freed_loads_them_again(monkeypatch):
+    """They are forgotten first; and those that came after them stay."""
+    pair, found = Pair(), []
+    models = serving.Models(serving.ServedTarget("it", "none", pair.load, model_timeout=300))
+    models.load_model_and_processor("it")
+    timed = models.loaded_models["it"]
+    free = serving.parts.TimedModel.delete_model
+
+    def load_meanwhile(self):
+        free(self)
+        found.append(models.load_model_and_processor("it")[0])
+
+    with monkeypatch.context() as patches:
+        patches.setattr(serving.parts.TimedModel, "delete_model", load_meanwhile)
+        timed.delete_model()
+    timed.delete_model()
+    assert models.loaded_models["it"].model is found[0] is not None
+    assert models.draft_of(found[0]) is not None
+    assert pair.num_loads == 2
+    models.loaded_models["it"].delete_model()
+
+
+@pytest.mark.quick
+def test_serving_settings_without_a_limit_end_as_others_do():
+    """generate() alone would stop after 20 tokens."""
+    for settings, limit in (({"tree": "chain"}, 1024), ({"max_new_tokens": 7}, 7), ({"max_length": 9}, None)):
+        body = {"messages": MESSAGES, "generation_config": json.dumps(settings)}
+        serving.Request().read(body)
+        assert json.loads(body["generation_config"]).get("max_new_tokens") == limit
+
+
+@pytest.mark.quick
+def test_serving_fields_that_ask_for_nothing_are_taken():
+    """As clients send them by default; tools that must not be called are left out."""
+    neutral = {"logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}, "best_of": 1, "echo": None}
+    body = {"messages": MESSAGES, **neutral, "tools": [{"type": "function"}], "tool_choice": "none"}
+    serving.Request().read(body)
+    assert "tools" not in body
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    serving.Request().read({"messages": image}, takes_text_alone=False)
+
+
+def test_serving_beams_end_when_the_client_hangs_up(pair, client):
+    """Nobody waits for the rest."""
+    pair.seconds, before = 0.02, pair.num_forwards
+    try:
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=0.5), extra_body={"generation_config": '{"num_beams": 2, "max_new_tokens": 900}'})
+        ask(client, max_tokens=2)
+    finally:
+        pair.seconds = 0.0
+    assert pair.num_forwards - before < 200
 
 
 @pytest.mark.quick
@@ -444,6 +526,8 @@ def test_serving_what_a_template_refuses_is_a_bad_request(client):
         for is_streamed in (False, True):
             with pytest.raises(openai.BadRequestError, match="System role not supported"):
                 list(strict.chat.completions.create(model="tiny/llama", messages=messages, stream=is_streamed, max_tokens=4))
+    with pytest.raises(openai.BadRequestError, match="logit_bias: expected it in a chat"):
+        client.completions.create(model="tiny/llama", prompt="w5", max_tokens=4, logit_bias={"10": 1})
     for prompt in ("", None):
         with pytest.raises(openai.BadRequestError, match="a prompt that is not empty"):
             client.completions.create(model="tiny/llama", prompt=prompt, max_tokens=4)

@@ -17,8 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"command_line", "tried_releases", "tried_targets", "whole_files"},
     {"kernels", "transformers_names"},
-    {"configuration_prism", "cpu", "target"},
+    {"configuration_prism", "packed_layers", "target"},
     {"decoding", "processing_module"},
+    {"cpu"},
     {"borrowed_layers", "policy"},
     {"generation", "hub.files", "hub.loading", "hub.pretrained"},
     {"modeling_prism"},

@@ -162,6 +162,13 @@ def test_answers_to_results_that_the_template_leaves_out_are_not_trained():
     assert answers(template, chat) == ["w23 <end>"]
 
 
+def test_results_that_the_template_writes_as_json_count_as_written():
+    """As those of Llama 3 write quotes and lines."""
+    template = WITH_CALLS.replace("turn['content']", "(turn['content'] | tojson if turn['role'] == 'tool' else turn['content'])")
+    result = {"role": "tool", "content": '{"w31":\n"w32"}'}
+    assert answers(template, [CHAT[0], CALLING, result, CHAT[1]])[-1] == "w20 w21 w22 <end>"
+
+
 def test_tools_are_given_to_the_template():
     template = "{% for tool in tools %}{{ tool.function.name + ' ' }}{% endfor %}" + CHAT_TEMPLATE
     tokenizer = tokenizer_of(template)

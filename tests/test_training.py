@@ -20,7 +20,7 @@ from tiny_models import scripted_draft, tiny_draft, tiny_target
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from transformers_prism import PrismDraftModel, load_draft
+from transformers_prism import PrismConfig, PrismDraftModel, load_draft
 from transformers_prism.cli.main import app
 from transformers_prism.training.acceptance import acceptance_metrics, measure_acceptance
 from transformers_prism.training.aligned_training import AlignedTraining
@@ -505,6 +505,26 @@ def test_a_draft_that_is_carried_on_keeps_its_architecture(tmp_path, load_tiny):
     assert wider.config.draft_vocab_size == 40
 
 
+def test_a_draft_that_is_carried_on_keeps_what_no_option_sets(tmp_path, load_tiny):
+    """Norms, bias and sizes; a draft with other layers is refused."""
+    stages = {"warm_up_epochs": 0.0, "split_epochs": 0.0}
+    first = train(settings(tmp_path, "first", **stages, plain_fusion=True))
+    source = str(tmp_path / "first" / "draft")
+    again = train(settings(tmp_path, "again", init_from=source, **stages))
+    for name in ("projection_bias", "normalize_target_hidden"):
+        assert not getattr(first.config, name), name
+        assert not getattr(again.config, name), name
+    config = json.loads((tmp_path / "first" / "draft" / "config.json").read_text())
+    changed = {**config, "norm_output": True, "query_key_norm": True, "intermediate_size": config["intermediate_size"] + 8}
+    (tmp_path / "other").mkdir()
+    PrismDraftModel(PrismConfig(**changed)).save_pretrained(tmp_path / "other")
+    other = train(settings(tmp_path, "from other", init_from=str(tmp_path / "other"), **stages))
+    for name in ("norm_output", "query_key_norm", "intermediate_size"):
+        assert getattr(other.config, name) == changed[name], name
+    with pytest.raises(ValueError, match="num_layers_per_module: expected the 1 of the draft to start from, got 2"):
+        train(settings(tmp_path, "deeper", init_from=source, num_layers_per_module=2, **stages))
+
+
 def test_nan_loss_stops_the_run(tmp_path, load_tiny, monkeypatch):
     states = FeatureStore.states
     monkeypatch.setattr(FeatureStore, "states", lambda self, index: states(self, index) * float("nan"))
@@ -900,6 +920,9 @@ def test_what_is_held_out_stays_held_out(tmp_path):
         later = {data[index] for index in split_conversations(data, 0.1)[1]}
         assert later & set(old) == {old[index] for index in held_out}
         assert len(later) > len(held_out)
+    short = read_conversations(tmp_path / "old.jsonl", VOCAB_SIZE, max_length=6)
+    assert sum(one.is_cut for one in short) > 100
+    assert split_conversations(short, 0.1) == (training, held_out)
     training, held_out = split_conversations(old + old, 0.1)
     assert not {(old + old)[index] for index in training} & {(old + old)[index] for index in held_out}
     # Few conversations: one is held out, and one is left to learn from.

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_prism import target_numerics
-from .cpu import PACKED_KINDS, PackedLinear, pack
 from .decoding.layer_check import has_plain_weight, input_device, is_offloaded, is_plain_linear
 from .decoding.transfer import on_device
+from .packed_layers import PACKED_KINDS, PackedLinear, pack
 from .transformers_names import output_embeddings
 
 # How far logits of dequantised rows may be from the head's own, as a share of the largest.

@@ -356,6 +356,8 @@ def _check_call(target, input_ids, plain_arguments: dict, model_kwargs: dict) ->
         raise Declined(f"{type(target).__name__} keeps its state in no cache of transformers that could be rolled back")
     if plain_arguments["synced_gpus"]:
         raise Declined("synced_gpus requires the same forwards on every process, which drafting does not run")
+    if (getattr(target, "tp_size", None) or 1) > 1:
+        raise Declined("the processes of a tensor-parallel target would each choose a tree of their own")
     embeds = model_kwargs.get("inputs_embeds")
     if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
         raise Declined("inputs_embeds has no token ids for the draft to read; pass the input_ids of the same prompt, too")

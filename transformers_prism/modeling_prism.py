@@ -25,7 +25,6 @@ from .borrowed_layers import (
     tokens_outside,
 )
 from .configuration_prism import PrismConfig, num_target_layers, target_numerics
-from .cpu import refresh_packed_weights
 from .decoding.drafter import Drafter
 from .decoding.speculation import Speculation
 from .generation import install, speculative_generate
@@ -34,6 +33,7 @@ from .hub.pretrained import PrismPreTrainedModel, default_generation_config
 from .kernels.dispatch import use_triton
 from .kernels.fused_input_projection import fused_input_projection
 from .kernels.top_k_log_prob import top_k_log_prob, top_k_of_logits
+from .packed_layers import refresh_packed_weights
 from .processing_module import PrismProcessingModule
 from .transformers_names import CACHE_KEYWORD, cache_of
 from .tried_releases import errors_tell_of_untried_release

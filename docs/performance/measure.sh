@@ -18,7 +18,7 @@ export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483648
 draft=$(realpath ../../hub_cards/SmolLM2-135M-Instruct-PRISM)
 # In the order of the page.
 steps=(greedy sampled batch2 batch4 batch8 batch16 batch32 context256 context2048 context7936 bfloat16 float16 methods untrained adversarial
-  unprepared fixed earlier rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize batch_bound
+  unprepared fixed rounds scaling modules accepted_greedy accepted_sampled uncoupled training synthesize batch_bound
   replay long_texts rivals)
 
 generate() {
@@ -30,17 +30,6 @@ rounds() {
   shift
   transformers-prism bench rounds --prompts "$prompts" --label "$label" --draft "$draft" --json "$step.json" "$@"
 }
-
-# With the package of an earlier commit.
-at_commit() (
-  commit=$1
-  shift
-  folder=$(mktemp -d)
-  # Also where the command is cut off.
-  trap 'git worktree remove --force "$folder"' EXIT
-  git worktree add --quiet --detach "$folder" "$commit"
-  PYTHONPATH="$folder" "$@"
-)
 
 # Fragments of random tokens: text that nothing foresees.
 adversarial_prompts() {
@@ -74,7 +63,6 @@ measure() {
       from=adversarial.jsonl repeat=5 generate --method auto --num-prompts 6 --max-new-tokens 64 --temperature 1.5 ;;
     unprepared) rounds "59/6/10, unprepared" --no-packed --method static:10,6,59 ;;
     fixed) rounds "59/6/10, prepared" --method static:10,6,59 ;;
-    earlier) at_commit 65a8405 rounds "auto, prepared, at 65a8405" ;;
     rounds) rounds "auto, prepared" ;;
     scaling)
       python -m benchmarks.scaling --modules 1 --modules 2 --modules 4 --modules 8 --nodes 3 --nodes 15 --nodes 63 \

@@ -21,8 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, StaticCache
 
 from transformers_prism.configuration_prism import PrismConfig
-from transformers_prism.cpu import PreparedModels, can_pack, prepare_for_cpu
+from transformers_prism.cpu import PreparedModels, prepare_for_cpu
 from transformers_prism.modeling_prism import PrismDraftModel
+from transformers_prism.packed_layers import can_pack
 from transformers_prism.transformers_names import CACHE_KEYWORD
 
 # A random model that is as cheap as an assistant can be; what it proposes is almost never right.

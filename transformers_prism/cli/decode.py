@@ -49,7 +49,7 @@ def demo(
     if web:
         from transformers_prism.cli.web import run_web
 
-        return run_web(target, draft, packed, device, dtype, port)
+        return run_web(target, draft, packed, device, dtype, port, max_new_tokens)
     from rich.console import Console
 
     from transformers_prism.cli.demo import run_demo

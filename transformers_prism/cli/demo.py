@@ -299,7 +299,8 @@ def log_to(console: Console) -> None:
     logger = logging.getLogger("transformers_prism")
     if not logger.handlers:
         logger.addHandler(_ConsoleHandler(console))
-        logger.setLevel(logging.INFO)
+        if logger.isEnabledFor(logging.WARNING):  # not with --quiet
+            logger.setLevel(logging.INFO)
 
 
 __all__ = [

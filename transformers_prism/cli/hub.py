@@ -92,7 +92,7 @@ def push(
     code_only: Annotated[
         bool,
         typer.Option(
-            "--code-only", help="Renew the code of a draft that is on the Hub; all else there stays.", rich_help_panel=ADVANCED
+            "--code-only", help="Renew the code of a draft that is on the Hub; Python files at its root are taken for the code's, all else there stays.", rich_help_panel=ADVANCED
         ),
     ] = False,
 ):

@@ -253,7 +253,7 @@ class Run:
 
         if self.settings["prompts"]:
             return read_chats(self.settings["prompts"])
-        return Openings(*self.models()) if self.settings["format"] == "text" else None
+        return Openings(*self.models(packed=True)) if self.settings["format"] == "text" else None
 
     def train(self, words: list[str]) -> None:
         """Compute hidden states and time a few updates; then train for as many epochs as fit."""

@@ -42,7 +42,9 @@ def serve(
     if continuous_batching:
         raise ValueError(serving.NO_CONTINUOUS_BATCHING)
     logging.basicConfig(format="%(levelname)s:     %(message)s")
-    logging.getLogger("transformers_prism").setLevel(logging.INFO)
+    logger = logging.getLogger("transformers_prism")
+    if logger.isEnabledFor(logging.WARNING):  # not with --quiet
+        logger.setLevel(logging.INFO)
     listener = serving.listen(host, port)
     served = serving.ServedTarget(
         name=name or target or DEMO_HUB_ID,

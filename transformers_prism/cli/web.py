@@ -299,7 +299,7 @@ def _chart(drafted: Answer) -> str:
     return f'<div class="chart">{caption}{scale}<div class="bars">{bars}</div></div>'
 
 
-def build_page(comparison: Comparison, target_name: str, draft_name: str):
+def build_page(comparison: Comparison, target_name: str, draft_name: str, max_new_tokens: int = 96):
     """The page, for [`launch`].
 
     Args:
@@ -345,7 +345,7 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
         with gr.Accordion("Settings", open=False):
             with gr.Row():
                 temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 is greedy", elem_id="temperature")
-                tokens = gr.Slider(16, 512, 96, step=16, label="Tokens at most", elem_id="tokens")
+                tokens = gr.Slider(16, max(512, max_new_tokens), max_new_tokens, step=1, label="Tokens at most", elem_id="tokens")
                 seed = gr.Number(0, label="Seed", precision=0)
             with gr.Row():
                 tree = gr.Radio(["auto", "static", "chain"], value="auto", label="Tree", info="auto: chosen every round")
@@ -365,7 +365,7 @@ def build_page(comparison: Comparison, target_name: str, draft_name: str):
 
 
 def run_web(
-    target: str | None, draft: str | None, packed: bool, device: str, dtype: str, port: int, host: str = "127.0.0.1"
+    target: str | None, draft: str | None, packed: bool, device: str, dtype: str, port: int, max_new_tokens: int = 96, host: str = "127.0.0.1"
 ) -> None:
     """Show the page until interrupted.
 
@@ -373,24 +373,27 @@ def run_web(
         target (`str`, *optional*), draft (`str`, *optional*), packed (`bool`), device (`str`), dtype (`str`): as for
             [`load_pair`].
         port (`int`), host (`str`): to listen on.
+        max_new_tokens (`int`): of an answer, where the page begins.
     Raises:
         ImportError: if Gradio is missing.
         OSError: if the port is in use.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("expected the package gradio for the page, got none; pip install gradio")
-    page = make_page(target, draft, packed, device, dtype)
+    page = make_page(target, draft, packed, device, dtype, max_new_tokens)
     try:
         launch(page, server_name=host, server_port=port)
     except OSError as error:
         raise OSError(f"expected to listen on {host} port {port}, got: {error}; name another with --port") from error
 
 
-def make_page(target: str | None, draft: str | None, packed: bool = True, device: str = "auto", dtype: str = "float32"):
-    """Load a target and its draft and build their page; arguments as for [`load_pair`]. Costs are measured here, not later."""
+def make_page(
+    target: str | None, draft: str | None, packed: bool = True, device: str = "auto", dtype: str = "float32", max_new_tokens: int = 96
+):
+    """Load a target and its draft and build their page; arguments as for [`run_web`]. Costs are measured here, not later."""
     models = load_pair(target, draft, packed, device, dtype)
     answer_once(*models)
-    return build_page(Comparison(*models), name_of(models[0].config), draft or SHIPPED_DRAFT.name)
+    return build_page(Comparison(*models), name_of(models[0].config), draft or SHIPPED_DRAFT.name, max_new_tokens)
 
 
 def launch(page, **options):

@@ -127,7 +127,7 @@ def _embedding(draft: PrismDraftModel, target, notes: list[str]) -> dict[str, to
     if target is None:
         notes.append(
             f"{EMBEDDING} is left out, since no target was given: SGLang and vLLM take the target's, the EAGLE authors' "
-            "own code wants it in the file"
+            "own code wants it in the file; name the target to have checked that it scales no embeddings, as Gemma does"
         )
         return {}
     if (factor := embedding_factor(target) * draft.config.embedding_scale) != 1.0:

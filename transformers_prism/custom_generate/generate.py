@@ -41,11 +41,13 @@ def generate(model, assistant_model=None, **kwargs):
 
 def _own_draft(model, hub_arguments: dict):
     repository = _calling_repository()
-    key = (repository, str(hub_arguments), str(model.dtype), str(model.device))
+    # What is offloaded seems to be on "meta".
+    device = "cpu" if model.device.type == "meta" else model.device
+    key = (repository, str(hub_arguments), str(model.dtype), str(device))
     drafts = vars(model).setdefault(_DRAFTS, {})
     if key not in drafts:
         loaded = AutoModel.from_pretrained(repository, trust_remote_code=True, dtype=model.dtype, **hub_arguments)
-        drafts[key] = loaded.to(model.device).eval()
+        drafts[key] = loaded.to(device).eval()
     return drafts[key]
 
 

@@ -15,7 +15,8 @@ And the few queries of a round go to a kernel of ours where there is one (`kerne
 one matrix product over all keys, since SDPA's blocks are too small to use a CPU well.
 
 While the loop runs, models on "sdpa" get what suits their device: grouped attention on a CPU, and `prism_tree` for a draft
-where Triton computes.
+where Triton computes. A target that `prepare_for_cpu` gave our own products has grouped attention in all its forwards: both
+compute a token's outputs in the same way with others as alone, so that verifying a tree gives the bits of plain steps.
 """
 
 import functools
@@ -31,9 +32,11 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.dispatch import use_triton
-from ..kernels.few_queries import few_queries_attention, serves_few_queries
+from ..kernels.few_queries import PART, Tail, attend_served, serves_few_queries
 from ..kernels.tree_attention import MAX_HEAD_DIM, tree_attention
+from ..packed_layers import CompiledLinear
 from ..transformers_names import attention_name, registered_attention
+from .cache import CommittedCache
 
 PRISM_TREE = "prism_tree"
 # Inputs of some models' attention that neither the kernel nor SDPA takes into account.
@@ -42,7 +45,8 @@ _UNKNOWN_INPUTS = ("s_aux", "position_bias")
 # keys on, for up to this number of queries. `benchmarks.scaling --context` shows what it is worth.
 _LONG_CONTEXT = 4096
 _FEW_QUERIES = 64
-# Where the kernel was seen to beat SDPA: from this number of keys on, if there are so many for each query; and without a mask.
+# Where the kernel was seen to beat SDPA, in float32: from this number of keys on, if there are so many for each query; and without
+# a mask.
 _KERNEL_KEYS, _KERNEL_KEYS_OF_QUERY = 256, 16
 _MANY_KEYS = 1024
 # Attending to this many keys of one sequence takes as long as one more call of SDPA.
@@ -105,6 +109,22 @@ def attach_starts(mask: torch.Tensor, starts: list[int]) -> None:
         mask.prism_runs = runs  # type: ignore[attr-defined]
 
 
+def attach_tail(mask: torch.Tensor, committed: CommittedCache, node_places: torch.Tensor) -> None:
+    """Attach to a mask `(1, 1, N, K)` its last keys by part of the text, for attention whose sums keep to these parts.
+
+    Args:
+        committed (`CommittedCache`): of one sequence, with the P keys before the nodes.
+        node_places (`torch.LongTensor` of shape `(1, N)`): the nodes' places in the text.
+    """
+    start = committed.num_dense // PART * PART
+    places = torch.cat((committed.places()[0, start:], node_places[0]))
+    visible = mask[..., start : start + len(places)]
+    parts = range(start // PART, int(places.max()) // PART + 1)
+    if len(parts) > 1:
+        visible = visible & (places // PART == torch.tensor(parts, device=places.device)[:, None])[None, :, None]
+    mask.prism_tail = Tail(start, visible)  # type: ignore[attr-defined]
+
+
 def _runs_of_rows(starts: list[int]) -> list[tuple[int, int, int]]:
     """Groups of neighbouring rows that attend together, each as its first row, the row after its last, and its first key."""
     runs: list[tuple[int, int, int]] = []
@@ -147,15 +167,16 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     """
     is_plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None and not dropout
     is_usual = is_plain and _is_usual(attention_mask, query, key)
-    is_worth_it = key.shape[2] >= max(_KERNEL_KEYS, _KERNEL_KEYS_OF_QUERY * query.shape[2])
-    has_kernel = is_usual and is_worth_it and serves_few_queries(query, key, value)
+    is_wanted = is_usual and (computes_rows_alone(module) or _is_worth_a_kernel(attention_mask, query, key))
+    has_kernel = is_wanted and serves_few_queries(query, key, value)
     runs = getattr(attention_mask, "prism_runs", None)
     gains_nothing = runs is None and query.shape[1] == key.shape[1] and not has_kernel
     if gains_nothing or not is_plain or (attention_mask is None and not has_kernel):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if attention_mask is None:
-        return few_queries_attention(query, key, value, None, scale), None
+    tail = getattr(attention_mask, "prism_tail", None)
+    if attention_mask is None or has_kernel and tail is not None:
+        return _attend_by_kernel(query, key, value, attention_mask, scale, tail), None
     if has_kernel:
         attend = _attend_by_kernel
     else:
@@ -168,15 +189,27 @@ def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, sc
 
 
 def _is_usual(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether a mask says what each query sees, the same for all heads, or one query sees all of many keys."""
+    """Whether a mask says what each query sees, the same for all heads, or one query sees all keys."""
     if mask is None:
-        return query.shape[2] == 1 and key.shape[2] >= _MANY_KEYS
+        return query.shape[2] == 1
     return mask.dtype == torch.bool and mask.shape == (len(query), 1, query.shape[2], key.shape[2])
 
 
-def _attend_by_kernel(query, key, value, mask, scale: float) -> torch.Tensor:
+def _is_worth_a_kernel(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the kernel is faster than SDPA."""
+    fewest = _MANY_KEYS if mask is None else max(_KERNEL_KEYS, _KERNEL_KEYS_OF_QUERY * query.shape[2])
+    return query.dtype is torch.float32 and key.shape[2] >= fewest
+
+
+def computes_rows_alone(module) -> bool:
+    """Whether an attention layer has products of ours, whose output for a token does not depend on the other tokens."""
+    # By name: a model may have been prepared by another copy of this code.
+    return any(type(child).__name__ == CompiledLinear.__name__ for child in vars(module).get("_modules", {}).values())
+
+
+def _attend_by_kernel(query, key, value, mask, scale: float, tail: Tail | None = None) -> torch.Tensor:
     """Attention of few queries, `(B, N, H, E)`."""
-    return few_queries_attention(query, key, value, mask[:, 0], scale)
+    return attend_served(query, key, value, None if mask is None else mask[:, 0], scale, tail)
 
 
 def _grouped_sdpa(query, key, value, mask, scale: float) -> torch.Tensor:
@@ -236,7 +269,10 @@ def install_lending() -> None:
         # A compiled graph would keep the replacement for good.
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        return (getattr(lent, "function", None) or original)(*args, **kwargs)
+        function = getattr(lent, "function", None)
+        if function is None and original is sdpa_attention_forward and args and computes_rows_alone(args[0]):
+            function = grouped_attention
+        return (function or original)(*args, **kwargs)
 
     sdpa.prism_lent, sdpa.prism_original = lent, original  # type: ignore[attr-defined]
     AttentionInterface.register("sdpa", sdpa)

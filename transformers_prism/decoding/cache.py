@@ -77,15 +77,21 @@ class TreeLayer(DynamicLayer):
             return
         capacity = max(length + 64, capacity + capacity // 2)
         for name, states in (("key_buffer", key_states), ("value_buffer", value_states)):
-            buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]))
+            stored = getattr(self, name)
+            dtype = stored.dtype if self.length else states.dtype
+            buffer = states.new_empty((states.shape[0], states.shape[1], capacity, states.shape[3]), dtype=dtype)
             if self.length:
-                buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
+                buffer[:, :, : self.length] = stored[:, :, : self.length]
             setattr(self, name, buffer)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append keys and values of shape `(B, G, N, E)`; returns views of all that is stored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.key_buffer.dtype is not key_states.dtype and self.length:
+            # As torch.cat does, for a cache that was filled in another dtype.
+            dtype = torch.promote_types(self.key_buffer.dtype, key_states.dtype)
+            self.key_buffer, self.value_buffer = self.key_buffer.to(dtype), self.value_buffer.to(dtype)
         end = self.length + key_states.shape[2]
         self.reserve(key_states, value_states, end)
         self.key_buffer[:, :, self.length : end] = key_states

@@ -86,8 +86,8 @@ class Drafter:
         if self.text_tokens:
             self._join_vocabulary(token_ids)
         token_ids, position_ids = on_device(token_ids, self.device), on_device(position_ids, self.device)
+        token_ids = self.draft.known_tokens(token_ids)
         if self._cache is None:
-            token_ids = self.draft.known_tokens(token_ids)
             output = self._read_prompt(token_ids, target_hidden, position_ids, padding_mask)
             self._remember_last(token_ids[:, -1:], output, position_ids[:, -1:], 1)
             return

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cpu import PACKED_KINDS
+from ..packed_layers import PACKED_KINDS
 from .memory import kept_with
 
 # By name: a model may have been prepared by another copy of this code.

@@ -47,6 +47,7 @@ class StepNoise:
         self.num_drawn = 0
         self.first_needed = 0  # by any row
         self.states: dict[int, torch.Tensor] = {}  # of the generator, before the draw of each step that is still needed
+        self.state_after = torch.empty(0, device="cpu")  # of the generator, after the last draw
         self.module = torch if device.type == "cpu" else getattr(torch, device.type)
         # A process may have several accelerators, each with a generator of its own.
         self.which = (device,) if device.type in TRITON_DEVICES else ()
@@ -96,6 +97,7 @@ class StepNoise:
             self.states[step] = self.module.get_rng_state(*self.which)
             drawn.exponential_(1)
             self.num_drawn += 1
+            self.state_after = self.module.get_rng_state(*self.which)
         for row, place in places.items():
             if not is_common:
                 self.buffer[place, row] = drawn[row]
@@ -136,8 +138,8 @@ class StepNoise:
         self.needed, self.first_needed = needed, min(going)
 
     def rewind_to(self, num_steps: int) -> None:
-        """Leave the generator as if only `num_steps` steps had been drawn."""
-        if num_steps < self.num_drawn:
+        """Leave the generator as if only `num_steps` steps had been drawn, unless others have drawn from it since."""
+        if num_steps < self.num_drawn and torch.equal(self.module.get_rng_state(*self.which), self.state_after):
             self.module.set_rng_state(self.states[num_steps], *self.which)
 
 

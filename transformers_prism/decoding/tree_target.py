@@ -23,7 +23,7 @@ from ..transformers_names import (
     compiled_forward,
     is_callers_cache,
 )
-from .attention import PRISM_TREE, attach_starts, attach_tree
+from .attention import PRISM_TREE, attach_starts, attach_tail, attach_tree
 from .cache import AdoptedLayers, CommittedCache, round_up, stored_length
 from .layer_check import input_device
 from .memory import keep_with, kept_with
@@ -185,6 +185,8 @@ class TreeTarget(TargetSide):
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
             if self.capacity is None:
                 attach_starts(masks[kind], self.committed.starts)
+            if len(committed) == 1 and committed.device.type == "cpu":
+                attach_tail(masks[kind], self.committed, self.committed.lengths[0] + depths)
             if bits is not None:
                 masks[kind] = attach_tree(masks[kind], bits, committed, node_index, window)
         return masks[None] if None in masks else masks

@@ -33,43 +33,6 @@ _INPUT_AND_WEIGHT_DTYPES = (
 _WEIGHT_DTYPES = {weight for _, weight in _INPUT_AND_WEIGHT_DTYPES}
 _SOURCE = r"""
 constexpr long PART = 256, LINE = 64, PANEL = 2 * WIDTH;
-struct Float16 { uint16_t bits; };
-struct Bfloat16 { uint16_t bits; };
-
-#if WIDTH == 16
-static inline Floats load(const Float16* values) {
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)values));
-}
-static inline Floats load(const Bfloat16* values) {
-  return (Floats)((Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values)) << 16);
-}
-static inline void store_low_halves(Bits values, Bfloat16* output) {
-  _mm256_storeu_si256((__m256i*)output, _mm512_cvtepi32_epi16((__m512i)values));
-}
-#else
-static inline Floats load(const Float16* values) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)values)); }
-static inline Floats load(const Bfloat16* values) {
-  return (Floats)((Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)values)) << 16);
-}
-static inline void store_low_halves(Bits values, Bfloat16* output) {
-  const __m128i low = _mm256_castsi256_si128((__m256i)values), high = _mm256_extracti128_si256((__m256i)values, 1);
-  _mm_storeu_si128((__m128i*)output, _mm_packus_epi32(low, high));
-}
-#endif
-
-// Rounded to the nearest, of two the even one.
-static inline void store(Floats values, Float16* output) {
-#if WIDTH == 16
-  _mm256_storeu_si256((__m256i*)output, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
-#else
-  _mm_storeu_si128((__m128i*)output, _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
-#endif
-}
-static inline void store(Floats values, Bfloat16* output) {
-  const Bits bits = (Bits)values, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  // Rounding up could make a NaN zero.
-  store_low_halves(values == values ? rounded : Bits{} + 0x7fc0, output);
-}
 
 // ROWS rows times a panel. For each k memory is asked for `bytes` more at `ahead`.
 template <typename Weight, typename Value, int ROWS>
@@ -102,17 +65,6 @@ static void multiply(const float* input, long K, const Weight* panel, Value* out
       store(bias ? sums[row][half] + load(added + half * WIDTH) : sums[row][half], rounded + half * WIDTH);
     memcpy(output + row * N, rounded, count * sizeof(Value));
   }
-}
-
-template <typename Value>
-static void convert(const Value* values, long count, float* floats) {
-  long place = 0;
-  for (; place + WIDTH <= count; place += WIDTH) store(load(values + place), floats + place);
-  Value last[WIDTH] = {};
-  float converted[WIDTH];
-  memcpy(last, values + place, (count - place) * sizeof(Value));
-  store(load(last), converted);
-  memcpy(floats + place, converted, (count - place) * sizeof(float));
 }
 
 // Whether there was enough memory.

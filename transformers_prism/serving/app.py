@@ -5,7 +5,6 @@ target is loaded (`Models`), and the call of `model.generate` (`Generation`), wh
 a way to stop when the client hangs up.
 """
 
-import gc
 import json
 import logging
 import math
@@ -46,6 +45,8 @@ NO_CONTINUOUS_BATCHING = (
 # Status of a request whose client hung up; nobody receives it.
 CLIENT_CLOSED_REQUEST = 499
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# What a request can cause: errors of settings, of chat templates, and of a forward that no check has foreseen.
+_REFUSALS = (AttributeError, IndexError, RuntimeError, TemplateError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,30 @@ class _Pair(parts.TimedModel):  # type: ignore[name-defined]
     """Target and tokenizer, unloaded after some time without a request; the time of a running answer does not count."""
 
     num_answering = 0
+    _timer: threading.Timer
+
+    def __init__(self, *args, forget: Callable[["_Pair"], None]):
+        self.forget = forget
+        super().__init__(*args)
+
+    def reset_timer(self) -> None:
+        """Count from now on, if there is a limit: transformers' timer without one goes off at once."""
+        self._timer.cancel()
+        if self.timeout_seconds > 0 and self.model is not None:
+            self._timer = threading.Timer(self.timeout_seconds, self._timeout_reached)
+            self._timer.daemon = True  # it holds up no process that ends
+            self._timer.start()
 
     def _timeout_reached(self) -> None:
         if self.num_answering:
             self.reset_timer()
         else:
             super()._timeout_reached()
+
+    def delete_model(self) -> None:
+        """Free target and draft, forgotten first, so that a request that arrives meanwhile loads them again."""
+        self.forget(self)
+        super().delete_model()
 
 
 class Models(parts.ModelManager):  # type: ignore[name-defined]
@@ -154,7 +173,7 @@ class Models(parts.ModelManager):  # type: ignore[name-defined]
             if timed is None:
                 logger.info("Loading %s with the draft %s.", name, self.served.draft_name)
                 target, tokenizer, draft = self.served.load()
-                timed = _Pair(target, self.model_timeout, tokenizer, on_unload=self._forget)
+                timed = _Pair(target, self.model_timeout, tokenizer, forget=self._forget)
                 self.loaded_models[name], self._pair = timed, (target, draft)
             timed.reset_timer()
             if progress_callback is not None:
@@ -175,11 +194,12 @@ class Models(parts.ModelManager):  # type: ignore[name-defined]
             pair.num_answering -= 1
             pair.reset_timer()
 
-    def _forget(self) -> None:
-        """Let go of target and draft, which refer to each other."""
-        self.loaded_models.pop(self.served.name, None)
-        self._pair = None
-        gc.collect()
+    def _forget(self, pair: _Pair) -> None:
+        """Let go of target and draft, if they are still those of this pair."""
+        with self._lock:
+            if self.loaded_models.get(self.served.name) is pair:
+                del self.loaded_models[self.served.name]
+                self._pair = None
 
     def list_models(self, cache_dir: str | None = None) -> list[dict]:
         """Entries of `/v1/models`: the target, with its draft's name; then others, if they may be asked for."""
@@ -246,6 +266,8 @@ class _DraftedCall:
             arguments["streamer"] = counting = _Streamer(streamer, request.has_hung_up)
         elif streamer is not None:
             raise ValueError("expected greedy decoding or sampling for a streamed answer, got num_beams above 1")
+        else:
+            arguments["stopping_criteria"] = [lambda ids, _: ids.new_full(ids.shape[:1], request.has_hung_up.is_set(), dtype=torch.bool)]
         if request.seed is not None:
             torch.manual_seed(request.seed)
         start = time.perf_counter()
@@ -254,10 +276,9 @@ class _DraftedCall:
                 # Reported with the answer, and it may be the same for every request.
                 warnings.filterwarnings("ignore", message="decoding without the draft")
                 output = self._model.generate(**arguments)
-        except (ValueError, RuntimeError) as error:
-            if streamer is None:
+        except _REFUSALS as error:
+            if streamer is None or not request.escapes_errors:
                 raise
-            # Escaped here, since transformers writes the message into the JSON of a stream without escaping it.
             raise ValueError(json.dumps(str(error))[1:-1]) from error
         seconds = time.perf_counter() - start
         num_tokens = counting.num_tokens if "streamer" in arguments else output.shape[-1] - arguments["input_ids"].shape[-1]
@@ -352,14 +373,15 @@ class _Checked:
         try:
             if not isinstance(body["model"], str):
                 raise ValueError(f"model: expected a name, got {body['model']!r}")
-            request.read(body)
+            # transformers writes a message into the JSON of a stream without escaping it, but for this route.
+            request.escapes_errors = not isinstance(self, parts.ResponseHandler)
+            request.read(body, takes_text_alone=body["model"] == served.name)
             response = await super().handle_request(body, request_id)  # type: ignore[misc]
         except OSError as error:
             raise HTTPException(404, str(error)) from error
         except KeyError as error:
             raise HTTPException(400, f"expected the field {error} in the request, got none") from error
-        # These include errors of chat templates, and errors of a forward that no check has foreseen.
-        except (AttributeError, IndexError, RuntimeError, TemplateError, TypeError, ValueError) as error:
+        except _REFUSALS as error:
             raise HTTPException(400, str(error)) from error
         return _with_report(response, request)
 

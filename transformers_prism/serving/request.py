@@ -7,6 +7,22 @@ import threading
 from dataclasses import dataclass, field
 from types import NoneType
 
+# What transformers lets an answer have where neither request nor settings name a limit.
+_MAX_NEW_TOKENS = 1024
+# Fields of OpenAI's API that transformers leaves out, with the values that ask for nothing.
+_UNSERVED: dict[str, tuple] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False, 0),
+    "presence_penalty": (0,),
+    "previous_response_id": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("auto", "none"),
+    "top_logprobs": (0,),
+}
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
 
 @dataclass
 class Request:
@@ -16,9 +32,10 @@ class Request:
     seed: int | None = None
     do_sample: bool | None = None
     names_limit: bool = False
+    escapes_errors: bool = True
     report: dict | None = None
 
-    def read(self, body: dict) -> None:
+    def read(self, body: dict, takes_text_alone: bool = True) -> None:
         """Take the seed out of a request's body, see whether it samples, and check its fields.
 
         transformers would set the seed when the request arrives, in the middle of another request's answer. And if the
@@ -28,7 +45,8 @@ class Request:
             ValueError: for a field that cannot be served.
         """
         for name in ("messages", "input"):
-            _check_turns(body, name)
+            _check_turns(body, name, takes_text_alone)
+        _refuse_unserved(body)
         if not any(body.get(name) for name in ("messages", "input", "prompt")):
             raise ValueError("expected messages, input or a prompt that is not empty, got none")
         temperature = _number(body, "temperature", float, at_least=0)
@@ -76,7 +94,19 @@ def _number(body: dict, name: str, kind: type, at_least: float = -math.inf):
     return kind(value)
 
 
-def _check_turns(body: dict, name: str) -> None:
+def _refuse_unserved(body: dict) -> None:
+    """Refuse fields that would change the answer, and which transformers leaves out; values that ask for nothing may stay."""
+    for name, neutral in _UNSERVED.items():
+        value = body.get(name)
+        if value is not None and value not in neutral:
+            raise ValueError(f"{name}: expected {' or '.join(map(json.dumps, neutral)) or 'none'}, since it is not served, got {value!r}")
+    if body.pop("tool_choice", None) == "none":
+        body.pop("tools", None)
+    if body.get("logit_bias") and "prompt" in body:
+        raise ValueError("logit_bias: expected it in a chat, since completions do not serve it, got it beside a prompt")
+
+
+def _check_turns(body: dict, name: str, takes_text_alone: bool) -> None:
     """Check that a field holds turns, each with a text or a list of parts, where it holds a list; only `input` may be a text."""
     turns = body.get(name, [])
     if name == "input" and isinstance(turns, str | NoneType):
@@ -88,6 +118,9 @@ def _check_turns(body: dict, name: str) -> None:
         has_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
         if not isinstance(turn, dict) or not has_parts and not isinstance(content, str | NoneType):
             raise ValueError(f"{name}: expected turns with a text or a list of parts as content, got {turn!r}")
+        kinds = [part.get("type", "text") for part in content] if has_parts else []
+        if takes_text_alone and (others := [kind for kind in kinds if kind not in _TEXT_PARTS]):
+            raise ValueError(f"{name}: expected parts of type text, since this server reads nothing else, got {others[0]!r}")
 
 
 def _read_stop(body: dict) -> None:
@@ -113,3 +146,6 @@ def _read_settings(body: dict) -> None:
         raise ValueError(f"generation_config: expected a JSON object as a text, got {text!r}")
     if settings.get("return_dict_in_generate"):
         raise ValueError("generation_config: expected return_dict_in_generate to be false, since answers are texts, got true")
+    if settings.get("max_new_tokens") is None and settings.get("max_length") is None:
+        # As without the field. generate() alone would stop after 20 tokens, and the answer would be said to be whole.
+        body["generation_config"] = json.dumps({**settings, "max_new_tokens": _MAX_NEW_TOKENS})

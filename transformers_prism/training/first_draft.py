@@ -18,6 +18,12 @@ from transformers_prism.training.warm_start import warm_start, with_modules
 
 logger = logging.getLogger(__name__)
 _DRAFT_VOCAB_SIZE = 8192  # of a new draft
+# What a draft that training starts from passes on, and no option sets.
+_INHERITED = (
+    "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps rope_parameters "
+    "attention_bias mlp_bias projection_bias share_target_embedding share_target_head embedding_scale normalize_target_hidden "
+    "target_norm query_key_norm norm_before_residual norm_output"
+).split()
 
 
 def frequent_tokens(conversations: list[Conversation], size: int) -> tuple[torch.Tensor, float]:
@@ -64,14 +70,19 @@ def make_draft_config(config: TrainConfig, target, tokenizer) -> PrismConfig:
 
     Raises:
         ValueError: if the draft to start from has more modules than the finished one, if the run asks for more modules
-            than its stages make, or for an architecture that contradicts itself.
+            than its stages make, or other layers than it has, or for an architecture that contradicts itself.
     """
     source = source_config(config)
     num_modules = _num_modules(config, source)
+    if source is not None and source.num_layers_per_module != config.num_layers_per_module:
+        raise ValueError(
+            f"num_layers_per_module: expected the {source.num_layers_per_module} of the draft to start from, got {config.num_layers_per_module}"
+        )
+    # EAGLE-3 trains its own head.
+    inherited = {"share_target_head": config.module_form != "eagle3"} if source is None else {name: getattr(source, name) for name in _INHERITED}
     overrides: dict = {
+        **inherited,
         "module_form": config.module_form,
-        # EAGLE-3 trains its own head.
-        "share_target_head": config.module_form != "eagle3",
         "num_processing_modules": num_modules,
         "num_layers_per_module": config.num_layers_per_module,
         "context_kv": config.context_kv or (source.context_kv if source else "prefill_module"),

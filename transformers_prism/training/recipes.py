@@ -79,7 +79,7 @@ class TrainConfig:
     target: str | None = _option(None, "Hub id, folder or .gguf file; the demo target if left out.")
     features: str | None = _option(None, "Folder for the target's hidden states; <output>/features if left out.")
     online_features: bool = _option(False, "Compute hidden states whenever they are needed and keep none on disk.")
-    init_from: str | None = _option(None, "Folder or Hub id of a draft to start from: its weights, and its architecture where an option is left out.")
+    init_from: str | None = _option(None, "Folder or Hub id of a draft to start from: its weights, and its architecture where an option is left out; --num-layers-per-module is always its own.")
     num_conversations: int = _option(0, "Use the first N conversations of the training part; 0 is all.")
     max_length: int = _option(2048, "Tokens kept of a conversation.")
     max_bad_share: float = _option(0.5, "Share of a source's rows that may be unusable; they are left out.")

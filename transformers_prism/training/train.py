@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers_prism.command_line import command_line, versions
 from transformers_prism.configuration_prism import num_target_layers
 from transformers_prism.decoding.target_side import num_learned_positions
-from transformers_prism.hub.files import CURVES, TRAINING
+from transformers_prism.hub.files import CARD, CURVES, METRICS, TRAINING
 from transformers_prism.modeling_prism import PrismDraftModel
 from transformers_prism.target import load_target
 from transformers_prism.training.acceptance import acceptance_metrics, check_prompts, measure_acceptance
@@ -422,11 +422,13 @@ def _run_stage(
     draft = trainer.whole_model().draft
     result = _stage_result(stage, trainer)
     if PartialState().is_main_process:
-        if "wandb" in config.report_to:
+        if any(type(callback).__name__ == "WandbCallback" for callback in trainer.callback_handler.callbacks):
             import wandb
 
             wandb.finish()  # the next stage is a run of its own, whose updates begin at 0
         draft.save_pretrained(finished)
+        for name in (CARD, METRICS):  # they do not know of the run's record, and the finished draft's must
+            (finished / name).unlink(missing_ok=True)
         write_json(folder / "result.json", result)
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)

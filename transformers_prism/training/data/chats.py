@@ -4,8 +4,12 @@
 [`RowError`], which the readers of [`formats`] count.
 """
 
+import functools
 import json
+import logging
 import re
+
+logger = logging.getLogger(__name__)
 
 
 class RowError(ValueError):
@@ -35,6 +39,8 @@ _ALIASES = {
     "tool": ("function", "observation", "ipython", "function_response", "tool_response", "tool_result"),
 }
 ROLES = {name: role for role, aliases in _ALIASES.items() for name in (role, *aliases)}
+# Thoughts of an answer, by the names that templates know them by.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 # The transcripts of Anthropic's HH-RLHF.
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -234,7 +240,14 @@ def _user(content, name: str) -> dict:
     return {"role": "user", "content": text}
 
 
+@functools.cache  # once
+def _warn_of_reasoning() -> None:
+    logger.warning("Answers with reasoning: what stands in %s is left out, the words of the answers are trained.", " or ".join(_REASONING))
+
+
 def _assistant(turn: dict, name: str) -> dict:
+    if any(turn.get(field) for field in _REASONING):
+        _warn_of_reasoning()
     message: dict = {"role": "assistant", "content": text_of(turn["content"], name) or ""}
     given = turn.get("tool_calls")
     calls = _tool_calls(given) if given else None

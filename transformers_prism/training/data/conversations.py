@@ -29,11 +29,12 @@ _LOOP_REPEATS, _LOOP_MIN_TOKENS, _LOOP_MAX_PERIOD = 3, 24, 64
 @dataclass(frozen=True)
 class Conversation:
     """Token ids of a whole conversation, template included, and `(start, end)` of each answer, in order and without
-    overlap; `is_cut` if the conversation was cut to the length that training takes."""
+    overlap; `is_cut` if the conversation was cut to the length that training takes, and then `whole` is the hash of all of it."""
 
     input_ids: tuple[int, ...]
     assistant_spans: tuple[tuple[int, int], ...]
     is_cut: bool = False
+    whole: str | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -224,7 +225,8 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation:
     # A position that is trained on needs three tokens: one whose state is read, the next, and the predicted one.
     if len(input_ids) < 3 or not spans:
         raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
-    return Conversation(input_ids, spans, is_cut=len(input_ids) < len(conversation.input_ids))
+    is_cut = len(input_ids) < len(conversation.input_ids)
+    return Conversation(input_ids, spans, is_cut, _hash_of(conversation) if is_cut else None)
 
 
 def split_conversations(
@@ -232,8 +234,8 @@ def split_conversations(
 ) -> tuple[list[int], list[int]]:
     """Indices for training, in the order of the data, and for validation, in the order of their hashes.
 
-    A hash of a conversation's tokens decides where it belongs. What one run holds out, a run over more data or over the
-    same data in another order holds out as well. So a fine-tuned draft is never validated on what it was trained on.
+    A hash of a conversation's tokens, before it is cut, decides where it belongs. What one run holds out, a run over more data, over
+    the same data in another order, or with longer texts holds out as well. So a fine-tuned draft is never validated on what it was trained on.
     Copies stay together.
 
     Args:
@@ -289,10 +291,13 @@ def sha256_of(values: Iterable) -> str:
     return digest.hexdigest()
 
 
+def _hash_of(conversation: Conversation) -> str:
+    return hashlib.sha256(json.dumps(conversation.input_ids).encode()).hexdigest()
+
+
 def _place(conversation: Conversation) -> float:
     """A pseudo-random number in [0, 1): a hash of the tokens."""
-    digest = hashlib.sha256(json.dumps(conversation.input_ids).encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return int((conversation.whole or _hash_of(conversation))[:12], 16) / 2**48
 
 
 def preview(conversation: Conversation, tokenizer):

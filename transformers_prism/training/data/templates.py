@@ -1,6 +1,7 @@
 """Chats as the target's template writes them: rendered text, token ids, and which tokens are answers."""
 
 import hashlib
+import json
 import unicodedata
 from dataclasses import dataclass
 
@@ -120,7 +121,7 @@ def _rendered(tokenizer, chat: list[dict], tools) -> tuple[list[dict], str, list
         if turn["role"] == "user":
             is_hidden = False
         elif turn["role"] == "tool":
-            is_hidden |= turn["content"].strip() not in text
+            is_hidden |= not _is_written(turn["content"].strip(), text)
         elif is_hidden and turn["role"] == "assistant":
             chat[index] = {**turn, "weight": 0}
         elif turn.get("tool_calls") and is_trained(turn):
@@ -130,6 +131,11 @@ def _rendered(tokenizer, chat: list[dict], tools) -> tuple[list[dict], str, list
             else:
                 spans.append(span)
     return chat, text, spans
+
+
+def _is_written(words: str, text: str) -> bool:
+    """Whether a template has written these words, as they are or, as those of Llama 3 write results of tools, as JSON."""
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
 
 
 def _without_calls(turn: dict) -> dict:
