@@ -1201,7 +1201,7 @@ def test_a_placeholder_without_an_embedding_in_a_later_turn():
         for _ in range(2):
             known = input_ids.clamp(0, VOCAB_SIZE - 1)
             embeds = target.get_input_embeddings()(known).detach()
-            given = {"inputs_embeds": embeds, "input_ids": input_ids, "past_key_values": cache}
+            given = {"inputs_embeds": embeds, "input_ids": input_ids, CACHE_KEYWORD: cache}
             output = target.generate(**given, assistant_model=draft, **LENGTH)
             input_ids = torch.cat((output, torch.tensor([[-200, 5, VOCAB_SIZE + 7]])), dim=1)
         found.append(output)
@@ -1227,11 +1227,11 @@ def test_a_cache_that_was_filled_in_another_dtype(dtypes):
         target = tiny_target("llama", 1)
         cache = DynamicCache(config=target.config)
         with torch.no_grad():
-            target.to(dtypes[0])(prompts(1)[0][:, :-1], past_key_values=cache)
+            target.to(dtypes[0])(prompts(1)[0][:, :-1], **{CACHE_KEYWORD: cache})
         target.to(dtypes[1])
         draft = tiny_draft(target).to(dtypes[1]) if is_drafted else None
         try:
-            found.append(target.generate(prompts(1)[0], past_key_values=cache, assistant_model=draft, **LENGTH).tolist())
+            found.append(target.generate(prompts(1)[0], **{CACHE_KEYWORD: cache}, assistant_model=draft, **LENGTH).tolist())
         except RuntimeError as error:
             found.append(str(error))
     assert found[0] == found[1]

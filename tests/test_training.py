@@ -515,11 +515,11 @@ def test_a_draft_that_is_carried_on_keeps_what_no_option_sets(tmp_path, load_tin
         assert not getattr(first.config, name), name
         assert not getattr(again.config, name), name
     config = json.loads((tmp_path / "first" / "draft" / "config.json").read_text())
-    changed = {**config, "norm_output": True, "query_key_norm": True, "intermediate_size": config["intermediate_size"] + 8}
+    changed = {**config, "query_key_norm": True, "intermediate_size": config["intermediate_size"] + 8}
     (tmp_path / "other").mkdir()
     PrismDraftModel(PrismConfig(**changed)).save_pretrained(tmp_path / "other")
     other = train(settings(tmp_path, "from other", init_from=str(tmp_path / "other"), **stages))
-    for name in ("norm_output", "query_key_norm", "intermediate_size"):
+    for name in ("query_key_norm", "intermediate_size"):
         assert getattr(other.config, name) == changed[name], name
     with pytest.raises(ValueError, match="num_layers_per_module: expected the 1 of the draft to start from, got 2"):
         train(settings(tmp_path, "deeper", init_from=source, num_layers_per_module=2, **stages))

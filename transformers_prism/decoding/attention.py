@@ -109,19 +109,19 @@ def attach_starts(mask: torch.Tensor, starts: list[int]) -> None:
         mask.prism_runs = runs  # type: ignore[attr-defined]
 
 
-def attach_tail(mask: torch.Tensor, committed: CommittedCache, node_places: torch.Tensor) -> None:
+def attach_tail(mask: torch.Tensor, committed: CommittedCache, depths: torch.Tensor) -> None:
     """Attach to a mask `(1, 1, N, K)` its last keys by part of the text, for attention whose sums keep to these parts.
 
     Args:
         committed (`CommittedCache`): of one sequence, with the P keys before the nodes.
-        node_places (`torch.LongTensor` of shape `(1, N)`): the nodes' places in the text.
+        depths (`torch.LongTensor` of shape `(1, N)`): of the nodes.
     """
-    start = committed.num_dense // PART * PART
-    places = torch.cat((committed.places()[0, start:], node_places[0]))
-    visible = mask[..., start : start + len(places)]
-    parts = range(start // PART, int(places.max()) // PART + 1)
-    if len(parts) > 1:
-        visible = visible & (places // PART == torch.tensor(parts, device=places.device)[:, None])[None, :, None]
+    start, end = committed.num_dense // PART * PART, committed.width + depths.shape[1]
+    visible = mask[..., start:end]
+    if end > start + PART:  # it may reach beyond one part
+        places = torch.cat((committed.places()[0, start:], committed.lengths[0] + depths[0]))
+        parts = torch.arange(start // PART, int(places.max()) // PART + 1, device=places.device)
+        visible = visible & (places // PART == parts[:, None])[None, :, None]
     mask.prism_tail = Tail(start, visible)  # type: ignore[attr-defined]
 
 
@@ -209,7 +209,10 @@ def computes_rows_alone(module) -> bool:
 
 def _attend_by_kernel(query, key, value, mask, scale: float, tail: Tail | None = None) -> torch.Tensor:
     """Attention of few queries, `(B, N, H, E)`."""
-    return attend_served(query, key, value, None if mask is None else mask[:, 0], scale, tail)
+    try:
+        return attend_served(query, key, value, None if mask is None else mask[:, 0], scale, tail)
+    except RuntimeError:  # raised for a tensor without memory of its own, as under torch.func.vmap
+        return _grouped_sdpa(query, key, value, mask, scale)
 
 
 def _grouped_sdpa(query, key, value, mask, scale: float) -> torch.Tensor:

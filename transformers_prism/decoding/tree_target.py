@@ -186,7 +186,7 @@ class TreeTarget(TargetSide):
             if self.capacity is None:
                 attach_starts(masks[kind], self.committed.starts)
             if len(committed) == 1 and committed.device.type == "cpu":
-                attach_tail(masks[kind], self.committed, self.committed.lengths[0] + depths)
+                attach_tail(masks[kind], self.committed, depths)
             if bits is not None:
                 masks[kind] = attach_tree(masks[kind], bits, committed, node_index, window)
         return masks[None] if None in masks else masks

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers_prism.training.data.chats import NoAnswer, RowError, chat_of, tools_of
@@ -34,7 +34,7 @@ class Conversation:
     input_ids: tuple[int, ...]
     assistant_spans: tuple[tuple[int, int], ...]
     is_cut: bool = False
-    whole: str | None = None
+    whole: str | None = field(default=None, compare=False)
 
     @property
     def prompt_length(self) -> int:
