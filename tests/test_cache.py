@@ -300,3 +300,23 @@ def test_only_known_layers_are_lent():
     assert is_adoptable(cache)
     cache.layers.append(Strange())
     assert not is_adoptable(cache)
+
+
+def test_the_dense_part_of_a_single_row_grows_with_the_text(moves):
+    """While there are no holes, and by closing one that lies far back: attention looks at what is behind it several times."""
+    for max_holes in (0, 32):
+        cache = new_tree_cache()
+        append(cache, 1, 0, 5)
+        committed = CommittedCache(cache, torch.ones(1, 5, dtype=torch.bool), max_holes)
+        for _ in range(4):
+            append(cache, 1, 10, 3)
+            committed.commit([[0, 1]])
+            assert committed.num_dense == committed.width == committed.lengths[0]
+    append(cache, 1, 20, 3)
+    committed.commit([[0, 2]])
+    assert committed.num_dense == committed.width - 3
+    while not moves:
+        append(cache, 1, 30, 40)
+        committed.commit([list(range(40))])
+        assert committed.width - committed.num_dense <= 512 + 40
+    assert committed.num_dense == committed.width == committed.lengths[0] > 512

@@ -52,6 +52,7 @@ def test_a_prepared_target_computes_the_same_bits_with_a_draft(architecture, num
     input_ids, _ = prompts(1, num_tokens)
     asked = {"max_new_tokens": 40, "pad_token_id": PAD_ID, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with prepare_for_cpu(target):
+        target.generate(input_ids, **asked)  # torch's cosine may round otherwise the first time in a process
         plain = target.generate(input_ids, **asked)
         draft = scripted_draft(target, plain.sequences, num_tokens).to(dtype)
         found = target.generate(input_ids, assistant_model=draft, **asked)
@@ -77,6 +78,7 @@ def test_a_prepared_target_attends_alone_or_with_others_in_the_same_way():
         return torch.cat(steps, dim=1), target(torch.arange(5, 15)[None], **{CACHE_KEYWORD: cache}).logits
 
     plain, _ = bits()
+    plain, _ = bits()  # torch's cosine may round otherwise the first time in a process
     prepared = prepare_for_cpu(target)
     assert torch.equal(*bits())
     torch.testing.assert_close(bits()[0], plain, atol=0.2, rtol=0.2)

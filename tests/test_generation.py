@@ -1192,6 +1192,16 @@ def test_placeholders_without_an_embedding_beside_inputs_embeds(placeholder, dra
     assert torch.equal(found, plain)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_text_that_crosses_a_part_of_attention(implementation):
+    """Masks of all forms are taken."""
+    target = tiny_target("llama", 1, implementation, max_position_embeddings=1024)
+    input_ids, _ = prompts(1, 250)
+    plain = target.generate(input_ids, **LENGTH)
+    draft = scripted_draft(target, plain, 250)
+    assert torch.equal(target.generate(input_ids, assistant_model=draft, **LENGTH), plain)
+
+
 def test_a_placeholder_without_an_embedding_in_a_later_turn():
     """The draft reads another token there, as in a prompt."""
     target = tiny_target("llama", 1)

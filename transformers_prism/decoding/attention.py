@@ -117,7 +117,7 @@ def attach_tail(mask: torch.Tensor, committed: CommittedCache, depths: torch.Ten
         depths (`torch.LongTensor` of shape `(1, N)`): of the nodes.
     """
     start, end = committed.num_dense // PART * PART, committed.width + depths.shape[1]
-    visible = mask[..., start:end]
+    visible = mask[..., start:end].contiguous()
     if end > start + PART:  # it may reach beyond one part
         places = torch.cat((committed.places()[0, start:], committed.lengths[0] + depths[0]))
         parts = torch.arange(start // PART, int(places.max()) // PART + 1, device=places.device)
@@ -270,10 +270,11 @@ def install_lending() -> None:
     @functools.wraps(original)
     def sdpa(*args, **kwargs):
         # A compiled graph would keep the replacement for good.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return original(*args, **kwargs)
         function = getattr(lent, "function", None)
-        if function is None and original is sdpa_attention_forward and args and computes_rows_alone(args[0]):
+        takes_ours = function is None and original is sdpa_attention_forward and not torch.is_grad_enabled()
+        if takes_ours and args and computes_rows_alone(args[0]):
             function = grouped_attention
         return (function or original)(*args, **kwargs)
 

@@ -22,6 +22,8 @@ from ..kernels.compact_cache import compact_cache
 from .transfer import on_device
 
 _ADOPTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# Positions behind the first hole of a single sequence at which its holes are closed.
+_MOST_BEHIND_A_HOLE = 512
 # Spare positions at the end of a mask.
 _MASK_ROOM = 256
 _NO_STATES = torch.empty((0, 0, 0, 0), device="cpu")
@@ -253,7 +255,12 @@ class CommittedCache:
         return torch.cat((index[:, : self.num_dense], behind), dim=1)
 
     def _close_too_many_holes(self) -> None:
-        if self.width - max(self.lengths) > self.max_holes:
+        if min(self.lengths) == self.width:
+            self.num_dense = self.width
+            return
+        # Attention looks at each key behind the first hole several times.
+        is_far_back = len(self.lengths) == 1 and self.width - self.num_dense > _MOST_BEHIND_A_HOLE
+        if is_far_back or self.width - max(self.lengths) > self.max_holes:
             self.close_holes()
 
     def close_holes(self) -> None:

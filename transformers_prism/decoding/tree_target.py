@@ -185,7 +185,7 @@ class TreeTarget(TargetSide):
             masks[kind] = attention_mask(seen, self.attn_implementation, self.target.dtype)
             if self.capacity is None:
                 attach_starts(masks[kind], self.committed.starts)
-            if len(committed) == 1 and committed.device.type == "cpu":
+            if len(committed) == 1 and committed.device.type == "cpu" and masks[kind].dtype is torch.bool:
                 attach_tail(masks[kind], self.committed, depths)
             if bits is not None:
                 masks[kind] = attach_tree(masks[kind], bits, committed, node_index, window)
