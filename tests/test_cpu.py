@@ -269,7 +269,7 @@ def test_each_number_of_rows_takes_the_product_that_was_faster(best, slow_rows, 
     slow.seconds = {
         nn.Linear: lambda num_rows: 0.003,
         **dict.fromkeys(OTHERS, lambda num_rows: 0.012),
-        best: lambda num_rows: 0.006 if num_rows in slow_rows else 0,
+        best: lambda num_rows: 0.03 if num_rows in slow_rows else 0,
     }
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 8))
     with prepare_for_cpu(model) as prepared:
