@@ -226,7 +226,7 @@ def shorten(conversation: Conversation, max_length: int | None) -> Conversation:
     if len(input_ids) < 3 or not spans:
         raise NoAnswer(f"expected an answer within {max_length} tokens, got none")
     is_cut = len(input_ids) < len(conversation.input_ids)
-    return Conversation(input_ids, spans, is_cut, _hash_of(conversation) if is_cut else None)
+    return Conversation(input_ids, spans, is_cut, sha256_of([conversation.input_ids]) if is_cut else None)
 
 
 def split_conversations(
@@ -291,13 +291,9 @@ def sha256_of(values: Iterable) -> str:
     return digest.hexdigest()
 
 
-def _hash_of(conversation: Conversation) -> str:
-    return hashlib.sha256(json.dumps(conversation.input_ids).encode()).hexdigest()
-
-
 def _place(conversation: Conversation) -> float:
     """A pseudo-random number in [0, 1): a hash of the tokens."""
-    return int((conversation.whole or _hash_of(conversation))[:12], 16) / 2**48
+    return int((conversation.whole or sha256_of([conversation.input_ids]))[:12], 16) / 2**48
 
 
 def preview(conversation: Conversation, tokenizer):
