@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 
 from transformers_prism.bench.methods import can_be_packed
 from transformers_prism.bench.prompts import check_positions
+from transformers_prism.cli.options import log_information
 from transformers_prism.cpu import prepare_for_cpu
 from transformers_prism.decoding.speculation import Speculation, acceptance_length
 from transformers_prism.modeling_prism import PrismDraftModel
@@ -299,8 +300,7 @@ def log_to(console: Console) -> None:
     logger = logging.getLogger("transformers_prism")
     if not logger.handlers:
         logger.addHandler(_ConsoleHandler(console))
-        if logger.isEnabledFor(logging.WARNING):  # not with --quiet
-            logger.setLevel(logging.INFO)
+        log_information()
 
 
 __all__ = [

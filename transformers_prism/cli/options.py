@@ -194,6 +194,13 @@ def _shown(is_quiet: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def log_information() -> None:
+    """Let the package say what it does, unless `--quiet` was given."""
+    logger = logging.getLogger("transformers_prism")
+    if logger.isEnabledFor(logging.WARNING):
+        logger.setLevel(logging.INFO)
+
+
 @contextmanager
 def user_errors(has_traceback: bool | None = None) -> Iterator[None]:
     """End with status 1 and one line about what went wrong.

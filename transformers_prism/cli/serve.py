@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from transformers_prism.cli.options import Commands, DeviceOption, DraftOption, DtypeOption, PackedOption
+from transformers_prism.cli.options import (
+    Commands,
+    DeviceOption,
+    DraftOption,
+    DtypeOption,
+    PackedOption,
+    log_information,
+)
 
 
 def serve(
@@ -42,9 +49,7 @@ def serve(
     if continuous_batching:
         raise ValueError(serving.NO_CONTINUOUS_BATCHING)
     logging.basicConfig(format="%(levelname)s:     %(message)s")
-    logger = logging.getLogger("transformers_prism")
-    if logger.isEnabledFor(logging.WARNING):  # not with --quiet
-        logger.setLevel(logging.INFO)
+    log_information()
     listener = serving.listen(host, port)
     served = serving.ServedTarget(
         name=name or target or DEMO_HUB_ID,
